@@ -1,0 +1,38 @@
+# make demo   the main job on data that ships with a dependency: teacher, student alone, student distilled
+# make test   the whole test suite
+# make lint   ruff (lint, format) and mypy
+# make bench  every benchmark; refreshes benchmarks/results/ and the README's table
+# make clean  remove what the commands above made
+SHELL := /bin/sh
+PYTHON ?= python3
+PY := .venv/bin/python
+.PHONY: demo test lint bench clean setup
+.DEFAULT_GOAL := demo
+
+# The stamp names the folder and the pinned versions: a moved, outdated or half-made environment is made again.
+setup:
+	@want="$$(pwd) $$(cat pyproject.toml constraints.txt | cksum)"; \
+	if [ "$$(cat .venv/ready 2>/dev/null)" != "$$want" ] || ! $(PY) -c 'import mimkd_ray' 2>/dev/null; then \
+	  echo "setting up .venv (about 6 GB with the default PyTorch build)"; \
+	  rm -rf .venv && $(PYTHON) -m venv .venv \
+	  && $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,timm]' \
+	  && echo "$$want" > .venv/ready; \
+	fi
+
+demo: setup
+	$(PY) jobs/imagenet.py
+
+test: setup
+	$(PY) -m pytest
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: setup
+	$(PY) benchmarks/run_all.py
+
+clean:
+	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,24 @@
+"""The errors that a user can act on. Each message names the thing, the numbers and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input: a path, name, shape, count or flag. Entry points print it as one line and exit with 2."""
+
+
+class DamagedDataError(Exception):
+    """More images could not be decoded than the configuration allows. Names some of them."""
+
+
+class NonFiniteLossError(Exception):
+    """The loss became NaN or infinite. Names the step, the terms and the sample ids."""
+
+
+def nearest(name: str, names: Iterable[str], limit: int = 3) -> str:
+    """Return "; did you mean 'a', 'b'?" for the closest known names, or "" when none is close."""
+    close = difflib.get_close_matches(name, list(names), n=limit, cutoff=0.5)
+    return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
