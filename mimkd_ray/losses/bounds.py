@@ -1,0 +1,117 @@
+"""Lower bounds on mutual information, from the scores of a critic.
+
+Scores come per location: ``positive_LB[l, i]`` scores the pair (student i, teacher i) at location l, and
+``negative_LBK[l, i, k]`` a pair of student i with some other image's teacher. L is 1 for vectors. A bound is
+evaluated at each location on its own and the caller averages, so the chunks of a map can be added up.
+
+With u the scores of positives, v those of negatives, sp = softplus and r the density ratio p(t,s) / p(t)p(s):
+
+==========  ===========================================  =======================  ==========================
+name        objective to maximise                        optimal critic           reading in nats
+==========  ===========================================  =======================  ==========================
+jsd         E[-sp(-u)] - E[sp(v)]                        log r                    DV of the scores
+dv          E[u] - log E[e^v]                            log r + c                itself
+nwj         E[u] - E[e^(v-1)]                            1 + log r                itself
+infonce     E[u - logmeanexp(candidates)]                log r + c(student)       itself, at most ln(candidates)
+smile       as jsd                                       log r                    DV with v in [-5, 5]
+==========  ===========================================  =======================  ==========================
+
+Sources: JSD as in f-GAN (Nowozin 2016) and Deep InfoMax (Hjelm 2019); Donsker-Varadhan as in MINE (Belghazi
+2018); NWJ (Nguyen 2010); InfoNCE (van den Oord 2018); SMILE (Song & Ermon 2020). The candidates of InfoNCE are
+the positive and the negatives. The jsd objective is not mutual information in nats (it lies in [-2 ln 2, 0]); its
+critic is, and is read by DV. A reading of one negative per positive is noisy: read over all pairs, on held-out data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BoundName = Literal["infonce", "jsd", "dv", "nwj", "smile"]
+
+SMILE_CLIP = 5.0
+"""SMILE clips the scores of negatives to [-5, 5] when it reads."""
+
+NWJ_LINEAR_FROM = 60.0
+"""NWJ continues e^v linearly above this score, so that value and gradient stay finite in float32."""
+
+
+class BoundValue(NamedTuple):
+    """What a bound says at each location."""
+
+    loss_L: Tensor  #: to minimise
+    nats_L: Tensor  #: mutual information in nats; NaN where the reading is invalid
+
+
+Bound = Callable[[Tensor, Tensor, Tensor], BoundValue]
+"""(positive_LB, negative_LBK, valid_BK) -> BoundValue. ``valid_BK`` is False for pairs to leave out."""
+
+
+def _masked_mean(value_LBK: Tensor, valid_BK: Tensor) -> Tensor:
+    """Mean over the valid pairs of each location: (L, B, K) -> (L,); 0 where no pair is valid."""
+    return torch.where(valid_BK, value_LBK, 0.0).sum((1, 2)) / valid_BK.sum().clamp(min=1)
+
+
+def _log_mean_exp(value_LBK: Tensor, valid_BK: Tensor) -> Tensor:
+    """Log of the mean of e^value over the valid pairs: (L, B, K) -> (L,); 0 where no pair is valid."""
+    count = valid_BK.sum()
+    total_L = value_LBK.masked_fill(~valid_BK, -math.inf).flatten(1).logsumexp(1)
+    return torch.where(count > 0, total_L - count.clamp(min=1).log(), 0.0)
+
+
+def _dv_nats(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> Tensor:
+    return positive_LB.mean(1) - _log_mean_exp(negative_LBK, valid_BK)
+
+
+def jsd(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> BoundValue:
+    """Jensen-Shannon: a binary classifier of positives against negatives, whose logit estimates log r."""
+    loss_L = F.softplus(-positive_LB).mean(1) + _masked_mean(F.softplus(negative_LBK), valid_BK)
+    with torch.no_grad():
+        return BoundValue(loss_L, _dv_nats(positive_LB, negative_LBK, valid_BK))
+
+
+def dv(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> BoundValue:
+    """Donsker-Varadhan: mean of the positives minus log-mean-exp of the negatives."""
+    nats_L = _dv_nats(positive_LB, negative_LBK, valid_BK)
+    return BoundValue(-nats_L, nats_L.detach())
+
+
+def nwj(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> BoundValue:
+    """Nguyen-Wainwright-Jordan. A reading that touched the linear continuation is NaN: it would not be a bound."""
+    capped_LBK = negative_LBK.clamp(max=NWJ_LINEAR_FROM)
+    exp_LBK = (capped_LBK - 1.0).exp() * (1.0 + negative_LBK - capped_LBK)
+    nats_L = positive_LB.mean(1) - _masked_mean(exp_LBK, valid_BK)
+    touched_L = ((negative_LBK.detach() > NWJ_LINEAR_FROM) & valid_BK).flatten(1).any(1)
+    return BoundValue(-nats_L, nats_L.detach().masked_fill(touched_L, math.nan))
+
+
+def infonce(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> BoundValue:
+    """InfoNCE: the log-probability of the positive among its candidates, plus ln(candidates)."""
+    others_LB = negative_LBK.masked_fill(~valid_BK, -math.inf).logsumexp(2)
+    candidates_B = valid_BK.sum(1) + 1
+    nats_LB = positive_LB - torch.logaddexp(positive_LB, others_LB) + candidates_B.log()
+    nats_L = nats_LB.mean(1)
+    return BoundValue(-nats_L, nats_L.detach())
+
+
+def smile(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> BoundValue:
+    """SMILE: trained as jsd, read by DV with clipped negatives. Less variance; not a lower bound."""
+    loss_L = jsd(positive_LB, negative_LBK, valid_BK).loss_L
+    with torch.no_grad():
+        clipped_LBK = negative_LBK.clamp(-SMILE_CLIP, SMILE_CLIP)
+        return BoundValue(loss_L, _dv_nats(positive_LB, clipped_LBK, valid_BK))
+
+
+BOUNDS: dict[BoundName, Bound] = {"infonce": infonce, "jsd": jsd, "dv": dv, "nwj": nwj, "smile": smile}
+
+
+def ceiling(name: BoundName, valid_BK: Tensor) -> Tensor:
+    """Highest reading that the bound can give, in nats: mean ln(candidates) for InfoNCE, infinite for the others."""
+    if name != "infonce":
+        return torch.full((), math.inf, device=valid_BK.device)
+    return (valid_BK.sum(1) + 1).log().mean()

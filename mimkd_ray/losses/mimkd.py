@@ -1,0 +1,317 @@
+"""The MIMKD loss: cross-entropy plus lower bounds on the mutual information of teacher and student features.
+
+    loss = CE + kd_weight * T^2 KL(teacher_T || student_T) + sum over terms of weight * (-bound)
+
+Three kinds of term, after arXiv 2110.15946 (the pairing of unequal shapes, critic widths and weights are ours):
+
+* global:  critic(teacher vector, student vector)
+* local:   critic(teacher vector, student map[h, w]) for every location
+* feature: critic(teacher map[h, w], student map[h, w]) at matching locations; the larger map is average-pooled
+
+A positive pair comes from one image. Negatives pair a student with the teacher of *another image at the same
+location*: the image before it in the lane (``rolled``) or every other image of the lane (``all``). Pairs of equal
+ids are left out. Everything is computed in float32 with autocast off; no gradient reaches the teacher.
+
+Memory: the scores of all pairs at every location would be B*B*L values. Locations are scored in chunks that are
+computed again in the backward pass, so a term holds O(B*L*d).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mimkd_ray.errors import UserError
+from mimkd_ray.losses.bounds import BOUNDS, BoundName, ceiling
+from mimkd_ray.losses.critics import Critic, CriticConfig, build_critic
+from mimkd_ray.losses.kd import kd_loss
+from mimkd_ray.losses.precision import full_precision
+
+Negatives = Literal["all", "rolled"]
+Kind = Literal["global", "local", "feature"]
+
+PRESETS: dict[str, tuple[BoundName, Negatives]] = {"accuracy": ("infonce", "all"), "paper": ("jsd", "rolled")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights and kinds of the terms. The default of every weight is the starting value of the `accuracy` preset."""
+
+    preset: Literal["accuracy", "paper"] = "accuracy"
+    """accuracy: InfoNCE over all pairs of the lane. paper: Jensen-Shannon with one rolled negative."""
+    bound: BoundName | None = None
+    """Lower bound on mutual information; unset: the preset's."""
+    negatives: Negatives | None = None
+    """Negatives: every other image of the lane, or the one before; unset: the preset's."""
+    global_weight: float = 0.1
+    """Weight of each global term (teacher vector, student vector). 0 turns the kind off."""
+    local_weight: float = 0.1
+    """Weight of each local term (teacher vector, every location of a student map)."""
+    feature_weight: float = 1.0
+    """Weight of each feature term (teacher map, student map, location by location)."""
+    global_pairs: tuple[str, ...] = ()
+    """Tap pairs "teacher:student" or "teacher:student:weight" (multiplies the kind's weight); unset: chosen."""
+    local_pairs: tuple[str, ...] = ()
+    """Tap pairs of the local terms: a teacher's vector with a student's map; unset: chosen."""
+    feature_pairs: tuple[str, ...] = ()
+    """Tap pairs of the feature terms, map with map; unset: the deepest stages of at most 14x14."""
+    ce_weight: float = 1.0
+    """Weight of the cross-entropy with the labels."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy."""
+    kd_weight: float = 0.0
+    """Weight of Hinton's KD on the logits. KD and mutual information do not simply add: tune it on held-out data."""
+    kd_temperature: float = 4.0
+    """Temperature of Hinton's KD."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """The critic of every term (each pair has its own weights)."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_weight", "local_weight", "feature_weight", "ce_weight", "kd_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"loss.{name} is {getattr(self, name)}; it must be finite and not negative")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"loss.label_smoothing is {self.label_smoothing}; it must lie in [0, 1)")
+        if self.kd_temperature <= 0:
+            raise UserError(f"loss.kd_temperature is {self.kd_temperature}; it must be positive")
+
+    @property
+    def resolved_bound(self) -> BoundName:
+        """The bound in force."""
+        return self.bound or PRESETS[self.preset][0]
+
+    @property
+    def resolved_negatives(self) -> Negatives:
+        """The negatives in force."""
+        return self.negatives or PRESETS[self.preset][1]
+
+    def weight(self, kind: Kind) -> float:
+        """The weight of one kind of term."""
+        return {"global": self.global_weight, "local": self.local_weight, "feature": self.feature_weight}[kind]
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether any mutual-information term is on."""
+        return self.global_weight + self.local_weight + self.feature_weight > 0
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether any term needs the teacher at all."""
+        return self.uses_features or self.kd_weight > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One mutual-information term: a kind, a pair of taps and their channel counts."""
+
+    kind: Kind
+    teacher: str
+    student: str
+    weight: float
+    teacher_channels: int
+    student_channels: int
+
+    @property
+    def name(self) -> str:
+        """"feature/layer4-stage3": unique within a loss, and fit for a TensorBoard tag."""
+        return f"{self.kind}/{self.teacher}-{self.student}"
+
+
+class Features(NamedTuple):
+    """What a network says about a lane: logits (B, classes), vectors (B, C) and maps (B, C, H, W) by tap."""
+
+    logits_BC: Tensor
+    vectors: Mapping[str, Tensor]
+    maps: Mapping[str, Tensor]
+
+
+class LossOutput(NamedTuple):
+    """The loss and what it consists of."""
+
+    total: Tensor  #: scalar to minimise
+    terms: dict[str, Tensor]  #: weighted parts with their gradient; they sum to total
+    log: dict[str, Tensor]  #: detached scalars: ce, kd, and per term loss, nats, ceiling, scale, bias, mean_u, mean_v
+
+
+def valid_pairs(ids_B: Tensor, negatives: Negatives) -> Tensor:
+    """Which negatives count: (B, B) for all (never the diagonal), (B, 1) for rolled. Equal ids never count."""
+    if negatives == "all":
+        return ids_B.unsqueeze(1) != ids_B.unsqueeze(0)
+    return (ids_B != ids_B.roll(1)).unsqueeze(1)
+
+
+def to_locations(feature: Tensor) -> Tensor:
+    """(B, C) -> (1, B, C) and (B, C, H, W) -> (H*W, B, C), as views of a channels-last map."""
+    if feature.dim() == 2:
+        return feature.unsqueeze(0)
+    return feature.flatten(2).permute(2, 0, 1)
+
+
+def match_sizes(teacher_BCHW: Tensor, student_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Average-pool the larger of two maps to the smaller one's height and width."""
+    height = min(teacher_BCHW.shape[2], student_BCHW.shape[2])
+    width = min(teacher_BCHW.shape[3], student_BCHW.shape[3])
+
+    def pool(feature: Tensor) -> Tensor:
+        return feature if feature.shape[2:] == (height, width) else F.adaptive_avg_pool2d(feature, (height, width))
+
+    return pool(teacher_BCHW), pool(student_BCHW)
+
+
+class MIMKDLoss(nn.Module):
+    """The loss of one student, with the critics of its terms. Stateless but for the critics' parameters.
+
+    ``forward(teacher, student, labels_B, ids_B)`` returns a :class:`LossOutput`; ``teacher`` may be None when the
+    config uses no teacher. ``reading=True`` reads every bound over all pairs of the lane whatever it trains with.
+    A lane of one image has no negative and is an error.
+    """
+
+    def __init__(self, config: LossConfig, terms: Sequence[Term]) -> None:
+        super().__init__()
+        self.config = config
+        self.plan = tuple(terms)
+        if len({term.name for term in terms}) != len(terms):
+            raise UserError(f"a tap pair stands twice in the loss: {', '.join(term.name for term in terms)}")
+        self.bound = config.resolved_bound
+        self.negatives: Negatives = config.resolved_negatives
+        self.critics = nn.ModuleList(
+            build_critic(config.critic, term.teacher_channels, term.student_channels) for term in terms
+        )
+
+    def constrain_(self) -> None:
+        """Bring learned temperatures back to their limits; call after every optimiser step."""
+        for critic in self.critics:
+            critic.constrain_()  # type: ignore[operator]
+
+    def forward(
+        self,
+        teacher: Features | None,
+        student: Features,
+        labels_B: Tensor,
+        ids_B: Tensor,
+        reading: bool = False,
+    ) -> LossOutput:
+        config = self.config
+        parts: dict[str, Tensor] = {}
+        log: dict[str, Tensor] = {}
+        with torch.autocast(labels_B.device.type, enabled=False):
+            ce = F.cross_entropy(full_precision(student.logits_BC), labels_B, label_smoothing=config.label_smoothing)
+            parts["ce"] = config.ce_weight * ce
+            log["ce"] = ce.detach()
+            if config.kd_weight:
+                assert teacher is not None, "kd_weight is positive and no teacher was given"
+                kd = kd_loss(student.logits_BC, teacher.logits_BC, config.kd_temperature)
+                parts["kd"] = config.kd_weight * kd
+                log["kd"] = kd.detach()
+            if self.plan:
+                assert teacher is not None, "the loss has mutual-information terms and no teacher was given"
+                if len(labels_B) < 2:
+                    raise ValueError("a lane of 1 image has no negatives: a mutual-information term needs 2 or more")
+                negatives: Negatives = "all" if reading else self.negatives
+                valid_BK = valid_pairs(ids_B, negatives)
+                for term, critic in zip(self.plan, self.critics, strict=True):
+                    teacher_LBC, student_LBC = _inputs(term, teacher, student)
+                    loss, stats = score_term(
+                        critic,  # type: ignore[arg-type]
+                        self.bound,
+                        negatives,
+                        teacher_LBC,
+                        student_LBC,
+                        valid_BK,
+                    )
+                    parts[term.name] = term.weight * loss
+                    log[f"{term.name}/loss"] = loss.detach()
+                    log.update({f"{term.name}/{key}": value for key, value in stats.items()})
+        total = torch.stack(list(parts.values())).sum()
+        log["loss"] = total.detach()
+        return LossOutput(total, parts, log)
+
+
+def _inputs(term: Term, teacher: Features, student: Features) -> tuple[Tensor, Tensor]:
+    """The two sides of a term in float32 by location: (L or 1, B, C_teacher), (L, B, C_student)."""
+    if term.kind == "global":
+        pair = teacher.vectors[term.teacher], student.vectors[term.student]
+    elif term.kind == "local":
+        pair = teacher.vectors[term.teacher], student.maps[term.student]
+    else:
+        pair = match_sizes(full_precision(teacher.maps[term.teacher]), full_precision(student.maps[term.student]))
+    return to_locations(full_precision(pair[0].detach())), to_locations(full_precision(pair[1]))
+
+
+def score_term(
+    critic: Critic,
+    bound: BoundName,
+    negatives: Negatives,
+    teacher_LBC: Tensor,
+    student_LBC: Tensor,
+    valid_BK: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Embed both sides, score positives and negatives, and apply the bound at each location.
+
+    Returns the loss (mean over locations, with gradient) and detached statistics: nats, ceiling, scale, bias,
+    mean_u (positives), mean_v (negatives). ``teacher_LBC`` may have one location, which serves all of the
+    student's. Extra memory is O(L*B*width), time O(L*B*B*width) for all pairs and O(L*B*width) for rolled.
+    """
+    teacher_LBd, student_LBd = critic.embed_teacher(teacher_LBC), critic.embed_student(student_LBC)
+
+    def rolled(teacher_lBd: Tensor, student_lBd: Tensor) -> Tensor:
+        positive_lB = critic.paired(student_lBd, teacher_lBd)
+        negative_lB1 = critic.paired(student_lBd, teacher_lBd.roll(1, dims=1)).unsqueeze(2)
+        return _statistics(bound, positive_lB, negative_lB1, valid_BK)
+
+    def all_pairs(teacher_lBd: Tensor, student_lBd: Tensor) -> Tensor:
+        scores_lBB = critic.all_pairs(student_lBd, teacher_lBd)
+        return _statistics(bound, scores_lBB.diagonal(dim1=1, dim2=2), scores_lBB, valid_BK)
+
+    if negatives == "rolled":
+        stats_4L = rolled(teacher_LBd, student_LBd)
+    else:
+        stats_4L = _by_chunks(all_pairs, teacher_LBd, student_LBd, critic.pair_width)
+    loss, nats, mean_u, mean_v = stats_4L.mean(1).unbind()
+    return loss, {
+        "nats": nats.detach(),
+        "ceiling": ceiling(bound, valid_BK),
+        "scale": critic.scale().detach(),
+        "bias": critic.bias.detach(),
+        "mean_u": mean_u.detach(),
+        "mean_v": mean_v.detach(),
+    }
+
+
+def _statistics(bound: BoundName, positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> Tensor:
+    """Rows loss, nats, mean u, mean v, each (L,). Only the loss carries a gradient."""
+    value = BOUNDS[bound](positive_LB, negative_LBK, valid_BK)
+    with torch.no_grad():
+        mean_v_L = torch.where(valid_BK, negative_LBK, 0.0).sum((1, 2)) / valid_BK.sum().clamp(min=1)
+    return torch.stack([value.loss_L, value.nats_L, positive_LB.detach().mean(1), mean_v_L])
+
+
+def _by_chunks(
+    score: Callable[[Tensor, Tensor], Tensor], teacher_LBd: Tensor, student_LBd: Tensor, pair_width: int
+) -> Tensor:
+    """Apply ``score`` to chunks of locations and join the results; chunks are recomputed in the backward pass.
+
+    The scores of a chunk are at most a quarter of the embeddings' size (or one location's, if that is more), since a
+    bound holds a handful of tensors of the scores' size. Where all scores together are at most half of the
+    embeddings' size nothing is to be saved and they are computed at once.
+    """
+    locations, batch, width = student_LBd.shape
+    if 2 * batch * pair_width <= width or locations == 1:
+        return score(teacher_LBd, student_LBd)
+    size = max(1, locations * width // (4 * batch * pair_width))
+    # split (and not slicing) has one backward for all chunks: slices would each allocate a gradient of full size.
+    students = student_LBd.split(size)
+    teachers = teacher_LBd.split(size) if len(teacher_LBd) > 1 else (teacher_LBd,) * len(students)
+    if not torch.is_grad_enabled():
+        return torch.cat([score(t, s) for t, s in zip(teachers, students, strict=True)], dim=1)
+    chunks = [
+        checkpoint(score, t, s, use_reentrant=False, preserve_rng_state=False)
+        for t, s in zip(teachers, students, strict=True)
+    ]
+    return torch.cat(chunks, dim=1)
