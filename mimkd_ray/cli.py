@@ -1,0 +1,123 @@
+"""The command line of jobs/: pick a recipe, override any field by its dotted name, run, and exit with a meaning.
+
+Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted. Bad input is one line on standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from mimkd_ray import storage
+from mimkd_ray.errors import DamagedDataError, NonFiniteLossError, UserError, nearest
+from mimkd_ray.train.config import Config, from_dict, to_dict
+
+Recipe = Callable[[], Config]
+
+
+def main(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str] | None = None) -> int:
+    """Run a job: ``JOB [RECIPE] [--config FILE] [--print-config] [--field.path value ...]``. Returns the status."""
+    program = sys.argv[0]
+    try:
+        config = parse(recipes, default, sys.argv[1:] if argv is None else argv, program)
+        if config is None:
+            return 0
+        from mimkd_ray.launch.run import run  # after the command line is known to be good
+
+        run(config)
+    except UserError as error:
+        return _fail(f"{program}: {error}", 2)
+    except (DamagedDataError, NonFiniteLossError, storage.StorageError) as error:
+        return _fail(f"{program}: {error}", 1)
+    except KeyboardInterrupt:
+        return _fail(f"{program}: interrupted; the same command goes on from the last checkpoint", 130)
+    return 0
+
+
+def _fail(text: str, status: int) -> int:
+    print(" ".join(text.split()), file=sys.stderr, flush=True)
+    return status
+
+
+def parse(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str], program: str) -> Config | None:
+    """The config that a command line asks for; None if it only asked to print something."""
+    arguments = list(argv)
+    name = default
+    if arguments and not arguments[0].startswith("-"):
+        name = arguments.pop(0)
+        if name not in recipes:
+            raise UserError(f"unknown recipe {name!r}{nearest(name, recipes)}; there are: {', '.join(recipes)}")
+    only_print = "--print-config" in arguments
+    arguments = [argument for argument in arguments if argument != "--print-config"]
+    base = recipes[name]()
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 == len(arguments):
+            raise UserError("--config needs a JSON file, such as a run's config.json")
+        base = read_config(arguments[at + 1])
+        del arguments[at : at + 2]
+    config = override(base, arguments, f"{program} [{'|'.join(recipes)}] [--config FILE] [--print-config]", recipes)
+    if config is not None and only_print:
+        print(json.dumps(to_dict(config), indent=2))
+        return None
+    return config
+
+
+def read_config(path: str) -> Config:
+    """A config from a JSON file (path or URL)."""
+    if not storage.exists(path):
+        raise UserError(f"--config {path}: there is no such file")
+    try:
+        value = json.loads(storage.read_bytes(path))
+    except ValueError as error:
+        raise UserError(f"--config {path} is not JSON: {error}") from None
+    return from_dict(Config, value)
+
+
+def override(base: Config, arguments: list[str], usage: str, recipes: Mapping[str, Recipe]) -> Config | None:
+    """Apply ``--field.path value`` pairs to a config. None after --help."""
+    import tyro
+
+    # tyro spells truth values True and False; people type true and false.
+    arguments = [{"true": "True", "false": "False"}.get(argument, argument) for argument in arguments]
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                Config,
+                prog=usage,
+                description=_describe(recipes),
+                default=base,
+                args=arguments,
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            return None
+        raise UserError(_one_line(errors.getvalue())) from None
+
+
+def _describe(recipes: Mapping[str, Recipe]) -> str:
+    lines = (f"  {name}: {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in recipes.items())
+    return "Recipes:\n" + "\n".join(lines)
+
+
+def _one_line(box: str) -> str:
+    """tyro's framed message as one line: its first paragraph, and the first flag that it proposes."""
+    rows = [row.strip("│ ").strip() for row in box.splitlines() if row.startswith("│")]
+    first = " ".join(row for row in _until_rule(rows))
+    proposed = re.findall(r"--[\w.-]+", " ".join(rows[len(_until_rule(rows)) :]))
+    proposed = [flag for flag in proposed if flag not in first and flag != "--help"]
+    hint = f"; did you mean {proposed[0]}?" if proposed and first.startswith("Unrecognized") else ""
+    return f"{first}{hint} (--help lists every field)"
+
+
+def _until_rule(rows: list[str]) -> list[str]:
+    for at, row in enumerate(rows):
+        if row.startswith("──"):
+            return rows[:at]
+    return rows

@@ -1,0 +1,160 @@
+"""The loop under Ray Train: one worker group, restarted by Ray, resumed by the run's own checkpoints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+
+from mimkd_ray import storage
+from mimkd_ray.errors import DamagedDataError, NonFiniteLossError, UserError
+from mimkd_ray.train.config import Config, from_dict, to_dict
+from mimkd_ray.train.context import share_from_first
+from mimkd_ray.train.files import read_json, write_json
+from mimkd_ray.train.job import run_job
+
+REPORT_SECONDS = 30.0
+"""A report to Ray is a barrier that its controller polls every two seconds, so reports are rationed."""
+
+ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (UserError, DamagedDataError, NonFiniteLossError, storage.StorageError)
+}
+"""Errors that a restart cannot mend; they travel to the driver by name."""
+
+
+class RayContext:
+    """One worker of Ray Train."""
+
+    def __init__(self, launch_id: str) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self.launch_id = launch_id
+        self._reported = time.monotonic()
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Show metrics in Ray's dashboard; all ranks agree on when."""
+        due = share_from_first(time.monotonic() - self._reported > REPORT_SECONDS)
+        if due:
+            ray.train.report(dict(metrics))
+            self._reported = time.monotonic()
+
+
+def worker(setup: dict[str, Any]) -> None:
+    """What each Ray worker runs. An error that a restart cannot mend is left in the run directory for the driver."""
+    context = RayContext(setup["launch_id"])
+    url = storage.join(setup["run_dir"], "error.json")
+    earlier = read_json(url)
+    if earlier is not None and earlier["launch_id"] == context.launch_id:
+        return  # this is the restart after it: end, so that the driver can tell
+    try:
+        run_job(from_dict(Config, setup["config"]), context, setup["run_dir"])
+    except tuple(ERRORS.values()) as error:
+        write_json(url, {"launch_id": context.launch_id, "kind": type(error).__name__, "message": str(error)})
+        raise
+
+
+def connect(config: Config) -> bool:
+    """Join the cluster that is named, or start a Ray of our own. Returns whether it is our own."""
+    address = config.launch.address or os.environ.get("RAY_ADDRESS", "")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # workers' lines would be shown twice
+    if address:
+        ray.init(address=address, logging_level="warning", ignore_reinit_error=True)
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nothing listens beyond loopback
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        logging_level="warning",
+        _node_ip_address="127.0.0.1",
+        ignore_reinit_error=True,
+    )
+    return True
+
+
+def scaling(config: Config) -> ScalingConfig:
+    """Workers and what each reserves, from what the cluster has. Too little is a UserError: Ray would wait for ever."""
+    has = ray.cluster_resources()
+    cpus, gpus = int(has.get("CPU", 0)), int(has.get("GPU", 0))
+    launch = config.launch
+    use_gpu = launch.gpu == "on" or (launch.gpu == "auto" and gpus > 0)
+    most = gpus if use_gpu else cpus
+    workers = launch.workers or min(config.train.lanes, most)
+    if use_gpu:
+        each = launch.cpus_per_worker or max(1, min(1 + config.data.loader_workers, cpus // max(workers, 1)))
+    else:
+        each = launch.cpus_per_worker or max(1, cpus // max(workers, 1))
+    if workers < 1 or workers > most or workers * each > cpus:
+        kind = "GPUs" if use_gpu else "CPUs"
+        raise UserError(
+            f"{workers} workers with {each} CPUs{' and 1 GPU' if use_gpu else ''} each do not fit: the cluster has "
+            f"{cpus} CPUs and {gpus} GPUs; pass --launch.workers {max(1, min(config.train.lanes, most))}, fewer "
+            f"--launch.cpus-per-worker, or add nodes with {kind}"
+        )
+    resources = {"CPU": each, **({"GPU": 1} if use_gpu else {})}
+    return ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources)
+
+
+class EmbeddedTrainer(TorchTrainer):
+    """A TorchTrainer for a Ray that ends with this process.
+
+    Leaves out the actor that frees placement groups after a killed controller: here everything is freed anyway, it
+    needs a dashboard, and starting an actor takes seconds on a small machine.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+
+
+def run_ray(config: Config, run_dir: str) -> dict[str, Any]:
+    """Run the job on Ray Train workers and return its result."""
+    own = connect(config)
+    launch_id = uuid.uuid4().hex
+    # Ray wants a place for its own snapshot. Ours are the only checkpoints, so it is thrown away.
+    scratch = tempfile.mkdtemp(prefix="mimkd-ray-")
+    try:
+        trainer = (EmbeddedTrainer if own else TorchTrainer)(
+            worker,
+            train_loop_config={"config": to_dict(config), "run_dir": run_dir, "launch_id": launch_id},
+            scaling_config=scaling(config),
+            run_config=RunConfig(
+                name=launch_id,
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=config.launch.max_failures),
+            ),
+        )
+        trainer.fit()
+    except TrainingFailedError:
+        _raise_known(run_dir, launch_id)
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if own:
+            ray.shutdown()
+    _raise_known(run_dir, launch_id)
+    result = read_json(storage.join(run_dir, "result.json"))
+    if result is None:
+        raise UserError(
+            f"the workers ended without a result in {run_dir}: on several nodes --run.root must be a folder or URL "
+            "that all of them see, such as s3://bucket/runs"
+        )
+    return result
+
+
+def _raise_known(run_dir: str, launch_id: str) -> None:
+    """Raise the error that a worker of this launch left behind, if any."""
+    error = read_json(storage.join(run_dir, "error.json"))
+    if error is not None and error["launch_id"] == launch_id:
+        raise ERRORS[error["kind"]](error["message"])

@@ -1,0 +1,62 @@
+"""Run a config: name its directory, check it, hand it to a launcher, show the result."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from mimkd_ray import storage
+from mimkd_ray.launch.local import run_local, under_torchrun
+from mimkd_ray.launch.table import result_table
+from mimkd_ray.train.config import Config, digest
+from mimkd_ray.train.files import read_json
+from mimkd_ray.train.job import claim
+from mimkd_ray.train.preflight import preflight
+
+
+def run_directory(config: Config) -> str:
+    """URL or absolute path of the run. The default name holds a digest of what is trained: the same command finds
+    its run again, another configuration gets another directory."""
+    return storage.join(config.run.root, config.run.name or f"{config.recipe}-{digest(config)[:8]}")
+
+
+def absolute(config: Config) -> Config:
+    """Local paths made absolute: Ray's workers start in folders of their own."""
+
+    def full(path: str, *names: str) -> str:
+        return path if path in names or storage.is_remote(path) else os.path.abspath(path)
+
+    return replace(
+        config,
+        data=replace(config.data, root=full(config.data.root, "digits")),
+        teacher=replace(config.teacher, weights=full(config.teacher.weights, "random", "published")),
+        student=replace(config.student, weights=full(config.student.weights, "random", "published")),
+        run=replace(config.run, root=full(config.run.root)),
+    )
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run ``config`` to its end and print its table. A finished run only prints it."""
+    config = absolute(config)
+    first = int(os.environ.get("RANK", "0")) == 0 if under_torchrun() else True
+    run_dir = run_directory(config)
+    if first and config.run.overwrite:
+        storage.remove_tree(run_dir)
+    finished = read_json(storage.join(run_dir, "result.json"))
+    if finished is not None:
+        claim(config, run_dir)
+        if first:
+            print(result_table(finished))
+            print(f"this run was finished before; --run.overwrite true does it again\nrun directory: {run_dir}")
+        return finished
+    preflight(config)
+    if config.launch.backend == "local":
+        result = run_local(config, run_dir)
+    else:
+        from mimkd_ray.launch.ray_train import run_ray  # Ray takes seconds to import
+
+        result = run_ray(config, run_dir)
+    if first:
+        print(f"\n{result_table(result)}\nrun directory: {run_dir}", flush=True)
+    return result

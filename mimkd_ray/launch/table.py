@@ -1,0 +1,81 @@
+"""The table at the end of a job, from its result.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+LABELS = {"alone": "student alone", "kd": "student, Hinton KD", "mimkd": "student, MIMKD"}
+
+
+def result_table(result: Mapping[str, Any]) -> str:
+    """Teacher and student (or every arm of a comparison) with top-1, mutual information and images/s."""
+    return _comparison(result) if "compare" in result else _single(result)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _information(nats: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    lines = []
+    for name, value in nats.items():
+        amount, ceiling = value["nats"], value["ceiling"]
+        limit = f" (at most {ceiling:.2f})" if ceiling is not None else ""
+        lines.append(f"  {name}: {'no valid reading' if amount is None else f'{amount:.3f} nats'}{limit}")
+    return ["mutual information on held-out images:", *lines] if lines else []
+
+
+def _single(result: Mapping[str, Any]) -> str:
+    student, teacher = result["student"], result.get("teacher")
+    rows = [["", "top-1 %", "top-5 %", "images/s"]]
+    if teacher:
+        rows.append([f"teacher {teacher['name']}", f"{teacher['top1']:.2f}", f"{teacher['top5']:.2f}", ""])
+    rate = f"{result['images_per_second']:.0f}"
+    rows.append([f"student {student['name']}", f"{student['top1']:.2f}", f"{student['top5']:.2f}", rate])
+    return "\n".join([_columns(rows), *_information(result["nats"])])
+
+
+def _comparison(result: Mapping[str, Any]) -> str:
+    rows = [["", "top-1 %", "against alone", "better in", "images/s"]]
+    teacher = result.get("teacher")
+    if teacher:
+        rows.append([f"teacher {teacher['name']}", f"{teacher['top1']:.2f}", "", "", ""])
+    for arm, value in result["compare"].items():
+        spread = "" if value["sd"] is None else f" ± {value['sd']:.2f}"
+        gain, wins = "", ""
+        if "against_alone" in value:
+            paired = value["against_alone"]
+            error = "" if paired["standard_error"] is None else f" ± {paired['standard_error']:.2f}"
+            gain, wins = f"{paired['mean']:+.2f}{error}", f"{paired['wins']} of {paired['of']}"
+        rate = f"{value['images_per_second']:.0f}"
+        rows.append([LABELS[arm], f"{value['mean']:.2f}{spread}", gain, wins, rate])
+    head = (
+        f"{result['recipe']}: student {result['student']['name']}, {result['train_rows']} training images, "
+        f"{result['held_out_rows']} held out, {result['seeds']} seeds, {result['workers']} workers\n"
+        "top-1: mean ± standard deviation over seeds; against alone: mean paired difference ± its standard error"
+    )
+    nats = result["compare"].get("mimkd", {}).get("nats", {})
+    return "\n".join([head, _columns(rows), *_information(nats), *_verdict(result["compare"])])
+
+
+def _verdict(arms: Mapping[str, Any]) -> list[str]:
+    """Who wins, in words: a difference counts from two standard errors on."""
+    lines = []
+    for arm in ("kd", "mimkd"):
+        paired = arms.get(arm, {}).get("against_alone")
+        if paired and paired["standard_error"] is not None:
+            if abs(paired["mean"]) < 2 * paired["standard_error"]:
+                word = "makes no clear difference to the student"
+            else:
+                word = "helps the student" if paired["mean"] > 0 else "harms the student"
+            lines.append(f"{LABELS[arm].removeprefix('student, ')} {word}.")
+    if "kd" in arms and "mimkd" in arms and "against_alone" in arms["mimkd"]:
+        ahead = "MIMKD" if arms["mimkd"]["mean"] > arms["kd"]["mean"] else "Hinton KD"
+        lines.append(f"The higher mean is {ahead}'s.")
+    return lines

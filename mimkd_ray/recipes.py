@@ -1,0 +1,135 @@
+"""Named recipes: functions that return a complete config. Override any field on the command line.
+
+Published protocols train on one GPU, so their recipes have one lane; ImageNet recipes have eight lanes, dealt to as
+many workers as there are. `expect_top1` of a teacher is checked before training starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from mimkd_ray.data.dataset import DataConfig
+from mimkd_ray.losses.mimkd import LossConfig
+from mimkd_ray.models.zoo import ModelConfig
+from mimkd_ray.train.config import CompareConfig, Config, LaunchConfig, TrainConfig
+from mimkd_ray.train.files import RunConfig
+from mimkd_ray.train.optim import OptimConfig
+from mimkd_ray.train.teacher import TeacherConfig
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+
+
+def demo() -> Config:
+    """Handwritten digits, 200 labels, ten seeds: student alone, with Hinton's KD, and with MIMKD.
+
+    python jobs/imagenet.py
+    """
+    return Config(
+        recipe="demo",
+        data=DataConfig(root="digits", subset=200),
+        teacher=TeacherConfig(name="cifar/resnet20", train=True, epochs=12, lr=0.1),
+        student=ModelConfig(name="cifar/resnet8_w4"),
+        loss=LossConfig(global_weight=0.0, local_weight=0.0, feature_weight=0.3),
+        optim=OptimConfig(lr=0.1, schedule="cosine", warmup_epochs=1, weight_decay=5e-4),
+        train=TrainConfig(epochs=30, lanes=2, lane_batch=25, eval_every=0),
+        compare=CompareConfig(seeds=10, arms=("alone", "kd", "mimkd")),
+        run=RunConfig(checkpoint_every=0),
+        launch=LaunchConfig(workers=2),
+    )
+
+
+def _imagenet(name: str, teacher: str, student: str, expect_top1: float) -> Config:
+    return Config(
+        recipe=name,
+        data=DataConfig(
+            root="imagenet",
+            pipeline="imagenet",
+            image_size=224,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            window=64,
+            loader_workers=8,
+        ),
+        teacher=TeacherConfig(name=teacher, weights="published", expect_top1=expect_top1, tolerance=0.5),
+        student=ModelConfig(name=student),
+        optim=OptimConfig(lr=0.2, weight_decay=1e-4, milestones=(30, 60, 90)),
+        train=TrainConfig(epochs=100, lanes=8, lane_batch=64, eval_batch=256),
+    )
+
+
+def r34_r18() -> Config:
+    """ImageNet, ResNet-34 -> ResNet-18: 100 epochs, batch 512 (8 lanes of 64), lr 0.2, x0.1 at 30, 60, 90.
+
+    ray job submit --working-dir . -- python jobs/imagenet.py r34_r18 --data.root s3://bucket/imagenet
+    Not yet run at full length here.
+    """
+    return _imagenet("r34_r18", "resnet34", "resnet18", 73.31)
+
+
+def r50_mbv2() -> Config:
+    """ImageNet, ResNet-50 -> MobileNetV2, cosine schedule, lr 0.2, weight decay 4e-5, 100 epochs.
+
+    Not yet run at full length here.
+    """
+    config = _imagenet("r50_mbv2", "resnet50", "mobilenet_v2", 80.86)
+    return replace(config, optim=OptimConfig(lr=0.2, weight_decay=4e-5, schedule="cosine", warmup_epochs=5))
+
+
+def r50_shufflenetv2() -> Config:
+    """ImageNet, ResNet-50 -> ShuffleNetV2 x1.0, cosine schedule, lr 0.2, weight decay 4e-5, 100 epochs.
+
+    Not yet run at full length here.
+    """
+    config = _imagenet("r50_shufflenetv2", "resnet50", "shufflenet_v2_x1_0", 80.86)
+    return replace(config, optim=OptimConfig(lr=0.2, weight_decay=4e-5, schedule="cosine", warmup_epochs=5))
+
+
+SMALL_RATE = ("mobilenet_v2", "shufflenet_v1", "shufflenet_v2")
+"""CIFAR-100 students that the field trains with lr 0.01 instead of 0.05."""
+
+CIFAR_PAIRS = {
+    "wrn_40_2_wrn_16_2": ("wrn_40_2", "wrn_16_2"),
+    "resnet56_resnet20": ("resnet56", "resnet20"),
+    "resnet110_resnet32": ("resnet110", "resnet32"),
+    "resnet32x4_resnet8x4": ("resnet32x4", "resnet8x4"),
+    "vgg13_vgg8": ("vgg13", "vgg8"),
+    "vgg13_mobilenetv2": ("vgg13", "mobilenet_v2"),
+    "resnet50_mobilenetv2": ("resnet50", "mobilenet_v2"),
+    "resnet50_vgg8": ("resnet50", "vgg8"),
+    "resnet32x4_shufflenetv1": ("resnet32x4", "shufflenet_v1"),
+    "resnet32x4_shufflenetv2": ("resnet32x4", "shufflenet_v2"),
+    "resnet50_shufflenetv2": ("resnet50", "shufflenet_v2"),
+}
+
+
+def cifar100(name: str, teacher: str, student: str) -> Config:
+    """The field's CIFAR-100 protocol: 240 epochs, batch 64, SGD 0.9, lr 0.05 or 0.01, x0.1 at 150, 180, 210."""
+    return Config(
+        recipe=name,
+        data=DataConfig(root="cifar100", pipeline="cifar", image_size=32, mean=CIFAR_MEAN, std=CIFAR_STD),
+        teacher=TeacherConfig(name=f"cifar/{teacher}", lr=0.05),
+        student=ModelConfig(name=f"cifar/{student}"),
+        loss=LossConfig(),
+        optim=OptimConfig(lr=0.01 if student in SMALL_RATE else 0.05),
+        train=TrainConfig(epochs=240, lanes=1, lane_batch=64, eval_batch=256),
+    )
+
+
+def _cifar_recipe(name: str, teacher: str, student: str) -> Callable[[], Config]:
+    def recipe() -> Config:
+        return cifar100(name, teacher, student)
+
+    recipe.__name__ = name
+    recipe.__doc__ = f"CIFAR-100, {teacher} -> {student}, the field's protocol (240 epochs, batch 64)."
+    return recipe
+
+
+IMAGENET_RECIPES: dict[str, Callable[[], Config]] = {
+    "demo": demo,
+    "r34_r18": r34_r18,
+    "r50_mbv2": r50_mbv2,
+    "r50_shufflenetv2": r50_shufflenetv2,
+}
+CIFAR_RECIPES: dict[str, Callable[[], Config]] = {name: _cifar_recipe(name, *pair) for name, pair in CIFAR_PAIRS.items()}

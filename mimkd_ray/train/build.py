@@ -1,0 +1,126 @@
+"""From a config to networks: the teacher, and the student with its taps, critics and loss."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mimkd_ray.losses.mimkd import Kind, LossConfig, MIMKDLoss, Term
+from mimkd_ray.models.stages import default_taps
+from mimkd_ray.models.taps import TapShape, find_shapes
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train.config import Config, TrainConfig
+from mimkd_ray.train.pairs import Pair, build_terms, choose_pairs, configured_pairs
+from mimkd_ray.train.step import Distiller
+from mimkd_ray.train.teacher import Teacher
+
+KINDS: tuple[Kind, ...] = ("global", "local", "feature")
+
+
+@dataclass(frozen=True)
+class TapPlan:
+    """The terms of a loss and the taps that they read, found by one dry forward of each network."""
+
+    terms: tuple[Term, ...]
+    teacher_shapes: Mapping[str, TapShape]
+    student_shapes: Mapping[str, TapShape]
+
+    def teacher_taps(self) -> tuple[list[str], list[str]]:
+        """Teacher taps read as vectors, and as maps."""
+        return (
+            _unique(term.teacher for term in self.terms if term.kind != "feature"),
+            _unique(term.teacher for term in self.terms if term.kind == "feature"),
+        )
+
+    def student_taps(self) -> tuple[list[str], list[str]]:
+        """Student taps read as vectors, and as maps."""
+        return (
+            _unique(term.student for term in self.terms if term.kind == "global"),
+            _unique(term.student for term in self.terms if term.kind != "global"),
+        )
+
+
+def _unique(names: object) -> list[str]:
+    return list(dict.fromkeys(names))  # type: ignore[call-overload]
+
+
+def plan_taps(loss: LossConfig, teacher: nn.Module, student: nn.Module, image_size: int) -> TapPlan:
+    """Choose or check the tap pairs of every kind of term that is on. Wrong layers are :class:`UserError`."""
+    kinds = [kind for kind in KINDS if loss.weight(kind) > 0]
+    if not kinds:
+        return TapPlan((), {}, {})
+    pairs: dict[Kind, list[Pair]] = {kind: configured_pairs(loss, kind) for kind in kinds}
+    if not all(pairs.values()):
+        teacher_stages, student_stages = default_taps(teacher, image_size), default_taps(student, image_size)
+        stage_shapes = find_shapes(student, image_size, student_stages.maps)
+        for kind in kinds:
+            pairs[kind] = pairs[kind] or choose_pairs(kind, teacher_stages, student_stages, stage_shapes)
+    named = [pair for kind_pairs in pairs.values() for pair in kind_pairs]
+    teacher_shapes = find_shapes(teacher, image_size, _unique(pair.teacher for pair in named))
+    student_shapes = find_shapes(student, image_size, _unique(pair.student for pair in named))
+    return TapPlan(tuple(build_terms(loss, pairs, teacher_shapes, student_shapes)), teacher_shapes, student_shapes)
+
+
+def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """Type of autocast, or None."""
+    if config.precision == "bf16":
+        return torch.bfloat16
+    gains = config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if gains else None
+
+
+def parameter_dtype(config: TrainConfig) -> torch.dtype:
+    """Type of parameters and images."""
+    return torch.float64 if config.precision == "float64" else torch.float32
+
+
+def uses_channels_last(config: TrainConfig, device: torch.device) -> bool:
+    """Whether images and kernels are channels-last."""
+    return config.channels_last == "on" or (config.channels_last == "auto" and device.type == "cuda")
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile's default backend finds a C++ compiler."""
+    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+
+
+def place(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
+    """Move a network to the device, in the run's type and memory format."""
+    model = model.to(device, parameter_dtype(config))
+    return model.to(memory_format=torch.channels_last) if uses_channels_last(config, device) else model  # type: ignore[call-overload]
+
+
+def build_student(config: Config, num_classes: int) -> nn.Module:
+    """The student at its start: a function of train.seed alone."""
+    torch.manual_seed(config.train.seed)
+    return build_model(config.student.name, num_classes, config.student.weights, config.data.image_size)
+
+
+def build_distiller(config: Config, num_classes: int, teacher: nn.Module | None, device: torch.device) -> Distiller:
+    """The student with its taps, critics and loss, on the device. The teacher's network gives the tap shapes."""
+    student = build_student(config, num_classes)
+    plan = TapPlan((), {}, {})
+    if teacher is not None:
+        plan = plan_taps(config.loss, teacher, student, config.data.image_size)
+    torch.manual_seed(config.train.seed + 1)  # so that the critics' start does not depend on the student's size
+    loss = MIMKDLoss(config.loss, plan.terms)
+    vectors, maps = plan.student_taps()
+    autocast = autocast_dtype(config.train, device)
+    distiller = Distiller(student, plan.student_shapes, vectors, maps, loss, autocast)
+    placed = place(distiller, config.train, device)
+    assert isinstance(placed, Distiller)
+    return placed
+
+
+def build_teacher(config: Config, model: nn.Module, num_classes: int, device: torch.device) -> Teacher:
+    """The frozen teacher with the taps that the loss of ``config`` reads."""
+    with torch.random.fork_rng(devices=[]):
+        plan = plan_taps(config.loss, model, build_student(config, num_classes), config.data.image_size)
+    vectors, maps = plan.teacher_taps()
+    return Teacher(
+        place(model, config.train, device), plan.teacher_shapes, vectors, maps, autocast_dtype(config.train, device)
+    )

@@ -1,0 +1,207 @@
+"""The whole typed configuration of a run, its JSON form and its digest."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import cattrs
+from cattrs.gen import make_dict_structure_fn
+
+from mimkd_ray.data.dataset import DataConfig
+from mimkd_ray.errors import UserError
+from mimkd_ray.losses.mimkd import LossConfig
+from mimkd_ray.models.zoo import ModelConfig
+from mimkd_ray.train.files import RunConfig
+from mimkd_ray.train.optim import OptimConfig
+from mimkd_ray.train.teacher import TeacherConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batch, precision and rhythm of training."""
+
+    epochs: int = 240
+    """Passes over the training rows."""
+    max_steps: int = 0
+    """Stop after this many steps (for a trial run; the schedule stays that of `epochs`); 0 trains to the end."""
+    lanes: int = 1
+    """Fixed slices of each global batch: batch norm and negatives see one lane, whatever the number of workers."""
+    lane_batch: int = 64
+    """Images in a lane; the global batch is lanes * lane_batch."""
+    seed: int = 0
+    """Seeds the student's start, the order, the views and the model's random numbers."""
+    precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
+    """Autocast of the networks; auto: bf16 on a GPU that has it, else float32. Losses always compute in float32."""
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Memory layout of images and kernels; auto: channels-last on a GPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: on a GPU where a C++ compiler is found."""
+    ema_decay: float = 0.0
+    """Keep an exponential moving average of the student with this decay, and evaluate and export it; 0 is off."""
+    log_every: int = 50
+    """Steps between two lines of metrics."""
+    eval_every: int = 1
+    """Epochs between two evaluations; 0 evaluates at the end only."""
+    eval_batch: int = 0
+    """Images in an evaluation batch; 0: the lane's."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.max_steps < 0 or self.lanes < 1 or self.log_every < 1 or self.eval_every < 0:
+            raise UserError(
+                f"train.epochs {self.epochs}, lanes {self.lanes} and log_every {self.log_every} must be at least 1; "
+                f"max_steps {self.max_steps} and eval_every {self.eval_every} not negative"
+            )
+        if self.lane_batch < 2:
+            raise UserError(f"train.lane_batch is {self.lane_batch}: a lane needs 2 images, or it has no negatives")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"train.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
+
+
+Arm = Literal["alone", "kd", "mimkd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Train the same student in several ways and over several seeds, in one start of the workers."""
+
+    seeds: int = 0
+    """Seeds of every arm; a seed draws the student's start, the order and (with data.subset) the training rows.
+    0: no comparison, one run of the config as it stands."""
+    arms: tuple[Arm, ...] = ("alone", "mimkd")
+    """alone: cross-entropy only. kd: Hinton's KD. mimkd: the config's loss."""
+    kd_weight: float = 1.0
+    """Weight of the KD term in the kd arm."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 0 or not self.arms or len(set(self.arms)) != len(self.arms):
+            raise UserError(f"compare.seeds {self.seeds} must not be negative and compare.arms {self.arms} not repeat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """Who runs the loop, on how many workers."""
+
+    backend: Literal["ray", "local"] = "ray"
+    """ray: Ray Train. local: this process, or the process group that torchrun made."""
+    workers: int = 0
+    """Training workers; 0: as many as the cluster has GPUs (else CPUs) for, at most `train.lanes`."""
+    cpus_per_worker: int = 0
+    """CPUs that a worker reserves; 0: an equal share on CPU, and 1 + data.loader_workers with a GPU."""
+    gpu: Literal["auto", "on", "off"] = "auto"
+    """Whether a worker takes a GPU; auto: if the cluster has any."""
+    address: str = ""
+    """Address of a running Ray cluster; unset: RAY_ADDRESS, else a Ray of this process's own."""
+    max_failures: int = 3
+    """How often Ray restarts a failed worker group; each restart goes on from the last checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or self.cpus_per_worker < 0 or self.max_failures < 0:
+            raise UserError(
+                f"launch.workers {self.workers}, cpus_per_worker {self.cpus_per_worker} and "
+                f"max_failures {self.max_failures} must not be negative"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that a run depends on. A recipe returns one; the command line overrides any field."""
+
+    recipe: str = "custom"
+    """The recipe it came from; names the run directory."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The images."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The strong network."""
+    student: ModelConfig = field(default_factory=lambda: ModelConfig(name="cifar/resnet8_w4"))
+    """The small network."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What the student minimises."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and schedule."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, batch, precision."""
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    """Train several arms and seeds and compare them."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where results go."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """Who runs it."""
+
+    def __post_init__(self) -> None:
+        if self.launch.workers > self.train.lanes:
+            raise UserError(
+                f"launch.workers is {self.launch.workers} and train.lanes {self.train.lanes}: a worker needs a lane of "
+                f"its own; pass --train.lanes {self.launch.workers} (and --train.lane-batch to keep the global batch)"
+            )
+
+
+T = TypeVar("T")
+
+_converter = cattrs.Converter(forbid_extra_keys=True)
+_converter.register_structure_hook_factory(
+    dataclasses.is_dataclass,
+    lambda cls: make_dict_structure_fn(cls, _converter, _cattrs_forbid_extra_keys=True),
+)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON form of a config."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(kind: type[T], value: Mapping[str, Any]) -> T:
+    """Build a config from its JSON form; an unknown name or a wrong type is a :class:`UserError`."""
+    try:
+        return _converter.structure(value, kind)
+    except cattrs.BaseValidationError as error:
+        user_errors = [e for e in _leaves(error) if isinstance(e, UserError)]
+        if user_errors:
+            raise user_errors[0] from None
+        raise UserError("; ".join(cattrs.transform_error(error, path="config"))) from None
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    inner = getattr(error, "exceptions", None)
+    return [leaf for child in inner for leaf in _leaves(child)] if inner else [error]
+
+
+_SECTIONS_NOT_IN_DIGEST = ("recipe", "run", "launch")
+_NOT_IN_DIGEST = {"train": ("log_every", "eval_every", "eval_batch"), "data": ("loader_workers",)}
+"""What may change between two starts of the same run: where it writes, who runs it, how often it looks."""
+
+
+def training_part(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a config's JSON form, the fields that decide what is trained."""
+    return {
+        section: {name: item for name, item in fields.items() if name not in _NOT_IN_DIGEST.get(section, ())}
+        for section, fields in value.items()
+        if section not in _SECTIONS_NOT_IN_DIGEST
+    }
+
+
+def training_dict(config: Config) -> dict[str, Any]:
+    """The fields that decide what is trained, in JSON form."""
+    return training_part(to_dict(config))
+
+
+def digest(config: Config) -> str:
+    """Hex digest of the fields that decide what is trained."""
+    text = json.dumps(training_dict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of differing fields with both values: "train.lanes: 2 -> 4"."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} -> {b}")
+    return found

@@ -1,0 +1,129 @@
+"""A run directory: config.json, metrics.jsonl, tensorboard/, checkpoints/, result.json, student.safetensors.
+
+The directory may be local or any fsspec URL. Object stores cannot append, so files that grow are kept in a local
+staging folder and published as a whole after each evaluation; a local directory is its own staging folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mimkd_ray import storage
+from mimkd_ray.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run's results go, and how often it can be resumed from."""
+
+    root: str = "runs"
+    """Folder or URL that holds run directories."""
+    name: str = ""
+    """Name of the run's directory; unset: the recipe and a digest of what decides the training."""
+    overwrite: bool = False
+    """Delete what the directory holds and start anew, instead of resuming or repeating the result."""
+    checkpoint_every: int = 1
+    """Epochs between two checkpoints; 0 writes none."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 0 or self.keep_checkpoints < 1:
+            raise UserError(
+                f"run.checkpoint_every {self.checkpoint_every} must not be negative, "
+                f"and keep_checkpoints {self.keep_checkpoints} at least 1"
+            )
+
+
+def jsonable(value: Any) -> Any:
+    """``value`` with NaN and infinities as None: strict JSON, which other tools read."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    return value
+
+
+def write_json(url: str, value: Any) -> None:
+    """Publish ``value`` as indented strict JSON."""
+    storage.write_bytes(url, (json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(url: str) -> Any:
+    """Read JSON; None if there is no such file."""
+    return json.loads(storage.read_bytes(url)) if storage.exists(url) else None
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard of one run. Only rank 0 makes one."""
+
+    def __init__(self, run_dir: str, start_step: int, tensorboard: bool) -> None:
+        self.run_dir = run_dir
+        self.remote = storage.is_remote(run_dir)
+        self._folder = tempfile.TemporaryDirectory(prefix="mimkd-run-") if self.remote else None
+        self.staging = Path(self._folder.name if self._folder else run_dir)
+        self.staging.mkdir(parents=True, exist_ok=True)
+        self.path = self.staging / "metrics.jsonl"
+        self._keep_before(start_step)
+        self._lines = self.path.open("a")
+        self._tensorboard: Any = None
+        self._wants_tensorboard = tensorboard
+        self._start_step = start_step
+
+    def _keep_before(self, step: int) -> None:
+        """Drop lines from after the checkpoint that training resumes from: they will be written again."""
+        url = storage.join(self.run_dir, "metrics.jsonl")
+        old = storage.read_bytes(url).decode().splitlines() if storage.exists(url) else []
+        kept = []
+        for line in old:
+            if not line.endswith("}"):
+                continue  # a write that a kill cut short
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        self.path.write_text("".join(kept))
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Add a line {"kind", "step", ...} and one TensorBoard point per number."""
+        self._lines.write(json.dumps(jsonable({"kind": kind, "step": step, **values}), allow_nan=False) + "\n")
+        self._lines.flush()
+        if not self._wants_tensorboard:
+            return
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter  # half a second: only once there is a point
+
+            self._tensorboard = SummaryWriter(
+                str(self.staging / "tensorboard"), purge_step=self._start_step + 1 if self._start_step else None
+            )
+        for key, value in values.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
+
+    def publish(self) -> None:
+        """Bring the staged files to a remote run directory; flush local ones."""
+        self._lines.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+        if self.remote:
+            for path in self.staging.rglob("*"):
+                if path.is_file():
+                    relative = path.relative_to(self.staging).as_posix()
+                    storage.upload(str(path), storage.join(self.run_dir, relative))
+
+    def close(self) -> None:
+        """Publish and release the files."""
+        self.publish()
+        self._lines.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._folder is not None:
+            self._folder.cleanup()

@@ -1,0 +1,124 @@
+"""A whole job in one worker: data, teacher (trained or loaded, and checked), then one run or a comparison."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from mimkd_ray import storage
+from mimkd_ray.data.dataset import Data, open_data
+from mimkd_ray.data.loader import eval_batches
+from mimkd_ray.data.views import make_pipeline
+from mimkd_ray.errors import UserError
+from mimkd_ray.losses.mimkd import LossConfig
+from mimkd_ray.models.zoo import ModelConfig, build_model
+from mimkd_ray.train.build import parameter_dtype, place, uses_channels_last
+from mimkd_ray.train.compare import arm_config, compare
+from mimkd_ray.train.config import CompareConfig, Config, differences, to_dict, training_dict, training_part
+from mimkd_ray.train.context import Context, barrier, share_from_first
+from mimkd_ray.train.evaluate import accuracy
+from mimkd_ray.train.files import read_json, write_json
+from mimkd_ray.train.loop import train
+from mimkd_ray.train.metrics import say
+from mimkd_ray.train.step import Normalizer
+from mimkd_ray.train.teacher import check_accuracy, weights_digest
+
+NO_TEACHER = LossConfig(global_weight=0, local_weight=0, feature_weight=0)
+"""Cross-entropy alone."""
+
+
+def run_job(config: Config, context: Context, run_dir: str) -> dict[str, Any]:
+    """Do what ``config`` says in ``run_dir`` and return the result. Every worker calls this."""
+    if context.rank == 0:
+        claim(config, run_dir)
+    barrier()
+    finished = share_from_first(read_json(storage.join(run_dir, "result.json")) if context.rank == 0 else None)
+    if finished is not None:
+        return finished
+    data = open_data(config.data)
+    teacher, facts = obtain_teacher(config, data, context, run_dir)
+    if config.compare.seeds:
+        return compare(config, data, teacher, facts, context, run_dir)
+    return train(config, data, teacher, context, run_dir, facts)
+
+
+def claim(config: Config, run_dir: str) -> None:
+    """Write the run's config.json, or refuse a directory that was begun with another training configuration."""
+    url = storage.join(run_dir, "config.json")
+    old = read_json(url)
+    if old is not None:
+        changed = differences(training_part(old), training_dict(config))
+        if changed:
+            raise UserError(
+                f"{run_dir} was begun with another configuration ({'; '.join(changed)}): pass the old values, "
+                "another --run.name, or --run.overwrite true to start anew"
+            )
+    write_json(url, to_dict(config))
+
+
+def needs_teacher(config: Config) -> bool:
+    """Whether any arm of the job uses a teacher."""
+    arms = [arm_config(config, arm, 0).loss for arm in config.compare.arms] if config.compare.seeds else [config.loss]
+    return any(loss.uses_teacher for loss in arms)
+
+
+def teacher_config(config: Config) -> Config:
+    """The run that trains the teacher: the job's own, with the teacher as student, labels only, all training rows."""
+    teacher = config.teacher
+    return replace(
+        config,
+        recipe=f"{config.recipe} teacher",
+        student=ModelConfig(name=teacher.name),
+        loss=replace(NO_TEACHER, label_smoothing=config.loss.label_smoothing),
+        data=replace(config.data, subset=0),
+        optim=replace(config.optim, lr=teacher.lr or config.optim.lr),
+        train=replace(config.train, epochs=teacher.epochs or config.train.epochs),
+        compare=CompareConfig(),
+    )
+
+
+def obtain_teacher(
+    config: Config, data: Data, context: Context, run_dir: str
+) -> tuple[nn.Module | None, dict[str, Any]]:
+    """The teacher's network, trained first where the config says so, and the facts of its check on held-out images.
+
+    Raises UserError if it falls short of ``teacher.expect_top1``.
+    """
+    if not needs_teacher(config):
+        return None, {}
+    teacher = config.teacher
+    weights = teacher.weights
+    if teacher.train:
+        folder = storage.join(run_dir, "teacher")
+        own = teacher_config(config)
+        train(own, open_data(own.data), None, context, folder)
+        weights = storage.join(folder, "student.safetensors")
+    model = build_model(teacher.name, data.num_classes, weights, config.data.image_size)
+    digest = weights_digest(model)
+    place(model, config.train, context.device).eval().requires_grad_(False)
+    layout = uses_channels_last(config.train, context.device)
+    normalize = Normalizer(
+        config.data.mean, config.data.std, context.device, parameter_dtype(config.train), layout
+    )
+    batches = eval_batches(
+        data.val,
+        make_pipeline(config.data.pipeline, config.data.image_size).eval,
+        rank=context.rank,
+        world_size=context.world_size,
+        batch_size=config.train.eval_batch or config.train.lane_batch,
+        loader_workers=config.data.loader_workers,
+    )
+    measured = accuracy(model, batches, normalize, config.data.max_damaged)
+    say(context, f"teacher {teacher.name} ({weights}): top-1 {measured.top1:.2f} % on {measured.rows} held-out images")
+    check_accuracy(teacher, measured.top1, measured.rows)
+    facts = {
+        "name": teacher.name,
+        "weights": weights,
+        "top1": measured.top1,
+        "top5": measured.top5,
+        "rows": measured.rows,
+        "sha256": digest,
+    }
+    return model, {"teacher": facts}

@@ -1,0 +1,79 @@
+"""Optimiser, weight-decay groups and learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from mimkd_ray.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimiser of student and critics and its schedule."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """sgd (momentum) or adamw."""
+    lr: float = 0.05
+    """Peak learning rate, for the whole global batch."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    nesterov: bool = False
+    """Nesterov momentum for sgd."""
+    weight_decay: float = 5e-4
+    """Weight decay of weights; norms, biases and critic temperatures have none."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """step: times gamma at each milestone. cosine: to min_lr at the last step."""
+    milestones: tuple[int, ...] = (150, 180, 210)
+    """Epochs at which the step schedule drops."""
+    gamma: float = 0.1
+    """Factor of each drop."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up from 0."""
+    min_lr: float = 0.0
+    """Last learning rate of the cosine schedule."""
+    clip_norm: float = 0.0
+    """Clip the gradient's global L2 norm to this; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.weight_decay < 0 or self.warmup_epochs < 0 or self.clip_norm < 0:
+            raise UserError(
+                f"optim.lr {self.lr} must be positive; weight_decay {self.weight_decay}, "
+                f"warmup_epochs {self.warmup_epochs} and clip_norm {self.clip_norm} not negative"
+            )
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise UserError(f"optim.milestones {self.milestones} must rise")
+
+
+def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """The learning rate of a step: a pure function, so nothing of the schedule needs saving."""
+    epoch = step / steps_per_epoch
+    if epoch < config.warmup_epochs:
+        return config.lr * (step + 1) / math.ceil(config.warmup_epochs * steps_per_epoch)
+    if config.schedule == "step":
+        return config.lr * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+    if config.schedule == "cosine":
+        progress = (epoch - config.warmup_epochs) / max(epochs - config.warmup_epochs, 1e-9)
+        return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return config.lr
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Two parameter groups: matrices and kernels with decay; norms, biases and scalars (0 or 1 dimension) without."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimiser over every trainable parameter of ``module``."""
+    groups = [group for group in decay_groups(module, config.weight_decay) if group["params"]]
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)

@@ -1,0 +1,187 @@
+"""What a training run holds: networks, optimiser, order and batches; how it takes a step and is saved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from mimkd_ray.data.dataset import Data
+from mimkd_ray.data.loader import DamageCounter, LaneBatch, eval_batches, train_batches
+from mimkd_ray.data.order import Order
+from mimkd_ray.data.views import View, make_pipeline
+from mimkd_ray.errors import UserError
+from mimkd_ray.train import checkpoint
+from mimkd_ray.train.build import build_distiller, build_teacher, has_compiler, parameter_dtype, uses_channels_last
+from mimkd_ray.train.config import Config, differences, training_dict
+from mimkd_ray.train.context import Context, is_distributed
+from mimkd_ray.train.evaluate import accuracy, read_information
+from mimkd_ray.train.metrics import say
+from mimkd_ray.train.optim import build_optimizer, learning_rate
+from mimkd_ray.train.step import LaneNorms, Normalizer, backward_lane, data_parallel, seed_lane
+
+
+class Session:
+    """One run in one worker. ``step()`` advances it, ``evaluate()`` looks at it, ``state()`` is what a restart needs."""
+
+    def __init__(self, config: Config, data: Data, teacher: torch.nn.Module | None, context: Context) -> None:
+        self.config, self.data, self.context = config, data, context
+        train, device = config.train, context.device
+        if context.world_size > train.lanes:
+            raise UserError(
+                f"{context.world_size} workers for {train.lanes} lanes: a worker needs a lane of its own; "
+                f"pass --train.lanes {context.world_size}"
+            )
+        self.order = Order(data.train.block_rows, train.lanes, train.lane_batch, train.seed, config.data.window)
+        self.total_steps = min(train.epochs * self.order.steps_per_epoch, train.max_steps or 2**62)
+        self.my_lanes = range(context.rank, train.lanes, context.world_size)
+        self.pipeline = make_pipeline(config.data.pipeline, config.data.image_size)
+        self.normalize = Normalizer(
+            config.data.mean, config.data.std, device, parameter_dtype(train), uses_channels_last(train, device)
+        )
+        self.teacher = build_teacher(config, teacher, data.num_classes, device) if teacher is not None else None
+        self.distiller = build_distiller(config, data.num_classes, teacher, device)
+        self.ema = (
+            AveragedModel(self.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
+            if train.ema_decay
+            else None
+        )
+        self.optimizer = build_optimizer(config.optim, self.distiller)
+        self.norms = LaneNorms(self.distiller, len(self.my_lanes), train.lanes)
+        self._compile()
+        self.model = data_parallel(self.distiller) if is_distributed() else self.distiller
+        self.damage = DamageCounter(config.data.max_damaged, max(1, data.train.num_rows // context.world_size))
+        self.data_seconds = 0.0
+
+    def _compile(self) -> None:
+        mode = self.config.train.compile
+        if mode == "off" or (mode == "auto" and self.context.device.type != "cuda"):
+            return
+        if not has_compiler():
+            say(self.context, "compilation is off: no C++ compiler (c++, g++ or clang++) was found")
+            return
+        # The graph holds recomputed chunks (a higher-order operator), which DDP's graph splitter refuses.
+        torch._dynamo.config.optimize_ddp = False
+        self.distiller.compile()
+        if self.teacher is not None:
+            self.teacher.tapped.compile()
+
+    def batches(self, start_step: int) -> Iterator[LaneBatch]:
+        """This worker's lanes of all remaining steps."""
+        return train_batches(
+            self.data.train,
+            self.order,
+            View(self.pipeline.train, self.config.train.seed),
+            views=self.config.data.views,
+            lanes=self.my_lanes,
+            start_step=start_step,
+            stop_step=self.total_steps,
+            loader_workers=self.config.data.loader_workers,
+            pin_memory=self.context.device.type == "cuda",
+        )
+
+    def step(self, step: int, batches: Iterator[LaneBatch]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """One optimiser step over this worker's lanes. Returns the lanes' mean breakdown and their sample ids."""
+        config, device = self.config, self.context.device
+        lr = learning_rate(config.optim, step, self.order.steps_per_epoch, config.train.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        self.norms.begin_step()
+        logs: list[dict[str, Tensor]] = []
+        ids: list[Tensor] = []
+        for lane in self.my_lanes:
+            asked = time.perf_counter()
+            batch = next(batches)
+            self.data_seconds += time.perf_counter() - asked
+            self.damage.add(batch)
+            images = self.normalize(batch.images_BCHW)
+            labels_B = batch.labels_B.to(device, non_blocking=True)
+            ids_B = batch.ids_B.to(device, non_blocking=True)
+            features = self.teacher.features(images) if self.teacher is not None else None
+            seed_lane(config.train.seed, step, lane)
+            weight = self.context.world_size / config.train.lanes
+            last = lane == self.my_lanes[-1]
+            logs.append(backward_lane(self.model, images, labels_B, ids_B, features, weight, last))
+            ids.append(batch.ids_B)
+            self.norms.end_lane()
+        self.norms.end_step()
+        if config.optim.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.distiller.parameters(), config.optim.clip_norm)
+        self.optimizer.step()
+        self.distiller.loss.constrain_()
+        if self.ema is not None:
+            self.ema.update_parameters(self.distiller.student)
+        return {key: torch.stack([log[key] for log in logs]).mean() for key in logs[0]}, ids
+
+    def settle(self) -> None:
+        """Make batch-norm statistics the same on all workers: before an evaluation or a checkpoint."""
+        self.norms.average_over_workers()
+
+    def exported(self) -> torch.nn.Module:
+        """The network that users get: the student, or its moving average."""
+        tapped = self.ema.module if self.ema is not None else self.distiller.student
+        return tapped.model
+
+    def held_out(self) -> Iterator[LaneBatch]:
+        """This worker's slice of the held-out rows."""
+        return eval_batches(
+            self.data.val,
+            self.pipeline.eval,
+            rank=self.context.rank,
+            world_size=self.context.world_size,
+            batch_size=self.config.train.eval_batch or self.config.train.lane_batch,
+            loader_workers=self.config.data.loader_workers,
+        )
+
+    def evaluate(self) -> dict[str, Any]:
+        """Held-out top-1, top-5, cross-entropy, and mutual information per term."""
+        self.settle()
+        network = self.exported()
+        training = network.training
+        network.eval()
+        measured = accuracy(network, self.held_out(), self.normalize, self.config.data.max_damaged)
+        network.train(training)
+        values: dict[str, Any] = measured._asdict()
+        if self.teacher is not None and self.distiller.loss.plan:
+            values |= read_information(self.distiller, self.teacher, self.held_out(), self.normalize)
+        return values
+
+    def close(self) -> None:
+        """Take the hooks off the teacher, which other runs may use after this one."""
+        if self.teacher is not None:
+            self.teacher.tapped.release()
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Everything a restart needs. The order, the views and the model's random numbers follow from the step."""
+        return {
+            "step": step,
+            "config": training_dict(self.config),
+            "data": self.data.digest,
+            "distiller": self.distiller.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+        }
+
+    def resume(self, run_dir: str) -> int:
+        """Load the newest checkpoint of the run, if any. Returns the step to go on from (0 at the start)."""
+        state = checkpoint.load_latest(run_dir, self.context.device)
+        if state is None:
+            return 0
+        changed = differences(state["config"], training_dict(self.config))
+        if state["data"] != self.data.digest:
+            changed.append(f"the data set's digest: {state['data'][:12]} -> {self.data.digest[:12]}")
+        if changed:
+            raise UserError(
+                f"{run_dir} was begun with another configuration ({'; '.join(changed)}): pass the old values, "
+                "another --run.name, or --run.overwrite true to start anew"
+            )
+        self.distiller.load_state_dict(state["distiller"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        return int(state["step"])

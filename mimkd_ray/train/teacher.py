@@ -1,0 +1,105 @@
+"""The frozen teacher: loaded, tapped, checked on held-out images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mimkd_ray.errors import UserError
+from mimkd_ray.losses.mimkd import Features
+from mimkd_ray.models.taps import TappedModel, TapShape, to_map, to_vector
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The strong network, and what is expected of it."""
+
+    name: str = "cifar/resnet20"
+    """torchvision name, cifar/NAME, timm/NAME or package.module:function."""
+    weights: str = "random"
+    """random, published, or a .safetensors or .pth file (path or URL)."""
+    train: bool = False
+    """Train the teacher first, on the same data with labels only; a finished one is used again."""
+    epochs: int = 0
+    """Epochs of that training; 0: those of the student."""
+    lr: float = 0.0
+    """Peak learning rate of that training; 0: that of the student."""
+    expect_top1: float = 0.0
+    """Top-1 in percent that the teacher must reach on held-out images before training starts; 0: unknown."""
+    tolerance: float = 2.0
+    """Points by which it may fall short of expect_top1."""
+
+    def __post_init__(self) -> None:
+        if self.train and self.weights not in ("random", ""):
+            raise UserError(
+                f"teacher.train is true and teacher.weights is {self.weights!r}: either train the teacher or load it"
+            )
+        if not 0 <= self.expect_top1 <= 100:
+            raise UserError(f"teacher.expect_top1 is {self.expect_top1}; it is a percentage")
+
+
+def canonical(
+    logits_BC: Tensor,
+    taps: Mapping[str, Tensor],
+    shapes: Mapping[str, TapShape],
+    vectors: Iterable[str],
+    maps: Iterable[str],
+) -> Features:
+    """Raw tap tensors as the loss wants them: vectors (B, C) and maps (B, C, H, W)."""
+    return Features(
+        logits_BC,
+        {name: to_vector(taps[name], shapes[name]) for name in vectors},
+        {name: to_map(taps[name], shapes[name]) for name in maps},
+    )
+
+
+class Teacher:
+    """A frozen network in inference mode that gives the features which the loss reads.
+
+    It is not a module of the student's: it appears in no checkpoint, no optimiser and no gradient reduction.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shapes: Mapping[str, TapShape],
+        vectors: Iterable[str],
+        maps: Iterable[str],
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.vectors, self.maps = tuple(vectors), tuple(maps)
+        self.shapes = dict(shapes)
+        self.tapped = TappedModel(model, sorted({*self.vectors, *self.maps}))
+        self.tapped.requires_grad_(False).eval()
+        self.autocast = autocast
+
+    @torch.no_grad()
+    def features(self, images_BCHW: Tensor) -> Features:
+        """Run the teacher on normalised images. no_grad and not inference_mode: critics keep these tensors for
+        their own backward pass."""
+        with torch.autocast(images_BCHW.device.type, self.autocast, enabled=self.autocast is not None):
+            logits_BC, taps = self.tapped(images_BCHW)
+        return canonical(logits_BC, taps, self.shapes, self.vectors, self.maps)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 over names, shapes and bytes of all parameters and buffers. About 1 s per GB."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def check_accuracy(config: TeacherConfig, top1: float, rows: int) -> None:
+    """Compare the teacher's held-out top-1 (percent) with what the recipe expects."""
+    if config.expect_top1 and top1 < config.expect_top1 - config.tolerance:
+        raise UserError(
+            f"teacher {config.name} with weights {config.weights} reaches {top1:.2f} % top-1 on {rows} held-out images; "
+            f"{config.expect_top1:.2f} % was expected: check weights, class order, data.mean/std and data.image_size, "
+            "or pass --teacher.expect-top1 0"
+        )
