@@ -1,0 +1,227 @@
+"""From a configuration to the training and validation set."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+from mimkd_ray import storage
+from mimkd_ray.data.digits import DigitsSource
+from mimkd_ray.data.folders import FolderSource
+from mimkd_ray.data.parquet import CACHE_BYTES, ParquetSource
+from mimkd_ray.data.source import Source, SubsetSource, digest_of, stratified_split
+from mimkd_ray.data.views import PIPELINES
+from mimkd_ray.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+VAL_ALIASES = ("validation", "val", "valid", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, in which order, under which augmentation."""
+
+    root: str = "digits"
+    """`digits` (built in), a local folder, or an fsspec URL, holding Parquet files or class folders."""
+    train_split: str = "train"
+    """Name of the training split: `train-*.parquet`, or a folder `train/`."""
+    val_split: str = "auto"
+    """Name of the validation split; `auto` is the first of validation, val, valid, test that exists."""
+    holdout: float = 0.0
+    """Share of the training rows, of each class, that serves as validation set instead of `val_split`."""
+    subset: int = 0
+    """Train on this many rows, equally many of each class, drawn after the holdout; 0 = all."""
+    split_seed: int = 0
+    """Seed of `holdout`."""
+    subset_seed: int = 0
+    """Seed of `subset`; apart from `split_seed`, so that several subsets share one held-out set."""
+    num_classes: int = 0
+    """Number of classes; 0 = as the data says."""
+    pipeline: str = "digits"
+    """Augmentation: imagenet, imagenet_ta, cifar, digits or none."""
+    image_size: int = 8
+    """Height and width that the networks see, in pixels."""
+    mean: tuple[float, float, float] = (0.305, 0.305, 0.305)
+    """Mean of each colour channel, of values in 0..1."""
+    std: tuple[float, float, float] = (0.376, 0.376, 0.376)
+    """Standard deviation of each colour channel, of values in 0..1."""
+    views: int = 0
+    """Distinct augmented views of each image; 0 = a new one every epoch."""
+    window: int = 0
+    """Shuffle rows inside this many blocks (row groups); 0 = one permutation of all rows."""
+    loader_workers: int = 0
+    """Decoding processes per training worker; 0 = decode in the training process."""
+    max_damaged: float = 0.001
+    """Share of images that may be damaged before the run stops."""
+
+    def __post_init__(self) -> None:
+        if not self.root:
+            raise UserError("data.root is empty; give 'digits', a folder or a URL")
+        if not 0 <= self.holdout < 1:
+            raise UserError(
+                f"data.holdout = {self.holdout}: give a share of at least 0 and below 1, such as 0.1"
+            )
+        if not 0 <= self.max_damaged <= 1:
+            raise UserError(f"data.max_damaged = {self.max_damaged}: give a share from 0 to 1, such as 0.001")
+        for name in ("subset", "num_classes", "views", "window", "loader_workers"):
+            if getattr(self, name) < 0:
+                raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more")
+        if self.pipeline not in PIPELINES:
+            raise UserError(
+                f"data.pipeline = '{self.pipeline}' is unknown{nearest(self.pipeline, PIPELINES)}; there "
+                f"are: {', '.join(PIPELINES)}"
+            )
+        if self.image_size < 1:
+            raise UserError(f"data.image_size = {self.image_size}: give the height and width in pixels")
+        if not all(map(math.isfinite, self.mean)) or not all(s > 0 and math.isfinite(s) for s in self.std):
+            raise UserError(
+                f"data.mean = {self.mean}, data.std = {self.std}: give finite means and positive deviations "
+                "of values in 0..1"
+            )
+
+
+@dataclass(frozen=True)
+class Data:
+    """An opened data set."""
+
+    train: Source
+    val: Source
+    classes: tuple[str, ...]
+    num_classes: int
+    digest: str
+
+
+def open_data(config: DataConfig) -> Data:
+    """Open both splits: listings and Parquet footers only (with `holdout` or `subset` also the labels).
+
+    Raises UserError for a missing place or split, or for labels beyond the classes.
+    """
+    root = _Digits() if config.root == "digits" else _Root(config.root)
+    train = root.open(config.train_split, None)
+    if train is None:
+        raise UserError(
+            f"{config.root} has no training split '{config.train_split}': expected "
+            f"{config.train_split}-*.parquet or class folders {config.train_split}/<class>/<image>; found "
+            f"{root.found()}; name it with --data.train-split"
+        )
+    classes = train.classes
+    _warn_of_slow_order(config, train)
+    if config.holdout > 0:
+        rest, held = stratified_split(train.labels(), float(config.holdout), config.split_seed)
+        if not len(held) or not len(rest):
+            raise UserError(
+                f"data.holdout = {config.holdout} of {train.num_rows:,} training rows leaves {len(rest):,} "
+                f"to train on and {len(held):,} to validate on; change the share"
+            )
+        val: Source = SubsetSource(train, held)
+        train = SubsetSource(train, rest)
+    else:
+        val = _open_val(config, root, train)
+    if config.subset:
+        if config.subset > train.num_rows:
+            raise UserError(
+                f"data.subset = {config.subset:,}, but there are {train.num_rows:,} training rows"
+            )
+        train = SubsetSource(train, stratified_split(train.labels(), config.subset, config.subset_seed)[1])
+    num_classes = config.num_classes or len(classes)
+    for role, source in (("training", train), ("validation", val)):
+        low, high = source.label_range()
+        if low < 0:
+            raise UserError(
+                f"{config.root}: the {role} set has labels down to {low}, as sets with hidden labels have; "
+                "choose another split with --data.val-split or --data.train-split"
+            )
+        if high >= num_classes:
+            raise UserError(
+                f"{config.root}: the {role} set has labels up to {high}, but there are {num_classes} "
+                f"classes; set --data.num-classes {high + 1} or more, or leave it 0"
+            )
+    digest = digest_of("data", train.digest, val.digest, num_classes)
+    return Data(train=train, val=val, classes=classes, num_classes=num_classes, digest=digest)
+
+
+def _warn_of_slow_order(config: DataConfig, train: Source) -> None:
+    if isinstance(train, ParquetSource) and config.window == 0 and train.num_bytes > CACHE_BYTES:
+        logger.warning(
+            "%s: the training files hold %d MB, a process keeps %d MB of row groups, and data.window = 0 "
+            "reads rows from all over them: most reads will cost a whole row group; set --data.window to a "
+            "number of row groups (lanes per worker x window x row group size should be below the %d MB)",
+            config.root,
+            train.num_bytes >> 20,
+            CACHE_BYTES >> 20,
+            CACHE_BYTES >> 20,
+        )
+
+
+def _open_val(config: DataConfig, root: _Root | _Digits, train: Source) -> Source:
+    if config.val_split == config.train_split:
+        return train
+    names = VAL_ALIASES if config.val_split == "auto" else (config.val_split,)
+    for name in names:
+        val = root.open(name, train.classes)
+        if val is not None:
+            return val
+    raise UserError(
+        f"{config.root} has no validation split ({', '.join(names)}); found {root.found()}; name it with "
+        "--data.val-split, or use --data.holdout 0.1 (a tenth of the training rows), or --data.val-split "
+        f"{config.train_split} (the training rows themselves: only to try things out)"
+    )
+
+
+class _Digits:
+    def open(self, split: str, classes: tuple[str, ...] | None) -> Source | None:
+        role = "val" if split in VAL_ALIASES else split
+        return DigitsSource(role) if role in ("train", "val") else None
+
+    def found(self) -> str:
+        return "train, val"
+
+
+class _Root:
+    """A folder with splits: `[data/]<split>-*.parquet`, `<split>/*.parquet` or `<split>/<class>/<image>`."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.files = storage.list_sizes(url, ".parquet")
+        self.dirs = {place.rpartition("/")[2]: place for place in storage.list_dirs(url)}
+        if not self.files and not self.dirs:
+            if not storage.exists(url):
+                raise UserError(
+                    f"data.root {url} does not exist; give 'digits', a folder or a URL such as s3://..."
+                )
+            raise UserError(
+                f"data.root {url} holds neither Parquet files nor folders; give the folder of the splits"
+            )
+        if "data" in self.dirs:  # where the Hugging Face hub keeps them
+            self.files |= storage.list_sizes(self.dirs["data"], ".parquet")
+
+    def open(self, split: str, classes: tuple[str, ...] | None) -> Source | None:
+        """Return the split, or None if it is not here. `classes` are those of the training set, if known."""
+        prefixes = (f"{split}-", f"{split}.")
+        files = {u: n for u, n in self.files.items() if u.rpartition("/")[2].startswith(prefixes)}
+        if not files and split in self.dirs:
+            files = storage.list_sizes(self.dirs[split], ".parquet")
+            if not files:
+                return FolderSource(self.dirs[split], classes)
+        if not files:
+            return None
+        source = ParquetSource(files)
+        if classes and source.classes != classes and not (_numbered(classes) or _numbered(source.classes)):
+            first = next((p for p in zip(classes, source.classes, strict=False) if p[0] != p[1]), None)
+            raise UserError(
+                f"{self.url}: split '{split}' names {len(source.classes)} classes and the training split "
+                f"{len(classes)}"
+                + (f", the first difference is '{first[1]}' for '{first[0]}'" if first else "")
+                + "; the labels of both must mean the same"
+            )
+        return source
+
+    def found(self) -> str:
+        names = [url.rpartition("/")[2] for url in self.files] + [f"{name}/" for name in self.dirs]
+        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _numbered(classes: tuple[str, ...]) -> bool:
+    return classes == tuple(map(str, range(len(classes))))

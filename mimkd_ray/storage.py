@@ -1,0 +1,349 @@
+"""Flat functions over local paths and object stores.
+
+A place is a string: a local path (`/data/x`, `~/x`, `file:///data/x`) or an fsspec URL (`s3://bucket/x`).
+Object stores are configured by their usual environment variables (`AWS_ENDPOINT_URL`, ...).
+
+Local files never go through fsspec. Remote calls are retried when the failure can pass by itself, and fail
+with the object's name. Nothing is cached: a listing is what the store says now. A filesystem object owns an
+event loop, which does not survive a fork, so there is one per process.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+from mimkd_ray.errors import UserError
+
+TRIES = 5
+FIRST_WAIT_S = 0.2  # doubled after each failure, times a random factor of 0.5 to 1.5
+WAIT_CAP_S = 10.0
+
+T = TypeVar("T")
+
+
+class StorageError(OSError):
+    """A transient failure that outlasted all tries. Names the object."""
+
+
+# Failures that waiting does not heal. Every other OSError is retried: stores report throttling, resets and
+# server errors as plain OSError.
+_PERMANENT_ERRNOS = frozenset(
+    {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ENAMETOOLONG, errno.EPERM, errno.EACCES, errno.ENOSYS}
+)
+_PERMANENT_TYPES = (IsADirectoryError, NotADirectoryError, FileExistsError)
+# Connection failures that are no OSError, by name, so that no client library is imported to look for them.
+_TRANSIENT_NAMES = {
+    "botocore": {"HTTPClientError", "ConnectionError", "IncompleteReadError"},
+    "aiohttp": {"ClientError"},
+    "http": {"IncompleteRead"},
+    "httpx": {"TransportError"},
+}
+_CREDENTIAL_ERRORS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
+
+# A parent's entries stay here after a fork, unused: finalising them in the child would wait for a dead loop.
+_FILESYSTEMS: dict[tuple[Any, ...], Any] = {}
+
+
+def is_remote(url: str) -> bool:
+    """Say whether `url` names an object store or server, not a file of this machine."""
+    return "://" in url and not url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    """Return the path of a place on this machine (`~` and `file://` resolved)."""
+    return Path(url.removeprefix("file://")).expanduser()
+
+
+def join(url: str, *parts: str) -> str:
+    """Append path parts with single slashes; keeps the style of `url` (path or URL)."""
+    for part in parts:
+        if part.strip("/"):
+            url = f"{url.rstrip('/')}/{part.strip('/')}"
+    return url
+
+
+def exists(url: str) -> bool:
+    """Say whether a file or a folder (for object stores: any object under the prefix) is at `url`."""
+    if not is_remote(url):
+        return local_path(url).exists()
+
+    def look(fs: Any, path: str) -> bool:
+        fs.invalidate_cache()
+        try:
+            # `info` and not `exists`: some file systems turn every failure inside `exists` into "no".
+            fs.info(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    return _remote(url, "look up", look)
+
+
+def list_files(url: str, suffix: str = "") -> list[str]:
+    """Return the files in folder `url` whose names end in `suffix`, sorted; [] if there is no folder."""
+    return list(list_sizes(url, suffix))
+
+
+def list_sizes(url: str, suffix: str = "") -> dict[str, int]:
+    """Return {file: bytes} for what `list_files` lists, in its order. No call per file."""
+    return {
+        join(url, name): size for name, is_dir, size in _entries(url) if not is_dir and name.endswith(suffix)
+    }
+
+
+def list_dirs(url: str) -> list[str]:
+    """Return the folders directly in folder `url`, sorted; [] if there is no folder."""
+    return [join(url, name) for name, is_dir, _ in _entries(url) if is_dir]
+
+
+def size(url: str) -> int:
+    """Return the size of the file at `url` in bytes. Raises FileNotFoundError."""
+    if not is_remote(url):
+        return _attempt(url, "look up", lambda: local_path(url).stat().st_size)
+    return _remote(url, "look up", lambda fs, path: int(fs.info(path)["size"]))
+
+
+def read_bytes(url: str) -> bytes:
+    """Return the whole file. Raises FileNotFoundError."""
+    if not is_remote(url):
+        return _attempt(url, "read", lambda: local_path(url).read_bytes())
+    return _remote(url, "read", lambda fs, path: cast(bytes, fs.cat_file(path)))
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Publish `data` at `url` at once: readers see the old file or the whole new one, whatever dies when.
+
+    Locally: a temporary file beside it, fsync, rename. Remotely: one upload, visible on completion.
+    """
+    if is_remote(url):
+        _remote(url, "write", lambda fs, path: fs.pipe_file(path, data))
+    else:
+        _attempt(url, "write", lambda: _publish(local_path(url), lambda out: out.write(data)))
+
+
+def upload(path: str | Path, url: str) -> None:
+    """Publish the local file at `url` (remote or local) as `write_bytes` does; constant memory."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(errno.ENOENT, "no such file to upload", str(path))
+
+    def copy(out: BinaryIO) -> None:
+        with open(path, "rb") as source:
+            shutil.copyfileobj(source, out, 1 << 20)
+
+    if is_remote(url):
+        _remote(url, "upload to", lambda fs, place: fs.put_file(str(path), place))
+    else:
+        _attempt(url, "upload to", lambda: _publish(local_path(url), copy))
+
+
+def remove_tree(url: str) -> None:
+    """Remove the folder (or file) at `url` and all below it; nothing there is fine.
+
+    Raises UserError for the root of a disk, a bucket or the home folder.
+    """
+    if not is_remote(url):
+        path = local_path(url).absolute()
+        if path in (Path(path.anchor), Path.home()):
+            raise UserError(f"refusing to remove {url}: it is {path}; name a folder below it")
+        if path.is_dir() and not path.is_symlink():
+            _attempt(url, "remove", lambda: shutil.rmtree(path))
+        else:
+            path.unlink(missing_ok=True)
+        return
+    if not url.split("://", 1)[1].strip("/").partition("/")[2]:
+        raise UserError(f"refusing to remove {url}: it is a whole bucket; name a folder in it")
+
+    def remove(fs: Any, path: str) -> None:
+        fs.invalidate_cache()
+        try:
+            fs.rm(path, recursive=True)
+        except FileNotFoundError:
+            return
+
+    _remote(url, "remove", remove)
+
+
+def open_file(url: str, length: int | None = None) -> BinaryIO:
+    """Open a seekable binary reader. `length` (bytes), where known, saves one request on a remote file.
+
+    A remote reader asks the store for exactly the ranges that are read, without read-ahead; each range is
+    retried. It holds no connection, so it can be pickled and survives a fork.
+    """
+    if not is_remote(url):
+        return _attempt(url, "open", lambda: open(local_path(url), "rb"))
+    return cast(BinaryIO, RemoteFile(url, size(url) if length is None else length))
+
+
+class RemoteFile(io.RawIOBase):
+    """A read-only remote file as ranged reads. Not for concurrent use by threads."""
+
+    def __init__(self, url: str, length: int) -> None:
+        self.url = url
+        self.length = length
+        self._place = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteFile, (self.url, self.length)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.length}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def read(self, size: int | None = -1) -> bytes:
+        start = self._place
+        stop = self.length if size is None or size < 0 else min(self.length, start + size)
+        if stop <= start:
+            return b""
+
+        def fetch(fs: Any, path: str) -> bytes:
+            data = cast(bytes, fs.cat_file(path, start=start, end=stop))
+            if len(data) != stop - start:
+                raise OSError(f"got {len(data)} bytes of the {stop - start} at offset {start}")
+            return data
+
+        data = _remote(self.url, "read", fetch)
+        self._place = stop
+        return data
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        data = self.read(len(view))
+        view[: len(data)] = data
+        return len(data)
+
+
+def _entries(url: str) -> list[tuple[str, bool, int]]:
+    """Return (name, is a folder, bytes) of a folder's entries, sorted; [] if it is missing or a file."""
+    if not is_remote(url):
+
+        def scan() -> list[tuple[str, bool, int]]:
+            try:
+                with os.scandir(local_path(url)) as found:
+                    entries = [(e.name, e.is_dir(), e) for e in found]
+                return sorted((n, d, 0 if d else e.stat().st_size) for n, d, e in entries if d or e.is_file())
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+        return _attempt(url, "list", scan)
+
+    def ls(fs: Any, path: str) -> list[tuple[str, bool, int]]:
+        fs.invalidate_cache()
+        try:
+            listing = fs.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        # The folder's own marker object, or the file if `url` is one, is listed under the same name.
+        return sorted(
+            (e["name"].rstrip("/").rpartition("/")[2], e["type"] == "directory", int(e.get("size") or 0))
+            for e in listing
+            if e["name"].strip("/") != path.strip("/")
+        )
+
+    return _remote(url, "list", ls)
+
+
+def _publish(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Hidden and in the same folder: a rename is atomic only within one file system.
+    temporary = path.parent / f".{path.name[:100]}.{os.getpid()}-{os.urandom(6).hex()}.tmp"
+    try:
+        with open(temporary, "xb") as out:
+            fill(out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _filesystem(url: str) -> Any:
+    import fsspec
+
+    protocol = url.split("://", 1)[0]
+    try:
+        kind = fsspec.get_filesystem_class(protocol)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{url}: cannot open '{protocol}://' places: {error}") from error
+    options: dict[str, Any] = {}
+    if protocol in ("s3", "s3a"):
+        # Stores that lack the newer checksums refuse uploads that carry them (HTTP 411).
+        options["config_kwargs"] = {
+            name: "when_required"
+            for name in ("request_checksum_calculation", "response_checksum_validation")
+            if f"AWS_{name.upper()}" not in os.environ
+        }
+    else:
+        options |= kind._get_kwargs_from_urls(url)  # host and port of servers that are named in the URL
+    # The environment is part of the key: a program (a test) may turn to another endpoint or account.
+    settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    key = (os.getpid(), protocol, settings, repr(options))
+    if key not in _FILESYSTEMS:
+        _FILESYSTEMS[key] = kind(**options, skip_instance_cache=True, use_listings_cache=False)
+    return _FILESYSTEMS[key]
+
+
+def _remote(url: str, verb: str, call: Callable[[Any, str], T]) -> T:
+    def once() -> T:
+        fs = _filesystem(url)
+        return call(fs, fs._strip_protocol(url))
+
+    return _attempt(url, verb, once)
+
+
+def _attempt(url: str, verb: str, call: Callable[[], T]) -> T:
+    """Run `call`, again with growing waits while it fails transiently; name `url` in what it raises."""
+    for tried in range(1, TRIES + 1):
+        try:
+            return call()
+        except Exception as error:
+            if isinstance(error, FileNotFoundError):
+                raise FileNotFoundError(errno.ENOENT, "no such file or folder", url) from error
+            if isinstance(error, PermissionError) or type(error).__name__ in _CREDENTIAL_ERRORS:
+                raise UserError(
+                    f"cannot {verb} {url}: {error or 'access denied'}; check the permissions, and for an "
+                    "object store its credentials and endpoint (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+                    "AWS_ENDPOINT_URL)"
+                ) from error
+            if not _is_transient(error):
+                raise
+            if tried == TRIES:
+                detail = f"{type(error).__name__}: {error}"
+                raise StorageError(
+                    f"could not {verb} {url} in {TRIES} tries; the last failure: {detail}"
+                ) from error
+            time.sleep(min(WAIT_CAP_S, FIRST_WAIT_S * 2 ** (tried - 1)) * random.uniform(0.5, 1.5))
+    raise AssertionError("unreachable")
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return not isinstance(error, _PERMANENT_TYPES) and error.errno not in _PERMANENT_ERRNOS
+    kinds = type(error).__mro__
+    return any(kind.__name__ in _TRANSIENT_NAMES.get(kind.__module__.split(".")[0], ()) for kind in kinds)

@@ -1,0 +1,80 @@
+"""Small image sets for the tests of data/: Parquet files and class folders of generated images."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+def pixels(seed: int, height: int = 12, width: int = 16) -> np.ndarray:
+    """A smooth random picture, (H, W, 3) uint8: survives JPEG nearly unchanged."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def encode(array: np.ndarray, kind: str = "PNG", mode: str = "RGB", **options: object) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(array).convert(mode).save(out, kind, **options)
+    return out.getvalue()
+
+
+def images(count: int, first: int = 0) -> list[bytes | None]:
+    kinds = (("PNG", {}), ("JPEG", {"quality": 95}), ("WEBP", {"lossless": True}))
+    return [encode(pixels(i), kinds[i % 3][0], **kinds[i % 3][1]) for i in range(first, first + count)]
+
+
+def write_parquet(
+    path: Path,
+    files: list[bytes | None],
+    labels: list[int | None],
+    names: list[str] | None = None,
+    row_group: int = 5,
+    statistics: bool = True,
+    plain: bool = False,
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if plain:
+        column = pa.array(files, pa.binary())
+    else:
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        column = pa.array([{"bytes": f, "path": None} for f in files], kind)
+    table = pa.table({"image": column, "label": pa.array(labels, pa.int64())})
+    if names is not None:
+        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=row_group, write_statistics=statistics)
+
+
+def parquet_set(root: Path, train: int = 32, val: int = 9, classes: int = 3) -> Path:
+    """train in two files of row groups of 5 rows, validation in one; named classes."""
+    names = [f"class {c}" for c in range(classes)]
+    half = train // 2
+    for part, (start, stop) in enumerate([(0, half), (half, train)]):
+        path = root / f"train-0000{part}-of-00002.parquet"
+        write_parquet(path, images(stop - start, start), [i % classes for i in range(start, stop)], names)
+    path = root / "validation-00000-of-00001.parquet"
+    write_parquet(path, images(val, 1000), [i % classes for i in range(val)], names)
+    return root
+
+
+def folder_set(root: Path, per_class: int = 4) -> Path:
+    suffixes = (".png", ".jpg", ".webp", ".JPEG")
+    kinds = ("PNG", "JPEG", "WEBP", "JPEG")
+    for s, split in enumerate(("train", "val")):
+        for c, name in enumerate(("ant", "bee", "cat")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                data = encode(pixels(100 * s + 10 * c + i), kinds[i % 4])
+                (folder / f"{name}_{i}{suffixes[i % 4]}").write_bytes(data)
+            (folder / "notes.txt").write_text("no image")
+    return root

@@ -1,0 +1,105 @@
+"""Storage functions and Parquet against an S3 server."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from image_sets import folder_set, parquet_set
+
+from mimkd_ray import storage
+from mimkd_ray.data.dataset import DataConfig, open_data
+from mimkd_ray.data.loader import eval_batches
+from mimkd_ray.data.views import FitSize
+from mimkd_ray.errors import UserError
+
+
+def test_storage_functions(bucket: str, tmp_path: Path) -> None:
+    folder = storage.join(bucket, "runs/a")
+    assert not storage.exists(folder)
+    assert storage.list_files(folder) == []
+    for name in ("b.bin", "a.bin", "sub/c.bin"):
+        storage.write_bytes(storage.join(folder, name), name.encode())
+    assert storage.exists(folder)
+    assert storage.list_files(folder, ".bin") == [f"{folder}/a.bin", f"{folder}/b.bin"]
+    assert storage.list_dirs(folder) == [f"{folder}/sub"]
+    assert storage.list_dirs(bucket) == [f"{bucket}/runs"]
+    assert storage.read_bytes(f"{folder}/a.bin") == b"a.bin"
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        storage.read_bytes(f"{folder}/nothing")
+    storage.write_bytes(f"{folder}/a.bin", b"longer than before")
+    assert storage.size(f"{folder}/a.bin") == 18
+    (tmp_path / "up.bin").write_bytes(bytes(100_000))
+    storage.upload(tmp_path / "up.bin", f"{folder}/up.bin")
+    assert storage.list_sizes(folder, "up.bin") == {f"{folder}/up.bin": 100_000}
+    storage.remove_tree(folder)
+    assert not storage.exists(folder)
+    storage.remove_tree(folder)
+
+
+def test_folder_marker_is_no_file(bucket: str) -> None:
+    import boto3
+
+    boto3.client("s3").put_object(Bucket=bucket.removeprefix("s3://"), Key="x/", Body=b"")
+    storage.write_bytes(f"{bucket}/x/a", b"1")
+    assert storage.list_files(f"{bucket}/x") == [f"{bucket}/x/a"]
+
+
+def test_changes_by_others_are_seen(bucket: str) -> None:
+    import boto3
+
+    storage.write_bytes(f"{bucket}/x/a", b"1")
+    assert len(storage.list_files(f"{bucket}/x")) == 1
+    boto3.client("s3").put_object(Bucket=bucket.removeprefix("s3://"), Key="x/b", Body=b"22")
+    assert storage.list_sizes(f"{bucket}/x") == {f"{bucket}/x/a": 1, f"{bucket}/x/b": 2}
+    assert storage.exists(f"{bucket}/x/b")
+
+
+def test_missing_bucket(bucket: str) -> None:
+    assert storage.list_files("s3://no-such-bucket-here/x") == []
+    with pytest.raises(UserError, match="does not exist"):
+        open_data(DataConfig(root="s3://no-such-bucket-here/x"))
+
+
+def test_reader_survives_pickling(bucket: str) -> None:
+    storage.write_bytes(f"{bucket}/x", bytes(range(100)))
+    file = pickle.loads(pickle.dumps(storage.open_file(f"{bucket}/x")))  # noqa: S301
+    file.seek(90)
+    assert file.read() == bytes(range(90, 100))
+
+
+def _read_in_child(url: str, queue: Any) -> None:
+    queue.put(storage.read_bytes(url))
+
+
+def test_read_after_fork(bucket: str) -> None:
+    storage.write_bytes(f"{bucket}/x", b"shared")  # the parent's event loop runs from here on
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_read_in_child, args=(f"{bucket}/x", queue))
+    child.start()
+    assert queue.get(timeout=30) == b"shared"
+    child.join(30)
+    assert child.exitcode == 0
+    assert storage.read_bytes(f"{bucket}/x") == b"shared"
+
+
+@pytest.mark.parametrize("layout", ["parquet", "folders"])
+def test_data_set(bucket: str, tmp_path: Path, layout: str) -> None:
+    make = parquet_set if layout == "parquet" else folder_set
+    local = make(tmp_path / "set")
+    for path in sorted(p for p in local.rglob("*") if p.is_file()):
+        storage.upload(path, storage.join(bucket, "set", str(path.relative_to(local))))
+    there = open_data(DataConfig(root=f"{bucket}/set"))
+    here = open_data(DataConfig(root=str(local)))
+    assert there.digest == here.digest
+    ids = [5, 0, 11, 3]
+    assert [r[:3] for r in there.train.read(ids)] == [r[:3] for r in here.train.read(ids)]
+    np.testing.assert_array_equal(there.train.labels(), here.train.labels())
+    # Loader processes are forked from a process that has talked to the store.
+    batches = list(eval_batches(there.val, FitSize(8), batch_size=4, loader_workers=2))
+    assert sum(len(b) for b in batches) == here.val.num_rows

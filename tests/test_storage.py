@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import os
+import stat
+import uuid
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mimkd_ray import storage
+from mimkd_ray.errors import UserError
+
+
+@pytest.fixture(params=["local", "file", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return {
+        "local": str(tmp_path),
+        "file": f"file://{tmp_path}",
+        "memory": f"memory://{uuid.uuid4().hex}",
+    }[request.param]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    waits: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    return waits
+
+
+def test_is_remote() -> None:
+    assert storage.is_remote("s3://bucket/x")
+    assert not storage.is_remote("/data/x")
+    assert not storage.is_remote("file:///data/x")
+
+
+def test_join() -> None:
+    assert storage.join("s3://b", "x/", "/y") == "s3://b/x/y"
+    assert storage.join("/data/", "x") == "/data/x"
+    assert storage.join("/", "x") == "/x"
+    assert storage.join("runs", "", "x") == "runs/x"
+
+
+def test_home_folder_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    storage.write_bytes("~/a.bin", b"x")
+    assert (tmp_path / "a.bin").read_bytes() == b"x"
+
+
+def test_write_read_list_remove(root: str) -> None:
+    folder = storage.join(root, "folder")
+    assert not storage.exists(folder)
+    assert storage.list_files(folder) == []
+    assert storage.list_dirs(folder) == []
+    for name in ("b.bin", "a.bin", "c.txt", "sub/d.bin"):
+        storage.write_bytes(storage.join(folder, name), name.encode())
+    assert storage.exists(folder)
+    assert storage.exists(storage.join(folder, "a.bin"))
+    assert storage.list_files(folder, ".bin") == [f"{folder}/a.bin", f"{folder}/b.bin"]
+    assert storage.list_files(folder) == [f"{folder}/{n}" for n in ("a.bin", "b.bin", "c.txt")]
+    assert storage.list_dirs(folder) == [f"{folder}/sub"]
+    assert storage.list_sizes(folder, ".txt") == {f"{folder}/c.txt": 5}
+    assert storage.read_bytes(f"{folder}/sub/d.bin") == b"sub/d.bin"
+    assert storage.size(f"{folder}/c.txt") == 5
+    storage.write_bytes(f"{folder}/c.txt", b"replaced")  # seen at once: nothing is cached
+    assert storage.read_bytes(f"{folder}/c.txt") == b"replaced"
+    assert storage.size(f"{folder}/c.txt") == 8
+    storage.remove_tree(folder)
+    storage.remove_tree(folder)  # nothing there is fine
+    assert not storage.exists(folder)
+
+
+def test_a_file_is_no_folder(root: str) -> None:
+    storage.write_bytes(storage.join(root, "x"), b"1")
+    assert storage.list_files(storage.join(root, "x")) == []
+    storage.remove_tree(storage.join(root, "x"))
+    assert not storage.exists(storage.join(root, "x"))
+
+
+def test_missing_file(root: str) -> None:
+    for call in (storage.read_bytes, storage.size, storage.open_file):
+        with pytest.raises(FileNotFoundError, match=r"nothing\.bin"):
+            call(storage.join(root, "nothing.bin"))
+
+
+def test_open_file_seeks(root: str) -> None:
+    url = storage.join(root, "x.bin")
+    data = bytes(range(200))
+    storage.write_bytes(url, data)
+    with storage.open_file(url) as file:
+        assert file.seek(-10, os.SEEK_END) == 190
+        assert file.read(4) == data[190:194]
+        file.seek(2, os.SEEK_CUR)
+        assert file.tell() == 196
+        assert file.read() == data[196:]
+        assert file.read(5) == b""
+        file.seek(3)
+        buffer = bytearray(5)
+        assert file.readinto(buffer) == 5  # type: ignore[attr-defined]
+        assert bytes(buffer) == data[3:8]
+
+
+def test_upload(root: str, tmp_path: Path) -> None:
+    source = tmp_path / "source.bin"
+    source.write_bytes(b"z" * 3_000_000)
+    storage.upload(source, storage.join(root, "deep/er/copy.bin"))
+    assert storage.size(storage.join(root, "deep/er/copy.bin")) == 3_000_000
+    with pytest.raises(FileNotFoundError, match=r"to upload.*nowhere\.bin"):
+        storage.upload(tmp_path / "nowhere.bin", storage.join(root, "x"))
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = str(tmp_path / "x.bin")
+    storage.write_bytes(url, b"old")
+
+    def die(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "replace", die)
+    with pytest.raises(OSError, match="No space"):
+        storage.write_bytes(url, b"new")
+    assert storage.read_bytes(url) == b"old"
+    assert os.listdir(tmp_path) == ["x.bin"]
+
+
+def test_written_files_have_ordinary_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    storage.write_bytes(str(tmp_path / "ours"), b"")
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "ours")]
+    assert modes[0] == modes[1]
+
+
+@pytest.mark.parametrize("place", ["/", "~", "s3://bucket", "s3://bucket/"])
+def test_remove_tree_refuses_roots(place: str) -> None:
+    with pytest.raises(UserError, match="refusing to remove"):
+        storage.remove_tree(place)
+
+
+def test_unknown_protocol() -> None:
+    with pytest.raises(UserError, match="nosuch://"):
+        storage.exists("nosuch://x/y")
+
+
+class _Flaky:
+    def __init__(self, failures: list[Exception]) -> None:
+        self.failures = failures
+
+    def __call__(self) -> str:
+        if self.failures:
+            raise self.failures.pop(0)
+        return "fine"
+
+
+def _botocore_error() -> Exception:
+    from botocore.exceptions import EndpointConnectionError
+
+    return EndpointConnectionError(endpoint_url="http://nowhere")
+
+
+def _aiohttp_error() -> Exception:
+    from aiohttp import ClientPayloadError
+
+    return ClientPayloadError("cut short")
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: OSError(5, "EIO"), lambda: TimeoutError("slow"), _botocore_error, _aiohttp_error]
+)
+def test_transient_failures_are_retried(make: Any, quick: list[float]) -> None:
+    assert storage._attempt("s3://b/x", "read", _Flaky([make() for _ in range(4)])) == "fine"
+    assert len(quick) == 4
+    assert all(later > earlier * 0.6 for earlier, later in pairwise(quick))
+    with pytest.raises(storage.StorageError, match=r"could not read s3://b/x in 5 tries"):
+        storage._attempt("s3://b/x", "read", _Flaky([make() for _ in range(5)]))
+
+
+@pytest.mark.parametrize("error", [FileExistsError("x"), ValueError("x"), OSError(28, "full")])
+def test_lasting_failures_are_not_retried(error: Exception, quick: list[float]) -> None:
+    with pytest.raises(type(error)):
+        storage._attempt("s3://b/x", "write", _Flaky([error]))
+    assert quick == []
+
+
+def test_denied_access_names_the_remedy(quick: list[float]) -> None:
+    with pytest.raises(UserError, match=r"cannot read s3://b/x: .*AWS_ACCESS_KEY_ID"):
+        storage._attempt("s3://b/x", "read", _Flaky([PermissionError("Forbidden")]))
+    assert quick == []
+
+
+def test_a_short_read_is_retried(monkeypatch: pytest.MonkeyPatch, quick: list[float]) -> None:
+    url = f"memory://{uuid.uuid4().hex}/x"
+    storage.write_bytes(url, bytes(100))
+    fs = storage._filesystem(url)
+    whole = fs.cat_file
+    answers = [b"short"]
+    monkeypatch.setattr(fs, "cat_file", lambda *a, **k: answers.pop() if answers else whole(*a, **k))
+    assert storage.open_file(url).read() == bytes(100)
+    assert len(quick) == 1
