@@ -1,7 +1,7 @@
 """Distil on CIFAR-100 by the field's protocol.
 
-    python jobs/cifar100.py resnet32x4_resnet8x4 --data.root DIR --teacher.train true
-    python jobs/cifar100.py resnet32x4_resnet8x4 --data.root DIR --teacher.weights teacher.safetensors
+python jobs/cifar100.py resnet32x4_resnet8x4 --data.root DIR --teacher.train true
+python jobs/cifar100.py resnet32x4_resnet8x4 --data.root DIR --teacher.weights teacher.safetensors
 """
 
 import sys

@@ -50,7 +50,9 @@ def parse(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str], prog
     if arguments and not arguments[0].startswith("-"):
         name = arguments.pop(0)
         if name not in recipes:
-            raise UserError(f"unknown recipe {name!r}{nearest(name, recipes)}; there are: {', '.join(recipes)}")
+            raise UserError(
+                f"unknown recipe {name!r}{nearest(name, recipes)}; there are: {', '.join(recipes)}"
+            )
     only_print = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
     base = recipes[name]()
@@ -60,7 +62,9 @@ def parse(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str], prog
             raise UserError("--config needs a JSON file, such as a run's config.json")
         base = read_config(arguments[at + 1])
         del arguments[at : at + 2]
-    config = override(base, arguments, f"{program} [{'|'.join(recipes)}] [--config FILE] [--print-config]", recipes)
+    config = override(
+        base, arguments, f"{program} [{'|'.join(recipes)}] [--config FILE] [--print-config]", recipes
+    )
     if config is not None and only_print:
         print(json.dumps(to_dict(config), indent=2))
         return None
@@ -102,7 +106,9 @@ def override(base: Config, arguments: list[str], usage: str, recipes: Mapping[st
 
 
 def _describe(recipes: Mapping[str, Recipe]) -> str:
-    lines = (f"  {name}: {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in recipes.items())
+    lines = (
+        f"  {name}: {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in recipes.items()
+    )
     return "Recipes:\n" + "\n".join(lines)
 
 

@@ -132,4 +132,6 @@ IMAGENET_RECIPES: dict[str, Callable[[], Config]] = {
     "r50_mbv2": r50_mbv2,
     "r50_shufflenetv2": r50_shufflenetv2,
 }
-CIFAR_RECIPES: dict[str, Callable[[], Config]] = {name: _cifar_recipe(name, *pair) for name, pair in CIFAR_PAIRS.items()}
+CIFAR_RECIPES: dict[str, Callable[[], Config]] = {
+    name: _cifar_recipe(name, *pair) for name, pair in CIFAR_PAIRS.items()
+}

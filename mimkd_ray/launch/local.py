@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mimkd_ray.train import timeline
 from mimkd_ray.train.config import Config, LaunchConfig
 from mimkd_ray.train.context import share_from_first
 from mimkd_ray.train.job import run_job
@@ -41,11 +42,13 @@ def under_torchrun() -> bool:
 def run_local(config: Config, run_dir: str) -> dict[str, Any]:
     """Run the job here; under torchrun, as one rank of many."""
     if not under_torchrun():
+        timeline.mark("worker")
         return run_job(config, LocalContext(pick_device(config.launch, 0)), run_dir)
     device = pick_device(config.launch, int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    timeline.mark("worker")
     try:
         launch_id = share_from_first(uuid.uuid4().hex)
         context = LocalContext(device, dist.get_rank(), dist.get_world_size(), launch_id)

@@ -12,12 +12,12 @@ from typing import Any
 
 import ray
 import ray.train
-import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
 from mimkd_ray import storage
 from mimkd_ray.errors import DamagedDataError, NonFiniteLossError, UserError
+from mimkd_ray.train import timeline
 from mimkd_ray.train.config import Config, from_dict, to_dict
 from mimkd_ray.train.context import share_from_first
 from mimkd_ray.train.files import read_json, write_json
@@ -52,6 +52,8 @@ class RayContext:
 
 def worker(setup: dict[str, Any]) -> None:
     """What each Ray worker runs. An error that a restart cannot mend is left in the run directory for the driver."""
+    timeline.begin(setup["timeline"])
+    timeline.mark("worker")
     context = RayContext(setup["launch_id"])
     url = storage.join(setup["run_dir"], "error.json")
     earlier = read_json(url)
@@ -115,19 +117,27 @@ class EmbeddedTrainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+        return [
+            callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"
+        ]
 
 
 def run_ray(config: Config, run_dir: str) -> dict[str, Any]:
     """Run the job on Ray Train workers and return its result."""
     own = connect(config)
+    timeline.mark("connected")
     launch_id = uuid.uuid4().hex
     # Ray wants a place for its own snapshot. Ours are the only checkpoints, so it is thrown away.
     scratch = tempfile.mkdtemp(prefix="mimkd-ray-")
     try:
         trainer = (EmbeddedTrainer if own else TorchTrainer)(
             worker,
-            train_loop_config={"config": to_dict(config), "run_dir": run_dir, "launch_id": launch_id},
+            train_loop_config={
+                "config": to_dict(config),
+                "run_dir": run_dir,
+                "launch_id": launch_id,
+                "timeline": timeline.marks(),
+            },
             scaling_config=scaling(config),
             run_config=RunConfig(
                 name=launch_id,

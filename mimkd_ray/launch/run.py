@@ -9,6 +9,7 @@ from typing import Any
 from mimkd_ray import storage
 from mimkd_ray.launch.local import run_local, under_torchrun
 from mimkd_ray.launch.table import result_table
+from mimkd_ray.train import timeline
 from mimkd_ray.train.config import Config, digest
 from mimkd_ray.train.files import read_json
 from mimkd_ray.train.job import claim
@@ -38,6 +39,8 @@ def absolute(config: Config) -> Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Run ``config`` to its end and print its table. A finished run only prints it."""
+    timeline.begin()
+    timeline.mark("parsed")
     config = absolute(config)
     first = int(os.environ.get("RANK", "0")) == 0 if under_torchrun() else True
     run_dir = run_directory(config)
@@ -48,9 +51,12 @@ def run(config: Config) -> dict[str, Any]:
         claim(config, run_dir)
         if first:
             print(result_table(finished))
-            print(f"this run was finished before; --run.overwrite true does it again\nrun directory: {run_dir}")
+            print(
+                f"this run was finished before; --run.overwrite true does it again\nrun directory: {run_dir}"
+            )
         return finished
     preflight(config)
+    timeline.mark("checked")
     if config.launch.backend == "local":
         result = run_local(config, run_dir)
     else:

@@ -61,7 +61,7 @@ def _log_mean_exp(value_LBK: Tensor, valid_BK: Tensor) -> Tensor:
     """Log of the mean of e^value over the valid pairs: (L, B, K) -> (L,); 0 where no pair is valid."""
     count = valid_BK.sum()
     total_L = value_LBK.masked_fill(~valid_BK, -math.inf).flatten(1).logsumexp(1)
-    return torch.where(count > 0, total_L - count.clamp(min=1).log(), 0.0)
+    return torch.where(count > 0, total_L - count.clamp(min=1).to(total_L.dtype).log(), 0.0)
 
 
 def _dv_nats(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def nwj(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> BoundVal
 def infonce(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> BoundValue:
     """InfoNCE: the log-probability of the positive among its candidates, plus ln(candidates)."""
     others_LB = negative_LBK.masked_fill(~valid_BK, -math.inf).logsumexp(2)
-    candidates_B = valid_BK.sum(1) + 1
+    candidates_B = (valid_BK.sum(1) + 1).to(positive_LB.dtype)  # the log of an integer is float32
     nats_LB = positive_LB - torch.logaddexp(positive_LB, others_LB) + candidates_B.log()
     nats_L = nats_LB.mean(1)
     return BoundValue(-nats_L, nats_L.detach())

@@ -90,7 +90,8 @@ class DotCritic(nn.Module):
 
     def scale(self) -> Tensor:
         """1 / temperature."""
-        return self.log_scale.clamp(max=self.max_log_scale).exp()
+        # Not clamp: in recent PyTorch it has no gradient *at* its limit, where constrain_ puts the parameter.
+        return torch.where(self.log_scale > self.max_log_scale, self.max_log_scale, self.log_scale).exp()
 
     @torch.no_grad()
     def constrain_(self) -> None:
@@ -122,7 +123,9 @@ class ConcatCritic(nn.Module):
     def __init__(self, teacher_channels: int, student_channels: int, config: CriticConfig) -> None:
         super().__init__()
         self.pair_width = config.width
-        self.teacher = nn.Sequential(nn.LayerNorm(teacher_channels), nn.Linear(teacher_channels, config.width))
+        self.teacher = nn.Sequential(
+            nn.LayerNorm(teacher_channels), nn.Linear(teacher_channels, config.width)
+        )
         self.student = nn.Sequential(
             nn.LayerNorm(student_channels), nn.Linear(student_channels, config.width, bias=False)
         )

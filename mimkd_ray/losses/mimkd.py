@@ -93,7 +93,9 @@ class LossConfig:
 
     def weight(self, kind: Kind) -> float:
         """The weight of one kind of term."""
-        return {"global": self.global_weight, "local": self.local_weight, "feature": self.feature_weight}[kind]
+        return {"global": self.global_weight, "local": self.local_weight, "feature": self.feature_weight}[
+            kind
+        ]
 
     @property
     def uses_features(self) -> bool:
@@ -119,7 +121,7 @@ class Term:
 
     @property
     def name(self) -> str:
-        """"feature/layer4-stage3": unique within a loss, and fit for a TensorBoard tag."""
+        """ "feature/layer4-stage3": unique within a loss, and fit for a TensorBoard tag."""
         return f"{self.kind}/{self.teacher}-{self.student}"
 
 
@@ -136,7 +138,9 @@ class LossOutput(NamedTuple):
 
     total: Tensor  #: scalar to minimise
     terms: dict[str, Tensor]  #: weighted parts with their gradient; they sum to total
-    log: dict[str, Tensor]  #: detached scalars: ce, kd, and per term loss, nats, ceiling, scale, bias, mean_u, mean_v
+    log: dict[
+        str, Tensor
+    ]  #: detached scalars: ce, kd, and per term loss, nats, ceiling, scale, bias, mean_u, mean_v
 
 
 def valid_pairs(ids_B: Tensor, negatives: Negatives) -> Tensor:
@@ -159,7 +163,11 @@ def match_sizes(teacher_BCHW: Tensor, student_BCHW: Tensor) -> tuple[Tensor, Ten
     width = min(teacher_BCHW.shape[3], student_BCHW.shape[3])
 
     def pool(feature: Tensor) -> Tensor:
-        return feature if feature.shape[2:] == (height, width) else F.adaptive_avg_pool2d(feature, (height, width))
+        return (
+            feature
+            if feature.shape[2:] == (height, width)
+            else F.adaptive_avg_pool2d(feature, (height, width))
+        )
 
     return pool(teacher_BCHW), pool(student_BCHW)
 
@@ -201,7 +209,8 @@ class MIMKDLoss(nn.Module):
         parts: dict[str, Tensor] = {}
         log: dict[str, Tensor] = {}
         with torch.autocast(labels_B.device.type, enabled=False):
-            ce = F.cross_entropy(full_precision(student.logits_BC), labels_B, label_smoothing=config.label_smoothing)
+            student = _in_full_precision(student)
+            ce = F.cross_entropy(student.logits_BC, labels_B, label_smoothing=config.label_smoothing)
             parts["ce"] = config.ce_weight * ce
             log["ce"] = ce.detach()
             if config.kd_weight:
@@ -212,7 +221,9 @@ class MIMKDLoss(nn.Module):
             if self.plan:
                 assert teacher is not None, "the loss has mutual-information terms and no teacher was given"
                 if len(labels_B) < 2:
-                    raise ValueError("a lane of 1 image has no negatives: a mutual-information term needs 2 or more")
+                    raise ValueError(
+                        "a lane of 1 image has no negatives: a mutual-information term needs 2 or more"
+                    )
                 negatives: Negatives = "all" if reading else self.negatives
                 valid_BK = valid_pairs(ids_B, negatives)
                 for term, critic in zip(self.plan, self.critics, strict=True):
@@ -233,15 +244,26 @@ class MIMKDLoss(nn.Module):
         return LossOutput(total, parts, log)
 
 
+def _in_full_precision(features: Features) -> Features:
+    """Cast every feature once, so that the gradients of the terms that read it add up in float32 and are rounded to
+    the feature's own precision once."""
+    return Features(
+        full_precision(features.logits_BC),
+        {tap: full_precision(value) for tap, value in features.vectors.items()},
+        {tap: full_precision(value) for tap, value in features.maps.items()},
+    )
+
+
 def _inputs(term: Term, teacher: Features, student: Features) -> tuple[Tensor, Tensor]:
-    """The two sides of a term in float32 by location: (L or 1, B, C_teacher), (L, B, C_student)."""
+    """The two sides of a term in float32 by location: (L or 1, B, C_teacher), (L, B, C_student). The student's
+    features come in full precision."""
     if term.kind == "global":
         pair = teacher.vectors[term.teacher], student.vectors[term.student]
     elif term.kind == "local":
         pair = teacher.vectors[term.teacher], student.maps[term.student]
     else:
-        pair = match_sizes(full_precision(teacher.maps[term.teacher]), full_precision(student.maps[term.student]))
-    return to_locations(full_precision(pair[0].detach())), to_locations(full_precision(pair[1]))
+        pair = match_sizes(full_precision(teacher.maps[term.teacher]), student.maps[term.student])
+    return to_locations(full_precision(pair[0].detach())), to_locations(pair[1])
 
 
 def score_term(

@@ -37,7 +37,12 @@ def arm_config(config: Config, arm: Arm, seed: int) -> Config:
 
 
 def compare(
-    config: Config, data: Data, teacher: nn.Module | None, facts: dict[str, Any], context: Context, run_dir: str
+    config: Config,
+    data: Data,
+    teacher: nn.Module | None,
+    facts: dict[str, Any],
+    context: Context,
+    run_dir: str,
 ) -> dict[str, Any]:
     """Train every arm with every seed and return the comparison, which is also the job's result.json.
 

@@ -94,7 +94,9 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Add a line {"kind", "step", ...} and one TensorBoard point per number."""
-        self._lines.write(json.dumps(jsonable({"kind": kind, "step": step, **values}), allow_nan=False) + "\n")
+        self._lines.write(
+            json.dumps(jsonable({"kind": kind, "step": step, **values}), allow_nan=False) + "\n"
+        )
         self._lines.flush()
         if not self._wants_tensorboard:
             return
@@ -102,7 +104,8 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter  # half a second: only once there is a point
 
             self._tensorboard = SummaryWriter(
-                str(self.staging / "tensorboard"), purge_step=self._start_step + 1 if self._start_step else None
+                str(self.staging / "tensorboard"),
+                purge_step=self._start_step + 1 if self._start_step else None,
             )
         for key, value in values.items():
             if isinstance(value, int | float) and math.isfinite(value):

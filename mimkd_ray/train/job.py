@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from mimkd_ray import storage
@@ -34,7 +35,9 @@ def run_job(config: Config, context: Context, run_dir: str) -> dict[str, Any]:
     if context.rank == 0:
         claim(config, run_dir)
     barrier()
-    finished = share_from_first(read_json(storage.join(run_dir, "result.json")) if context.rank == 0 else None)
+    finished = share_from_first(
+        read_json(storage.join(run_dir, "result.json")) if context.rank == 0 else None
+    )
     if finished is not None:
         return finished
     data = open_data(config.data)
@@ -60,7 +63,11 @@ def claim(config: Config, run_dir: str) -> None:
 
 def needs_teacher(config: Config) -> bool:
     """Whether any arm of the job uses a teacher."""
-    arms = [arm_config(config, arm, 0).loss for arm in config.compare.arms] if config.compare.seeds else [config.loss]
+    arms = (
+        [arm_config(config, arm, 0).loss for arm in config.compare.arms]
+        if config.compare.seeds
+        else [config.loss]
+    )
     return any(loss.uses_teacher for loss in arms)
 
 
@@ -95,6 +102,7 @@ def obtain_teacher(
         own = teacher_config(config)
         train(own, open_data(own.data), None, context, folder)
         weights = storage.join(folder, "student.safetensors")
+    torch.manual_seed(config.train.seed + 2)  # every worker, and every restart, has the same random teacher
     model = build_model(teacher.name, data.num_classes, weights, config.data.image_size)
     digest = weights_digest(model)
     place(model, config.train, context.device).eval().requires_grad_(False)
@@ -111,7 +119,10 @@ def obtain_teacher(
         loader_workers=config.data.loader_workers,
     )
     measured = accuracy(model, batches, normalize, config.data.max_damaged)
-    say(context, f"teacher {teacher.name} ({weights}): top-1 {measured.top1:.2f} % on {measured.rows} held-out images")
+    say(
+        context,
+        f"teacher {teacher.name} ({weights}): top-1 {measured.top1:.2f} % on {measured.rows} held-out images",
+    )
     check_accuracy(teacher, measured.top1, measured.rows)
     facts = {
         "name": teacher.name,

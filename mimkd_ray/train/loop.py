@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from mimkd_ray import storage
 from mimkd_ray.data.dataset import Data
-from mimkd_ray.train import checkpoint
+from mimkd_ray.train import checkpoint, timeline
 from mimkd_ray.train.config import Config, digest, to_dict
 from mimkd_ray.train.context import Context, all_sum, barrier, share_from_first
 from mimkd_ray.train.files import MetricsLog, read_json, write_json
 from mimkd_ray.train.metrics import FiniteGuard, Meter, Progress, say
 from mimkd_ray.train.report import versions
 from mimkd_ray.train.session import Session
+
 
 def train(
     config: Config,
@@ -34,7 +35,9 @@ def train(
     Goes on from the newest checkpoint in ``run_dir``; a finished run is returned as it is. ``teacher`` is None where
     the loss needs none; ``extra`` (about the teacher, say) is added to the result.
     """
-    finished = share_from_first(read_json(storage.join(run_dir, "result.json")) if context.rank == 0 else None)
+    finished = share_from_first(
+        read_json(storage.join(run_dir, "result.json")) if context.rank == 0 else None
+    )
     if finished is not None:
         return finished
     began = time.perf_counter()
@@ -52,6 +55,7 @@ def train(
     guard = FiniteGuard(context.device)
     meter = Meter(context.device, global_batch)
     batches = session.batches(start)
+    timeline.mark("built")
     held_out: dict[str, Any] = {}
 
     for step in range(start, session.total_steps):
@@ -59,6 +63,7 @@ def train(
         done = step + 1
         guard.add(step, record, ids)
         meter.step()
+        timeline.mark("first_step")
         if done % config.train.log_every == 0 or done == session.total_steps:
             write_step(log, session, done, record, meter)
         progress.update(done, summary(record) if progress.shown else "")
@@ -76,7 +81,12 @@ def train(
             if not quiet:
                 say(context, f"{config.recipe}: epoch {epoch}, held-out top-1 {held_out['top1']:.2f} %")
                 context.report({"step": done, "epoch": epoch, **held_out})
-        if epoch_ended and not last and config.run.checkpoint_every and epoch % config.run.checkpoint_every == 0:
+        if (
+            epoch_ended
+            and not last
+            and config.run.checkpoint_every
+            and epoch % config.run.checkpoint_every == 0
+        ):
             guard.check_all()
             with meter.paused():
                 session.settle()
@@ -93,7 +103,9 @@ def train(
     }
     if log is not None:
         log.close()
-        weights = {name: value.detach().cpu().contiguous() for name, value in session.exported().state_dict().items()}
+        weights = {
+            name: value.detach().cpu().contiguous() for name, value in session.exported().state_dict().items()
+        }
         storage.write_bytes(storage.join(run_dir, "student.safetensors"), save_safetensors(weights))
         write_json(storage.join(run_dir, "result.json"), result)
     barrier()
@@ -119,7 +131,11 @@ def write_step(
 def summary(record: Mapping[str, Tensor]) -> str:
     """The loss and the nats of each term in one short text."""
     parts = [f"loss {float(record['loss']):.3f}"]
-    parts += [f"{key.removesuffix('/nats')} {float(v):.2f} nats" for key, v in record.items() if key.endswith("/nats")]
+    parts += [
+        f"{key.removesuffix('/nats')} {float(v):.2f} nats"
+        for key, v in record.items()
+        if key.endswith("/nats")
+    ]
     return ", ".join(parts)
 
 
@@ -133,7 +149,10 @@ def describe(
     }
     return {
         "recipe": config.recipe,
-        "student": {"name": config.student.name, **{key: held_out.get(key) for key in ("top1", "top5", "rows")}},
+        "student": {
+            "name": config.student.name,
+            **{key: held_out.get(key) for key in ("top1", "top5", "rows")},
+        },
         "nats": nats,
         "images_per_second": meter.rate(),
         "seconds": seconds,
@@ -144,6 +163,7 @@ def describe(
         "lane_batch": config.train.lane_batch,
         "seed": config.train.seed,
         "resumed_from": start,
+        "timeline": timeline.marks(),
         "digests": {"config": digest(config), "data": session.data.digest},
         "versions": versions(),
     }

@@ -31,7 +31,9 @@ def parse_pair(text: str) -> Pair:
     match = _PAIR.fullmatch(text)
     if match:
         return Pair(match["teacher"], match["student"], float(match["factor"] or 1.0))
-    raise UserError(f"tap pair {text!r} is not 'teacher_layer:student_layer' or 'teacher_layer:student_layer:weight'")
+    raise UserError(
+        f"tap pair {text!r} is not 'teacher_layer:student_layer' or 'teacher_layer:student_layer:weight'"
+    )
 
 
 def choose_pairs(
@@ -45,7 +47,11 @@ def choose_pairs(
     student maps."""
     if kind == "global":
         return [Pair(teacher.vector, student.vector)]
-    small = [name for name in student.maps if max(student_shapes[name].height, student_shapes[name].width) <= MAX_SIDE]
+    small = [
+        name
+        for name in student.maps
+        if max(student_shapes[name].height, student_shapes[name].width) <= MAX_SIDE
+    ]
     pairs = list(zip(reversed(teacher.maps), reversed(small), strict=False))[::-1]
     if not pairs:
         raise UserError(

@@ -21,7 +21,13 @@ def preflight(config: Config) -> None:
     Reads listings, footers and weights; builds the networks without memory (on the meta device) and runs them dry.
     """
     data = open_data(config.data)
-    Order(data.train.block_rows, config.train.lanes, config.train.lane_batch, config.train.seed, config.data.window)
+    Order(
+        data.train.block_rows,
+        config.train.lanes,
+        config.train.lane_batch,
+        config.train.seed,
+        config.data.window,
+    )
     for weights in (config.teacher.weights, config.student.weights):
         if weights not in ("random", "published") and not storage.exists(weights):
             raise UserError(f"there is no weights file {weights}")

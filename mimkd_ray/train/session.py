@@ -15,8 +15,15 @@ from mimkd_ray.data.loader import DamageCounter, LaneBatch, eval_batches, train_
 from mimkd_ray.data.order import Order
 from mimkd_ray.data.views import View, make_pipeline
 from mimkd_ray.errors import UserError
+from mimkd_ray.models.taps import TappedModel
 from mimkd_ray.train import checkpoint
-from mimkd_ray.train.build import build_distiller, build_teacher, has_compiler, parameter_dtype, uses_channels_last
+from mimkd_ray.train.build import (
+    build_distiller,
+    build_teacher,
+    has_compiler,
+    parameter_dtype,
+    uses_channels_last,
+)
 from mimkd_ray.train.config import Config, differences, training_dict
 from mimkd_ray.train.context import Context, is_distributed
 from mimkd_ray.train.evaluate import accuracy, read_information
@@ -36,14 +43,22 @@ class Session:
                 f"{context.world_size} workers for {train.lanes} lanes: a worker needs a lane of its own; "
                 f"pass --train.lanes {context.world_size}"
             )
-        self.order = Order(data.train.block_rows, train.lanes, train.lane_batch, train.seed, config.data.window)
+        self.order = Order(
+            data.train.block_rows, train.lanes, train.lane_batch, train.seed, config.data.window
+        )
         self.total_steps = min(train.epochs * self.order.steps_per_epoch, train.max_steps or 2**62)
         self.my_lanes = range(context.rank, train.lanes, context.world_size)
         self.pipeline = make_pipeline(config.data.pipeline, config.data.image_size)
         self.normalize = Normalizer(
-            config.data.mean, config.data.std, device, parameter_dtype(train), uses_channels_last(train, device)
+            config.data.mean,
+            config.data.std,
+            device,
+            parameter_dtype(train),
+            uses_channels_last(train, device),
         )
-        self.teacher = build_teacher(config, teacher, data.num_classes, device) if teacher is not None else None
+        self.teacher = (
+            build_teacher(config, teacher, data.num_classes, device) if teacher is not None else None
+        )
         self.distiller = build_distiller(config, data.num_classes, teacher, device)
         self.ema = (
             AveragedModel(self.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
@@ -54,7 +69,9 @@ class Session:
         self.norms = LaneNorms(self.distiller, len(self.my_lanes), train.lanes)
         self._compile()
         self.model = data_parallel(self.distiller) if is_distributed() else self.distiller
-        self.damage = DamageCounter(config.data.max_damaged, max(1, data.train.num_rows // context.world_size))
+        self.damage = DamageCounter(
+            config.data.max_damaged, max(1, data.train.num_rows // context.world_size)
+        )
         self.data_seconds = 0.0
 
     def _compile(self) -> None:
@@ -125,6 +142,7 @@ class Session:
     def exported(self) -> torch.nn.Module:
         """The network that users get: the student, or its moving average."""
         tapped = self.ema.module if self.ema is not None else self.distiller.student
+        assert isinstance(tapped, TappedModel)
         return tapped.model
 
     def held_out(self) -> Iterator[LaneBatch]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,12 @@ class Distiller(nn.Module):
         self.autocast = autocast
 
     def output(
-        self, images_BCHW: Tensor, labels_B: Tensor, ids_B: Tensor, teacher: Features | None, reading: bool = False
+        self,
+        images_BCHW: Tensor,
+        labels_B: Tensor,
+        ids_B: Tensor,
+        teacher: Features | None,
+        reading: bool = False,
     ) -> tuple[LossOutput, Tensor]:
         """The loss with all its parts, and the student's logits. Images are normalised."""
         with torch.autocast(images_BCHW.device.type, self.autocast, enabled=self.autocast is not None):
@@ -60,19 +66,26 @@ class Normalizer:
     """uint8 images to normalised floats on the device, in the run's memory format."""
 
     def __init__(
-        self, mean: Sequence[float], std: Sequence[float], device: torch.device, dtype: torch.dtype, channels_last: bool
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        dtype: torch.dtype,
+        channels_last: bool,
     ) -> None:
         # (x / 255 - mean) / std = x * scale + shift: one fused multiply-add over the batch
         self.scale = torch.tensor([1 / (255 * s) for s in std], dtype=dtype, device=device).view(3, 1, 1)
-        self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=dtype, device=device).view(
-            3, 1, 1
-        )
+        self.shift = torch.tensor(
+            [-m / s for m, s in zip(mean, std, strict=True)], dtype=dtype, device=device
+        ).view(3, 1, 1)
         self.device, self.dtype = device, dtype
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 on any device -> normalised, on this device."""
-        images = images_BCHW.to(self.device, non_blocking=True).to(self.dtype, memory_format=self.memory_format)
+        images = images_BCHW.to(self.device, non_blocking=True).to(
+            self.dtype, memory_format=self.memory_format
+        )
         return torch.addcmul(self.shift, images, self.scale)
 
 
@@ -124,7 +137,8 @@ def data_parallel(module: nn.Module) -> DistributedDataParallel:
     """DDP that leaves buffers alone: batch-norm statistics belong to lanes and are averaged by :class:`LaneNorms`."""
     # torch 2.15 renames the option and warns about the old name.
     new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    return DistributedDataParallel(module, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
+    options: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    return DistributedDataParallel(module, **options)
 
 
 def seed_lane(seed: int, step: int, lane: int) -> None:

@@ -1,0 +1,1 @@
+"""Networks: built by name (zoo), tapped at named layers (taps), with default taps (stages)."""

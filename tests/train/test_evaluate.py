@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tiny_run import cpu, tiny_config, tiny_data
+
+from mimkd_ray.data.loader import LaneBatch, eval_batches
+from mimkd_ray.data.views import make_pipeline
+from mimkd_ray.errors import DamagedDataError
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train.evaluate import accuracy
+from mimkd_ray.train.session import Session
+from mimkd_ray.train.step import Normalizer
+
+
+def _normalizer() -> Normalizer:
+    return Normalizer((0.0,) * 3, (1.0,) * 3, torch.device("cpu"), torch.float32, False)
+
+
+def _batch(rows: int, damaged: tuple[str, ...] = ()) -> LaneBatch:
+    generator = torch.Generator().manual_seed(rows)
+    images = torch.randint(0, 256, (rows, 3, 4, 4), dtype=torch.uint8, generator=generator)
+    return LaneBatch(0, 0, images, torch.arange(rows) % 7, torch.arange(rows), 0, damaged)
+
+
+def _logits(images: torch.Tensor) -> torch.Tensor:
+    return images.flatten(1)[:, :7]
+
+
+def test_against_a_slow_count() -> None:
+    batches = [_batch(5), _batch(8), _batch(1)]
+    top1 = top5 = rows = 0
+    total = 0.0
+    for batch in batches:
+        for image, label in zip(batch.images_BCHW, batch.labels_B, strict=True):
+            logits = image.flatten()[:7].double() / 255
+            order = sorted(range(7), key=lambda k: -float(logits[k]))  # noqa: B023
+            top1 += order[0] == int(label)
+            top5 += int(label) in order[:5]
+            total += float(logits.exp().sum().log() - logits[label])
+            rows += 1
+    measured = accuracy(_logits, batches, _normalizer())
+    assert measured.rows == rows == 14
+    assert measured.top1 == pytest.approx(100 * top1 / rows)
+    assert measured.top5 == pytest.approx(100 * top5 / rows)
+    assert measured.cross_entropy == pytest.approx(total / rows, rel=1e-5)
+
+
+def test_too_many_damaged_images_stop_the_run() -> None:
+    with pytest.raises(DamagedDataError, match=r"2 of 10 .*x\.jpg"):
+        accuracy(_logits, [_batch(8, ("x.jpg", "y.jpg"))], _normalizer(), max_damaged=0.1)
+    assert accuracy(_logits, [_batch(8, ("x.jpg", "y.jpg"))], _normalizer(), max_damaged=0.2).damaged == 2
+
+
+def _rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    model = build_model("cifar/resnet8_w4", 10).eval()
+    data = tiny_data()
+    transform = make_pipeline("digits", 8).eval
+    batches = eval_batches(data.val, transform, rank=rank, world_size=world, batch_size=64)
+    torch.save(tuple(accuracy(model, batches, _normalizer())), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_every_number_of_workers_measures_the_same(tmp_path: Path) -> None:
+    """450 held-out rows over 4 workers: uneven slices, uneven batches, one result."""
+    found = []
+    for world in (1, 4):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        mp.spawn(_rank, (world, str(folder)), nprocs=world)
+        found += [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+    for other in found[1:]:
+        assert other[0] == found[0][0]
+        assert other[1] == found[0][1]
+        assert other[2] == pytest.approx(found[0][2], rel=1e-6)
+        assert other[3] == found[0][3] == 450
+
+
+def test_information_is_read_over_all_pairs_in_evaluation_mode_and_leaves_no_trace() -> None:
+    config = tiny_config(loss={"preset": "paper"}, train={"eval_batch": 90})
+    session = Session(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    state = {name: value.clone() for name, value in session.distiller.state_dict().items()}
+    values = session.evaluate()
+    assert session.distiller.training
+    for name, value in session.distiller.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert all(parameter.grad is None for parameter in session.distiller.parameters())
+
+    # The same reading by hand: DV over all off-diagonal pairs of each batch, weighted by its rows.
+    session.distiller.eval()
+    total = torch.zeros(())
+    assert session.teacher is not None
+    for batch in session.held_out():
+        images = session.normalize(batch.images_BCHW)
+        with torch.no_grad():
+            teacher = session.teacher.features(images).vectors["pool"]
+            _, taps = session.distiller.student(images)
+            critic = session.distiller.loss.critics[0]
+            a, b = critic.embed_student(taps["pool"]), critic.embed_teacher(teacher)
+            scores = a @ b.T / 0.1
+            off = scores[~torch.eye(len(scores), dtype=torch.bool)]
+            nats = scores.diagonal().mean() - off.logsumexp(0) + torch.tensor(float(len(off))).log()
+            total += nats * len(batch)
+    assert values["global/pool-pool/nats"] == pytest.approx(float(total) / 450, rel=1e-4)
+    assert values["feature/stage3-stage3/grad_norm"] > 0

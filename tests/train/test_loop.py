@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import cpu, run_tiny, tiny_config, tiny_data
+
+from mimkd_ray.errors import NonFiniteLossError, UserError
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train import loop
+from mimkd_ray.train.job import run_job
+from mimkd_ray.train.session import Session
+
+
+def _metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def _without_clock(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key not in ("images_per_second", "data_wait")}
+
+
+def test_a_run_leaves_complete_files(tmp_path: Path) -> None:
+    result = run_tiny(tmp_path, run={"tensorboard": True})
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "result.json",
+        "student.safetensors",
+        "checkpoints",
+    }
+    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert result["steps"] == 6
+    assert 0 <= result["student"]["top1"] <= result["student"]["top5"] <= 100
+    assert result["student"]["rows"] == 450
+    assert set(result["nats"]) == {"global/pool-pool", "local/pool-stage1", "local/pool-stage2", "local/pool-stage3"} | {
+        "feature/stage3-stage3"
+    }
+    assert result["teacher"]["rows"] == 450
+    steps = _metrics(tmp_path, "train")
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for key in ("loss", "nats", "ceiling", "scale", "bias", "mean_u", "mean_v"):
+        assert f"feature/stage3-stage3/{key}" in steps[0]
+    assert [line["step"] for line in _metrics(tmp_path, "eval")] == [3, 6]
+
+
+def test_the_exported_student_is_the_evaluated_network(tmp_path: Path) -> None:
+    result = run_tiny(tmp_path)
+    config = tiny_config()
+    network = build_model("cifar/resnet8_w4", 10)
+    network.load_state_dict(load_file(tmp_path / "student.safetensors"))
+    session = Session(config, tiny_data(config), None, cpu())
+    session.distiller.student.model.load_state_dict(network.state_dict())
+    assert session.evaluate()["top1"] == pytest.approx(result["student"]["top1"])
+
+
+class _StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float
+) -> None:
+    sections = {"train": {"epochs": 3, "ema_decay": ema}}
+    run_tiny(tmp_path / "whole", **sections)
+
+    evaluate = Session.evaluate
+
+    def dies_in_the_second_evaluation(self: Session) -> dict[str, Any]:
+        if len(_metrics(tmp_path / "cut", "eval")) == 1:
+            raise _StopError
+        return evaluate(self)
+
+    monkeypatch.setattr(Session, "evaluate", dies_in_the_second_evaluation)
+    with pytest.raises(_StopError):
+        run_tiny(tmp_path / "cut", **sections)
+    monkeypatch.undo()
+    result = run_tiny(tmp_path / "cut", **sections)
+
+    assert result["resumed_from"] == 3
+    whole, cut = load_file(tmp_path / "whole/student.safetensors"), load_file(tmp_path / "cut/student.safetensors")
+    assert whole.keys() == cut.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, cut[name]), name
+    for kind in ("train", "eval"):
+        assert [_without_clock(x) for x in _metrics(tmp_path / "whole", kind)] == [
+            _without_clock(x) for x in _metrics(tmp_path / "cut", kind)
+        ]
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_tiny(tmp_path)
+    monkeypatch.setattr(Session, "step", lambda *_: pytest.fail("a finished run took a step"))
+    assert run_tiny(tmp_path) == json.loads(json.dumps(result))
+
+
+def test_a_directory_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    run_tiny(tmp_path)
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.05 -> 0\.5.*--run\.overwrite true"):
+        run_tiny(tmp_path, optim={"lr": 0.5})
+
+
+def test_a_loss_that_is_no_number_stops_with_step_terms_and_ids(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLossError) as caught:
+        run_tiny(tmp_path, optim={"lr": 1e38, "schedule": "constant"}, train={"epochs": 4})
+    text = str(caught.value)
+    assert "at step" in text
+    assert "not finite: ce" in text
+    ids = text.split("sample ids ")[1].split(":")[0].split(", ")
+    assert len(ids) == 20  # two lanes of ten
+    assert all(identity.isdigit() for identity in ids)
+
+
+def test_max_steps_ends_early_with_a_result(tmp_path: Path) -> None:
+    result = run_tiny(tmp_path, train={"max_steps": 4})
+    assert result["steps"] == 4
+    assert [line["step"] for line in _metrics(tmp_path, "eval")] == [3, 4]
+
+
+def test_the_moving_average_is_what_is_exported(tmp_path: Path) -> None:
+    sections = {"train": {"epochs": 1, "ema_decay": 0.5, "eval_every": 0}, "teacher": {"name": "cifar/resnet8"}}
+    labels_only = {"global_weight": 0.0, "local_weight": 0.0, "feature_weight": 0.0}
+    run_tiny(tmp_path, loss=labels_only, **sections)
+    # By hand: the average starts as the first step's student, then moves half-way to each step's.
+    config = tiny_config(loss=labels_only, train={"epochs": 1})
+    session = Session(config, tiny_data(config), None, cpu())
+    batches, mean = session.batches(0), torch.zeros(())
+    for step in range(session.total_steps):
+        session.step(step, batches)
+        weight = session.distiller.student.model.head.weight.detach().clone()
+        mean = weight if step == 0 else 0.5 * mean + 0.5 * weight
+    exported = load_file(tmp_path / "student.safetensors")["head.weight"]
+    torch.testing.assert_close(exported, mean, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(exported, weight, rtol=1e-4)
+
+
+def test_clipping_bounds_the_gradient() -> None:
+    config = tiny_config(optim={"clip_norm": 1e-3})
+    session = Session(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    session.step(0, session.batches(0))
+    norm = torch.stack([p.grad.norm() for p in session.distiller.parameters() if p.grad is not None]).norm()
+    assert float(norm) <= 1e-3 * (1 + 1e-4)
+
+
+def test_more_workers_than_lanes_is_an_error() -> None:
+    context = cpu()
+    context.world_size = 3
+    with pytest.raises(UserError, match="3 workers for 2 lanes"):
+        Session(tiny_config(), tiny_data(), None, context)
+
+
+def test_label_only_runs_need_no_teacher(tmp_path: Path) -> None:
+    weights = {"global_weight": 0.0, "local_weight": 0.0, "feature_weight": 0.0}
+    result = run_job(tiny_config(loss=weights), cpu(), str(tmp_path))
+    assert "teacher" not in result
+    assert result["nats"] == {}
+
+
+def test_compiled_training_without_graph_breaks_equals_eager() -> None:
+    torch._dynamo.reset()
+    losses = {}
+    teacher = build_model("cifar/resnet8", 10)
+    for mode in ("off", "on"):
+        config = tiny_config(train={"compile": "off", "precision": "float64"})
+        session = Session(config, tiny_data(config), teacher, cpu())
+        if mode == "on":
+            session.distiller.compile(backend="aot_eager", fullgraph=True)
+        batches = session.batches(0)
+        losses[mode] = [float(session.step(step, batches)[0]["loss"]) for step in range(2)]
+    assert losses["on"] == pytest.approx(losses["off"], rel=1e-10)
+
+
+def test_compilation_without_a_compiler_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mimkd_ray.train.session.has_compiler", lambda: False)
+    Session(tiny_config(train={"compile": "on"}), tiny_data(), None, cpu())
+    assert capsys.readouterr().out.splitlines() == [
+        "compilation is off: no C++ compiler (c++, g++ or clang++) was found"
+    ]
+
+
+def test_the_log_frequency_does_not_change_training(tmp_path: Path) -> None:
+    run_tiny(tmp_path / "often")
+    run_tiny(tmp_path / "seldom", train={"log_every": 5, "eval_every": 0})
+    often, seldom = (load_file(tmp_path / name / "student.safetensors") for name in ("often", "seldom"))
+    assert all(torch.equal(often[name], seldom[name]) for name in often)
+    assert [line["step"] for line in _metrics(tmp_path / "seldom", "train")] == [5, 6]
+
+
+def test_summary_is_short(tmp_path: Path) -> None:
+    record = {"loss": torch.tensor(1.5), "ce": torch.tensor(1.0), "feature/a-b/nats": torch.tensor(0.25)}
+    assert loop.summary(record) == "loss 1.500, feature/a-b 0.25 nats"

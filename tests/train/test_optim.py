@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mimkd_ray.errors import UserError
+from mimkd_ray.train.optim import OptimConfig, build_optimizer, learning_rate
+
+
+def test_step_schedule_is_torchs_multi_step() -> None:
+    config = OptimConfig(lr=0.05, milestones=(3, 5), gamma=0.1)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.05)
+    reference = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3 * 4, 5 * 4], gamma=0.1)
+    for step in range(7 * 4):
+        assert learning_rate(config, step, 4, 7) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        reference.step()
+
+
+def test_cosine_schedule_is_torchs_and_ends_at_min_lr() -> None:
+    config = OptimConfig(lr=0.2, schedule="cosine", min_lr=0.01)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10 * 5, eta_min=0.01)
+    for step in range(50):
+        assert learning_rate(config, step, 5, 10) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        reference.step()
+    assert learning_rate(config, 50, 5, 10) == pytest.approx(0.01)
+
+
+def test_warmup_rises_linearly_to_the_peak_and_the_cosine_starts_there() -> None:
+    config = OptimConfig(lr=1.0, schedule="cosine", warmup_epochs=2)
+    warm = [learning_rate(config, step, 5, 12) for step in range(10)]
+    assert warm == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert learning_rate(config, 10, 5, 12) == pytest.approx(1.0)
+    assert learning_rate(config, 35, 5, 12) == pytest.approx(0.5)  # half of the ten epochs after warm-up
+
+
+def test_constant_schedule() -> None:
+    assert {learning_rate(OptimConfig(schedule="constant", lr=0.3), step, 2, 4) for step in range(8)} == {0.3}
+
+
+def test_weight_decay_spares_norms_biases_and_temperatures() -> None:
+    module = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4), "linear": nn.Linear(4, 2)})
+    module.register_parameter("log_scale", nn.Parameter(torch.zeros(())))
+    optimizer = build_optimizer(OptimConfig(lr=0.1, momentum=0.0, weight_decay=0.5), module)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in module.named_parameters():
+        factor = 1 - 0.1 * 0.5 if parameter.dim() > 1 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
+
+
+def test_adamw_is_chosen_by_name() -> None:
+    assert isinstance(build_optimizer(OptimConfig(name="adamw"), nn.Linear(2, 2)), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [({"lr": 0.0}, "optim.lr"), ({"weight_decay": -1.0}, "weight_decay"), ({"milestones": (3, 2)}, "milestones")],
+)
+def test_senseless_values_are_refused(fields: dict[str, object], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        OptimConfig(**fields)  # type: ignore[arg-type]
+
+
+def test_warmup_of_a_fraction_of_an_epoch() -> None:
+    config = OptimConfig(lr=1.0, warmup_epochs=0.5, schedule="constant")
+    assert learning_rate(config, 0, 10, 4) == pytest.approx(1 / 5)
+    assert learning_rate(config, 5, 10, 4) == 1.0
+    assert math.isclose(learning_rate(config, 4, 10, 4), 1.0)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+
+from mimkd_ray.errors import UserError
+from mimkd_ray.losses.mimkd import LossConfig
+from mimkd_ray.models.stages import Stages
+from mimkd_ray.models.taps import TapShape
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train.build import plan_taps
+from mimkd_ray.train.pairs import Pair, choose_pairs, parse_pair
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"),
+    [
+        ("layer4:stage3", Pair("layer4", "stage3")),
+        ("features.3.0:layer4:0.25", Pair("features.3.0", "layer4", 0.25)),
+        ("a:b:1e-2", Pair("a", "b", 0.01)),
+    ],
+)
+def test_parse(text: str, pair: Pair) -> None:
+    assert parse_pair(text) == pair
+
+
+@pytest.mark.parametrize("text", ["layer4", "a:", ":b", "a:b:c", "a:b:1:2", "a:b:-1", "a:b:nan", ""])
+def test_malformed_pairs_are_named(text: str) -> None:
+    with pytest.raises(UserError, match="is not 'teacher_layer:student_layer'"):
+        parse_pair(text)
+
+
+def _shape(name: str, side: int) -> TapShape:
+    return TapShape(name, "map", 8, side, side)
+
+
+def test_chosen_stages_pair_from_the_deepest_and_leave_out_large_maps() -> None:
+    teacher = Stages(("t1", "t2", "t3", "t4"), "tv")
+    student = Stages(("s1", "s2", "s3"), "sv")
+    shapes = {"s1": _shape("s1", 28), "s2": _shape("s2", 14), "s3": _shape("s3", 7)}
+    assert choose_pairs("feature", teacher, student, shapes) == [Pair("t3", "s2"), Pair("t4", "s3")]
+    assert choose_pairs("local", teacher, student, shapes) == [Pair("tv", "s2"), Pair("tv", "s3")]
+    assert choose_pairs("global", teacher, student, shapes) == [Pair("tv", "sv")]
+
+
+def test_nothing_to_pair_names_the_remedy() -> None:
+    stages = Stages(("s1",), "sv")
+    with pytest.raises(UserError, match=r"--loss\.feature-pairs .* or pass --loss\.feature-weight 0"):
+        choose_pairs("feature", stages, stages, {"s1": _shape("s1", 32)})
+
+
+def test_plan_of_two_real_networks() -> None:
+    teacher, student = build_model("cifar/resnet32x4", 10), build_model("cifar/resnet8x4", 10)
+    plan = plan_taps(LossConfig(local_weight=0.0), teacher, student, 32)
+    assert [term.name for term in plan.terms] == ["global/pool-pool", "feature/stage3-stage3"]
+    assert [(term.teacher_channels, term.student_channels) for term in plan.terms] == [(256, 256), (256, 256)]
+    assert plan.teacher_taps() == (["pool"], ["stage3"])
+
+
+def test_a_pairs_factor_multiplies_the_kinds_weight() -> None:
+    teacher, student = build_model("cifar/resnet20", 10), build_model("cifar/resnet8", 10)
+    config = LossConfig(global_weight=0, local_weight=0, feature_weight=0.5, feature_pairs=("stage2:stage3:0.2",))
+    (term,) = plan_taps(config, teacher, student, 32).terms
+    assert term.weight == pytest.approx(0.1)
+    assert (term.teacher_channels, term.student_channels) == (32, 64)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ({"feature_pairs": ("pool:stage3",)}, "needs a map, and teacher layer 'pool' gives a vector of 64"),
+        ({"local_pairs": ("pool:pool",)}, "needs a map, and student layer 'pool' gives a vector of 64"),
+        ({"feature_pairs": ("stage9:stage3",)}, "'stage9' not found"),
+    ],
+)
+def test_impossible_layers_are_named(pairs: dict, message: str) -> None:
+    teacher, student = build_model("cifar/resnet20", 10), build_model("cifar/resnet8", 10)
+    with pytest.raises(UserError, match=message):
+        plan_taps(LossConfig(**pairs), teacher, student, 32)

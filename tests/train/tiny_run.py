@@ -1,0 +1,51 @@
+"""A job on digits that takes about a second, for tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimkd_ray.data.dataset import DataConfig, open_data
+from mimkd_ray.launch.local import LocalContext
+from mimkd_ray.losses.critics import CriticConfig
+from mimkd_ray.losses.mimkd import LossConfig
+from mimkd_ray.models.zoo import ModelConfig
+from mimkd_ray.train.config import Config, LaunchConfig, TrainConfig
+from mimkd_ray.train.files import RunConfig
+from mimkd_ray.train.job import run_job
+from mimkd_ray.train.optim import OptimConfig
+from mimkd_ray.train.teacher import TeacherConfig
+
+
+def tiny_config(**sections: dict[str, Any]) -> Config:
+    """Two epochs of three steps, two lanes of ten images, MIMKD from a random teacher. Sections override fields."""
+    config = Config(
+        recipe="tiny",
+        data=DataConfig(root="digits", subset=60),
+        teacher=TeacherConfig(name="cifar/resnet8"),
+        student=ModelConfig(name="cifar/resnet8_w4"),
+        loss=LossConfig(feature_pairs=("stage3:stage3",), critic=CriticConfig(width=16)),
+        optim=OptimConfig(lr=0.05, schedule="cosine"),
+        train=TrainConfig(epochs=2, lanes=2, lane_batch=10, log_every=1, eval_batch=150),
+        run=RunConfig(tensorboard=False),
+        launch=LaunchConfig(backend="local"),
+    )
+    return replace(config, **{name: replace(getattr(config, name), **fields) for name, fields in sections.items()})
+
+
+def cpu() -> LocalContext:
+    """A plain process."""
+    return LocalContext(torch.device("cpu"))
+
+
+def run_tiny(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """Run it in ``folder``."""
+    return run_job(tiny_config(**sections), cpu(), str(folder))
+
+
+def tiny_data(config: Config | None = None) -> Any:
+    """Its data."""
+    return open_data((config or tiny_config()).data)
