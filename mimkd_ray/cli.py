@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -50,9 +51,7 @@ def parse(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str], prog
     if arguments and not arguments[0].startswith("-"):
         name = arguments.pop(0)
         if name not in recipes:
-            raise UserError(
-                f"unknown recipe {name!r}{nearest(name, recipes)}; there are: {', '.join(recipes)}"
-            )
+            raise UserError(f"unknown recipe {name!r}{nearest(name, recipes)}; there are: {', '.join(recipes)}")
     only_print = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
     base = recipes[name]()
@@ -62,9 +61,7 @@ def parse(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str], prog
             raise UserError("--config needs a JSON file, such as a run's config.json")
         base = read_config(arguments[at + 1])
         del arguments[at : at + 2]
-    config = override(
-        base, arguments, f"{program} [{'|'.join(recipes)}] [--config FILE] [--print-config]", recipes
-    )
+    config = override(base, arguments, f"{program} [{'|'.join(recipes)}] [--config FILE] [--print-config]", recipes)
     if config is not None and only_print:
         print(json.dumps(to_dict(config), indent=2))
         return None
@@ -106,17 +103,17 @@ def override(base: Config, arguments: list[str], usage: str, recipes: Mapping[st
 
 
 def _describe(recipes: Mapping[str, Recipe]) -> str:
-    lines = (
-        f"  {name}: {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in recipes.items()
-    )
+    lines = (f"  {name}: {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in recipes.items())
     return "Recipes:\n" + "\n".join(lines)
 
 
 def _one_line(box: str) -> str:
     """tyro's framed message as one line: its first paragraph, and the first flag that it proposes."""
-    rows = [row.strip("│ ").strip() for row in box.splitlines() if row.startswith("│")]
+    # Without its title and frame; where standard output is not UTF-8 there is no frame, but a rule below the title.
+    rows = [row.strip("│╰╯ ") for row in box.splitlines()[1:]]
+    rows = list(itertools.dropwhile(_is_rule, rows))
     first = " ".join(row for row in _until_rule(rows))
-    proposed = re.findall(r"--[\w.-]+", " ".join(rows[len(_until_rule(rows)) :]))
+    proposed = re.findall(r"--[a-z][\w.-]+", " ".join(rows[len(_until_rule(rows)) :]))
     proposed = [flag for flag in proposed if flag not in first and flag != "--help"]
     hint = f"; did you mean {proposed[0]}?" if proposed and first.startswith("Unrecognized") else ""
     return f"{first}{hint} (--help lists every field)"
@@ -124,6 +121,10 @@ def _one_line(box: str) -> str:
 
 def _until_rule(rows: list[str]) -> list[str]:
     for at, row in enumerate(rows):
-        if row.startswith("──"):
+        if _is_rule(row):
             return rows[:at]
     return rows
+
+
+def _is_rule(row: str) -> bool:
+    return len(row) > 2 and set(row) <= {"─", "-"}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mimkd_ray.data.dataset import DataConfig
+from mimkd_ray.losses.critics import CriticConfig
 from mimkd_ray.losses.mimkd import LossConfig
 from mimkd_ray.models.zoo import ModelConfig
 from mimkd_ray.train.config import CompareConfig, Config, LaunchConfig, TrainConfig
@@ -25,16 +26,27 @@ def demo() -> Config:
     """Handwritten digits, 200 labels, ten seeds: student alone, with Hinton's KD, and with MIMKD.
 
     python jobs/imagenet.py
+
+    Learning rate, epochs and the weights of KD and of the MIMKD term were fixed beforehand with other seeds (100 to
+    105) on a quarter of the training set (`--data.holdout 0.25`), the student's own first. Top-1 there: alone 93.92;
+    KD at weight 0.5, 1, 2: +2.18 +- 0.88, +1.29 +- 0.83, -0.30 +- 0.98; MIMKD, the last stage's feature term at 0.1,
+    0.3, 1: +1.14 +- 0.41, +0.35 +- 0.77, +0.74 +- 0.71 (mean paired difference and its standard error).
     """
     return Config(
         recipe="demo",
-        data=DataConfig(root="digits", subset=200),
+        data=DataConfig(root="digits", subset=200, pipeline="none"),
         teacher=TeacherConfig(name="cifar/resnet20", train=True, epochs=12, lr=0.1),
         student=ModelConfig(name="cifar/resnet8_w4"),
-        loss=LossConfig(global_weight=0.0, local_weight=0.0, feature_weight=0.3),
-        optim=OptimConfig(lr=0.1, schedule="cosine", warmup_epochs=1, weight_decay=5e-4),
-        train=TrainConfig(epochs=30, lanes=2, lane_batch=25, eval_every=0),
-        compare=CompareConfig(seeds=10, arms=("alone", "kd", "mimkd")),
+        loss=LossConfig(
+            global_weight=0.0,
+            local_weight=0.0,
+            feature_weight=0.1,
+            feature_pairs=("stage3:stage3",),
+            critic=CriticConfig(width=64),
+        ),
+        optim=OptimConfig(lr=0.2, schedule="cosine", warmup_epochs=5, weight_decay=5e-4),
+        train=TrainConfig(epochs=60, lanes=2, lane_batch=25, eval_every=0),
+        compare=CompareConfig(seeds=10, arms=("alone", "kd", "mimkd"), kd_weight=0.5),
         run=RunConfig(checkpoint_every=0),
         launch=LaunchConfig(workers=2),
     )

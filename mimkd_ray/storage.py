@@ -94,9 +94,7 @@ def list_files(url: str, suffix: str = "") -> list[str]:
 
 def list_sizes(url: str, suffix: str = "") -> dict[str, int]:
     """Return {file: bytes} for what `list_files` lists, in its order. No call per file."""
-    return {
-        join(url, name): size for name, is_dir, size in _entries(url) if not is_dir and name.endswith(suffix)
-    }
+    return {join(url, name): size for name, is_dir, size in _entries(url) if not is_dir and name.endswith(suffix)}
 
 
 def list_dirs(url: str) -> list[str]:
@@ -335,9 +333,7 @@ def _attempt(url: str, verb: str, call: Callable[[], T]) -> T:
                 raise
             if tried == TRIES:
                 detail = f"{type(error).__name__}: {error}"
-                raise StorageError(
-                    f"could not {verb} {url} in {TRIES} tries; the last failure: {detail}"
-                ) from error
+                raise StorageError(f"could not {verb} {url} in {TRIES} tries; the last failure: {detail}") from error
             time.sleep(min(WAIT_CAP_S, FIRST_WAIT_S * 2 ** (tried - 1)) * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")
 

@@ -60,9 +60,7 @@ class DataConfig:
         if not self.root:
             raise UserError("data.root is empty; give 'digits', a folder or a URL")
         if not 0 <= self.holdout < 1:
-            raise UserError(
-                f"data.holdout = {self.holdout}: give a share of at least 0 and below 1, such as 0.1"
-            )
+            raise UserError(f"data.holdout = {self.holdout}: give a share of at least 0 and below 1, such as 0.1")
         if not 0 <= self.max_damaged <= 1:
             raise UserError(f"data.max_damaged = {self.max_damaged}: give a share from 0 to 1, such as 0.001")
         for name in ("subset", "num_classes", "views", "window", "loader_workers"):
@@ -121,9 +119,7 @@ def open_data(config: DataConfig) -> Data:
         val = _open_val(config, root, train)
     if config.subset:
         if config.subset > train.num_rows:
-            raise UserError(
-                f"data.subset = {config.subset:,}, but there are {train.num_rows:,} training rows"
-            )
+            raise UserError(f"data.subset = {config.subset:,}, but there are {train.num_rows:,} training rows")
         train = SubsetSource(train, stratified_split(train.labels(), config.subset, config.subset_seed)[1])
     num_classes = config.num_classes or len(classes)
     for role, source in (("training", train), ("validation", val)):
@@ -188,12 +184,8 @@ class _Root:
         self.dirs = {place.rpartition("/")[2]: place for place in storage.list_dirs(url)}
         if not self.files and not self.dirs:
             if not storage.exists(url):
-                raise UserError(
-                    f"data.root {url} does not exist; give 'digits', a folder or a URL such as s3://..."
-                )
-            raise UserError(
-                f"data.root {url} holds neither Parquet files nor folders; give the folder of the splits"
-            )
+                raise UserError(f"data.root {url} does not exist; give 'digits', a folder or a URL such as s3://...")
+            raise UserError(f"data.root {url} holds neither Parquet files nor folders; give the folder of the splits")
         if "data" in self.dirs:  # where the Hugging Face hub keeps them
             self.files |= storage.list_sizes(self.dirs["data"], ".parquet")
 

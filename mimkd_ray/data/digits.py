@@ -46,10 +46,7 @@ class DigitsSource:
 
     def read(self, positions: Sequence[int]) -> list[Row]:
         """Return rows whose images are (8, 8, 3) uint8 arrays."""
-        return [
-            Row(int(p), int(self._labels[p]), self._images[p], f"digits {self.split} row {p}")
-            for p in positions
-        ]
+        return [Row(int(p), int(self._labels[p]), self._images[p], f"digits {self.split} row {p}") for p in positions]
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:

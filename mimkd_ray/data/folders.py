@@ -49,11 +49,7 @@ class FolderSource:
         if empty or not listings:
             raise UserError(
                 f"{root}: {len(empty)} of {len(folders)} class folders hold no image ({', '.join(SUFFIXES)})"
-                + (
-                    f", the first is '{empty[0]}'; add images or remove them"
-                    if empty
-                    else "; expected <class>/<image>"
-                )
+                + (f", the first is '{empty[0]}'; add images or remove them" if empty else "; expected <class>/<image>")
             )
         labels = [label for label, name in enumerate(self.classes) for _ in listings.get(name, ())]
         paths = [file for name in self.classes for file in listings.get(name, ())]
@@ -88,8 +84,7 @@ class FolderSource:
         else:
             images = [storage.read_bytes(url) for url in urls]
         return [
-            Row(int(position), label, image, url)
-            for (position, label, url), image in zip(places, images, strict=True)
+            Row(int(position), label, image, url) for (position, label, url), image in zip(places, images, strict=True)
         ]
 
 

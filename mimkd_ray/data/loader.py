@@ -251,8 +251,7 @@ def _decode_all(
     # An evaluation slice may end in a batch of one: that is one damaged image, and no sign of a broken set.
     if len(damaged) == len(rows) and not (alone_may_fail and len(rows) == 1):
         raise DamagedDataError(
-            f"none of the {len(rows)} images of a batch can be decoded: {_first_three(damaged)}; repair the "
-            "data"
+            f"none of the {len(rows)} images of a batch can be decoded: {_first_three(damaged)}; repair the data"
         )
     return images, tuple(damaged)
 
@@ -304,6 +303,4 @@ def _unchanged(batch: Any) -> Any:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # processes share the cores; threads in each would fight for them
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group: the training process decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the training process decides

@@ -50,9 +50,7 @@ class Order:
                 "negatives are the others of its lane; use fewer lanes or a larger batch"
             )
         if self.window < 0:
-            raise UserError(
-                f"window = {self.window}: give 0 (one permutation of all rows) or a number of blocks"
-            )
+            raise UserError(f"window = {self.window}: give 0 (one permutation of all rows) or a number of blocks")
         if self.num_rows < self.lanes * self.lane_batch:
             raise UserError(
                 f"the training set has {self.num_rows:,} rows, and one step needs "
@@ -103,9 +101,7 @@ class Order:
         return line[np.lexsort((raw(self.num_rows, self.seed, "rows", epoch), windows))]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in self.__dict__.items() if name != "_line"
-        }  # made anew elsewhere
+        return {name: value for name, value in self.__dict__.items() if name != "_line"}  # made anew elsewhere
 
 
 def view_number(seed: int, epoch: int, views: int) -> int:

@@ -55,9 +55,7 @@ class ParquetSource:
         self.num_bytes = sum(size for _, size in self.files)
         self.num_rows: int = int(self._block_start[-1])
         if self.num_rows == 0:
-            raise UserError(
-                f"{self.files[0][0]}: the {len(self.files)} Parquet file(s) of this split hold no rows"
-            )
+            raise UserError(f"{self.files[0][0]}: the {len(self.files)} Parquet file(s) of this split hold no rows")
         self.classes: tuple[str, ...] = self._agree_on_classes(footers)
         names = [(_base(url), size) for url, size in self.files]
         self.digest: str = digest_of("parquet", names, self.block_rows, self.classes)
@@ -120,9 +118,7 @@ def _open(url: str, size: int) -> Any:
     except PermissionError as error:
         raise UserError(f"cannot read {url}: {error}; check the permissions") from error
     except pa.ArrowInvalid as error:
-        raise UserError(
-            f"{url} ({size:,} bytes) is not a readable Parquet file: {error}; copy it again"
-        ) from error
+        raise UserError(f"{url} ({size:,} bytes) is not a readable Parquet file: {error}; copy it again") from error
 
 
 def _read_footer(url: str, size: int) -> _Footer:
@@ -138,10 +134,7 @@ def _read_footer(url: str, size: int) -> _Footer:
         if "label" not in paths:
             raise UserError(f"{url}: column 'label' must be an integer; it is {schema.field('label').type}")
         image_column = "image.bytes" if "image.bytes" in paths else "image"
-        if (
-            image_column not in paths
-            or metadata.schema.column(paths.index(image_column)).physical_type != "BYTE_ARRAY"
-        ):
+        if image_column not in paths or metadata.schema.column(paths.index(image_column)).physical_type != "BYTE_ARRAY":
             raise UserError(
                 f"{url}: column 'image' must be a struct with a binary field 'bytes', or binary; it is "
                 f"{schema.field('image').type}"
@@ -151,11 +144,7 @@ def _read_footer(url: str, size: int) -> _Footer:
         groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
         ranges = [_statistics(group.column(paths.index("label"))) for group in groups if group.num_rows]
         known = [r for r in ranges if r is not None]
-        whole = (
-            (min(r[0] for r in known), max(r[1] for r in known))
-            if known and len(known) == len(ranges)
-            else None
-        )
+        whole = (min(r[0] for r in known), max(r[1] for r in known)) if known and len(known) == len(ranges) else None
         return _Footer(tuple(g.num_rows for g in groups), whole, _class_names(schema.metadata), image_column)
 
 
@@ -232,12 +221,8 @@ def _read_table(cache: _Cache, url: str, size: int, group: int, image_column: st
     cache.files.move_to_end((url, size))
     try:
         # One thread: a loader has as many processes as it wants to use cores.
-        return cache.files[url, size].read_row_group(
-            group, columns=[image_column, "label"], use_threads=False
-        )
+        return cache.files[url, size].read_row_group(group, columns=[image_column, "label"], use_threads=False)
     except (FileNotFoundError, storage.StorageError):
         raise  # not the file's content
     except (pa.ArrowInvalid, OSError) as error:
-        raise DamagedDataError(
-            f"{url}: row group {group} cannot be read ({error}); copy the file again"
-        ) from error
+        raise DamagedDataError(f"{url}: row group {group} cannot be read ({error}); copy the file again") from error

@@ -101,9 +101,7 @@ class SubsetSource:
         return self.parent.read([int(self.kept[p]) for p in positions])
 
 
-def stratified_split(
-    labels: np.ndarray, share_or_count: float | int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def stratified_split(labels: np.ndarray, share_or_count: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Choose rows class by class; return (rest, chosen), both sorted positions, int64.
 
     A float in (0, 1) chooses that share of every class. An int chooses so many rows, the same number of each

@@ -69,9 +69,7 @@ def decode(image: bytes | np.ndarray) -> Tensor:
     DamagedImageError.
     """
     if isinstance(image, np.ndarray):
-        return torch.from_numpy(image.copy()).permute(
-            2, 0, 1
-        )  # a copy: the set stays as it is, whatever follows
+        return torch.from_numpy(image.copy()).permute(2, 0, 1)  # a copy: the set stays as it is, whatever follows
     from PIL import Image
 
     try:

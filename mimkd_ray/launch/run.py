@@ -51,9 +51,7 @@ def run(config: Config) -> dict[str, Any]:
         claim(config, run_dir)
         if first:
             print(result_table(finished))
-            print(
-                f"this run was finished before; --run.overwrite true does it again\nrun directory: {run_dir}"
-            )
+            print(f"this run was finished before; --run.overwrite true does it again\nrun directory: {run_dir}")
         return finished
     preflight(config)
     timeline.mark("checked")

@@ -123,9 +123,7 @@ class ConcatCritic(nn.Module):
     def __init__(self, teacher_channels: int, student_channels: int, config: CriticConfig) -> None:
         super().__init__()
         self.pair_width = config.width
-        self.teacher = nn.Sequential(
-            nn.LayerNorm(teacher_channels), nn.Linear(teacher_channels, config.width)
-        )
+        self.teacher = nn.Sequential(nn.LayerNorm(teacher_channels), nn.Linear(teacher_channels, config.width))
         self.student = nn.Sequential(
             nn.LayerNorm(student_channels), nn.Linear(student_channels, config.width, bias=False)
         )

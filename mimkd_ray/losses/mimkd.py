@@ -93,9 +93,7 @@ class LossConfig:
 
     def weight(self, kind: Kind) -> float:
         """The weight of one kind of term."""
-        return {"global": self.global_weight, "local": self.local_weight, "feature": self.feature_weight}[
-            kind
-        ]
+        return {"global": self.global_weight, "local": self.local_weight, "feature": self.feature_weight}[kind]
 
     @property
     def uses_features(self) -> bool:
@@ -138,9 +136,7 @@ class LossOutput(NamedTuple):
 
     total: Tensor  #: scalar to minimise
     terms: dict[str, Tensor]  #: weighted parts with their gradient; they sum to total
-    log: dict[
-        str, Tensor
-    ]  #: detached scalars: ce, kd, and per term loss, nats, ceiling, scale, bias, mean_u, mean_v
+    log: dict[str, Tensor]  #: detached scalars: ce, kd, and per term loss, nats, ceiling, scale, bias, mean_u, mean_v
 
 
 def valid_pairs(ids_B: Tensor, negatives: Negatives) -> Tensor:
@@ -163,11 +159,7 @@ def match_sizes(teacher_BCHW: Tensor, student_BCHW: Tensor) -> tuple[Tensor, Ten
     width = min(teacher_BCHW.shape[3], student_BCHW.shape[3])
 
     def pool(feature: Tensor) -> Tensor:
-        return (
-            feature
-            if feature.shape[2:] == (height, width)
-            else F.adaptive_avg_pool2d(feature, (height, width))
-        )
+        return feature if feature.shape[2:] == (height, width) else F.adaptive_avg_pool2d(feature, (height, width))
 
     return pool(teacher_BCHW), pool(student_BCHW)
 
@@ -221,9 +213,7 @@ class MIMKDLoss(nn.Module):
             if self.plan:
                 assert teacher is not None, "the loss has mutual-information terms and no teacher was given"
                 if len(labels_B) < 2:
-                    raise ValueError(
-                        "a lane of 1 image has no negatives: a mutual-information term needs 2 or more"
-                    )
+                    raise ValueError("a lane of 1 image has no negatives: a mutual-information term needs 2 or more")
                 negatives: Negatives = "all" if reading else self.negatives
                 valid_BK = valid_pairs(ids_B, negatives)
                 for term, critic in zip(self.plan, self.critics, strict=True):

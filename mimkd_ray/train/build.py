@@ -62,9 +62,7 @@ def plan_taps(loss: LossConfig, teacher: nn.Module, student: nn.Module, image_si
     named = [pair for kind_pairs in pairs.values() for pair in kind_pairs]
     teacher_shapes = find_shapes(teacher, image_size, _unique(pair.teacher for pair in named))
     student_shapes = find_shapes(student, image_size, _unique(pair.student for pair in named))
-    return TapPlan(
-        tuple(build_terms(loss, pairs, teacher_shapes, student_shapes)), teacher_shapes, student_shapes
-    )
+    return TapPlan(tuple(build_terms(loss, pairs, teacher_shapes, student_shapes)), teacher_shapes, student_shapes)
 
 
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
@@ -102,17 +100,13 @@ def build_student(config: Config, num_classes: int) -> nn.Module:
     return build_model(config.student.name, num_classes, config.student.weights, config.data.image_size)
 
 
-def build_distiller(
-    config: Config, num_classes: int, teacher: nn.Module | None, device: torch.device
-) -> Distiller:
+def build_distiller(config: Config, num_classes: int, teacher: nn.Module | None, device: torch.device) -> Distiller:
     """The student with its taps, critics and loss, on the device. The teacher's network gives the tap shapes."""
     student = build_student(config, num_classes)
     plan = TapPlan((), {}, {})
     if teacher is not None:
         plan = plan_taps(config.loss, teacher, student, config.data.image_size)
-    torch.manual_seed(
-        config.train.seed + 1
-    )  # so that the critics' start does not depend on the student's size
+    torch.manual_seed(config.train.seed + 1)  # so that the critics' start does not depend on the student's size
     loss = MIMKDLoss(config.loss, plan.terms)
     vectors, maps = plan.student_taps()
     autocast = autocast_dtype(config.train, device)

@@ -47,16 +47,12 @@ def load_latest(run_dir: str, device: torch.device) -> dict[str, Any] | None:
         marker = json.loads(storage.read_bytes(marker_url))
         data = storage.read_bytes(storage.join(folder, STATE))
         if hashlib.sha256(data).hexdigest() != marker["sha256"]:
-            logger.warning(
-                "checkpoint %s does not match its digest (%d bytes); trying an older one", folder, len(data)
-            )
+            logger.warning("checkpoint %s does not match its digest (%d bytes); trying an older one", folder, len(data))
             continue
         return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     return None
 
 
 def _steps(run_dir: str) -> list[int]:
-    names = [
-        url.rstrip("/").rsplit("/", 1)[-1] for url in storage.list_dirs(storage.join(run_dir, "checkpoints"))
-    ]
+    names = [url.rstrip("/").rsplit("/", 1)[-1] for url in storage.list_dirs(storage.join(run_dir, "checkpoints"))]
     return sorted(int(name.removeprefix("step_")) for name in names if name.startswith("step_"))

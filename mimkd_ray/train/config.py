@@ -51,21 +51,13 @@ class TrainConfig:
     """Images in an evaluation batch; 0: the lane's."""
 
     def __post_init__(self) -> None:
-        if (
-            self.epochs < 1
-            or self.max_steps < 0
-            or self.lanes < 1
-            or self.log_every < 1
-            or self.eval_every < 0
-        ):
+        if self.epochs < 1 or self.max_steps < 0 or self.lanes < 1 or self.log_every < 1 or self.eval_every < 0:
             raise UserError(
                 f"train.epochs {self.epochs}, lanes {self.lanes} and log_every {self.log_every} must be at least 1; "
                 f"max_steps {self.max_steps} and eval_every {self.eval_every} not negative"
             )
         if self.lane_batch < 2:
-            raise UserError(
-                f"train.lane_batch is {self.lane_batch}: a lane needs 2 images, or it has no negatives"
-            )
+            raise UserError(f"train.lane_batch is {self.lane_batch}: a lane needs 2 images, or it has no negatives")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"train.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
 
@@ -87,9 +79,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         if self.seeds < 0 or not self.arms or len(set(self.arms)) != len(self.arms):
-            raise UserError(
-                f"compare.seeds {self.seeds} must not be negative and compare.arms {self.arms} not repeat"
-            )
+            raise UserError(f"compare.seeds {self.seeds} must not be negative and compare.arms {self.arms} not repeat")
 
 
 @dataclass(frozen=True, kw_only=True)

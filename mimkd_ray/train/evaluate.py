@@ -100,9 +100,7 @@ def read_information(
         if read == 0:
             parameters = [p for p in distiller.student.parameters() if p.requires_grad]
             for key in norms:
-                grads = torch.autograd.grad(
-                    output.terms[key], parameters, retain_graph=True, allow_unused=True
-                )
+                grads = torch.autograd.grad(output.terms[key], parameters, retain_graph=True, allow_unused=True)
                 squares = [g.double().square().sum() for g in grads if g is not None]
                 add(f"{key}/grad_norm", torch.stack(squares).sum().sqrt(), 1.0)
         for name in names:
@@ -113,9 +111,7 @@ def read_information(
             break
     distiller.train(training)
     # Every rank sums the same keys in the same order, also one that had no batch.
-    keys = [f"{key}/grad_norm" for key in norms] + [
-        f"{name}/{key}" for name in names for key in ("nats", "ceiling")
-    ]
+    keys = [f"{key}/grad_norm" for key in norms] + [f"{name}/{key}" for name in names for key in ("nats", "ceiling")]
     zero = torch.zeros((), dtype=torch.float64)
     table = torch.stack([torch.stack([sums.get(key, zero), zero + counts.get(key, 0.0)]) for key in keys])
     table = all_sum(table.to(normalize.device)).cpu()

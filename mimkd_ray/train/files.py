@@ -94,9 +94,7 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Add a line {"kind", "step", ...} and one TensorBoard point per number."""
-        self._lines.write(
-            json.dumps(jsonable({"kind": kind, "step": step, **values}), allow_nan=False) + "\n"
-        )
+        self._lines.write(json.dumps(jsonable({"kind": kind, "step": step, **values}), allow_nan=False) + "\n")
         self._lines.flush()
         if not self._wants_tensorboard:
             return

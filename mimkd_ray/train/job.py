@@ -35,9 +35,7 @@ def run_job(config: Config, context: Context, run_dir: str) -> dict[str, Any]:
     if context.rank == 0:
         claim(config, run_dir)
     barrier()
-    finished = share_from_first(
-        read_json(storage.join(run_dir, "result.json")) if context.rank == 0 else None
-    )
+    finished = share_from_first(read_json(storage.join(run_dir, "result.json")) if context.rank == 0 else None)
     if finished is not None:
         return finished
     data = open_data(config.data)
@@ -63,11 +61,7 @@ def claim(config: Config, run_dir: str) -> None:
 
 def needs_teacher(config: Config) -> bool:
     """Whether any arm of the job uses a teacher."""
-    arms = (
-        [arm_config(config, arm, 0).loss for arm in config.compare.arms]
-        if config.compare.seeds
-        else [config.loss]
-    )
+    arms = [arm_config(config, arm, 0).loss for arm in config.compare.arms] if config.compare.seeds else [config.loss]
     return any(loss.uses_teacher for loss in arms)
 
 
@@ -107,9 +101,7 @@ def obtain_teacher(
     digest = weights_digest(model)
     place(model, config.train, context.device).eval().requires_grad_(False)
     layout = uses_channels_last(config.train, context.device)
-    normalize = Normalizer(
-        config.data.mean, config.data.std, context.device, parameter_dtype(config.train), layout
-    )
+    normalize = Normalizer(config.data.mean, config.data.std, context.device, parameter_dtype(config.train), layout)
     batches = eval_batches(
         data.val,
         make_pipeline(config.data.pipeline, config.data.image_size).eval,

@@ -35,9 +35,7 @@ def train(
     Goes on from the newest checkpoint in ``run_dir``; a finished run is returned as it is. ``teacher`` is None where
     the loss needs none; ``extra`` (about the teacher, say) is added to the result.
     """
-    finished = share_from_first(
-        read_json(storage.join(run_dir, "result.json")) if context.rank == 0 else None
-    )
+    finished = share_from_first(read_json(storage.join(run_dir, "result.json")) if context.rank == 0 else None)
     if finished is not None:
         return finished
     began = time.perf_counter()
@@ -81,12 +79,7 @@ def train(
             if not quiet:
                 say(context, f"{config.recipe}: epoch {epoch}, held-out top-1 {held_out['top1']:.2f} %")
                 context.report({"step": done, "epoch": epoch, **held_out})
-        if (
-            epoch_ended
-            and not last
-            and config.run.checkpoint_every
-            and epoch % config.run.checkpoint_every == 0
-        ):
+        if epoch_ended and not last and config.run.checkpoint_every and epoch % config.run.checkpoint_every == 0:
             guard.check_all()
             with meter.paused():
                 session.settle()
@@ -103,21 +96,17 @@ def train(
     }
     if log is not None:
         log.close()
-        weights = {
-            name: value.detach().cpu().contiguous() for name, value in session.exported().state_dict().items()
-        }
+        weights = {name: value.detach().cpu().contiguous() for name, value in session.exported().state_dict().items()}
         storage.write_bytes(storage.join(run_dir, "student.safetensors"), save_safetensors(weights))
         write_json(storage.join(run_dir, "result.json"), result)
     barrier()
     return share_from_first(result)
 
 
-def write_step(
-    log: MetricsLog | None, session: Session, done: int, record: Mapping[str, Tensor], meter: Meter
-) -> None:
+def write_step(log: MetricsLog | None, session: Session, done: int, record: Mapping[str, Tensor], meter: Meter) -> None:
     """Average a step's breakdown over all lanes and write it. Every worker takes part."""
     share = len(session.my_lanes) / session.config.train.lanes
-    values = all_sum(torch.stack([value.float() for value in record.values()]) * share).tolist()
+    values = all_sum(torch.stack([value.double() for value in record.values()]) * share).tolist()
     if log is not None:
         rates = {
             "images_per_second": meter.rate(),
@@ -131,11 +120,7 @@ def write_step(
 def summary(record: Mapping[str, Tensor]) -> str:
     """The loss and the nats of each term in one short text."""
     parts = [f"loss {float(record['loss']):.3f}"]
-    parts += [
-        f"{key.removesuffix('/nats')} {float(v):.2f} nats"
-        for key, v in record.items()
-        if key.endswith("/nats")
-    ]
+    parts += [f"{key.removesuffix('/nats')} {float(v):.2f} nats" for key, v in record.items() if key.endswith("/nats")]
     return ", ".join(parts)
 
 

@@ -37,15 +37,11 @@ def clock(seconds: float) -> str:
 class Progress:
     """A bar with images/s and time left on a terminal, plain lines elsewhere, nothing from other workers."""
 
-    def __init__(
-        self, context: Context, label: str, start: int, total: int, batch: int, quiet: bool = False
-    ) -> None:
+    def __init__(self, context: Context, label: str, start: int, total: int, batch: int, quiet: bool = False) -> None:
         self.label, self.total, self.batch = label, total, batch
         self.shown = context.rank == 0 and not quiet
         terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=total, initial=start, desc=label, unit="step", disable=not (self.shown and terminal)
-        )
+        self.bar = tqdm(total=total, initial=start, desc=label, unit="step", disable=not (self.shown and terminal))
         self.plain = self.shown and not terminal
         self.start, self.began = start, time.perf_counter()
         self.next_line = self.began + LINE_SECONDS
@@ -96,9 +92,7 @@ class FiniteGuard:
     def _check(step: int, log: Mapping[str, Tensor], ids: list[Tensor]) -> None:
         if bool(torch.isfinite(log["loss"])):
             return
-        parts = {
-            key: float(value) for key, value in log.items() if key in ("ce", "kd") or key.endswith("/loss")
-        }
+        parts = {key: float(value) for key, value in log.items() if key in ("ce", "kd") or key.endswith("/loss")}
         broken = [key for key, value in parts.items() if not torch.isfinite(torch.tensor(value))]
         sample = [i for lane in ids for i in lane.tolist()]
         raise NonFiniteLossError(

@@ -58,9 +58,7 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
         return config.lr * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
     if config.schedule == "cosine":
         progress = (epoch - config.warmup_epochs) / max(epochs - config.warmup_epochs, 1e-9)
-        return config.min_lr + (config.lr - config.min_lr) * 0.5 * (
-            1 + math.cos(math.pi * min(progress, 1.0))
-        )
+        return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return config.lr
 
 

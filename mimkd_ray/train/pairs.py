@@ -31,9 +31,7 @@ def parse_pair(text: str) -> Pair:
     match = _PAIR.fullmatch(text)
     if match:
         return Pair(match["teacher"], match["student"], float(match["factor"] or 1.0))
-    raise UserError(
-        f"tap pair {text!r} is not 'teacher_layer:student_layer' or 'teacher_layer:student_layer:weight'"
-    )
+    raise UserError(f"tap pair {text!r} is not 'teacher_layer:student_layer' or 'teacher_layer:student_layer:weight'")
 
 
 def choose_pairs(
@@ -47,16 +45,13 @@ def choose_pairs(
     student maps."""
     if kind == "global":
         return [Pair(teacher.vector, student.vector)]
-    small = [
-        name
-        for name in student.maps
-        if max(student_shapes[name].height, student_shapes[name].width) <= MAX_SIDE
-    ]
+    small = [name for name in student.maps if max(student_shapes[name].height, student_shapes[name].width) <= MAX_SIDE]
     pairs = list(zip(reversed(teacher.maps), reversed(small), strict=False))[::-1]
     if not pairs:
         raise UserError(
             f"no map of at most {MAX_SIDE}x{MAX_SIDE} to pair for the {kind} terms "
-            f"(teacher stages: {', '.join(teacher.maps) or 'none'}; student stages: {', '.join(student.maps) or 'none'}): "
+            f"(teacher stages: {', '.join(teacher.maps) or 'none'}; "
+            f"student stages: {', '.join(student.maps) or 'none'}): "
             f"name them with --loss.{kind}-pairs TEACHER:STUDENT or pass --loss.{kind}-weight 0"
         )
     if kind == "local":
@@ -87,7 +82,8 @@ def build_terms(
                 if needs_map and shape.kind == "vector":
                     raise UserError(
                         f"the {kind} term {pair.teacher}:{pair.student} needs a map, and {who} layer {shape.name!r} "
-                        f"gives a vector of {shape.channels}: name an earlier layer (`python -m mimkd_ray layers` lists them)"
+                        f"gives a vector of {shape.channels}: name an earlier layer "
+                        "(`python -m mimkd_ray layers` lists them)"
                     )
             terms.append(
                 Term(

@@ -33,7 +33,7 @@ from mimkd_ray.train.step import LaneNorms, Normalizer, backward_lane, data_para
 
 
 class Session:
-    """One run in one worker. ``step()`` advances it, ``evaluate()`` looks at it, ``state()`` is what a restart needs."""
+    """One run in one worker: ``step()`` advances it, ``evaluate()`` looks at it, ``state()`` is for a restart."""
 
     def __init__(self, config: Config, data: Data, teacher: torch.nn.Module | None, context: Context) -> None:
         self.config, self.data, self.context = config, data, context
@@ -43,9 +43,7 @@ class Session:
                 f"{context.world_size} workers for {train.lanes} lanes: a worker needs a lane of its own; "
                 f"pass --train.lanes {context.world_size}"
             )
-        self.order = Order(
-            data.train.block_rows, train.lanes, train.lane_batch, train.seed, config.data.window
-        )
+        self.order = Order(data.train.block_rows, train.lanes, train.lane_batch, train.seed, config.data.window)
         self.total_steps = min(train.epochs * self.order.steps_per_epoch, train.max_steps or 2**62)
         self.my_lanes = range(context.rank, train.lanes, context.world_size)
         self.pipeline = make_pipeline(config.data.pipeline, config.data.image_size)
@@ -56,9 +54,7 @@ class Session:
             parameter_dtype(train),
             uses_channels_last(train, device),
         )
-        self.teacher = (
-            build_teacher(config, teacher, data.num_classes, device) if teacher is not None else None
-        )
+        self.teacher = build_teacher(config, teacher, data.num_classes, device) if teacher is not None else None
         self.distiller = build_distiller(config, data.num_classes, teacher, device)
         self.ema = (
             AveragedModel(self.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
@@ -69,9 +65,7 @@ class Session:
         self.norms = LaneNorms(self.distiller, len(self.my_lanes), train.lanes)
         self._compile()
         self.model = data_parallel(self.distiller) if is_distributed() else self.distiller
-        self.damage = DamageCounter(
-            config.data.max_damaged, max(1, data.train.num_rows // context.world_size)
-        )
+        self.damage = DamageCounter(config.data.max_damaged, max(1, data.train.num_rows // context.world_size))
         self.data_seconds = 0.0
 
     def _compile(self) -> None:
@@ -145,14 +139,14 @@ class Session:
         assert isinstance(tapped, TappedModel)
         return tapped.model
 
-    def held_out(self) -> Iterator[LaneBatch]:
+    def held_out(self, batch_size: int) -> Iterator[LaneBatch]:
         """This worker's slice of the held-out rows."""
         return eval_batches(
             self.data.val,
             self.pipeline.eval,
             rank=self.context.rank,
             world_size=self.context.world_size,
-            batch_size=self.config.train.eval_batch or self.config.train.lane_batch,
+            batch_size=batch_size,
             loader_workers=self.config.data.loader_workers,
         )
 
@@ -162,11 +156,14 @@ class Session:
         network = self.exported()
         training = network.training
         network.eval()
-        measured = accuracy(network, self.held_out(), self.normalize, self.config.data.max_damaged)
+        batches = self.held_out(self.config.train.eval_batch or self.config.train.lane_batch)
+        measured = accuracy(network, batches, self.normalize, self.config.data.max_damaged)
         network.train(training)
         values: dict[str, Any] = measured._asdict()
         if self.teacher is not None and self.distiller.loss.plan:
-            values |= read_information(self.distiller, self.teacher, self.held_out(), self.normalize)
+            # In batches of a lane, so that held-out nats have the ceiling of those in training.
+            lanes = self.held_out(self.config.train.lane_batch)
+            values |= read_information(self.distiller, self.teacher, lanes, self.normalize)
         return values
 
     def close(self) -> None:

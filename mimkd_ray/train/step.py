@@ -75,17 +75,15 @@ class Normalizer:
     ) -> None:
         # (x / 255 - mean) / std = x * scale + shift: one fused multiply-add over the batch
         self.scale = torch.tensor([1 / (255 * s) for s in std], dtype=dtype, device=device).view(3, 1, 1)
-        self.shift = torch.tensor(
-            [-m / s for m, s in zip(mean, std, strict=True)], dtype=dtype, device=device
-        ).view(3, 1, 1)
+        self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=dtype, device=device).view(
+            3, 1, 1
+        )
         self.device, self.dtype = device, dtype
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 on any device -> normalised, on this device."""
-        images = images_BCHW.to(self.device, non_blocking=True).to(
-            self.dtype, memory_format=self.memory_format
-        )
+        images = images_BCHW.to(self.device, non_blocking=True).to(self.dtype, memory_format=self.memory_format)
         return torch.addcmul(self.shift, images, self.scale)
 
 

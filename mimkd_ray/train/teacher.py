@@ -99,7 +99,7 @@ def check_accuracy(config: TeacherConfig, top1: float, rows: int) -> None:
     """Compare the teacher's held-out top-1 (percent) with what the recipe expects."""
     if config.expect_top1 and top1 < config.expect_top1 - config.tolerance:
         raise UserError(
-            f"teacher {config.name} with weights {config.weights} reaches {top1:.2f} % top-1 on {rows} held-out images; "
-            f"{config.expect_top1:.2f} % was expected: check weights, class order, data.mean/std and data.image_size, "
-            "or pass --teacher.expect-top1 0"
+            f"teacher {config.name} with weights {config.weights} reaches {top1:.2f} % top-1 on {rows} held-out "
+            f"images; {config.expect_top1:.2f} % was expected: check weights, class order, data.mean/std "
+            "and data.image_size, or pass --teacher.expect-top1 0"
         )

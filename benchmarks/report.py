@@ -1,0 +1,115 @@
+"""What every benchmark says at its end: one line of JSON with figures, targets, machine and versions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Figures = Mapping[str, float]
+Targets = Mapping[str, tuple[Literal[">=", "<="], float]]
+
+PACKAGES = ("torch", "torchvision", "ray", "numpy", "mimkd-ray")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Options that all benchmark scripts share."""
+    made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    made.add_argument("--json", type=Path, metavar="FILE", help="also write the line of JSON to this file")
+    made.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of PyTorch (default: all)")
+    return made
+
+
+def met(value: float | None, target: tuple[str, float] | list[Any]) -> bool:
+    """Whether a figure reaches its target. One that is missing or not finite does not."""
+    sign, limit = target
+    if value is None or not math.isfinite(value):
+        return False
+    return value >= limit if sign == ">=" else value <= limit
+
+
+def gpu_name() -> str | None:
+    """Name of the first CUDA device, or None."""
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def machine() -> dict[str, str | int | float | None]:
+    """Processor, cores, memory and GPU of this machine; nothing that names the machine itself."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count() or 1,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": gpu_name(),
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a figure may depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns of equal width; the first is aligned left and the others right. Floats show four digits."""
+    cells = [[str(cell) for cell in header]]
+    cells += [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def finish(name: str, figures: Figures, targets: Targets, file: Path | None = None) -> int:
+    """Print how the targets were met, then the line of JSON; 0 when all were met, and 1 otherwise."""
+    unknown = sorted(set(targets) - set(figures))
+    if unknown:
+        raise KeyError(f"targets without a figure: {', '.join(unknown)}")
+    # JSON has no NaN: a figure without a finite value is null, and misses its target.
+    finite = {key: float(value) if math.isfinite(value) else None for key, value in figures.items()}
+    verdicts = {key: met(finite[key], target) for key, target in targets.items()}
+    rows = [
+        [key, float(figures[key]), f"{sign} {limit:g}", "yes" if verdicts[key] else "NO"]
+        for key, (sign, limit) in targets.items()
+    ]
+    print("\n" + table(["target", "measured", "wanted", "met"], rows), flush=True)
+    line = json.dumps(
+        {
+            "name": name,
+            "figures": finite,
+            "targets": {key: list(target) for key, target in targets.items()},
+            "machine": machine(),
+            "versions": versions(),
+        },
+        allow_nan=False,
+    )
+    if file is not None:
+        file.write_text(line + "\n")
+    print(line, flush=True)
+    return 0 if all(verdicts.values()) else 1
