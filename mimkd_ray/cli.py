@@ -51,7 +51,7 @@ def parse(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str], prog
     if arguments and not arguments[0].startswith("-"):
         name = arguments.pop(0)
         if name not in recipes:
-            raise UserError(f"unknown recipe {name!r}{nearest(name, recipes)}; there are: {', '.join(recipes)}")
+            raise UserError(f"unknown recipe {name!r}{nearest(name, recipes)} (recipes: {', '.join(recipes)})")
     only_print = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
     base = recipes[name]()

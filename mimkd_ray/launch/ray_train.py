@@ -36,6 +36,7 @@ EMBEDDED_ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # nothing listens beyond loopback
     "RAY_TRAIN_METRICS_ENABLED": "0",  # there is no dashboard to show them
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody drains this machine
+    "RAY_worker_niceness": "0",  # by default 15: any other program on a busy machine would starve the training
 }
 """Defaults for a Ray of our own; its processes inherit the environment of this one."""
 

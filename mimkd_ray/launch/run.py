@@ -54,6 +54,8 @@ def run(config: Config) -> dict[str, Any]:
             print(f"this run was finished before; --run.overwrite true does it again\nrun directory: {run_dir}")
         return finished
     preflight(config)
+    if first:
+        claim(config, run_dir)  # the first worker does it too, but another config should not cost a start of workers
     timeline.mark("checked")
     if config.launch.backend == "local":
         result = run_local(config, run_dir)

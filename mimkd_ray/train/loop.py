@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def train(
         timeline.mark("first_step")
         if done % config.train.log_every == 0 or done == session.total_steps:
             write_step(log, session, done, record, meter)
-        progress.update(done, summary(record) if progress.shown else "")
+        progress.update(done, partial(summary, record))
 
         epoch_ended = done % session.order.steps_per_epoch == 0
         epoch = done // session.order.steps_per_epoch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,8 +14,8 @@ from tqdm import tqdm
 from mimkd_ray.errors import NonFiniteLossError
 from mimkd_ray.train.context import Context
 
-LINE_SECONDS = 10.0
-"""Where there is no terminal, progress is a plain line at most this often."""
+BAR_SECONDS, LINE_SECONDS = 0.5, 10.0
+"""Metrics beside the bar are renewed, and without a terminal a plain line is printed, at most this often."""
 
 WARM_STEPS = 5
 """Steps that images/s leave out: allocation, autotuning, compilation."""
@@ -35,31 +35,33 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """A bar with images/s and time left on a terminal, plain lines elsewhere, nothing from other workers."""
+    """A bar with images/s and time left on a terminal, plain lines elsewhere, nothing from other workers.
+
+    The text of the latest metrics is asked for only when it is shown: reading a number waits for the GPU.
+    """
 
     def __init__(self, context: Context, label: str, start: int, total: int, batch: int, quiet: bool = False) -> None:
         self.label, self.total, self.batch = label, total, batch
         self.shown = context.rank == 0 and not quiet
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=start, desc=label, unit="step", disable=not (self.shown and terminal))
-        self.plain = self.shown and not terminal
+        self.terminal = self.shown and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=start, desc=label, unit="step", disable=not self.terminal)
+        self.every = BAR_SECONDS if self.terminal else LINE_SECONDS
         self.start, self.began = start, time.perf_counter()
-        self.next_line = self.began + LINE_SECONDS
+        self.next_text = self.began + self.every
 
-    def update(self, step: int, text: str) -> None:
-        """Tell that ``step`` steps are done; ``text`` is the latest metrics."""
-        self.bar.update(1)
+    def update(self, step: int, text: Callable[[], str]) -> None:
+        """Tell that ``step`` steps are done; ``text()`` is the latest metrics."""
         now = time.perf_counter()
-        rate = (step - self.start) * self.batch / max(now - self.began, 1e-9)
-        if not self.bar.disable:
-            self.bar.set_postfix_str(f"{rate:.0f} images/s {text}", refresh=False)
-        if self.plain and (now >= self.next_line or step == self.total):
-            left = (self.total - step) * self.batch / max(rate, 1e-9)
-            print(
-                f"{self.label}: step {step}/{self.total}, {rate:.0f} images/s, {clock(left)} left, {text}",
-                flush=True,
-            )
-            self.next_line = now + LINE_SECONDS
+        if self.shown and (now >= self.next_text or step == self.total):
+            self.next_text = now + self.every
+            rate = (step - self.start) * self.batch / max(now - self.began, 1e-9)
+            if self.terminal:
+                self.bar.set_postfix_str(f"{rate:.0f} images/s {text()}", refresh=False)
+            else:
+                left = clock((self.total - step) * self.batch / max(rate, 1e-9))
+                line = f"{self.label}: step {step}/{self.total}, {rate:.0f} images/s, {left} left, {text()}"
+                print(line, flush=True)
+        self.bar.update(1)
 
     def close(self) -> None:
         """Leave the bar as it stands."""

@@ -72,6 +72,6 @@ def test_pickled_code_is_refused(tmp_path: Path) -> None:
     torch.save({"step": 1, "x": Payload()}, folder / checkpoint.STATE)
     data = (folder / checkpoint.STATE).read_bytes()
     (folder / checkpoint.MARKER).write_text(json.dumps({"sha256": hashlib.sha256(data).hexdigest()}))
-    with pytest.raises(Exception, match="[Ww]eights"):
+    with pytest.raises(Exception, match=r"[Ww]eights"):
         checkpoint.load_latest(str(tmp_path), CPU)
     assert not (tmp_path / "owned").exists()

@@ -1,0 +1,42 @@
+"""The least that Ray Train can do: two workers that note the time. What `ray_overhead.py` measures our start against.
+
+python benchmarks/ray_hello.py FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+
+def first_step(setup: dict[str, Any]) -> None:
+    """The training function; it is done when it has begun."""
+    if ray.train.get_context().get_world_rank() == 0:
+        marks = {**setup["marks"], "first_step": time.time()}
+        Path(setup["file"]).write_text(json.dumps(marks))
+
+
+def main() -> None:
+    """Start Ray as a beginner does, and a trainer on two workers."""
+    folder = Path(sys.argv[1]).absolute()
+    marks = {"imported": time.time()}
+    ray.init()
+    marks["connected"] = time.time()
+    TorchTrainer(
+        first_step,
+        train_loop_config={"marks": marks, "file": str(folder / "marks.json")},
+        scaling_config=ScalingConfig(num_workers=2),
+        run_config=RunConfig(storage_path=str(folder)),
+    ).fit()
+
+
+if __name__ == "__main__":
+    main()

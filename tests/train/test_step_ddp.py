@@ -1,0 +1,68 @@
+"""Lanes dealt to several workers: gradients, running statistics and losses equal those of one worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tiny_run import tiny_config, tiny_data
+
+from mimkd_ray.launch.local import LocalContext
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train.loop import write_step
+from mimkd_ray.train.metrics import Meter
+from mimkd_ray.train.session import Session
+
+STEPS = 3
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self.lines: list[dict[str, float]] = []
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        self.lines.append(values)
+
+
+def _train(context: LocalContext, compiled: bool) -> dict[str, torch.Tensor]:
+    """Three lanes in float64; gradients of the first step, then running statistics and logged losses after three."""
+    torch.manual_seed(7)
+    teacher = build_model("cifar/resnet8", 10)
+    config = tiny_config(train={"lanes": 3, "precision": "float64"})
+    session = Session(config, tiny_data(config), teacher, context)
+    if compiled:
+        torch._dynamo.config.optimize_ddp = False
+        session.distiller.compile(backend="aot_eager", fullgraph=True)
+    log, meter = _Lines(), Meter(context.device, 30)
+    batches = session.batches(0)
+    found = {}
+    for step in range(STEPS):
+        record, _ = session.step(step, batches)
+        write_step(log, session, step + 1, record, meter)  # type: ignore[arg-type]
+        if step == 0:
+            found["gradients"] = torch.cat([p.grad.flatten() for p in session.distiller.parameters()])
+    session.settle()
+    found["statistics"] = torch.cat([buffer.flatten() for buffer in session.norms.buffers])
+    found["losses"] = torch.tensor([line["loss"] for line in log.lines], dtype=torch.float64)
+    return found
+
+
+def _rank(rank: int, world: int, folder: str, compiled: bool) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    torch.save(_train(LocalContext(torch.device("cpu"), rank, world), compiled), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("world", "compiled"), [(2, False), (3, False), (2, True)])
+def test_any_number_of_workers_trains_the_same_model(tmp_path: Path, world: int, compiled: bool) -> None:
+    expected = _train(LocalContext(torch.device("cpu")), compiled=False)
+    mp.spawn(_rank, (world, str(tmp_path), compiled), nprocs=world)
+    for rank in range(world):
+        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found["gradients"], expected["gradients"], rtol=1e-8, atol=1e-11)
+        torch.testing.assert_close(found["statistics"], expected["statistics"], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-8, atol=0)
