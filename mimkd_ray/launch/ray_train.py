@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -17,6 +16,7 @@ from ray.train.torch import TorchTrainer
 
 from mimkd_ray import storage
 from mimkd_ray.errors import DamagedDataError, NonFiniteLossError, UserError
+from mimkd_ray.launch.environment import cluster_address
 from mimkd_ray.train import timeline
 from mimkd_ray.train.config import Config, from_dict, to_dict
 from mimkd_ray.train.context import share_from_first
@@ -30,15 +30,6 @@ ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (UserError, DamagedDataError, NonFiniteLossError, storage.StorageError)
 }
 """Errors that a restart cannot mend; they travel to the driver by name."""
-
-EMBEDDED_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "disabled",  # nothing listens beyond loopback
-    "RAY_TRAIN_METRICS_ENABLED": "0",  # there is no dashboard to show them
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody drains this machine
-    "RAY_worker_niceness": "0",  # by default 15: any other program on a busy machine would starve the training
-}
-"""Defaults for a Ray of our own; its processes inherit the environment of this one."""
 
 EMBEDDED_READ_IN = "2.60."
 """The Ray version whose inside launch/embedded.py was written for."""
@@ -80,21 +71,18 @@ def worker(setup: dict[str, Any]) -> None:
 
 def connect(config: Config) -> bool:
     """Join the cluster that is named, or start a Ray of our own. Returns whether it is our own."""
-    address = config.launch.address or os.environ.get("RAY_ADDRESS", "")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # workers' lines would be shown twice
-    if address:
+    address = cluster_address(config.launch.address)
+    if not address:
+        ray.init(address="local", include_dashboard=False, logging_level="warning", ignore_reinit_error=True)
+        return True
+    try:
         ray.init(address=address, logging_level="warning", ignore_reinit_error=True)
-        return False
-    for name, value in EMBEDDED_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        logging_level="warning",
-        _node_ip_address="127.0.0.1",
-        ignore_reinit_error=True,
-    )
-    return True
+    except ConnectionError as error:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({error}): check --launch.address or RAY_ADDRESS (host:port of the "
+            "head, or `auto`), or unset both for a Ray of this process's own"
+        ) from None
+    return False
 
 
 def trainer_class(own: bool) -> type[TorchTrainer]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mimkd_ray import storage
+from mimkd_ray.launch import environment
 from mimkd_ray.launch.local import run_local, under_torchrun
 from mimkd_ray.launch.table import result_table
 from mimkd_ray.train import timeline
@@ -60,7 +61,8 @@ def run(config: Config) -> dict[str, Any]:
     if config.launch.backend == "local":
         result = run_local(config, run_dir)
     else:
-        from mimkd_ray.launch.ray_train import run_ray  # Ray takes seconds to import
+        environment.prepare(config.launch.address)
+        from mimkd_ray.launch.ray_train import run_ray  # Ray takes seconds to import, and reads its environment then
 
         result = run_ray(config, run_dir)
     if first:

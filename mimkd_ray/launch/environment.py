@@ -1,0 +1,35 @@
+"""The environment in which a Ray of our own starts. Ray reads parts of it when it is imported, so it comes first."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+
+EMBEDDED = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # there is no dashboard to show them
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody drains this machine
+    "RAY_worker_niceness": "0",  # by default 15: any other program on a busy machine would starve the training
+}
+"""Defaults for a Ray of our own; its processes inherit the environment of this one."""
+
+
+def cluster_address(configured: str) -> str:
+    """Address of the cluster to join: the configured one, else RAY_ADDRESS; empty for a Ray of our own."""
+    return configured or os.environ.get("RAY_ADDRESS", "")
+
+
+def prepare(configured: str) -> None:
+    """Set what Ray is to find, unless the user has set it. Call before Ray is imported.
+
+    Ray listens on every interface and runs what it is sent, so a Ray of our own asks for a token that only this
+    process and its children know. (If Ray was imported before, its mode is fixed and left as it is.)
+    """
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # workers' lines would be shown twice
+    if cluster_address(configured):
+        return
+    for name, value in EMBEDDED.items():
+        os.environ.setdefault(name, value)
+    if "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
