@@ -15,7 +15,7 @@ setup:
 	if [ "$$(cat .venv/ready 2>/dev/null)" != "$$want" ] || ! $(PY) -c 'import mimkd_ray' 2>/dev/null; then \
 	  echo "setting up .venv (about 6 GB with the default PyTorch build)"; \
 	  rm -rf .venv && $(PYTHON) -m venv .venv \
-	  && $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,timm]' \
+	  && $(PY) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev,timm]' \
 	  && echo "$$want" > .venv/ready; \
 	fi
 

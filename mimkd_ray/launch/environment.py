@@ -11,6 +11,7 @@ EMBEDDED = {
     "RAY_TRAIN_METRICS_ENABLED": "0",  # there is no dashboard to show them
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody drains this machine
     "RAY_worker_niceness": "0",  # by default 15: any other program on a busy machine would starve the training
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Ray Train sets it for its controller
 }
 """Defaults for a Ray of our own; its processes inherit the environment of this one."""
 
