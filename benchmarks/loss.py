@@ -38,7 +38,6 @@ VECTOR = 512
 
 PAIRS: tuple[tuple[Kind, str, str], ...] = (
     ("global", "pool", "pool"),
-    ("local", "pool", "layer3"),
     ("local", "pool", "layer4"),
     ("feature", "layer3", "layer3"),
     ("feature", "layer4", "layer4"),

@@ -58,7 +58,7 @@ class LossConfig:
     global_pairs: tuple[str, ...] = ()
     """Tap pairs "teacher:student" or "teacher:student:weight" (multiplies the kind's weight); unset: chosen."""
     local_pairs: tuple[str, ...] = ()
-    """Tap pairs of the local terms: a teacher's vector with a student's map; unset: chosen."""
+    """Tap pairs of the local terms: a teacher's vector with a student's map; unset: the deepest map."""
     feature_pairs: tuple[str, ...] = ()
     """Tap pairs of the feature terms, map with map; unset: the deepest stages of at most 14x14."""
     ce_weight: float = 1.0

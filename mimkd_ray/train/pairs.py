@@ -41,8 +41,8 @@ def choose_pairs(
     student_shapes: Mapping[str, TapShape],
 ) -> list[Pair]:
     """The pairs of a kind that no config names: vectors with vectors, and stages from the deepest upwards, deepest
-    with deepest, where the student's map is at most 14x14. Local terms pair the teacher's vector with the same
-    student maps."""
+    with deepest, where the student's map is at most 14x14. Local terms pair the teacher's vector with the deepest of
+    these student maps alone: with a 14x14 map as well they cost half as much again."""
     if kind == "global":
         return [Pair(teacher.vector, student.vector)]
     small = [name for name in student.maps if max(student_shapes[name].height, student_shapes[name].width) <= MAX_SIDE]
@@ -55,7 +55,7 @@ def choose_pairs(
             f"name them with --loss.{kind}-pairs TEACHER:STUDENT or pass --loss.{kind}-weight 0"
         )
     if kind == "local":
-        return [Pair(teacher.vector, student_map) for _, student_map in pairs]
+        return [Pair(teacher.vector, pairs[-1][1])]
     return [Pair(*pair) for pair in pairs]
 
 

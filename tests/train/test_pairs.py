@@ -38,7 +38,7 @@ def test_chosen_stages_pair_from_the_deepest_and_leave_out_large_maps() -> None:
     student = Stages(("s1", "s2", "s3"), "sv")
     shapes = {"s1": _shape("s1", 28), "s2": _shape("s2", 14), "s3": _shape("s3", 7)}
     assert choose_pairs("feature", teacher, student, shapes) == [Pair("t3", "s2"), Pair("t4", "s3")]
-    assert choose_pairs("local", teacher, student, shapes) == [Pair("tv", "s2"), Pair("tv", "s3")]
+    assert choose_pairs("local", teacher, student, shapes) == [Pair("tv", "s3")]
     assert choose_pairs("global", teacher, student, shapes) == [Pair("tv", "sv")]
 
 
