@@ -110,9 +110,7 @@ def test_upload(root: str, tmp_path: Path) -> None:
         storage.upload(tmp_path / "nowhere.bin", storage.join(root, "x"))
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_litter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = str(tmp_path / "x.bin")
     storage.write_bytes(url, b"old")
 

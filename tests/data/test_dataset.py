@@ -202,7 +202,5 @@ def test_cifar100() -> None:
 def test_imagenet_samples() -> None:
     data = _shared("imagenet_samples", val_split="train")
     assert (data.train.num_rows, data.num_classes) == (500, 1000)
-    with pytest.raises(
-        UserError, match=r"no validation split.*--data\.holdout 0\.1.*--data\.val-split train"
-    ):
+    with pytest.raises(UserError, match=r"no validation split.*--data\.holdout 0\.1.*--data\.val-split train"):
         _shared("imagenet_samples")

@@ -23,12 +23,7 @@ def test_same_images_as_scikit_learn() -> None:
     from sklearn.datasets import load_digits
 
     images = load_digits().images
-    ours = [
-        row.image
-        for split in ("train", "val")
-        for s in [DigitsSource(split)]
-        for row in s.read(range(s.num_rows))
-    ]
+    ours = [row.image for split in ("train", "val") for s in [DigitsSource(split)] for row in s.read(range(s.num_rows))]
     expected = sorted(np.rint(image * 255 / 16).astype(np.uint8).tobytes() for image in images)
     assert sorted(np.ascontiguousarray(image[:, :, 0]).tobytes() for image in ours) == expected  # type: ignore[index]
     row = DigitsSource("val").read([7])[0]

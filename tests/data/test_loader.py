@@ -22,9 +22,7 @@ from mimkd_ray.errors import DamagedDataError, UserError
 CIFAR = make_pipeline("cifar", 12)
 
 
-def _train(
-    source: Source, lanes: list[int], workers: int = 0, start: int = 0, stop: int = 8
-) -> list[LaneBatch]:
+def _train(source: Source, lanes: list[int], workers: int = 0, start: int = 0, stop: int = 8) -> list[LaneBatch]:
     order = Order(source.block_rows, 3, 4, seed=1, window=3)
     return list(
         train_batches(
@@ -41,9 +39,7 @@ def _train(
 
 
 def _assert_same(a: list[LaneBatch], b: list[LaneBatch]) -> None:
-    assert [(x.step, x.lane, x.view, x.damaged) for x in a] == [
-        (x.step, x.lane, x.view, x.damaged) for x in b
-    ]
+    assert [(x.step, x.lane, x.view, x.damaged) for x in a] == [(x.step, x.lane, x.view, x.damaged) for x in b]
     for x, y in zip(a, b, strict=True):
         for name in ("images_BCHW", "labels_B", "ids_B"):
             assert torch.equal(getattr(x, name), getattr(y, name)), name
@@ -150,9 +146,7 @@ def _damaged_set(tmp_path: Path, broken: set[int], rows: int = 12) -> ParquetSou
 def test_damaged_training_images_are_replaced_by_the_nearest(tmp_path: Path, workers: int) -> None:
     source = _damaged_set(tmp_path, {1, 5, 6, 10})
     for batch in _train(source, [0, 1, 2], workers, stop=4):
-        positions = (
-            Order(source.block_rows, 3, 4, seed=1, window=3).positions(batch.step, batch.lane).tolist()
-        )
+        positions = Order(source.block_rows, 3, 4, seed=1, window=3).positions(batch.step, batch.lane).tolist()
         intact = [p not in {1, 5, 6, 10} for p in positions]
         assert len(batch.damaged) == intact.count(False)
         for place, position in enumerate(positions):

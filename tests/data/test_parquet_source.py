@@ -138,9 +138,7 @@ def test_files_that_disagree(tmp_path: Path) -> None:
         ParquetSource(storage.list_sizes(str(tmp_path)))
 
 
-def test_a_failing_store_is_not_taken_for_a_broken_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_store_is_not_taken_for_a_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = f"memory://{uuid.uuid4().hex}"
     parquet_set(tmp_path)
     storage.upload(tmp_path / "train-00000-of-00002.parquet", f"{root}/train-0.parquet")

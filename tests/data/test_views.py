@@ -42,9 +42,7 @@ def _replay(names: list[str], queue: Any) -> None:
     results = []
     for name in names:
         view = View(make_pipeline(name, 24).train, 7)
-        results += [
-            view.apply(_picture(), id, v).contiguous().numpy().tobytes() for id in (3, 4) for v in (0, 1)
-        ]
+        results += [view.apply(_picture(), id, v).contiguous().numpy().tobytes() for id in (3, 4) for v in (0, 1)]
     queue.put(results)
 
 

@@ -112,7 +112,8 @@ def under_ray(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run on two Ray workers, killed between two checkpoints and started again by the same command."""
     root = tmp_path_factory.mktemp("ray")
     run_dir = root / "small"
-    run_and_kill(command(root), lambda: committed(run_dir, 2), root / "killed.log")
+    # At the first of four checkpoints: what is left must take longer than it takes to notice.
+    run_and_kill(command(root), lambda: committed(run_dir, 1), root / "killed.log")
     assert not (run_dir / "result.json").exists()
     printed = run(command(root))
     assert "resumed from step" in printed
@@ -147,7 +148,7 @@ def test_two_processes_of_torchrun_equal_one_process(plain: Path, torchrun: Path
 @pytest.mark.slow
 def test_two_ray_workers_equal_one_process(plain: Path, under_ray: Path) -> None:
     assert result(under_ray)["workers"] == 2
-    assert result(under_ray)["resumed_from"] >= 10
+    assert 5 <= result(under_ray)["resumed_from"] < 20
     assert_equal_training(plain, under_ray)
 
 
@@ -196,6 +197,8 @@ def test_a_killed_plain_job_ends_with_the_weights_of_an_undisturbed_run(plain: P
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """Address of a Ray that is there already, with two CPUs: jobs join it and leave it running."""
+    if " " in sys.executable:
+        pytest.skip(f"Ray starts workers with environment variables through a shell, which breaks at {sys.executable}")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}.items():
             patch.setenv(name, value)
