@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -55,8 +56,21 @@ def run(arguments: list[str]) -> str:
     return done.stdout
 
 
+def tree(root: int) -> list[int]:
+    """A process and all below it. Ray's daemons and workers are in groups of their own, and would end a short job in
+    the second that they take to notice that its driver is gone."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [root]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
+
+
 def run_and_kill(arguments: list[str], when: Callable[[], bool], log: Path) -> None:
-    """Start a job as a process group of its own, and SIGKILL the group once ``when`` holds."""
+    """Start a job, and SIGKILL it and every process that it started once ``when`` holds."""
     with log.open("w") as output:
         process = subprocess.Popen(
             arguments, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True
@@ -66,7 +80,9 @@ def run_and_kill(arguments: list[str], when: Callable[[], bool], log: Path) -> N
             assert process.poll() is None, f"it ended before it could be killed:\n{log.read_text()}"
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in tree(process.pid):
+            with contextlib.suppress(ProcessLookupError):  # a child of one that was killed before it
+                os.kill(pid, signal.SIGKILL)
         process.wait()
 
 
