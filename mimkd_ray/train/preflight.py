@@ -10,7 +10,6 @@ from mimkd_ray.data.order import Order
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.build import plan_taps
-from mimkd_ray.train.compare import arm_config
 from mimkd_ray.train.config import Config
 from mimkd_ray.train.job import needs_teacher
 
@@ -43,6 +42,3 @@ def preflight(config: Config) -> None:
     ):
         if weights not in ("random", "published"):
             build_model(name, data.num_classes, weights, config.data.image_size)
-    if config.compare.seeds:
-        for arm in config.compare.arms:
-            arm_config(config, arm, 0)
