@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.source import Row, digest_of, stratified_split
 from mimkd_ray.errors import UserError
 
@@ -32,8 +33,7 @@ class DigitsSource:
         self._labels = labels[chosen]
         self.classes: tuple[str, ...] = tuple("0123456789")
         self.num_rows: int = len(chosen)
-        full, rest = divmod(self.num_rows, BLOCK_ROWS)
-        self.block_rows: tuple[int, ...] = (BLOCK_ROWS,) * full + ((rest,) if rest else ())
+        self.blocks: Blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
         self.digest: str = digest_of("digits", split, self.num_rows, int(self._images.sum()))
 
     def labels(self) -> np.ndarray:

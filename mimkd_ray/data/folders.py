@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from mimkd_ray import storage
+from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.keyed import permutation
 from mimkd_ray.data.source import Row, digest_of
 from mimkd_ray.errors import UserError, nearest
@@ -58,8 +59,7 @@ class FolderSource:
         # Arrays, not lists: a million Python strings cost each loader process a copy of them.
         self._files = np.array([path.encode() for path in paths])[order]
         self._labels = np.array(labels, dtype=np.int64)[order]
-        full, rest = divmod(self.num_rows, BLOCK_ROWS)
-        self.block_rows: tuple[int, ...] = (BLOCK_ROWS,) * full + ((rest,) if rest else ())
+        self.blocks: Blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
         self.digest: str = digest_of("folders", self.classes, self._files.tolist(), self._labels.tolist())
 
     def labels(self) -> np.ndarray:

@@ -5,7 +5,7 @@
     other on its piece
 
 Workers do not occur here: whoever carries a lane reads the same rows. The step number alone says where a run
-is.
+is, and any step is reached by arithmetic: nothing is walked through, and no line is ever made.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from mimkd_ray.data.keyed import permutation, raw
+from mimkd_ray.data.blocks import Blocks
+from mimkd_ray.data.keyed import Permutation
 from mimkd_ray.errors import UserError
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order of a set whose blocks hold `block_rows` rows; positions count through the blocks.
+    """The order of a set of `blocks`; positions count through the blocks.
 
     Each piece of the line holds `steps_per_epoch * lane_batch` rows. What is left at the end of the line,
     fewer than `lanes * lane_batch` rows, is dropped; it differs from epoch to epoch.
@@ -31,11 +32,12 @@ class Order:
     `window` = W > 0 a lane has W blocks in use at a time, so a worker needs room for W blocks per lane it
     carries.
 
-    One epoch's line is kept (8 bytes a row); making it costs a sort (0.2 s for 1.3 million rows).
-    Raises UserError for fewer rows than one step needs, or lanes of fewer than 2.
+    With uniform blocks, or `window` = 0, every look-up costs the same, for a million rows and for a billion.
+    Uneven blocks keep 24 bytes a block of one epoch. Raises UserError for fewer rows than one step needs, or
+    lanes of fewer than 2.
     """
 
-    block_rows: tuple[int, ...]
+    blocks: Blocks
     lanes: int
     lane_batch: int
     seed: int
@@ -58,10 +60,10 @@ class Order:
                 "lanes, a smaller batch or more data"
             )
 
-    @cached_property
+    @property
     def num_rows(self) -> int:
         """Rows of the set."""
-        return sum(self.block_rows)
+        return self.blocks.num_rows
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -76,32 +78,81 @@ class Order:
         """Return the `lane_batch` positions (int64) of the rows of global step `step` and lane `lane`."""
         epoch, place = divmod(step, self.steps_per_epoch)
         start = (lane * self.steps_per_epoch + place) * self.lane_batch
-        return self.line(epoch)[start : start + self.lane_batch]
+        return self.stretch(epoch, start, start + self.lane_batch)
 
-    def line(self, epoch: int) -> np.ndarray:
-        """Return all positions along the epoch's line (int64, read-only), the dropped tail included."""
-        cached = self.__dict__.get("_line")
-        if cached is not None and cached[0] == epoch:
-            return cached[1]
-        line = self._make_line(epoch)
-        line.setflags(write=False)
-        object.__setattr__(self, "_line", (epoch, line))
-        return line
-
-    def _make_line(self, epoch: int) -> np.ndarray:
+    def stretch(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Return the positions (int64) at places start..stop-1 of the epoch's line, the dropped tail included."""
         if self.window == 0:
-            return permutation(self.num_rows, self.seed, "rows", epoch)
-        rows = np.array(self.block_rows, dtype=np.int64)
-        blocks = permutation(len(rows), self.seed, "blocks", epoch)
-        counts = rows[blocks]
-        # Block by block on the line: its first position, repeated, plus 0, 1, 2, ... within it.
-        first = (np.cumsum(rows) - rows)[blocks]
-        line = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(self.num_rows)
-        windows = np.repeat(np.arange(len(rows)) // self.window, counts)
-        return line[np.lexsort((raw(self.num_rows, self.seed, "rows", epoch), windows))]
+            return Permutation(self.num_rows, self.seed, "rows", epoch).at(np.arange(start, stop))
+        line = self._line(epoch)
+        parts = []
+        while start < stop:
+            # Window by window: the places that lie in it, shuffled inside it.
+            window = line.block_place(start) // self.window
+            first = line.start(window * self.window)
+            end = line.start(min((window + 1) * self.window, self.blocks.num_blocks))
+            shuffle = Permutation(end - first, self.seed, "window", epoch, window)
+            parts.append(line.positions(first + shuffle.at(np.arange(start, min(stop, end)) - first)))
+            start = end
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def _line(self, epoch: int) -> _UniformLine | _UnevenLine:
+        kept = self.__dict__.get("_kept_line")
+        if kept is None or kept[0] != epoch:
+            permuted = Permutation(self.blocks.num_blocks, self.seed, "blocks", epoch)
+            kept = epoch, (_UniformLine if self.blocks.block_rows else _UnevenLine)(self.blocks, permuted)
+            object.__setattr__(self, "_kept_line", kept)
+        return kept[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_line"}  # made anew elsewhere
+        return {name: value for name, value in self.__dict__.items() if name != "_kept_line"}  # made anew elsewhere
+
+
+class _UniformLine:
+    """Permuted uniform blocks on a line: block place p holds block `permuted[p]`. No array is made.
+
+    Behind the place of the short last block, everything begins `missing` rows earlier than in a full line.
+    """
+
+    def __init__(self, blocks: Blocks, permuted: Permutation) -> None:
+        self.block_rows = blocks.block_rows
+        self.permuted = permuted
+        last = blocks.num_blocks - 1
+        self.missing = blocks.block_rows - blocks.rows(last)
+        self.short = int(permuted.places(np.array([last]))[0])
+        self.short_end = self.start(self.short + 1)
+
+    def start(self, place: int) -> int:
+        return place * self.block_rows - (self.missing if place > self.short else 0)
+
+    def block_place(self, row: int) -> int:
+        return (row + (self.missing if row >= self.short_end else 0)) // self.block_rows
+
+    def positions(self, rows: np.ndarray) -> np.ndarray:
+        places, inside = np.divmod(np.where(rows >= self.short_end, rows + self.missing, rows), self.block_rows)
+        # Rows of few blocks ask for the same places again and again.
+        distinct, which = np.unique(places, return_inverse=True)
+        return self.permuted.at(distinct)[which] * self.block_rows + inside
+
+
+class _UnevenLine:
+    """Permuted blocks of any sizes on a line: one cumulative sum for the epoch."""
+
+    def __init__(self, blocks: Blocks, permuted: Permutation) -> None:
+        counts = blocks.counts
+        chosen = permuted.at(np.arange(blocks.num_blocks))
+        self.starts = np.concatenate([[0], np.cumsum(counts[chosen])])
+        self.first_position = (np.cumsum(counts) - counts)[chosen]
+
+    def start(self, place: int) -> int:
+        return int(self.starts[place])
+
+    def block_place(self, row: int) -> int:
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+    def positions(self, rows: np.ndarray) -> np.ndarray:
+        places = np.searchsorted(self.starts, rows, side="right") - 1
+        return self.first_position[places] + rows - self.starts[places]
 
 
 def view_number(seed: int, epoch: int, views: int) -> int:
@@ -110,4 +161,4 @@ def view_number(seed: int, epoch: int, views: int) -> int:
     With `views` = 0 each epoch has its own (the epoch's number). Else a keyed permutation of 0..views-1 is
     gone through again and again.
     """
-    return epoch if views == 0 else int(permutation(views, seed, "views")[epoch % views])
+    return epoch if views == 0 else int(Permutation(views, seed, "views").at(np.array([epoch % views]))[0])

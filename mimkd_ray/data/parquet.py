@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mimkd_ray import storage
+from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.source import Row, digest_of
 from mimkd_ray.errors import DamagedDataError, UserError
 
@@ -47,18 +48,18 @@ class ParquetSource:
             footers = list(pool.map(lambda file: _read_footer(*file), self.files))
         self._image_columns = tuple(f.image_column for f in footers)
         self._ranges = tuple(f.label_range for f in footers)
-        self.block_rows: tuple[int, ...] = tuple(n for f in footers for n in f.row_groups)
-        # Block b is row group g of file f, (f, g) = _block_place[b], and begins at row _block_start[b].
+        row_groups = tuple(n for f in footers for n in f.row_groups)
+        self.blocks: Blocks = Blocks.of(row_groups)
+        # Block b is row group g of file f, (f, g) = _block_place[b].
         self._block_place = [(i, g) for i, f in enumerate(footers) for g in range(len(f.row_groups))]
-        self._block_start = np.cumsum([0, *self.block_rows])
         self._file_start = np.cumsum([0, *(sum(f.row_groups) for f in footers)])
         self.num_bytes = sum(size for _, size in self.files)
-        self.num_rows: int = int(self._block_start[-1])
+        self.num_rows: int = self.blocks.num_rows
         if self.num_rows == 0:
             raise UserError(f"{self.files[0][0]}: the {len(self.files)} Parquet file(s) of this split hold no rows")
         self.classes: tuple[str, ...] = self._agree_on_classes(footers)
         names = [(_base(url), size) for url, size in self.files]
-        self.digest: str = digest_of("parquet", names, self.block_rows, self.classes)
+        self.digest: str = digest_of("parquet", names, row_groups, self.classes)
 
     def labels(self) -> np.ndarray:
         """Return all labels (int64). Reads the label column of every file."""
@@ -76,7 +77,7 @@ class ParquetSource:
 
     def read(self, positions: Sequence[int]) -> list[Row]:
         """Return the rows at `positions`, in order. Raises DamagedDataError for an unreadable row group."""
-        blocks = np.searchsorted(self._block_start, np.asarray(positions), side="right") - 1
+        blocks, insides = self.blocks.locate(positions)
         rows: dict[int, Row] = {}
         # Block by block: a row group is decoded once per call even if the cache is too small to keep it.
         for place in np.argsort(blocks, kind="stable"):
@@ -84,7 +85,7 @@ class ParquetSource:
             file, group = self._block_place[block]
             url, size = self.files[file]
             images, labels = _row_group(url, size, group, self._image_columns[file])
-            inside = position - int(self._block_start[block])
+            inside = int(insides[place])
             name = f"{_base(url)} row {position - int(self._file_start[file])}"
             # A missing image is an empty one: it counts as damaged when it is decoded.
             rows[int(place)] = Row(position, int(labels[inside]), images[inside].as_py() or b"", name)

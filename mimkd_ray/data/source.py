@@ -2,8 +2,8 @@
 
 Two words that are easy to mix up:
 
-* **position**: 0 .. num_rows-1 within one source. `read` takes positions, `block_rows` and `labels()` are in
-their order.
+* **position**: 0 .. num_rows-1 within one source. `read` takes positions, `blocks` and `labels()` are in their
+order.
 * **id**: the row's number in the data set at rest. It names the sample for ever: views and cached features
 hang on it.
 
@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.keyed import permutation, raw
 from mimkd_ray.errors import UserError
 
@@ -46,8 +47,8 @@ class Source(Protocol):
         ...
 
     @property
-    def block_rows(self) -> tuple[int, ...]:
-        """Rows of each block (the unit of reading), in the order of positions."""
+    def blocks(self) -> Blocks:
+        """The blocks (units of reading), in the order of positions."""
         ...
 
     @property
@@ -81,9 +82,8 @@ class SubsetSource:
             raise ValueError("positions must be sorted, distinct and within the parent")
         self.parent = parent
         self.kept = kept
-        ends = np.cumsum(np.array(parent.block_rows, dtype=np.int64))
-        counts = np.diff(np.searchsorted(kept, ends), prepend=0)
-        self.block_rows: tuple[int, ...] = tuple(int(n) for n in counts if n)
+        self._parent_block, counts = np.unique(parent.blocks.locate(kept)[0], return_counts=True)
+        self.blocks: Blocks = Blocks.of(counts)
         self.classes: tuple[str, ...] = parent.classes
         self.num_rows: int = len(kept)
         self.digest: str = digest_of("subset", parent.digest, hashlib.sha256(kept.tobytes()).hexdigest())

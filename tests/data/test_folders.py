@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from image_sets import encode, folder_set, pixels
 
+from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.folders import FolderSource
 from mimkd_ray.errors import UserError
 
@@ -43,7 +44,7 @@ def test_blocks(tmp_path: Path) -> None:
         for i in range(150):
             (tmp_path / name / f"{i}.png").write_bytes(data)
     source = FolderSource(str(tmp_path))
-    assert source.block_rows == (256, 44)
+    assert source.blocks == Blocks.uniform(300, 256)
     assert set(np.bincount(source.labels()[:256])) <= set(range(100, 160))
     digest = source.digest
     (tmp_path / "a" / "0.png").unlink()

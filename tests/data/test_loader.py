@@ -23,7 +23,7 @@ CIFAR = make_pipeline("cifar", 12)
 
 
 def _train(source: Source, lanes: list[int], workers: int = 0, start: int = 0, stop: int = 8) -> list[LaneBatch]:
-    order = Order(source.block_rows, 3, 4, seed=1, window=3)
+    order = Order(source.blocks, 3, 4, seed=1, window=3)
     return list(
         train_batches(
             source,
@@ -51,7 +51,7 @@ def source(tmp_path: Path) -> Source:
 
 
 def test_batches_are_what_order_and_view_say(source: Source) -> None:
-    order = Order(source.block_rows, 3, 4, seed=1, window=3)
+    order = Order(source.blocks, 3, 4, seed=1, window=3)
     batches = _train(source, [0, 1, 2])
     assert [(b.step, b.lane) for b in batches] == [(s, lane) for s in range(8) for lane in range(3)]
     for batch in batches:
@@ -91,7 +91,7 @@ def test_a_run_can_start_anywhere(source: Source) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_may_be_left_early(source: Source, workers: int) -> None:
-    order = Order(source.block_rows, 3, 4, seed=1)
+    order = Order(source.blocks, 3, 4, seed=1)
     batches = train_batches(
         source,
         order,
@@ -146,7 +146,7 @@ def _damaged_set(tmp_path: Path, broken: set[int], rows: int = 12) -> ParquetSou
 def test_damaged_training_images_are_replaced_by_the_nearest(tmp_path: Path, workers: int) -> None:
     source = _damaged_set(tmp_path, {1, 5, 6, 10})
     for batch in _train(source, [0, 1, 2], workers, stop=4):
-        positions = Order(source.block_rows, 3, 4, seed=1, window=3).positions(batch.step, batch.lane).tolist()
+        positions = Order(source.blocks, 3, 4, seed=1, window=3).positions(batch.step, batch.lane).tolist()
         intact = [p not in {1, 5, 6, 10} for p in positions]
         assert len(batch.damaged) == intact.count(False)
         for place, position in enumerate(positions):

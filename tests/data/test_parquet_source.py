@@ -13,6 +13,7 @@ from image_sets import images, parquet_set, write_parquet
 
 from mimkd_ray import storage
 from mimkd_ray.data import parquet
+from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.parquet import ParquetSource
 from mimkd_ray.errors import DamagedDataError, UserError
 
@@ -25,7 +26,7 @@ def train(tmp_path: Path) -> ParquetSource:
 
 def test_rows(train: ParquetSource) -> None:
     assert train.num_rows == 32
-    assert train.block_rows == (5, 5, 5, 1, 5, 5, 5, 1)
+    assert train.blocks == Blocks.of([5, 5, 5, 1, 5, 5, 5, 1])
     assert train.classes == ("class 0", "class 1", "class 2")
     assert train.label_range() == (0, 2)
     np.testing.assert_array_equal(train.labels(), np.arange(32) % 3)

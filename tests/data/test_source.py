@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.digits import DigitsSource
 from mimkd_ray.data.source import SubsetSource, stratified_split
 from mimkd_ray.errors import UserError
@@ -15,13 +16,13 @@ def test_subset_keeps_ids_and_renumbers_positions() -> None:
     kept = [3, 64, 65, 70, 200, 1346]
     subset = SubsetSource(whole, kept)
     assert subset.num_rows == 6
-    assert subset.block_rows == (1, 3, 1, 1)
+    assert subset.blocks == Blocks.of([1, 3, 1, 1])
     assert [row.id for row in subset.read([5, 0, 2])] == [1346, 3, 65]
     assert subset.read([2])[0].name == whole.read([65])[0].name
     np.testing.assert_array_equal(subset.labels(), whole.labels()[kept])
     nested = SubsetSource(subset, [1, 5])
     assert [row.id for row in nested.read([0, 1])] == [64, 1346]
-    assert nested.block_rows == (1, 1)
+    assert nested.blocks == Blocks.of([1, 1])
     digests = {whole.digest, subset.digest, nested.digest, SubsetSource(whole, kept[:-1]).digest}
     assert len(digests) == 4
 
