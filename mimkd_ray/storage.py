@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from mimkd_ray.errors import UserError
 
@@ -31,6 +31,13 @@ T = TypeVar("T")
 
 class StorageError(OSError):
     """A transient failure that outlasted all tries. Names the object."""
+
+
+class Entry(NamedTuple):
+    """A file as listed: its bytes, and what changes when it is written again (modification time or ETag)."""
+
+    size: int
+    version: str
 
 
 # Failures that waiting does not heal. Every other OSError is retried: stores report throttling, resets and
@@ -94,12 +101,21 @@ def list_files(url: str, suffix: str = "") -> list[str]:
 
 def list_sizes(url: str, suffix: str = "") -> dict[str, int]:
     """Return {file: bytes} for what `list_files` lists, in its order. No call per file."""
-    return {join(url, name): size for name, is_dir, size in _entries(url) if not is_dir and name.endswith(suffix)}
+    return {file: entry.size for file, entry in list_entries(url, suffix).items()}
+
+
+def list_entries(url: str, suffix: str = "") -> dict[str, Entry]:
+    """Return {file: Entry} for what `list_files` lists, in its order. No call per file."""
+    return {
+        join(url, name): Entry(size, version)
+        for name, is_dir, size, version in _entries(url)
+        if not is_dir and name.endswith(suffix)
+    }
 
 
 def list_dirs(url: str) -> list[str]:
     """Return the folders directly in folder `url`, sorted; [] if there is no folder."""
-    return [join(url, name) for name, is_dir, _ in _entries(url) if is_dir]
+    return [join(url, name) for name, is_dir, _, _ in _entries(url) if is_dir]
 
 
 def size(url: str) -> int:
@@ -114,6 +130,24 @@ def read_bytes(url: str) -> bytes:
     if not is_remote(url):
         return _attempt(url, "read", lambda: local_path(url).read_bytes())
     return _remote(url, "read", lambda fs, path: cast(bytes, fs.cat_file(path)))
+
+
+def read_range(url: str, offset: int, length: int) -> bytes:
+    """Return `length` bytes from `offset` on, in one request. Raises FileNotFoundError.
+
+    A local file that ends before gives fewer bytes; a remote one that does is a StorageError.
+    """
+    if is_remote(url):
+        file = RemoteFile(url, offset + length)
+        file.seek(offset)
+        return file.read(length)
+
+    def read() -> bytes:
+        with open(local_path(url), "rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+    return _attempt(url, "read", read)
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -231,21 +265,21 @@ class RemoteFile(io.RawIOBase):
         return len(data)
 
 
-def _entries(url: str) -> list[tuple[str, bool, int]]:
-    """Return (name, is a folder, bytes) of a folder's entries, sorted; [] if it is missing or a file."""
+def _entries(url: str) -> list[tuple[str, bool, int, str]]:
+    """Return (name, is a folder, bytes, version) of a folder's entries, sorted; [] if it is missing or a file."""
     if not is_remote(url):
 
-        def scan() -> list[tuple[str, bool, int]]:
+        def scan() -> list[tuple[str, bool, int, str]]:
             try:
                 with os.scandir(local_path(url)) as found:
-                    entries = [(e.name, e.is_dir(), e) for e in found]
-                return sorted((n, d, 0 if d else e.stat().st_size) for n, d, e in entries if d or e.is_file())
+                    entries = [(e.name, e.is_dir(), e.stat()) for e in found if e.is_dir() or e.is_file()]
+                return sorted((n, d, 0 if d else s.st_size, str(s.st_mtime_ns)) for n, d, s in entries)
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
         return _attempt(url, "list", scan)
 
-    def ls(fs: Any, path: str) -> list[tuple[str, bool, int]]:
+    def ls(fs: Any, path: str) -> list[tuple[str, bool, int, str]]:
         fs.invalidate_cache()
         try:
             listing = fs.ls(path, detail=True)
@@ -253,7 +287,14 @@ def _entries(url: str) -> list[tuple[str, bool, int]]:
             return []
         # The folder's own marker object, or the file if `url` is one, is listed under the same name.
         return sorted(
-            (e["name"].rstrip("/").rpartition("/")[2], e["type"] == "directory", int(e.get("size") or 0))
+            (
+                e["name"].rstrip("/").rpartition("/")[2],
+                e["type"] == "directory",
+                int(e.get("size") or 0),
+                str(
+                    e.get("ETag") or e.get("etag") or e.get("LastModified") or e.get("mtime") or e.get("created") or ""
+                ),
+            )
             for e in listing
             if e["name"].strip("/") != path.strip("/")
         )
