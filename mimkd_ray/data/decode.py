@@ -1,0 +1,110 @@
+"""From encoded images to uint8 pixels.
+
+JPEGs go to simplejpeg where it is installed (libjpeg-turbo's accurate settings, the same pixels as Pillow's, checked
+in the tests); everything else, and every JPEG that simplejpeg finds fault with, goes to Pillow, which has the last word
+on what is damaged. Microseconds on one core (EPYC, ImageNet photographs):
+
+| JPEG | Pillow | simplejpeg |
+|---|---|---|
+| 341 x 256, 27 kB | 485 | 320 |
+| 500 x 375, 67 kB | 1,040 | 700 |
+| 2048 x 1536, 509 kB | 15,000 | 7,600; scaled by 1/2 5,900, by 1/4 5,100 |
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from torch import Tensor
+
+try:
+    import simplejpeg  # type: ignore[import-not-found, import-untyped, unused-ignore]
+except ImportError:  # a platform without its wheel: Pillow gives the same pixels, more slowly
+    simplejpeg = None  # type: ignore[assignment, unused-ignore]
+
+SHRINKS = (8, 4, 2)  # the scales by which both decoders can skip work, largest first
+MAX_PIXELS = 89_478_485  # above this Pillow decides: it refuses what looks like a decompression bomb
+
+
+class DamagedImageError(Exception):
+    """An image that cannot be decoded or is no image."""
+
+
+def decode(image: bytes | np.ndarray, shrink: int = 1) -> Tensor:
+    """Return a uint8 RGB tensor (3, H, W) from an encoded JPEG, PNG or WebP, or from an (H, W, 3) array.
+
+    `shrink` 2, 4 or 8 gives a JPEG of which `jpeg_size` knows the size at (ceil(H / shrink), ceil(W / shrink)), by
+    leaving out high frequencies before they are computed; it is not for other images. Palette, grey, transparent and
+    CMYK images become RGB (transparency is dropped, orientation tags are ignored). The memory layout stays height,
+    width, channel: resizing is faster on it. Raises DamagedImageError.
+    """
+    if isinstance(image, np.ndarray):
+        return torch.from_numpy(image.copy()).permute(2, 0, 1)  # a copy: the set stays as it is, whatever follows
+    pixels = _by_simplejpeg(image, shrink)
+    if pixels is None:
+        pixels = _by_pillow(image, shrink)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Return (H, W) of a grey or colour JPEG from its header, or None for anything else.
+
+    Costs 1 us with simplejpeg, 40 us with Pillow.
+    """
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    if simplejpeg is not None:
+        return _plain_size(data)
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as opened:
+            return (opened.height, opened.width) if opened.mode in ("L", "RGB") else None
+    except Exception:  # whatever is wrong with it, `decode` says so
+        return None
+
+
+def _plain_size(data: bytes) -> tuple[int, int] | None:
+    """Return (H, W) of a JPEG that simplejpeg turns into RGB as Pillow does: not CMYK, not huge, not broken."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    plain = colours in ("YCbCr", "Gray", "RGB") and height * width <= MAX_PIXELS
+    return (height, width) if plain else None
+
+
+def _by_simplejpeg(data: bytes, shrink: int) -> np.ndarray | None:
+    """Return (H, W, 3), or None where Pillow must decide."""
+    if simplejpeg is None or not data.startswith(b"\xff\xd8"):
+        return None
+    size = _plain_size(data)
+    if size is None:
+        return None
+    try:
+        if shrink == 1:
+            return simplejpeg.decode_jpeg(data, "RGB")
+        height, width = (-(-side // shrink) for side in size)
+        return simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, min_factor=shrink)
+    except ValueError:  # it stops at faults that Pillow can overlook
+        return None
+
+
+def _by_pillow(data: bytes, shrink: int) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
+            if shrink > 1:
+                opened.draft(None, (opened.width // shrink, opened.height // shrink))
+            if opened.mode.startswith("I;16"):  # 16-bit grey: Pillow would clip it to white
+                return np.repeat((np.asarray(opened) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+            if opened.mode == "P" and "transparency" in opened.info:
+                return np.array(opened.convert("RGBA"))[:, :, :3].copy()
+            return np.array(opened if opened.mode == "RGB" else opened.convert("RGB"))
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error and others
+        raise DamagedImageError(f"{type(error).__name__}: {error}" if data else "empty") from error
