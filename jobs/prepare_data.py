@@ -1,0 +1,15 @@
+"""Make a prepared data set: shuffled shards of equal blocks, from class folders, Hugging Face Parquet, or the official
+ImageNet archives. Killed and started again, it goes on where it was. One split a call:
+
+python jobs/prepare_data.py --source DIR --target s3://bucket/set
+python jobs/prepare_data.py --source DIR --target s3://bucket/set --split val
+python jobs/prepare_data.py --source DIR --target DIR2 --short-side 256
+ray job submit --working-dir . -- python jobs/prepare_data.py --source s3://bucket/raw --target s3://bucket/set
+"""
+
+import sys
+
+from mimkd_ray.launch.prepare import main
+
+if __name__ == "__main__":
+    sys.exit(main())

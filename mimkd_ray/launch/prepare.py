@@ -1,0 +1,105 @@
+"""The command line of jobs/prepare_data.py, and the data preparation that it starts.
+
+Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted. Errors are one line on standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mimkd_ray import cli, storage
+from mimkd_ray.data.manifest import Manifest
+from mimkd_ray.data.prepare import PrepareConfig, Unit, prepare
+from mimkd_ray.data.prepare_units import Done
+from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.launch import environment
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareJob(PrepareConfig):
+    """Make a prepared data set: shuffled shards of equal blocks. Killed and started again, it goes on where it was."""
+
+    address: str = ""
+    """Ray cluster to work on, host:port of its head or `auto`; unset: RAY_ADDRESS, else a Ray of this process's own."""
+    workers: int = 0
+    """Units at a time, each of which takes a CPU and 1 to 2 GB of memory; 0 = one per CPU of the cluster."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers < 0:
+            raise UserError(f"--workers {self.workers}: give 1 or more, or 0 for one per CPU")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job for a command line; return the exit status."""
+    program = sys.argv[0]
+    try:
+        job = parse(sys.argv[1:] if argv is None else argv, program)
+        if job is None:
+            return 0
+        print(summary(prepare_with_ray(job), job.target), flush=True)
+    except UserError as error:
+        return _fail(f"{program}: {error}", 2)
+    except (DamagedDataError, storage.StorageError) as error:
+        return _fail(f"{program}: {error}", 1)
+    except KeyboardInterrupt:
+        return _fail(f"{program}: interrupted; the same command goes on from what is finished", 130)
+    return 0
+
+
+def _fail(text: str, status: int) -> int:
+    print(" ".join(text.split()), file=sys.stderr, flush=True)
+    return status
+
+
+def parse(arguments: Sequence[str], program: str) -> PrepareJob | None:
+    """Return the job that a command line asks for; None after --help."""
+    import tyro
+
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(PrepareJob, prog=program, args=list(arguments))
+    except SystemExit as stop:
+        if not stop.code:
+            return None
+        raise UserError(cli._one_line(errors.getvalue())) from None
+
+
+def prepare_with_ray(job: PrepareJob) -> Manifest:
+    """Prepare a split on a cluster, or on a Ray of our own, which starts when there is work and ends with it."""
+    own: list[bool] = []  # one entry once Ray is connected
+
+    def run(units: Sequence[Unit], title: str) -> Iterator[Done]:
+        environment.prepare(job.address)
+        from mimkd_ray.launch import ray_data  # Ray takes seconds to import, and reads its environment then
+
+        if not own:
+            own.append(ray_data.connect(job.address))
+        return ray_data.run_units(units, title, job.workers)
+
+    try:
+        return prepare(job, run)
+    except SystemExit:
+        raise KeyboardInterrupt from None  # Ray's handler of Ctrl-C exits, and with status 0
+    finally:
+        if own == [True]:
+            import ray
+
+            ray.shutdown()
+
+
+def summary(manifest: Manifest, target: str) -> str:
+    """Return what a user wants to know of a finished split, in two lines."""
+    total = sum(shard.bytes for shard in manifest.shards)
+    blocks = sum(len(shard.blocks) for shard in manifest.shards)
+    left_out = f"{manifest.damaged:,} damaged images left out (see {manifest.split}.damaged.json)"
+    return (
+        f"{target}: split '{manifest.split}' holds {manifest.rows:,} images of {len(manifest.classes):,} classes, "
+        f"{total / 1e6:,.1f} MB in {len(manifest.shards):,} shards and {blocks:,} blocks of {manifest.block_rows}\n"
+        f"{left_out if manifest.damaged else 'no damaged images'}; digest {manifest.digest}"
+    )

@@ -1,0 +1,143 @@
+"""Units of work on all nodes, by Ray Data, with progress."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import ray
+import ray.data
+from tqdm import tqdm
+
+from mimkd_ray import storage
+from mimkd_ray.data.prepare_units import Done
+from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.launch.environment import cluster_address
+
+RETRY_WAITS_S = (5.0, 20.0, 60.0)
+"""Pauses before a unit is done again whose storage failed for longer than storage.py tries."""
+
+LINE_SECONDS = 10.0
+"""Time between two lines of progress where there is no terminal."""
+
+MAX_TASKS = 2000
+"""Tasks that the units are dealt to: each costs Ray some 10 ms, and commits unit by unit all the same."""
+
+ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (UserError, DamagedDataError, storage.StorageError)
+}
+"""Errors with a message for the user; they travel to the driver by name."""
+
+
+class Unit(Protocol):
+    """Restartable work, picklable."""
+
+    @property
+    def bytes(self) -> int:
+        """How much it is, in bytes."""
+        ...
+
+    def __call__(self) -> Done:
+        """Do it. May be called again after it failed."""
+        ...
+
+
+def run_units(units: Sequence[Unit], title: str, workers: int = 0) -> Iterator[Done]:
+    """Do the units on all nodes of the Ray that is connected, one CPU each, and yield what each did as it ends.
+
+    `workers` bounds how many run at a time (each holds its data in memory); 0 = one per CPU. Raises a unit's UserError,
+    DamagedDataError or StorageError; what is committed by then stays. Tasks of nodes that die are done again by Ray.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1  # a unit may take long, and so may a cluster that grows
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = [{"unit": ray.cloudpickle.dumps(unit)} for unit in units]
+    tasks = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_TASKS))
+    done = tasks.map(do_unit, num_cpus=1, **({"concurrency": workers} if workers else {}))
+    with Progress(title, sum(unit.bytes for unit in units)) as progress:
+        for result in done.iter_rows():
+            if result["error"]:
+                raise ERRORS[result["error"]](result["message"])
+            progress.add(Done(result["rows"], result["bytes"]))
+            yield Done(result["rows"], result["bytes"])
+
+
+def do_unit(row: dict[str, Any], sleep: Callable[[float], None] = time.sleep) -> dict[str, Any]:
+    """What a task does with a unit. A failure of storage is waited for; what the user must mend is an answer too."""
+    unit: Unit = ray.cloudpickle.loads(row["unit"])
+    for wait in (*RETRY_WAITS_S, None):
+        try:
+            done = unit()
+            return {"error": "", "message": "", "rows": done.rows, "bytes": done.bytes}
+        except storage.StorageError as error:
+            if wait is None:
+                return _answer(storage.StorageError, f"{error}; start again when it answers: what is finished stays")
+            sleep(wait)
+        except (UserError, DamagedDataError) as error:
+            return _answer(type(error), str(error))
+    raise AssertionError("unreachable")
+
+
+def _answer(kind: type[Exception], message: str) -> dict[str, Any]:
+    return {"error": kind.__name__, "message": message, "rows": 0, "bytes": 0}
+
+
+class Progress:
+    """A bar on a terminal, a line every ten seconds elsewhere; by bytes, because images differ in size."""
+
+    def __init__(self, title: str, total_bytes: int) -> None:
+        self.title, self.total_bytes = title, max(total_bytes, 1)
+        self.rows = self.bytes = 0
+        self.started = self.shown = time.monotonic()
+        self.bar = tqdm(total=self.total_bytes, desc=title, unit="B", unit_scale=True) if sys.stderr.isatty() else None
+        if self.bar is None:
+            print(title, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif error[0] is None:
+            print(self.line(time.monotonic()), flush=True)
+
+    def add(self, done: Done) -> None:
+        """Count a finished unit, and show it when it is time."""
+        self.rows, self.bytes = self.rows + done.rows, self.bytes + done.bytes
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{self.rows / max(now - self.started, 1e-9):,.0f} images/s", refresh=False)
+            self.bar.update(done.bytes)
+        elif now - self.shown >= LINE_SECONDS:
+            self.shown = now
+            print(self.line(now), flush=True)
+
+    def line(self, now: float) -> str:
+        """Return "12,000 images, 43 %, 850 images/s, 2 min left"."""
+        seconds = max(now - self.started, 1e-9)
+        left = seconds * (self.total_bytes - self.bytes) / max(self.bytes, 1)
+        share = 100 * self.bytes / self.total_bytes
+        time_left = f"{left / 60:,.0f} min left" if left >= 100 else f"{left:.0f} s left"
+        return f"  {self.rows:,} images, {share:.0f} %, {self.rows / seconds:,.0f} images/s, {time_left}"
+
+
+def connect(configured: str) -> bool:
+    """Join the cluster that is named, or start a Ray of our own. Returns whether it is our own."""
+    address = cluster_address(configured)
+    if not address:
+        ray.init(address="local", include_dashboard=False, logging_level="warning", log_to_driver=False)
+        return True
+    try:
+        ray.init(address=address, logging_level="warning", log_to_driver=False)
+    except ConnectionError as error:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({error}): check --address or RAY_ADDRESS (host:port of the head, or "
+            "`auto`), or unset both for a Ray of this process's own"
+        ) from None
+    return False
