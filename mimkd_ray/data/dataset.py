@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from mimkd_ray import storage
 from mimkd_ray.data.digits import DigitsSource
 from mimkd_ray.data.folders import FolderSource
-from mimkd_ray.data.parquet import CACHE_BYTES, ParquetSource
+from mimkd_ray.data.manifest import MANIFEST_SUFFIX, read_manifest
+from mimkd_ray.data.parquet import ParquetSource
 from mimkd_ray.data.source import Source, SubsetSource, digest_of, stratified_split
-from mimkd_ray.data.views import PIPELINES
-from mimkd_ray.errors import UserError, nearest
+from mimkd_ray.data.store import CACHE_BYTES, BlockStore
+from mimkd_ray.data.views import check_pipeline_name
+from mimkd_ray.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +52,19 @@ class DataConfig:
     """Standard deviation of each colour channel, of values in 0..1."""
     views: int = 0
     """Distinct augmented views of each image; 0 = a new one every epoch."""
-    window: int = 0
-    """Shuffle rows inside this many blocks (row groups); 0 = one permutation of all rows."""
-    loader_workers: int = 0
-    """Decoding processes per training worker; 0 = decode in the training process."""
+    window: int | Literal["full"] = "full"
+    """Shuffle rows inside this many blocks (row groups); `full` = one permutation of all rows."""
+    store: str = ""
+    """Folder on each node where blocks are kept once they are read, for all its processes; unset: a folder of this
+    user's among the machine's temporary files."""
+    store_gb: float = 8.0
+    """Size of the block store in GB; 0 = none, every process reads and keeps row groups by itself."""
+    read_ahead: int = -1
+    """Blocks per lane that are fetched into the store ahead of need, beyond those in use; -1 = another window of them
+    as far as the store has room, 0 = none."""
+    loader_workers: int = -1
+    """Decoding processes per training worker; -1 = this machine's cores, shared between the workers on it (none for
+    a set in memory, such as the digits), 0 = decode in the training process."""
     max_damaged: float = 0.001
     """Share of images that may be damaged before the run stops."""
 
@@ -63,14 +75,19 @@ class DataConfig:
             raise UserError(f"data.holdout = {self.holdout}: give a share of at least 0 and below 1, such as 0.1")
         if not 0 <= self.max_damaged <= 1:
             raise UserError(f"data.max_damaged = {self.max_damaged}: give a share from 0 to 1, such as 0.001")
-        for name in ("subset", "num_classes", "views", "window", "loader_workers"):
+        for name in ("subset", "num_classes", "views"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more")
-        if self.pipeline not in PIPELINES:
+        for name in ("loader_workers", "read_ahead"):
+            if getattr(self, name) < -1:
+                raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more, or -1 (automatic)")
+        if self.window != "full" and not (isinstance(self.window, int) and self.window >= 1):
             raise UserError(
-                f"data.pipeline = '{self.pipeline}' is unknown{nearest(self.pipeline, PIPELINES)}; there "
-                f"are: {', '.join(PIPELINES)}"
+                f"data.window = {self.window}: give 'full' (one permutation of all rows) or 1 block or more"
             )
+        if not 0 <= self.store_gb < math.inf:
+            raise UserError(f"data.store_gb = {self.store_gb}: give a size in GB, or 0 for no store")
+        check_pipeline_name(self.pipeline)
         if self.image_size < 1:
             raise UserError(f"data.image_size = {self.image_size}: give the height and width in pixels")
         if not all(map(math.isfinite, self.mean)) or not all(s > 0 and math.isfinite(s) for s in self.std):
@@ -78,6 +95,15 @@ class DataConfig:
                 f"data.mean = {self.mean}, data.std = {self.std}: give finite means and positive deviations "
                 "of values in 0..1"
             )
+
+    @property
+    def window_blocks(self) -> int:
+        """`window` as `Order` takes it: a number of blocks, or 0 for one permutation of all rows."""
+        return 0 if self.window == "full" else self.window
+
+    def make_store(self) -> BlockStore | None:
+        """Return the block store, None for `store_gb` = 0. Makes no folder yet."""
+        return BlockStore(self.store, int(self.store_gb * 1e9)) if self.store_gb else None
 
 
 @dataclass(frozen=True)
@@ -96,7 +122,7 @@ def open_data(config: DataConfig) -> Data:
 
     Raises UserError for a missing place or split, or for labels beyond the classes.
     """
-    root = _Digits() if config.root == "digits" else _Root(config.root)
+    root = _Digits() if config.root == "digits" else _Root(config.root, config.make_store())
     train = root.open(config.train_split, None)
     if train is None:
         raise UserError(
@@ -105,7 +131,6 @@ def open_data(config: DataConfig) -> Data:
             f"{root.found()}; name it with --data.train-split"
         )
     classes = train.classes
-    _warn_of_slow_order(config, train)
     if config.holdout > 0:
         rest, held = stratified_split(train.labels(), float(config.holdout), config.split_seed)
         if not len(held) or not len(rest):
@@ -134,20 +159,34 @@ def open_data(config: DataConfig) -> Data:
                 f"{config.root}: the {role} set has labels up to {high}, but there are {num_classes} "
                 f"classes; set --data.num-classes {high + 1} or more, or leave it 0"
             )
+    _warn_of_slow_order(config, train)
     digest = digest_of("data", train.digest, val.digest, num_classes)
     return Data(train=train, val=val, classes=classes, num_classes=num_classes, digest=digest)
 
 
 def _warn_of_slow_order(config: DataConfig, train: Source) -> None:
-    if isinstance(train, ParquetSource) and config.window == 0 and train.num_bytes > CACHE_BYTES:
+    """Log a warning if the blocks that the order has in use at a time do not fit where they are kept."""
+    if not train.block_bytes:
+        return  # rows are read one by one from where they are
+    room, place, remedy = (
+        (int(config.store_gb * 1e9), "the block store holds", "make the store larger with --data.store-gb")
+        if train.store
+        else (CACHE_BYTES, "a process keeps", "use a block store with --data.store-gb")
+    )
+    blocks = min(config.window_blocks or train.blocks.num_blocks, train.blocks.num_blocks)
+    if blocks * train.block_bytes > room:
         logger.warning(
-            "%s: the training files hold %d MB, a process keeps %d MB of row groups, and data.window = 0 "
-            "reads rows from all over them: most reads will cost a whole row group; set --data.window to a "
-            "number of row groups (lanes per worker x window x row group size should be below the %d MB)",
+            "%s: data.window = %s has %d blocks of %.1f MB in use at a time, %.0f MB in all (with a window: for each "
+            "lane on a node), and %s %.0f MB: most reads will cost a whole block; %s, or set --data.window below %d",
             config.root,
-            train.num_bytes >> 20,
-            CACHE_BYTES >> 20,
-            CACHE_BYTES >> 20,
+            config.window,
+            blocks,
+            train.block_bytes / 1e6,
+            blocks * train.block_bytes / 1e6,
+            place,
+            room / 1e6,
+            remedy,
+            max(2, room // train.block_bytes),
         )
 
 
@@ -176,30 +215,44 @@ class _Digits:
 
 
 class _Root:
-    """A folder with splits: `[data/]<split>-*.parquet`, `<split>/*.parquet` or `<split>/<class>/<image>`."""
+    """A folder with splits: `[data/]<split>-*.parquet`, `<split>/*.parquet` or `<split>/<class>/<image>`.
 
-    def __init__(self, url: str) -> None:
+    A split that has a `<split>.manifest.json` is a prepared one.
+    """
+
+    def __init__(self, url: str, store: BlockStore | None) -> None:
         self.url = url
-        self.files = storage.list_sizes(url, ".parquet")
+        self.store = store
+        listing = storage.list_entries(url)
+        self.files = {file: entry for file, entry in listing.items() if file.endswith(".parquet")}
+        self.manifests = {file for file in listing if file.endswith(MANIFEST_SUFFIX)}
         self.dirs = {place.rpartition("/")[2]: place for place in storage.list_dirs(url)}
         if not self.files and not self.dirs:
             if not storage.exists(url):
                 raise UserError(f"data.root {url} does not exist; give 'digits', a folder or a URL such as s3://...")
             raise UserError(f"data.root {url} holds neither Parquet files nor folders; give the folder of the splits")
         if "data" in self.dirs:  # where the Hugging Face hub keeps them
-            self.files |= storage.list_sizes(self.dirs["data"], ".parquet")
+            self.files |= storage.list_entries(self.dirs["data"], ".parquet")
 
     def open(self, split: str, classes: tuple[str, ...] | None) -> Source | None:
         """Return the split, or None if it is not here. `classes` are those of the training set, if known."""
         prefixes = (f"{split}-", f"{split}.")
         files = {u: n for u, n in self.files.items() if u.rpartition("/")[2].startswith(prefixes)}
         if not files and split in self.dirs:
-            files = storage.list_sizes(self.dirs[split], ".parquet")
+            files = storage.list_entries(self.dirs[split], ".parquet")
             if not files:
-                return FolderSource(self.dirs[split], classes)
-        if not files:
+                return FolderSource(self.dirs[split], classes, self.store)
+        manifest = None
+        if storage.join(self.url, split + MANIFEST_SUFFIX) in self.manifests:
+            manifest = read_manifest(self.url, split)
+        if not files and manifest is None:
             return None
-        source = ParquetSource(files)
+        source = ParquetSource(
+            {url: entry.size for url, entry in files.items()},
+            manifest=manifest,
+            versions={url: entry.version for url, entry in files.items()},
+            store=self.store,
+        )
         if classes and source.classes != classes and not (_numbered(classes) or _numbered(source.classes)):
             first = next((p for p in zip(classes, source.classes, strict=False) if p[0] != p[1]), None)
             raise UserError(

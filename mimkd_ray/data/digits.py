@@ -14,6 +14,7 @@ import numpy as np
 
 from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.source import Row, digest_of, stratified_split
+from mimkd_ray.data.store import BlockStore
 from mimkd_ray.errors import UserError
 
 VAL_ROWS = 450  # 45 of each digit; 1,347 are left for training
@@ -34,6 +35,9 @@ class DigitsSource:
         self.classes: tuple[str, ...] = tuple("0123456789")
         self.num_rows: int = len(chosen)
         self.blocks: Blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
+        self.in_memory: bool = True
+        self.store: BlockStore | None = None
+        self.block_bytes: int = 0
         self.digest: str = digest_of("digits", split, self.num_rows, int(self._images.sum()))
 
     def labels(self) -> np.ndarray:
@@ -43,6 +47,10 @@ class DigitsSource:
     def label_range(self) -> tuple[int, int]:
         """Return (0, 9)."""
         return 0, 9
+
+    def fetch(self, block: int) -> bool:
+        """Return False: there is no store."""
+        return False
 
     def read(self, positions: Sequence[int]) -> list[Row]:
         """Return rows whose images are (8, 8, 3) uint8 arrays."""

@@ -4,12 +4,17 @@ A sorted listing holds one class after the other, so a window of neighbouring ro
 Therefore the listing is shuffled once, by keyed numbers with seed 0 that depend on its length alone, and a
 row's id is its place after that shuffle. Blocks are runs of `BLOCK_ROWS` of it. Adding or removing a file
 renumbers everything; it also changes the digest.
+
+Local files are read one by one where they are. On an object store, the files of a block are fetched together, by
+many requests at a time, into the block store.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -17,23 +22,26 @@ from mimkd_ray import storage
 from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.keyed import permutation
 from mimkd_ray.data.source import Row, digest_of
-from mimkd_ray.errors import UserError, nearest
+from mimkd_ray.data.store import BlockStore, read_block
+from mimkd_ray.errors import DamagedDataError, UserError, nearest
 
 BLOCK_ROWS = 256
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # in any case
-THREADS = 16  # reads of a batch from an object store, and listings
+THREADS = 16  # requests of a block to an object store, and listings
 
 
 class FolderSource:
     """The images below `root`; id = position. Opening lists every class folder and reads no image.
 
     `classes` fixes the class numbers (for a validation set: those of the training set); by default they are
-    the sorted folder names. Raises UserError for no classes, a class without images, or folders that are not
-    in `classes`.
+    the sorted folder names. `store` is used for object stores only. Raises UserError for no classes, a class
+    without images, or folders that are not in `classes`.
     """
 
-    def __init__(self, root: str, classes: tuple[str, ...] | None = None) -> None:
+    def __init__(self, root: str, classes: tuple[str, ...] | None = None, store: BlockStore | None = None) -> None:
         self.root = root
+        self.in_memory: bool = False
+        self.store: BlockStore | None = store if storage.is_remote(root) else None
         folders = {url.rpartition("/")[2]: url for url in storage.list_dirs(root)}
         folders = {name: url for name, url in folders.items() if not name.startswith(".")}
         self.classes: tuple[str, ...] = tuple(sorted(folders)) if classes is None else classes
@@ -52,15 +60,26 @@ class FolderSource:
                 f"{root}: {len(empty)} of {len(folders)} class folders hold no image ({', '.join(SUFFIXES)})"
                 + (f", the first is '{empty[0]}'; add images or remove them" if empty else "; expected <class>/<image>")
             )
-        labels = [label for label, name in enumerate(self.classes) for _ in listings.get(name, ())]
-        paths = [file for name in self.classes for file in listings.get(name, ())]
-        self.num_rows: int = len(paths)
+        found = [
+            (label, file, entry)
+            for label, name in enumerate(self.classes)
+            for file, entry in listings.get(name, {}).items()
+        ]
+        self.num_rows: int = len(found)
         order = permutation(self.num_rows, 0, "folder listing")
         # Arrays, not lists: a million Python strings cost each loader process a copy of them.
-        self._files = np.array([path.encode() for path in paths])[order]
-        self._labels = np.array(labels, dtype=np.int64)[order]
+        self._files = np.array([file.encode() for _, file, _ in found])[order]
+        self._labels = np.array([label for label, _, _ in found], dtype=np.int64)[order]
         self.blocks: Blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
+        self.num_bytes: int = sum(entry.size for _, _, entry in found)
         self.digest: str = digest_of("folders", self.classes, self._files.tolist(), self._labels.tolist())
+        versions = [found[place][2] for place in order] if self.store else []
+        self._keys = [self._key(block, versions) for block in range(self.blocks.num_blocks)] if self.store else []
+
+    @property
+    def block_bytes(self) -> int:
+        """Mean size of a block on the object store; 0 for local files."""
+        return self.num_bytes // self.blocks.num_blocks if self.store else 0
 
     def labels(self) -> np.ndarray:
         """Return all labels, int64. Free: they are folder numbers."""
@@ -71,23 +90,61 @@ class FolderSource:
         return int(self._labels.min()), int(self._labels.max())
 
     def read(self, positions: Sequence[int]) -> list[Row]:
-        """Return the rows at `positions`, in that order; one file read each. Raises FileNotFoundError."""
-        places = []
-        for position in positions:
-            label = int(self._labels[position])
-            name = f"{self.classes[label]}/{self._files[position].decode()}"
-            places.append((position, label, storage.join(self.root, name)))
-        urls = [url for _, _, url in places]
-        if storage.is_remote(self.root):
-            with ThreadPoolExecutor(THREADS) as pool:  # waiting, not work: many requests at a time
-                images = list(pool.map(storage.read_bytes, urls))
+        """Return the rows at `positions`, in that order. Raises DamagedDataError for a file that is gone."""
+        if self.store is None:
+            images = self._read_files(positions)
         else:
-            images = [storage.read_bytes(url) for url in urls]
+            images = []
+            for block, row in zip(*self.blocks.locate(positions), strict=True):
+                images.append(self._table(int(block)).column("image")[int(row)].as_py())
         return [
-            Row(int(position), label, image, url) for (position, label, url), image in zip(places, images, strict=True)
+            Row(int(position), int(self._labels[position]), image, self._url(int(position)))
+            for position, image in zip(positions, images, strict=True)
         ]
 
+    def fetch(self, block: int) -> bool:
+        """See to it that the block is in the store; say whether it is (False: no store, or no room)."""
+        return self.store is not None and self.store.fetch(self._keys[block], lambda: self._load(block))
 
-def _images(folder: str) -> list[str]:
-    names = (url.rpartition("/")[2] for url in storage.list_files(folder))
-    return [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    def _url(self, position: int) -> str:
+        name = f"{self.classes[self._labels[position]]}/{self._files[position].decode()}"
+        return storage.join(self.root, name)
+
+    def _read_files(self, positions: Sequence[int]) -> list[bytes]:
+        urls = [self._url(int(position)) for position in positions]
+        try:
+            if storage.is_remote(self.root):
+                with ThreadPoolExecutor(THREADS) as pool:  # waiting, not work: many requests at a time
+                    return list(pool.map(storage.read_bytes, urls))
+            return [storage.read_bytes(url) for url in urls]
+        except FileNotFoundError as error:
+            raise DamagedDataError(
+                f"{error.filename} is gone: it was there when the data set was opened; put it back"
+            ) from error
+
+    def _positions(self, block: int) -> range:
+        return range(self.blocks.start(block), self.blocks.start(block + 1))
+
+    def _key(self, block: int, versions: list[storage.Entry]) -> str:
+        """Name the block by what it is read from: a file that is written again makes another block."""
+        digest = hashlib.sha256()
+        for position in self._positions(block):
+            digest.update(repr((self._url(position), *versions[position])).encode())
+        return digest.hexdigest()
+
+    def _table(self, block: int) -> Any:
+        return read_block(self.store, self._keys[block], lambda: self._load(block))
+
+    def _load(self, block: int) -> Any:
+        import pyarrow as pa
+
+        positions = self._positions(block)
+        images = pa.array(self._read_files(positions), pa.large_binary())
+        return pa.table({"image": images, "label": pa.array(self._labels[positions.start : positions.stop])})
+
+
+def _images(folder: str) -> dict[str, storage.Entry]:
+    files = {url.rpartition("/")[2]: entry for url, entry in storage.list_entries(folder).items()}
+    return {
+        name: entry for name, entry in files.items() if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    }

@@ -1,34 +1,38 @@
 """Image data sets in Parquet: `image: struct<bytes, path>` (Hugging Face) or binary, `label: int64`.
 
-A file is a shard, a row group is a block. Opening reads footers only. Reading decodes the row groups that
-hold the rows asked for; a process keeps the last ones (`CACHE_BYTES`), which serves orders whose window fits.
-Rows asked for one by one from far more blocks than that are slow, because each costs a row group.
+A file is a shard, a row group is a block. Opening reads footers only. A prepared set (`data/manifest.py`) has
+blocks of one size; each is read by one request, and its bytes are compared with the manifest's sha256 before
+anything is decoded. Of other files the row groups are taken as they are.
+
+Blocks go through the block store, so a row group is fetched and decoded once per node. Without a store each
+process keeps the last ones, and rows asked for from far more blocks than that cost a row group each.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
-import os
-import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mimkd_ray import storage
 from mimkd_ray.data.blocks import Blocks
+from mimkd_ray.data.manifest import Block, Manifest, Shard
 from mimkd_ray.data.source import Row, digest_of
+from mimkd_ray.data.store import BlockStore, read_block
 from mimkd_ray.errors import DamagedDataError, UserError
 
-CACHE_BYTES = 256 * 2**20  # decoded row groups, per process
-OPEN_FILES = 32  # parsed footers and handles, per process
+KEPT_FOOTERS = 64  # parsed, per process
 FOOTER_THREADS = 16
 
 
 class _Footer(NamedTuple):
-    row_groups: tuple[int, ...]  # rows of each
+    row_groups: tuple[tuple[int, int, int], ...]  # (rows, first byte, byte behind the last one) of each
     label_range: tuple[int, int] | None  # None: no statistics
     classes: tuple[str, ...]  # () if the file does not name them
     image_column: str  # "image.bytes", or "image" for a plain binary column
@@ -37,29 +41,57 @@ class _Footer(NamedTuple):
 class ParquetSource:
     """The rows of Parquet files, one file behind the other in the order given; id = row number = position."""
 
-    def __init__(self, files: dict[str, int]) -> None:
+    def __init__(
+        self,
+        files: Mapping[str, int],
+        *,
+        manifest: Manifest | None = None,
+        versions: Mapping[str, str] | None = None,
+        store: BlockStore | None = None,
+    ) -> None:
         """`files` maps each URL to its size in bytes, as from `storage.list_sizes`.
 
+        With a `manifest` its shards are the files, in its order, and `files` is what they are checked against.
+        `versions` (of `storage.Entry`) tell files of one name and size apart in the store.
+
         Raises UserError for a file that is not Parquet, lacks columns, or disagrees with the others about
-        classes.
+        classes, and for a manifest that does not fit the files.
         """
+        if manifest is not None:
+            files = _listed_shards(files, manifest)
         self.files: tuple[tuple[str, int], ...] = tuple(files.items())
-        with ThreadPoolExecutor(min(FOOTER_THREADS, len(self.files))) as pool:
+        self.store: BlockStore | None = store
+        self.in_memory: bool = False
+        self._versions = tuple((versions or {}).get(url, "") for url in files)
+        with ThreadPoolExecutor(min(FOOTER_THREADS, max(1, len(self.files)))) as pool:
             footers = list(pool.map(lambda file: _read_footer(*file), self.files))
         self._image_columns = tuple(f.image_column for f in footers)
         self._ranges = tuple(f.label_range for f in footers)
-        row_groups = tuple(n for f in footers for n in f.row_groups)
+        row_groups = tuple(rows for f in footers for rows, _, _ in f.row_groups)
         self.blocks: Blocks = Blocks.of(row_groups)
-        # Block b is row group g of file f, (f, g) = _block_place[b].
-        self._block_place = [(i, g) for i, f in enumerate(footers) for g in range(len(f.row_groups))]
-        self._file_start = np.cumsum([0, *(sum(f.row_groups) for f in footers)])
+        # Block b is row group b - _file_block[f] of file f, the last one with _file_block[f] <= b.
+        self._file_block = np.cumsum([0, *(len(f.row_groups) for f in footers)])
         self.num_bytes = sum(size for _, size in self.files)
         self.num_rows: int = self.blocks.num_rows
         if self.num_rows == 0:
             raise UserError(f"{self.files[0][0]}: the {len(self.files)} Parquet file(s) of this split hold no rows")
-        self.classes: tuple[str, ...] = self._agree_on_classes(footers)
-        names = [(_base(url), size) for url, size in self.files]
-        self.digest: str = digest_of("parquet", names, row_groups, self.classes)
+        self._listed: tuple[Block, ...] = ()
+        if manifest is None:
+            self.classes: tuple[str, ...] = self._agree_on_classes(footers)
+            names = [(_base(url), size) for url, size in self.files]
+            self.digest: str = digest_of("parquet", names, row_groups, self.classes)
+        else:
+            for (url, _), footer, shard in zip(self.files, footers, manifest.shards, strict=True):
+                _check_row_groups(url, footer, shard)
+            self._listed = tuple(block for shard in manifest.shards for block in shard.blocks)
+            self.blocks = Blocks.uniform(manifest.rows, manifest.block_rows)
+            self.classes = manifest.classes
+            self.digest = manifest.digest
+
+    @property
+    def block_bytes(self) -> int:
+        """Mean size of a row group."""
+        return self.num_bytes // self.blocks.num_blocks
 
     def labels(self) -> np.ndarray:
         """Return all labels (int64). Reads the label column of every file."""
@@ -79,17 +111,62 @@ class ParquetSource:
         """Return the rows at `positions`, in order. Raises DamagedDataError for an unreadable row group."""
         blocks, insides = self.blocks.locate(positions)
         rows: dict[int, Row] = {}
-        # Block by block: a row group is decoded once per call even if the cache is too small to keep it.
+        # Block by block: a row group is opened once per call even if this process's memory is too small to keep it.
+        opened = -1
         for place in np.argsort(blocks, kind="stable"):
-            block, position = int(blocks[place]), int(positions[place])
-            file, group = self._block_place[block]
-            url, size = self.files[file]
-            images, labels = _row_group(url, size, group, self._image_columns[file])
-            inside = int(insides[place])
-            name = f"{_base(url)} row {position - int(self._file_start[file])}"
+            block, inside = int(blocks[place]), int(insides[place])
+            if block != opened:
+                table = read_block(self.store, self._key(block), partial(self._load, block))
+                images, labels = table.column("image").chunk(0), table.column("label").to_numpy()
+                file = self._file(block)
+                name = _base(self.files[file][0])
+                before = self.blocks.start(int(self._file_block[file]))
+                opened = block
+            position = int(positions[place])
             # A missing image is an empty one: it counts as damaged when it is decoded.
-            rows[int(place)] = Row(position, int(labels[inside]), images[inside].as_py() or b"", name)
+            image = images[inside].as_py() or b""
+            rows[int(place)] = Row(position, int(labels[inside]), image, f"{name} row {position - before}")
         return [rows[place] for place in range(len(positions))]
+
+    def fetch(self, block: int) -> bool:
+        """See to it that the row group is in the store; say whether it is (False: no store, or no room)."""
+        return self.store is not None and self.store.fetch(self._key(block), partial(self._load, block))
+
+    def _file(self, block: int) -> int:
+        return int(np.searchsorted(self._file_block, block, side="right")) - 1
+
+    def _key(self, block: int) -> str:
+        if self._listed:
+            return f"{self._listed[block].sha256} {self.blocks.start(block)}"  # its ids are checked, too
+        file = self._file(block)
+        url, size = self.files[file]
+        return digest_of(url, size, self._versions[file], block - int(self._file_block[file]))
+
+    def _load(self, block: int) -> Any:
+        """Read the row group and return its table of columns image (binary) and label (int64), in one chunk each."""
+        import pyarrow as pa
+
+        file = self._file(block)
+        url, size = self.files[file]
+        group, column = block - int(self._file_block[file]), self._image_columns[file]
+        try:
+            if self._listed:
+                table = _read_listed(url, size, group, column, self._listed[block], self.blocks.start(block))
+            else:
+                with _open(url, size, _metadata(url, size)) as opened:
+                    # One thread: a loader has as many processes as it wants to use cores.
+                    table = opened.read_row_group(group, columns=[column, "label"], use_threads=False)
+        except FileNotFoundError as error:
+            raise DamagedDataError(f"{url} is gone: it was there when the set was opened; put it back") from error
+        except storage.StorageError:
+            raise  # not the file's content
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DamagedDataError(f"{url}: row group {group} cannot be read ({error}); copy the file again") from error
+        labels = _label_array(table.column("label"), f"{url} (row group {group})")
+        images = table.column("image").combine_chunks()
+        if column == "image.bytes":
+            images = images.field("bytes")
+        return pa.table({"image": images, "label": pa.array(labels)})
 
     def _agree_on_classes(self, footers: list[_Footer]) -> tuple[str, ...]:
         first = footers[0].classes
@@ -106,16 +183,121 @@ def _base(url: str) -> str:
     return url.rpartition("/")[2]
 
 
-def _open(url: str, size: int) -> Any:
+_COPY_AGAIN = "copy the prepared set again as a whole, or prepare it anew"
+
+
+def _listed_shards(files: Mapping[str, int], manifest: Manifest) -> dict[str, int]:
+    """Return {URL: bytes} of the manifest's shards. Raises UserError for one that is missing or of another size."""
+    listed = {_base(url): (url, size) for url, size in files.items()}
+    found = {}
+    for shard in manifest.shards:
+        if shard.file not in listed:
+            raise UserError(
+                f"{shard.file} is missing: the manifest of split '{manifest.split}' names {len(manifest.shards)} "
+                f"files, and {len(listed)} are there; {_COPY_AGAIN}"
+            )
+        url, size = listed[shard.file]
+        if size != shard.bytes:
+            raise UserError(f"{url} has {size:,} bytes, and its manifest says {shard.bytes:,}; {_COPY_AGAIN}")
+        found[url] = size
+    return found
+
+
+def _check_row_groups(url: str, footer: _Footer, shard: Shard) -> None:
+    """Raise UserError if the file's own row groups are not those of the manifest."""
+    rows = sum(rows for rows, _, _ in footer.row_groups)
+    if len(footer.row_groups) != len(shard.blocks) or rows != shard.rows:
+        raise UserError(
+            f"{url} holds {rows:,} rows in {len(footer.row_groups)} row groups, and its manifest says {shard.rows:,} "
+            f"in {len(shard.blocks)}; {_COPY_AGAIN}"
+        )
+    for group, ((rows, start, end), block) in enumerate(zip(footer.row_groups, shard.blocks, strict=True)):
+        if rows != block.rows or start < block.offset or end > block.offset + block.length:
+            raise UserError(
+                f"{url}: row group {group} holds {rows:,} rows in bytes {start:,} to {end:,}, and its manifest says "
+                f"{block.rows:,} rows in {block.offset:,} to {block.offset + block.length:,}; {_COPY_AGAIN}"
+            )
+
+
+def _read_listed(url: str, size: int, group: int, image_column: str, block: Block, first_id: int) -> Any:
+    """Read a prepared row group in one request and decode it, after its digest was found right."""
+    import pyarrow.parquet as pq
+
+    data = storage.read_range(url, block.offset, block.length)
+    if len(data) < block.length:
+        raise DamagedDataError(
+            f"{url} is cut short: {len(data):,} of the {block.length:,} bytes of row group {group} at byte "
+            f"{block.offset:,} are there; copy the file again"
+        )
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != block.sha256:
+        raise DamagedDataError(
+            f"{url}: row group {group} is damaged: its {block.length:,} bytes have the sha256 {digest[:12]}..., and "
+            f"the manifest says {block.sha256[:12]}...; copy the file again"
+        )
+    with pq.ParquetFile(_Part(data, block.offset, size), metadata=_metadata(url, size)) as file:
+        table = file.read_row_group(group, columns=[image_column, "label", "id"], use_threads=False)
+    ids = table.column("id").to_numpy()
+    if not np.array_equal(ids, np.arange(first_id, first_id + len(ids))):
+        raise DamagedDataError(
+            f"{url}: row group {group} has the ids {ids[0]:,} to {ids[-1]:,}, and its place in the manifest says "
+            f"{first_id:,} to {first_id + len(ids) - 1:,}: the set is mixed up; {_COPY_AGAIN}"
+        )
+    return table
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, in memory, at its own place: the rest of the file is not to be read."""
+
+    def __init__(self, data: bytes, offset: int, size: int) -> None:
+        self._data = memoryview(data)
+        self._offset = offset
+        self._size = size
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        return self._place
+
+    def read(self, size: int | None = -1) -> bytes:
+        start = self._place - self._offset
+        stop = len(self._data) if size is None or size < 0 else start + size
+        if start < 0 or stop > len(self._data):
+            raise OSError(f"bytes {start + self._offset} to {stop + self._offset} are outside the row group")
+        self._place = stop + self._offset
+        return bytes(self._data[start:stop])
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        view[:] = self.read(len(view))
+        return len(view)
+
+
+@lru_cache(maxsize=KEPT_FOOTERS)
+def _metadata(url: str, size: int) -> Any:
+    with _open(url, size) as file:
+        return file.metadata
+
+
+def _open(url: str, size: int, metadata: Any = None) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         if storage.is_remote(url):
             # pre_buffer joins the ranges of a row group into few requests.
-            return pq.ParquetFile(storage.open_file(url, size), pre_buffer=True)
+            return pq.ParquetFile(storage.open_file(url, size), metadata=metadata, pre_buffer=True)
         # Plain reads: a memory map of a file that is cut short kills the process instead of raising.
-        return pq.ParquetFile(str(storage.local_path(url)), pre_buffer=False)
+        return pq.ParquetFile(str(storage.local_path(url)), metadata=metadata, pre_buffer=False)
     except PermissionError as error:
         raise UserError(f"cannot read {url}: {error}; check the permissions") from error
     except pa.ArrowInvalid as error:
@@ -146,7 +328,18 @@ def _read_footer(url: str, size: int) -> _Footer:
         ranges = [_statistics(group.column(paths.index("label"))) for group in groups if group.num_rows]
         known = [r for r in ranges if r is not None]
         whole = (min(r[0] for r in known), max(r[1] for r in known)) if known and len(known) == len(ranges) else None
-        return _Footer(tuple(g.num_rows for g in groups), whole, _class_names(schema.metadata), image_column)
+        row_groups = tuple((group.num_rows, *_span(group)) for group in groups)
+        return _Footer(row_groups, whole, _class_names(schema.metadata), image_column)
+
+
+def _span(group: Any) -> tuple[int, int]:
+    """Return (first byte, byte behind the last one) of a row group's columns."""
+    columns = [group.column(i) for i in range(group.num_columns)]
+    starts = [
+        c.data_page_offset if c.dictionary_page_offset is None else min(c.dictionary_page_offset, c.data_page_offset)
+        for c in columns
+    ]
+    return min(starts), max(s + c.total_compressed_size for s, c in zip(starts, columns, strict=True))
 
 
 def _statistics(column: Any) -> tuple[int, int] | None:
@@ -172,58 +365,3 @@ def _label_array(column: Any, url: str) -> np.ndarray:
     if column.null_count:
         raise UserError(f"{url}: {column.null_count:,} of {len(column):,} rows have no label; remove them")
     return column.to_numpy().astype(np.int64, copy=False)
-
-
-class _Cache:
-    """The open files and decoded row groups of one process."""
-
-    def __init__(self) -> None:
-        self.pid = os.getpid()
-        self.lock = threading.Lock()
-        self.files: OrderedDict[tuple[str, int], Any] = OrderedDict()
-        self.groups: OrderedDict[tuple[str, int, int], tuple[Any, np.ndarray, int]] = OrderedDict()
-        self.bytes = 0
-
-
-_cache = _Cache()
-
-
-def _row_group(url: str, size: int, group: int, image_column: str) -> tuple[Any, np.ndarray]:
-    """Return (Arrow binary array of encoded images, labels) of a row group, cached by process."""
-    global _cache
-    if _cache.pid != os.getpid():
-        # A forked child must not use its parent's handles (one shared file offset) nor a held lock.
-        _cache = _Cache()
-    cache = _cache
-    with cache.lock:
-        key = (url, size, group)
-        if key in cache.groups:
-            cache.groups.move_to_end(key)
-            return cache.groups[key][:2]
-        table = _read_table(cache, url, size, group, image_column)
-        labels = _label_array(table.column("label"), f"{url} (row group {group})")
-        images = table.column("image").combine_chunks()
-        if image_column == "image.bytes":
-            images = images.field("bytes")
-        cache.groups[key] = (images, labels, table.nbytes)
-        cache.bytes += table.nbytes
-        while cache.bytes > CACHE_BYTES and len(cache.groups) > 1:
-            cache.bytes -= cache.groups.popitem(last=False)[1][2]
-        return images, labels
-
-
-def _read_table(cache: _Cache, url: str, size: int, group: int, image_column: str) -> Any:
-    import pyarrow as pa
-
-    if (url, size) not in cache.files:
-        cache.files[url, size] = _open(url, size)
-        if len(cache.files) > OPEN_FILES:
-            cache.files.popitem(last=False)[1].close()
-    cache.files.move_to_end((url, size))
-    try:
-        # One thread: a loader has as many processes as it wants to use cores.
-        return cache.files[url, size].read_row_group(group, columns=[image_column, "label"], use_threads=False)
-    except (FileNotFoundError, storage.StorageError):
-        raise  # not the file's content
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DamagedDataError(f"{url}: row group {group} cannot be read ({error}); copy the file again") from error

@@ -21,6 +21,7 @@ import numpy as np
 
 from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.keyed import permutation, raw
+from mimkd_ray.data.store import BlockStore
 from mimkd_ray.errors import UserError
 
 
@@ -68,6 +69,25 @@ class Source(Protocol):
         """Return the rows at `positions`, in that order."""
         ...
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether rows are held in memory, decoded: a loader process would cost more than it gives."""
+        ...
+
+    @property
+    def store(self) -> BlockStore | None:
+        """Where blocks are kept once they are read; None: rows are read from where they are."""
+        ...
+
+    @property
+    def block_bytes(self) -> int:
+        """Mean size of a block at rest, in bytes; 0 where there is no store."""
+        ...
+
+    def fetch(self, block: int) -> bool:
+        """See to it that the block is in the store; say whether it is. Raises what `read` would."""
+        ...
+
 
 class SubsetSource:
     """The rows of `parent` at the given sorted, distinct positions.
@@ -87,6 +107,9 @@ class SubsetSource:
         self.classes: tuple[str, ...] = parent.classes
         self.num_rows: int = len(kept)
         self.digest: str = digest_of("subset", parent.digest, hashlib.sha256(kept.tobytes()).hexdigest())
+        self.in_memory: bool = parent.in_memory
+        self.store: BlockStore | None = parent.store
+        self.block_bytes: int = parent.block_bytes
 
     def labels(self) -> np.ndarray:
         """Return the labels of the kept rows, int64."""
@@ -99,6 +122,10 @@ class SubsetSource:
     def read(self, positions: Sequence[int]) -> list[Row]:
         """Return the rows at `positions` of this subset (0..num_rows-1), with the parent's ids."""
         return self.parent.read([int(self.kept[p]) for p in positions])
+
+    def fetch(self, block: int) -> bool:
+        """Fetch the parent's whole block, which this subset's `block` is a part of."""
+        return self.parent.fetch(int(self._parent_block[block]))
 
 
 def stratified_split(labels: np.ndarray, share_or_count: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from mimkd_ray.data import store
+
+
+@pytest.fixture(autouse=True)
+def own_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test's block store and tables in memory are its own, and go with it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(store, "_tables", store._Tables())
 
 
 @pytest.fixture(scope="session")

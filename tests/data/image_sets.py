@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from mimkd_ray.data.manifest import Block, Manifest, Shard, content_digest, write_manifest
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -64,6 +67,68 @@ def parquet_set(root: Path, train: int = 32, val: int = 9, classes: int = 3) -> 
     path = root / "validation-00000-of-00001.parquet"
     write_parquet(path, images(val, 1000), [i % classes for i in range(val)], names)
     return root
+
+
+def prepared_set(root: Path, train: int = 32, val: int = 9, classes: int = 3, block_rows: int = 5) -> Path:
+    """`parquet_set` in the form of prepare_data: uniform blocks, ids, manifests. Three blocks to a training shard."""
+    names = tuple(f"class {c}" for c in range(classes))
+    for split, rows, first in (("train", train, 0), ("validation", val, 1000)):
+        starts = list(range(0, rows, 3 * block_rows))
+        shards = []
+        for part, start in enumerate(starts):
+            path = root / f"{split}-{part:05d}-of-{len(starts):05d}.parquet"
+            ids = range(start, min(start + 3 * block_rows, rows))
+            shards.append(_prepared_shard(path, ids, first, names, block_rows))
+        digest = content_digest(names, shards)
+        write_manifest(
+            str(root),
+            Manifest(
+                split=split,
+                rows=rows,
+                block_rows=block_rows,
+                classes=names,
+                digest=digest,
+                damaged=0,
+                settings={},
+                shards=tuple(shards),
+            ),
+        )
+    return root
+
+
+def _prepared_shard(path: Path, ids: range, first: int, names: tuple[str, ...], block_rows: int) -> Shard:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table(
+        {
+            "image": pa.array([{"bytes": f, "path": "x"} for f in images(len(ids), first + ids[0])], kind),
+            "label": pa.array([i % len(names) for i in ids], pa.int64()),
+            "id": pa.array(ids, pa.int64()),
+        }
+    )
+    features = {"label": {"names": list(names), "_type": "ClassLabel"}}
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(
+        table,
+        path,
+        row_group_size=block_rows,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=["label", "id"],
+    )
+    data = path.read_bytes()
+    metadata = pq.ParquetFile(path).metadata
+    blocks = []
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        columns = [group.column(i) for i in range(group.num_columns)]
+        start = min(c.data_page_offset for c in columns)
+        stop = max(c.data_page_offset + c.total_compressed_size for c in columns)
+        blocks.append(Block(start, stop - start, group.num_rows, hashlib.sha256(data[start:stop]).hexdigest()))
+    return Shard(path.name, len(ids), len(data), hashlib.sha256(data).hexdigest(), tuple(blocks))
 
 
 def folder_set(root: Path, per_class: int = 4) -> Path:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_sets import SHARED, encode, folder_set, images, parquet_set, pixels, write_parquet
+from image_sets import SHARED, encode, folder_set, images, parquet_set, pixels, prepared_set, write_parquet
 
 from mimkd_ray.data import dataset, parquet
+from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.dataset import Data, DataConfig, open_data
 from mimkd_ray.data.source import Source
 from mimkd_ray.errors import UserError
@@ -66,22 +67,53 @@ def test_opening_reads_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def never(*args: object) -> None:
         raise AssertionError("a row group or label column was read")
 
-    monkeypatch.setattr(parquet, "_row_group", never)
+    monkeypatch.setattr(parquet.ParquetSource, "_load", never)
     monkeypatch.setattr(parquet, "_read_labels", never)
     open_data(DataConfig(root=str(tmp_path)))
 
 
-def test_a_slow_order_is_warned_of(
+def test_a_slow_order_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = str(parquet_set(tmp_path))
+    block = open_data(DataConfig(root=root)).train.block_bytes
+    open_data(DataConfig(root=root, store_gb=2.5 * block / 1e9, window=2))
+    assert not caplog.records
+    open_data(DataConfig(root=root, store_gb=2.5 * block / 1e9, window=3))
+    assert "data.window = 3 has 3 blocks" in caplog.text
+    caplog.clear()
+    open_data(DataConfig(root=root, store_gb=2.5 * block / 1e9))
+    assert "data.window = full has 8 blocks" in caplog.text
+    assert "--data.store-gb" in caplog.text
+
+
+def test_without_a_store_a_process_must_hold_the_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = str(parquet_set(tmp_path))
-    open_data(DataConfig(root=root))
+    assert open_data(DataConfig(root=root, store_gb=0)).train.store is None
     assert not caplog.records
     monkeypatch.setattr(dataset, "CACHE_BYTES", 1000)
-    open_data(DataConfig(root=root, window=2))
-    assert not caplog.records
-    open_data(DataConfig(root=root))
-    assert "set --data.window" in caplog.text
+    open_data(DataConfig(root=root, store_gb=0))
+    assert "a process keeps" in caplog.text
+
+
+def test_a_prepared_set_is_opened_by_its_manifest(tmp_path: Path) -> None:
+    root = prepared_set(tmp_path / "set")
+    data = open_data(DataConfig(root=str(root), store=str(tmp_path / "here"), store_gb=1))
+    assert (data.train.num_rows, data.val.num_rows, data.num_classes) == (32, 9, 3)
+    assert data.train.blocks == Blocks.uniform(32, 5)
+    assert data.train.store is not None
+    assert (data.train.store.folder, data.train.store.max_bytes) == (tmp_path / "here", 10**9)
+    assert not (tmp_path / "here").exists()  # until something is read
+    for path in root.glob("train-*"):
+        path.unlink()
+    assert "train-00000-of-00003.parquet is missing" in _error(root=str(root))
+    (root / "train.manifest.json").write_text('{"version": 1')
+    assert "train.manifest.json" in _error(root=str(root))
+
+
+def test_windows() -> None:
+    assert DataConfig().window_blocks == 0
+    assert DataConfig(window=3).window_blocks == 3
 
 
 def test_holdout_and_subset() -> None:
@@ -163,8 +195,13 @@ def test_split_size_errors() -> None:
         ({"max_damaged": 1.5}, "data.max_damaged = 1.5"),
         ({"subset": -1}, "data.subset = -1"),
         ({"views": -1}, "data.views"),
-        ({"window": -1}, "data.window"),
-        ({"loader_workers": -1}, "data.loader_workers"),
+        ({"window": -1}, "data.window = -1: give 'full'"),
+        ({"window": 0}, "data.window = 0"),
+        ({"window": "all"}, "data.window = all"),
+        ({"read_ahead": -2}, "data.read_ahead = -2"),
+        ({"store_gb": -1.0}, "data.store_gb = -1.0"),
+        ({"store_gb": float("inf")}, "data.store_gb = inf"),
+        ({"loader_workers": -2}, "data.loader_workers"),
         ({"num_classes": -1}, "data.num_classes"),
         ({"pipeline": "cifra"}, "did you mean 'cifar'"),
         ({"image_size": 0}, "data.image_size = 0"),

@@ -12,7 +12,7 @@ from mimkd_ray.data.digits import DigitsSource
 def test_splits() -> None:
     train, val = DigitsSource("train"), DigitsSource("val")
     assert (train.num_rows, val.num_rows) == (1347, 450)
-    assert sum(train.block_rows) == 1347
+    assert train.blocks.num_rows == 1347
     assert np.bincount(val.labels()).tolist() == [45] * 10
     assert train.classes == tuple("0123456789")
     assert train.digest != val.digest

@@ -9,7 +9,7 @@ from image_sets import encode, folder_set, pixels
 
 from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.folders import FolderSource
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import DamagedDataError, UserError
 
 
 def test_the_same_files_and_labels_as_image_folder(tmp_path: Path) -> None:
@@ -72,5 +72,5 @@ def test_errors(tmp_path: Path) -> None:
         FolderSource(str(tmp_path / "set" / "train"))
     source = FolderSource(str(tmp_path / "set" / "val"))
     Path(source.read([0])[0].name).unlink()
-    with pytest.raises(FileNotFoundError, match="set/val"):
+    with pytest.raises(DamagedDataError, match=r"set/val.*is gone"):
         source.read([0])

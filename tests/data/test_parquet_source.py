@@ -3,18 +3,22 @@ from __future__ import annotations
 import os
 import pickle
 import uuid
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from image_sets import images, parquet_set, write_parquet
+from image_sets import images, parquet_set, prepared_set, write_parquet
 
 from mimkd_ray import storage
-from mimkd_ray.data import parquet
+from mimkd_ray.data import store
 from mimkd_ray.data.blocks import Blocks
+from mimkd_ray.data.manifest import Manifest, Shard, content_digest, read_manifest
 from mimkd_ray.data.parquet import ParquetSource
+from mimkd_ray.data.store import BlockStore
 from mimkd_ray.errors import DamagedDataError, UserError
 
 
@@ -46,30 +50,35 @@ def test_pickles_small_and_reads_elsewhere(train: ParquetSource) -> None:
     assert pickle.loads(data).read([17]) == train.read([17])  # noqa: S301
 
 
-def test_cache_is_bounded(train: ParquetSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "_cache", parquet._Cache())
-    group = parquet._open(*train.files[0]).read_row_group(0, columns=["image.bytes", "label"]).nbytes
-    monkeypatch.setattr(parquet, "CACHE_BYTES", int(2.5 * group))
-    monkeypatch.setattr(parquet, "OPEN_FILES", 1)
+def test_without_a_store_the_last_row_groups_are_kept(train: ParquetSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_tables", store._Tables())
+    group = train._load(0).nbytes
+    monkeypatch.setattr(store, "CACHE_BYTES", int(2.5 * group))
     expected = images(32)
     for position in [*range(32), *range(31, -1, -1)]:
         assert train.read([position])[0].image == expected[position]
-        assert parquet._cache.bytes <= 2.5 * group or len(parquet._cache.groups) == 1
-        assert parquet._cache.bytes == sum(entry[2] for entry in parquet._cache.groups.values())
-        assert len(parquet._cache.files) == 1
+        assert store._tables.bytes <= 2.5 * group or len(store._tables) == 1
 
 
-def test_a_forked_child_has_its_own_cache(train: ParquetSource) -> None:
-    train.read([0])
-    parents = parquet._cache
-    parents.lock.acquire()  # as if another thread were reading at the moment of the fork
-    try:
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if train.read([7])[0].id == 7 and parquet._cache is not parents else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    finally:
-        parents.lock.release()
+def test_through_the_store_a_row_group_is_read_once(
+    tmp_path: Path, train: ParquetSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {url: "1" for url, _ in train.files}
+    stored = ParquetSource(dict(train.files), versions=versions, store=BlockStore(tmp_path / "blocks"))
+    rows = train.read(range(32))
+    assert stored.read(range(32)) == rows
+    assert stored.fetch(7)
+    monkeypatch.setattr(store, "_tables", store._Tables())  # as another process
+
+    def never(*args: object) -> None:
+        raise AssertionError("read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ParquetSource, "_load", never)
+        again = pickle.loads(pickle.dumps(stored))  # noqa: S301
+        assert again.read([17, 3]) == [rows[17], rows[3]]
+        with pytest.raises(AssertionError, match="read again"):  # files written again are read again
+            ParquetSource(dict(train.files), versions=dict.fromkeys(versions, "2"), store=stored.store).read([3])
 
 
 def test_digest_sees_names_sizes_and_rows(tmp_path: Path) -> None:
@@ -144,7 +153,6 @@ def test_a_failing_store_is_not_taken_for_a_broken_file(tmp_path: Path, monkeypa
     parquet_set(tmp_path)
     storage.upload(tmp_path / "train-00000-of-00002.parquet", f"{root}/train-0.parquet")
     source = ParquetSource(storage.list_sizes(root))
-    monkeypatch.setattr(parquet, "_cache", parquet._Cache())
     source.read([0])
 
     def fail(*args: object, **options: object) -> None:
@@ -167,3 +175,112 @@ def test_a_broken_row_group_is_named(tmp_path: Path) -> None:
     assert source.read([0])[0].id == 0
     with pytest.raises(DamagedDataError, match=r"train-0\.parquet: row group 1 cannot be read"):
         source.read([7])
+
+
+def _prepared(root: Path, store: BlockStore | None = None) -> ParquetSource:
+    files = storage.list_sizes(str(root), ".parquet")
+    return ParquetSource(files, manifest=read_manifest(str(root), "train"), store=store)
+
+
+def test_a_prepared_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _prepared(prepared_set(tmp_path / "set"), BlockStore(tmp_path / "blocks"))
+    manifest = read_manifest(str(tmp_path / "set"), "train")
+    assert manifest is not None
+    assert (source.digest, source.classes) == (manifest.digest, ("class 0", "class 1", "class 2"))
+    assert source.blocks == Blocks.uniform(32, 5)
+    assert source.label_range() == (0, 2)
+    requests = []
+    read_range = storage.read_range
+    monkeypatch.setattr(storage, "read_range", lambda *place: requests.append(place) or read_range(*place))
+    rows = source.read([31, 0, 4, 15, 16])
+    assert [row.id for row in rows] == [31, 0, 4, 15, 16]
+    assert [row.image for row in rows] == [images(32)[i] for i in (31, 0, 4, 15, 16)]
+    assert [row.label for row in rows] == [1, 0, 1, 0, 1]
+    assert rows[0].name == "train-00002-of-00003.parquet row 1"
+    assert len(requests) == 3  # one for each block
+    assert len(list((tmp_path / "blocks").glob("*.arrow"))) == 3
+
+
+def _prepared_copy(tmp_path: Path, shard: str, change: Callable[[bytearray], object]) -> Path:
+    root = prepared_set(tmp_path / "set")
+    data = bytearray((root / shard).read_bytes())
+    change(data)
+    (root / shard).write_bytes(data)
+    return root
+
+
+@pytest.mark.parametrize("with_store", [False, True])
+def test_a_flipped_byte_is_never_trained_on(tmp_path: Path, with_store: bool) -> None:
+    image = images(32)[7]
+    assert image is not None
+
+    def flip(data: bytearray) -> None:
+        data[data.index(image) + len(image) // 2] ^= 4
+
+    root = _prepared_copy(tmp_path, "train-00000-of-00003.parquet", flip)
+    source = _prepared(root, BlockStore(tmp_path / "blocks") if with_store else None)
+    assert len(source.read([0, 12])) == 2  # its neighbours are sound
+    for _ in range(2):
+        with pytest.raises(
+            DamagedDataError,
+            match=r"train-00000-of-00003\.parquet: row group 1 is damaged: its [\d,]+ bytes have the sha256 "
+            r"[0-9a-f]{12}\.\.\., and the manifest says [0-9a-f]{12}\.\.\.; copy the file again",
+        ):
+            source.read([7])
+        if with_store:
+            with pytest.raises(DamagedDataError, match="is damaged"):
+                source.fetch(1)
+
+
+def test_a_truncated_shard(tmp_path: Path) -> None:
+    root = _prepared_copy(tmp_path, "train-00001-of-00003.parquet", lambda data: data.__delitem__(slice(-100, None)))
+    with pytest.raises(UserError, match=r"00001-of-00003\.parquet has [\d,]+ bytes, and its manifest says [\d,]+"):
+        _prepared(root)
+
+
+def test_a_shard_that_is_cut_short_while_training(tmp_path: Path) -> None:
+    source = _prepared(prepared_set(tmp_path))
+    source.read([0])
+    os.truncate(source.files[0][0], 600)
+    with pytest.raises(DamagedDataError, match=r"00000-of-00003\.parquet is cut short: [\d,]+ of the [\d,]+ bytes"):
+        source.read([12])
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_shard_that_goes_away_while_training(tmp_path: Path, prepared: bool) -> None:
+    root = prepared_set(tmp_path)
+    source = _prepared(root) if prepared else ParquetSource(storage.list_sizes(str(root), "of-00003.parquet"))
+    source.read([0])
+    Path(source.files[1][0]).unlink()
+    with pytest.raises(DamagedDataError, match=r"train-00001-of-00003\.parquet is gone"):
+        source.read([16])
+
+
+def test_a_missing_shard(tmp_path: Path) -> None:
+    root = prepared_set(tmp_path)
+    (root / "train-00001-of-00003.parquet").unlink()
+    with pytest.raises(UserError, match=r"train-00001-of-00003\.parquet is missing: the manifest .* names 3 files"):
+        _prepared(root)
+
+
+def test_a_manifest_of_another_preparation(tmp_path: Path) -> None:
+    """File names and sizes agree, the content of the files does not."""
+    root = prepared_set(tmp_path / "a")
+    manifest = read_manifest(str(root), "train")
+    assert manifest is not None
+    shard = manifest.shards[0]
+    other = _with_shards(manifest, shard._replace(rows=10, blocks=shard.blocks[:2]), rows=10)
+    with pytest.raises(UserError, match="holds 15 rows in 3 row groups, and its manifest says 10 in 2"):
+        ParquetSource(storage.list_sizes(str(root), ".parquet"), manifest=other)
+    moved = (shard.blocks[0], shard.blocks[1]._replace(length=50), shard.blocks[2])
+    other = _with_shards(manifest, shard._replace(blocks=moved), rows=15)
+    with pytest.raises(UserError, match=r"row group 1 holds 5 rows in bytes [\d,]+ to [\d,]+, and its manifest says"):
+        ParquetSource(storage.list_sizes(str(root), ".parquet"), manifest=other)
+    second = manifest.shards[1]
+    other = _with_shards(manifest, second, rows=15)
+    with pytest.raises(DamagedDataError, match="has the ids 15 to 19, and its place in the manifest says 0 to 4"):
+        ParquetSource(storage.list_sizes(str(root), ".parquet"), manifest=other).read([0])
+
+
+def _with_shards(manifest: Manifest, *shards: Shard, rows: int) -> Manifest:
+    return replace(manifest, rows=rows, shards=shards, digest=content_digest(manifest.classes, shards))
