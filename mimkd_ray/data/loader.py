@@ -1,12 +1,12 @@
-"""From an order to batches: read, decode, view, stack; in this process or in loader processes.
+"""From an order to batches, in this process or in loader processes, and on to the device.
 
-Training batches come by (step, lane) over the whole rest of a run, so loader processes are started once and
-live through epochs. What a batch holds depends on (source, order, view, step, lane) only, never on who makes
-it.
+    order  ->  keys (step, lane, positions)  ->  loader processes: read, decode, view, stack  ->  batches, in the
+    order of keys
+         `->  read-ahead: blocks into the node's store, before the loader processes need them
 
-A damaged image does not stop a run: it is named in `LaneBatch.damaged`, and in training its place is taken by
-the nearest intact image of the batch (the id repeats, so losses do not take the copies for negatives of each
-other). In evaluation it is left out. `DamageCounter` ends the run when there are too many.
+A whole batch is one unit of work for a loader process. Processes, not threads: views draw from torch's default
+generator, of which a process has one. Training batches come by (step, lane) over the whole rest of a run, so loader
+processes are started once and live through epochs.
 """
 
 from __future__ import annotations
@@ -14,51 +14,37 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mimkd_ray.data.batches import DamageCounter, EvalBatches, Key, LaneBatch, TrainBatches
 from mimkd_ray.data.order import Order, view_number
-from mimkd_ray.data.source import Row, Source
-from mimkd_ray.data.views import DamagedImageError, Transform, View, decode
-from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.data.read_ahead import Distance, ReadAhead, distance
+from mimkd_ray.data.source import Source
+from mimkd_ray.data.views import Transform, View
+from mimkd_ray.errors import UserError
 
-Answer = TypeVar("Answer")
+__all__ = [
+    "DamageCounter",
+    "LaneBatch",
+    "check_loader_workers",
+    "eval_batches",
+    "local_world_size",
+    "resolve_loader_workers",
+    "to_device",
+    "train_batches",
+]
 
 logger = logging.getLogger(__name__)
 
 PREFETCH = 4  # finished batches that wait per loader process
 WORKERS_PER_CPU = 4  # more loader processes than this times the cores is taken for a typing error
-
-
-@dataclass(frozen=True, eq=False)
-class LaneBatch:
-    """The images of one lane of one step (in evaluation: of one batch; lane and view are 0)."""
-
-    step: int
-    lane: int
-    images_BCHW: Tensor  # uint8
-    labels_B: Tensor  # int64
-    ids_B: Tensor  # int64
-    view: int
-    damaged: tuple[str, ...]  # names of images that could not be decoded
-
-    def __len__(self) -> int:
-        return len(self.labels_B)
-
-    def pin_memory(self, device: Any = None) -> LaneBatch:
-        """Return the batch in page-locked memory (the data loader calls this)."""
-        return replace(
-            self,
-            images_BCHW=self.images_BCHW.pin_memory(),
-            labels_B=self.labels_B.pin_memory(),
-            ids_B=self.ids_B.pin_memory(),
-        )
 
 
 def train_batches(
@@ -71,17 +57,27 @@ def train_batches(
     start_step: int,
     stop_step: int,
     loader_workers: int = 0,
+    read_ahead: int = -1,
     pin_memory: bool = False,
 ) -> Iterator[LaneBatch]:
     """Yield the batches of steps start_step..stop_step-1 and the given lanes, by (step, lane as given).
 
     `views` is the number of views of a sample (0: a new one each epoch); the schedule follows `order.seed`,
-    the pixels `view.seed`. Raises UserError for a senseless `loader_workers`, DamagedDataError for a batch
-    without intact image.
+    the pixels `view.seed`. `loader_workers` and `read_ahead` are those of DataConfig. Raises UserError for a
+    senseless `loader_workers`, DamagedDataError for a batch without intact image or a damaged block,
+    StorageError for an object that cannot be read.
     """
-    check_loader_workers(loader_workers)
+    workers = resolve_loader_workers(loader_workers, source)
     keys = _TrainKeys(order, views, tuple(lanes), start_step, stop_step)
-    return _run(_TrainBatches(source, view), keys, loader_workers, pin_memory)
+    far = distance(
+        source,
+        read_ahead,
+        window=order.window,
+        lanes=len(keys.lanes),
+        lane_batch=order.lane_batch,
+        local_workers=local_world_size(),
+    )
+    return _run(TrainBatches(source, view), keys, workers, far, pin_memory)
 
 
 def eval_batches(
@@ -92,6 +88,7 @@ def eval_batches(
     world_size: int = 1,
     batch_size: int,
     loader_workers: int = 0,
+    read_ahead: int = -1,
     pin_memory: bool = False,
 ) -> Iterator[LaneBatch]:
     """Yield this rank's contiguous slice of the set in batches; all slices together have each row once.
@@ -100,15 +97,94 @@ def eval_batches(
     left out. Raises UserError for senseless sizes, DamagedDataError if no image of a batch is intact
     (a batch of one is left out).
     """
-    check_loader_workers(loader_workers)
+    workers = resolve_loader_workers(loader_workers, source)
     if batch_size < 1:
         raise UserError(f"evaluation batch size {batch_size}: give 1 or more")
     start, stop = (source.num_rows * r // world_size for r in (rank, rank + 1))
     keys = [
-        _Key(step, 0, np.arange(first, min(first + batch_size, stop)), 0)
+        Key(step, 0, np.arange(first, min(first + batch_size, stop)), 0)
         for step, first in enumerate(range(start, stop, batch_size))
     ]
-    return _run(_EvalBatches(source, transform), keys, loader_workers, pin_memory)
+    far = distance(source, read_ahead, window=1, lanes=1, lane_batch=batch_size, local_workers=local_world_size())
+    return _run(EvalBatches(source, transform), keys, workers, far, pin_memory)
+
+
+def to_device(batches: Iterable[LaneBatch], device: torch.device) -> Iterator[LaneBatch]:
+    """Yield the batches on `device`, each one copied while the one before it is in use; still uint8.
+
+    On CUDA a batch is copied from page-locked memory on a stream of its own. On the CPU batches are handed through.
+    An error of the loader is raised after the batch before it was handed over.
+    """
+    if device.type == "cpu":
+        yield from batches
+        return
+    copy = (
+        _cuda_copy(device) if device.type == "cuda" else lambda batch: _Copy(batch.each_tensor(lambda t: t.to(device)))
+    )
+    iterator = iter(batches)
+    ahead: _Copy | None = None
+    while True:
+        try:
+            batch = next(iterator, None)
+        except Exception:
+            if ahead is not None:
+                yield ahead.wait()
+            raise
+        started = None if batch is None else copy(batch)
+        if ahead is not None:
+            yield ahead.wait()
+        if started is None:
+            return
+        ahead = started
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A batch on its way to the device; `done` marks its arrival on a CUDA stream."""
+
+    batch: LaneBatch
+    done: torch.cuda.Event | None = None
+
+    def wait(self) -> LaneBatch:
+        """Make the current stream wait for the copy, not the caller; return the batch."""
+        if self.done is not None:
+            stream = torch.cuda.current_stream(self.batch.images_BCHW.device)
+            stream.wait_event(self.done)
+            # Its memory belongs to the side stream, which must not use it again before this one is done with it.
+            for tensor in (self.batch.images_BCHW, self.batch.labels_B, self.batch.ids_B):
+                tensor.record_stream(stream)
+        return self.batch
+
+
+def _cuda_copy(device: torch.device) -> Callable[[LaneBatch], _Copy]:
+    stream = torch.cuda.Stream(device)
+
+    def copy(batch: LaneBatch) -> _Copy:
+        pinned = batch.each_tensor(lambda tensor: tensor if tensor.is_pinned() else tensor.pin_memory())
+        with torch.cuda.stream(stream):
+            moved = pinned.each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
+            return _Copy(moved, stream.record_event())
+
+    return copy
+
+
+def local_world_size() -> int:
+    """Return the training workers on this machine, as the launcher says in LOCAL_WORLD_SIZE; at least 1."""
+    value = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise UserError(f"LOCAL_WORLD_SIZE is '{value}' in the environment: give the training workers of this machine")
+    return int(value)
+
+
+def resolve_loader_workers(loader_workers: int, source: Source) -> int:
+    """Return the number of loader processes; -1: an equal share of this machine's cores, none for a set in memory.
+
+    Raises UserError for a senseless number.
+    """
+    if loader_workers == -1:
+        return 0 if source.in_memory else max(1, _cores() // local_world_size())
+    check_loader_workers(loader_workers)
+    return loader_workers
 
 
 def check_loader_workers(loader_workers: int) -> None:
@@ -117,57 +193,20 @@ def check_loader_workers(loader_workers: int) -> None:
     if not 0 <= loader_workers <= WORKERS_PER_CPU * cores:
         raise UserError(
             f"loader_workers = {loader_workers}: this machine has {cores} cores; give 0 (decode in the "
-            f"training process) to {WORKERS_PER_CPU * cores}, best about the cores per training worker "
-            "(--data.loader-workers)"
+            f"training process) to {WORKERS_PER_CPU * cores}, best about the cores per training worker, or -1 "
+            "(automatic) (--data.loader-workers)"
         )
 
 
-class DamageCounter:
-    """Counts damaged images against a limit: `max_share` of the `rows` this worker reads in an epoch.
-
-    Each damaged image is logged once. The count begins anew after `rows` rows, about an epoch: over many
-    epochs one worker comes across the damaged images of all, which must not be held against its own share.
-    """
-
-    def __init__(self, max_share: float, rows: int) -> None:
-        self.max_share = max_share
-        self.rows = rows
-        self._logged: set[str] = set()
-        self._counted: dict[str, None] = {}  # in the order met
-        self._seen = 0
-
-    @property
-    def damaged(self) -> int:
-        """Distinct damaged images met so far."""
-        return len(self._logged)
-
-    def add(self, batch: LaneBatch) -> None:
-        """Count the batch's damaged images. Raises DamagedDataError when there are too many."""
-        if self._seen >= self.rows:
-            self._seen = 0
-            self._counted.clear()
-        self._seen += len(batch)
-        for name in batch.damaged:
-            if name not in self._logged:
-                self._logged.add(name)
-                logger.warning("damaged image, left out: %s", name)
-            self._counted[name] = None
-        if len(self._counted) > self.max_share * self.rows:
-            raise DamagedDataError(
-                f"{len(self._counted):,} of {self.rows:,} images cannot be decoded, more than the allowed "
-                f"share of {self.max_share:g}: {_first_three(list(self._counted))}; repair the data, or "
-                "allow more with --data.max-damaged"
-            )
-
-
-@dataclass(frozen=True)
-class _Key:
-    """What to make: a whole batch is one unit of work for a loader process."""
-
-    step: int
-    lane: int
-    positions: np.ndarray
-    view: int
+def _cores() -> int:
+    """Return the cores that this process may use: by its affinity and, in a container, by its share of time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        share, _, period = quota.read_text().strip().partition(" ")
+        if share.isdecimal():
+            cores = min(cores, max(1, int(share) // int(period)))
+    return cores
 
 
 @dataclass(frozen=True)
@@ -181,103 +220,48 @@ class _TrainKeys:
     def __len__(self) -> int:
         return max(0, self.stop_step - self.start_step) * len(self.lanes)
 
-    def __iter__(self) -> Iterator[_Key]:
+    def __iter__(self) -> Iterator[Key]:
         for step in range(self.start_step, self.stop_step):
             view = view_number(self.order.seed, self.order.epoch_of(step), self.views)
             for lane in self.lanes:
-                yield _Key(step, lane, self.order.positions(step, lane), view)
+                yield Key(step, lane, self.order.positions(step, lane), view)
 
 
 @dataclass(frozen=True)
-class _TrainBatches:
-    """Makes training batches of constant size; runs in loader processes."""
+class _PositionsOf:
+    keys: _TrainKeys | list[Key]
 
-    source: Source
-    view: View
-
-    def __getitem__(self, key: _Key) -> LaneBatch | Exception:
-        return _answer(self._make, key)
-
-    def _make(self, key: _Key) -> LaneBatch:
-        rows = self.source.read(key.positions.tolist())
-        images, damaged = _decode_all(rows, lambda image, row: self.view.apply(image, row.id, key.view))
-        intact = [place for place, image in enumerate(images) if image is not None]
-        # A damaged place takes the nearest intact one; of two equally near ones the lower.
-        chosen = [
-            place if images[place] is not None else min(intact, key=lambda other: abs(other - place))
-            for place in range(len(rows))
-        ]
-        return _stack(key, rows, images, chosen, damaged)
-
-
-@dataclass(frozen=True)
-class _EvalBatches:
-    """Makes evaluation batches, without damaged images; runs in loader processes."""
-
-    source: Source
-    transform: Transform
-
-    def __getitem__(self, key: _Key) -> LaneBatch | Exception | str:
-        return _answer(self._make, key)
-
-    def _make(self, key: _Key) -> LaneBatch | str:
-        rows = self.source.read(key.positions.tolist())
-        images, damaged = _decode_all(rows, lambda image, row: self.transform(image), alone_may_fail=True)
-        if len(damaged) == len(rows):
-            return damaged[0]
-        return _stack(key, rows, images, [p for p, image in enumerate(images) if image is not None], damaged)
-
-
-def _answer(make: Callable[[_Key], Answer], key: _Key) -> Answer | Exception:
-    # Errors for people travel as values: a loader process would wrap a raised one in its traceback.
-    try:
-        return make(key)
-    except (UserError, DamagedDataError) as error:
-        return error
-
-
-def _decode_all(
-    rows: list[Row], transform: Callable[[Tensor, Row], Tensor], alone_may_fail: bool = False
-) -> tuple[list[Tensor | None], tuple[str, ...]]:
-    """Return the transformed images, None where damaged, and the names of the damaged ones."""
-    images: list[Tensor | None] = []
-    damaged = []
-    for row in rows:
-        try:
-            images.append(transform(decode(row.image), row))
-        except DamagedImageError as error:
-            images.append(None)
-            damaged.append(f"{row.name} ({error})")
-    # An evaluation slice may end in a batch of one: that is one damaged image, and no sign of a broken set.
-    if len(damaged) == len(rows) and not (alone_may_fail and len(rows) == 1):
-        raise DamagedDataError(
-            f"none of the {len(rows)} images of a batch can be decoded: {_first_three(damaged)}; repair the data"
-        )
-    return images, tuple(damaged)
-
-
-def _stack(
-    key: _Key, rows: list[Row], images: list[Tensor | None], chosen: list[int], damaged: tuple[str, ...]
-) -> LaneBatch:
-    tensors = [image for place in chosen if (image := images[place]) is not None]
-    stacked = torch.empty((len(tensors), *tensors[0].shape), dtype=torch.uint8)  # C, H, W in memory order
-    torch.stack(tensors, out=stacked)
-    labels = torch.tensor([rows[place].label for place in chosen], dtype=torch.int64)
-    ids = torch.tensor([rows[place].id for place in chosen], dtype=torch.int64)
-    return LaneBatch(key.step, key.lane, stacked, labels, ids, key.view, damaged)
-
-
-def _first_three(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (key.positions for key in self.keys)
 
 
 def _run(
-    dataset: _TrainBatches | _EvalBatches,
-    keys: _TrainKeys | list[_Key],
+    dataset: TrainBatches | EvalBatches,
+    keys: _TrainKeys | list[Key],
     loader_workers: int,
+    far: Distance | None,
     pin_memory: bool,
 ) -> Iterator[LaneBatch]:
-    loader: DataLoader[Any] = DataLoader(
+    reader = ReadAhead(dataset.source, _PositionsOf(keys), far, loader_workers > 0) if far and len(keys) else None
+    try:
+        for number, batch in enumerate(_data_loader(dataset, keys, loader_workers, pin_memory), start=1):
+            if reader is not None:
+                reader.consumed(number)
+            if isinstance(batch, Exception):
+                raise batch
+            if isinstance(batch, str):
+                logger.warning("damaged image, left out: %s", batch)
+                continue
+            yield batch
+    finally:
+        if reader is not None:
+            reader.close()
+
+
+def _data_loader(
+    dataset: TrainBatches | EvalBatches, keys: _TrainKeys | list[Key], loader_workers: int, pin_memory: bool
+) -> Iterable[Any]:
+    return DataLoader(
         dataset,  # type: ignore[arg-type]  # any object with __getitem__ serves
         batch_size=None,
         sampler=keys,
@@ -288,13 +272,6 @@ def _run(
         prefetch_factor=PREFETCH if loader_workers else None,
         generator=torch.Generator(),  # its own: the loader's draw would move the training process's generator
     )
-    for batch in loader:
-        if isinstance(batch, Exception):
-            raise batch
-        if isinstance(batch, str):
-            logger.warning("damaged image, left out: %s", batch)
-            continue
-        yield batch
 
 
 def _unchanged(batch: Any) -> Any:

@@ -1,0 +1,150 @@
+"""Fetches the blocks that coming batches need into the block store, before decoders ask for them.
+
+One process per training worker (a thread, where the worker decodes by itself) walks the worker's own batches in
+their order, several fetches in flight, and stays a bounded number of blocks ahead of what the training loop has
+consumed. It decides nothing: a block that is not there yet, or could not be fetched, is fetched by the decoder that
+needs it, which then fails with the object's name in the batch concerned.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mimkd_ray.data.source import Source
+
+logger = logging.getLogger(__name__)
+
+FETCHES = 8  # in flight at a time: at 30 ms a request, 260 requests a second
+LEAST_AHEAD = 8  # blocks per lane, for windows smaller than that
+FULL_AHEAD = 4  # batches per lane, for an order without windows: each of their rows may be in another block
+POLL_S = 0.01  # between two looks at what the loop has consumed
+PARENT_POLL_S = 0.5  # between two looks at whether the training process lives
+
+
+class Distance(NamedTuple):
+    """How far to read ahead: blocks fetched before their batch's turn, and blocks in use at a time."""
+
+    ahead: int
+    in_use: int
+
+
+def distance(
+    source: Source, read_ahead: int, *, window: int, lanes: int, lane_batch: int, local_workers: int
+) -> Distance | None:
+    """Return how far one worker may read ahead for all its `lanes` together; None: not at all.
+
+    `read_ahead` is in blocks per lane, -1 is another window of them. It is cut to what the store can hold beside the
+    blocks in use, shared between the workers of this node.
+    """
+    if source.store is None or read_ahead == 0:
+        return None
+    automatic = max(LEAST_AHEAD, window) if window else FULL_AHEAD * lane_batch
+    wanted = lanes * (automatic if read_ahead < 0 else read_ahead)
+    room = source.store.max_bytes // (max(1, source.block_bytes) * local_workers)
+    in_use = min(lanes * window, room) if window else room // 2
+    return Distance(max(1, min(wanted, room - in_use)), in_use)
+
+
+class ReadAhead:
+    """Reads ahead for `batches`, the positions of one batch after the other, until `close`."""
+
+    def __init__(self, source: Source, batches: Iterable[np.ndarray], far: Distance, own_process: bool) -> None:
+        self._consumed: Any = multiprocessing.Value("q", 0, lock=False)
+        self._stop = threading.Event()
+        arguments = (source, batches, far, self._consumed)
+        self.process: multiprocessing.Process | None = None
+        if own_process:
+            self.process = multiprocessing.Process(
+                target=_in_process, args=(*arguments, os.getpid()), name="read-ahead", daemon=True
+            )
+            self.process.start()
+        else:
+            thread = threading.Thread(target=_walk, args=(*arguments, self._stop.wait), name="read-ahead", daemon=True)
+            thread.start()
+
+    def consumed(self, batches: int) -> None:
+        """Tell how many batches the loop has taken."""
+        self._consumed.value = batches
+
+    def close(self) -> None:
+        """End it at once; fetches that a thread has in flight come to their end first."""
+        self._stop.set()
+        if self.process is not None:
+            self.process.kill()  # any moment will do: a block is renamed into place when it is whole
+            self.process.join()
+            self.process.close()
+            self.process = None
+
+
+def _in_process(source: Source, batches: Iterable[np.ndarray], far: Distance, consumed: Any, parent: int) -> None:
+    # Ctrl-C and SIGTERM reach the whole group: the training process decides, and kills this one when it is done.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    _walk(source, batches, far, consumed, _sleep)
+
+
+def _sleep(seconds: float) -> bool:
+    time.sleep(seconds)
+    return False
+
+
+def _walk(
+    source: Source, batches: Iterable[np.ndarray], far: Distance, consumed: Any, wait: Callable[[float], bool]
+) -> None:
+    """Fetch block after block; `wait(seconds)` says whether to stop."""
+    full = threading.Event()
+    known: OrderedDict[int, None] = OrderedDict()  # blocks asked for of late, which the store still holds
+    pending: deque[int] = deque()  # of each block fetched ahead: the number of the batch that needs it first
+
+    def fetch(block: int) -> None:
+        try:
+            if not source.fetch(block):
+                full.set()  # what cannot be kept would be read twice
+        except Exception as error:
+            # The decoder that needs the block meets the same error, and its batch names it.
+            logger.debug("reading ahead, block %d: %s", block, error)
+
+    def may_go_on() -> bool:
+        """Wait for the loop to come near enough; say whether there is anything left to do."""
+        while not full.is_set():
+            while pending and pending[0] < consumed.value:
+                pending.popleft()
+            near = len(pending) < far.ahead
+            if wait(0 if near else POLL_S):
+                return False
+            if near:
+                return True
+        return False
+
+    pool = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
+    for number, positions in enumerate(batches):
+        for block in dict.fromkeys(source.blocks.locate(positions)[0].tolist()):
+            if block not in known:
+                if not may_go_on():
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    return
+                pending.append(number)
+                pool.submit(fetch, block)
+            known[block] = None
+            known.move_to_end(block)
+            if len(known) > far.ahead + far.in_use:
+                known.popitem(last=False)
+    pool.shutdown(wait=True)
