@@ -34,10 +34,9 @@ from mimkd_ray.data.prepare_units import (
     blob_url,
     not_shared,
     read_index,
-    read_json,
     read_sidecar,
 )
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import DamagedDataError, UserError
 
 Unit = PartUnit | ShardUnit
 Runner = Callable[[Sequence[Unit], str], Iterator[Done]]
@@ -151,13 +150,17 @@ def _claim(config: PrepareConfig, origin: Origin, work: str) -> dict[str, Any]:
     """Begin the split, or go on with it if its settings are these. Returns the settings that it was begun with."""
     url = storage.join(work, "settings.json")
     settings = _settings(config, origin)
-    begun = read_json(url, dict)
-    if begun is not None:
+    begun: dict[str, Any] = {}
+    if storage.exists(url):
+        try:
+            begun = dict(json.loads(storage.read_bytes(url)))
+        except ValueError as error:
+            raise DamagedDataError(f"{url} is damaged ({error}); remove {work} and start anew") from error
         _compare(config, begun, settings, "was begun with")
     else:
         _refuse_strangers(config)
     _check_space(config, origin, work)
-    if begun is None:
+    if not begun:
         storage.write_bytes(url, json.dumps(settings, indent=1).encode())
     return begun or settings
 

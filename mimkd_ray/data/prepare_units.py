@@ -28,7 +28,7 @@ from mimkd_ray import storage
 from mimkd_ray.data.keyed import permutation, raw
 from mimkd_ray.data.manifest import Block, Shard
 from mimkd_ray.data.prepare_pieces import THREADS, Piece
-from mimkd_ray.data.views import DamagedImageError, decode
+from mimkd_ray.data.decode import DamagedImageError, decode
 from mimkd_ray.errors import DamagedDataError, UserError
 
 # A record is a header, the name, the image: key, label, bytes of name, bytes of image; crc32 of all but itself.
@@ -302,19 +302,17 @@ def _describe(file: str, data: bytes) -> Shard:
     return Shard(file, metadata.num_rows, len(data), hashlib.sha256(data).hexdigest(), tuple(blocks))
 
 
-def read_json(url: str, build: Callable[[Any], Any]) -> Any:
-    """Return `build(the JSON at url)`; None if there is none. A file that is no such JSON is a DamagedDataError."""
+def _read_commit(url: str, build: Callable[[Any], Any]) -> Any:
+    """Return `build(the JSON at url)`; None if there is none, or if it is damaged: then its unit is done again."""
     try:
         return build(json.loads(storage.read_bytes(url)))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, TypeError):
         return None
-    except (ValueError, TypeError, KeyError) as error:
-        raise DamagedDataError(f"{url} is damaged ({error}); remove it and start again") from error
 
 
 def read_index(work: str, part: int) -> Index | None:
     """Return the index of a part; None if the part is not finished."""
-    return read_json(index_url(work, part), lambda value: Index(**value))
+    return _read_commit(index_url(work, part), lambda value: Index(**value))
 
 
 def read_sidecar(work: str, shard: int) -> Shard | None:
@@ -324,7 +322,7 @@ def read_sidecar(work: str, shard: int) -> Shard | None:
         shard = Shard(*value)
         return shard._replace(blocks=tuple(Block(*block) for block in shard.blocks))
 
-    return read_json(sidecar_url(work, shard), build)
+    return _read_commit(sidecar_url(work, shard), build)
 
 
 def _publish(url: str, data: bytes) -> None:

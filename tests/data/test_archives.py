@@ -1,4 +1,4 @@
-"""The official ImageNet archives: the same images and labels as with torchvision, and what is wrong with broken ones."""
+"""Official archives: the same images and labels as with torchvision, and errors that name what is wrong."""
 
 from __future__ import annotations
 

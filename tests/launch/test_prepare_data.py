@@ -1,0 +1,237 @@
+"""jobs/prepare_data.py under Ray: killed and started again; its errors; the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mimkd_ray.data.manifest import read_manifest
+from mimkd_ray.data.prepare import PrepareConfig, prepare
+from mimkd_ray.data.prepare_units import Done
+from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.launch import prepare as command_line
+from mimkd_ray.launch import ray_data
+from mimkd_ray.storage import StorageError
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": ""}
+
+
+def image(seed: int) -> bytes:
+    out = io.BytesIO()
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((40, 30)).save(out, "JPEG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 images of two classes, one of them damaged: 25 parts."""
+    root = tmp_path_factory.mktemp("source")
+    for i in range(400):
+        path = root / "train" / ("cat", "dog")[i % 2] / f"{i:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image(i))
+    (root / "train" / "cat" / "100.jpg").write_bytes(b"no image")
+    return root
+
+
+def command(source: Path, target: Path, *more: str) -> list[str]:
+    job = [sys.executable, str(ROOT / "jobs" / "prepare_data.py"), "--source", str(source), "--target", str(target)]
+    return [*job, "--block-rows", "16", "--shard-rows", "32", *more]
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def tree(root: int) -> list[int]:
+    """A process and all below it: Ray's daemons and workers are in groups of their own."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [root]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
+
+
+def run_and_kill(arguments: list[str], when: Callable[[], bool], log: Path) -> None:
+    """Start a job, and SIGKILL it and every process that it started once `when` holds."""
+    with log.open("w") as output:
+        process = subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+        deadline = time.monotonic() + 200
+        while not when():
+            assert process.poll() is None, f"it ended before it could be killed:\n{log.read_text()}"
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.002)
+        for pid in tree(process.pid):
+            with contextlib.suppress(ProcessLookupError):  # a child of one that was killed before it
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_job_goes_on_and_ends_as_an_undisturbed_one(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed after the first part. The undisturbed one runs without Ray."""
+    expected, target = tmp_path / "expected", tmp_path / "set"
+    manifest = prepare(PrepareConfig(source=str(source), target=str(expected), block_rows=16, shard_rows=32))
+    work = target / ".prepare-train"
+    run_and_kill(command(source, target), lambda: any(work.glob("part-*.json")), tmp_path / "killed.log")
+    parts = list(work.glob("part-*.json"))
+    assert 1 <= len(parts) < 25
+    assert read_manifest(str(target), "train") is None
+    assert "checking images (25 of 25 parts to do)" in (tmp_path / "killed.log").read_text()
+    done = subprocess.run(command(source, target), capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[0] == f"checking images ({25 - len(parts)} of 25 parts to do)"
+    assert "writing shards (13 of 13 to do)" in said
+    assert re.fullmatch(r"  399 images, 100 %, [\d,]+ images/s, 0 s left", said[-3])
+    assert "399 images of 2 classes" in said[-2]
+    assert said[-1] == f"1 damaged images left out (see train.damaged.json); digest {manifest.digest}"
+    assert files(target) == files(expected)
+    assert command_line.main(command(source, target)[2:]) == 0
+    assert capsys.readouterr().out.splitlines() == said[-2:], "a finished set only prints its summary"
+    assert files(target) == files(expected)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_tasks_error_is_one_line(tmp_path: Path) -> None:
+    """The driver reads labels, and a task finds that the images cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "source" / "train-00000-of-00001.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.table({"image": [image(0), image(1)], "label": [0, 1]}), path)
+    data = bytearray(path.read_bytes())
+    data[4:44] = b"\xff" * 40  # the first page of the first column
+    path.write_bytes(data)
+    arguments = command(tmp_path / "source", tmp_path / "set", "--workers", "1")
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (said,) = done.stderr.strip().splitlines()
+    assert "train-00000-of-00001.parquet: row groups 0 to 0 cannot be read" in said
+    assert said.endswith("copy the file again")
+
+
+# --- without Ray
+
+
+def test_progress_says_how_much_and_how_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(ray_data.time, "monotonic", lambda: now)
+    with ray_data.Progress("checking images", 1000) as progress:
+        for seconds, rows, size in ((4.0, 100, 100), (5.0, 100, 100), (3.0, 40, 50), (12.0, 1000, 750)):
+            now += seconds
+            progress.add(Done(rows, size))
+    assert capsys.readouterr().out.splitlines() == [
+        "checking images",
+        "  240 images, 25 %, 20 images/s, 36 s left",
+        "  1,240 images, 100 %, 52 images/s, 0 s left",
+        "  1,240 images, 100 %, 52 images/s, 0 s left",
+    ]
+    progress = ray_data.Progress("x", 10_000)
+    progress.add(Done(10, 100))
+    assert progress.line(now + 10.0).endswith("10 images, 1 %, 1 images/s, 16 min left")
+
+
+@dataclass
+class Failing:
+    """Fails with these errors, one after the other, and then is done."""
+
+    errors: list[Exception]
+    bytes: int = 7
+
+    def __call__(self) -> Done:
+        if self.errors:
+            raise self.errors.pop(0)
+        return Done(3, self.bytes)
+
+
+def answer(*errors: Exception) -> tuple[dict[str, object], list[float]]:
+    waits: list[float] = []
+    row = {"unit": ray_data.ray.cloudpickle.dumps(Failing(list(errors)))}
+    return ray_data.do_unit(row, waits.append), waits
+
+
+def test_storage_that_fails_is_waited_for() -> None:
+    fine = {"error": "", "message": "", "rows": 3, "bytes": 7}
+    assert answer() == (fine, [])
+    assert answer(StorageError("a"), StorageError("b")) == (fine, [5.0, 20.0])
+    last, waits = answer(*(StorageError(f"failure {n}") for n in range(4)))
+    assert waits == [5.0, 20.0, 60.0]
+    assert last["error"] == "StorageError"
+    assert str(last["message"]).startswith("failure 3; start again")
+
+
+def test_what_the_user_must_mend_is_not_tried_again() -> None:
+    for error in (UserError("no space"), DamagedDataError("row group 3")):
+        last, waits = answer(error)
+        assert waits == []
+        assert (last["error"], last["message"]) == (type(error).__name__, str(error))
+    with pytest.raises(ZeroDivisionError):  # a fault of the program: Ray shows where
+        answer(ZeroDivisionError())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "x"], "--source"),
+        (["--source", "x", "--target", "y", "--sede", "1"], "did you mean --seed?"),
+        (["--source", "x", "--target", "y", "--seed", "one"], "--seed"),
+        (["--source", "no such place", "--target", "y"], "no such place does not exist"),
+        (["--source", "x", "--target", "y", "--shard-rows", "100"], "--shard-rows 100 is no multiple"),
+        (["--source", "x", "--target", "y", "--workers", "-1"], "--workers -1: give 1 or more"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_two(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_help_names_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for flag in ("--source", "--target", "--split", "--short-side", "--quality", "--address", "--workers"):
+        assert flag in shown
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(DamagedDataError("d"), 1), (StorageError("s"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_status(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(job: object) -> None:
+        raise error
+
+    monkeypatch.setattr(command_line, "prepare_with_ray", fail)
+    assert command_line.main(["--source", "x", "--target", "y"]) == status
+    assert len(capsys.readouterr().err.splitlines()) == 1
