@@ -1,6 +1,7 @@
 """The command line of jobs/: pick a recipe, override any field by its dotted name, run, and exit with a meaning.
 
-Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted. Bad input is one line on standard error.
+Exit status: 0 done, 1 the run failed, 2 bad input, 3 stopped after saving (SIGTERM), 130 interrupted (Ctrl-C). Errors
+are one line on standard error.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from mimkd_ray import storage
-from mimkd_ray.errors import DamagedDataError, NonFiniteLossError, UserError, nearest
+from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError, nearest
 from mimkd_ray.train.config import Config, from_dict, to_dict
 
 Recipe = Callable[[], Config]
@@ -34,6 +35,8 @@ def main(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str] | None
         return _fail(f"{program}: {error}", 2)
     except (DamagedDataError, NonFiniteLossError, storage.StorageError) as error:
         return _fail(f"{program}: {error}", 1)
+    except Interrupted as error:
+        return _fail(f"{program}: {error}; the same command goes on from there", 3)
     except KeyboardInterrupt:
         return _fail(f"{program}: interrupted; the same command goes on from the last checkpoint", 130)
     return 0

@@ -18,6 +18,10 @@ class NonFiniteLossError(Exception):
     """The loss became NaN or infinite. Names the step, the terms and the sample ids."""
 
 
+class Interrupted(Exception):
+    """The job was asked to stop: it has saved its state and ended. Names the step; the same command goes on."""
+
+
 def nearest(name: str, names: Iterable[str], limit: int = 3) -> str:
     """Return "; did you mean 'a', 'b'?" for the closest known names, or "" when none is close."""
     close = difflib.get_close_matches(name, list(names), n=limit, cutoff=0.5)

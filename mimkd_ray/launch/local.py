@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ import torch.distributed as dist
 
 from mimkd_ray.train import timeline
 from mimkd_ray.train.config import Config, LaunchConfig
-from mimkd_ray.train.context import share_from_first
+from mimkd_ray.train.context import GROUP_SECONDS, share_from_first
 from mimkd_ray.train.job import run_job
 
 
@@ -22,9 +24,22 @@ class LocalContext:
     def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1, launch_id: str = "") -> None:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.launch_id = launch_id or uuid.uuid4().hex
+        self._stopping = False
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Nobody listens: metrics.jsonl and TensorBoard have it all."""
+
+    def stop_on_sigterm(self) -> None:
+        """Take SIGTERM for a request to save and end. For the main thread."""
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stopping", True))
+
+    def stop_requested(self) -> bool:
+        """Whether SIGTERM has come."""
+        return self._stopping
+
+    def preemption(self) -> str:
+        """Nobody gives notice here but by SIGTERM."""
+        return ""
 
 
 def pick_device(launch: LaunchConfig, local_rank: int) -> torch.device:
@@ -43,15 +58,18 @@ def run_local(config: Config, run_dir: str) -> dict[str, Any]:
     """Run the job here; under torchrun, as one rank of many."""
     if not under_torchrun():
         timeline.mark("worker")
-        return run_job(config, LocalContext(pick_device(config.launch, 0)), run_dir)
+        context = LocalContext(pick_device(config.launch, 0))
+        context.stop_on_sigterm()
+        return run_job(config, context, run_dir)
     device = pick_device(config.launch, int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=GROUP_SECONDS))
     timeline.mark("worker")
     try:
         launch_id = share_from_first(uuid.uuid4().hex)
         context = LocalContext(device, dist.get_rank(), dist.get_world_size(), launch_id)
+        context.stop_on_sigterm()
         return run_job(config, context, run_dir)
     finally:
         dist.destroy_process_group()

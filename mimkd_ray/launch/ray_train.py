@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
+from ray.train import FailureConfig, RunConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from mimkd_ray import storage
-from mimkd_ray.errors import DamagedDataError, NonFiniteLossError, UserError
+from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError
 from mimkd_ray.launch.environment import cluster_address
+from mimkd_ray.launch.placement import LossWatch, scaling
 from mimkd_ray.train import timeline
 from mimkd_ray.train.config import Config, from_dict, to_dict
-from mimkd_ray.train.context import share_from_first
+from mimkd_ray.train.context import GROUP_SECONDS, share_from_first
 from mimkd_ray.train.files import read_json, write_json
 from mimkd_ray.train.job import run_job
 
@@ -27,9 +31,12 @@ REPORT_SECONDS = 30.0
 """A report to Ray is a barrier that its controller polls every two seconds, so reports are rationed."""
 
 ERRORS: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (UserError, DamagedDataError, NonFiniteLossError, storage.StorageError)
+    kind.__name__: kind for kind in (UserError, DamagedDataError, NonFiniteLossError, Interrupted, storage.StorageError)
 }
 """Errors that a restart cannot mend; they travel to the driver by name."""
+
+STOP, STOP_LOOK_SECONDS = "stop.json", 1.0
+"""The file that asks the workers of a launch to save and end, and how often the first of them looks for it."""
 
 EMBEDDED_READ_IN = "2.60."
 """The Ray version whose inside launch/embedded.py was written for."""
@@ -38,12 +45,32 @@ EMBEDDED_READ_IN = "2.60."
 class RayContext:
     """One worker of Ray Train."""
 
-    def __init__(self, launch_id: str) -> None:
+    def __init__(self, launch_id: str, run_dir: str, joined: bool) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         self.launch_id = launch_id
         self._reported = time.monotonic()
+        self._joined = joined
+        self._stopping = False
+        if self.rank == 0:
+            threading.Thread(target=self._watch, args=(run_dir,), name="stop watch", daemon=True).start()
+
+    def _watch(self, run_dir: str) -> None:
+        url = storage.join(run_dir, STOP)
+        while not self._stopping:
+            time.sleep(STOP_LOOK_SECONDS)
+            asked = read_json(url)
+            self._stopping = asked is not None and asked["launch_id"] == self.launch_id
+
+    def stop_requested(self) -> bool:
+        """Whether the driver was told to stop. The first worker knows."""
+        return self._stopping
+
+    def preemption(self) -> str:
+        """The nodes of this job that their cloud is about to take away, as Ray hears of it."""
+        info = ray.train.get_preemption_info() if self._joined else None
+        return "" if info is None else f"nodes {', '.join(info.preempted_node_ids)}, workers {info.preempted_ranks},"
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Show metrics in Ray's dashboard; all ranks agree on when."""
@@ -57,7 +84,7 @@ def worker(setup: dict[str, Any]) -> None:
     """What each Ray worker runs. An error that a restart cannot mend is left in the run directory for the driver."""
     timeline.begin(setup["timeline"])
     timeline.mark("worker")
-    context = RayContext(setup["launch_id"])
+    context = RayContext(setup["launch_id"], setup["run_dir"], setup["joined"])
     url = storage.join(setup["run_dir"], "error.json")
     earlier = read_json(url)
     if earlier is not None and earlier["launch_id"] == context.launch_id:
@@ -66,7 +93,8 @@ def worker(setup: dict[str, Any]) -> None:
         run_job(from_dict(Config, setup["config"]), context, setup["run_dir"])
     except tuple(ERRORS.values()) as error:
         write_json(url, {"launch_id": context.launch_id, "kind": type(error).__name__, "message": str(error)})
-        raise
+        if not isinstance(error, Interrupted):  # all workers end together then, and nothing has failed
+            raise
 
 
 def connect(config: Config) -> bool:
@@ -94,27 +122,22 @@ def trainer_class(own: bool) -> type[TorchTrainer]:
     return TorchTrainer
 
 
-def scaling(config: Config) -> ScalingConfig:
-    """Workers and what each reserves, from what the cluster has. Too little is a UserError: Ray would wait for ever."""
-    has = ray.cluster_resources()
-    cpus, gpus = int(has.get("CPU", 0)), int(has.get("GPU", 0))
-    launch = config.launch
-    use_gpu = launch.gpu == "on" or (launch.gpu == "auto" and gpus > 0)
-    most = gpus if use_gpu else cpus
-    workers = launch.workers or min(config.train.lanes, most)
-    if use_gpu:
-        each = launch.cpus_per_worker or max(1, min(1 + config.data.loader_workers, cpus // max(workers, 1)))
-    else:
-        each = launch.cpus_per_worker or max(1, cpus // max(workers, 1))
-    if workers < 1 or workers > most or workers * each > cpus:
-        kind = "GPUs" if use_gpu else "CPUs"
-        raise UserError(
-            f"{workers} workers with {each} CPUs{' and 1 GPU' if use_gpu else ''} each do not fit: the cluster has "
-            f"{cpus} CPUs and {gpus} GPUs; pass --launch.workers {max(1, min(config.train.lanes, most))}, fewer "
-            f"--launch.cpus-per-worker, or add nodes with {kind}"
-        )
-    resources = {"CPU": each, **({"GPU": 1} if use_gpu else {})}
-    return ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources)
+@contextmanager
+def forwarded_stop(run_dir: str, launch_id: str) -> Iterator[None]:
+    """A with-block in which SIGTERM asks the workers to save and end, by a file in the run directory."""
+
+    def ask() -> None:
+        write_json(storage.join(run_dir, STOP), {"launch_id": launch_id})
+
+    def on_signal(*_: object) -> None:
+        print("stopping: the workers are asked to save and end", flush=True)
+        threading.Thread(target=ask, name="stop").start()  # storage may wait; a signal handler must not
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_ray(config: Config, run_dir: str) -> dict[str, Any]:
@@ -124,6 +147,7 @@ def run_ray(config: Config, run_dir: str) -> dict[str, Any]:
     launch_id = uuid.uuid4().hex
     # Ray wants a place for its own snapshot. Ours are the only checkpoints, so it is thrown away.
     scratch = tempfile.mkdtemp(prefix="mimkd-ray-")
+    watch = LossWatch(scaling(config, own), config.launch.lost_minutes)
     try:
         trainer = trainer_class(own)(
             worker,
@@ -131,21 +155,29 @@ def run_ray(config: Config, run_dir: str) -> dict[str, Any]:
                 "config": to_dict(config),
                 "run_dir": run_dir,
                 "launch_id": launch_id,
+                "joined": not own,
                 "timeline": timeline.marks(),
             },
-            scaling_config=scaling(config),
+            scaling_config=watch.scaling,
+            torch_config=TorchConfig(timeout_s=GROUP_SECONDS),
             run_config=RunConfig(
                 name=launch_id,
                 storage_path=scratch,
-                failure_config=FailureConfig(max_failures=config.launch.max_failures),
+                failure_config=FailureConfig(
+                    max_failures=config.launch.max_failures,
+                    max_preemption_failures=config.launch.max_preemptions,
+                ),
             ),
         )
-        trainer.fit()
+        with forwarded_stop(run_dir, launch_id), watch:
+            trainer.fit()
     except TrainingFailedError:
         _raise_known(run_dir, launch_id)
         raise
-    except SystemExit:
-        raise KeyboardInterrupt from None  # Ray's handler of Ctrl-C exits, and with status 0
+    except (SystemExit, KeyboardInterrupt):  # Ray's handler of Ctrl-C exits, and with status 0
+        if watch.gave_up:
+            raise UserError(watch.gave_up) from None
+        raise KeyboardInterrupt from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         if own:

@@ -112,7 +112,7 @@ class DotCritic(nn.Module):
         return (student_LBd * teacher_LBd).sum(-1) * self.scale() + self.bias
 
     def all_pairs(self, student_LBd: Tensor, teacher_LBd: Tensor) -> Tensor:
-        """Score each student (rows) with every teacher (columns) at the same location: (L, B, B)."""
+        """Score each student (rows) with every teacher (columns) at the same location: (L, B, K)."""
         return student_LBd @ teacher_LBd.transpose(1, 2) * self.scale() + self.bias
 
 
@@ -157,7 +157,7 @@ class ConcatCritic(nn.Module):
         return self._score(student_LBd + teacher_LBd)
 
     def all_pairs(self, student_LBd: Tensor, teacher_LBd: Tensor) -> Tensor:
-        """Score each student (rows) with every teacher (columns): (L, B, B). Holds L*B*B*width values."""
+        """Score each student (rows) with every teacher (columns): (L, B, K). Holds L*B*K*width values."""
         return self._score(student_LBd.unsqueeze(2) + teacher_LBd.unsqueeze(1))
 
 

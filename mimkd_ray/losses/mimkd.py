@@ -9,7 +9,8 @@ Three kinds of term, after arXiv 2110.15946 (the pairing of unequal shapes, crit
 * feature: critic(teacher map[h, w], student map[h, w]) at matching locations; the larger map is average-pooled
 
 A positive pair comes from one image. Negatives pair a student with the teacher of *another image at the same
-location*: the image before it in the lane (``rolled``) or every other image of the lane (``all``). Pairs of equal
+location*: the image before it in the lane (``rolled``), every other image of the lane (``all``), or for terms of
+teacher vectors every other image of all lanes of the step (``step``: feature terms keep to the lane). Pairs of equal
 ids are left out. Everything is computed in float32 with autocast off; no gradient reaches the teacher.
 
 Memory: the scores of all pairs at every location would be B*B*L values. Locations are scored in chunks that are
@@ -33,7 +34,7 @@ from mimkd_ray.losses.critics import Critic, CriticConfig, build_critic
 from mimkd_ray.losses.kd import kd_loss
 from mimkd_ray.losses.precision import full_precision
 
-Negatives = Literal["all", "rolled"]
+Negatives = Literal["all", "rolled", "step"]
 Kind = Literal["global", "local", "feature"]
 
 PRESETS: dict[str, tuple[BoundName, Negatives]] = {"accuracy": ("infonce", "all"), "paper": ("jsd", "rolled")}
@@ -48,7 +49,8 @@ class LossConfig:
     bound: BoundName | None = None
     """Lower bound on mutual information; unset: the preset's."""
     negatives: Negatives | None = None
-    """Negatives: every other image of the lane, or the one before; unset: the preset's."""
+    """all: every other image of the lane. rolled: the one before. step: for global and local terms every other image
+    of the whole step (teacher vectors are gathered from all workers). Unset: the preset's."""
     global_weight: float = 0.1
     """Weight of each global term (teacher vector, student vector). 0 turns the kind off."""
     local_weight: float = 0.1
@@ -123,12 +125,20 @@ class Term:
         return f"{self.kind}/{self.teacher}-{self.student}"
 
 
+class Others(NamedTuple):
+    """Teacher vectors (M, C) by tap, and ids, of the step's other lanes: more negatives for terms of vectors."""
+
+    vectors: Mapping[str, Tensor]
+    ids_M: Tensor
+
+
 class Features(NamedTuple):
     """What a network says about a lane: logits (B, classes), vectors (B, C) and maps (B, C, H, W) by tap."""
 
     logits_BC: Tensor
     vectors: Mapping[str, Tensor]
     maps: Mapping[str, Tensor]
+    others: Others | None = None
 
 
 class LossOutput(NamedTuple):
@@ -140,8 +150,8 @@ class LossOutput(NamedTuple):
 
 
 def valid_pairs(ids_B: Tensor, negatives: Negatives) -> Tensor:
-    """Which negatives count: (B, B) for all (never the diagonal), (B, 1) for rolled. Equal ids never count."""
-    if negatives == "all":
+    """Which negatives of the lane count: (B, 1) for rolled, else (B, B), never the diagonal. Equal ids never count."""
+    if negatives != "rolled":
         return ids_B.unsqueeze(1) != ids_B.unsqueeze(0)
     return (ids_B != ids_B.roll(1)).unsqueeze(1)
 
@@ -168,7 +178,8 @@ class MIMKDLoss(nn.Module):
     """The loss of one student, with the critics of its terms. Stateless but for the critics' parameters.
 
     ``forward(teacher, student, labels_B, ids_B)`` returns a :class:`LossOutput`; ``teacher`` may be None when the
-    config uses no teacher. ``reading=True`` reads every bound over all pairs of the lane whatever it trains with.
+    config uses no teacher. ``labels_B`` are class numbers, or (B, classes) probabilities of mixed images.
+    ``reading=True`` reads every bound over all pairs of the lane whatever it trains with.
     A lane of one image has no negative and is an error.
     """
 
@@ -202,6 +213,8 @@ class MIMKDLoss(nn.Module):
         log: dict[str, Tensor] = {}
         with torch.autocast(labels_B.device.type, enabled=False):
             student = _in_full_precision(student)
+            if labels_B.is_floating_point():
+                labels_B = labels_B.to(student.logits_BC.dtype)
             ce = F.cross_entropy(student.logits_BC, labels_B, label_smoothing=config.label_smoothing)
             parts["ce"] = config.ce_weight * ce
             log["ce"] = ce.detach()
@@ -217,14 +230,14 @@ class MIMKDLoss(nn.Module):
                 negatives: Negatives = "all" if reading else self.negatives
                 valid_BK = valid_pairs(ids_B, negatives)
                 for term, critic in zip(self.plan, self.critics, strict=True):
-                    teacher_LBC, student_LBC = _inputs(term, teacher, student)
+                    teacher_LKC, student_LBC = _inputs(term, teacher, student)
                     loss, stats = score_term(
                         critic,  # type: ignore[arg-type]
                         self.bound,
                         negatives,
-                        teacher_LBC,
+                        teacher_LKC,
                         student_LBC,
-                        valid_BK,
+                        _with_others(valid_BK, ids_B, teacher_LKC, teacher.others),
                     )
                     parts[term.name] = term.weight * loss
                     log[f"{term.name}/loss"] = loss.detach()
@@ -245,46 +258,55 @@ def _in_full_precision(features: Features) -> Features:
 
 
 def _inputs(term: Term, teacher: Features, student: Features) -> tuple[Tensor, Tensor]:
-    """The two sides of a term in float32 by location: (L or 1, B, C_teacher), (L, B, C_student). The student's
-    features come in full precision."""
-    if term.kind == "global":
-        pair = teacher.vectors[term.teacher], student.vectors[term.student]
-    elif term.kind == "local":
-        pair = teacher.vectors[term.teacher], student.maps[term.student]
-    else:
-        pair = match_sizes(full_precision(teacher.maps[term.teacher]), student.maps[term.student])
-    return to_locations(full_precision(pair[0].detach())), to_locations(pair[1])
+    """The two sides of a term in float32 by location: (L or 1, K, C_teacher), (L, B, C_student). K is B, and more where
+    other lanes give negatives. The student's features come in full precision."""
+    if term.kind == "feature":
+        teacher_BCHW, student_BCHW = match_sizes(full_precision(teacher.maps[term.teacher]), student.maps[term.student])
+        return to_locations(teacher_BCHW.detach()), to_locations(student_BCHW)
+    teacher_KC = teacher.vectors[term.teacher]
+    if teacher.others is not None:
+        teacher_KC = torch.cat([teacher_KC, teacher.others.vectors[term.teacher].to(teacher_KC.dtype)])
+    features = student.vectors if term.kind == "global" else student.maps
+    return to_locations(full_precision(teacher_KC.detach())), to_locations(features[term.student])
+
+
+def _with_others(valid_BK: Tensor, ids_B: Tensor, teacher_LKC: Tensor, others: Others | None) -> Tensor:
+    """The lane's valid pairs, and those with the images of other lanes where the term's teacher side has them."""
+    if others is None or teacher_LKC.shape[1] == len(ids_B):
+        return valid_BK
+    return torch.cat([valid_BK, ids_B.unsqueeze(1) != others.ids_M.unsqueeze(0)], dim=1)
 
 
 def score_term(
     critic: Critic,
     bound: BoundName,
     negatives: Negatives,
-    teacher_LBC: Tensor,
+    teacher_LKC: Tensor,
     student_LBC: Tensor,
     valid_BK: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Embed both sides, score positives and negatives, and apply the bound at each location.
 
     Returns the loss (mean over locations, with gradient) and detached statistics: nats, ceiling, scale, bias,
-    mean_u (positives), mean_v (negatives). ``teacher_LBC`` may have one location, which serves all of the
-    student's. Extra memory is O(L*B*width), time O(L*B*B*width) for all pairs and O(L*B*width) for rolled.
+    mean_u (positives), mean_v (negatives). ``teacher_LKC`` may have one location, which serves all of the
+    student's, and more images than the student's: the first B belong to its images, the others are negatives. Extra
+    memory is O(L*B*width), time O(L*B*K*width) for all pairs and O(L*B*width) for rolled.
     """
-    teacher_LBd, student_LBd = critic.embed_teacher(teacher_LBC), critic.embed_student(student_LBC)
+    teacher_LKd, student_LBd = critic.embed_teacher(teacher_LKC), critic.embed_student(student_LBC)
 
     def rolled(teacher_lBd: Tensor, student_lBd: Tensor) -> Tensor:
         positive_lB = critic.paired(student_lBd, teacher_lBd)
         negative_lB1 = critic.paired(student_lBd, teacher_lBd.roll(1, dims=1)).unsqueeze(2)
         return _statistics(bound, positive_lB, negative_lB1, valid_BK)
 
-    def all_pairs(teacher_lBd: Tensor, student_lBd: Tensor) -> Tensor:
-        scores_lBB = critic.all_pairs(student_lBd, teacher_lBd)
-        return _statistics(bound, scores_lBB.diagonal(dim1=1, dim2=2), scores_lBB, valid_BK)
+    def all_pairs(teacher_lKd: Tensor, student_lBd: Tensor) -> Tensor:
+        scores_lBK = critic.all_pairs(student_lBd, teacher_lKd)
+        return _statistics(bound, scores_lBK.diagonal(dim1=1, dim2=2), scores_lBK, valid_BK)
 
     if negatives == "rolled":
-        stats_4L = rolled(teacher_LBd, student_LBd)
+        stats_4L = rolled(teacher_LKd, student_LBd)
     else:
-        stats_4L = _by_chunks(all_pairs, teacher_LBd, student_LBd, critic.pair_width)
+        stats_4L = _by_chunks(all_pairs, teacher_LKd, student_LBd, critic.pair_width)
     loss, nats, mean_u, mean_v = stats_4L.mean(1).unbind()
     return loss, {
         "nats": nats.detach(),
@@ -305,7 +327,7 @@ def _statistics(bound: BoundName, positive_LB: Tensor, negative_LBK: Tensor, val
 
 
 def _by_chunks(
-    score: Callable[[Tensor, Tensor], Tensor], teacher_LBd: Tensor, student_LBd: Tensor, pair_width: int
+    score: Callable[[Tensor, Tensor], Tensor], teacher_LKd: Tensor, student_LBd: Tensor, pair_width: int
 ) -> Tensor:
     """Apply ``score`` to chunks of locations and join the results; chunks are recomputed in the backward pass.
 
@@ -313,13 +335,14 @@ def _by_chunks(
     bound holds a handful of tensors of the scores' size. Where all scores together are at most half of the
     embeddings' size nothing is to be saved and they are computed at once.
     """
-    locations, batch, width = student_LBd.shape
-    if 2 * batch * pair_width <= width or locations == 1:
-        return score(teacher_LBd, student_LBd)
-    size = max(1, locations * width // (4 * batch * pair_width))
+    locations, _, width = student_LBd.shape
+    candidates = teacher_LKd.shape[1]
+    if 2 * candidates * pair_width <= width or locations == 1:
+        return score(teacher_LKd, student_LBd)
+    size = max(1, locations * width // (4 * candidates * pair_width))
     # split (and not slicing) has one backward for all chunks: slices would each allocate a gradient of full size.
     students = student_LBd.split(size)
-    teachers = teacher_LBd.split(size) if len(teacher_LBd) > 1 else (teacher_LBd,) * len(students)
+    teachers = teacher_LKd.split(size) if len(teacher_LKd) > 1 else (teacher_LKd,) * len(students)
     if not torch.is_grad_enabled():
         return torch.cat([score(t, s) for t, s in zip(teachers, students, strict=True)], dim=1)
     chunks = [

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from mimkd_ray.data.order import Order
+from mimkd_ray.data.source import Source
 from mimkd_ray.losses.mimkd import Kind, LossConfig, MIMKDLoss, Term
 from mimkd_ray.models.stages import default_taps
 from mimkd_ray.models.taps import TapShape, find_shapes
@@ -63,6 +65,12 @@ def plan_taps(loss: LossConfig, teacher: nn.Module, student: nn.Module, image_si
     teacher_shapes = find_shapes(teacher, image_size, _unique(pair.teacher for pair in named))
     student_shapes = find_shapes(student, image_size, _unique(pair.student for pair in named))
     return TapPlan(tuple(build_terms(loss, pairs, teacher_shapes, student_shapes)), teacher_shapes, student_shapes)
+
+
+def make_order(config: Config, train: Source) -> Order:
+    """The order of the training rows: what each step and lane sees. Raises UserError if there are too few."""
+    window = 0 if config.data.window == "full" else config.data.window
+    return Order(train.blocks, config.train.lanes, config.train.lane_batch, config.train.seed, window)
 
 
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:

@@ -1,4 +1,8 @@
-"""Checkpoints: checkpoints/step_XXXXXXXX/state.pt, which counts once its digest marker, written last, is there."""
+"""Checkpoints: checkpoints/step_XXXXXXXX-ATTEMPT/state.pt; one counts once its digest marker, written last, is there.
+
+Rank 0 writes them, in a thread: training waits only while the state is copied to memory of its own. A save waits for
+the one before it, so at most one is on its way.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,72 @@ import hashlib
 import io
 import json
 import logging
+import os
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mimkd_ray import storage
+from mimkd_ray.errors import DamagedDataError
 
 logger = logging.getLogger(__name__)
 
 MARKER = "committed.json"
 STATE = "state.pt"
+FOLDER = "checkpoints"
 
 
-def _folder(run_dir: str, step: int) -> str:
-    return storage.join(run_dir, "checkpoints", f"step_{step:08d}")
+class Writer:
+    """Commits the states of one run, one after the other. Memory: one copy of the state, and its serialised form."""
+
+    def __init__(self, run_dir: str, keep: int, before: Callable[[], None]) -> None:
+        """``before`` is called ahead of each commit, in the thread: what belongs to the state must not be missing."""
+        self.run_dir, self.keep, self.before = run_dir, keep, before
+        self.stalls: list[float] = []  # seconds that training waited, by save
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Copy ``state`` and commit it in the background. Raises what the save before ran into."""
+        began = time.perf_counter()
+        self.wait()
+        copied = _copy(state)
+        self.stalls.append(time.perf_counter() - began)
+
+        def commit() -> None:
+            try:
+                self.before()
+                save(self.run_dir, step, copied, self.keep)
+            except BaseException as error:  # handed to the training thread, which raises it
+                self._error = error
+
+        self._thread = threading.Thread(target=commit, name=f"checkpoint {step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when everything is committed. Raises what went wrong on the way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+def _copy(value: Any) -> Any:
+    """The same structure with tensors copied to the CPU: training changes the originals in place meanwhile."""
+    if isinstance(value, Tensor):
+        copied = value.detach().to("cpu")
+        return copied.clone() if copied.data_ptr() == value.data_ptr() else copied
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copy(item) for item in value)
+    return value
 
 
 def save(run_dir: str, step: int, state: dict[str, Any], keep: int) -> str:
@@ -27,32 +83,55 @@ def save(run_dir: str, step: int, state: dict[str, Any], keep: int) -> str:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getvalue()
-    folder = _folder(run_dir, step)
+    # A name of its own: a worker that was given up for lost may still be writing the same step.
+    folder = storage.join(run_dir, FOLDER, f"step_{step:08d}-{os.urandom(3).hex()}")
     storage.write_bytes(storage.join(folder, STATE), data)
     marker = {"step": step, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     storage.write_bytes(storage.join(folder, MARKER), json.dumps(marker).encode())
-    for old in _steps(run_dir)[:-keep]:
-        if old != step:
-            storage.remove_tree(_folder(run_dir, old))
+    _prune(run_dir, keep)
     return folder
 
 
-def load_latest(run_dir: str, device: torch.device) -> dict[str, Any] | None:
-    """The newest committed and undamaged checkpoint, or None. Tensors only: ``weights_only`` refuses pickled code."""
-    for step in reversed(_steps(run_dir)):
-        folder = _folder(run_dir, step)
-        marker_url = storage.join(folder, MARKER)
-        if not storage.exists(marker_url):
-            continue  # a kill came between state and marker: it was never a checkpoint
-        marker = json.loads(storage.read_bytes(marker_url))
-        data = storage.read_bytes(storage.join(folder, STATE))
-        if hashlib.sha256(data).hexdigest() != marker["sha256"]:
-            logger.warning("checkpoint %s does not match its digest (%d bytes); trying an older one", folder, len(data))
-            continue
-        return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+def newest(run_dir: str) -> str | None:
+    """URL of the newest committed and undamaged checkpoint of the run, or None. Reads it whole."""
+    for folder in reversed(_folders(run_dir)):
+        if storage.exists(storage.join(folder, MARKER)):  # else a kill came before the marker: it was never one
+            try:
+                _read(folder)
+            except DamagedDataError as error:
+                logger.warning("%s; trying an older one", error)
+                continue
+            return folder
     return None
 
 
-def _steps(run_dir: str) -> list[int]:
-    names = [url.rstrip("/").rsplit("/", 1)[-1] for url in storage.list_dirs(storage.join(run_dir, "checkpoints"))]
-    return sorted(int(name.removeprefix("step_")) for name in names if name.startswith("step_"))
+def load(folder: str, device: torch.device) -> dict[str, Any]:
+    """The state of a committed checkpoint. Tensors only: ``weights_only`` refuses pickled code.
+
+    Raises DamagedDataError if it does not match its digest.
+    """
+    return torch.load(io.BytesIO(_read(folder)), map_location=device, weights_only=True)
+
+
+def _read(folder: str) -> bytes:
+    marker = json.loads(storage.read_bytes(storage.join(folder, MARKER)))
+    data = storage.read_bytes(storage.join(folder, STATE))
+    if hashlib.sha256(data).hexdigest() != marker["sha256"]:
+        raise DamagedDataError(f"checkpoint {folder} ({len(data):,} bytes) does not match its digest; remove it")
+    return data
+
+
+def _folders(run_dir: str) -> list[str]:
+    """All checkpoint folders of the run, committed or not, by step."""
+    found = storage.list_dirs(storage.join(run_dir, FOLDER))
+    return sorted(url for url in found if url.rpartition("/")[2].startswith("step_"))
+
+
+def _prune(run_dir: str, keep: int) -> None:
+    """Remove what is older than the newest ``keep`` committed checkpoints."""
+    kept = 0
+    for folder in reversed(_folders(run_dir)):
+        if kept >= keep:
+            storage.remove_tree(folder)
+        elif storage.exists(storage.join(folder, MARKER)):
+            kept += 1

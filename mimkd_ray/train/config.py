@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import cattrs
+import cattrs.strategies
 from cattrs.gen import make_dict_structure_fn
 
 from mimkd_ray.data.dataset import DataConfig
+from mimkd_ray.data.mixing import MixConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.mimkd import LossConfig
 from mimkd_ray.models.zoo import ModelConfig
@@ -88,8 +90,9 @@ class LaunchConfig:
 
     backend: Literal["ray", "local"] = "ray"
     """ray: Ray Train. local: this process, or the process group that torchrun made."""
-    workers: int = 0
-    """Training workers; 0: as many as the cluster has GPUs (else CPUs) for, at most `train.lanes`."""
+    workers: int | str = 0
+    """Training workers; 0: as many as the cluster has GPUs (else CPUs) for, at most `train.lanes`; 2..8: any number in
+    that range, as nodes come and go."""
     cpus_per_worker: int = 0
     """CPUs that a worker reserves; 0: an equal share on CPU, and 1 + data.loader_workers with a GPU."""
     gpu: Literal["auto", "on", "off"] = "auto"
@@ -98,13 +101,33 @@ class LaunchConfig:
     """Address of a running Ray cluster; unset: RAY_ADDRESS, else a Ray of this process's own."""
     max_failures: int = 3
     """How often Ray restarts a failed worker group; each restart goes on from the last checkpoint."""
+    max_preemptions: int = -1
+    """How often Ray restarts it because a node was taken away with notice; -1: always."""
+    resize_seconds: float = 60.0
+    """With a range of workers: seconds between two looks for more nodes. A resize is a restart from a checkpoint."""
+    wait_minutes: float = 0.0
+    """How long to wait at the start for resources that a joined cluster lacks: an autoscaler may bring them."""
+    lost_minutes: float = 30.0
+    """Give up when nodes for the fewest workers have been gone for so long."""
 
     def __post_init__(self) -> None:
-        if self.workers < 0 or self.cpus_per_worker < 0 or self.max_failures < 0:
+        fewest, most = self.worker_range
+        if not 0 <= fewest <= most or (fewest == 0 and most > 0):
+            raise UserError(f"launch.workers is {self.workers!r}: give a number, or a range such as 2..8")
+        if min(self.cpus_per_worker, self.max_failures, self.resize_seconds, self.wait_minutes, self.lost_minutes) < 0:
             raise UserError(
-                f"launch.workers {self.workers}, cpus_per_worker {self.cpus_per_worker} and "
-                f"max_failures {self.max_failures} must not be negative"
+                f"launch.cpus_per_worker {self.cpus_per_worker}, max_failures {self.max_failures}, resize_seconds "
+                f"{self.resize_seconds}, wait_minutes {self.wait_minutes} and lost_minutes {self.lost_minutes} must "
+                "not be negative"
             )
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers; (0, 0) where the launcher chooses."""
+        parts = str(self.workers).split("..")
+        if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
+            raise UserError(f"launch.workers is {self.workers!r}: give a number, or a range such as 2..8")
+        return int(parts[0]), int(parts[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +138,8 @@ class Config:
     """The recipe it came from; names the run directory."""
     data: DataConfig = field(default_factory=DataConfig)
     """The images."""
+    mix: MixConfig = field(default_factory=MixConfig)
+    """Mixing of images within a lane: mixup and CutMix."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The strong network."""
     student: ModelConfig = field(default_factory=lambda: ModelConfig(name="cifar/resnet8_w4"))
@@ -133,16 +158,18 @@ class Config:
     """Who runs it."""
 
     def __post_init__(self) -> None:
-        if self.launch.workers > self.train.lanes:
+        most = self.launch.worker_range[1]
+        if most > self.train.lanes:
             raise UserError(
                 f"launch.workers is {self.launch.workers} and train.lanes {self.train.lanes}: a worker needs a lane of "
-                f"its own; pass --train.lanes {self.launch.workers} (and --train.lane-batch to keep the global batch)"
+                f"its own; pass --train.lanes {most} (and --train.lane-batch to keep the global batch)"
             )
 
 
 T = TypeVar("T")
 
 _converter = cattrs.Converter(forbid_extra_keys=True)
+cattrs.strategies.configure_union_passthrough(int | float | str | None, _converter)
 _converter.register_structure_hook_factory(
     dataclasses.is_dataclass,
     lambda cls: make_dict_structure_fn(cls, _converter, _cattrs_forbid_extra_keys=True),
@@ -205,3 +232,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif a != b:
             found.append(f"{prefix}{key}: {a} -> {b}")
     return found
+
+
+def refuse_changes(run_dir: str, changed: list[str]) -> None:
+    """Raise UserError if anything in ``changed`` (as from :func:`differences`) differs from how the run was begun."""
+    if changed:
+        raise UserError(
+            f"{run_dir} was begun with another configuration ({'; '.join(changed)}): pass the old values, "
+            "another --run.name, or --run.overwrite true to start anew"
+        )

@@ -6,12 +6,16 @@ Train. The process group, where there is one, is set up by them.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+GROUP_SECONDS = 120
+"""A worker that waits this long for the others in a collective gives up: one of them is gone."""
 
 
 class Context(Protocol):
@@ -25,6 +29,12 @@ class Context(Protocol):
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Hand metrics to the launcher's own dashboard. Called by all ranks after an evaluation; may be slow."""
+
+    def stop_requested(self) -> bool:
+        """Whether somebody wants the job to save and end (SIGTERM). Asked often; one rank's yes is enough."""
+
+    def preemption(self) -> str:
+        """Names the machines that are about to be taken away; "" if none. All ranks call it together; may be slow."""
 
 
 def is_distributed() -> bool:
@@ -53,3 +63,53 @@ def share_from_first(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+_side_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def _side_group() -> Any:
+    """A gloo group over all ranks: small collectives of CPU tensors that do not wait for the GPU's queue."""
+    if dist.get_backend() == "gloo":
+        return None  # the default group is one
+    from datetime import timedelta
+
+    world = dist.group.WORLD
+    if world not in _side_groups:
+        _side_groups[world] = dist.new_group(backend="gloo", timeout=timedelta(seconds=GROUP_SECONDS))
+    return _side_groups[world]
+
+
+def all_max(values: list[int]) -> list[int]:
+    """Each value's maximum over all ranks, by a side channel that does not wait for the GPU. About 0.1 ms."""
+    if not is_distributed():
+        return values
+    box = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_side_group())
+    return box.tolist()
+
+
+def gather_by_rank(tensor: Tensor) -> list[Tensor]:
+    """Every rank's CPU ``tensor`` (of equal shape), in the order of ranks, on every rank."""
+    if not is_distributed():
+        return [tensor]
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous(), group=_side_group())
+    return parts
+
+
+def gather_lanes(mine_KX: Tensor, lanes: int) -> Tensor:
+    """All lanes' tensors (lanes, ...), in the order of lanes, from each rank's own (its lanes, ...).
+
+    Lanes are dealt round-robin, so that some ranks may carry one lane less: those are padded for the way. Tensors
+    stay on their device. Time and memory grow with lanes, whatever the number of workers.
+    """
+    if not is_distributed():
+        return mine_KX
+    world = dist.get_world_size()
+    most = -(-lanes // world)
+    padded = mine_KX.new_zeros((most, *mine_KX.shape[1:]))
+    padded[: len(mine_KX)] = mine_KX
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:lanes]  # (most, world) in memory order: lane = row * world + rank

@@ -12,7 +12,9 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from torch import Tensor
 
 from mimkd_ray import storage
 from mimkd_ray.errors import UserError
@@ -29,17 +31,24 @@ class RunConfig:
     overwrite: bool = False
     """Delete what the directory holds and start anew, instead of resuming or repeating the result."""
     checkpoint_every: int = 1
-    """Epochs between two checkpoints; 0 writes none."""
+    """Epochs between two checkpoints; 0: not by epochs."""
+    checkpoint_steps: int = 0
+    """Steps between two checkpoints; 0: not by steps."""
+    checkpoint_minutes: float = 10.0
+    """Minutes after which one is written at the latest; 0: not by time. A stop or a notice writes one in any case."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    log_samples: bool = False
+    """Write samples.jsonl: step, lane, view and sample ids of everything that is trained on."""
 
     def __post_init__(self) -> None:
-        if self.checkpoint_every < 0 or self.keep_checkpoints < 1:
+        if min(self.checkpoint_every, self.checkpoint_steps, self.checkpoint_minutes) < 0 or self.keep_checkpoints < 1:
             raise UserError(
-                f"run.checkpoint_every {self.checkpoint_every} must not be negative, "
-                f"and keep_checkpoints {self.keep_checkpoints} at least 1"
+                f"run.checkpoint_every {self.checkpoint_every}, checkpoint_steps {self.checkpoint_steps} and "
+                f"checkpoint_minutes {self.checkpoint_minutes} must not be negative, and keep_checkpoints "
+                f"{self.keep_checkpoints} at least 1"
             )
 
 
@@ -65,32 +74,39 @@ def read_json(url: str) -> Any:
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard of one run. Only rank 0 makes one."""
+    """metrics.jsonl, samples.jsonl and TensorBoard of one run. Only rank 0 makes one.
 
-    def __init__(self, run_dir: str, start_step: int, tensorboard: bool) -> None:
+    Lines from after the step that training resumes from are dropped: they will be written again.
+    """
+
+    def __init__(self, run_dir: str, start_step: int, config: RunConfig) -> None:
         self.run_dir = run_dir
         self.remote = storage.is_remote(run_dir)
         self._folder = tempfile.TemporaryDirectory(prefix="mimkd-run-") if self.remote else None
         self.staging = Path(self._folder.name if self._folder else run_dir)
         self.staging.mkdir(parents=True, exist_ok=True)
-        self.path = self.staging / "metrics.jsonl"
-        self._keep_before(start_step)
-        self._lines = self.path.open("a")
-        self._tensorboard: Any = None
-        self._wants_tensorboard = tensorboard
         self._start_step = start_step
+        self._lines = self._continue("metrics.jsonl")
+        self._samples = self._continue("samples.jsonl") if config.log_samples else None
+        self._tensorboard: Any = None
+        self._wants_tensorboard = config.tensorboard
 
-    def _keep_before(self, step: int) -> None:
-        """Drop lines from after the checkpoint that training resumes from: they will be written again."""
-        url = storage.join(self.run_dir, "metrics.jsonl")
+    def _continue(self, name: str) -> TextIO:
+        """Open a file of lines for appending, without those from after the start."""
+        url = storage.join(self.run_dir, name)
         old = storage.read_bytes(url).decode().splitlines() if storage.exists(url) else []
-        kept = []
-        for line in old:
-            if not line.endswith("}"):
-                continue  # a write that a kill cut short
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        self.path.write_text("".join(kept))
+        # A write that a kill cut short has no brace at its end.
+        kept = [line + "\n" for line in old if line.endswith("}") and json.loads(line)["step"] <= self._start_step]
+        path = self.staging / name
+        path.write_text("".join(kept))
+        return path.open("a")
+
+    def write_samples(self, step: int, view: int, ids_LB: Tensor) -> None:
+        """Add a line {"step", "lane", "view", "ids"} for each lane: what step number ``step`` (from 1) trained on."""
+        assert self._samples is not None
+        for lane, ids_B in enumerate(ids_LB.tolist()):
+            self._samples.write(json.dumps({"step": step, "lane": lane, "view": view, "ids": ids_B}) + "\n")
+        self._samples.flush()
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Add a line {"kind", "step", ...} and one TensorBoard point per number."""
@@ -124,6 +140,8 @@ class MetricsLog:
         """Publish and release the files."""
         self.publish()
         self._lines.close()
+        if self._samples is not None:
+            self._samples.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._folder is not None:

@@ -12,12 +12,19 @@ from mimkd_ray import storage
 from mimkd_ray.data.dataset import Data, open_data
 from mimkd_ray.data.loader import eval_batches
 from mimkd_ray.data.views import make_pipeline
-from mimkd_ray.errors import UserError
 from mimkd_ray.losses.mimkd import LossConfig
 from mimkd_ray.models.zoo import ModelConfig, build_model
 from mimkd_ray.train.build import parameter_dtype, place, uses_channels_last
 from mimkd_ray.train.compare import arm_config, compare
-from mimkd_ray.train.config import CompareConfig, Config, differences, to_dict, training_dict, training_part
+from mimkd_ray.train.config import (
+    CompareConfig,
+    Config,
+    differences,
+    refuse_changes,
+    to_dict,
+    training_dict,
+    training_part,
+)
 from mimkd_ray.train.context import Context, barrier, share_from_first
 from mimkd_ray.train.evaluate import accuracy
 from mimkd_ray.train.files import read_json, write_json
@@ -50,12 +57,7 @@ def claim(config: Config, run_dir: str) -> None:
     url = storage.join(run_dir, "config.json")
     old = read_json(url)
     if old is not None:
-        changed = differences(training_part(old), training_dict(config))
-        if changed:
-            raise UserError(
-                f"{run_dir} was begun with another configuration ({'; '.join(changed)}): pass the old values, "
-                "another --run.name, or --run.overwrite true to start anew"
-            )
+        refuse_changes(run_dir, differences(training_part(old), training_dict(config)))
     write_json(url, to_dict(config))
 
 
@@ -85,7 +87,8 @@ def obtain_teacher(
 ) -> tuple[nn.Module | None, dict[str, Any]]:
     """The teacher's network, trained first where the config says so, and the facts of its check on held-out images.
 
-    Raises UserError if it falls short of ``teacher.expect_top1``.
+    The check is made once and kept in teacher.json: a restart must be quick. Raises UserError if the teacher falls
+    short of ``teacher.expect_top1``.
     """
     if not needs_teacher(config):
         return None, {}
@@ -100,6 +103,23 @@ def obtain_teacher(
     model = build_model(teacher.name, data.num_classes, weights, config.data.image_size)
     digest = weights_digest(model)
     place(model, config.train, context.device).eval().requires_grad_(False)
+    url = storage.join(run_dir, "teacher.json")
+    known = share_from_first(read_json(url) if context.rank == 0 else None)
+    if known is None or (known["sha256"], known["data"]) != (digest, data.digest):
+        known = {"name": teacher.name, "weights": weights, **measure(model, config, data, context)}
+        known |= {"sha256": digest, "data": data.digest}
+        if context.rank == 0:
+            write_json(url, known)
+    say(
+        context,
+        f"teacher {teacher.name} ({weights}): top-1 {known['top1']:.2f} % on {known['rows']} held-out images",
+    )
+    check_accuracy(teacher, known["top1"], known["rows"])
+    return model, {"teacher": known}
+
+
+def measure(model: nn.Module, config: Config, data: Data, context: Context) -> dict[str, Any]:
+    """Held-out top-1 and top-5 of a network, in percent, over all workers."""
     layout = uses_channels_last(config.train, context.device)
     normalize = Normalizer(config.data.mean, config.data.std, context.device, parameter_dtype(config.train), layout)
     batches = eval_batches(
@@ -111,17 +131,4 @@ def obtain_teacher(
         loader_workers=config.data.loader_workers,
     )
     measured = accuracy(model, batches, normalize, config.data.max_damaged)
-    say(
-        context,
-        f"teacher {teacher.name} ({weights}): top-1 {measured.top1:.2f} % on {measured.rows} held-out images",
-    )
-    check_accuracy(teacher, measured.top1, measured.rows)
-    facts = {
-        "name": teacher.name,
-        "weights": weights,
-        "top1": measured.top1,
-        "top5": measured.top5,
-        "rows": measured.rows,
-        "sha256": digest,
-    }
-    return model, {"teacher": facts}
+    return {"top1": measured.top1, "top5": measured.top5, "rows": measured.rows}

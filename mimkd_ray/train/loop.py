@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from mimkd_ray import storage
 from mimkd_ray.data.dataset import Data
+from mimkd_ray.errors import Interrupted
 from mimkd_ray.train import checkpoint, timeline
 from mimkd_ray.train.config import Config, digest, to_dict
-from mimkd_ray.train.context import Context, all_sum, barrier, share_from_first
+from mimkd_ray.train.context import Context, all_sum, barrier, gather_lanes, share_from_first
 from mimkd_ray.train.files import MetricsLog, read_json, write_json
 from mimkd_ray.train.metrics import FiniteGuard, Meter, Progress, say
 from mimkd_ray.train.report import versions
+from mimkd_ray.train.rhythm import Rhythm
 from mimkd_ray.train.session import Session
 
 
@@ -34,7 +36,8 @@ def train(
     """Train the student of ``config`` to its end and return what result.json says.
 
     Goes on from the newest checkpoint in ``run_dir``; a finished run is returned as it is. ``teacher`` is None where
-    the loss needs none; ``extra`` (about the teacher, say) is added to the result.
+    the loss needs none; ``extra`` (about the teacher, say) is added to the result. Raises Interrupted, on all workers,
+    when the job was asked to stop and has saved its state.
     """
     finished = share_from_first(read_json(storage.join(run_dir, "result.json")) if context.rank == 0 else None)
     if finished is not None:
@@ -42,35 +45,41 @@ def train(
     began = time.perf_counter()
     session = Session(config, data, teacher, context)
     start = session.resume(run_dir)
+    resumed = time.perf_counter() - began
     if start:
-        say(context, f"resumed from step {start} of {run_dir}")
-    log = None
+        say(context, f"resumed from step {start} of {run_dir} in {resumed:.1f} s")
+    log = writer = None
     if context.rank == 0:
         write_json(storage.join(run_dir, "config.json"), to_dict(config))
-        log = MetricsLog(run_dir, start, config.run.tensorboard)
+        log = MetricsLog(run_dir, start, config.run)
+        writer = checkpoint.Writer(run_dir, config.run.keep_checkpoints, log.publish)
 
     global_batch = config.train.lanes * config.train.lane_batch
     progress = Progress(context, config.recipe, start, session.total_steps, global_batch, quiet)
     guard = FiniteGuard(context.device)
     meter = Meter(context.device, global_batch)
+    rhythm = Rhythm(config.run, context, session.order.steps_per_epoch, start)
     batches = session.batches(start)
     timeline.mark("built")
     held_out: dict[str, Any] = {}
 
     for step in range(start, session.total_steps):
-        record, ids = session.step(step, batches)
+        record = session.step(step, batches)
         done = step + 1
-        guard.add(step, record, ids)
+        guard.add(step, record.log, record.ids)
         meter.step()
         timeline.mark("first_step")
         if done % config.train.log_every == 0 or done == session.total_steps:
-            write_step(log, session, done, record, meter)
-        progress.update(done, partial(summary, record))
+            write_step(log, session, done, record.log, meter)
+        if config.run.log_samples:
+            ids_LB = gather_lanes(torch.stack(record.ids), config.train.lanes)
+            if log is not None:
+                log.write_samples(done, record.view, ids_LB)
+        progress.update(done, partial(summary, record.log))
 
-        epoch_ended = done % session.order.steps_per_epoch == 0
-        epoch = done // session.order.steps_per_epoch
+        epoch, rest = divmod(done, session.order.steps_per_epoch)
         last = done == session.total_steps
-        if last or (epoch_ended and config.train.eval_every and epoch % config.train.eval_every == 0):
+        if last or (rest == 0 and config.train.eval_every and epoch % config.train.eval_every == 0):
             guard.check_all()
             with meter.paused():
                 held_out = session.evaluate()
@@ -80,13 +89,18 @@ def train(
             if not quiet:
                 say(context, f"{config.recipe}: epoch {epoch}, held-out top-1 {held_out['top1']:.2f} %")
                 context.report({"step": done, "epoch": epoch, **held_out})
-        if epoch_ended and not last and config.run.checkpoint_every and epoch % config.run.checkpoint_every == 0:
+        decision = rhythm.after(done)
+        if decision.save and not last:
             guard.check_all()
             with meter.paused():
-                session.settle()
-                if context.rank == 0:
-                    checkpoint.save(run_dir, done, session.state(done), config.run.keep_checkpoints)
-                barrier()  # no worker runs on as if saved before it is
+                session.save(done, writer)
+        if decision.notice:
+            say(context, f"{decision.notice} will be taken away: saving at step {done}, and training on")
+        if (decision.stop or decision.notice) and writer is not None:
+            writer.wait()
+        if decision.stop and not last:
+            barrier()  # no worker leaves before the state is committed
+            raise Interrupted(f"asked to stop: saved at step {done} of {session.total_steps} in {run_dir}")
 
     progress.close()
     session.close()
@@ -95,9 +109,15 @@ def train(
         **(extra or {}),
         "damaged": int(all_sum(torch.tensor(session.damage.damaged, device=context.device)).item()),
     }
-    if log is not None:
+    with session.settled():
+        weights = {
+            name: value.detach().to("cpu", copy=True).contiguous()
+            for name, value in session.exported().state_dict().items()
+        }
+    if log is not None and writer is not None:
+        writer.wait()
         log.close()
-        weights = {name: value.detach().cpu().contiguous() for name, value in session.exported().state_dict().items()}
+        result["checkpoints"] = {"saved": len(writer.stalls), "stall_seconds": sum(writer.stalls)}
         storage.write_bytes(storage.join(run_dir, "student.safetensors"), save_safetensors(weights))
         write_json(storage.join(run_dir, "result.json"), result)
     barrier()
@@ -111,7 +131,7 @@ def write_step(log: MetricsLog | None, session: Session, done: int, record: Mapp
     if log is not None:
         rates = {
             "images_per_second": meter.rate(),
-            "data_wait": session.data_seconds / max(meter.elapsed(), 1e-9),
+            "data_wait": session.feed.waited / max(meter.elapsed(), 1e-9),
             "lr": session.optimizer.param_groups[0]["lr"],
             "epoch": done / session.order.steps_per_epoch,
         }

@@ -6,10 +6,9 @@ import torch
 
 from mimkd_ray import storage
 from mimkd_ray.data.dataset import open_data
-from mimkd_ray.data.order import Order
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
-from mimkd_ray.train.build import plan_taps
+from mimkd_ray.train.build import make_order, plan_taps
 from mimkd_ray.train.config import Config
 from mimkd_ray.train.job import needs_teacher
 
@@ -20,13 +19,7 @@ def preflight(config: Config) -> None:
     Reads listings, footers and weights; builds the networks without memory (on the meta device) and runs them dry.
     """
     data = open_data(config.data)
-    Order(
-        data.train.block_rows,
-        config.train.lanes,
-        config.train.lane_batch,
-        config.train.seed,
-        config.data.window,
-    )
+    make_order(config, data.train)
     for weights in (config.teacher.weights, config.student.weights):
         if weights not in ("random", "published") and not storage.exists(weights):
             raise UserError(f"there is no weights file {weights}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mimkd_ray.data.dataset import Data
 from mimkd_ray.data.loader import DamageCounter, LaneBatch, eval_batches, train_batches
-from mimkd_ray.data.order import Order
 from mimkd_ray.data.views import View, make_pipeline
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.taps import TappedModel
@@ -21,19 +20,29 @@ from mimkd_ray.train.build import (
     build_distiller,
     build_teacher,
     has_compiler,
+    make_order,
     parameter_dtype,
     uses_channels_last,
 )
-from mimkd_ray.train.config import Config, differences, training_dict
-from mimkd_ray.train.context import Context, is_distributed
+from mimkd_ray.train.config import Config, differences, refuse_changes, training_dict
+from mimkd_ray.train.context import Context, gather_by_rank, is_distributed, share_from_first
 from mimkd_ray.train.evaluate import accuracy, read_information
+from mimkd_ray.train.feed import Feed
 from mimkd_ray.train.metrics import say
 from mimkd_ray.train.optim import build_optimizer, learning_rate
 from mimkd_ray.train.step import LaneNorms, Normalizer, backward_lane, data_parallel, seed_lane
 
 
+class StepRecord(NamedTuple):
+    """What a step was: the mean breakdown of this worker's lanes, their sample ids, and the view."""
+
+    log: dict[str, Tensor]
+    ids: list[Tensor]
+    view: int
+
+
 class Session:
-    """One run in one worker: ``step()`` advances it, ``evaluate()`` looks at it, ``state()`` is for a restart."""
+    """One run in one worker: ``step()`` advances it, ``evaluate()`` looks at it, ``save()`` is for a restart."""
 
     def __init__(self, config: Config, data: Data, teacher: torch.nn.Module | None, context: Context) -> None:
         self.config, self.data, self.context = config, data, context
@@ -43,9 +52,16 @@ class Session:
                 f"{context.world_size} workers for {train.lanes} lanes: a worker needs a lane of its own; "
                 f"pass --train.lanes {context.world_size}"
             )
-        self.order = Order(data.train.block_rows, train.lanes, train.lane_batch, train.seed, config.data.window)
+        self.order = make_order(config, data.train)
         self.total_steps = min(train.epochs * self.order.steps_per_epoch, train.max_steps or 2**62)
         self.my_lanes = range(context.rank, train.lanes, context.world_size)
+        if train.lanes % context.world_size:
+            busiest = -(-train.lanes // context.world_size)
+            say(
+                context,
+                f"{train.lanes} lanes on {context.world_size} workers: a step takes as long as {busiest} lanes, and "
+                f"workers are busy {train.lanes / (busiest * context.world_size):.0%} of the time",
+            )
         self.pipeline = make_pipeline(config.data.pipeline, config.data.image_size)
         self.normalize = Normalizer(
             config.data.mean,
@@ -63,10 +79,10 @@ class Session:
         )
         self.optimizer = build_optimizer(config.optim, self.distiller)
         self.norms = LaneNorms(self.distiller, len(self.my_lanes), train.lanes)
-        self._compile()
         self.model = data_parallel(self.distiller) if is_distributed() else self.distiller
+        self._compile()
         self.damage = DamageCounter(config.data.max_damaged, max(1, data.train.num_rows // context.world_size))
-        self.data_seconds = 0.0
+        self.feed = Feed(config, data.num_classes, self.pipeline.batch, self.normalize, self.teacher, self.damage)
 
     def _compile(self) -> None:
         mode = self.config.train.compile
@@ -95,9 +111,9 @@ class Session:
             pin_memory=self.context.device.type == "cuda",
         )
 
-    def step(self, step: int, batches: Iterator[LaneBatch]) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """One optimiser step over this worker's lanes. Returns the lanes' mean breakdown and their sample ids."""
-        config, device = self.config, self.context.device
+    def step(self, step: int, batches: Iterator[LaneBatch]) -> StepRecord:
+        """One optimiser step over this worker's lanes."""
+        config = self.config
         lr = learning_rate(config.optim, step, self.order.steps_per_epoch, config.train.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -105,20 +121,14 @@ class Session:
         self.norms.begin_step()
         logs: list[dict[str, Tensor]] = []
         ids: list[Tensor] = []
-        for lane in self.my_lanes:
-            asked = time.perf_counter()
-            batch = next(batches)
-            self.data_seconds += time.perf_counter() - asked
-            self.damage.add(batch)
-            images = self.normalize(batch.images_BCHW)
-            labels_B = batch.labels_B.to(device, non_blocking=True)
-            ids_B = batch.ids_B.to(device, non_blocking=True)
-            features = self.teacher.features(images) if self.teacher is not None else None
-            seed_lane(config.train.seed, step, lane)
-            weight = self.context.world_size / config.train.lanes
-            last = lane == self.my_lanes[-1]
-            logs.append(backward_lane(self.model, images, labels_B, ids_B, features, weight, last))
-            ids.append(batch.ids_B)
+        weight = self.context.world_size / config.train.lanes
+        for lane in self.feed.step(step, self.my_lanes, batches):
+            seed_lane(config.train.seed, step, lane.index)
+            last = lane.index == self.my_lanes[-1]
+            logs.append(
+                backward_lane(self.model, lane.images_BCHW, lane.labels_B, lane.ids_B, lane.teacher, weight, last)
+            )
+            ids.append(lane.ids_B)
             self.norms.end_lane()
         self.norms.end_step()
         if config.optim.clip_norm:
@@ -127,11 +137,21 @@ class Session:
         self.distiller.loss.constrain_()
         if self.ema is not None:
             self.ema.update_parameters(self.distiller.student)
-        return {key: torch.stack([log[key] for log in logs]).mean() for key in logs[0]}, ids
+        return StepRecord({key: torch.stack([log[key] for log in logs]).mean() for key in logs[0]}, ids, lane.view)
 
-    def settle(self) -> None:
-        """Make batch-norm statistics the same on all workers: before an evaluation or a checkpoint."""
-        self.norms.average_over_workers()
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """A with-block in which batch-norm statistics are those of all workers. Every worker enters it."""
+        with self.norms.averaged():
+            self._ema_follows()
+            yield
+        self._ema_follows()
+
+    def _ema_follows(self) -> None:
+        """The moving average has no statistics of its own: it shows the student's."""
+        if self.ema is not None:
+            for buffer, of_student in zip(self.ema.module.buffers(), self.distiller.student.buffers(), strict=True):
+                buffer.copy_(of_student)
 
     def exported(self) -> torch.nn.Module:
         """The network that users get: the student, or its moving average."""
@@ -151,19 +171,20 @@ class Session:
         )
 
     def evaluate(self) -> dict[str, Any]:
-        """Held-out top-1, top-5, cross-entropy, and mutual information per term."""
-        self.settle()
-        network = self.exported()
-        training = network.training
-        network.eval()
-        batches = self.held_out(self.config.train.eval_batch or self.config.train.lane_batch)
-        measured = accuracy(network, batches, self.normalize, self.config.data.max_damaged)
-        network.train(training)
-        values: dict[str, Any] = measured._asdict()
-        if self.teacher is not None and self.distiller.loss.plan:
-            # In batches of a lane, so that held-out nats have the ceiling of those in training.
-            lanes = self.held_out(self.config.train.lane_batch)
-            values |= read_information(self.distiller, self.teacher, lanes, self.normalize)
+        """Held-out top-1, top-5, cross-entropy, and mutual information per term. Training goes on as if nobody had
+        looked."""
+        with self.settled():
+            network = self.exported()
+            training = network.training
+            network.eval()
+            batches = self.held_out(self.config.train.eval_batch or self.config.train.lane_batch)
+            measured = accuracy(network, batches, self.normalize, self.config.data.max_damaged)
+            network.train(training)
+            values: dict[str, Any] = measured._asdict()
+            if self.teacher is not None and self.distiller.loss.plan:
+                # In batches of a lane, so that held-out nats have the ceiling of those in training.
+                lanes = self.held_out(self.config.train.lane_batch)
+                values |= read_information(self.distiller, self.teacher, lanes, self.normalize)
         return values
 
     def close(self) -> None:
@@ -171,8 +192,19 @@ class Session:
         if self.teacher is not None:
             self.teacher.tapped.release()
 
-    def state(self, step: int) -> dict[str, Any]:
-        """Everything a restart needs. The order, the views and the model's random numbers follow from the step."""
+    def save(self, step: int, writer: checkpoint.Writer | None) -> None:
+        """Checkpoint after ``step`` steps. Every worker takes part; the first has the writer."""
+        own_statistics = gather_by_rank(self.norms.flat().cpu())
+        with self.settled():
+            if writer is not None:
+                writer.save(step, self.state(step, own_statistics))
+
+    def state(self, step: int, own_statistics: list[Tensor]) -> dict[str, Any]:
+        """Everything a restart needs. The order, the views and the model's random numbers follow from the step.
+
+        Batch-norm statistics are in it twice: averaged over workers, for any number of them, and each worker's own,
+        with which the same number of workers goes on bit for bit.
+        """
         return {
             "step": step,
             "config": training_dict(self.config),
@@ -180,23 +212,25 @@ class Session:
             "distiller": self.distiller.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
+            "own_statistics": own_statistics,
         }
 
     def resume(self, run_dir: str) -> int:
         """Load the newest checkpoint of the run, if any. Returns the step to go on from (0 at the start)."""
-        state = checkpoint.load_latest(run_dir, self.context.device)
-        if state is None:
+        # The first worker chooses: a straggler of an earlier start may commit another one meanwhile.
+        folder = share_from_first(checkpoint.newest(run_dir) if self.context.rank == 0 else None)
+        if folder is None:
             return 0
+        state = checkpoint.load(folder, self.context.device)
         changed = differences(state["config"], training_dict(self.config))
         if state["data"] != self.data.digest:
             changed.append(f"the data set's digest: {state['data'][:12]} -> {self.data.digest[:12]}")
-        if changed:
-            raise UserError(
-                f"{run_dir} was begun with another configuration ({'; '.join(changed)}): pass the old values, "
-                "another --run.name, or --run.overwrite true to start anew"
-            )
+        refuse_changes(run_dir, changed)
         self.distiller.load_state_dict(state["distiller"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        if len(state["own_statistics"]) == self.context.world_size:
+            self.norms.load(state["own_statistics"][self.context.rank])
+            self._ema_follows()
         return int(state["step"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -103,12 +103,18 @@ class LaneNorms:
             for buffer in (norm.running_mean, norm.running_var)
             if buffer is not None
         ]
+        self.counters = [
+            norm.num_batches_tracked
+            for norm in module.modules()
+            if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None
+        ]
 
     def begin_step(self) -> None:
         """Remember the step's initial statistics."""
         if self.my_lanes > 1:
             self.start = [buffer.clone() for buffer in self.buffers]
             self.total = [torch.zeros_like(buffer) for buffer in self.buffers]
+            self.counts = [counter.clone() for counter in self.counters]
 
     def end_lane(self) -> None:
         """Collect what a lane made of them, and go back to the start."""
@@ -121,22 +127,53 @@ class LaneNorms:
         if self.my_lanes > 1:
             for buffer, total in zip(self.buffers, self.total, strict=True):
                 buffer.copy_(total / self.my_lanes)
+            for counter, count in zip(self.counters, self.counts, strict=True):
+                counter.copy_(count + 1)  # a step counts once, whoever carries how many lanes
 
-    def average_over_workers(self) -> None:
-        """Average over all workers, weighted by their lanes; before a checkpoint or an evaluation."""
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A with-block in which the statistics are averages over all workers, weighted by their lanes: for an
+        evaluation or an export. Each worker then goes on from its own, so that looking changes nothing."""
+        own = [buffer.clone() for buffer in self.buffers]
+        self.average_()
+        yield
+        for buffer, value in zip(self.buffers, own, strict=True):
+            buffer.copy_(value)
+
+    def average_(self) -> None:
+        """Average the statistics over all workers, weighted by their lanes. Every worker takes part."""
         if self.buffers and self.my_lanes != self.lanes:
-            flat = torch.cat([buffer.flatten() for buffer in self.buffers]) * (self.my_lanes / self.lanes)
-            parts = all_sum(flat).split([buffer.numel() for buffer in self.buffers])
-            for buffer, part in zip(self.buffers, parts, strict=True):
-                buffer.copy_(part.view_as(buffer))
+            self.load(all_sum(self.flat() * (self.my_lanes / self.lanes)))
+
+    def flat(self) -> Tensor:
+        """This worker's statistics as one vector."""
+        return torch.cat([buffer.flatten() for buffer in self.buffers]) if self.buffers else torch.zeros(0)
+
+    def load(self, flat: Tensor) -> None:
+        """Take over statistics in the form of :meth:`flat`."""
+        parts = flat.split([buffer.numel() for buffer in self.buffers])
+        for buffer, part in zip(self.buffers, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
 
 
 def data_parallel(module: nn.Module) -> DistributedDataParallel:
-    """DDP that leaves buffers alone: batch-norm statistics belong to lanes and are averaged by :class:`LaneNorms`."""
+    """DDP whose arithmetic is the same after a restart, and that leaves buffers alone. Call it before ``compile``.
+
+    DDP re-orders its buckets after the first backward of a process, and with three or more ranks the order decides how
+    sums are rounded: a resumed run would drift from an undisturbed one. So a first backward is rehearsed here, on a sum
+    of zeros, and every step of every start uses the order that comes of it (last parameters first, as in a real
+    backward). Batch-norm statistics belong to lanes and are averaged by :class:`LaneNorms`.
+    """
     # torch 2.15 renames the option and warns about the old name.
     new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     options: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-    return DistributedDataParallel(module, **options)
+    model = DistributedDataParallel(module, **options)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module.forward = lambda: torch.stack([0.0 * parameter.sum() for parameter in trained]).sum()
+    model().backward()
+    del module.forward  # the class's own is back
+    module.zero_grad(set_to_none=True)
+    return model
 
 
 def seed_lane(seed: int, step: int, lane: int) -> None:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from jobs_here import JOB, Job, read_lines, result, run, weights
+from jobs_here import torchrun as torchrun_here
 from safetensors.torch import load_file
 
 from mimkd_ray import cli
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import IMAGENET_RECIPES
 from mimkd_ray.train.config import Config, from_dict
-
-ROOT = Path(__file__).parents[2]
-JOB = str(ROOT / "jobs" / "imagenet.py")
 
 # Four epochs of five steps: a random teacher, MIMKD's three kinds of term, two lanes, a metrics line per step.
 SMALL = (
@@ -42,67 +36,26 @@ SMALL = (
     *("--loss.global-weight", "0.1", "--loss.local-weight", "0.1", "--optim.warmup-epochs", "0"),
     *("--run.checkpoint-every", "1", "--run.name", "small"),
 )
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"} | {"RAY_ADDRESS": ""}
 
 
 def command(root: Path, *more: str, python: tuple[str, ...] = (sys.executable,)) -> list[str]:
     return [*python, JOB, "demo", *SMALL, "--run.root", str(root), *more]
 
 
-def run(arguments: list[str]) -> str:
-    """Run a job to its end; what it printed."""
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def tree(root: int) -> list[int]:
-    """A process and all below it. Ray's daemons and workers are in groups of their own, and would end a short job in
-    the second that they take to notice that its driver is gone."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found = [root]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found
-
-
 def run_and_kill(arguments: list[str], when: Callable[[], bool], log: Path) -> None:
     """Start a job, and SIGKILL it and every process that it started once ``when`` holds."""
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            arguments, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True
-        )
-        deadline = time.monotonic() + 200
-        while not when():
-            assert process.poll() is None, f"it ended before it could be killed:\n{log.read_text()}"
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.01)
-        for pid in tree(process.pid):
-            with contextlib.suppress(ProcessLookupError):  # a child of one that was killed before it
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
+    job = Job(arguments, log)
+    job.wait_until(when)
+    job.kill()
 
 
 def committed(run_dir: Path, count: int) -> bool:
     """Whether ``count`` epochs have been saved."""
-    return (run_dir / "checkpoints" / f"step_{5 * count:08d}" / "committed.json").exists()
+    return any((run_dir / "checkpoints").glob(f"step_{5 * count:08d}-*/committed.json"))
 
 
 def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    every = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in every if line["kind"] == kind]
-
-
-def result(run_dir: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
-    return value
-
-
-def weights(run_dir: Path) -> bytes:
-    return (run_dir / "student.safetensors").read_bytes()
+    return [line for line in read_lines(run_dir / "metrics.jsonl") if line["kind"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +70,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The undisturbed run in two processes of torchrun."""
     root = tmp_path_factory.mktemp("torchrun")
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1")
-    launcher += ("--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0")
-    run(command(root, "--launch.backend", "local", python=(sys.executable, *launcher)))
+    run(command(root, "--launch.backend", "local", python=torchrun_here(2)))
     return root / "small"
 
 

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from mimkd_ray import storage
-from mimkd_ray.train.files import MetricsLog, read_json, write_json
+from mimkd_ray.train.files import MetricsLog, RunConfig, read_json, write_json
 
 
 def _lines(path: Path) -> list[dict]:
@@ -13,7 +13,7 @@ def _lines(path: Path) -> list[dict]:
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
-    log = MetricsLog(str(tmp_path), 0, tensorboard=False)
+    log = MetricsLog(str(tmp_path), 0, RunConfig(tensorboard=False))
     log.write("train", 1, {"nats": math.nan, "ceiling": math.inf, "loss": 0.5})
     log.close()
     assert _lines(tmp_path / "metrics.jsonl") == [
@@ -22,13 +22,13 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
 
 
 def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path: Path) -> None:
-    first = MetricsLog(str(tmp_path), 0, tensorboard=False)
+    first = MetricsLog(str(tmp_path), 0, RunConfig(tensorboard=False))
     for step in range(1, 6):
         first.write("train", step, {"loss": step})
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # a kill in the middle of a line
-    second = MetricsLog(str(tmp_path), 3, tensorboard=False)
+    second = MetricsLog(str(tmp_path), 3, RunConfig(tensorboard=False))
     second.write("train", 4, {"loss": 40})
     second.close()
     assert [(line["step"], line["loss"]) for line in _lines(tmp_path / "metrics.jsonl")] == [
@@ -42,7 +42,7 @@ def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path: Path) -> Non
 def test_tensorboard_holds_the_same_points(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = MetricsLog(str(tmp_path), 0, tensorboard=True)
+    log = MetricsLog(str(tmp_path), 0, RunConfig(tensorboard=True))
     for step, loss in ((1, 2.0), (2, 1.5)):
         log.write("train", step, {"loss": loss, "feature/a-b/nats": 0.25})
     log.close()
@@ -54,7 +54,7 @@ def test_tensorboard_holds_the_same_points(tmp_path: Path) -> None:
 
 def test_a_remote_run_is_staged_and_published_whole() -> None:
     run = "memory://files-test/run"
-    log = MetricsLog(run, 0, tensorboard=True)
+    log = MetricsLog(run, 0, RunConfig(tensorboard=True))
     log.write("train", 1, {"loss": 1.0})
     log.publish()
     log.write("train", 2, {"loss": 0.5})
@@ -62,7 +62,7 @@ def test_a_remote_run_is_staged_and_published_whole() -> None:
     lines = storage.read_bytes(storage.join(run, "metrics.jsonl")).decode().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == [1.0, 0.5]
     assert len(storage.list_files(storage.join(run, "tensorboard"))) == 1
-    resumed = MetricsLog(run, 1, tensorboard=False)
+    resumed = MetricsLog(run, 1, RunConfig(tensorboard=False))
     resumed.write("train", 2, {"loss": 0.4})
     resumed.close()
     lines = storage.read_bytes(storage.join(run, "metrics.jsonl")).decode().splitlines()

@@ -49,11 +49,9 @@ def test_the_gradient_of_a_step_is_the_mean_over_its_lanes() -> None:
     session.step(0, session.batches(0))
 
     grads: list[list[torch.Tensor]] = []
-    assert reference.teacher is not None
-    for batch in list(reference.batches(0))[:3]:
+    for lane in reference.feed.step(0, range(3), reference.batches(0)):
         reference.distiller.zero_grad()
-        images = reference.normalize(batch.images_BCHW)
-        loss, _ = reference.distiller(images, batch.labels_B, batch.ids_B, reference.teacher.features(images))
+        loss, _ = reference.distiller(lane.images_BCHW, lane.labels_B, lane.ids_B, lane.teacher)
         loss.backward()
         grads.append([p.grad.clone() for p in reference.distiller.parameters()])
     for parameter, *lanes in zip(session.distiller.parameters(), *grads, strict=True):

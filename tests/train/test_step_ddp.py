@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import start_ranks
 from tiny_run import tiny_config, tiny_data
 
 from mimkd_ray.launch.local import LocalContext
@@ -40,12 +40,12 @@ def _train(context: LocalContext, compiled: bool) -> dict[str, torch.Tensor]:
     batches = session.batches(0)
     found = {}
     for step in range(STEPS):
-        record, _ = session.step(step, batches)
-        write_step(log, session, step + 1, record, meter)  # type: ignore[arg-type]
+        record = session.step(step, batches)
+        write_step(log, session, step + 1, record.log, meter)  # type: ignore[arg-type]
         if step == 0:
             found["gradients"] = torch.cat([p.grad.flatten() for p in session.distiller.parameters()])
-    session.settle()
-    found["statistics"] = torch.cat([buffer.flatten() for buffer in session.norms.buffers])
+    with session.settled():
+        found["statistics"] = session.norms.flat()
     found["losses"] = torch.tensor([line["loss"] for line in log.lines], dtype=torch.float64)
     return found
 
@@ -60,7 +60,7 @@ def _rank(rank: int, world: int, folder: str, compiled: bool) -> None:
 @pytest.mark.parametrize(("world", "compiled"), [(2, False), (3, False), (2, True)])
 def test_any_number_of_workers_trains_the_same_model(tmp_path: Path, world: int, compiled: bool) -> None:
     expected = _train(LocalContext(torch.device("cpu")), compiled=False)
-    mp.spawn(_rank, (world, str(tmp_path), compiled), nprocs=world)
+    start_ranks(_rank, (world, str(tmp_path), compiled), world)
     for rank in range(world):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         torch.testing.assert_close(found["gradients"], expected["gradients"], rtol=1e-8, atol=1e-11)

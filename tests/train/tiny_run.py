@@ -24,7 +24,7 @@ def tiny_config(**sections: dict[str, Any]) -> Config:
     """Two epochs of three steps, two lanes of ten images, MIMKD from a random teacher. Sections override fields."""
     config = Config(
         recipe="tiny",
-        data=DataConfig(root="digits", subset=60),
+        data=DataConfig(root="digits", subset=60, loader_workers=0),
         teacher=TeacherConfig(name="cifar/resnet8"),
         student=ModelConfig(name="cifar/resnet8_w4"),
         loss=LossConfig(feature_pairs=("stage3:stage3",), critic=CriticConfig(width=16)),

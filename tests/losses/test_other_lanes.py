@@ -1,0 +1,86 @@
+"""Negatives from all lanes of the step, against a slow sum over single pairs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mimkd_ray.losses.critics import CriticConfig
+from mimkd_ray.losses.mimkd import Features, Kind, LossConfig, MIMKDLoss, Others, Term
+
+B, M, CT, CS = 4, 7, 5, 3
+
+
+def _loss(kind: Kind) -> MIMKDLoss:
+    torch.manual_seed(1)
+    term = Term(kind=kind, teacher="t", student="s", weight=1.0, teacher_channels=CT, student_channels=CS)
+    loss = MIMKDLoss(LossConfig(negatives="step", critic=CriticConfig(width=6)), [term])
+    with torch.no_grad():
+        for parameter in loss.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return loss.double()
+
+
+def _features(kind: Kind) -> tuple[Features, Features, torch.Tensor]:
+    torch.manual_seed(2)
+    shape = (2, 2)
+    logits = torch.randn(B, 10).double()
+    vectors, maps = torch.randn(B, CT).double(), torch.randn(B, CT, *shape).double()
+    teacher = Features(logits, {"t": vectors}, {"t": maps})
+    student = Features(logits, {"s": torch.randn(B, CS).double()}, {"s": torch.randn(B, CS, *shape).double()})
+    return teacher, student, torch.tensor([10, 11, 12, 13])
+
+
+def _others(ids: list[int]) -> Others:
+    torch.manual_seed(3)
+    return Others({"t": torch.randn(len(ids), CT).double()}, torch.tensor(ids))
+
+
+@pytest.mark.parametrize("kind", ["global", "local"])
+def test_candidates_are_the_lane_and_the_others_without_equal_ids(kind: Kind) -> None:
+    loss = _loss(kind)
+    teacher, student, ids = _features(kind)
+    other_ids = [20, 21, 12, 23, 10, 25, 26]  # two of them are in this lane
+    others = _others(other_ids)
+    output = loss(teacher._replace(others=others), student, torch.zeros(B, dtype=torch.int64), ids)
+
+    critic = loss.critics[0]
+    candidates = torch.cat([teacher.vectors["t"], others.vectors["t"]])
+    everyone = ids.tolist() + other_ids
+    locations = [student.vectors["s"]] if kind == "global" else list(student.maps["s"].flatten(2).unbind(2))
+    total = 0.0
+    for features_BC in locations:
+        for i in range(B):
+            scores = [
+                critic.paired(
+                    critic.embed_student(features_BC[i : i + 1])[None],
+                    critic.embed_teacher(candidates[k : k + 1])[None],
+                ).item()
+                for k in range(B + M)
+                if k == i or everyone[k] != everyone[i]
+            ]
+            positive = scores[i - sum(everyone[k] == everyone[i] for k in range(i))]
+            total += math.log(sum(map(math.exp, scores)) / len(scores)) - positive
+    name = loss.plan[0].name
+    assert output.log[f"{name}/loss"].item() == pytest.approx(total / (B * len(locations)), rel=1e-10)
+    counts = [sum(j != i for j in everyone) for i in ids.tolist()]
+    expected = sum(math.log(count + 1) for count in counts) / B
+    assert output.log[f"{name}/ceiling"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_terms_of_maps_keep_to_the_lane() -> None:
+    loss = _loss("feature")
+    teacher, student, ids = _features("feature")
+    labels = torch.zeros(B, dtype=torch.int64)
+    without = loss(teacher, student, labels, ids).log["loss"]
+    assert torch.equal(loss(teacher._replace(others=_others([1, 2])), student, labels, ids).log["loss"], without)
+
+
+def test_class_probabilities_serve_as_labels() -> None:
+    loss = _loss("global")
+    teacher, student, ids = _features("global")
+    probabilities = torch.rand(B, 10).double().softmax(1)
+    expected = -(probabilities * student.logits_BC.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(loss(teacher, student, probabilities, ids).log["ce"], expected)

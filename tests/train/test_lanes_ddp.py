@@ -1,0 +1,126 @@
+"""Four lanes on 1, 2, 3 and 4 workers, and stopped and started again: one model, the same samples.
+
+Each worker is a process of its own with gloo, started anew for each attempt, as after a kill.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import start_ranks
+from tiny_run import tiny_config, tiny_data
+
+from mimkd_ray.launch.local import LocalContext
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train import checkpoint
+from mimkd_ray.train.config import Config
+from mimkd_ray.train.context import gather_lanes, is_distributed
+from mimkd_ray.train.session import Session
+
+LANES = 4
+
+
+def _config(precision: str, **loss: Any) -> Config:
+    return tiny_config(
+        data={"subset": 200, "pipeline": "digits"},
+        train={"lanes": LANES, "lane_batch": 6, "precision": precision, "epochs": 20},
+        optim={"lr": 0.02, "schedule": "constant"},
+        loss=loss,
+    )
+
+
+def _attempt(context: LocalContext, config: Config, run_dir: str, stop: int) -> dict[str, Any]:
+    """Go on from the newest checkpoint to step ``stop`` and leave one there. What this attempt saw, by rank."""
+    torch.manual_seed(7)
+    teacher = build_model("cifar/resnet8", 10)
+    session = Session(config, tiny_data(config), teacher, context)
+    start = session.resume(run_dir)
+    batches = session.batches(start)
+    seen: dict[str, Any] = {"samples": [], "losses": []}
+    for step in range(start, stop):
+        record = session.step(step, batches)
+        ids_LB = gather_lanes(torch.stack(record.ids), LANES)
+        seen["samples"] += [(step, lane, record.view, ids) for lane, ids in enumerate(ids_LB.tolist())]
+        share = len(session.my_lanes) / LANES
+        loss = record.log["loss"].double() * share
+        if is_distributed():
+            dist.all_reduce(loss)
+        seen["losses"].append(float(loss))
+        if step == 0:
+            seen["gradient"] = torch.cat([p.grad.flatten() for p in session.distiller.parameters()])
+    writer = checkpoint.Writer(run_dir, 2, lambda: None) if context.rank == 0 else None
+    session.save(stop, writer)
+    if writer is not None:
+        writer.wait()
+    with session.settled():
+        seen["weights"] = torch.cat([value.flatten() for value in session.distiller.state_dict().values()])
+        seen["statistics"] = session.norms.flat()
+    seen["own"] = session.norms.flat()
+    return seen
+
+
+def _rank(rank: int, world: int, config: Config, run_dir: str, stop: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    seen = _attempt(LocalContext(torch.device("cpu"), rank, world), config, run_dir, stop)
+    torch.save(seen, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _workers(world: int, config: Config, run_dir: Path, stop: int) -> list[dict[str, Any]]:
+    """What each of ``world`` fresh processes saw of an attempt."""
+    folder = run_dir / f"attempt-{world}-{stop}"
+    folder.mkdir(parents=True)
+    start_ranks(_rank, (world, config, str(run_dir), stop, str(folder)), world)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_a_resumed_run_equals_its_twin_bit_for_bit(tmp_path: Path, world: int) -> None:
+    """Float32, saved mid-epoch, with running statistics of each worker's own."""
+    config = _config("float32", global_weight=0.1, local_weight=0.1)
+    whole = _workers(world, config, tmp_path / "whole", 11)
+    first = _workers(world, config, tmp_path / "cut", 5)
+    second = _workers(world, config, tmp_path / "cut", 11)
+    for rank in range(world):
+        assert torch.equal(whole[rank]["weights"], second[rank]["weights"])
+        assert torch.equal(whole[rank]["own"], second[rank]["own"])
+        assert first[rank]["losses"] + second[rank]["losses"] == whole[rank]["losses"]
+        assert first[rank]["samples"] + second[rank]["samples"] == whole[rank]["samples"]
+    assert not torch.equal(whole[0]["own"], whole[1]["own"]), "statistics are each worker's own between checkpoints"
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_and_a_changing_one_train_one_model(tmp_path: Path) -> None:
+    """50 steps in float64 with negatives from all lanes; 4 -> 3 -> 4 workers is a resize by checkpoints."""
+    config = _config("float64", global_weight=0.1, local_weight=0.1, negatives="step")
+    alone = _attempt(LocalContext(torch.device("cpu")), config, str(tmp_path / "alone"), 50)
+    assert len(set(alone["losses"])) == 50
+    runs = {f"{world} workers": [_workers(world, config, tmp_path / str(world), 50)] for world in (2, 3, 4)}
+    runs["4 -> 3 -> 4"] = [
+        _workers(world, config, tmp_path / "resized", stop) for world, stop in ((4, 17), (3, 31), (4, 50))
+    ]
+    for name, attempts in runs.items():
+        samples = [line for attempt in attempts for line in attempt[0]["samples"]]
+        losses = [loss for attempt in attempts for loss in attempt[0]["losses"]]
+        assert samples == alone["samples"], name
+        for step, (ours, theirs) in enumerate(zip(losses, alone["losses"], strict=True)):
+            assert ours == pytest.approx(theirs, rel=1e-8), (name, step)
+        torch.testing.assert_close(
+            attempts[-1][0]["statistics"], alone["statistics"], rtol=1e-6, atol=1e-9, msg=lambda text, n=name: n + text
+        )
+
+
+@pytest.mark.slow
+def test_first_gradients_in_float32(tmp_path: Path) -> None:
+    config = _config("float32")
+    alone = _attempt(LocalContext(torch.device("cpu")), config, str(tmp_path / "alone"), 1)["gradient"]
+    assert alone.abs().max() > 1e-2
+    for world in (2, 3, 4):
+        found = _workers(world, config, tmp_path / str(world), 1)[0]["gradient"]
+        assert float((found - alone).norm() / alone.norm()) < 1e-5
