@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.data.batch_views import BatchTransform, CropFlip
-from mimkd_ray.data.transforms import CentreCrop, FitSize, ResizedCropFlip, Then, Transform
+from mimkd_ray.data.transforms import CentreCrop, FitSize, OnPillow, ResizedCropFlip, Then, Transform
 from mimkd_ray.errors import UserError, nearest
 
 
@@ -55,20 +55,18 @@ def check_pipeline_name(name: str, field: str = "pipeline") -> None:
 
 def _imagenet(size: int, augment: str = "") -> Pipeline:
     crop = ResizedCropFlip(size)
-    if not augment:
-        return Pipeline(crop, CentreCrop(size))
-    from torchvision.transforms import v2  # takes longer to import than a short run's decoding
-
-    return Pipeline(Then(crop, getattr(v2, augment)()), CentreCrop(size))
+    return Pipeline(Then(crop, _augment(augment)) if augment else crop, CentreCrop(size))
 
 
 def _cifar(size: int, augment: str = "") -> Pipeline:
-    if not augment:
-        return Pipeline(FitSize(size), FitSize(size), CropFlip(padding=4, flip=True))
-    from torchvision.transforms import v2
+    fit = FitSize(size)
+    return Pipeline(Then(fit, _augment(augment)) if augment else fit, fit, CropFlip(padding=4, flip=True))
 
-    steps = v2.Compose([FitSize(size), getattr(v2, augment)()])
-    return Pipeline(steps, FitSize(size), CropFlip(padding=4, flip=True))
+
+def _augment(name: str) -> Transform:
+    from torchvision.transforms import v2  # takes longer to import than a short run's decoding
+
+    return OnPillow(getattr(v2, name)())
 
 
 def _digits(size: int) -> Pipeline:
