@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mimkd_ray import storage
+from mimkd_ray.data.decode import DamagedImageError, decode
 from mimkd_ray.data.keyed import permutation, raw
 from mimkd_ray.data.manifest import Block, Shard
 from mimkd_ray.data.prepare_pieces import THREADS, Piece
-from mimkd_ray.data.decode import DamagedImageError, decode
 from mimkd_ray.errors import DamagedDataError, UserError
 
 # A record is a header, the name, the image: key, label, bytes of name, bytes of image; crc32 of all but itself.
