@@ -25,6 +25,7 @@ except ImportError:  # a platform without its wheel: Pillow gives the same pixel
     simplejpeg = None  # type: ignore[assignment, unused-ignore]
 
 SHRINKS = (8, 4, 2)  # the scales by which both decoders can skip work, largest first
+PLAIN = ("YCbCr", "Gray", "RGB", "L")  # colour spaces, in simplejpeg's words and Pillow's, that both read alike
 MAX_PIXELS = 89_478_485  # above this Pillow decides: it refuses what looks like a decompression bomb
 
 
@@ -49,44 +50,54 @@ def decode(image: bytes | np.ndarray, shrink: int = 1) -> Tensor:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Return (H, W) of a grey or colour JPEG from its header, or None for anything else.
+    """Return (H, W) of a grey or colour JPEG of at most MAX_PIXELS from its header, or None for anything else.
 
     Costs 1 us with simplejpeg, 25 us with Pillow.
     """
     if not data.startswith(b"\xff\xd8"):
         return None
-    if simplejpeg is not None:
-        return _plain_size(data)
+    header = _read_header(data)
+    if header is None:
+        header = _read_header_by_pillow(data)
+    if header is None:
+        return None
+    height, width, colours = header
+    return (height, width) if colours in PLAIN and height * width <= MAX_PIXELS else None
+
+
+def _read_header(data: bytes) -> tuple[int, int, str] | None:
+    """Return height, width and colour space, None where simplejpeg is missing or cannot tell."""
+    if simplejpeg is None:
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:  # also for good images of unusual subsampling
+        return None
+    return height, width, colours
+
+
+def _read_header_by_pillow(data: bytes) -> tuple[int, int, str] | None:
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as opened:
-            return (opened.height, opened.width) if opened.mode in ("L", "RGB") else None
+            return opened.height, opened.width, opened.mode
     except Exception:  # whatever is wrong with it, `decode` says so
         return None
 
 
-def _plain_size(data: bytes) -> tuple[int, int] | None:
-    """Return (H, W) of a JPEG that simplejpeg turns into RGB as Pillow does: not CMYK, not huge, not broken."""
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    plain = colours in ("YCbCr", "Gray", "RGB") and height * width <= MAX_PIXELS
-    return (height, width) if plain else None
-
-
 def _by_simplejpeg(data: bytes, shrink: int) -> np.ndarray | None:
-    """Return (H, W, 3), or None where Pillow must decide."""
-    if simplejpeg is None or not data.startswith(b"\xff\xd8"):
+    """Return (H, W, 3), or None where Pillow must decide: not JPEG, CMYK, huge, or anything wrong with it."""
+    header = _read_header(data) if data.startswith(b"\xff\xd8") else None
+    if header is None:
         return None
-    size = _plain_size(data)
-    if size is None:
+    height, width, colours = header
+    if colours not in PLAIN or height * width > MAX_PIXELS:
         return None
     try:
         if shrink == 1:
             return simplejpeg.decode_jpeg(data, "RGB")
-        height, width = (-(-side // shrink) for side in size)
+        height, width = -(-height // shrink), -(-width // shrink)
         return simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, min_factor=shrink)
     except ValueError:  # it stops at faults that Pillow can overlook
         return None

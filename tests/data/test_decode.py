@@ -92,6 +92,20 @@ def test_sizes_are_read_from_the_header() -> None:
         assert jpeg_size(other) is None
 
 
+def test_headers_that_simplejpeg_cannot_tell_are_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as those of unusual subsampling: the size, and with it the view, must be the same on every machine."""
+    simplejpeg = pytest.importorskip("simplejpeg")
+    data = encode(noise(33, 17), "JPEG")
+    expected = by_pillow(data, 2)
+
+    def cannot_tell(data: bytes) -> None:
+        raise ValueError("Could not determine subsampling level of JPEG image")
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg_header", cannot_tell)
+    assert jpeg_size(data) == (33, 17)
+    np.testing.assert_array_equal(decode(data, 2).permute(1, 2, 0).numpy(), expected)
+
+
 @pytest.mark.usefixtures("decoder")
 def test_faults_that_pillow_overlooks_are_overlooked() -> None:
     """Damage in the entropy-coded data: some of it Pillow reads, and so do we, to the same pixels."""
@@ -116,8 +130,9 @@ def test_faults_that_pillow_overlooks_are_overlooked() -> None:
 
 @pytest.mark.usefixtures("decoder")
 def test_huge_images_are_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1700)
     monkeypatch.setattr(module, "MAX_PIXELS", 1000)
+    assert jpeg_size(encode(noise(40, 40), "JPEG")) is None
     with pytest.raises(DamagedImageError, match="DecompressionBomb"):
         decode(encode(noise(64, 64), "JPEG"))
 
