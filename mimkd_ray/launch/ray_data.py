@@ -88,12 +88,16 @@ def _answer(kind: type[Exception], message: str) -> dict[str, Any]:
 
 
 class Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere; by bytes, because images differ in size."""
+    """A bar on a terminal, a line every ten seconds elsewhere; by bytes, because images differ in size.
+
+    Speed is measured from the end of the first unit on: before it, Ray starts its processes.
+    """
 
     def __init__(self, title: str, total_bytes: int) -> None:
-        self.title, self.total_bytes = title, max(total_bytes, 1)
+        self.total_bytes = max(total_bytes, 1)
         self.rows = self.bytes = 0
-        self.started = self.shown = time.monotonic()
+        self.shown = time.monotonic()
+        self.first: tuple[float, int, int] | None = None  # when the first unit ended, its rows and bytes
         self.bar = tqdm(total=self.total_bytes, desc=title, unit="B", unit_scale=True) if sys.stderr.isatty() else None
         if self.bar is None:
             print(title, flush=True)
@@ -105,26 +109,31 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
         elif error[0] is None:
-            print(self.line(time.monotonic()), flush=True)
+            print(f"  {self.text(time.monotonic())}", flush=True)
 
     def add(self, done: Done) -> None:
         """Count a finished unit, and show it when it is time."""
         self.rows, self.bytes = self.rows + done.rows, self.bytes + done.bytes
         now = time.monotonic()
+        if self.first is None:
+            self.first = now, done.rows, done.bytes
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{self.rows / max(now - self.started, 1e-9):,.0f} images/s", refresh=False)
+            self.bar.set_postfix_str(self.text(now), refresh=False)
             self.bar.update(done.bytes)
         elif now - self.shown >= LINE_SECONDS:
             self.shown = now
-            print(self.line(now), flush=True)
+            print(f"  {self.text(now)}", flush=True)
 
-    def line(self, now: float) -> str:
-        """Return "12,000 images, 43 %, 850 images/s, 2 min left"."""
-        seconds = max(now - self.started, 1e-9)
-        left = seconds * (self.total_bytes - self.bytes) / max(self.bytes, 1)
-        share = 100 * self.bytes / self.total_bytes
+    def text(self, now: float) -> str:
+        """Return "12,000 images, 43 %, 850 images/s, 2 min left"; the speed once two units have ended."""
+        said = f"{self.rows:,} images, {100 * self.bytes / self.total_bytes:.0f} %"
+        first_ended, first_rows, first_bytes = self.first or (now, 0, 0)
+        seconds, size = now - first_ended, self.bytes - first_bytes
+        if seconds <= 0 or size <= 0:
+            return said
+        left = seconds * (self.total_bytes - self.bytes) / size
         time_left = f"{left / 60:,.0f} min left" if left >= 100 else f"{left:.0f} s left"
-        return f"  {self.rows:,} images, {share:.0f} %, {self.rows / seconds:,.0f} images/s, {time_left}"
+        return f"{said}, {(self.rows - first_rows) / seconds:,.0f} images/s, {time_left}"
 
 
 def connect(configured: str) -> bool:

@@ -142,19 +142,34 @@ def test_progress_says_how_much_and_how_long(
 ) -> None:
     now = 100.0
     monkeypatch.setattr(ray_data.time, "monotonic", lambda: now)
-    with ray_data.Progress("checking images", 1000) as progress:
-        for seconds, rows, size in ((4.0, 100, 100), (5.0, 100, 100), (3.0, 40, 50), (12.0, 1000, 750)):
+    with ray_data.Progress("checking images", 2000) as progress:
+        for seconds, rows, size in ((60.0, 100, 100), (5.0, 100, 100), (5.0, 40, 300), (40.0, 1000, 1500)):
             now += seconds
             progress.add(Done(rows, size))
     assert capsys.readouterr().out.splitlines() == [
         "checking images",
-        "  240 images, 25 %, 20 images/s, 36 s left",
-        "  1,240 images, 100 %, 52 images/s, 0 s left",
-        "  1,240 images, 100 %, 52 images/s, 0 s left",
+        "  100 images, 5 %",  # a minute, most of it Ray's
+        "  240 images, 25 %, 14 images/s, 38 s left",  # 140 images and 400 bytes in 10 s, 1500 bytes to go
+        "  1,240 images, 100 %, 23 images/s, 0 s left",
+        "  1,240 images, 100 %, 23 images/s, 0 s left",
     ]
-    progress = ray_data.Progress("x", 10_000)
-    progress.add(Done(10, 100))
-    assert progress.line(now + 10.0).endswith("10 images, 1 %, 1 images/s, 16 min left")
+    progress.total_bytes = 5000
+    assert progress.text(now).endswith("40 %, 23 images/s, 79 s left")
+    progress.total_bytes = 50_000
+    assert progress.text(now).endswith("4 %, 23 images/s, 21 min left")
+
+
+def test_progress_on_a_terminal_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with ray_data.Progress("checking images", 4000) as progress:
+        for _ in range(4):
+            time.sleep(0.12)  # a bar is drawn ten times a second at most
+            progress.add(Done(50, 1000))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    last = captured.err.split("\r")[-1]
+    assert last.startswith("checking images: 100%")
+    assert re.search(r"4\.00k/4\.00k .*200 images, 100 %, [34]\d\d images/s, 0 s left", last)
 
 
 @dataclass
