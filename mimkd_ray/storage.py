@@ -125,11 +125,15 @@ def size(url: str) -> int:
     return _remote(url, "look up", lambda fs, path: int(fs.info(path)["size"]))
 
 
-def read_bytes(url: str) -> bytes:
-    """Return the whole file. Raises FileNotFoundError."""
+def read_bytes(url: str, small: bool = False) -> bytes:
+    """Return the whole file. Raises FileNotFoundError.
+
+    `small` reads it in one request; by default S3 is asked for the size first, and large files come in parallel parts.
+    """
     if not is_remote(url):
         return _attempt(url, "read", lambda: local_path(url).read_bytes())
-    return _remote(url, "read", lambda fs, path: cast(bytes, fs.cat_file(path)))
+    options = {"max_concurrency": 1} if small and url.startswith(("s3://", "s3a://")) else {}
+    return _remote(url, "read", lambda fs, path: cast(bytes, fs.cat_file(path, **options)))
 
 
 def read_range(url: str, offset: int, length: int) -> bytes:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ class FolderSource:
         try:
             if storage.is_remote(self.root):
                 with ThreadPoolExecutor(THREADS) as pool:  # waiting, not work: many requests at a time
-                    return list(pool.map(storage.read_bytes, urls))
+                    return list(pool.map(partial(storage.read_bytes, small=True), urls))
             return [storage.read_bytes(url) for url in urls]
         except FileNotFoundError as error:
             raise DamagedDataError(

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from mimkd_ray.data.batches import DamageCounter, EvalBatches, Key, LaneBatch, TrainBatches
+from mimkd_ray.data.batches import Batches, DamageCounter, EvalBatches, Key, LaneBatch, TrainBatches
 from mimkd_ray.data.order import Order, view_number
 from mimkd_ray.data.read_ahead import Distance, ReadAhead, distance
 from mimkd_ray.data.source import Source
+from mimkd_ray.data.transport import Answers, Requests, make_slots
 from mimkd_ray.data.views import Transform, View
 from mimkd_ray.errors import UserError
 
@@ -44,6 +45,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 PREFETCH = 4  # finished batches that wait per loader process
+SPARE_SLOTS = 4  # batches that the training process has in hand
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "share period" in microseconds, or "max period"
 WORKERS_PER_CPU = 4  # more loader processes than this times the cores is taken for a typing error
 
 
@@ -77,7 +80,7 @@ def train_batches(
         lane_batch=order.lane_batch,
         local_workers=local_world_size(),
     )
-    return _run(TrainBatches(source, view), keys, workers, far, pin_memory)
+    return _run(TrainBatches(source, view), keys, order.lane_batch, workers, far, pin_memory)
 
 
 def eval_batches(
@@ -106,7 +109,7 @@ def eval_batches(
         for step, first in enumerate(range(start, stop, batch_size))
     ]
     far = distance(source, read_ahead, window=1, lanes=1, lane_batch=batch_size, local_workers=local_world_size())
-    return _run(EvalBatches(source, transform), keys, workers, far, pin_memory)
+    return _run(EvalBatches(source, transform), keys, batch_size, workers, far, pin_memory)
 
 
 def to_device(batches: Iterable[LaneBatch], device: torch.device) -> Iterator[LaneBatch]:
@@ -201,9 +204,8 @@ def check_loader_workers(loader_workers: int) -> None:
 def _cores() -> int:
     """Return the cores that this process may use: by its affinity and, in a container, by its share of time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        share, _, period = quota.read_text().strip().partition(" ")
+    if QUOTA.is_file():
+        share, _, period = QUOTA.read_text().strip().partition(" ")
         if share.isdecimal():
             cores = min(cores, max(1, int(share) // int(period)))
     return cores
@@ -236,35 +238,21 @@ class _PositionsOf:
 
 
 def _run(
-    dataset: TrainBatches | EvalBatches,
+    batches: Batches,
     keys: _TrainKeys | list[Key],
+    batch_size: int,
     loader_workers: int,
     far: Distance | None,
     pin_memory: bool,
 ) -> Iterator[LaneBatch]:
-    reader = ReadAhead(dataset.source, _PositionsOf(keys), far, loader_workers > 0) if far and len(keys) else None
-    try:
-        for number, batch in enumerate(_data_loader(dataset, keys, loader_workers, pin_memory), start=1):
-            if reader is not None:
-                reader.consumed(number)
-            if isinstance(batch, Exception):
-                raise batch
-            if isinstance(batch, str):
-                logger.warning("damaged image, left out: %s", batch)
-                continue
-            yield batch
-    finally:
-        if reader is not None:
-            reader.close()
-
-
-def _data_loader(
-    dataset: TrainBatches | EvalBatches, keys: _TrainKeys | list[Key], loader_workers: int, pin_memory: bool
-) -> Iterable[Any]:
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]  # any object with __getitem__ serves
+    if not len(keys):
+        return
+    reader = ReadAhead(batches.source, _PositionsOf(keys), far, loader_workers > 0) if far else None
+    slots = make_slots(batches, PREFETCH * loader_workers + SPARE_SLOTS, batch_size) if loader_workers else None
+    loader: DataLoader[Any] = DataLoader(
+        Answers(batches, slots),  # type: ignore[arg-type]  # any object with __getitem__ serves
         batch_size=None,
-        sampler=keys,
+        sampler=Requests(keys, slots),
         num_workers=loader_workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory and torch.accelerator.is_available(),
@@ -272,10 +260,24 @@ def _data_loader(
         prefetch_factor=PREFETCH if loader_workers else None,
         generator=torch.Generator(),  # its own: the loader's draw would move the training process's generator
     )
+    try:
+        for number, answer in enumerate(loader, start=1):
+            if reader is not None:
+                reader.consumed(number)
+            made = answer.open()
+            if isinstance(made, Exception):
+                raise made
+            if isinstance(made, str):
+                logger.warning("damaged image, left out: %s", made)
+                continue
+            yield made
+    finally:
+        if reader is not None:
+            reader.close()
 
 
-def _unchanged(batch: Any) -> Any:
-    return batch
+def _unchanged(answer: Any) -> Any:
+    return answer
 
 
 def _start_worker(worker: int) -> None:

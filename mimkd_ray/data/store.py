@@ -169,7 +169,7 @@ class BlockStore:
         return used
 
     def _prepare(self) -> None:
-        if self._ready:
+        if self._ready and self.folder.is_dir():  # cleaners of temporary folders come at any time
             return
         remedy = "choose another folder with --data.store, or none with --data.store-gb 0"
         try:

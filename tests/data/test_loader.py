@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,17 @@ import torch
 from image_sets import encode, images, parquet_set, pixels, write_parquet
 
 from mimkd_ray import storage
+from mimkd_ray.data import loader, transport
 from mimkd_ray.data.dataset import DataConfig, open_data
 from mimkd_ray.data.digits import DigitsSource
-from mimkd_ray.data.loader import DamageCounter, LaneBatch, eval_batches, train_batches
+from mimkd_ray.data.loader import (
+    DamageCounter,
+    LaneBatch,
+    eval_batches,
+    resolve_loader_workers,
+    to_device,
+    train_batches,
+)
 from mimkd_ray.data.order import Order, view_number
 from mimkd_ray.data.parquet import ParquetSource
 from mimkd_ray.data.source import Source
@@ -60,7 +70,7 @@ def test_batches_are_what_order_and_view_say(source: Source) -> None:
         assert batch.labels_B.tolist() == (positions % 3).tolist()
         assert batch.view == view_number(1, order.epoch_of(batch.step), 2)
         assert batch.images_BCHW.dtype == torch.uint8
-        assert batch.images_BCHW.is_contiguous()
+        assert batch.images_BCHW.is_contiguous(memory_format=torch.channels_last)
         assert batch.labels_B.dtype == batch.ids_B.dtype == torch.int64
         assert len(batch) == 4
         row = source.read([int(positions[2])])[0]
@@ -236,3 +246,119 @@ def test_pinning_reaches_every_tensor(source: Source, monkeypatch: pytest.Monkey
 def test_senseless_batch_size(source: Source) -> None:
     with pytest.raises(UserError, match="batch size 0"):
         eval_batches(source, CIFAR.eval, batch_size=0)
+
+
+def _count_slots(monkeypatch: pytest.MonkeyPatch) -> list[transport.Slots]:
+    made: list[transport.Slots] = []
+    make = transport.Slots
+
+    def remember(*arguments: int) -> transport.Slots:
+        made.append(make(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(transport, "Slots", remember)
+    return made
+
+
+def test_slots_are_used_again_when_batches_are_gone(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _count_slots(monkeypatch)
+    inline = _train(source, [0, 1, 2])
+    order = Order(source.blocks, 3, 4, seed=1, window=3)
+    batches = train_batches(
+        source,
+        order,
+        View(CIFAR.train, 5),
+        views=2,
+        lanes=[0, 1, 2],
+        start_step=0,
+        stop_step=8,
+        loader_workers=1,
+    )
+    places = set()
+    for expected in inline:
+        batch = next(batches)
+        places.add(batch.images_BCHW.data_ptr())
+        _assert_same([batch], [expected])
+        del batch
+    assert next(batches, None) is None
+    (slots,) = made
+    free = [slots.take() for _ in range(20)]
+    assert sorted(slot for slot in free if slot is not None) == list(range(8))
+    assert len(places) <= 8
+
+
+def test_collected_batches_keep_their_images(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _count_slots(monkeypatch)
+    collected = _train(source, [0, 1, 2], workers=1)
+    assert len(collected) == 24 > 8  # more than there are slots
+    _assert_same(collected, _train(source, [0, 1, 2]))
+    assert made[0].take() is None
+    views = [batch.images_BCHW[1:] for batch in collected]
+    copies = [view.clone() for view in views]
+    del collected
+    gc.collect()
+    _assert_same(_train(source, [0, 1, 2], workers=1), _train(source, [0, 1, 2]))
+    assert all(torch.equal(view, copy) for view, copy in zip(views, copies, strict=True))
+
+
+def test_batches_that_do_not_fit_travel_otherwise(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mimkd_ray.data.batches.TrainBatches.image_bytes", lambda self: 3)
+    made = _count_slots(monkeypatch)
+    _assert_same(_train(source, [0, 1], workers=2), _train(source, [0, 1]))
+    assert made[0].take() is not None  # none is lost
+
+
+def test_automatic_loader_workers(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_cores", lambda: 9)
+    assert resolve_loader_workers(-1, DigitsSource("val")) == 0
+    for local, expected in (("1", 9), ("2", 4), ("20", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        assert resolve_loader_workers(-1, source) == expected
+    assert resolve_loader_workers(1, source) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "none")
+    with pytest.raises(UserError, match="LOCAL_WORLD_SIZE is 'none'"):
+        resolve_loader_workers(-1, source)
+
+
+def test_cores_are_those_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    for text, expected in (("max 100000", 16), ("350000 100000", 3), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(text)
+        monkeypatch.setattr(loader, "QUOTA", tmp_path / "cpu.max")
+        assert loader._cores() == expected
+    monkeypatch.setattr(loader, "QUOTA", tmp_path / "none")
+    assert loader._cores() == 16
+
+
+def test_batches_are_moved_one_ahead(source: Source) -> None:
+    asked = []
+
+    def batches() -> Iterator[LaneBatch]:
+        for batch in _train(source, [0, 1], stop=2):
+            asked.append((batch.step, batch.lane))
+            yield batch
+        raise DamagedDataError("the fifth")
+
+    moved = to_device(batches(), torch.device("meta"))
+    for count in range(1, 5):
+        batch = next(moved)
+        assert (batch.step, batch.lane) == asked[count - 1]
+        assert {t.device.type for t in (batch.images_BCHW, batch.labels_B, batch.ids_B)} == {"meta"}
+        assert len(asked) == min(4, count + 1)
+    with pytest.raises(DamagedDataError, match="the fifth"):
+        next(moved)
+
+
+def test_on_the_cpu_batches_are_handed_through(source: Source) -> None:
+    batches = _train(source, [0], stop=3)
+    assert [a is b for a, b in zip(to_device(batches, torch.device("cpu")), batches, strict=True)] == [True] * 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_on_cuda(source: Source, workers: int) -> None:
+    batches = _train(source, [0, 1], workers)
+    for moved, expected in zip(to_device(iter(batches), torch.device("cuda")), batches, strict=True):
+        assert moved.images_BCHW.is_cuda
+        assert torch.equal(moved.images_BCHW.cpu(), expected.images_BCHW)
+        assert torch.equal(moved.ids_B.cpu(), expected.ids_B)

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from image_sets import folder_set, parquet_set
+import torch
+from image_sets import folder_set, parquet_set, prepared_set
 
 from mimkd_ray import storage
+from mimkd_ray.data import store
 from mimkd_ray.data.dataset import DataConfig, open_data
-from mimkd_ray.data.loader import eval_batches
-from mimkd_ray.data.views import FitSize
-from mimkd_ray.errors import UserError
+from mimkd_ray.data.loader import eval_batches, train_batches
+from mimkd_ray.data.order import Order
+from mimkd_ray.data.views import FitSize, View
+from mimkd_ray.errors import DamagedDataError, UserError
 
 
 def test_storage_functions(bucket: str, tmp_path: Path) -> None:
@@ -88,12 +91,18 @@ def test_read_after_fork(bucket: str) -> None:
     assert storage.read_bytes(f"{bucket}/x") == b"shared"
 
 
-@pytest.mark.parametrize("layout", ["parquet", "folders"])
-def test_data_set(bucket: str, tmp_path: Path, layout: str) -> None:
-    make = parquet_set if layout == "parquet" else folder_set
-    local = make(tmp_path / "set")
+LAYOUTS = {"parquet": parquet_set, "folders": folder_set, "prepared": prepared_set}
+
+
+def _upload(local: Path, url: str) -> None:
     for path in sorted(p for p in local.rglob("*") if p.is_file()):
-        storage.upload(path, storage.join(bucket, "set", str(path.relative_to(local))))
+        storage.upload(path, storage.join(url, str(path.relative_to(local))))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_data_set(bucket: str, tmp_path: Path, layout: str) -> None:
+    local = LAYOUTS[layout](tmp_path / "set")
+    _upload(local, f"{bucket}/set")
     there = open_data(DataConfig(root=f"{bucket}/set"))
     here = open_data(DataConfig(root=str(local)))
     assert there.digest == here.digest
@@ -103,3 +112,54 @@ def test_data_set(bucket: str, tmp_path: Path, layout: str) -> None:
     # Loader processes are forked from a process that has talked to the store.
     batches = list(eval_batches(there.val, FitSize(8), batch_size=4, loader_workers=2))
     assert sum(len(b) for b in batches) == here.val.num_rows
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_reads_each_block_once(
+    bucket: str, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _upload(LAYOUTS[layout](tmp_path / "set"), f"{bucket}/set")
+    data = open_data(DataConfig(root=f"{bucket}/set"))
+    order = Order(data.train.blocks, 2, 3, seed=1, window=2)
+    options: dict[str, Any] = {"views": 1, "lanes": [0, 1], "start_step": 0, "stop_step": 12}
+    there = list(train_batches(data.train, order, View(FitSize(8), 1), loader_workers=2, **options))
+    assert len(there) == 24
+    # From here on the blocks are in this node's store: no request is made any more.
+    monkeypatch.setattr(store, "_tables", store._Tables())
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    again = list(train_batches(data.train, order, View(FitSize(8), 1), loader_workers=0, **options))
+    for a, b in zip(there, again, strict=True):
+        assert torch.equal(a.ids_B, b.ids_B)
+        assert torch.equal(a.images_BCHW, b.images_BCHW)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_object_that_goes_away(bucket: str, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _upload(LAYOUTS[layout](tmp_path / "set"), f"{bucket}/set")
+    train = open_data(DataConfig(root=f"{bucket}/set")).train
+    first = train.read([0])[0].name if layout == "folders" else storage.list_files(f"{bucket}/set", ".parquet")[0]
+    storage.remove_tree(first)
+    monkeypatch.setattr(store, "_tables", store._Tables())
+    storage.remove_tree(str(store.default_folder()))
+    with pytest.raises(DamagedDataError, match=f"{first} is gone"):
+        train.read([0])
+
+
+def test_an_object_that_is_written_again_is_read_again(bucket: str, tmp_path: Path) -> None:
+    _upload(folder_set(tmp_path / "set"), f"{bucket}/set")
+    row = open_data(DataConfig(root=f"{bucket}/set")).train.read([0])[0]
+    storage.write_bytes(row.name, b"x" * len(row.image))
+    assert open_data(DataConfig(root=f"{bucket}/set")).train.read([0])[0].image == b"x" * len(row.image)
+
+
+def test_a_damaged_object_is_not_trained_on(bucket: str, tmp_path: Path) -> None:
+    root = prepared_set(tmp_path / "set")
+    _upload(root, f"{bucket}/set")
+    shard = "train-00000-of-00003.parquet"
+    data = bytearray((root / shard).read_bytes())
+    data[20] ^= 1
+    storage.write_bytes(f"{bucket}/set/{shard}", bytes(data))
+    train = open_data(DataConfig(root=f"{bucket}/set")).train
+    with pytest.raises(DamagedDataError, match=rf"{shard}: row group 0 is damaged"):
+        train.read([0])
+    assert train.read([5])[0].id == 5

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,15 @@ def test_a_folder_of_others_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
         BlockStore(tmp_path / "file" / "x").get("a", _never)
+
+
+def test_a_folder_that_is_cleaned_away_is_made_again(store: BlockStore) -> None:
+    store.get("a", lambda: _table(1))
+    shutil.rmtree(store.folder)
+    assert store.get("a", lambda: _table(2)).equals(_table(2))
+    shutil.rmtree(store.folder)
+    assert store.fetch("a", lambda: _table(2))
+    assert store.get("a", _never).equals(_table(2))
 
 
 def test_the_default_folder_is_this_users() -> None:
