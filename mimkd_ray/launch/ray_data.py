@@ -94,11 +94,12 @@ class Progress:
     """
 
     def __init__(self, title: str, total_bytes: int) -> None:
-        self.total_bytes = max(total_bytes, 1)
+        self.title, self.total_bytes = title, max(total_bytes, 1)
         self.rows = self.bytes = 0
         self.shown = time.monotonic()
         self.first: tuple[float, int, int] | None = None  # when the first unit ended, its rows and bytes
-        self.bar = tqdm(total=self.total_bytes, desc=title, unit="B", unit_scale=True) if sys.stderr.isatty() else None
+        shows = sys.stderr.isatty()
+        self.bar = tqdm(total=self.total_bytes, desc=title, bar_format="{desc} |{bar}|") if shows else None
         if self.bar is None:
             print(title, flush=True)
 
@@ -118,7 +119,7 @@ class Progress:
         if self.first is None:
             self.first = now, done.rows, done.bytes
         if self.bar is not None:
-            self.bar.set_postfix_str(self.text(now), refresh=False)
+            self.bar.set_description_str(f"{self.title}: {self.text(now)}", refresh=False)
             self.bar.update(done.bytes)
         elif now - self.shown >= LINE_SECONDS:
             self.shown = now
