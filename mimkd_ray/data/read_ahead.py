@@ -17,6 +17,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 FETCHES = 8  # in flight at a time: at 30 ms a request, 260 requests a second
 LEAST_AHEAD = 8  # blocks per lane, for windows smaller than that
 FULL_AHEAD = 4  # batches per lane, for an order without windows: each of their rows may be in another block
+LEAST_BATCHES = 64  # that it may look at ahead of the loop
 POLL_S = 0.01  # between two looks at what the loop has consumed
 PARENT_POLL_S = 0.5  # between two looks at whether the training process lives
 
@@ -101,6 +103,10 @@ def _in_process(source: Source, batches: Iterable[np.ndarray], far: Distance, co
     _walk(source, batches, far, consumed, _sleep)
 
 
+def _reached(consumed: Any, batches: float) -> bool:
+    return consumed.value >= batches
+
+
 def _sleep(seconds: float) -> bool:
     time.sleep(seconds)
     return False
@@ -122,23 +128,32 @@ def _walk(
             # The decoder that needs the block meets the same error, and its batch names it.
             logger.debug("reading ahead, block %d: %s", block, error)
 
-    def may_go_on() -> bool:
-        """Wait for the loop to come near enough; say whether there is anything left to do."""
+    def may_go_on(near: Callable[[], bool]) -> bool:
+        """Wait until the loop has come near; say whether there is anything left to do."""
         while not full.is_set():
-            while pending and pending[0] < consumed.value:
-                pending.popleft()
-            near = len(pending) < far.ahead
-            if wait(0 if near else POLL_S):
+            is_near = near()
+            if wait(0 if is_near else POLL_S):
                 return False
-            if near:
+            if is_near:
                 return True
         return False
 
+    def few_blocks() -> bool:
+        while pending and pending[0] < consumed.value:
+            pending.popleft()
+        return len(pending) < far.ahead
+
     pool = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
+    rows = (far.ahead + far.in_use) * source.blocks.num_rows / max(1, source.blocks.num_blocks)
     for number, positions in enumerate(batches):
+        # Where all blocks are known already, it is batches that must not run away.
+        most = number - max(LEAST_BATCHES, 2 * rows / len(positions))
+        if not may_go_on(partial(_reached, consumed, most)):
+            pool.shutdown(wait=False, cancel_futures=True)
+            return
         for block in dict.fromkeys(source.blocks.locate(positions)[0].tolist()):
             if block not in known:
-                if not may_go_on():
+                if not may_go_on(few_blocks):
                     pool.shutdown(wait=False, cancel_futures=True)
                     return
                 pending.append(number)

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,25 @@ def test_a_block_in_use_is_not_fetched_again() -> None:
     reader.consumed(11)
     _until(lambda: len(source.fetched) == 4)
     assert source.fetched == [0, 1, 2, 3]
+
+
+def test_where_all_blocks_are_known_batches_do_not_run_away() -> None:
+    source, seen = Recorder(2), []
+
+    def batches() -> Iterator[np.ndarray]:
+        for number in range(10**6):
+            seen.append(number)
+            yield np.array([0, 1, 15])
+
+    reader = ReadAhead(source, batches(), Distance(2, 2), own_process=False)  # type: ignore[arg-type]
+    for consumed in (0, 100):
+        reader.consumed(consumed)
+        _until(lambda consumed=consumed: len(seen) > consumed + 60)
+        time.sleep(0.05)
+        assert len(seen) <= consumed + 70
+    reader.close()
+    _until(lambda: "read-ahead" not in [thread.name for thread in threading.enumerate()])
+    assert sorted(source.fetched) == [0, 1]
 
 
 def test_closing_ends_it() -> None:
