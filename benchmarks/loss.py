@@ -282,7 +282,7 @@ def memory(device: torch.device, batch: int = 256, locations: int = 196, width: 
     ours = peak_extra_bytes(run, device) / inputs
     by_chunks = mimkd._by_chunks
     try:
-        mimkd._by_chunks = lambda score, teacher_LBd, student_LBd, pair_width: score(teacher_LBd, student_LBd)
+        mimkd._by_chunks = lambda score, teacher_LKd, student_LBd, pair_width: score(teacher_LKd, student_LBd)
         naive = peak_extra_bytes(run, device) / inputs
     finally:
         mimkd._by_chunks = by_chunks

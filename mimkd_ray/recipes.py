@@ -62,7 +62,6 @@ def _imagenet(name: str, teacher: str, student: str, expect_top1: float) -> Conf
             mean=IMAGENET_MEAN,
             std=IMAGENET_STD,
             window=64,
-            loader_workers=8,
         ),
         teacher=TeacherConfig(name=teacher, weights="published", expect_top1=expect_top1, tolerance=0.5),
         student=ModelConfig(name=student),

@@ -31,7 +31,7 @@ def absolute(config: Config) -> Config:
 
     return replace(
         config,
-        data=replace(config.data, root=full(config.data.root, "digits")),
+        data=replace(config.data, root=full(config.data.root, "digits"), store=full(config.data.store, "")),
         teacher=replace(config.teacher, weights=full(config.teacher.weights, "random", "published")),
         student=replace(config.student, weights=full(config.student.weights, "random", "published")),
         run=replace(config.run, root=full(config.run.root)),

@@ -69,8 +69,8 @@ def plan_taps(loss: LossConfig, teacher: nn.Module, student: nn.Module, image_si
 
 def make_order(config: Config, train: Source) -> Order:
     """The order of the training rows: what each step and lane sees. Raises UserError if there are too few."""
-    window = 0 if config.data.window == "full" else config.data.window
-    return Order(train.blocks, config.train.lanes, config.train.lane_batch, config.train.seed, window)
+    own = config.train
+    return Order(train.blocks, own.lanes, own.lane_batch, own.seed, config.data.window_blocks)
 
 
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:

@@ -30,12 +30,17 @@ FOLDER = "checkpoints"
 
 
 class Writer:
-    """Commits the states of one run, one after the other. Memory: one copy of the state, and its serialised form."""
+    """Commits the states of one run, one after the other.
+
+    Memory: one copy of the state, kept for the next save (fresh memory takes several times as long to fill), and while
+    it is written its serialised form.
+    """
 
     def __init__(self, run_dir: str, keep: int, before: Callable[[], None]) -> None:
         """``before`` is called ahead of each commit, in the thread: what belongs to the state must not be missing."""
         self.run_dir, self.keep, self.before = run_dir, keep, before
         self.stalls: list[float] = []  # seconds that training waited, by save
+        self._copied: Any = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -43,7 +48,7 @@ class Writer:
         """Copy ``state`` and commit it in the background. Raises what the save before ran into."""
         began = time.perf_counter()
         self.wait()
-        copied = _copy(state)
+        copied = self._copied = _copy(state, self._copied)
         self.stalls.append(time.perf_counter() - began)
 
         def commit() -> None:
@@ -66,15 +71,21 @@ class Writer:
             raise error
 
 
-def _copy(value: Any) -> Any:
-    """The same structure with tensors copied to the CPU: training changes the originals in place meanwhile."""
+def _copy(value: Any, earlier: Any) -> Any:
+    """The same structure with tensors copied to the CPU: training changes the originals in place meanwhile.
+
+    ``earlier`` is the copy before this one, whose tensors are used again where they fit.
+    """
     if isinstance(value, Tensor):
-        copied = value.detach().to("cpu")
-        return copied.clone() if copied.data_ptr() == value.data_ptr() else copied
+        if isinstance(earlier, Tensor) and (earlier.shape, earlier.dtype) == (value.shape, value.dtype):
+            return earlier.copy_(value.detach())
+        return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
+        old = earlier if isinstance(earlier, dict) else {}
+        return {key: _copy(item, old.get(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_copy(item) for item in value)
+        old_items = earlier if isinstance(earlier, list | tuple) and len(earlier) == len(value) else [None] * len(value)
+        return type(value)(_copy(item, old) for item, old in zip(value, old_items, strict=True))
     return value
 
 
@@ -92,28 +103,24 @@ def save(run_dir: str, step: int, state: dict[str, Any], keep: int) -> str:
     return folder
 
 
-def newest(run_dir: str) -> str | None:
-    """URL of the newest committed and undamaged checkpoint of the run, or None. Reads it whole."""
+def newest(run_dir: str) -> tuple[str, bytes] | None:
+    """URL and content of the newest committed and undamaged checkpoint of the run, or None."""
     for folder in reversed(_folders(run_dir)):
         if storage.exists(storage.join(folder, MARKER)):  # else a kill came before the marker: it was never one
             try:
-                _read(folder)
+                return folder, read(folder)
             except DamagedDataError as error:
                 logger.warning("%s; trying an older one", error)
-                continue
-            return folder
     return None
 
 
-def load(folder: str, device: torch.device) -> dict[str, Any]:
-    """The state of a committed checkpoint. Tensors only: ``weights_only`` refuses pickled code.
-
-    Raises DamagedDataError if it does not match its digest.
-    """
-    return torch.load(io.BytesIO(_read(folder)), map_location=device, weights_only=True)
+def parse(data: bytes, device: torch.device) -> dict[str, Any]:
+    """The state in a checkpoint's content. Tensors only: ``weights_only`` refuses pickled code."""
+    return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
 
 
-def _read(folder: str) -> bytes:
+def read(folder: str) -> bytes:
+    """The content of a committed checkpoint. Raises DamagedDataError if it does not match its digest."""
     marker = json.loads(storage.read_bytes(storage.join(folder, MARKER)))
     data = storage.read_bytes(storage.join(folder, STATE))
     if hashlib.sha256(data).hexdigest() != marker["sha256"]:

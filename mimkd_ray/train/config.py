@@ -198,7 +198,10 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 
 _SECTIONS_NOT_IN_DIGEST = ("recipe", "run", "launch")
-_NOT_IN_DIGEST = {"train": ("log_every", "eval_every", "eval_batch"), "data": ("loader_workers",)}
+_NOT_IN_DIGEST = {
+    "train": ("log_every", "eval_every", "eval_batch"),
+    "data": ("loader_workers", "read_ahead", "store", "store_gb"),
+}
 """What may change between two starts of the same run: where it writes, who runs it, how often it looks."""
 
 

@@ -22,7 +22,7 @@ from mimkd_ray.train.teacher import Teacher
 class Lane(NamedTuple):
     """One lane of one step, ready for the student."""
 
-    index: int
+    number: int
     view: int
     images_BCHW: Tensor  # normalised, on the device
     labels_B: Tensor  # class numbers, or (B, classes) probabilities of mixed images
@@ -31,7 +31,7 @@ class Lane(NamedTuple):
 
 
 class Feed:
-    """Brings lanes to the device, finishes their views there, mixes them, and runs the teacher on them.
+    """Finishes the views of lanes on the device, mixes them, and runs the teacher on them.
 
     One lane is held at a time. With ``negatives=step`` all of this worker's lanes are, because their teacher vectors go
     to the other workers before the first lane is trained on.
@@ -62,10 +62,8 @@ class Feed:
         self.waited += time.perf_counter() - asked
         assert (batch.step, batch.lane) == (step, lane), f"step {step} lane {lane} got {batch.step} {batch.lane}"
         self.damage.add(batch)
-        config, device = self.config, self.normalize.device
-        images = batch.images_BCHW.to(device, non_blocking=True)
-        labels_B = batch.labels_B.to(device, non_blocking=True)
-        ids_B = batch.ids_B.to(device, non_blocking=True)
+        config = self.config
+        images, labels_B, ids_B = batch.images_BCHW, batch.labels_B, batch.ids_B
         if self.batch_view is not None:
             images = self.batch_view(images, ids_B, batch.view, config.train.seed)
         images = self.normalize(images)
@@ -85,7 +83,7 @@ class Feed:
         ids_LB = gather_lanes(torch.stack([lane.ids_B for lane in mine]), lanes)
         ready = []
         for lane, own in zip(mine, features, strict=True):
-            rest = [other for other in range(lanes) if other != lane.index]
+            rest = [other for other in range(lanes) if other != lane.number]
             others = Others({tap: v[rest].flatten(0, 1) for tap, v in vectors_LBC.items()}, ids_LB[rest].flatten())
             ready.append(lane._replace(teacher=own._replace(others=others)))
         return ready

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mimkd_ray.data.dataset import Data
-from mimkd_ray.data.loader import DamageCounter, LaneBatch, eval_batches, train_batches
+from mimkd_ray.data.loader import DamageCounter, LaneBatch, eval_batches, to_device, train_batches
 from mimkd_ray.data.views import View, make_pipeline
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.taps import TappedModel
@@ -98,8 +98,8 @@ class Session:
             self.teacher.tapped.compile()
 
     def batches(self, start_step: int) -> Iterator[LaneBatch]:
-        """This worker's lanes of all remaining steps."""
-        return train_batches(
+        """This worker's lanes of all remaining steps, on the device ahead of need."""
+        batches = train_batches(
             self.data.train,
             self.order,
             View(self.pipeline.train, self.config.train.seed),
@@ -108,8 +108,10 @@ class Session:
             start_step=start_step,
             stop_step=self.total_steps,
             loader_workers=self.config.data.loader_workers,
+            read_ahead=self.config.data.read_ahead,
             pin_memory=self.context.device.type == "cuda",
         )
+        return to_device(batches, self.context.device)
 
     def step(self, step: int, batches: Iterator[LaneBatch]) -> StepRecord:
         """One optimiser step over this worker's lanes."""
@@ -123,8 +125,8 @@ class Session:
         ids: list[Tensor] = []
         weight = self.context.world_size / config.train.lanes
         for lane in self.feed.step(step, self.my_lanes, batches):
-            seed_lane(config.train.seed, step, lane.index)
-            last = lane.index == self.my_lanes[-1]
+            seed_lane(config.train.seed, step, lane.number)
+            last = lane.number == self.my_lanes[-1]
             logs.append(
                 backward_lane(self.model, lane.images_BCHW, lane.labels_B, lane.ids_B, lane.teacher, weight, last)
             )
@@ -218,10 +220,11 @@ class Session:
     def resume(self, run_dir: str) -> int:
         """Load the newest checkpoint of the run, if any. Returns the step to go on from (0 at the start)."""
         # The first worker chooses: a straggler of an earlier start may commit another one meanwhile.
-        folder = share_from_first(checkpoint.newest(run_dir) if self.context.rank == 0 else None)
+        found = checkpoint.newest(run_dir) if self.context.rank == 0 else None
+        folder = share_from_first(found[0] if found else None)
         if folder is None:
             return 0
-        state = checkpoint.load(folder, self.context.device)
+        state = checkpoint.parse(found[1] if found else checkpoint.read(folder), self.context.device)
         changed = differences(state["config"], training_dict(self.config))
         if state["data"] != self.data.digest:
             changed.append(f"the data set's digest: {state['data'][:12]} -> {self.data.digest[:12]}")

@@ -19,8 +19,8 @@ def _save(run: Path, step: int, keep: int = 10) -> Path:
 
 
 def _load_newest(run: Path) -> dict[str, Any] | None:
-    folder = checkpoint.newest(str(run))
-    return None if folder is None else checkpoint.load(folder, CPU)
+    found = checkpoint.newest(str(run))
+    return None if found is None else checkpoint.parse(found[1], CPU)
 
 
 def _steps(run: Path) -> list[int]:

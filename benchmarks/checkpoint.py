@@ -1,0 +1,88 @@
+"""What a checkpoint costs training, and a resume, and what both consist of: ResNet-18 with critics and momentum.
+
+A save stalls the step while statistics are collected and the state is copied; serialising, hashing and writing happen
+in the background. The same state saved in the foreground is the baseline. A resume finds the newest checkpoint, reads
+and checks it, and loads it into the networks and the optimiser. The folder is local unless --root names a
+URL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import torch
+from report import finish, parser, table
+from sessions import batches, make_session
+
+from mimkd_ray import storage
+from mimkd_ray.train import checkpoint
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, and what was returned."""
+    began = time.perf_counter()
+    value = call()
+    return time.perf_counter() - began, value
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=int, default=7, help="saves and resumes")
+    options.add_argument("--root", default="", help="folder or URL; unset: a temporary folder")
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    session = make_session("resnet34", "resnet18", 2, 4, 64, device)
+    feed = batches(session)
+    parts: dict[str, list[float]] = {}
+
+    def note(part: str, call: Callable[[], Any]) -> Any:
+        seconds, value = timed(call)
+        parts.setdefault(part, []).append(seconds)
+        return value
+
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+        root = args.root or folder
+        writer = checkpoint.Writer(root, 2, lambda: None)
+        for step in range(args.rounds):
+            session.step(step, islice(feed, 2))  # momentum is there from the first step on
+            note("stall", lambda step=step: session.save(step + 1, writer))
+            note("in the background", writer.wait)
+            statistics_of_ranks = [session.norms.flat().cpu()]
+            state = session.state(step + 1, statistics_of_ranks)
+            buffer = io.BytesIO()
+            note("of it: serialise", lambda state=state, buffer=buffer: torch.save(state, buffer))
+            data = buffer.getvalue()
+            note("of it: hash", lambda data=data: hashlib.sha256(data).hexdigest())
+            note("of it: write", lambda data=data: storage.write_bytes(storage.join(root, "probe"), data))
+            note("in the foreground", lambda state=state, step=step: checkpoint.save(root, step + 1, state, 2))
+            note("resume", lambda: session.resume(root))
+            found = note("of it: find, read, check", lambda: checkpoint.newest(root))
+            parsed = note("of it: parse", lambda found=found: checkpoint.parse(found[1], device))
+            note(
+                "of it: load the networks", lambda parsed=parsed: session.distiller.load_state_dict(parsed["distiller"])
+            )
+    middle = {part: statistics.median(seconds) for part, seconds in parts.items()}
+    megabytes = len(data) / 1e6
+    print(f"state of {megabytes:.0f} MB, {'local folder' if not args.root else args.root.split(':')[0]}")
+    print(table(["ms", "median"], [[part, 1e3 * seconds] for part, seconds in middle.items()]))
+    figures = {
+        "megabytes": megabytes,
+        "stall_ms": 1e3 * middle["stall"],
+        "foreground_ms": 1e3 * middle["in the foreground"],
+        "stall_over_foreground": middle["stall"] / middle["in the foreground"],
+        "resume_ms": 1e3 * middle["resume"],
+    }
+    return finish("checkpoint", figures, {"stall_over_foreground": ("<=", 0.5)}, args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
