@@ -30,7 +30,7 @@ FETCHES = 8  # in flight at a time: at 30 ms a request, 260 requests a second
 LEAST_AHEAD = 8  # blocks per lane, for windows smaller than that
 FULL_AHEAD = 4  # batches per lane, for an order without windows: each of their rows may be in another block
 LEAST_BATCHES = 64  # that it may look at ahead of the loop
-POLL_S = 0.01  # between two looks at what the loop has consumed
+POLL_S = 0.03  # between two looks at what the loop has consumed
 PARENT_POLL_S = 0.5  # between two looks at whether the training process lives
 
 
