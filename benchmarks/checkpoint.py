@@ -26,13 +26,6 @@ from mimkd_ray import storage
 from mimkd_ray.train import checkpoint
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what was returned."""
-    began = time.perf_counter()
-    value = call()
-    return time.perf_counter() - began, value
-
-
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("--rounds", type=int, default=7, help="saves and resumes")
@@ -44,32 +37,31 @@ def main() -> int:
     feed = batches(session)
     parts: dict[str, list[float]] = {}
 
-    def note(part: str, call: Callable[[], Any]) -> Any:
-        seconds, value = timed(call)
-        parts.setdefault(part, []).append(seconds)
-        return value
+    def note(part: str, call: Callable[..., Any], *values: Any) -> Any:
+        """Call it, and keep how long it took."""
+        began = time.perf_counter()
+        answer = call(*values)
+        parts.setdefault(part, []).append(time.perf_counter() - began)
+        return answer
 
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         root = args.root or folder
         writer = checkpoint.Writer(root, 2, lambda: None)
         for step in range(args.rounds):
             session.step(step, islice(feed, 2))  # momentum is there from the first step on
-            note("stall", lambda step=step: session.save(step + 1, writer))
+            note("stall", session.save, step + 1, writer)
             note("in the background", writer.wait)
-            statistics_of_ranks = [session.norms.flat().cpu()]
-            state = session.state(step + 1, statistics_of_ranks)
+            state = session.state(step + 1, [session.norms.flat().cpu()])
             buffer = io.BytesIO()
-            note("of it: serialise", lambda state=state, buffer=buffer: torch.save(state, buffer))
+            note("of it: serialise", torch.save, state, buffer)
             data = buffer.getvalue()
-            note("of it: hash", lambda data=data: hashlib.sha256(data).hexdigest())
-            note("of it: write", lambda data=data: storage.write_bytes(storage.join(root, "probe"), data))
-            note("in the foreground", lambda state=state, step=step: checkpoint.save(root, step + 1, state, 2))
-            note("resume", lambda: session.resume(root))
-            found = note("of it: find, read, check", lambda: checkpoint.newest(root))
-            parsed = note("of it: parse", lambda found=found: checkpoint.parse(found[1], device))
-            note(
-                "of it: load the networks", lambda parsed=parsed: session.distiller.load_state_dict(parsed["distiller"])
-            )
+            note("of it: hash", lambda data: hashlib.sha256(data).hexdigest(), data)
+            note("of it: write", storage.write_bytes, storage.join(root, "probe"), data)
+            note("in the foreground", checkpoint.save, root, step + 1, state, 2)
+            note("resume", session.resume, root)
+            _, found = note("of it: find, read, check", checkpoint.newest, root)
+            parsed = note("of it: parse", checkpoint.parse, found, device)
+            note("of it: load the networks", session.distiller.load_state_dict, parsed["distiller"])
     middle = {part: statistics.median(seconds) for part, seconds in parts.items()}
     megabytes = len(data) / 1e6
     print(f"state of {megabytes:.0f} MB, {'local folder' if not args.root else args.root.split(':')[0]}")

@@ -13,12 +13,14 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from mimkd_ray import storage
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError, nearest
 from mimkd_ray.train.config import Config, from_dict, to_dict
 
 Recipe = Callable[[], Config]
+T = TypeVar("T")
 
 
 def main(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str] | None = None) -> int:
@@ -32,17 +34,18 @@ def main(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str] | None
 
         run(config)
     except UserError as error:
-        return _fail(f"{program}: {error}", 2)
+        return fail(f"{program}: {error}", 2)
     except (DamagedDataError, NonFiniteLossError, storage.StorageError) as error:
-        return _fail(f"{program}: {error}", 1)
+        return fail(f"{program}: {error}", 1)
     except Interrupted as error:
-        return _fail(f"{program}: {error}; the same command goes on from there", 3)
+        return fail(f"{program}: {error}; the same command goes on from there", 3)
     except KeyboardInterrupt:
-        return _fail(f"{program}: interrupted; the same command goes on from the last checkpoint", 130)
+        return fail(f"{program}: interrupted; the same command goes on from the last checkpoint", 130)
     return 0
 
 
-def _fail(text: str, status: int) -> int:
+def fail(text: str, status: int) -> int:
+    """Print an error as one line on standard error; return the exit status."""
     print(" ".join(text.split()), file=sys.stderr, flush=True)
     return status
 
@@ -88,17 +91,24 @@ def override(base: Config, arguments: list[str], usage: str, recipes: Mapping[st
 
     # tyro spells truth values True and False; people type true and false.
     arguments = [{"true": "True", "false": "False"}.get(argument, argument) for argument in arguments]
+    return from_flags(
+        Config,
+        arguments,
+        prog=usage,
+        description=_describe(recipes),
+        default=base,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def from_flags(kind: type[T], arguments: Sequence[str], **options: Any) -> T | None:
+    """A dataclass from a command line, with tyro's ``options``; None after --help. Bad flags are a UserError."""
+    import tyro
+
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                Config,
-                prog=usage,
-                description=_describe(recipes),
-                default=base,
-                args=arguments,
-                config=(tyro.conf.FlagConversionOff,),
-            )
+            return tyro.cli(kind, args=list(arguments), **options)
     except SystemExit as stop:
         if not stop.code:
             return None

@@ -5,8 +5,6 @@ Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted. Errors are 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,36 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the job for a command line; return the exit status."""
     program = sys.argv[0]
     try:
-        job = parse(sys.argv[1:] if argv is None else argv, program)
+        job = cli.from_flags(PrepareJob, sys.argv[1:] if argv is None else argv, prog=program)
         if job is None:
             return 0
         print(summary(prepare_with_ray(job), job.target), flush=True)
     except UserError as error:
-        return _fail(f"{program}: {error}", 2)
+        return cli.fail(f"{program}: {error}", 2)
     except (DamagedDataError, storage.StorageError) as error:
-        return _fail(f"{program}: {error}", 1)
+        return cli.fail(f"{program}: {error}", 1)
     except KeyboardInterrupt:
-        return _fail(f"{program}: interrupted; the same command goes on from what is finished", 130)
+        return cli.fail(f"{program}: interrupted; the same command goes on from what is finished", 130)
     return 0
-
-
-def _fail(text: str, status: int) -> int:
-    print(" ".join(text.split()), file=sys.stderr, flush=True)
-    return status
-
-
-def parse(arguments: Sequence[str], program: str) -> PrepareJob | None:
-    """Return the job that a command line asks for; None after --help."""
-    import tyro
-
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(PrepareJob, prog=program, args=list(arguments))
-    except SystemExit as stop:
-        if not stop.code:
-            return None
-        raise UserError(cli._one_line(errors.getvalue())) from None
 
 
 def prepare_with_ray(job: PrepareJob) -> Manifest:
@@ -77,9 +56,10 @@ def prepare_with_ray(job: PrepareJob) -> Manifest:
     def run(units: Sequence[Unit], title: str) -> Iterator[Done]:
         environment.prepare(job.address)
         from mimkd_ray.launch import ray_data  # Ray takes seconds to import, and reads its environment then
+        from mimkd_ray.launch.cluster import connect
 
         if not own:
-            own.append(ray_data.connect(job.address))
+            own.append(connect(job.address, "--address", log_to_driver=False))
         return ray_data.run_units(units, title, job.workers)
 
     try:

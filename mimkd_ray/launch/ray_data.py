@@ -15,7 +15,6 @@ from tqdm import tqdm
 from mimkd_ray import storage
 from mimkd_ray.data.prepare_units import Done
 from mimkd_ray.errors import DamagedDataError, UserError
-from mimkd_ray.launch.environment import cluster_address
 
 RETRY_WAITS_S = (5.0, 20.0, 60.0)
 """Pauses before a unit is done again whose storage failed for longer than storage.py tries."""
@@ -135,19 +134,3 @@ class Progress:
         left = seconds * (self.total_bytes - self.bytes) / size
         time_left = f"{left / 60:,.0f} min left" if left >= 100 else f"{left:.0f} s left"
         return f"{said}, {(self.rows - first_rows) / seconds:,.0f} images/s, {time_left}"
-
-
-def connect(configured: str) -> bool:
-    """Join the cluster that is named, or start a Ray of our own. Returns whether it is our own."""
-    address = cluster_address(configured)
-    if not address:
-        ray.init(address="local", include_dashboard=False, logging_level="warning", log_to_driver=False)
-        return True
-    try:
-        ray.init(address=address, logging_level="warning", log_to_driver=False)
-    except ConnectionError as error:
-        raise UserError(
-            f"no Ray cluster answers at {address} ({error}): check --address or RAY_ADDRESS (host:port of the head, or "
-            "`auto`), or unset both for a Ray of this process's own"
-        ) from None
-    return False

@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from mimkd_ray import storage
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError
-from mimkd_ray.launch.environment import cluster_address
+from mimkd_ray.launch.cluster import connect
 from mimkd_ray.launch.placement import LossWatch, scaling
 from mimkd_ray.train import timeline
 from mimkd_ray.train.config import Config, from_dict, to_dict
@@ -97,22 +97,6 @@ def worker(setup: dict[str, Any]) -> None:
             raise
 
 
-def connect(config: Config) -> bool:
-    """Join the cluster that is named, or start a Ray of our own. Returns whether it is our own."""
-    address = cluster_address(config.launch.address)
-    if not address:
-        ray.init(address="local", include_dashboard=False, logging_level="warning", ignore_reinit_error=True)
-        return True
-    try:
-        ray.init(address=address, logging_level="warning", ignore_reinit_error=True)
-    except ConnectionError as error:
-        raise UserError(
-            f"no Ray cluster answers at {address} ({error}): check --launch.address or RAY_ADDRESS (host:port of the "
-            "head, or `auto`), or unset both for a Ray of this process's own"
-        ) from None
-    return False
-
-
 def trainer_class(own: bool) -> type[TorchTrainer]:
     """The trainer for the cluster at hand: with a Ray of our own, one that starts sooner."""
     if own and ray.__version__.startswith(EMBEDDED_READ_IN):
@@ -142,7 +126,7 @@ def forwarded_stop(run_dir: str, launch_id: str) -> Iterator[None]:
 
 def run_ray(config: Config, run_dir: str) -> dict[str, Any]:
     """Run the job on Ray Train workers and return its result."""
-    own = connect(config)
+    own = connect(config.launch.address, "--launch.address", ignore_reinit_error=True)
     timeline.mark("connected")
     launch_id = uuid.uuid4().hex
     # Ray wants a place for its own snapshot. Ours are the only checkpoints, so it is thrown away.

@@ -23,7 +23,7 @@ EPOCHS, STEPS_PER_EPOCH = 7, 1347 // (LANES * LANE_BATCH)
 STEPS = EPOCHS * STEPS_PER_EPOCH
 KILLS = int(os.environ.get("MIMKD_TEST_KILLS", "1"))
 WORKERS = (2, 3, 4) if KILLS > 1 else (3,)
-"""By default one kill of a worker and one of the job, with three workers; MIMKD_TEST_KILLS=5 takes a quarter of an hour."""
+"""By default one kill of a worker and one of the job, with three workers; MIMKD_TEST_KILLS=5 takes longer."""
 
 # A random teacher, MIMKD's three kinds of term, float32. Checkpoints fall within epochs.
 SMALL = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -233,3 +234,32 @@ def test_a_loss_that_is_not_finite_is_one_line_and_status_one(
     assert "--optim.lr" in said[0]
     assert left is not None
     assert left["kind"] == "NonFiniteLossError"
+
+
+def test_sigterm_saves_and_ends_with_status_three_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """As batch systems do it: mid-epoch, in a plain process and under torchrun."""
+    more = (
+        "--launch.backend",
+        "local",
+        "--train.epochs",
+        "60",
+        "--train.eval-every",
+        "0",
+        "--run.checkpoint-every",
+        "0",
+    )
+    run(command(tmp_path / "twin", *more))
+    for name, python in {"plain": (sys.executable,), "torchrun": torchrun_here(2)}.items():
+        run_dir = tmp_path / name / "small"
+        job = Job(command(tmp_path / name, *more, python=python), tmp_path / f"{name}.log")
+        job.wait_until(lambda folder=run_dir: len(lines(folder, "train")) >= 12)
+        job.process.send_signal(signal.SIGTERM)
+        status = job.end()
+        said = job.log.read_text()
+        assert "asked to stop: saved at step" in said
+        assert not (run_dir / "result.json").exists()
+        if name == "plain":
+            assert status == 3
+            run(command(tmp_path / name, *more))
+            assert result(run_dir)["resumed_from"] >= 12
+            assert weights(run_dir) == weights(tmp_path / "twin" / "small")

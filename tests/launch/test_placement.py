@@ -1,0 +1,102 @@
+"""How many workers a cluster gets asked for, without one: resources are given by the test."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from ray.train import ScalingConfig
+
+from mimkd_ray.errors import UserError
+from mimkd_ray.launch import placement
+from mimkd_ray.launch.placement import LossWatch, scaling
+from mimkd_ray.recipes import IMAGENET_RECIPES
+from mimkd_ray.train.config import Config, from_dict, to_dict
+
+
+def _config(lanes: int = 8, **launch: Any) -> Config:
+    base = IMAGENET_RECIPES["demo"]()
+    return replace(
+        base, train=replace(base.train, lanes=lanes), launch=replace(base.launch, **{"workers": 0, **launch})
+    )
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What the cluster has; a test changes it."""
+    has: dict[str, float] = {"CPU": 16}
+    monkeypatch.setattr(placement.ray, "cluster_resources", lambda: dict(has))
+    return has
+
+
+def test_by_default_as_many_as_there_are_lanes_or_cpus(cluster: dict[str, float]) -> None:
+    assert scaling(_config(), own=True).num_workers == 8
+    assert scaling(_config(), own=True).resources_per_worker == {"CPU": 2}
+    cluster["CPU"] = 3
+    assert scaling(_config(), own=False).num_workers == 3
+
+
+def test_a_gpu_each_and_its_share_of_the_cpus(cluster: dict[str, float]) -> None:
+    cluster["GPU"] = 4
+    made = scaling(_config(), own=False)
+    assert (made.num_workers, made.use_gpu, made.resources_per_worker) == (4, True, {"CPU": 4, "GPU": 1})
+
+
+def test_a_range_is_elastic_in_a_cluster_and_the_most_that_fit_at_home(cluster: dict[str, float]) -> None:
+    made = scaling(_config(workers="2..8", resize_seconds=7), own=False)
+    assert made.num_workers == (2, 8)
+    assert made.elastic_resize_monitor_interval_s == 7
+    assert scaling(_config(workers="2..8"), own=True).num_workers == 8
+    cluster["CPU"] = 5
+    assert scaling(_config(workers="2..8"), own=True).num_workers == 5
+    assert scaling(_config(workers="2..8"), own=False).num_workers == (2, 8), "the others may still come"
+    cluster["CPU"] = 1
+    with pytest.raises(UserError, match="2 workers with 1 CPUs each do not fit: the cluster has 1 CPUs"):
+        scaling(_config(workers="2..8"), own=False)
+
+
+@pytest.mark.parametrize("workers", ["8..2", "0..4", "-1", "two", "1..2..3", "2.."])
+def test_senseless_numbers_of_workers(workers: str) -> None:
+    with pytest.raises(UserError, match="give a number, or a range such as"):
+        _config(workers=workers)
+
+
+def test_a_range_needs_a_lane_for_its_largest_number() -> None:
+    with pytest.raises(UserError, match=r"pass --train\.lanes 9"):
+        _config(workers="2..9")
+
+
+def test_a_range_survives_json() -> None:
+    for workers in (3, "2..8"):
+        assert from_dict(Config, to_dict(_config(workers=workers))).launch.workers == workers
+
+
+def test_waiting_for_an_autoscaler_ends_when_nodes_come(
+    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster["CPU"] = 0
+    asked = []
+    monkeypatch.setattr(placement, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(placement, "_ask_autoscaler", lambda config: asked.append(1))
+    threading.Timer(0.2, lambda: cluster.update(CPU=4)).start()
+    assert scaling(_config(workers="2", wait_minutes=1), own=False).num_workers == 2
+    assert asked
+    assert "waiting up to 1 more minutes for nodes: 2 workers" in capsys.readouterr().out
+
+
+def test_nodes_that_stay_away_end_the_job_with_numbers(
+    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "LOOK_SECONDS", 0.02)
+    needed = ScalingConfig(num_workers=(2, 8), resources_per_worker={"CPU": 2})
+    cluster["CPU"] = 3
+    with pytest.raises(KeyboardInterrupt), LossWatch(needed, minutes=0.3 / 60) as watch:
+        time.sleep(10)
+    assert "had only {'CPU': 3} of the {'CPU': 4} that 2 workers need" in watch.gave_up
+    cluster["CPU"] = 4
+    with LossWatch(needed, minutes=0.1 / 60) as watch:
+        time.sleep(0.5)
+    assert not watch.gave_up
