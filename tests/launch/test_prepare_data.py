@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jobs_here import ENVIRONMENT, Job
 from PIL import Image
 
 from mimkd_ray.data.manifest import read_manifest
@@ -27,7 +25,6 @@ from mimkd_ray.launch import ray_data
 from mimkd_ray.storage import StorageError
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": ""}
 
 
 def image(seed: int) -> bytes:
@@ -58,31 +55,11 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def tree(root: int) -> list[int]:
-    """A process and all below it: Ray's daemons and workers are in groups of their own."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found = [root]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found
-
-
 def run_and_kill(arguments: list[str], when: Callable[[], bool], log: Path) -> None:
     """Start a job, and SIGKILL it and every process that it started once `when` holds."""
-    with log.open("w") as output:
-        process = subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
-        deadline = time.monotonic() + 200
-        while not when():
-            assert process.poll() is None, f"it ended before it could be killed:\n{log.read_text()}"
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.002)
-        for pid in tree(process.pid):
-            with contextlib.suppress(ProcessLookupError):  # a child of one that was killed before it
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
+    job = Job(arguments, log)
+    job.wait_until(when)
+    job.kill()
 
 
 @pytest.mark.ray
