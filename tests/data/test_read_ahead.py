@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from image_sets import prepared_set
 
 from mimkd_ray import storage
@@ -175,6 +176,7 @@ def test_it_ends_with_the_iteration(source: ParquetSource, workers: int) -> None
 
 
 def _train_and_hang(source: ParquetSource, pids: Any) -> None:
+    torch.set_num_threads(1)  # the threads of the process that this one is forked from are not here
     batches = _batches(source, workers=1, steps=10**6)
     next(batches)
     pids.put([child.pid for child in multiprocessing.active_children()])
