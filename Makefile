@@ -23,7 +23,7 @@ demo: setup
 	$(PY) jobs/imagenet.py
 
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --no-loadscope-reorder
 
 lint: setup
 	$(PY) -m ruff check .

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import start_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -97,7 +97,7 @@ def ddp_worker(rank: int, folder: str, width: int) -> None:
 
 def test_ddp_gradients_are_the_mean_over_lanes(tmp_path):
     width = 8
-    mp.spawn(ddp_worker, args=(str(tmp_path), width), nprocs=2)
+    start_ranks(ddp_worker, (str(tmp_path), width), 2)
     module = make_module(width)
     lanes = [gradients_of(module, module, make_lane(seed)) for seed in (1, 2)]
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 
 import pytest
 
+from mimkd_ray import __main__ as command
 from mimkd_ray.__main__ import main
 
 
@@ -45,11 +46,15 @@ def test_tokens_and_networks_that_meta_cannot_build(capsys: pytest.CaptureFixtur
     assert _rows(capsys, "regnet_x_400mf")["avgpool"] == ["map", "400x1x1", "0.8", "vector"]
 
 
-def test_errors_are_one_line_and_exit_status_two() -> None:
-    command = [sys.executable, "-m", "mimkd_ray", "layers", "resnet35"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: unknown model 'resnet35'")
-    assert "did you mean" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_errors_are_one_line_and_exit_status_two(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mimkd_ray", "layers", "resnet35"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(command.__file__, run_name="__main__")
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: unknown model 'resnet35'")
+    assert "did you mean" in said.err
+    assert said.err.count("\n") == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import start_ranks
 from torch import Tensor, nn
 
 from mimkd_ray.models.cifar import NETWORKS
@@ -51,7 +51,7 @@ def _work(rank: int, folder: str) -> None:
 
 
 def test_gradients_equal_one_process(tmp_path: Path) -> None:
-    mp.spawn(_work, args=(str(tmp_path),), nprocs=WORLD)
+    start_ranks(_work, (str(tmp_path),), WORLD)
     loss, images = _make()
     loss(images.flatten(0, 2)).backward()
     for rank in range(WORLD):

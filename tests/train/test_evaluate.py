@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import start_ranks
 from tiny_run import cpu, tiny_config, tiny_data
 
 from mimkd_ray.data.loader import LaneBatch, eval_batches
@@ -74,7 +74,7 @@ def test_every_number_of_workers_measures_the_same(tmp_path: Path) -> None:
     for world in (1, 4):
         folder = tmp_path / str(world)
         folder.mkdir()
-        mp.spawn(_rank, (world, str(folder)), nprocs=world)
+        start_ranks(_rank, (world, str(folder)), world)
         found += [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
     for other in found[1:]:
         assert other[0] == found[0][0]
