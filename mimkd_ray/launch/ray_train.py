@@ -9,12 +9,12 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, TrainingFailedError
+from ray.train import FailureConfig, RunConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mimkd_ray import storage
@@ -80,6 +80,20 @@ class RayContext:
             self._reported = time.monotonic()
 
 
+class EndAtOnce(UserCallback):
+    """Ends the job at the first error that a restart cannot mend.
+
+    Ray Train would restart the workers for any error of theirs, as often as `max_failures` says; an error of a callback
+    in its controller ends the run.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        """Called in the controller, after a worker has raised."""
+        for error in worker_exceptions.values():
+            if isinstance(error, tuple(ERRORS.values())):
+                raise error
+
+
 def worker(setup: dict[str, Any]) -> None:
     """What each Ray worker runs. An error that a restart cannot mend is left in the run directory for the driver."""
     timeline.begin(setup["timeline"])
@@ -88,11 +102,12 @@ def worker(setup: dict[str, Any]) -> None:
     url = storage.join(setup["run_dir"], "error.json")
     earlier = read_json(url)
     if earlier is not None and earlier["launch_id"] == context.launch_id:
-        return  # this is the restart after it: end, so that the driver can tell
+        return  # a worker was killed as it left the error, and this is the restart: end, so that the driver can tell
     try:
         run_job(from_dict(Config, setup["config"]), context, setup["run_dir"])
     except tuple(ERRORS.values()) as error:
-        write_json(url, {"launch_id": context.launch_id, "kind": type(error).__name__, "message": str(error)})
+        with suppress(UserError, storage.StorageError):  # where the disk is full, the error below has to do
+            write_json(url, {"launch_id": context.launch_id, "kind": type(error).__name__, "message": str(error)})
         if not isinstance(error, Interrupted):  # all workers end together then, and nothing has failed
             raise
 
@@ -147,6 +162,7 @@ def run_ray(config: Config, run_dir: str) -> dict[str, Any]:
             run_config=RunConfig(
                 name=launch_id,
                 storage_path=scratch,
+                callbacks=[EndAtOnce()],
                 failure_config=FailureConfig(
                     max_failures=config.launch.max_failures,
                     max_preemption_failures=config.launch.max_preemptions,
@@ -155,8 +171,11 @@ def run_ray(config: Config, run_dir: str) -> dict[str, Any]:
         )
         with forwarded_stop(run_dir, launch_id), watch:
             trainer.fit()
-    except TrainingFailedError:
+    except TrainingFailedError as error:
         _raise_known(run_dir, launch_id)
+        cause = getattr(error, "controller_failure", None)  # what EndAtOnce raised
+        if isinstance(cause, Exception) and type(cause).__name__ in ERRORS:
+            raise cause from None
         raise
     except (SystemExit, KeyboardInterrupt):  # Ray's handler of Ctrl-C exits, and with status 0
         if watch.gave_up:

@@ -18,6 +18,21 @@ JOB = str(ROOT / "jobs" / "imagenet.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"} | {"RAY_ADDRESS": ""}
 
 
+# Four epochs of five steps: a random teacher, MIMKD's three kinds of term, two lanes, a metrics line per step.
+SMALL = (
+    *("--compare.seeds", "0", "--teacher.train", "false", "--teacher.name", "cifar/resnet8", "--data.subset", "160"),
+    *("--train.lanes", "2", "--train.lane-batch", "16", "--train.epochs", "4", "--train.log-every", "1"),
+    *("--train.eval-batch", "150", "--train.eval-every", "2", "--train.precision", "float64"),
+    *("--loss.global-weight", "0.1", "--loss.local-weight", "0.1", "--loss.critic.width", "16"),
+    *("--optim.warmup-epochs", "0", "--run.checkpoint-every", "1", "--run.name", "small"),
+)
+
+
+def small(root: Path, *more: str) -> list[str]:
+    """Arguments of the small job in `root`/small."""
+    return ["demo", *SMALL, "--run.root", str(root), *more]
+
+
 def torchrun(processes: int) -> tuple[str, ...]:
     """The interpreter and arguments that start so many processes on this machine."""
     return (
@@ -90,6 +105,13 @@ class Job:
         """SIGKILL it and every process that it started."""
         kill(tree(self.process.pid))
         self.process.wait()
+
+
+def run_and_kill(arguments: list[str], when: Callable[[], bool], log: Path) -> None:
+    """Start a job, and SIGKILL it and every process that it started once ``when`` holds."""
+    job = Job(arguments, log)
+    job.wait_until(when)
+    job.kill()
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

@@ -7,13 +7,12 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs_here import ENVIRONMENT, Job
+from jobs_here import ENVIRONMENT, run_and_kill
 from PIL import Image
 
 from mimkd_ray.data.manifest import read_manifest
@@ -55,13 +54,6 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def run_and_kill(arguments: list[str], when: Callable[[], bool], log: Path) -> None:
-    """Start a job, and SIGKILL it and every process that it started once `when` holds."""
-    job = Job(arguments, log)
-    job.wait_until(when)
-    job.kill()
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_job_goes_on_and_ends_as_an_undisturbed_one(
@@ -88,27 +80,6 @@ def test_a_killed_job_goes_on_and_ends_as_an_undisturbed_one(
     assert command_line.main(command(source, target)[2:]) == 0
     assert capsys.readouterr().out.splitlines() == said[-2:], "a finished set only prints its summary"
     assert files(target) == files(expected)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_tasks_error_is_one_line(tmp_path: Path) -> None:
-    """The driver reads labels, and a task finds that the images cannot be read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = tmp_path / "source" / "train-00000-of-00001.parquet"
-    path.parent.mkdir()
-    pq.write_table(pa.table({"image": [image(0), image(1)], "label": [0, 1]}), path)
-    data = bytearray(path.read_bytes())
-    data[4:44] = b"\xff" * 40  # the first page of the first column
-    path.write_bytes(data)
-    arguments = command(tmp_path / "source", tmp_path / "set", "--workers", "1")
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=ENVIRONMENT)
-    assert done.returncode == 1, done.stdout + done.stderr
-    (said,) = done.stderr.strip().splitlines()
-    assert "train-00000-of-00001.parquet: row groups 0 to 0 cannot be read" in said
-    assert said.endswith("copy the file again")
 
 
 # --- without Ray
