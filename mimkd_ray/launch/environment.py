@@ -15,6 +15,12 @@ EMBEDDED = {
 }
 """Defaults for a Ray of our own; its processes inherit the environment of this one."""
 
+JOINED = {
+    # After the loss of a node Ray Train may still count it, and then waits for workers on it: by default for 60 s.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+}
+"""Defaults for a cluster that others run; Ray Train hands them to its controller."""
+
 
 def cluster_address(configured: str) -> str:
     """Address of the cluster to join: the configured one, else RAY_ADDRESS; empty for a Ray of our own."""
@@ -28,9 +34,8 @@ def prepare(configured: str) -> None:
     process and its children know. (If Ray was imported before, its mode is fixed and left as it is.)
     """
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # workers' lines would be shown twice
-    if cluster_address(configured):
-        return
-    for name, value in EMBEDDED.items():
+    joins = bool(cluster_address(configured))
+    for name, value in (JOINED if joins else EMBEDDED).items():
         os.environ.setdefault(name, value)
-    if "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
+    if not joins and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))

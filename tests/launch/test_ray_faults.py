@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs_here import ENVIRONMENT, JOB, Job, kill, read_lines, result, run, torchrun, train_workers, weights
+import torch
+import torch.distributed as dist
+from jobs_here import ENVIRONMENT, JOB, Job, kill, read_lines, result, run, train_workers, weights
+from ranks import start_ranks
 
+from mimkd_ray import cli
 from mimkd_ray.data.dataset import DataConfig, open_data
 from mimkd_ray.data.order import Order
+from mimkd_ray.launch.local import LocalContext
+from mimkd_ray.recipes import IMAGENET_RECIPES
+from mimkd_ray.train.job import run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -22,7 +31,7 @@ LANES, LANE_BATCH = 4, 16
 EPOCHS, STEPS_PER_EPOCH = 7, 1347 // (LANES * LANE_BATCH)
 STEPS = EPOCHS * STEPS_PER_EPOCH
 KILLS = int(os.environ.get("MIMKD_TEST_KILLS", "1"))
-WORKERS = (2, 3, 4) if KILLS > 1 else (3,)
+WORKERS, MOST = ((2, 3, 4), 4) if KILLS > 1 else ((3,), 3)
 """By default one kill of a worker and one of the job, with three workers; MIMKD_TEST_KILLS=5 takes longer."""
 
 # A random teacher, MIMKD's three kinds of term, float32. Checkpoints fall within epochs.
@@ -36,8 +45,8 @@ SMALL = (
 )
 
 
-def command(root: Path, *more: str, python: tuple[str, ...] = (sys.executable,)) -> list[str]:
-    return [*python, JOB, "demo", *SMALL, "--run.root", str(root), *more]
+def command(root: Path, *more: str) -> list[str]:
+    return [sys.executable, JOB, "demo", *SMALL, "--run.root", str(root), *more]
 
 
 def samples(run_dir: Path) -> list[dict[str, Any]]:
@@ -68,6 +77,7 @@ def environment() -> Iterator[None]:
         for name in ("RAY_AUTH_MODE", "OMP_NUM_THREADS"):
             patch.setenv(name, ENVIRONMENT[name])
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setitem(ENVIRONMENT, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")  # spent on a node that is gone
         patch.delenv("RAY_ADDRESS", raising=False)
         yield
 
@@ -86,14 +96,25 @@ def add_node(cluster: Any, cpus: int) -> Any:
     return cluster.add_node(num_cpus=cpus)
 
 
+def train_twin(rank: int, workers: int, run_dir: str) -> None:
+    """One worker of the undisturbed run, without a launcher."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{run_dir}.meet", rank=rank, world_size=workers)
+    config = cli.parse(IMAGENET_RECIPES, "demo", SMALL, "twin")
+    assert config is not None
+    run_job(config, LocalContext(torch.device("cpu"), rank, workers), run_dir)
+    dist.destroy_process_group()
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("workers", WORKERS)
 def test_workers_and_the_job_killed_at_random_end_with_the_twins_weights(
     cluster: Any, tmp_path: Path, workers: int
 ) -> None:
     add_node(cluster, workers)
-    run(command(tmp_path / "twin", "--launch.backend", "local", python=torchrun(workers)))
     twin = tmp_path / "twin" / "small"
+    twin.parent.mkdir()
+    start_ranks(train_twin, (workers, str(twin)), workers)
     assert samples(twin) == expected_samples(STEPS)
 
     run_dir = tmp_path / "killed" / "small"
@@ -119,34 +140,64 @@ def test_workers_and_the_job_killed_at_random_end_with_the_twins_weights(
     assert weights(run_dir) == weights(twin)
 
 
+def give_notice(cluster: Any, node: Any, seconds: float) -> None:
+    """Tell Ray that the node is to be taken away, as a cloud's notice of a spot node is passed on."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int(1000 * (time.time() + seconds))
+    accepted, why = GcsClient(address=cluster.address).drain_node(node.node_id, reason, "spot node", deadline_ms)
+    assert accepted, why
+
+
 @pytest.mark.timeout(600)
-def test_a_node_lost_and_regained_and_a_stop(cluster: Any, tmp_path: Path) -> None:
-    """4 -> 3 -> 4 workers without a sample lost or repeated, then SIGTERM: saved, and status 3."""
-    nodes = [add_node(cluster, 1) for _ in range(4)]
+def test_nodes_lost_and_regained_and_taken_away_after_a_notice_and_a_stop(cluster: Any, tmp_path: Path) -> None:
+    """One worker less, one more, one less, without a sample lost or repeated, then SIGTERM: saved, and status 3."""
+    nodes = [add_node(cluster, 1) for _ in range(MOST)]
     run_dir = tmp_path / "small"
-    more = ("--launch.workers", "2..4", "--launch.address", cluster.address, "--train.epochs", "2000")
-    job = Job(command(tmp_path, *more, "--launch.resize-seconds", "5"), tmp_path / "job.log")
+    more = ("--launch.workers", f"1..{MOST}", "--launch.address", cluster.address, "--train.epochs", "2000")
+    seldom = ("--run.checkpoint-steps", "40", "--run.keep-checkpoints", "1000", "--launch.resize-seconds", "5")
+    job = Job(command(tmp_path, *more, *seldom), tmp_path / "job.log")
 
-    def trained_on(text: str) -> bool:
-        """Whether 20 steps have been logged after the log showed ``text`` for the last time."""
-        shown = job.log.read_text().rpartition(text)[2]
-        return text in job.log.read_text() and shown.count("demo: step") >= 1
+    def shown(text: str, times: int) -> bool:
+        return job.log.read_text().count(text) == times
 
-    job.wait_until(lambda: len(samples(run_dir)) >= LANES * 30)
-    assert "on 3 workers" not in job.log.read_text()
+    def train_on(steps: int) -> None:
+        """Wait for so many more steps."""
+        before = len(samples(run_dir))
+        job.wait_until(lambda: len(samples(run_dir)) >= before + LANES * steps)
+
+    job.wait_until(lambda: len(samples(run_dir)) >= LANES * 50)
+    assert len(train_workers(os.getpid())) == MOST
     cluster.remove_node(nodes.pop(), allow_graceful=False)
-    job.wait_until(lambda: trained_on("4 lanes on 3 workers"))
-    add_node(cluster, 1)
-    job.wait_until(lambda: job.log.read_text().count("resumed from step") >= 2)
-    before = len(samples(run_dir))
-    job.wait_until(lambda: len(samples(run_dir)) >= before + LANES * 20)
+    job.wait_until(lambda: shown("resumed from step", 1))
+    train_on(20)
+    assert len(train_workers(os.getpid())) == MOST - 1
+
+    nodes.append(add_node(cluster, 1))
+    job.wait_until(lambda: shown("resumed from step", 2))
+    train_on(20)
+    assert len(train_workers(os.getpid())) == MOST
+
+    taken = nodes.pop()
+    give_notice(cluster, taken, 60)
+    job.wait_until(lambda: shown("will be taken away: saving at step", 1), 30)
+    said = job.log.read_text()
+    assert taken.node_id in said
+    saved = int(re.findall(r"will be taken away: saving at step (\d+), and training on", said)[0])
+    train_on(5)
+    assert list((run_dir / "checkpoints").glob(f"step_{saved:08d}-*/committed.json"))
+    cluster.remove_node(taken, allow_graceful=False)  # long before its time, as it happens
+    job.wait_until(lambda: shown("resumed from step", 3))
+    assert [int(step) for step in re.findall(r"resumed from step (\d+)", job.log.read_text())][-1] >= saved
+    train_on(20)
+    assert len(train_workers(os.getpid())) == MOST - 1
+
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 3, job.log.read_text()
-    text = job.log.read_text()
-    assert "asked to stop: saved at step" in text
-    stopped_at = int(text.rpartition("saved at step ")[2].split()[0])
-    assert text.count("4 lanes on 3 workers") == 1
-    found = samples(run_dir)
-    assert len(found) == LANES * stopped_at
-    assert found == expected_samples(stopped_at)
+    said = job.log.read_text()
+    stopped_at = int(re.findall(r"asked to stop: saved at step (\d+)", said)[0])
+    assert said.count("resumed from step") == 3
+    assert samples(run_dir) == expected_samples(stopped_at)
     assert list((run_dir / "checkpoints").glob(f"step_{stopped_at:08d}-*/committed.json"))
