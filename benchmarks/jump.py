@@ -1,65 +1,187 @@
-"""Going on from far inside a run: seconds to the rows of a step, at step 0 and at step 1,000,000, and memory.
+"""Going on from far inside a run: seconds to the first decoded batch, at step 0 and at step 1,000,000, and memory.
 
-The order of 1.28 million and of 1 billion rows in blocks of 256, 8 lanes of 64 rows, windows of 64 blocks. Each
-look-up is the first of a fresh process, with nothing cached; places take turns, and figures are medians. Memory is what
-a fresh process that looks up both places holds above one that has only imported the same.
+A set of 1.28 million and of 1 billion rows in blocks of 256, of which any row is one of a few JPEGs; 8 lanes of 64
+images at 224 pixels, windows of 64 blocks. Each start is the first of a fresh process, which opens the set, finds the
+rows of the step, starts the loader (its own number of processes by default, or none) and takes its first batch; places
+take turns, and figures are medians. The rows of a step alone are measured as well: a slow jump could hide behind the
+start of processes.
+
+Memory is the highest of the whole tree of processes at any of these starts, above what it is with a child that has
+imported the same and waits. Pages that processes share count once (PSS).
 """
 
 from __future__ import annotations
 
-import resource
+import contextlib
+import os
 import statistics
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from children import in_child
+import numpy as np
+import torch
+from children import in_child, tree
+from image_set import SIZE, add_options, images
 from report import finish, parser, table
 
 from mimkd_ray.data.blocks import Blocks
+from mimkd_ray.data.loader import train_batches
 from mimkd_ray.data.order import Order
+from mimkd_ray.data.source import Row
+from mimkd_ray.data.transforms import ResizedCropFlip
+from mimkd_ray.data.views import View
 
 ROWS = {"1.28 million": 1_281_167, "1 billion": 1_000_000_000}
 STEPS = (0, 1_000_000)
 LANES, LANE_BATCH, BLOCK_ROWS, WINDOW = 8, 64, 256, 64
+MORE_STEPS = 1000
+"""Steps that the run still has to go: the loader works ahead, as it does in training."""
+LOADERS = {"by default": -1, "none": 0}
+"""Loader processes."""
+LOOK_SECONDS = 0.005
+"""Between two looks at memory."""
+
+
+class Endless:
+    """A source of so many rows, each of them one of a few encoded images. Reading costs nothing; decoding is real."""
+
+    in_memory, store, block_bytes = False, None, 0
+    classes = tuple(f"class {number}" for number in range(1000))
+    digest = "endless"
+
+    def __init__(self, num_rows: int, encoded: Sequence[bytes]) -> None:
+        self.num_rows, self.encoded = num_rows, encoded
+        self.blocks = Blocks.uniform(num_rows, BLOCK_ROWS)
+
+    def labels(self) -> np.ndarray:
+        """All labels: 8 bytes a row."""
+        return np.arange(self.num_rows) % len(self.classes)
+
+    def label_range(self) -> tuple[int, int]:
+        """Bounds of the labels."""
+        return 0, len(self.classes) - 1
+
+    def read(self, positions: Sequence[int]) -> list[Row]:
+        """The rows at the positions."""
+        return [
+            Row(p, p % len(self.classes), self.encoded[p % len(self.encoded)], f"row {p}") for p in map(int, positions)
+        ]
+
+    def fetch(self, block: int) -> bool:
+        """There is no store to fetch into."""
+        return False
+
+
+def order_of(rows: int) -> Order:
+    """The order of so many rows."""
+    return Order(Blocks.uniform(rows, BLOCK_ROWS), LANES, LANE_BATCH, seed=0, window=WINDOW)
 
 
 def look_up(rows: int, step: int) -> float:
     """Seconds from the row counts to the rows of one lane of a step."""
     began = time.perf_counter()
-    Order(Blocks.uniform(rows, BLOCK_ROWS), LANES, LANE_BATCH, seed=0, window=WINDOW).positions(step, LANES - 1)
+    order_of(rows).positions(step, LANES - 1)
     return time.perf_counter() - began
 
 
-def peak_mb(rows: int) -> float:
-    """Highest memory of this process, in MB, after looking up both places (none for 0 rows)."""
-    for step in STEPS if rows else ():
-        look_up(rows, step)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+def first_batch(rows: int, step: int, encoded: Sequence[bytes], loader_workers: int) -> float:
+    """Seconds from nothing open to the first batch of a step, decoded."""
+    torch.set_num_threads(1)  # OpenMP's others, which an import has started, did not come along in the fork
+    began = time.perf_counter()
+    source = Endless(rows, encoded)
+    batches = train_batches(
+        source,
+        order_of(rows),
+        View(ResizedCropFlip(SIZE), seed=0),
+        views=0,
+        lanes=range(LANES),
+        start_step=step,
+        stop_step=step + MORE_STEPS,
+        loader_workers=loader_workers,
+    )
+    batch = next(batches)
+    seconds = time.perf_counter() - began
+    assert batch.step == step
+    assert batch.images_BCHW.shape == (LANE_BATCH, 3, SIZE, SIZE)
+    return seconds  # the loader's processes end with its generator, here
+
+
+def tree_mb() -> float:
+    """Memory of this process and all below it now, in MB; a page that several share counts once."""
+    total = 0
+    for pid in tree(os.getpid()):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            total += int(rollup.partition("\nPss:")[2].split()[0])
+    return total / 1e3
+
+
+@contextlib.contextmanager
+def highest_mb() -> Iterator[list[float]]:
+    """A with-block; the list holds one number, the highest memory of the tree so far."""
+    peak, over = [0.0], threading.Event()
+
+    def look() -> None:
+        while not over.wait(LOOK_SECONDS):
+            peak[0] = max(peak[0], tree_mb())
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        looker.join()
+
+
+def in_turn(rounds: int, seconds: Callable[..., float]) -> tuple[float, float]:
+    """Median milliseconds of `seconds(step=...)` at both steps, each time in a fresh process."""
+    times: dict[int, list[float]] = {step: [] for step in STEPS}
+    for number in range(rounds):
+        for step in STEPS if number % 2 else STEPS[::-1]:
+            times[step].append(1e3 * in_child(partial(seconds, step=step)))
+    near, far = (statistics.median(times[step]) for step in STEPS)
+    return near, far
 
 
 def main() -> int:
     options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=40, help="look-ups of each place")
+    add_options(options, rows=64)
+    options.add_argument("--rounds", type=int, default=40, help="starts of each kind at each place")
     args = options.parse_args()
-    idle = in_child(partial(peak_mb, 0))
-    figures: dict[str, float] = {}
+    encoded = [row.image for row in images(args.images, args.rows)]
+    with highest_mb() as idle:
+        in_child(partial(time.sleep, 0.5))
+    figures: dict[str, float] = {"imports_megabytes": idle[0]}
     targets: dict[str, tuple[Any, float]] = {}
     shown: list[list[object]] = []
+
+    def add(key: str, label: str, near: float, far: float, above: object) -> None:
+        figures.update({f"{key}/step_0_ms": near, f"{key}/step_1000000_ms": far, f"{key}/far_over_near": far / near})
+        targets[f"{key}/far_over_near"] = ("<=", 1.2)
+        shown.append([label, near, far, far / near, above])
+
     for name, rows in ROWS.items():
-        times: dict[int, list[float]] = {step: [] for step in STEPS}
-        for number in range(args.rounds):
-            for step in STEPS if number % 2 else STEPS[::-1]:
-                times[step].append(in_child(partial(look_up, rows, step)))
-        near, far = (1e3 * statistics.median(times[step]) for step in STEPS)
-        above = in_child(partial(peak_mb, rows)) - idle
         key = name.replace(" ", "_")
-        figures |= {f"{key}/step_0_ms": near, f"{key}/step_1000000_ms": far, f"{key}/far_over_near": far / near}
-        figures[f"{key}/megabytes"] = above
-        targets |= {f"{key}/far_over_near": ("<=", 1.2), f"{key}/megabytes": ("<=", 200)}
-        shown.append([name, near, far, far / near, above])
-    print(table(["rows", "step 0, ms", "step 1,000,000, ms", "ratio", "MB above imports"], shown))
+        near, far = in_turn(args.rounds, partial(look_up, rows))
+        add(f"{key}/rows", f"{name}: rows of a step", near, far, "")
+        for loader, workers in LOADERS.items():
+            start = partial(first_batch, rows, encoded=encoded, loader_workers=workers)
+            near, far = in_turn(args.rounds, start)
+            with highest_mb() as peak:
+                for step in STEPS:
+                    in_child(partial(start, step=step))
+            above = peak[0] - idle[0]
+            place = f"{key}/loader_{loader.replace(' ', '_')}"
+            add(place, f"{name}: first batch, loader processes {loader}", near, far, above)
+            figures[f"{place}/megabytes"] = above
+            targets[f"{place}/megabytes"] = ("<=", 200)
+    print(table(["", "step 0, ms", "step 1,000,000, ms", "ratio", "MB above imports"], shown))
     return finish("jump", figures, targets, args.json)
 
 
