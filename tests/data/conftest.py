@@ -19,7 +19,7 @@ from mimkd_ray.data.prepare import prepare
 def own_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test's block store and tables in memory are its own, and go with it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(store, "_tables", store._Tables())
+    monkeypatch.setattr(store, "_blocks", store._KeptBlocks())
 
 
 @pytest.fixture(scope="session")
