@@ -12,7 +12,7 @@ blocks than that cost a row group each, unless they are on a local disk.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mimkd_ray import storage
+from mimkd_ray.data.block_reader import BlockReader
 from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.local_disk import is_on_local_disk
 from mimkd_ray.data.manifest import Block, Manifest, Shard
 from mimkd_ray.data.row_groups import chunk_span, label_array, open_parquet, read_row_group
 from mimkd_ray.data.source import Row, digest_of
-from mimkd_ray.data.store import BlockStore, read_rows
+from mimkd_ray.data.store import BlockStore, Load
 from mimkd_ray.data.stored_block import StoredBlock
 from mimkd_ray.errors import UserError
 
@@ -38,6 +39,15 @@ class _Footer(NamedTuple):
     label_range: tuple[int, int] | None  # None: no statistics
     classes: tuple[str, ...]  # () if the file does not name them
     image_column: str  # "image.bytes", or "image" for a plain binary column
+
+
+class _Place(NamedTuple):
+    """Of a block: how it is found and loaded, its file's name, and the position of that file's first row."""
+
+    key: str
+    load: Load
+    name: str
+    first: int
 
 
 class ParquetSource:
@@ -112,23 +122,19 @@ class ParquetSource:
             return int(labels.min()), int(labels.max())
         return min(low for low, _ in known), max(high for _, high in known)
 
-    def read(self, positions: Sequence[int]) -> list[Row]:
-        """Return the rows at `positions`, in order. Raises DamagedDataError for an unreadable row group."""
+    def iterate(self, positions: Sequence[int]) -> Iterator[Row]:
+        """Yield the rows at `positions`, in order. Raises DamagedDataError for an unreadable row group."""
         blocks, insides = self.blocks.locate(positions)
-        rows: dict[int, Row] = {}
-        # Block by block: a file is opened once per call.
-        by_block = np.argsort(blocks, kind="stable")
-        edges = np.flatnonzero(np.diff(blocks[by_block])) + 1
-        for places in np.split(by_block, edges) if len(by_block) else ():
-            block = int(blocks[places[0]])
-            images, labels = read_rows(self.store, self._key(block), partial(self._load, block), insides[places])
-            file = self._file(block)
-            name = _base(self.files[file][0])
-            before = self.blocks.start(int(self._file_block[file]))
-            for place, image, label in zip(places.tolist(), images, labels.tolist(), strict=True):
-                position = int(positions[place])
-                rows[place] = Row(position, label, image, f"{name} row {position - before}")
-        return [rows[place] for place in range(len(positions))]
+        places = {block: self._place(block) for block in dict.fromkeys(blocks.tolist())}
+        with BlockReader(self.store) as reader:
+            for position, block, inside in zip(positions, blocks.tolist(), insides.tolist(), strict=True):
+                place = places[block]
+                image, label = reader.row(place.key, place.load, inside)
+                yield Row(int(position), label, image, f"{place.name} row {position - place.first}")
+
+    def read(self, positions: Sequence[int]) -> list[Row]:
+        """Return the rows at `positions`, in order; as `iterate`."""
+        return list(self.iterate(positions))
 
     def fetch(self, block: int) -> bool:
         """See to it that the row group is in the store; say whether it is (False: no store, or no room)."""
@@ -136,6 +142,12 @@ class ParquetSource:
 
     def _file(self, block: int) -> int:
         return int(np.searchsorted(self._file_block, block, side="right")) - 1
+
+    def _place(self, block: int) -> _Place:
+        """Return what rows of the block need."""
+        file = self._file(block)
+        first = self.blocks.start(int(self._file_block[file]))
+        return _Place(self._key(block), partial(self._load, block), _base(self.files[file][0]), first)
 
     def _key(self, block: int) -> str:
         file = self._file(block)

@@ -7,8 +7,6 @@ the store keeps only where its rows lie, and that they were verified. The least 
 is full.
 
 Nothing waits for the disk: after a power cut, which may lose what a renamed file holds, the store begins anew.
-Each process keeps what it knows of the blocks that it used last (`CACHE_BYTES`): where rows lie or, without a store,
-the rows themselves.
 """
 
 from __future__ import annotations
@@ -21,20 +19,15 @@ import logging
 import os
 import stat
 import tempfile
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mimkd_ray.data.stored_block import ChangedFileError, StoredBlock, read_stored
-from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.data.stored_block import StoredBlock, read_stored
+from mimkd_ray.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-CACHE_BYTES = 256 * 2**20  # of blocks that a process keeps
 LOCKS = 256  # lock files; blocks that share one wait for each other, which costs a little time and nothing else
 SUFFIX = ".block"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of Linux: another one after each start of the machine
@@ -222,81 +215,6 @@ class BlockStore:
 def default_folder() -> Path:
     """Return this user's store below the machine's folder for temporary files."""
     return Path(tempfile.gettempdir()) / f"mimkd-ray-blocks-{os.getuid()}"
-
-
-def read_rows(
-    store: BlockStore | None, key: str, load: Load, rows: Sequence[int] | np.ndarray
-) -> tuple[list[bytes], np.ndarray]:
-    """Return the encoded images and the labels (int64) of these rows of block `key`, which `load()` makes if need be.
-
-    Raises what `load` does, and DamagedDataError for a file that is written again and again.
-    """
-    for _ in range(3):
-        block = read_block(store, key, load)
-        try:
-            return block.images(rows), block.labels[rows]
-        except ChangedFileError as error:
-            changed = error  # removed for others' blocks, or written again: what is there now is verified anew
-        _kept().drop(key)
-        if store is not None:
-            store.discard(key)
-    raise DamagedDataError(f"{changed}, three times in a row: leave the data as they are while they are trained on")
-
-
-def read_block(store: BlockStore | None, key: str, load: Load) -> StoredBlock:
-    """Return block `key`: from this process's memory, from the store, or from `load()`."""
-    kept = _kept()
-    block = kept.find(key)
-    if block is None:
-        block = load() if store is None else store.get(key, load)
-        kept.keep(key, block)
-    elif store is not None:
-        store.touch(key)
-    return block
-
-
-class _KeptBlocks:
-    """The blocks that this process used last."""
-
-    def __init__(self) -> None:
-        self.pid = os.getpid()
-        self.bytes = 0
-        self._lock = threading.Lock()
-        self._blocks: OrderedDict[str, StoredBlock] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._blocks)
-
-    def find(self, key: str) -> StoredBlock | None:
-        with self._lock:
-            if key in self._blocks:
-                self._blocks.move_to_end(key)
-            return self._blocks.get(key)
-
-    def keep(self, key: str, block: StoredBlock) -> None:
-        with self._lock:
-            if key in self._blocks:
-                return
-            self._blocks[key] = block
-            self.bytes += block.held_bytes
-            while self.bytes > CACHE_BYTES and len(self._blocks) > 1:
-                self.bytes -= self._blocks.popitem(last=False)[1].held_bytes
-
-    def drop(self, key: str) -> None:
-        with self._lock:
-            block = self._blocks.pop(key, None)
-            self.bytes -= block.held_bytes if block else 0
-
-
-_blocks = _KeptBlocks()
-
-
-def _kept() -> _KeptBlocks:
-    """Return this process's blocks: a forked child must not wait for a lock that its parent held."""
-    global _blocks
-    if _blocks.pid != os.getpid():
-        _blocks = _KeptBlocks()
-    return _blocks
 
 
 def _boot_id() -> str:

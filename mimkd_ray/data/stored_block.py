@@ -67,25 +67,9 @@ class StoredBlock:
         """Memory that it takes."""
         return len(self.data or b"") + _NUMBERS * self.labels.nbytes
 
-    def images(self, rows: Sequence[int] | np.ndarray) -> list[bytes]:
-        """Return the encoded images of these rows of the block. Raises ChangedFileError. 2 us and a copy each."""
-        places = [(int(self.lengths[row]), int(self.offsets[row])) for row in rows]
-        if self.data is not None:
-            return [self.data[offset : offset + length] for length, offset in places]
-        try:
-            file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise ChangedFileError(f"{self.path} is gone") from error
-        try:
-            if self.identity is not None and Identity.of(os.fstat(file)) != self.identity:
-                raise ChangedFileError(f"{self.path} has been written again")
-            images = [os.pread(file, length, offset) for length, offset in places]
-        finally:
-            os.close(file)
-        for image, (length, offset) in zip(images, places, strict=True):
-            if len(image) != length:
-                raise ChangedFileError(f"{self.path} is cut short: {length} bytes at {offset} are not there")
-        return images
+    def open(self) -> OpenBlock:
+        """Open the file, if there is one, to read rows. Raises ChangedFileError."""
+        return OpenBlock(self)
 
     def write(self, path: Path, durable: bool) -> None:
         """Write the file of the store; `durable` waits until a power cut cannot undo it."""
@@ -110,6 +94,38 @@ class StoredBlock:
         identity = self.identity or (0, 0, 0)
         index += _TRAILER.pack(_MAGIC, len(self.labels), len(self.data or b""), len(path), *identity)
         return index + _CHECKSUM.pack(zlib.crc32(index))
+
+
+class OpenBlock:
+    """Rows of a block, read one by one; to be closed."""
+
+    def __init__(self, block: StoredBlock) -> None:
+        self.block = block
+        self._file = -1
+        if block.data is None:
+            try:
+                self._file = os.open(block.path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise ChangedFileError(f"{block.path} is gone") from error
+            if block.identity is not None and Identity.of(os.fstat(self._file)) != block.identity:
+                self.close()
+                raise ChangedFileError(f"{block.path} has been written again")
+
+    def row(self, row: int) -> tuple[bytes, int]:
+        """Return the encoded image and the label of a row of the block. Raises ChangedFileError."""
+        block = self.block
+        offset, length = int(block.offsets[row]), int(block.lengths[row])
+        if block.data is not None:
+            return block.data[offset : offset + length], int(block.labels[row])
+        image = os.pread(self._file, length, offset)
+        if len(image) != length:
+            raise ChangedFileError(f"{block.path} is cut short: {length} bytes at {offset} are not there")
+        return image, int(block.labels[row])
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 def read_stored(path: Path) -> StoredBlock:

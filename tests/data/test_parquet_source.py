@@ -14,7 +14,7 @@ import pytest
 from image_sets import images, parquet_set, prepared_set, write_parquet
 
 from mimkd_ray import remote, storage
-from mimkd_ray.data import parquet, store
+from mimkd_ray.data import block_reader, parquet
 from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.manifest import Manifest, Shard, content_digest, read_manifest
 from mimkd_ray.data.parquet import ParquetSource
@@ -52,11 +52,11 @@ def test_pickles_small_and_reads_elsewhere(train: ParquetSource) -> None:
 
 def test_without_a_store_the_last_row_groups_are_kept(train: ParquetSource, monkeypatch: pytest.MonkeyPatch) -> None:
     group = train._load(0).held_bytes
-    monkeypatch.setattr(store, "CACHE_BYTES", int(2.5 * group))
+    monkeypatch.setattr(block_reader, "CACHE_BYTES", int(2.5 * group))
     expected = images(32)
     for position in [*range(32), *range(31, -1, -1)]:
         assert train.read([position])[0].image == expected[position]
-        assert store._blocks.bytes <= 2.5 * group or len(store._blocks) == 1
+        assert block_reader._blocks.bytes <= 2.5 * group or len(block_reader._blocks) == 1
 
 
 def test_through_the_store_a_row_group_is_read_once(
@@ -67,7 +67,7 @@ def test_through_the_store_a_row_group_is_read_once(
     rows = train.read(range(32))
     assert stored.read(range(32)) == rows
     assert stored.fetch(7)
-    monkeypatch.setattr(store, "_blocks", store._KeptBlocks())  # as another process
+    monkeypatch.setattr(block_reader, "_blocks", block_reader._KeptBlocks())  # as another process
 
     def never(*args: object) -> None:
         raise AssertionError("read again")

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from mimkd_ray.data import store as module
-from mimkd_ray.data.store import BlockStore, default_folder, read_block, read_rows
-from mimkd_ray.data.stored_block import ChangedFileError, Identity, StoredBlock
-from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.data.store import BlockStore, default_folder
+from mimkd_ray.data.stored_block import ChangedFileError, StoredBlock
+from mimkd_ray.errors import UserError
 
 ROWS = 4
 
@@ -26,7 +26,11 @@ def _block(number: int, size: int = 1000) -> StoredBlock:
 
 
 def _is(block: StoredBlock, number: int, size: int = 1000) -> bool:
-    return block.images(range(ROWS)) == [bytes([number]) * size] * ROWS and block.labels.tolist() == [number] * ROWS
+    opened = block.open()
+    try:
+        return [opened.row(row) for row in range(ROWS)] == [(bytes([number]) * size, number)] * ROWS
+    finally:
+        opened.close()
 
 
 def _never() -> Any:
@@ -107,7 +111,7 @@ def test_the_least_recently_used_goes(tmp_path: Path) -> None:
     assert store._path("a").exists()
     assert not store._path("b").exists()
     with pytest.raises(ChangedFileError, match="is gone"):
-        blocks["b"].images([0])
+        blocks["b"].open()
     for number in range(5, 30):
         store.get(str(number), lambda number=number: _block(number, 100_000))
         assert sum(f.stat().st_size for f in store.folder.glob("*.block")) <= store.max_bytes
@@ -243,75 +247,3 @@ def test_a_folder_that_is_cleaned_away_is_made_again(store: BlockStore) -> None:
 def test_the_default_folder_is_this_users() -> None:
     assert default_folder().name.endswith(str(os.getuid()))
     assert BlockStore().folder == default_folder()
-
-
-def test_the_blocks_of_a_process_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = _block(0).held_bytes
-    monkeypatch.setattr(module, "CACHE_BYTES", int(2.5 * one))
-    for number in (0, 1, 2, 1, 3):
-        assert _is(read_block(None, str(number), lambda number=number: _block(number)), number)
-    assert module._blocks.bytes == 2 * one
-    read_block(None, "1", _never)
-    with pytest.raises(AssertionError, match="again"):
-        read_block(None, "2", _never)
-
-
-def test_a_forked_child_has_its_own_blocks(store: BlockStore) -> None:
-    read_block(store, "a", lambda: _block(1))
-    parents = module._blocks
-    with parents._lock:  # as if another thread were reading at the moment of the fork
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if _is(read_block(store, "a", _never), 1) and module._blocks is not parents else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def _load_in_place(path: Path) -> StoredBlock:
-    return StoredBlock(
-        np.arange(ROWS), np.ones(ROWS, np.int64), np.arange(ROWS), path=str(path), identity=Identity.of(path.stat())
-    )
-
-
-def test_rows_are_read_again_from_a_file_that_was_written_again(store: BlockStore, tmp_path: Path) -> None:
-    path = tmp_path / "set"
-    path.write_bytes(b"abcd")
-    for content in (b"abcd", b"efgh"):
-        path.write_bytes(content)
-        os.utime(path, ns=(content[0], content[0]))
-        for with_store in (store, None):
-            images, labels = read_rows(with_store, str(with_store), lambda: _load_in_place(path), np.array([3, 0]))
-            assert images == [content[3:], content[:1]]
-            assert labels.tolist() == [3, 0]
-
-
-def test_a_block_removed_for_others_is_loaded_again(store: BlockStore) -> None:
-    loads: list[int] = []
-
-    def load() -> StoredBlock:
-        loads.append(1)
-        return _block(1)
-
-    for _ in range(3):
-        assert read_rows(store, "a", load, [2])[0] == [b"\1" * 1000]
-    assert len(loads) == 1
-    store._path("a").unlink()
-    assert read_rows(store, "a", load, [2])[0] == [b"\1" * 1000]
-    assert len(loads) == 2
-
-
-def test_a_file_that_never_stays_the_same(store: BlockStore, tmp_path: Path) -> None:
-    def load() -> StoredBlock:
-        (tmp_path / "set").write_bytes(b"abcd")
-        block = _load_in_place(tmp_path / "set")
-        (tmp_path / "set").write_bytes(b"ab")
-        return block
-
-    with pytest.raises(DamagedDataError, match=r"set has been written again, three times"):
-        read_rows(store, "a", load, [3])
-
-
-def test_use_keeps_a_block_in_the_store(store: BlockStore) -> None:
-    read_rows(store, "a", lambda: _block(1), [0])
-    os.utime(store._path("a"), ns=(1, 1))
-    read_rows(store, "a", _never, [0])
-    assert store._path("a").stat().st_mtime_ns > 1
