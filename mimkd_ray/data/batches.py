@@ -74,7 +74,7 @@ class TrainBatches:
 
     def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch:
         """Return the batch; its images in `memory` (bytes), if they fit."""
-        made = _decode_all(self.source, key, lambda row: self.view.apply(row.image, row.id, key.view), memory)
+        made = _decode_all(self.source, key, lambda row, out: self.view.apply(row.image, row.id, key.view, out), memory)
         if made.damaged:
             # A damaged place takes the nearest intact one; of two equally near ones the lower.
             places = made.places
@@ -97,7 +97,7 @@ class EvalBatches:
     def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch | str:
         """Return the batch, its images in `memory` (bytes), if they fit; or the name of its one, damaged image."""
         try:
-            return _decode_all(self.source, key, lambda row: self.transform(decode(row.image)), memory).batch(key)
+            return _decode_all(self.source, key, lambda row, _: self.transform(decode(row.image)), memory).batch(key)
         except _AllDamagedError as error:
             if len(key.positions) > 1:
                 raise
@@ -143,8 +143,12 @@ class _Decoded:
         return LaneBatch(key.step, key.lane, self.images_BCHW, labels, ids, key.view, self.damaged)
 
 
-def _decode_all(source: Source, key: Key, transform: Callable[[Row], Tensor], memory: Tensor | None) -> _Decoded:
+def _decode_all(
+    source: Source, key: Key, transform: Callable[[Row, Tensor | None], Tensor], memory: Tensor | None
+) -> _Decoded:
     """Return the transformed images of the key's rows that are intact, in `memory`, if they fit.
+
+    `transform` takes a row and its image's place in the batch, where it may put the result; None for the first one.
 
     Row by row, from reading to its place in the batch, as it lies, mostly channels last: what one image needs of fast
     memory is used again by the next one. Reading all rows first would cost 15 us an image, keeping all results 50 us,
@@ -154,14 +158,16 @@ def _decode_all(source: Source, key: Key, transform: Callable[[Row], Tensor], me
     made = _Decoded(_NONE, [], [], [], ())
     damaged = []
     for place, row in enumerate(source.iterate(key.positions.tolist())):
+        out = None if images_BCHW is None else images_BCHW[len(made.places)]
         try:
-            image = transform(row)
+            image = transform(row, out)
         except DamagedImageError as error:
             damaged.append(f"{row.name} ({error})")
             continue
         if images_BCHW is None:
             images_BCHW = _room_for(len(key.positions), image, memory)
-        images_BCHW[len(made.places)] = image
+        if image is not out:
+            images_BCHW[len(made.places)] = image
         made.places.append(place)
         made.labels.append(row.label)
         made.ids.append(row.id)

@@ -11,6 +11,7 @@ processes are started once and live through epochs.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -283,4 +284,5 @@ def _unchanged(answer: Any) -> Any:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # processes share the cores; threads in each would fight for them
+    gc.freeze()  # what was there before the fork is never garbage here, and need not be looked through again
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the training process decides
