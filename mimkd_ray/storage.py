@@ -3,34 +3,29 @@
 A place is a string: a local path (`/data/x`, `~/x`, `file:///data/x`) or an fsspec URL (`s3://bucket/x`).
 Object stores are configured by their usual environment variables (`AWS_ENDPOINT_URL`, ...).
 
-Local files never go through fsspec. Remote calls are retried when the failure can pass by itself, and fail
-with the object's name. Nothing is cached: a listing is what the store says now. A filesystem object owns an
-event loop, which does not survive a fork, so there is one per process.
+Local files never go through fsspec. Calls are retried when the failure can pass by itself, and fail with the
+object's name (see remote.py). Nothing is cached: a listing is what the store says now.
 """
 
 from __future__ import annotations
 
 import errno
 import io
-import os
-import random
 import shutil
-import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
+from mimkd_ray import local_files
 from mimkd_ray.errors import UserError
+from mimkd_ray.remote import StorageError as StorageError
+from mimkd_ray.remote import attempt as _attempt
+from mimkd_ray.remote import filesystem as _filesystem
 
-TRIES = 5
-FIRST_WAIT_S = 0.2  # doubled after each failure, times a random factor of 0.5 to 1.5
-WAIT_CAP_S = 10.0
+_S3 = ("s3://", "s3a://")
 
 T = TypeVar("T")
-
-
-class StorageError(OSError):
-    """A transient failure that outlasted all tries. Names the object."""
 
 
 class Entry(NamedTuple):
@@ -38,25 +33,6 @@ class Entry(NamedTuple):
 
     size: int
     version: str
-
-
-# Failures that waiting does not heal. Every other OSError is retried: stores report throttling, resets and
-# server errors as plain OSError.
-_PERMANENT_ERRNOS = frozenset(
-    {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ENAMETOOLONG, errno.EPERM, errno.EACCES, errno.ENOSYS}
-)
-_PERMANENT_TYPES = (IsADirectoryError, NotADirectoryError, FileExistsError)
-# Connection failures that are no OSError, by name, so that no client library is imported to look for them.
-_TRANSIENT_NAMES = {
-    "botocore": {"HTTPClientError", "ConnectionError", "IncompleteReadError"},
-    "aiohttp": {"ClientError"},
-    "http": {"IncompleteRead"},
-    "httpx": {"TransportError"},
-}
-_CREDENTIAL_ERRORS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
-
-# A parent's entries stay here after a fork, unused: finalising them in the child would wait for a dead loop.
-_FILESYSTEMS: dict[tuple[Any, ...], Any] = {}
 
 
 def is_remote(url: str) -> bool:
@@ -132,7 +108,7 @@ def read_bytes(url: str, small: bool = False) -> bytes:
     """
     if not is_remote(url):
         return _attempt(url, "read", lambda: local_path(url).read_bytes())
-    options = {"max_concurrency": 1} if small and url.startswith(("s3://", "s3a://")) else {}
+    options = {"max_concurrency": 1} if small and url.startswith(_S3) else {}
     return _remote(url, "read", lambda fs, path: cast(bytes, fs.cat_file(path, **options)))
 
 
@@ -162,7 +138,39 @@ def write_bytes(url: str, data: bytes) -> None:
     if is_remote(url):
         _remote(url, "write", lambda fs, path: fs.pipe_file(path, data))
     else:
-        _attempt(url, "write", lambda: _publish(local_path(url), lambda out: out.write(data)))
+        _attempt(url, "write", lambda: local_files.publish(local_path(url), lambda out: out.write(data)))
+
+
+def create_once(url: str, data: bytes) -> bool:
+    """Publish `data` at `url` if nothing is there, at once as `write_bytes` does; return whether it is ours that is.
+
+    Of any number of callers one wins: locally by a hard link, on S3 by a conditional PUT (If-None-Match; at most 5 GB).
+    Where there is neither (other stores, and file systems without hard links) it looks first and then writes, so that
+    two callers at the same moment may both win, and the later one's data stays.
+    """
+    if not is_remote(url):
+        return _attempt(url, "create", lambda: local_files.create_once(local_path(url), data))
+    if not url.startswith(_S3):
+        if exists(url):
+            return False
+        write_bytes(url, data)
+        return True
+    # A lost answer is asked for again, and the second answer is "exists": the mark tells whose object it is.
+    mark = uuid.uuid4().hex
+
+    def create(fs: Any, path: str) -> bool:
+        try:
+            # In one part, however large: stores ignore the condition when an upload in parts is completed.
+            fs.pipe_file(path, data, mode="create", chunksize=len(data) + 1, Metadata={"writer": mark})
+        except OSError as error:
+            # s3fs knows the answer of AWS; others leave out which condition it was.
+            answer = getattr(error.__cause__, "response", {}).get("ResponseMetadata", {})
+            if not isinstance(error, FileExistsError) and answer.get("HTTPStatusCode") != 412:
+                raise
+            return bool(fs.metadata(path).get("writer") == mark)
+        return True
+
+    return _remote(url, "create", create)
 
 
 def upload(path: str | Path, url: str) -> None:
@@ -177,7 +185,7 @@ def upload(path: str | Path, url: str) -> None:
     if is_remote(url):
         _remote(url, "upload to", lambda fs, place: fs.put_file(str(path), place))
     else:
-        _attempt(url, "upload to", lambda: _publish(local_path(url), copy))
+        _attempt(url, "upload to", lambda: local_files.publish(local_path(url), copy))
 
 
 def remove_tree(url: str) -> None:
@@ -272,16 +280,7 @@ class RemoteFile(io.RawIOBase):
 def _entries(url: str) -> list[tuple[str, bool, int, str]]:
     """Return (name, is a folder, bytes, version) of a folder's entries, sorted; [] if it is missing or a file."""
     if not is_remote(url):
-
-        def scan() -> list[tuple[str, bool, int, str]]:
-            try:
-                with os.scandir(local_path(url)) as found:
-                    entries = [(e.name, e.is_dir(), e.stat()) for e in found if e.is_dir() or e.is_file()]
-                return sorted((n, d, 0 if d else s.st_size, str(s.st_mtime_ns)) for n, d, s in entries)
-            except (FileNotFoundError, NotADirectoryError):
-                return []
-
-        return _attempt(url, "list", scan)
+        return _attempt(url, "list", lambda: local_files.entries(local_path(url)))
 
     def ls(fs: Any, path: str) -> list[tuple[str, bool, int, str]]:
         fs.invalidate_cache()
@@ -306,85 +305,9 @@ def _entries(url: str) -> list[tuple[str, bool, int, str]]:
     return _remote(url, "list", ls)
 
 
-def _publish(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Hidden and in the same folder: a rename is atomic only within one file system.
-    temporary = path.parent / f".{path.name[:100]}.{os.getpid()}-{os.urandom(6).hex()}.tmp"
-    try:
-        with open(temporary, "xb") as out:
-            fill(out)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _filesystem(url: str) -> Any:
-    import fsspec
-
-    protocol = url.split("://", 1)[0]
-    try:
-        kind = fsspec.get_filesystem_class(protocol)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{url}: cannot open '{protocol}://' places: {error}") from error
-    options: dict[str, Any] = {}
-    if protocol in ("s3", "s3a"):
-        # Stores that lack the newer checksums refuse uploads that carry them (HTTP 411).
-        options["config_kwargs"] = {
-            name: "when_required"
-            for name in ("request_checksum_calculation", "response_checksum_validation")
-            if f"AWS_{name.upper()}" not in os.environ
-        }
-    else:
-        options |= kind._get_kwargs_from_urls(url)  # host and port of servers that are named in the URL
-    # The environment is part of the key: a program (a test) may turn to another endpoint or account.
-    settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
-    key = (os.getpid(), protocol, settings, repr(options))
-    if key not in _FILESYSTEMS:
-        _FILESYSTEMS[key] = kind(**options, skip_instance_cache=True, use_listings_cache=False)
-    return _FILESYSTEMS[key]
-
-
 def _remote(url: str, verb: str, call: Callable[[Any, str], T]) -> T:
     def once() -> T:
         fs = _filesystem(url)
         return call(fs, fs._strip_protocol(url))
 
     return _attempt(url, verb, once)
-
-
-def _attempt(url: str, verb: str, call: Callable[[], T]) -> T:
-    """Run `call`, again with growing waits while it fails transiently; name `url` in what it raises."""
-    for tried in range(1, TRIES + 1):
-        try:
-            return call()
-        except Exception as error:
-            if isinstance(error, FileNotFoundError):
-                raise FileNotFoundError(errno.ENOENT, "no such file or folder", url) from error
-            if isinstance(error, PermissionError) or type(error).__name__ in _CREDENTIAL_ERRORS:
-                raise UserError(
-                    f"cannot {verb} {url}: {error or 'access denied'}; check the permissions, and for an "
-                    "object store its credentials and endpoint (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
-                    "AWS_ENDPOINT_URL)"
-                ) from error
-            if not _is_transient(error):
-                raise
-            if tried == TRIES:
-                detail = f"{type(error).__name__}: {error}"
-                raise StorageError(f"could not {verb} {url} in {TRIES} tries; the last failure: {detail}") from error
-            time.sleep(min(WAIT_CAP_S, FIRST_WAIT_S * 2 ** (tried - 1)) * random.uniform(0.5, 1.5))
-    raise AssertionError("unreachable")
-
-
-def _is_transient(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return not isinstance(error, _PERMANENT_TYPES) and error.errno not in _PERMANENT_ERRNOS
-    kinds = type(error).__mro__
-    return any(kind.__name__ in _TRANSIENT_NAMES.get(kind.__module__.split(".")[0], ()) for kind in kinds)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
 import stat
 import uuid
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mimkd_ray import storage
+from mimkd_ray import local_files, remote, storage
 from mimkd_ray.errors import UserError
 
 
@@ -25,7 +27,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waits: list[float] = []
-    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
     return waits
 
 
@@ -117,11 +119,61 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkey
     def die(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "replace", die)
+    monkeypatch.setattr(local_files.os, "replace", die)
     with pytest.raises(OSError, match="No space"):
         storage.write_bytes(url, b"new")
     assert storage.read_bytes(url) == b"old"
     assert os.listdir(tmp_path) == ["x.bin"]
+
+
+def test_create_once(root: str) -> None:
+    url = storage.join(root, "deep/er/x.json")
+    assert storage.create_once(url, b"first")
+    assert not storage.create_once(url, b"second")
+    assert storage.read_bytes(url) == b"first"
+    assert storage.list_files(storage.join(root, "deep/er")) == [url], "no litter"
+
+
+def _create(url: str, rank: int, start: Any, answers: Any) -> None:
+    for number in range(25):
+        start.wait()
+        answers.put((number, rank, storage.create_once(f"{url}/{number}", bytes([rank]) * 1000)))
+
+
+def test_of_eight_processes_that_create_one_file_one_wins(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    start, answers = context.Barrier(8), context.SimpleQueue()
+    racers = [context.Process(target=_create, args=(str(tmp_path), rank, start, answers)) for rank in range(8)]
+    for racer in racers:
+        racer.start()
+    said = [answers.get() for _ in range(8 * 25)]
+    for racer in racers:
+        racer.join()
+    winners = {number: rank for number, rank, won in said if won}
+    assert sum(won for *_, won in said) == len(winners) == 25
+    for number, rank in winners.items():
+        assert (tmp_path / str(number)).read_bytes() == bytes([rank]) * 1000
+    assert len(os.listdir(tmp_path)) == 25, "no litter"
+
+
+def test_create_once_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(local_files.os, "link", refuse)
+    test_create_once(str(tmp_path))
+
+
+def test_create_once_whose_first_answer_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS does it: the link was made, its answer was lost, and the client asks again."""
+    link = os.link
+
+    def twice(source: Any, target: Any) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(local_files.os, "link", twice)
+    test_create_once(str(tmp_path))
 
 
 def test_written_files_have_ordinary_permissions(tmp_path: Path) -> None:
@@ -168,30 +220,30 @@ def _aiohttp_error() -> Exception:
     "make", [lambda: OSError(5, "EIO"), lambda: TimeoutError("slow"), _botocore_error, _aiohttp_error]
 )
 def test_transient_failures_are_retried(make: Any, quick: list[float]) -> None:
-    assert storage._attempt("s3://b/x", "read", _Flaky([make() for _ in range(4)])) == "fine"
+    assert remote.attempt("s3://b/x", "read", _Flaky([make() for _ in range(4)])) == "fine"
     assert len(quick) == 4
     assert all(later > earlier * 0.6 for earlier, later in pairwise(quick))
     with pytest.raises(storage.StorageError, match=r"could not read s3://b/x in 5 tries"):
-        storage._attempt("s3://b/x", "read", _Flaky([make() for _ in range(5)]))
+        remote.attempt("s3://b/x", "read", _Flaky([make() for _ in range(5)]))
 
 
 @pytest.mark.parametrize("error", [FileExistsError("x"), ValueError("x"), OSError(28, "full")])
 def test_lasting_failures_are_not_retried(error: Exception, quick: list[float]) -> None:
     with pytest.raises(type(error)):
-        storage._attempt("s3://b/x", "write", _Flaky([error]))
+        remote.attempt("s3://b/x", "write", _Flaky([error]))
     assert quick == []
 
 
 def test_denied_access_names_the_remedy(quick: list[float]) -> None:
     with pytest.raises(UserError, match=r"cannot read s3://b/x: .*AWS_ACCESS_KEY_ID"):
-        storage._attempt("s3://b/x", "read", _Flaky([PermissionError("Forbidden")]))
+        remote.attempt("s3://b/x", "read", _Flaky([PermissionError("Forbidden")]))
     assert quick == []
 
 
 def test_a_short_read_is_retried(monkeypatch: pytest.MonkeyPatch, quick: list[float]) -> None:
     url = f"memory://{uuid.uuid4().hex}/x"
     storage.write_bytes(url, bytes(100))
-    fs = storage._filesystem(url)
+    fs = remote.filesystem(url)
     whole = fs.cat_file
     answers = [b"short"]
     monkeypatch.setattr(fs, "cat_file", lambda *a, **k: answers.pop() if answers else whole(*a, **k))

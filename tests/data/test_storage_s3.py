@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 from image_sets import folder_set, parquet_set, prepared_set
 
-from mimkd_ray import storage
+from mimkd_ray import remote, storage
 from mimkd_ray.data import store
 from mimkd_ray.data.dataset import DataConfig, open_data
 from mimkd_ray.data.loader import eval_batches, train_batches
@@ -42,6 +45,51 @@ def test_storage_functions(bucket: str, tmp_path: Path) -> None:
     storage.remove_tree(folder)
     assert not storage.exists(folder)
     storage.remove_tree(folder)
+
+
+def test_create_once(bucket: str) -> None:
+    url = f"{bucket}/x/once.json"
+    assert storage.create_once(url, b"first")
+    assert not storage.create_once(url, b"second")
+    assert storage.read_bytes(url) == b"first"
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(10):
+            place = f"{bucket}/race/{number}"
+            won = list(pool.map(partial(storage.create_once, place), [bytes([rank]) for rank in range(8)]))
+            assert sum(won) == 1
+            assert storage.read_bytes(place) == bytes([won.index(True)])
+
+
+def test_create_once_whose_first_answer_was_lost(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fs = remote.filesystem(bucket)
+    put = fs.pipe_file
+    lost = [ConnectionResetError("the answer was lost")]
+
+    def put_and_lose_the_answer(*args: Any, **options: Any) -> None:
+        put(*args, **options)
+        if lost:
+            raise lost.pop()
+
+    monkeypatch.setattr(fs, "pipe_file", put_and_lose_the_answer)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    assert storage.create_once(f"{bucket}/x", b"ours")
+    assert not lost
+    monkeypatch.setattr(fs, "pipe_file", put)
+    assert not storage.create_once(f"{bucket}/x", b"ours"), "the same bytes, but another's"
+
+
+def test_create_once_on_a_store_that_does_not_name_the_condition(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ceph and MinIO may answer: status 412 is all there is, which s3fs takes for an invalid argument."""
+    from botocore.exceptions import ClientError
+
+    storage.write_bytes(f"{bucket}/x", b"another's")
+
+    def refuse(*args: Any, **options: Any) -> None:
+        answer = {"Error": {"Code": "PreconditionFailed"}, "ResponseMetadata": {"HTTPStatusCode": 412}}
+        raise OSError(errno.EINVAL, "PreconditionFailed") from ClientError(answer, "PutObject")
+
+    monkeypatch.setattr(remote.filesystem(bucket), "pipe_file", refuse)
+    assert not storage.create_once(f"{bucket}/x", b"ours")
 
 
 def test_folder_marker_is_no_file(bucket: str) -> None:

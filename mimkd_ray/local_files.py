@@ -1,0 +1,71 @@
+"""Local files that appear at once and whole, whatever dies when: a temporary name, fsync, a rename or a hard link."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def _written_beside(path: Path, fill: Callable[[BinaryIO], object]) -> Iterator[Path]:
+    """A with-block that holds the filled file under a temporary name, to be renamed or linked to `path` in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Hidden and in the same folder: a rename is atomic only within one file system.
+    temporary = path.parent / f".{path.name[:100]}.{os.getpid()}-{os.urandom(6).hex()}.tmp"
+    try:
+        with open(temporary, "xb") as out:
+            fill(out)
+            out.flush()
+            os.fsync(out.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)  # the name itself must survive a power cut
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def publish(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Put what `fill` writes at `path`, in the place of what is there."""
+    with _written_beside(path, fill) as temporary:
+        os.replace(temporary, path)
+
+
+def create_once(path: Path, data: bytes) -> bool:
+    """Put `data` at `path` if nothing is there; return whether that was done.
+
+    Of several callers one wins, except where there are no hard links: two at the same moment may both win then.
+    """
+    if path.exists():
+        return False
+    with _written_beside(path, lambda out: out.write(data)) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            # Over NFS an answer may be lost, and the call be made again by the client: then the link is ours.
+            return temporary.stat().st_nlink == 2
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            if path.exists():
+                return False
+            os.replace(temporary, path)
+    return True
+
+
+def entries(folder: Path) -> list[tuple[str, bool, int, str]]:
+    """Return (name, is a folder, bytes, version) of what is in the folder, sorted; [] if there is none."""
+    try:
+        with os.scandir(folder) as found:
+            there = [(e.name, e.is_dir(), e.stat()) for e in found if e.is_dir() or e.is_file()]
+        return sorted((n, d, 0 if d else s.st_size, str(s.st_mtime_ns)) for n, d, s in there)
+    except (FileNotFoundError, NotADirectoryError):
+        return []

@@ -1,0 +1,101 @@
+"""The file system behind a URL, and calls that are tried again: what storage.py stands on.
+
+A file system object owns an event loop, which does not survive a fork, so there is one per process.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from mimkd_ray.errors import UserError
+
+TRIES = 5
+FIRST_WAIT_S = 0.2  # doubled after each failure, times a random factor of 0.5 to 1.5
+WAIT_CAP_S = 10.0
+
+T = TypeVar("T")
+
+
+class StorageError(OSError):
+    """A transient failure that outlasted all tries. Names the object."""
+
+
+# Failures that waiting does not heal. Every other OSError is retried: stores report throttling, resets and
+# server errors as plain OSError.
+_PERMANENT_ERRNOS = frozenset(
+    {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ENAMETOOLONG, errno.EPERM, errno.EACCES, errno.ENOSYS}
+)
+_PERMANENT_TYPES = (IsADirectoryError, NotADirectoryError, FileExistsError)
+# Connection failures that are no OSError, by name, so that no client library is imported to look for them.
+_TRANSIENT_NAMES = {
+    "botocore": {"HTTPClientError", "ConnectionError", "IncompleteReadError"},
+    "aiohttp": {"ClientError"},
+    "http": {"IncompleteRead"},
+    "httpx": {"TransportError"},
+}
+_CREDENTIAL_ERRORS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
+
+# A parent's entries stay here after a fork, unused: finalising them in the child would wait for a dead loop.
+_FILESYSTEMS: dict[tuple[Any, ...], Any] = {}
+
+
+def filesystem(url: str) -> Any:
+    """Return this process's file system for `url`, as the environment configures it; it caches no listings."""
+    import fsspec
+
+    protocol = url.split("://", 1)[0]
+    try:
+        kind = fsspec.get_filesystem_class(protocol)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{url}: cannot open '{protocol}://' places: {error}") from error
+    options: dict[str, Any] = {}
+    if protocol in ("s3", "s3a"):
+        # Stores that lack the newer checksums refuse uploads that carry them (HTTP 411).
+        options["config_kwargs"] = {
+            name: "when_required"
+            for name in ("request_checksum_calculation", "response_checksum_validation")
+            if f"AWS_{name.upper()}" not in os.environ
+        }
+    else:
+        options |= kind._get_kwargs_from_urls(url)  # host and port of servers that are named in the URL
+    # The environment is part of the key: a program (a test) may turn to another endpoint or account.
+    settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    key = (os.getpid(), protocol, settings, repr(options))
+    if key not in _FILESYSTEMS:
+        _FILESYSTEMS[key] = kind(**options, skip_instance_cache=True, use_listings_cache=False)
+    return _FILESYSTEMS[key]
+
+
+def attempt(url: str, verb: str, call: Callable[[], T]) -> T:
+    """Run `call`, again with growing waits while it fails transiently; name `url` in what it raises."""
+    for tried in range(1, TRIES + 1):
+        try:
+            return call()
+        except Exception as error:
+            if isinstance(error, FileNotFoundError):
+                raise FileNotFoundError(errno.ENOENT, "no such file or folder", url) from error
+            if isinstance(error, PermissionError) or type(error).__name__ in _CREDENTIAL_ERRORS:
+                raise UserError(
+                    f"cannot {verb} {url}: {error or 'access denied'}; check the permissions, and for an "
+                    "object store its credentials and endpoint (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+                    "AWS_ENDPOINT_URL)"
+                ) from error
+            if not _is_transient(error):
+                raise
+            if tried == TRIES:
+                detail = f"{type(error).__name__}: {error}"
+                raise StorageError(f"could not {verb} {url} in {TRIES} tries; the last failure: {detail}") from error
+            time.sleep(min(WAIT_CAP_S, FIRST_WAIT_S * 2 ** (tried - 1)) * random.uniform(0.5, 1.5))
+    raise AssertionError("unreachable")
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return not isinstance(error, _PERMANENT_TYPES) and error.errno not in _PERMANENT_ERRNOS
+    kinds = type(error).__mro__
+    return any(kind.__name__ in _TRANSIENT_NAMES.get(kind.__module__.split(".")[0], ()) for kind in kinds)
