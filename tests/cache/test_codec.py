@@ -97,7 +97,8 @@ def test_uint8_is_rounding_in_each_channels_range(text: str, shape: Shape) -> No
     got = rows.reshape(-1, codec.coded.channels).numpy()
     assert (np.abs(got - stored) <= 1).all() and (got != stored).mean() < 1e-3, "ties and float32 may round otherwise"
     back = codec.decode(rows).permute(0, 2, 3, 1) if shape.is_map else codec.decode(rows)
-    np.testing.assert_allclose(back.reshape(-1, codec.coded.channels), low + got * step, rtol=1e-5, atol=1e-5)
+    off = np.abs(back.reshape(-1, codec.coded.channels).numpy() - (low + got.astype(np.float64) * step))
+    assert (off < 1e-4 * step).all(), "float32 over 255 steps"
     inside = (grid >= low) & (grid <= low + 255 * step)
     error = np.abs(back.reshape(-1, codec.coded.channels).numpy() - grid)
     assert (error <= 0.51 * step)[inside].all()
@@ -133,9 +134,10 @@ def test_decode_gives_maps_channels_last_and_float64_where_asked() -> None:
 
 def test_autocast_changes_nothing() -> None:
     codec, _ = fitted("pool4,pca6,uint8", MAP)
-    plain = codec.encode(features(MAP))
+    batch = features(MAP)
+    plain = codec.encode(batch)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(codec.encode(features(MAP)), plain)
+        assert torch.equal(codec.encode(batch), plain)
 
 
 @pytest.mark.parametrize("text", ["pool4", "pca0,fp16", "pca4,pool4,fp16", "pool4,pool2,uint8", "int8", "", "fp16,"])
