@@ -145,7 +145,8 @@ def from_bytes(data: bytes, url: str) -> Calibration:
         length = int.from_bytes(data[:8], "little")
         facts = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["calibration"])
         tensors = load(data)
-        return Calibration(*(tensors.get(name) for name in _NAMES), float(facts["retained"]), int(facts["rows"]))
+        mean_C, components_KC, low_K, step_K = (tensors.get(name) for name in _NAMES)
+        return Calibration(mean_C, components_KC, low_K, step_K, float(facts["retained"]), int(facts["rows"]))
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise DamagedDataError(f"{url} ({len(data):,} bytes) is no calibration of a codec: {error}") from error
 

@@ -149,17 +149,15 @@ class Codec:
         self.spec, self.shape, self.coded = spec, shape, coded_shape(spec, shape)
         self.kind = spec.kind
         self.row_bytes = self.coded.channels * self.coded.locations * DTYPES[spec.kind].itemsize
-        numbers = (
-            (calibration.mean_C, calibration.components_KC, calibration.low_K, calibration.step_K)
-            if calibration is not None
-            else (None,) * 4
-        )
-        mean_C, components_KC, self._low_K, self._step_K = (n if n is None else n.to(device) for n in numbers)
         self._weight_CK = self._bias_K = None
-        if mean_C is not None and components_KC is not None:
+        if calibration is not None and calibration.mean_C is not None and calibration.components_KC is not None:
+            mean_C, components_KC = calibration.mean_C.to(device), calibration.components_KC.to(device)
             self._weight_CK = components_KC.T.contiguous()
             # In float64: the bias is a sum of C products, and an error in it would be one of every row.
             self._bias_K = -(components_KC.double() @ mean_C.double()).float()
+        self._range: tuple[Tensor, Tensor] | None = None
+        if calibration is not None and calibration.low_K is not None and calibration.step_K is not None:
+            self._range = calibration.low_K.to(device), calibration.step_K.to(device)
 
     def apply(self, feature: Tensor) -> Tensor:
         """Pool and project: (B, C, H, W) -> (B, K, h, w), (B, C) -> (B, K). float32 (float64 stays), autocast off."""
@@ -176,8 +174,9 @@ class Codec:
         """Return the rows (B, row_bytes), uint8, of what `apply` gave."""
         values = channels_last(coded)
         if self.kind == "uint8":
-            assert self._low_K is not None and self._step_K is not None, "uint8 without its calibration"
-            return ((values - self._low_K) / self._step_K).round_().clamp_(0, 255).to(torch.uint8).flatten(1)
+            assert self._range is not None, "uint8 without its calibration"
+            low_K, step_K = self._range
+            return ((values - low_K) / step_K).round_().clamp_(0, 255).to(torch.uint8).flatten(1)
         return values.to(DTYPES[self.kind]).contiguous().flatten(1).view(torch.uint8)
 
     def encode(self, feature: Tensor) -> Tensor:
@@ -191,8 +190,9 @@ class Codec:
         values = rows.view(DTYPES[self.kind]).view(len(rows), *size, self.coded.channels)
         if self.kind != "uint8":
             return self._as_map(values.to(dtype))
-        assert self._low_K is not None and self._step_K is not None, "uint8 without its calibration"
-        return self._as_map(torch.addcmul(self._low_K.to(dtype), values, self._step_K.to(dtype)))
+        assert self._range is not None, "uint8 without its calibration"
+        low_K, step_K = self._range
+        return self._as_map(torch.addcmul(low_K.to(dtype), values, step_K.to(dtype)))
 
     def _as_map(self, values: Tensor) -> Tensor:
         return values.permute(0, 3, 1, 2) if self.coded.is_map else values

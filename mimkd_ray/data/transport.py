@@ -14,8 +14,8 @@ import mmap
 import multiprocessing
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -94,8 +94,9 @@ class Answers:
             return Answer(made, self.slots.number, slot)
         images = made.images_BCHW
         numbers = torch.stack([made.labels_B, made.ids_B]).numpy()  # as a tensor it would need shared memory of its own
-        bare = replace(made, images_BCHW=_NONE, labels_B=_NONE, ids_B=_NONE)
-        return Answer(bare, self.slots.number, slot, tuple(images.shape), images.is_contiguous(), numbers)
+        features = {label: rows.numpy() for label, rows in made.features.items()}
+        bare = replace(made, images_BCHW=_NONE, labels_B=_NONE, ids_B=_NONE, features={})
+        return Answer(bare, self.slots.number, slot, tuple(images.shape), images.is_contiguous(), numbers, features)
 
     def _make(self, key: Key, memory: Tensor | None) -> LaneBatch | Exception | str:
         try:
@@ -108,7 +109,8 @@ class Answers:
 class Answer:
     """A batch, an error for people, or the name of an image that is damaged and alone in its batch.
 
-    With a `shape`, the images are in the slot, channels first or last, and the labels and ids in `numbers`.
+    With a `shape`, the images are in the slot, channels first or last, the labels and ids in `numbers`, and cached
+    features as arrays beside them.
     """
 
     made: LaneBatch | Exception | str
@@ -117,6 +119,7 @@ class Answer:
     shape: tuple[int, ...] = ()
     channels_first: bool = True
     numbers: np.ndarray | None = None
+    features: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def pin_memory(self, device: Any = None) -> Answer:
         """Return the answer with its batch in page-locked memory (a thread of the data loader calls this)."""
@@ -139,7 +142,8 @@ class Answer:
             else flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
         )
         labels_B, ids_B = torch.from_numpy(self.numbers)
-        return replace(self.made, images_BCHW=images_BCHW, labels_B=labels_B, ids_B=ids_B)
+        features = {label: torch.from_numpy(rows) for label, rows in self.features.items()}
+        return replace(self.made, images_BCHW=images_BCHW, labels_B=labels_B, ids_B=ids_B, features=features)
 
 
 _NONE = torch.empty(0)

@@ -37,7 +37,7 @@ def fitted(text: str, shape: Shape) -> tuple[Codec, Calibration | None]:
 
 
 def slow_pool(image_CHW: np.ndarray, side: int) -> np.ndarray:
-    """Adaptive average pooling by its definition: cell i covers rows floor(i * H / side) to ceil((i + 1) * H / side)."""
+    """Adaptive average pooling by its definition: cell i covers rows floor(i H / side) to ceil((i + 1) H / side)."""
     channels, height, width = image_CHW.shape
     rows, columns = min(side, height), min(side, width)
     out = np.zeros((channels, rows, columns))
@@ -54,7 +54,8 @@ def test_apply_is_pool_and_projection(text: str) -> None:
     codec, calibration = fitted(text, MAP)
     batch = features(MAP, 3, 7)
     got = codec.apply(batch)
-    assert got.shape[1:] == tuple(codec.coded) and got.dtype == torch.float32
+    assert got.shape[1:] == tuple(codec.coded)
+    assert got.dtype == torch.float32
     for image, row in zip(batch.double().numpy(), got.numpy(), strict=True):
         expected = slow_pool(image, codec.spec.pool or 7)
         if calibration is not None and calibration.components_KC is not None:
@@ -69,7 +70,8 @@ def test_floats_come_back_rounded_once(shape: Shape, kind: str) -> None:
     codec, _ = fitted(kind, shape)
     batch = features(shape)
     rows = codec.encode(batch)
-    assert rows.dtype == torch.uint8 and rows.shape == (64, codec.row_bytes)
+    assert rows.dtype == torch.uint8
+    assert rows.shape == (64, codec.row_bytes)
     numbers = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     assert torch.equal(codec.decode(rows), batch.to(numbers[kind]).float())
 
@@ -95,7 +97,8 @@ def test_uint8_is_rounding_in_each_channels_range(text: str, shape: Shape) -> No
     grid = wanted.reshape(-1, codec.coded.channels).numpy().astype(np.float64)
     stored = np.clip(np.round((grid - low) / step), 0, 255)
     got = rows.reshape(-1, codec.coded.channels).numpy()
-    assert (np.abs(got - stored) <= 1).all() and (got != stored).mean() < 1e-3, "ties and float32 may round otherwise"
+    assert (np.abs(got - stored) <= 1).all()
+    assert (got != stored).mean() < 1e-3, "ties and float32 may round otherwise"
     back = codec.decode(rows).permute(0, 2, 3, 1) if shape.is_map else codec.decode(rows)
     off = np.abs(back.reshape(-1, codec.coded.channels).numpy() - (low + got.astype(np.float64) * step))
     assert (off < 1e-4 * step).all(), "float32 over 255 steps"

@@ -1,0 +1,177 @@
+"""Cached features by position, checked by id: the other half of a training batch. Runs in loader processes.
+
+A row group is fetched once per node, its sha256 compared with the manifest's, and kept in the block store with the
+images; rows are then copied out of the mapped file. Only the entries that a run uses are ever asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from mimkd_ray import storage
+from mimkd_ray.cache.blocks import fetch_raw, raw_block
+from mimkd_ray.cache.manifest import FeatureBlock, Record, ViewManifest, manifest_url, read_manifest, view_url
+from mimkd_ray.data.blocks import Blocks
+from mimkd_ray.data.store import BlockStore
+from mimkd_ray.errors import DamagedDataError
+
+KEPT_MANIFESTS = 16
+KEPT_BYTES = 256 * 2**20
+"""Of row groups that a process has open: mapped from the store or, without one, in its memory."""
+
+MEND = (
+    "`jobs/cache_teacher.py verify --mend true` with this command line removes what is damaged, and the build command "
+)
+MEND += "makes it anew"
+
+
+class Opened(NamedTuple):
+    """A row group's arrays."""
+
+    ids_N: np.ndarray
+    rows_NB: np.ndarray
+
+
+class FeatureReader:
+    """The features of one training set. Picklable, and safe to use in forked processes."""
+
+    def __init__(self, root: str, keys: Mapping[str, str], rows: int, store: BlockStore | None) -> None:
+        """`keys` maps each entry's label to its key; `rows` is the training set's."""
+        self.root, self.keys, self.rows, self.store = root, dict(keys), rows, store
+        self.bytes_read = 0
+        """Bytes that this process has asked the storage for, manifests aside."""
+        self._manifests: OrderedDict[tuple[str, int], ViewManifest] = OrderedDict()
+        self._opened: OrderedDict[tuple[str, int, int], Opened] = OrderedDict()
+        self._opened_bytes = 0
+        self._lock, self._pid = threading.Lock(), os.getpid()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return FeatureReader, (self.root, self.keys, self.rows, self.store)
+
+    def manifest(self, label: str, view: int) -> ViewManifest:
+        """Return the manifest of an entry's view; kept. Raises DamagedDataError if it is gone or does not fit."""
+        key = self.keys[label]
+        found = self._manifests.get((label, view))
+        if found is None:
+            found = read_manifest(self.root, key, view)
+            url = manifest_url(self.root, key, view)
+            if found is None:
+                raise DamagedDataError(f"{url} is gone: it was there when the cache was opened; build the view again")
+            if found.rows != self.rows:
+                raise DamagedDataError(f"{url} has {found.rows:,} rows, and the training set {self.rows:,}")
+            self._manifests[label, view] = found
+            while len(self._manifests) > KEPT_MANIFESTS:
+                self._manifests.popitem(last=False)
+        return found
+
+    def read(
+        self, view: int, positions: Sequence[int] | np.ndarray, ids: np.ndarray, labels: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return {label: rows (B, row_bytes), uint8} of the images at `positions`, whose ids must be `ids`.
+
+        Raises DamagedDataError if they are not, and for what is missing, damaged or has no features.
+        """
+        return {label: self._rows(label, view, positions, ids) for label in labels or self.keys}
+
+    def _rows(self, label: str, view: int, positions: Sequence[int] | np.ndarray, ids: np.ndarray) -> np.ndarray:
+        manifest = self.manifest(label, view)
+        if len(manifest.damaged) and np.isin(ids, manifest.damaged).any():
+            culprit = int(ids[np.isin(ids, manifest.damaged)][0])
+            raise DamagedDataError(
+                f"image {culprit} could not be decoded when its features were cached ({label}, view {view}), and can "
+                f"be now: remove {view_url(self.root, manifest.key, view)} and its manifest, and build the view again"
+            )
+        blocks, insides = manifest.blocks.locate(positions)
+        out = np.empty((len(blocks), manifest.row_bytes), dtype=np.uint8)
+        order = np.argsort(blocks, kind="stable")
+        for places in np.split(order, np.flatnonzero(np.diff(blocks[order])) + 1):
+            opened = self._open(label, manifest, int(blocks[places[0]]))
+            rows = insides[places]
+            if not np.array_equal(opened.ids_N[rows], ids[places]):
+                wrong = int(np.flatnonzero(opened.ids_N[rows] != ids[places])[0])
+                position = int(np.asarray(positions)[places[wrong]])
+                raise DamagedDataError(
+                    f"{label}, view {view}: the features at position {position:,} are of image "
+                    f"{int(opened.ids_N[rows[wrong]])}, and the image there is {int(ids[places[wrong]])}: the cache "
+                    f"{self.keys[label]} does not belong to this training set"
+                )
+            out[places] = opened.rows_NB[rows]
+        return out
+
+    def fetch(self, view: int, first: int, stop: int) -> bool:
+        """See to it that the features of these positions are in the store; say whether they are."""
+        if self.store is None:
+            return False
+        for label in self.keys:
+            manifest = self.manifest(label, view)
+            low, high = manifest.blocks.locate([first, stop - 1])[0].tolist()
+            for number in range(low, high + 1):
+                record, block = manifest.locate(number)
+                if not fetch_raw(self.store, block.sha256, partial(self._load, manifest, record, block)):
+                    return False
+        return True
+
+    def block_bytes(self, blocks: Blocks, view: int = 0) -> int:
+        """Return the mean bytes of features that belong to one of the training set's blocks."""
+        return sum(self.manifest(label, view).bytes for label in self.keys) // max(1, blocks.num_blocks)
+
+    def _open(self, label: str, manifest: ViewManifest, number: int) -> Opened:
+        if self._pid != os.getpid():  # a forked child must not wait for a lock that its parent held
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        name = (label, manifest.view, number)
+        with self._lock:
+            opened = self._opened.get(name)
+            if opened is not None:
+                self._opened.move_to_end(name)
+                return opened
+        record, block = manifest.locate(number)
+        data = raw_block(self.store, block.sha256, partial(self._load, manifest, record, block))
+        ids_N = data[block.ids_at : block.ids_at + 8 * block.rows].view(np.int64)
+        rows = data[block.values_at : block.values_at + manifest.row_bytes * block.rows]
+        opened = Opened(ids_N, rows.reshape(block.rows, manifest.row_bytes))
+        with self._lock:
+            if name not in self._opened:
+                self._opened[name] = opened
+                self._opened_bytes += ids_N.nbytes + rows.nbytes
+            while self._opened_bytes > KEPT_BYTES and len(self._opened) > 1:
+                _, gone = self._opened.popitem(last=False)
+                self._opened_bytes -= gone.ids_N.nbytes + gone.rows_NB.nbytes
+        return opened
+
+    def _load(self, manifest: ViewManifest, record: Record, block: FeatureBlock) -> bytes:
+        self.bytes_read += block.length
+        return read_verified(self.root, manifest, record, block)
+
+
+def read_verified(root: str, manifest: ViewManifest, record: Record, block: FeatureBlock) -> bytes:
+    """Return the bytes of a row group, in one request, after their sha256 was found right. Raises DamagedDataError."""
+    url = storage.join(view_url(root, manifest.key, manifest.view), record.file)
+    short = (
+        f"{url} is cut short: it does not hold the {block.length:,} bytes at byte {block.offset:,} that its manifest "
+        f"lists; {MEND}"
+    )
+    try:
+        data = storage.read_range(url, block.offset, block.length)
+    except FileNotFoundError as error:
+        raise DamagedDataError(f"{url} is gone, and its manifest lists it; {MEND}") from error
+    except storage.StorageError as error:
+        if storage.size(url) < block.offset + block.length:
+            raise DamagedDataError(short) from error
+        raise
+    if len(data) < block.length:
+        raise DamagedDataError(short)
+    found = hashlib.sha256(data).hexdigest()
+    if found != block.sha256:
+        raise DamagedDataError(
+            f"{url} is damaged: the {block.length:,} bytes at byte {block.offset:,} have the sha256 {found[:12]}..., "
+            f"and the manifest says {block.sha256[:12]}...; {MEND}"
+        )
+    return data
