@@ -27,10 +27,7 @@ KEPT_MANIFESTS = 16
 KEPT_BYTES = 256 * 2**20
 """Of row groups that a process has open: mapped from the store or, without one, in its memory."""
 
-MEND = (
-    "`jobs/cache_teacher.py verify --mend true` with this command line removes what is damaged, and the build command "
-)
-MEND += "makes it anew"
+MEND = "`python jobs/cache_teacher.py verify --cache.root {} --mend true` removes what is damaged; then build it again"
 
 
 class Opened(NamedTuple):
@@ -43,9 +40,13 @@ class Opened(NamedTuple):
 class FeatureReader:
     """The features of one training set. Picklable, and safe to use in forked processes."""
 
-    def __init__(self, root: str, keys: Mapping[str, str], rows: int, store: BlockStore | None) -> None:
-        """`keys` maps each entry's label to its key; `rows` is the training set's."""
+    def __init__(
+        self, root: str, keys: Mapping[str, str], rows: int, store: BlockStore | None, used: Sequence[str] = ()
+    ) -> None:
+        """`keys` maps each entry's label to its key; `rows` is the training set's. `used`: what comes with every
+        batch; the others are read only when asked for by label."""
         self.root, self.keys, self.rows, self.store = root, dict(keys), rows, store
+        self.used = tuple(used or self.keys)
         self.bytes_read = 0
         """Bytes that this process has asked the storage for, manifests aside."""
         self._manifests: OrderedDict[tuple[str, int], ViewManifest] = OrderedDict()
@@ -54,7 +55,7 @@ class FeatureReader:
         self._lock, self._pid = threading.Lock(), os.getpid()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return FeatureReader, (self.root, self.keys, self.rows, self.store)
+        return FeatureReader, (self.root, self.keys, self.rows, self.store, self.used)
 
     def manifest(self, label: str, view: int) -> ViewManifest:
         """Return the manifest of an entry's view; kept. Raises DamagedDataError if it is gone or does not fit."""
@@ -79,7 +80,7 @@ class FeatureReader:
 
         Raises DamagedDataError if they are not, and for what is missing, damaged or has no features.
         """
-        return {label: self._rows(label, view, positions, ids) for label in labels or self.keys}
+        return {label: self._rows(label, view, positions, ids) for label in labels or self.used}
 
     def _rows(self, label: str, view: int, positions: Sequence[int] | np.ndarray, ids: np.ndarray) -> np.ndarray:
         manifest = self.manifest(label, view)
@@ -110,7 +111,7 @@ class FeatureReader:
         """See to it that the features of these positions are in the store; say whether they are."""
         if self.store is None:
             return False
-        for label in self.keys:
+        for label in self.used:
             manifest = self.manifest(label, view)
             low, high = manifest.blocks.locate([first, stop - 1])[0].tolist()
             for number in range(low, high + 1):
@@ -119,9 +120,9 @@ class FeatureReader:
                     return False
         return True
 
-    def block_bytes(self, blocks: Blocks, view: int = 0) -> int:
+    def block_bytes(self, blocks: Blocks) -> int:
         """Return the mean bytes of features that belong to one of the training set's blocks."""
-        return sum(self.manifest(label, view).bytes for label in self.keys) // max(1, blocks.num_blocks)
+        return sum(self.manifest(label, 0).bytes for label in self.used) // max(1, blocks.num_blocks)
 
     def _open(self, label: str, manifest: ViewManifest, number: int) -> Opened:
         if self._pid != os.getpid():  # a forked child must not wait for a lock that its parent held
@@ -154,14 +155,15 @@ class FeatureReader:
 def read_verified(root: str, manifest: ViewManifest, record: Record, block: FeatureBlock) -> bytes:
     """Return the bytes of a row group, in one request, after their sha256 was found right. Raises DamagedDataError."""
     url = storage.join(view_url(root, manifest.key, manifest.view), record.file)
+    mend = MEND.format(root)
     short = (
         f"{url} is cut short: it does not hold the {block.length:,} bytes at byte {block.offset:,} that its manifest "
-        f"lists; {MEND}"
+        f"lists; {mend}"
     )
     try:
         data = storage.read_range(url, block.offset, block.length)
     except FileNotFoundError as error:
-        raise DamagedDataError(f"{url} is gone, and its manifest lists it; {MEND}") from error
+        raise DamagedDataError(f"{url} is gone, and its manifest lists it; {mend}") from error
     except storage.StorageError as error:
         if storage.size(url) < block.offset + block.length:
             raise DamagedDataError(short) from error
@@ -172,6 +174,6 @@ def read_verified(root: str, manifest: ViewManifest, record: Record, block: Feat
     if found != block.sha256:
         raise DamagedDataError(
             f"{url} is damaged: the {block.length:,} bytes at byte {block.offset:,} have the sha256 {found[:12]}..., "
-            f"and the manifest says {block.sha256[:12]}...; {MEND}"
+            f"and the manifest says {block.sha256[:12]}...; {mend}"
         )
     return data

@@ -135,6 +135,12 @@ def build_distiller(config: Config, num_classes: int, teacher: nn.Module | None,
     return placed
 
 
+def build_network(config: Config, num_classes: int, weights: str) -> nn.Module:
+    """The teacher's network; a random one is the same for every worker, every restart and every builder of a cache."""
+    torch.manual_seed(config.train.seed + 2)
+    return build_model(config.teacher.name, num_classes, weights, config.data.image_size)
+
+
 def teacher_plan(config: Config, model: nn.Module, num_classes: int) -> TapPlan:
     """The taps of a teacher that the loss of ``config`` reads."""
     with torch.random.fork_rng(devices=[]):

@@ -163,8 +163,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.cache.reads and self.mix.active:
             raise UserError(
-                "mix.mixup_alpha or mix.cutmix_alpha is on, and cache.root is set: features of a mixed image are no mix "
-                "of features; turn mixing off, or pass --cache.live true"
+                "mix.mixup_alpha or mix.cutmix_alpha is on, and cache.root is set: features of a mixed image are no "
+                "mix of features; turn mixing off, or pass --cache.live true"
             )
         if self.cache.reads and not self.data.views:
             raise UserError(
