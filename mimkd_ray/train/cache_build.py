@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mimkd_ray import storage
 from mimkd_ray.cache import calibration, manifest
 from mimkd_ray.cache.codec import DTYPES, coded_shape, needs_calibration
 from mimkd_ray.cache.config import check_rules
@@ -365,7 +366,11 @@ def build(setup: Setup, run: Runner) -> Built:
             publish(view)
     if units:
         whole = len(setup.shards) * views
+        done = set()
         for number, _ in run(units, f"caching features ({len(units):,} of {whole:,} units to do)"):
+            if number in done:
+                continue  # Ray had a task done again whose process died
+            done.add(number)
             view = units[number].view
             left[view] -= 1
             if not left[view]:
@@ -388,6 +393,8 @@ def _missing(root: str, setup: Setup, keys: Mapping[str, str], view: int) -> lis
 
 
 def _publish(root: str, setup: Setup, key: str, label: str, view: int) -> None:
+    if storage.exists(manifest.manifest_url(root, key, view)):
+        return  # another builder was first, and what it did not choose may be gone already
     records = committed(root, key, view)
     wanted = [(first, sum(counts)) for first, counts in setup.shards]
     lacking = [place for place in wanted if place not in records]
