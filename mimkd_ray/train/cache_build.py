@@ -76,6 +76,8 @@ class CalibrationUnit:
     """Codecs of `labels` to be fitted."""
 
     labels: tuple[str, ...]
+    rows: int
+    """Images to look at."""
 
 
 Unit = ShardUnit | CalibrationUnit
@@ -194,7 +196,7 @@ class Builder:
                 url = self.setup.calibration_url(next(entry for entry in entries if entry.label == label))
                 calibration.publish(url, data)
         teacher.tapped.release()
-        return Done(min(self.setup.data.train.num_rows, self.setup.config.cache.calibration_rows), 0)
+        return Done(unit.rows, 0)
 
     def _open(self) -> tuple[Sight, dict[str, str]]:
         """The teacher with its codecs, once they are fitted, and the keys by label."""
@@ -338,7 +340,8 @@ def build(setup: Setup, run: Runner) -> Built:
     root, views = config.cache.root, config.data.views
     unfitted = tuple(label for label, data in setup.calibrations().items() if data is None)
     if unfitted:
-        for _ in run([CalibrationUnit(unfitted)], f"fitting the codecs of {', '.join(unfitted)}"):
+        sample = min(setup.data.train.num_rows, config.cache.calibration_rows)
+        for _ in run([CalibrationUnit(unfitted, sample)], f"fitting the codecs of {', '.join(unfitted)}"):
             pass
     found = setup.calibrations()
     lacking = [label for label, data in found.items() if data is None]
