@@ -1,40 +1,36 @@
 """Cached features by position, checked by id: the other half of a training batch. Runs in loader processes.
 
 A row group is fetched once per node, its sha256 compared with the manifest's, and kept in the block store with the
-images; rows are then copied out of the mapped file. Only the entries that a run uses are ever asked for.
+images; rows are then read from its file, those of a cache on a local disk in place. Only the entries that a run uses
+are ever asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 
 from mimkd_ray import storage
-from mimkd_ray.cache.blocks import fetch_raw, raw_block
+from mimkd_ray.cache.blocks import OpenGroup, block_key, load_block, open_group
 from mimkd_ray.cache.manifest import FeatureBlock, Record, ViewManifest, manifest_url, read_manifest, view_url
 from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.store import BlockStore
+from mimkd_ray.data.stored_block import ChangedFileError
 from mimkd_ray.errors import DamagedDataError
 
 KEPT_MANIFESTS = 16
+KEPT_GROUPS = 128
+"""Row groups that a process has open."""
+
 KEPT_BYTES = 256 * 2**20
-"""Of row groups that a process has open: mapped from the store or, without one, in its memory."""
+"""Of them, what it holds in its memory where there is no store."""
 
 MEND = "`python jobs/cache_teacher.py verify --cache.root {} --mend true` removes what is damaged; then build it again"
-
-
-class Opened(NamedTuple):
-    """A row group's arrays."""
-
-    ids_N: np.ndarray
-    rows_NB: np.ndarray
 
 
 class FeatureReader:
@@ -50,9 +46,8 @@ class FeatureReader:
         self.bytes_read = 0
         """Bytes that this process has asked the storage for, manifests aside."""
         self._manifests: OrderedDict[tuple[str, int], ViewManifest] = OrderedDict()
-        self._opened: OrderedDict[tuple[str, int, int], Opened] = OrderedDict()
-        self._opened_bytes = 0
-        self._lock, self._pid = threading.Lock(), os.getpid()
+        self._opened: OrderedDict[tuple[str, int, int], OpenGroup] = OrderedDict()
+        self._held = 0
 
     def __reduce__(self) -> tuple[object, ...]:
         return FeatureReader, (self.root, self.keys, self.rows, self.store, self.used)
@@ -94,17 +89,22 @@ class FeatureReader:
         out = np.empty((len(blocks), manifest.row_bytes), dtype=np.uint8)
         order = np.argsort(blocks, kind="stable")
         for places in np.split(order, np.flatnonzero(np.diff(blocks[order])) + 1):
-            opened = self._open(label, manifest, int(blocks[places[0]]))
+            number = int(blocks[places[0]])
+            group = self._open(label, manifest, number)
             rows = insides[places]
-            if not np.array_equal(opened.ids_N[rows], ids[places]):
-                wrong = int(np.flatnonzero(opened.ids_N[rows] != ids[places])[0])
+            if not np.array_equal(group.ids_N[rows], ids[places]):
+                wrong = int(np.flatnonzero(group.ids_N[rows] != ids[places])[0])
                 position = int(np.asarray(positions)[places[wrong]])
                 raise DamagedDataError(
                     f"{label}, view {view}: the features at position {position:,} are of image "
-                    f"{int(opened.ids_N[rows[wrong]])}, and the image there is {int(ids[places[wrong]])}: the cache "
+                    f"{int(group.ids_N[rows[wrong]])}, and the image there is {int(ids[places[wrong]])}: the cache "
                     f"{self.keys[label]} does not belong to this training set"
                 )
-            out[places] = opened.rows_NB[rows]
+            try:
+                group.take(rows, out, places)
+            except ChangedFileError:  # while it was open: what is there now is looked at, and found damaged or not
+                self._close(label, view, number)
+                self._open(label, manifest, number).take(rows, out, places)
         return out
 
     def fetch(self, view: int, first: int, stop: int) -> bool:
@@ -116,7 +116,9 @@ class FeatureReader:
             low, high = manifest.blocks.locate([first, stop - 1])[0].tolist()
             for number in range(low, high + 1):
                 record, block = manifest.locate(number)
-                if not fetch_raw(self.store, block.sha256, partial(self._load, manifest, record, block)):
+                load = partial(self._load, manifest, record, block)
+                place = self._place(manifest, record, block)
+                if not self.store.fetch(block_key(block), partial(load_block, load, place)):
                     return False
         return True
 
@@ -124,28 +126,33 @@ class FeatureReader:
         """Return the mean bytes of features that belong to one of the training set's blocks."""
         return sum(self.manifest(label, 0).bytes for label in self.used) // max(1, blocks.num_blocks)
 
-    def _open(self, label: str, manifest: ViewManifest, number: int) -> Opened:
-        if self._pid != os.getpid():  # a forked child must not wait for a lock that its parent held
-            self._lock, self._pid = threading.Lock(), os.getpid()
+    def _open(self, label: str, manifest: ViewManifest, number: int) -> OpenGroup:
         name = (label, manifest.view, number)
-        with self._lock:
-            opened = self._opened.get(name)
-            if opened is not None:
-                self._opened.move_to_end(name)
-                return opened
+        group = self._opened.get(name)
+        if group is not None:
+            self._opened.move_to_end(name)
+            return group
         record, block = manifest.locate(number)
-        data = raw_block(self.store, block.sha256, partial(self._load, manifest, record, block))
-        ids_N = data[block.ids_at : block.ids_at + 8 * block.rows].view(np.int64)
-        rows = data[block.values_at : block.values_at + manifest.row_bytes * block.rows]
-        opened = Opened(ids_N, rows.reshape(block.rows, manifest.row_bytes))
-        with self._lock:
-            if name not in self._opened:
-                self._opened[name] = opened
-                self._opened_bytes += ids_N.nbytes + rows.nbytes
-            while self._opened_bytes > KEPT_BYTES and len(self._opened) > 1:
-                _, gone = self._opened.popitem(last=False)
-                self._opened_bytes -= gone.ids_N.nbytes + gone.rows_NB.nbytes
-        return opened
+        load = partial(self._load, manifest, record, block)
+        group = open_group(self.store, block, manifest.row_bytes, load, self._place(manifest, record, block))
+        self._opened[name] = group
+        self._held += len(group.data or b"")
+        while len(self._opened) > KEPT_GROUPS or (self._held > KEPT_BYTES and len(self._opened) > 1):
+            self._close(*next(iter(self._opened)))
+        return group
+
+    def _close(self, label: str, view: int, number: int) -> None:
+        group = self._opened.pop((label, view, number))
+        self._held -= len(group.data or b"")
+        group.close()
+
+    def _place(self, manifest: ViewManifest, record: Record, block: FeatureBlock) -> tuple[Path, int] | None:
+        """Where a row group can be read in place: in a cache on a local disk."""
+        if storage.is_remote(self.root):
+            return None
+        return storage.local_path(storage.join(view_url(self.root, manifest.key, manifest.view), record.file)), (
+            block.offset
+        )
 
     def _load(self, manifest: ViewManifest, record: Record, block: FeatureBlock) -> bytes:
         self.bytes_read += block.length

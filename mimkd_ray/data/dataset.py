@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mimkd_ray import storage
+from mimkd_ray.data.block_reader import CACHE_BYTES
 from mimkd_ray.data.digits import DigitsSource
 from mimkd_ray.data.folders import FolderSource
 from mimkd_ray.data.manifest import MANIFEST_SUFFIX, read_manifest
 from mimkd_ray.data.parquet import ParquetSource
 from mimkd_ray.data.source import Source, SubsetSource, digest_of, stratified_split
-from mimkd_ray.data.store import CACHE_BYTES, BlockStore
+from mimkd_ray.data.store import BlockStore
 from mimkd_ray.data.views import check_pipeline_name
 from mimkd_ray.errors import UserError
 
@@ -65,8 +66,8 @@ class DataConfig:
     """Blocks per lane that are fetched into the store ahead of need, beyond those in use; -1 = another window of them
     as far as the store has room, 0 = none."""
     loader_workers: int = -1
-    """Decoding processes per training worker; -1 = this machine's cores, shared between the workers on it (none for
-    a set in memory, such as the digits), 0 = decode in the training process."""
+    """Decoding processes per training worker; -1 = one less than its share of this machine's cores, at least one (none
+    for a set in memory, such as the digits), 0 = decode in the training process."""
     max_damaged: float = 0.001
     """Share of images that may be damaged before the run stops."""
 

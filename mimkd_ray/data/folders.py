@@ -12,18 +12,19 @@ many requests at a time, into the block store.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from mimkd_ray import storage
+from mimkd_ray.data.block_reader import BlockReader
 from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.keyed import permutation
 from mimkd_ray.data.source import Row, digest_of
-from mimkd_ray.data.store import BlockStore, read_block
+from mimkd_ray.data.store import BlockStore
+from mimkd_ray.data.stored_block import StoredBlock
 from mimkd_ray.errors import DamagedDataError, UserError, nearest
 
 BLOCK_ROWS = 256
@@ -90,26 +91,33 @@ class FolderSource:
         """Return the smallest and largest label."""
         return int(self._labels.min()), int(self._labels.max())
 
+    def iterate(self, positions: Sequence[int]) -> Iterator[Row]:
+        """Yield the rows at `positions`, in that order. Raises DamagedDataError for a file that is gone."""
+        for position, image in zip(positions, self._images_at(positions), strict=True):
+            yield Row(int(position), int(self._labels[position]), image, self._url(int(position)))
+
     def read(self, positions: Sequence[int]) -> list[Row]:
-        """Return the rows at `positions`, in that order. Raises DamagedDataError for a file that is gone."""
-        if self.store is None:
-            images = self._read_files(positions)
-        else:
-            images = []
-            for block, row in zip(*self.blocks.locate(positions), strict=True):
-                images.append(self._table(int(block)).column("image")[int(row)].as_py())
-        return [
-            Row(int(position), int(self._labels[position]), image, self._url(int(position)))
-            for position, image in zip(positions, images, strict=True)
-        ]
+        """Return the rows at `positions`, in that order; as `iterate`."""
+        return list(self.iterate(positions))
 
     def fetch(self, block: int) -> bool:
         """See to it that the block is in the store; say whether it is (False: no store, or no room)."""
-        return self.store is not None and self.store.fetch(self._keys[block], lambda: self._load(block))
+        return self.store is not None and self.store.fetch(self._keys[block], partial(self._load, block))
 
     def _url(self, position: int) -> str:
         name = f"{self.classes[self._labels[position]]}/{self._files[position].decode()}"
         return storage.join(self.root, name)
+
+    def _images_at(self, positions: Sequence[int]) -> Iterator[bytes]:
+        if self.store is not None:
+            with BlockReader(self.store) as reader:
+                for block, inside in zip(*map(np.ndarray.tolist, self.blocks.locate(positions)), strict=True):
+                    yield reader.row(self._keys[block], partial(self._load, block), inside)[0]
+        elif storage.is_remote(self.root):
+            yield from self._read_files(positions)
+        else:
+            for position in positions:
+                yield from self._read_files([position])
 
     def _read_files(self, positions: Sequence[int]) -> list[bytes]:
         urls = [self._url(int(position)) for position in positions]
@@ -133,15 +141,9 @@ class FolderSource:
             digest.update(repr((self._url(position), *versions[position])).encode())
         return digest.hexdigest()
 
-    def _table(self, block: int) -> Any:
-        return read_block(self.store, self._keys[block], lambda: self._load(block))
-
-    def _load(self, block: int) -> Any:
-        import pyarrow as pa
-
+    def _load(self, block: int) -> StoredBlock:
         positions = self._positions(block)
-        images = pa.array(self._read_files(positions), pa.large_binary())
-        return pa.table({"image": images, "label": pa.array(self._labels[positions.start : positions.stop])})
+        return StoredBlock.of(self._read_files(positions), self._labels[positions.start : positions.stop])
 
 
 def _images(folder: str) -> dict[str, storage.Entry]:

@@ -11,6 +11,7 @@ processes are started once and live through epochs.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -210,12 +211,13 @@ def local_world_size() -> int:
 
 
 def resolve_loader_workers(loader_workers: int, source: Source) -> int:
-    """Return the number of loader processes; -1: an equal share of this machine's cores, none for a set in memory.
+    """Return the number of loader processes; none for a set in memory, else by default one per core of this worker's
+    share of the machine but one, which is for the training process and for reading ahead.
 
     Raises UserError for a senseless number.
     """
     if loader_workers == -1:
-        return 0 if source.in_memory else max(1, _cores() // local_world_size())
+        return 0 if source.in_memory else max(1, _cores() // local_world_size() - 1)
     check_loader_workers(loader_workers)
     return loader_workers
 
@@ -316,4 +318,5 @@ def _unchanged(answer: Any) -> Any:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # processes share the cores; threads in each would fight for them
+    gc.freeze()  # what was there before the fork is never garbage here, and need not be looked through again
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the training process decides

@@ -46,8 +46,10 @@ class View:
     transform: Transform
     seed: int
 
-    def apply(self, image: bytes | np.ndarray | Tensor, id: int, view: int) -> Tensor:
+    def apply(self, image: bytes | np.ndarray | Tensor, id: int, view: int, out: Tensor | None = None) -> Tensor:
         """Return view number `view` of the sample: the same bytes in any process. Keeps the generator.
+
+        The result may be in `out`, where that saves a copy (`transforms.from_bytes`).
 
         An encoded image or an (H, W, 3) array is decoded here; a transform with a method `from_bytes` decodes encoded
         images itself, so that it need not decode more than it uses. Raises DamagedImageError. Costs 4 us beside
@@ -60,7 +62,7 @@ class View:
             if isinstance(image, Tensor):
                 return self.transform(image)
             if isinstance(image, bytes):
-                return from_bytes(self.transform, image)
+                return from_bytes(self.transform, image, out)
             return self.transform(decode(image))
         finally:
             generator.set_state(state)

@@ -11,7 +11,7 @@ import pytest
 from image_sets import encode, pixels
 from prepare_sets import config
 
-from mimkd_ray.data import store
+from mimkd_ray.data import block_reader
 from mimkd_ray.data.prepare import prepare
 
 
@@ -19,7 +19,7 @@ from mimkd_ray.data.prepare import prepare
 def own_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test's block store and tables in memory are its own, and go with it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(store, "_tables", store._Tables())
+    monkeypatch.setattr(block_reader, "_blocks", block_reader._KeptBlocks())
 
 
 @pytest.fixture(scope="session")
