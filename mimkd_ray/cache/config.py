@@ -30,7 +30,7 @@ class CacheConfig:
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Autocast of the teacher; auto: train.precision. Part of the cache's key."""
     calibration_rows: int = 2048
-    """Training images that ranges and components are fitted on."""
+    """Training images that ranges and components are fitted on; of a smaller set, several views of each."""
     shard_rows: int = 4096
     """Images of a unit of building, whose features are one file for each tap (whole blocks of the data set)."""
     batch: int = 64

@@ -24,7 +24,7 @@ ALLOWED_LEVELS = 2
 def pixel_rows(images_BCHW: Tensor) -> np.ndarray:
     """Return (B, ROW_BYTES) uint8 of uint8 images on any device: 0.2 ms an image at 224 pixels."""
     cells_BHW = F.adaptive_avg_pool2d(images_BCHW.float().mean(1, keepdim=True), SIDE).squeeze(1)
-    prints = cells_BHW.round().clamp(0, 255).byte().flatten(1).cpu().numpy()
+    prints = (cells_BHW + 0.5).floor().byte().flatten(1).cpu().numpy()  # not to even: one level more must show as one
     pixels = images_BCHW.contiguous().cpu().numpy()
     digests = [hashlib.blake2b(image, digest_size=DIGEST_BYTES).digest() for image in pixels]
     return np.concatenate([np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES), prints], axis=1)

@@ -340,8 +340,8 @@ def build(setup: Setup, run: Runner) -> Built:
     root, views = config.cache.root, config.data.views
     unfitted = tuple(label for label, data in setup.calibrations().items() if data is None)
     if unfitted:
-        sample = min(setup.data.train.num_rows, config.cache.calibration_rows)
-        for _ in run([CalibrationUnit(unfitted, sample)], f"fitting the codecs of {', '.join(unfitted)}"):
+        sample = CalibrationUnit(unfitted, config.cache.calibration_rows)
+        for _ in run([sample], f"fitting the codecs of {', '.join(unfitted)}"):
             pass
     found = setup.calibrations()
     lacking = [label for label, data in found.items() if data is None]

@@ -59,16 +59,19 @@ class Sight:
 
 
 def sample_keys(rows: int, count: int, seed: int, batch: int) -> list[Key]:
-    """Batches of `count` random rows of `rows`, in their first view, in the order of positions."""
-    count = min(count, rows)
-    chosen = np.sort(Permutation(rows, seed, "calibration").at(np.arange(count)))
-    return [Key(0, number, part, 0) for number, part in enumerate(np.split(chosen, range(batch, count, batch)))]
+    """Batches of `count` random rows of `rows`, in the order of positions, in their first view; where there are fewer
+    rows, all of them in as many views as it takes. It does not depend on how many views are cached."""
+    keys: list[Key] = []
+    for view, start in enumerate(range(0, count, rows)):
+        chosen = np.sort(Permutation(rows, seed, "calibration", view).at(np.arange(min(rows, count - start))))
+        keys += [Key(0, 0, part, view) for part in np.split(chosen, range(batch, len(chosen), batch))]
+    return keys
 
 
 def fit(sight: Sight, entries: Sequence[Entry]) -> dict[str, bytes]:
     """Return the calibrations of entries by label, as files. ``sight`` has a teacher without codecs.
 
-    Damaged images are left out. Runs the teacher on ``cache.calibration_rows`` images.
+    Damaged images are left out. Runs the teacher on ``cache.calibration_rows`` images (or views of images).
     """
     cache = sight.config.cache
     keys = sample_keys(sight.source.num_rows, cache.calibration_rows, sight.config.view_seed, cache.batch)

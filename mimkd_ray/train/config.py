@@ -171,6 +171,10 @@ class Config:
                 "cache.root is set and data.views is 0, a new view every epoch: nobody can have cached those; pass the "
                 "number of views that are cached, such as --data.views 8"
             )
+        if self.loss.resolved_negatives == "cache" and not self.cache.reads:
+            raise UserError(
+                "loss.negatives is cache, and the run reads none: pass --cache.root, or --loss.negatives step or all"
+            )
         most = self.launch.worker_range[1]
         if most > self.train.lanes:
             raise UserError(

@@ -24,6 +24,8 @@ from mimkd_ray.train.build import (
     parameter_dtype,
     uses_channels_last,
 )
+from mimkd_ray.train.cache_check import CacheCheck
+from mimkd_ray.train.cache_negatives import CachedNegatives
 from mimkd_ray.train.cached import Cached
 from mimkd_ray.train.config import Config, differences, refuse_changes, training_dict
 from mimkd_ray.train.context import Context, gather_by_rank, is_distributed, share_from_first
@@ -101,7 +103,20 @@ class Session:
             self.teacher,
             self.damage,
             coding if self.features is not None else None,
+            self._canary(),
+            self._cached_negatives(),
         )
+
+    def _canary(self) -> CacheCheck | None:
+        if self.features is None or self.teacher is None or not self.config.cache.canary:
+            return None
+        return CacheCheck(self.config, self.features, self.order, self.teacher)
+
+    def _cached_negatives(self) -> CachedNegatives | None:
+        if self.features is None or self.config.loss.resolved_negatives != "cache":
+            return None
+        say(self.context, "collecting teacher vectors of the cache for negatives")
+        return CachedNegatives(self.config, self.features)
 
     def _compile(self) -> None:
         mode = self.config.train.compile

@@ -108,7 +108,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
 def test_a_file_that_changes_while_it_is_in_use(root: Path, store: BlockStore | None) -> None:
     """Verified, read in place, and then cut short or written again: it is verified anew."""
     reader = FeatureReader(str(root), {"a:map": KEY}, 64, store)
@@ -130,6 +129,7 @@ def test_a_file_that_changes_while_it_is_in_use(root: Path, store: BlockStore | 
         np.testing.assert_array_equal(each.read(0, first, ids()[:16])["a:map"], features(40, 0)[:16])
 
 
+@pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_never_read(root: Path, store: BlockStore | None, kind: str) -> None:
     damage, message = DAMAGE[kind]
     (path,) = (root / KEY / "view-00000").glob("0000000000-*.parquet")

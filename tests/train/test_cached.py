@@ -12,7 +12,8 @@ from tiny_cache import build_here, cached_config
 from tiny_run import cpu
 
 from mimkd_ray.data.dataset import open_data
-from mimkd_ray.errors import UserError
+from mimkd_ray.data.views import View
+from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.mimkd import Features
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.cached import open_cached
@@ -48,6 +49,7 @@ def walk(config: Config, run_dir: Path) -> dict[str, Any]:
     for number in range(STEPS):
         record = session.step(number, batches)
         seen["losses"].append(float(record.log["loss"]))
+        seen["log"] = record.log
         if number == 0:
             seen["gradient"] = torch.cat([p.grad.flatten() for p in session.distiller.parameters()])
     return seen
@@ -88,7 +90,7 @@ def test_cached_is_live_up_to_rounding(tmp_path: Path, name: str, pipeline: str)
     kd = 0.0 if name in ("fp32", "pca") else 0.5  # logits are fp16 whatever the codec
     config = cached_config(
         tmp_path / "cache",
-        cache={"codecs": codecs, "calibration_rows": 60},
+        cache={"codecs": codecs, "calibration_rows": 600},
         data={"pipeline": pipeline},
         loss={"kd_weight": kd},
     )
@@ -227,3 +229,39 @@ def test_what_building_alone_reads_is_not_in_a_runs_digest(tmp_path: Path) -> No
     config = cached_config(tmp_path)
     assert digest(config) == digest(cached_config(tmp_path, cache={"batch": 5, "shard_rows": 7, "workers": 3}))
     assert digest(config) != digest(cached_config(tmp_path, cache={"codecs": ("maps=fp16",)}))
+
+
+def test_the_canary_looks_and_finds_nothing(tmp_path: Path) -> None:
+    """The first lane, one keyed lane of six in each epoch, and no more."""
+    config = cached_config(tmp_path / "cache", cache={"calibration_rows": 600})
+    build_here(config)
+    data = open_data(config.data)
+    network = build_network(config, data.num_classes, config.teacher.weights)
+    cached = open_cached(config, data, network, cpu(), str(tmp_path / "run"))
+    session = Session(config, data, network, cpu(), cached)
+    check = session.feed.check
+    batches = session.batches(0)
+    for step in range(session.total_steps):
+        session.step(step, batches)
+    assert 2 <= check.looked <= 3
+    assert set(check.relative) == {"pool:vector", "stage3:map", "logits"}
+    assert 0 < check.relative["stage3:map"] < 0.02
+
+
+def test_drift_of_the_teacher_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library whose arithmetic has changed: the weights are the same, and the features are not."""
+    config = cached_config(tmp_path / "cache")
+    build_here(config)
+    real = torch.nn.functional.relu
+    monkeypatch.setattr(torch.nn.functional, "relu", lambda x, inplace=False: real(x) + 0.05)
+    with pytest.raises(DamagedDataError, match=r"step 0, lane 0, view \d: cached features of .* differ from those"):
+        walk(config, tmp_path / "run")
+
+
+def test_another_decoder_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = cached_config(tmp_path / "cache")
+    build_here(config)
+    real = View.apply
+    monkeypatch.setattr(View, "apply", lambda *a: (real(*a).float() * 0.8).byte())
+    with pytest.raises(DamagedDataError, match=r"step 0, lane 0, view \d: image \d+ has other pixels than when"):
+        walk(config, tmp_path / "run")
