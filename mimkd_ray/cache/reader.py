@@ -11,25 +11,18 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from mimkd_ray import storage
-from mimkd_ray.cache.blocks import OpenGroup, block_key, load_block, open_group
 from mimkd_ray.cache.manifest import FeatureBlock, Record, ViewManifest, manifest_url, read_manifest, view_url
+from mimkd_ray.data.block_reader import BlockReader
 from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.store import BlockStore
-from mimkd_ray.data.stored_block import ChangedFileError
+from mimkd_ray.data.stored_block import Identity, StoredBlock
 from mimkd_ray.errors import DamagedDataError
 
 KEPT_MANIFESTS = 16
-KEPT_GROUPS = 128
-"""Row groups that a process has open."""
-
-KEPT_BYTES = 256 * 2**20
-"""Of them, what it holds in its memory where there is no store."""
-
 MEND = "`python jobs/cache_teacher.py verify --cache.root {} --mend true` removes what is damaged; then build it again"
 
 
@@ -46,8 +39,6 @@ class FeatureReader:
         self.bytes_read = 0
         """Bytes that this process has asked the storage for, manifests aside."""
         self._manifests: OrderedDict[tuple[str, int], ViewManifest] = OrderedDict()
-        self._opened: OrderedDict[tuple[str, int, int], OpenGroup] = OrderedDict()
-        self._held = 0
 
     def __reduce__(self) -> tuple[object, ...]:
         return FeatureReader, (self.root, self.keys, self.rows, self.store, self.used)
@@ -88,23 +79,22 @@ class FeatureReader:
         blocks, insides = manifest.blocks.locate(positions)
         out = np.empty((len(blocks), manifest.row_bytes), dtype=np.uint8)
         order = np.argsort(blocks, kind="stable")
+        reader = BlockReader(self.store)
         for places in np.split(order, np.flatnonzero(np.diff(blocks[order])) + 1):
-            number = int(blocks[places[0]])
-            group = self._open(label, manifest, number)
+            record, block = manifest.locate(int(blocks[places[0]]))
+            data, _ = reader.row(block_key(block), partial(self._load, manifest, record, block), 0)
+            ids_N = np.frombuffer(data, np.int64, block.rows, block.ids_at)
+            values = np.frombuffer(data, np.uint8, block.rows * manifest.row_bytes, block.values_at)
             rows = insides[places]
-            if not np.array_equal(group.ids_N[rows], ids[places]):
-                wrong = int(np.flatnonzero(group.ids_N[rows] != ids[places])[0])
+            if not np.array_equal(ids_N[rows], ids[places]):
+                wrong = int(np.flatnonzero(ids_N[rows] != ids[places])[0])
                 position = int(np.asarray(positions)[places[wrong]])
                 raise DamagedDataError(
                     f"{label}, view {view}: the features at position {position:,} are of image "
-                    f"{int(group.ids_N[rows[wrong]])}, and the image there is {int(ids[places[wrong]])}: the cache "
+                    f"{int(ids_N[rows[wrong]])}, and the image there is {int(ids[places[wrong]])}: the cache "
                     f"{self.keys[label]} does not belong to this training set"
                 )
-            try:
-                group.take(rows, out, places)
-            except ChangedFileError:  # while it was open: what is there now is looked at, and found damaged or not
-                self._close(label, view, number)
-                self._open(label, manifest, number).take(rows, out, places)
+            out[places] = values.reshape(block.rows, manifest.row_bytes)[rows]
         return out
 
     def fetch(self, view: int, first: int, stop: int) -> bool:
@@ -116,9 +106,7 @@ class FeatureReader:
             low, high = manifest.blocks.locate([first, stop - 1])[0].tolist()
             for number in range(low, high + 1):
                 record, block = manifest.locate(number)
-                load = partial(self._load, manifest, record, block)
-                place = self._place(manifest, record, block)
-                if not self.store.fetch(block_key(block), partial(load_block, load, place)):
+                if not self.store.fetch(block_key(block), partial(self._load, manifest, record, block)):
                     return False
         return True
 
@@ -126,42 +114,33 @@ class FeatureReader:
         """Return the mean bytes of features that belong to one of the training set's blocks."""
         return sum(self.manifest(label, 0).bytes for label in self.used) // max(1, blocks.num_blocks)
 
-    def _open(self, label: str, manifest: ViewManifest, number: int) -> OpenGroup:
-        name = (label, manifest.view, number)
-        group = self._opened.get(name)
-        if group is not None:
-            self._opened.move_to_end(name)
-            return group
-        record, block = manifest.locate(number)
-        load = partial(self._load, manifest, record, block)
-        group = open_group(self.store, block, manifest.row_bytes, load, self._place(manifest, record, block))
-        self._opened[name] = group
-        self._held += len(group.data or b"")
-        while len(self._opened) > KEPT_GROUPS or (self._held > KEPT_BYTES and len(self._opened) > 1):
-            self._close(*next(iter(self._opened)))
-        return group
-
-    def _close(self, label: str, view: int, number: int) -> None:
-        group = self._opened.pop((label, view, number))
-        self._held -= len(group.data or b"")
-        group.close()
-
-    def _place(self, manifest: ViewManifest, record: Record, block: FeatureBlock) -> tuple[Path, int] | None:
-        """Where a row group can be read in place: in a cache on a local disk."""
-        if storage.is_remote(self.root):
-            return None
-        return storage.local_path(storage.join(view_url(self.root, manifest.key, manifest.view), record.file)), (
-            block.offset
-        )
-
-    def _load(self, manifest: ViewManifest, record: Record, block: FeatureBlock) -> bytes:
+    def _load(self, manifest: ViewManifest, record: Record, block: FeatureBlock) -> StoredBlock:
+        """Fetch and verify a row group: a block of a single row. Of a cache on a local disk it stays in place."""
+        url = feature_url(self.root, manifest, record)
         self.bytes_read += block.length
-        return read_verified(self.root, manifest, record, block)
+        if storage.is_remote(url) or self.store is None:
+            return StoredBlock.of([read_verified(self.root, manifest, record, block)], np.zeros(1, dtype=np.int64))
+        path = storage.local_path(url)
+        # Looked at before it is read: what is verified is this file, or an older one, which will be noticed.
+        identity = Identity.of(path.stat()) if path.exists() else None
+        read_verified(self.root, manifest, record, block)
+        offset, length, label = (np.array([value], dtype=np.int64) for value in (block.offset, block.length, 0))
+        return StoredBlock(offset, length, label, path=str(path), identity=identity)
+
+
+def block_key(block: FeatureBlock) -> str:
+    """Return the name of a row group in the store."""
+    return f"features {block.sha256}"
+
+
+def feature_url(root: str, manifest: ViewManifest, record: Record) -> str:
+    """Return where a feature file is."""
+    return storage.join(view_url(root, manifest.key, manifest.view), record.file)
 
 
 def read_verified(root: str, manifest: ViewManifest, record: Record, block: FeatureBlock) -> bytes:
     """Return the bytes of a row group, in one request, after their sha256 was found right. Raises DamagedDataError."""
-    url = storage.join(view_url(root, manifest.key, manifest.view), record.file)
+    url = feature_url(root, manifest, record)
     mend = MEND.format(root)
     short = (
         f"{url} is cut short: it does not hold the {block.length:,} bytes at byte {block.offset:,} that its manifest "

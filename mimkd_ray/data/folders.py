@@ -21,6 +21,7 @@ import numpy as np
 from mimkd_ray import storage
 from mimkd_ray.data.block_reader import BlockReader
 from mimkd_ray.data.blocks import Blocks
+from mimkd_ray.data.decode import Encoded
 from mimkd_ray.data.keyed import permutation
 from mimkd_ray.data.source import Row, digest_of
 from mimkd_ray.data.store import BlockStore
@@ -108,11 +109,11 @@ class FolderSource:
         name = f"{self.classes[self._labels[position]]}/{self._files[position].decode()}"
         return storage.join(self.root, name)
 
-    def _images_at(self, positions: Sequence[int]) -> Iterator[bytes]:
+    def _images_at(self, positions: Sequence[int]) -> Iterator[Encoded]:
         if self.store is not None:
-            with BlockReader(self.store) as reader:
-                for block, inside in zip(*map(np.ndarray.tolist, self.blocks.locate(positions)), strict=True):
-                    yield reader.row(self._keys[block], partial(self._load, block), inside)[0]
+            reader = BlockReader(self.store)
+            for block, inside in zip(*map(np.ndarray.tolist, self.blocks.locate(positions)), strict=True):
+                yield reader.row(self._keys[block], partial(self._load, block), inside)[0]
         elif storage.is_remote(self.root):
             yield from self._read_files(positions)
         else:

@@ -126,11 +126,11 @@ class ParquetSource:
         """Yield the rows at `positions`, in order. Raises DamagedDataError for an unreadable row group."""
         blocks, insides = self.blocks.locate(positions)
         places = {block: self._place(block) for block in dict.fromkeys(blocks.tolist())}
-        with BlockReader(self.store) as reader:
-            for position, block, inside in zip(positions, blocks.tolist(), insides.tolist(), strict=True):
-                place = places[block]
-                image, label = reader.row(place.key, place.load, inside)
-                yield Row(int(position), label, image, f"{place.name} row {position - place.first}")
+        reader = BlockReader(self.store)
+        for position, block, inside in zip(positions, blocks.tolist(), insides.tolist(), strict=True):
+            place = places[block]
+            image, label = reader.row(place.key, place.load, inside)
+            yield Row(int(position), label, image, f"{place.name} row {position - place.first}")
 
     def read(self, positions: Sequence[int]) -> list[Row]:
         """Return the rows at `positions`, in order; as `iterate`."""

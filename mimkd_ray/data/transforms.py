@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mimkd_ray.data.decode import SHRINKS, decode, jpeg_size
+from mimkd_ray.data.decode import SHRINKS, Encoded, decode, jpeg_size
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -25,7 +25,7 @@ ASPECT = (3 / 4, 4 / 3)  # its width over its height
 LOG_ASPECT = tuple(torch.log(torch.tensor(ASPECT)).tolist())  # float32, as torchvision has it
 
 
-def from_bytes(transform: Transform, data: bytes, out: Tensor | None = None) -> Tensor:
+def from_bytes(transform: Transform, data: Encoded, out: Tensor | None = None) -> Tensor:
     """Return the transform of an encoded image; one with a method `from_bytes` decodes only what it needs.
 
     With a method `into(data, out)` it may put the result where it is wanted, in `out`: (3, size, size), any layout.
@@ -85,7 +85,7 @@ class ResizedCropFlip:
     def __call__(self, image: Tensor) -> Tensor:
         return self._take(image, self.draw(image.shape[1], image.shape[2]))
 
-    def from_bytes(self, data: bytes) -> Tensor:
+    def from_bytes(self, data: Encoded) -> Tensor:
         """Return the view of an encoded image: draws first, then decodes no finer than the crop needs.
 
         The same pixels as `self(decode(data))`, unless the crop of a JPEG is at least twice `size` both ways: then it
@@ -97,7 +97,7 @@ class ResizedCropFlip:
         """
         return self.into(data, None)
 
-    def into(self, data: bytes, out: Tensor | None) -> Tensor:
+    def into(self, data: Encoded, out: Tensor | None) -> Tensor:
         """Return `from_bytes(data)`, in `out` where that saves a copy."""
         bounds = jpeg_size(data)
         if bounds is None:
@@ -139,7 +139,7 @@ class Then:
     def __call__(self, image: Tensor) -> Tensor:
         return self.rest(self.first(image))
 
-    def from_bytes(self, data: bytes) -> Tensor:
+    def from_bytes(self, data: Encoded) -> Tensor:
         """Return the view of an encoded image; see ResizedCropFlip.from_bytes."""
         return self.rest(from_bytes(self.first, data))
 

@@ -63,9 +63,9 @@ def test_rows_are_read_again_from_a_file_that_was_written_again(store: BlockStor
         path.write_bytes(content)
         os.utime(path, ns=(content[0], content[0]))
         for with_store in (store, None):
-            with BlockReader(with_store) as reader:
-                assert reader.row(str(with_store), lambda: _load_in_place(path), 3) == (content[3:], 3)
-                assert reader.row(str(with_store), lambda: _load_in_place(path), 0) == (content[:1], 0)
+            reader = BlockReader(with_store)
+            assert reader.row(str(with_store), lambda: _load_in_place(path), 3) == (content[3:], 3)
+            assert reader.row(str(with_store), lambda: _load_in_place(path), 0) == (content[:1], 0)
 
 
 def test_a_block_removed_for_others_is_loaded_again(store: BlockStore) -> None:
@@ -76,19 +76,17 @@ def test_a_block_removed_for_others_is_loaded_again(store: BlockStore) -> None:
         return _block(1)
 
     def read() -> None:
-        with BlockReader(store) as reader:
-            assert reader.row("a", load, 2) == (b"\1" * 1000, 1)
+        assert BlockReader(store).row("a", load, 2) == (b"\1" * 1000, 1)
 
     read()
-    read()
-    assert len(loads) == 1
     store._path("a").unlink()
+    read()  # it is still mapped
+    assert len(loads) == 1
+    block_reader._blocks = block_reader._KeptBlocks()  # as another process, which found it before it was removed
+    block_reader._blocks.keep("a", _block(1).at(store._path("a")))
     read()
     assert len(loads) == 2
-    with BlockReader(store) as reader:
-        reader.row("a", load, 0)
-        store._path("a").unlink()
-        assert reader.row("a", load, 1) == (b"\1" * 1000, 1)  # the file is open
+    read()
     assert len(loads) == 2
 
 
@@ -99,14 +97,27 @@ def test_a_file_that_never_stays_the_same(store: BlockStore, tmp_path: Path) -> 
         (tmp_path / "set").write_bytes(b"ab")
         return block
 
-    with BlockReader(store) as reader, pytest.raises(DamagedDataError, match=r"set has been written again, 3 times"):
-        reader.row("a", load, 3)
+    with pytest.raises(DamagedDataError, match=r"set has been written again, 3 times"):
+        BlockReader(store).row("a", load, 3)
 
 
 def test_use_keeps_a_block_in_the_store(store: BlockStore) -> None:
     for load in (lambda: _block(1), _never):
-        with BlockReader(store) as reader:
-            assert reader.row("a", load, 0)[1] == 1
-            if load is not _never:
-                os.utime(store._path("a"), ns=(1, 1))
+        assert BlockReader(store).row("a", load, 0)[1] == 1
+        if load is not _never:
+            os.utime(store._path("a"), ns=(1, 1))
     assert store._path("a").stat().st_mtime_ns > 1
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
+def test_few_files_stay_mapped(store: BlockStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(f"{store.folder}/")
+
+    monkeypatch.setattr(block_reader, "MAPPED_FILES", 2)
+    reader = BlockReader(store)
+    images = [reader.row(str(number), lambda number=number: _block(number), 1)[0] for number in range(10)]
+    assert mapped() == 10  # all are in use
+    assert images == [bytes([number]) * 1000 for number in range(10)]
+    del images, reader
+    assert mapped() == 2
