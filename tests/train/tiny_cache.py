@@ -14,7 +14,7 @@ from mimkd_ray.train.config import Config
 CPU = torch.device("cpu")
 
 
-def cached_config(root: Path, **sections: dict[str, Any]) -> Config:
+def cached_config(root: Path | str, **sections: dict[str, Any]) -> Config:
     """The tiny run with a cache: one map and one vector, views that the device finishes, blocks of uneven sizes."""
     own: dict[str, dict[str, Any]] = {
         "data": {"views": 2, "pipeline": "digits"},
