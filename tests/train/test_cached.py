@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tiny_run import cpu
 from mimkd_ray.data.dataset import open_data
 from mimkd_ray.data.views import View
 from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.launch.cache import main
 from mimkd_ray.losses.mimkd import Features
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.cached import open_cached
@@ -265,3 +267,20 @@ def test_another_decoder_stops_the_run(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(View, "apply", lambda *a: (real(*a).float() * 0.8).byte())
     with pytest.raises(DamagedDataError, match=r"step 0, lane 0, view \d: image \d+ has other pixels than when"):
         walk(config, tmp_path / "run")
+
+
+def test_the_command_that_is_named_builds_what_is_missing(tmp_path: Path) -> None:
+    config = cached_config(
+        tmp_path / "cache",
+        data={"views": 3, "mean": (0.5, 0.25, 0.5)},
+        cache={"codecs": ("stage3=pool1,uint8", "vectors=bf16")},
+        loss={"global_weight": 0.0},
+        train={"seed": 4},
+    )
+    with pytest.raises(UserError, match="this tap is not cached; there are none") as caught:
+        walk(config, tmp_path / "run")
+    _, _, command = str(caught.value).partition("Build what is missing with: ")
+    python, job, *arguments = shlex.split(command)
+    assert (python, job) == ("python", "jobs/cache_teacher.py")
+    assert main({"custom": Config}, [*arguments, "--launch.backend", "local"]) == 0
+    assert len(walk(config, tmp_path / "run")["losses"]) == STEPS
