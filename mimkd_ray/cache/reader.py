@@ -8,9 +8,12 @@ are ever asked for.
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +26,36 @@ from mimkd_ray.data.stored_block import Identity, StoredBlock
 from mimkd_ray.errors import DamagedDataError
 
 KEPT_MANIFESTS = 16
+KEPT_GROUPS = 256
+"""Row groups that a process knows the place of; each takes a file descriptor at most."""
+
+TOUCH_S = 1.0
+"""Seconds between two times that the store is told that a row group is in use."""
+
 MEND = "`python jobs/cache_teacher.py verify --cache.root {} --mend true` removes what is damaged; then build it again"
+
+
+class _Group(NamedTuple):
+    """A row group's arrays, as they are mapped, and how to see that the file is the one that was verified."""
+
+    ids_N: np.ndarray
+    rows_NB: np.ndarray
+    key: str
+    path: str
+    identity: Identity | None
+    used: list[float]
+    """When the store was told last."""
+
+    def is_sound(self) -> bool:
+        """Whether a file in place is still the same; one in the store is never written again."""
+        return not self.path or (self.identity is not None and _identity(self.path) == self.identity)
+
+
+def _identity(path: str) -> Identity | None:
+    try:
+        return Identity.of(os.stat(path))
+    except FileNotFoundError:
+        return None
 
 
 class FeatureReader:
@@ -39,6 +71,7 @@ class FeatureReader:
         self.bytes_read = 0
         """Bytes that this process has asked the storage for, manifests aside."""
         self._manifests: OrderedDict[tuple[str, int], ViewManifest] = OrderedDict()
+        self._groups: OrderedDict[tuple[str, int, int], _Group] = OrderedDict()
 
     def __reduce__(self) -> tuple[object, ...]:
         return FeatureReader, (self.root, self.keys, self.rows, self.store, self.used)
@@ -79,22 +112,19 @@ class FeatureReader:
         blocks, insides = manifest.blocks.locate(positions)
         out = np.empty((len(blocks), manifest.row_bytes), dtype=np.uint8)
         order = np.argsort(blocks, kind="stable")
-        reader = BlockReader(self.store)
         for places in np.split(order, np.flatnonzero(np.diff(blocks[order])) + 1):
-            record, block = manifest.locate(int(blocks[places[0]]))
-            data, _ = reader.row(block_key(block), partial(self._load, manifest, record, block), 0)
-            ids_N = np.frombuffer(data, np.int64, block.rows, block.ids_at)
-            values = np.frombuffer(data, np.uint8, block.rows * manifest.row_bytes, block.values_at)
+            group = self._open(label, manifest, int(blocks[places[0]]))
             rows = insides[places]
-            if not np.array_equal(ids_N[rows], ids[places]):
-                wrong = int(np.flatnonzero(ids_N[rows] != ids[places])[0])
+            found = group.ids_N[rows]
+            if (found != ids[places]).any():
+                wrong = int(np.flatnonzero(found != ids[places])[0])
                 position = int(np.asarray(positions)[places[wrong]])
                 raise DamagedDataError(
                     f"{label}, view {view}: the features at position {position:,} are of image "
-                    f"{int(ids_N[rows[wrong]])}, and the image there is {int(ids[places[wrong]])}: the cache "
+                    f"{int(found[wrong])}, and the image there is {int(ids[places[wrong]])}: the cache "
                     f"{self.keys[label]} does not belong to this training set"
                 )
-            out[places] = values.reshape(block.rows, manifest.row_bytes)[rows]
+            out[places] = group.rows_NB[rows]
         return out
 
     def fetch(self, view: int, first: int, stop: int) -> bool:
@@ -113,6 +143,30 @@ class FeatureReader:
     def block_bytes(self, blocks: Blocks) -> int:
         """Return the mean bytes of features that belong to one of the training set's blocks."""
         return sum(self.manifest(label, 0).bytes for label in self.used) // max(1, blocks.num_blocks)
+
+    def _open(self, label: str, manifest: ViewManifest, number: int) -> _Group:
+        """Return a row group where it is kept; nothing is copied. Of those used of late it is known where that is."""
+        name, now = (label, manifest.view, number), time.monotonic()
+        group = self._groups.get(name)
+        if group is not None and group.is_sound():
+            if self.store is not None and now - group.used[0] > TOUCH_S:
+                self.store.touch(group.key)
+                group.used[0] = now
+            return group
+        record, block = manifest.locate(number)
+        key, url = block_key(block), feature_url(self.root, manifest, record)
+        in_place = self.store is not None and not storage.is_remote(url)
+        path = str(storage.local_path(url)) if in_place else ""
+        identity = _identity(path) if in_place else None  # from before it is verified
+        data, _ = BlockReader(self.store).row(key, partial(self._load, manifest, record, block), 0)
+        values = np.frombuffer(data, np.uint8, block.rows * manifest.row_bytes, block.values_at)
+        ids_N = np.frombuffer(data, np.int64, block.rows, block.ids_at)
+        group = _Group(ids_N, values.reshape(block.rows, manifest.row_bytes), key, path, identity, [now])
+        if self.store is not None:  # without one the process's memory is kept elsewhere, and bounded there
+            self._groups[name] = group
+            while len(self._groups) > KEPT_GROUPS:
+                self._groups.popitem(last=False)
+        return group
 
     def _load(self, manifest: ViewManifest, record: Record, block: FeatureBlock) -> StoredBlock:
         """Fetch and verify a row group: a block of a single row. Of a cache on a local disk it stays in place."""
