@@ -9,7 +9,8 @@ import errno
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from mimkd_ray.errors import UserError
@@ -27,10 +28,8 @@ class StorageError(OSError):
 
 # Failures that waiting does not heal. Every other OSError is retried: stores report throttling, resets and
 # server errors as plain OSError.
-_PERMANENT_ERRNOS = frozenset(
-    {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ENAMETOOLONG, errno.EPERM, errno.EACCES, errno.ENOSYS}
-)
-_PERMANENT_TYPES = (IsADirectoryError, NotADirectoryError, FileExistsError)
+_PERMANENT_ERRNOS = frozenset({errno.EROFS, errno.ENAMETOOLONG, errno.EPERM, errno.EACCES, errno.ENOSYS})
+_PERMANENT_TYPES = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
 # Connection failures that are no OSError, by name, so that no client library is imported to look for them.
 _TRANSIENT_NAMES = {
     "botocore": {"HTTPClientError", "ConnectionError", "IncompleteReadError"},
@@ -38,6 +37,7 @@ _TRANSIENT_NAMES = {
     "http": {"IncompleteRead"},
     "httpx": {"TransportError"},
 }
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CREDENTIAL_ERRORS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
 
 # A parent's entries stay here after a fork, unused: finalising them in the child would wait for a dead loop.
@@ -75,16 +75,9 @@ def attempt(url: str, verb: str, call: Callable[[], T]) -> T:
     """Run `call`, again with growing waits while it fails transiently; name `url` in what it raises."""
     for tried in range(1, TRIES + 1):
         try:
-            return call()
+            with explained(url, verb):
+                return call()
         except Exception as error:
-            if isinstance(error, FileNotFoundError):
-                raise FileNotFoundError(errno.ENOENT, "no such file or folder", url) from error
-            if isinstance(error, PermissionError) or type(error).__name__ in _CREDENTIAL_ERRORS:
-                raise UserError(
-                    f"cannot {verb} {url}: {error or 'access denied'}; check the permissions, and for an "
-                    "object store its credentials and endpoint (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
-                    "AWS_ENDPOINT_URL)"
-                ) from error
             if not _is_transient(error):
                 raise
             if tried == TRIES:
@@ -92,6 +85,28 @@ def attempt(url: str, verb: str, call: Callable[[], T]) -> T:
                 raise StorageError(f"could not {verb} {url} in {TRIES} tries; the last failure: {detail}") from error
             time.sleep(min(WAIT_CAP_S, FIRST_WAIT_S * 2 ** (tried - 1)) * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")
+
+
+@contextmanager
+def explained(url: str, verb: str) -> Iterator[None]:
+    """A with-block whose errors that only the user can mend (no room, no access, no such file) name `url`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(errno.ENOENT, "no such file or folder", url) from error
+        if isinstance(error, PermissionError) or type(error).__name__ in _CREDENTIAL_ERRORS:
+            raise UserError(
+                f"cannot {verb} {url}: {error or 'access denied'}; check the permissions, and for an "
+                "object store its credentials and endpoint (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+                "AWS_ENDPOINT_URL)"
+            ) from error
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise UserError(
+                f"cannot {verb} {url}: no space is left ({error.strerror}); make room and give the same command "
+                "again: it goes on from what is finished"
+            ) from error
+        raise
 
 
 def _is_transient(error: Exception) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,14 +52,9 @@ class DigitsSource:
         """Return False: there is no store."""
         return False
 
-    def iterate(self, positions: Sequence[int]) -> Iterator[Row]:
-        """Yield rows whose images are (8, 8, 3) uint8 arrays."""
-        for p in positions:
-            yield Row(int(p), int(self._labels[p]), self._images[p], f"digits {self.split} row {p}")
-
     def read(self, positions: Sequence[int]) -> list[Row]:
-        """Return the rows at `positions`, in that order; as `iterate`."""
-        return list(self.iterate(positions))
+        """Return rows whose images are (8, 8, 3) uint8 arrays."""
+        return [Row(int(p), int(self._labels[p]), self._images[p], f"digits {self.split} row {p}") for p in positions]
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:

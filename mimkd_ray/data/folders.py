@@ -12,7 +12,7 @@ many requests at a time, into the block store.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -92,14 +92,21 @@ class FolderSource:
         """Return the smallest and largest label."""
         return int(self._labels.min()), int(self._labels.max())
 
-    def iterate(self, positions: Sequence[int]) -> Iterator[Row]:
-        """Yield the rows at `positions`, in that order. Raises DamagedDataError for a file that is gone."""
-        for position, image in zip(positions, self._images_at(positions), strict=True):
-            yield Row(int(position), int(self._labels[position]), image, self._url(int(position)))
-
     def read(self, positions: Sequence[int]) -> list[Row]:
-        """Return the rows at `positions`, in that order; as `iterate`."""
-        return list(self.iterate(positions))
+        """Return the rows at `positions`, in that order. Raises DamagedDataError for a file that is gone."""
+        images: Sequence[Encoded]
+        if self.store is None:
+            images = self._read_files(positions)
+        else:
+            reader = BlockReader(self.store)
+            images = [
+                reader.row(self._keys[block], partial(self._load, block), inside)[0]
+                for block, inside in zip(*map(np.ndarray.tolist, self.blocks.locate(positions)), strict=True)
+            ]
+        return [
+            Row(int(position), int(self._labels[position]), image, self._url(int(position)))
+            for position, image in zip(positions, images, strict=True)
+        ]
 
     def fetch(self, block: int) -> bool:
         """See to it that the block is in the store; say whether it is (False: no store, or no room)."""
@@ -108,17 +115,6 @@ class FolderSource:
     def _url(self, position: int) -> str:
         name = f"{self.classes[self._labels[position]]}/{self._files[position].decode()}"
         return storage.join(self.root, name)
-
-    def _images_at(self, positions: Sequence[int]) -> Iterator[Encoded]:
-        if self.store is not None:
-            reader = BlockReader(self.store)
-            for block, inside in zip(*map(np.ndarray.tolist, self.blocks.locate(positions)), strict=True):
-                yield reader.row(self._keys[block], partial(self._load, block), inside)[0]
-        elif storage.is_remote(self.root):
-            yield from self._read_files(positions)
-        else:
-            for position in positions:
-                yield from self._read_files([position])
 
     def _read_files(self, positions: Sequence[int]) -> list[bytes]:
         urls = [self._url(int(position)) for position in positions]

@@ -12,7 +12,7 @@ blocks than that cost a row group each, unless they are on a local disk.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -122,19 +122,17 @@ class ParquetSource:
             return int(labels.min()), int(labels.max())
         return min(low for low, _ in known), max(high for _, high in known)
 
-    def iterate(self, positions: Sequence[int]) -> Iterator[Row]:
-        """Yield the rows at `positions`, in order. Raises DamagedDataError for an unreadable row group."""
+    def read(self, positions: Sequence[int]) -> list[Row]:
+        """Return the rows at `positions`, in order. Raises DamagedDataError for an unreadable row group."""
         blocks, insides = self.blocks.locate(positions)
         places = {block: self._place(block) for block in dict.fromkeys(blocks.tolist())}
         reader = BlockReader(self.store)
+        rows = []
         for position, block, inside in zip(positions, blocks.tolist(), insides.tolist(), strict=True):
             place = places[block]
             image, label = reader.row(place.key, place.load, inside)
-            yield Row(int(position), label, image, f"{place.name} row {position - place.first}")
-
-    def read(self, positions: Sequence[int]) -> list[Row]:
-        """Return the rows at `positions`, in order; as `iterate`."""
-        return list(self.iterate(positions))
+            rows.append(Row(int(position), label, image, f"{place.name} row {position - place.first}"))
+        return rows
 
     def fetch(self, block: int) -> bool:
         """See to it that the row group is in the store; say whether it is (False: no store, or no room)."""

@@ -10,7 +10,6 @@ A unit done twice writes the same bytes.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -145,8 +144,8 @@ def make_part(unit: PartUnit) -> Done:
     records.sort(key=lambda record: record[0])
     blob = b"".join(record for _, record in records)
     index = Index([key for key, _ in records], [len(record) for _, record in records], damaged)
-    _publish(blob_url(unit.work, unit.number), blob)
-    _publish(index_url(unit.work, unit.number), json.dumps(index._asdict()).encode())
+    storage.write_bytes(blob_url(unit.work, unit.number), blob)
+    storage.write_bytes(index_url(unit.work, unit.number), json.dumps(index._asdict()).encode())
     return Done(len(records), unit.piece.bytes)
 
 
@@ -179,8 +178,8 @@ def make_shard(unit: ShardUnit) -> Done:
     data = _write_parquet(unit, rows)
     rows.clear()
     shard = _describe(unit.file, data)
-    _publish(storage.join(unit.target, unit.file), data)
-    _publish(sidecar_url(unit.work, unit.number), json.dumps(shard).encode())
+    storage.write_bytes(storage.join(unit.target, unit.file), data)
+    storage.write_bytes(sidecar_url(unit.work, unit.number), json.dumps(shard).encode())
     return Done(unit.rows, unit.bytes)
 
 
@@ -323,15 +322,3 @@ def read_sidecar(work: str, shard: int) -> Shard | None:
         return shard._replace(blocks=tuple(Block(*block) for block in shard.blocks))
 
     return _read_commit(sidecar_url(work, shard), build)
-
-
-def _publish(url: str, data: bytes) -> None:
-    try:
-        storage.write_bytes(url, data)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"no space is left for {url} ({len(data):,} bytes): {error.strerror}; make room and start again, "
-                "which goes on from what is finished"
-            ) from error
-        raise

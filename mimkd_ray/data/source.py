@@ -14,7 +14,7 @@ never ids.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -65,10 +65,6 @@ class Source(Protocol):
 
     def label_range(self) -> tuple[int, int]:
         """Return bounds (smallest, largest) of the labels, without reading image data."""
-        ...
-
-    def iterate(self, positions: Sequence[int]) -> Iterator[Row]:
-        """Yield the rows at `positions`, in that order; each is read when it is asked for."""
         ...
 
     def read(self, positions: Sequence[int]) -> list[Row]:
@@ -125,13 +121,9 @@ class SubsetSource:
         """Return the parent's bounds."""
         return self.parent.label_range()
 
-    def iterate(self, positions: Sequence[int]) -> Iterator[Row]:
-        """Yield the rows at `positions` of this subset (0..num_rows-1), with the parent's ids."""
-        return self.parent.iterate([int(self.kept[p]) for p in positions])
-
     def read(self, positions: Sequence[int]) -> list[Row]:
-        """Return the rows at `positions`, in that order; as `iterate`."""
-        return list(self.iterate(positions))
+        """Return the rows at `positions` of this subset (0..num_rows-1), with the parent's ids."""
+        return self.parent.read([int(self.kept[p]) for p in positions])
 
     def fetch(self, block: int) -> bool:
         """Fetch the parent's whole block, which this subset's `block` is a part of."""

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mimkd_ray.data.decode import SHRINKS, Encoded, decode, jpeg_size
 
@@ -40,18 +39,17 @@ def from_bytes(transform: Transform, data: Encoded, out: Tensor | None = None) -
 def resize(image: Tensor, height: int, width: int, out: Tensor | None = None) -> Tensor:
     """Return `image` at (3, height, width): antialiased, bilinear, as torchvision v2 resizes uint8; in `out`, if given.
 
-    The image itself if it has that size. 84 us from 200 x 200 to 224 x 224, and 8 us more for a crop.
+    The image itself if it has that size. 70 us from 200 x 220, a part of a larger image, to 224 x 224.
     """
     if image.shape[1:] == (height, width):
         return image
+    if out is None:
+        out = torch.empty((height, width, 3), dtype=torch.uint8).permute(2, 0, 1)
     # With a batch axis whose stride spans the image, torch keeps the layout; without, it repacks (60 us more).
     pixels_BCHW = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
-    if out is not None:  # what interpolate calls, which has no place for a result
-        torch.ops.aten._upsample_bilinear2d_aa.out(pixels_BCHW, [height, width], False, None, None, out=out[None])
-        return out
-    return functional.interpolate(
-        pixels_BCHW, size=(height, width), mode="bilinear", antialias=True, align_corners=False
-    )[0]
+    # What torch's interpolate calls in the end, which has no place for a result.
+    torch.ops.aten._upsample_bilinear2d_aa.out(pixels_BCHW, [height, width], False, None, None, out=out[None])
+    return out
 
 
 class Crop(NamedTuple):
@@ -125,8 +123,8 @@ class ResizedCropFlip:
 
     def _take(self, image: Tensor, crop: Crop, out: Tensor | None = None) -> Tensor:
         part = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-        part = resize(part, self.size, self.size, None if crop.flip else out)
-        return part.flip(2) if crop.flip else part
+        # Mirrored first: the same pixels, for resizing is symmetric, and the result is where it belongs.
+        return resize(part.flip(2) if crop.flip else part, self.size, self.size, out)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
@@ -91,27 +91,33 @@ class MetricsLog:
         self._tensorboard: Any = None
         self._wants_tensorboard = config.tensorboard
 
-    def _continue(self, name: str) -> TextIO:
-        """Open a file of lines for appending, without those from after the start."""
+    def _continue(self, name: str) -> BinaryIO:
+        """Open a file of lines for appending, without those from after the start. Not buffered: what is written stays
+        when this process is killed, and nothing is left to be written when the disk is full."""
         url = storage.join(self.run_dir, name)
         old = storage.read_bytes(url).decode().splitlines() if storage.exists(url) else []
-        # A write that a kill cut short has no brace at its end.
+        # A write that a kill or a full disk cut short has no brace at its end.
         kept = [line + "\n" for line in old if line.endswith("}") and json.loads(line)["step"] <= self._start_step]
         path = self.staging / name
-        path.write_text("".join(kept))
-        return path.open("a")
+        storage.write_bytes(str(path), "".join(kept).encode())
+        return path.open("ab", buffering=0)
+
+    def _append(self, file: BinaryIO, *lines: Mapping[str, Any]) -> None:
+        left = "".join(json.dumps(jsonable(line), allow_nan=False) + "\n" for line in lines).encode()
+        with storage.explained(self.run_dir, "write to"):
+            while left:
+                left = left[file.write(left) :]
 
     def write_samples(self, step: int, view: int, ids_LB: Tensor) -> None:
         """Add a line {"step", "lane", "view", "ids"} for each lane: what step number ``step`` (from 1) trained on."""
         assert self._samples is not None
-        for lane, ids_B in enumerate(ids_LB.tolist()):
-            self._samples.write(json.dumps({"step": step, "lane": lane, "view": view, "ids": ids_B}) + "\n")
-        self._samples.flush()
+        lanes = enumerate(ids_LB.tolist())
+        lines = [{"step": step, "lane": lane, "view": view, "ids": ids_B} for lane, ids_B in lanes]
+        self._append(self._samples, *lines)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Add a line {"kind", "step", ...} and one TensorBoard point per number."""
-        self._lines.write(json.dumps(jsonable({"kind": kind, "step": step, **values}), allow_nan=False) + "\n")
-        self._lines.flush()
+        self._append(self._lines, {"kind": kind, "step": step, **values})
         if not self._wants_tensorboard:
             return
         if self._tensorboard is None:
@@ -121,15 +127,16 @@ class MetricsLog:
                 str(self.staging / "tensorboard"),
                 purge_step=self._start_step + 1 if self._start_step else None,
             )
-        for key, value in values.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
+        with storage.explained(self.run_dir, "write to"):  # its thread's errors
+            for key, value in values.items():
+                if isinstance(value, int | float) and math.isfinite(value):
+                    self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
 
     def publish(self) -> None:
         """Bring the staged files to a remote run directory; flush local ones."""
-        self._lines.flush()
         if self._tensorboard is not None:
-            self._tensorboard.flush()
+            with storage.explained(self.run_dir, "write to"):
+                self._tensorboard.flush()
         if self.remote:
             for path in self.staging.rglob("*"):
                 if path.is_file():

@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from image_sets import SHARED, images, parquet_set, write_parquet
 from prepare_sets import WRITES, Killed, Killer, Writes, config, files, table
 
-from mimkd_ray import storage
+from mimkd_ray import local_files, storage
 from mimkd_ray.data import prepare as module
 from mimkd_ray.data.prepare import PrepareConfig, Unit, in_process, prepare
 from mimkd_ray.data.prepare_units import Done
@@ -74,16 +75,16 @@ def test_a_full_disk_says_so_and_is_gone_on_from(
     folders: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        real, calls = storage.write_bytes, []
+        real, calls = local_files.publish, []
 
-        def full(url: str, data: bytes) -> None:
-            calls.append(url)
+        def full(path: Path, fill: Any) -> None:
+            calls.append(path)
             if len(calls) > 6:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            real(url, data)
+            real(path, fill)
 
-        patch.setattr(storage, "write_bytes", full)
-        with pytest.raises(UserError, match=r"no space is left for .*part-00002\.json \([\d,]+ bytes\).*start again"):
+        patch.setattr(local_files, "publish", full)
+        with pytest.raises(UserError, match=r"cannot write .*part-00002\.json: no space is left .*goes on"):
             prepare(config(folders, tmp_path / "set"))
     prepare(config(folders, tmp_path / "set"))
     assert files(tmp_path / "set") == files(undisturbed)

@@ -293,7 +293,7 @@ def test_a_view_made_in_place_is_the_same(channels_last: bool) -> None:
             made = view.apply(data, id, 0, out)
             written += made is out
             assert torch.equal(made, view.apply(data, id, 0))
-    assert 5 < written < 25  # of the 30 JPEGs, those that are not mirrored
+    assert 20 < written <= 30  # of the 30 JPEGs, those whose crop has not that size already
 
 
 def test_stated_error_of_decoding_small() -> None:

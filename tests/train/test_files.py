@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
 
-from mimkd_ray import storage
+import pytest
+
+from mimkd_ray import local_files, storage
+from mimkd_ray.errors import UserError
 from mimkd_ray.train.files import MetricsLog, RunConfig, read_json, write_json
 
 
@@ -37,6 +41,28 @@ def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path: Path) -> Non
         (3, 3),
         (4, 40),
     ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_named_and_costs_no_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = MetricsLog(str(tmp_path), 0, RunConfig(tensorboard=False))
+    first.write("train", 1, {"loss": 1.0})
+    with open("/dev/full", "wb", buffering=0) as full, monkeypatch.context() as patch:
+        patch.setattr(first, "_lines", full)
+        with pytest.raises(UserError, match=rf"cannot write to {tmp_path}: no space is left .*make room"):
+            first.write("train", 2, {"loss": 2.0})
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:  # a start on the full disk: it must not begin by emptying the file
+        patch.setattr(local_files.os, "fsync", refuse)
+        with pytest.raises(UserError, match="no space is left"):
+            MetricsLog(str(tmp_path), 1, RunConfig(tensorboard=False))
+    second = MetricsLog(str(tmp_path), 1, RunConfig(tensorboard=False))
+    second.write("train", 2, {"loss": 2.0})
+    second.close()
+    assert [line["loss"] for line in _lines(tmp_path / "metrics.jsonl")] == [1.0, 2.0]
 
 
 def test_tensorboard_holds_the_same_points(tmp_path: Path) -> None:

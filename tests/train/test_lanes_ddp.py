@@ -27,7 +27,7 @@ LANES = 4
 def _config(precision: str, **loss: Any) -> Config:
     return tiny_config(
         data={"subset": 200, "pipeline": "digits"},
-        train={"lanes": LANES, "lane_batch": 6, "precision": precision, "epochs": 20},
+        train={"lanes": LANES, "lane_batch": 6, "precision": precision, "epochs": 20, "ema_decay": 0.9},
         optim={"lr": 0.02, "schedule": "constant"},
         loss=loss,
     )
@@ -59,6 +59,8 @@ def _attempt(context: LocalContext, config: Config, run_dir: str, stop: int) -> 
     with session.settled():
         seen["weights"] = torch.cat([value.flatten() for value in session.distiller.state_dict().values()])
         seen["statistics"] = session.norms.flat()
+        for name, network in {"student": session.distiller.student.model, "exported": session.exported()}.items():
+            seen[name] = {key: value.clone() for key, value in network.state_dict().items()}
     seen["own"] = session.norms.flat()
     return seen
 
@@ -82,7 +84,7 @@ def _workers(world: int, config: Config, run_dir: Path, stop: int) -> list[dict[
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_a_resumed_run_equals_its_twin_bit_for_bit(tmp_path: Path, world: int) -> None:
-    """Float32, saved mid-epoch, with running statistics of each worker's own."""
+    """Float32, saved mid-epoch, with running statistics of each worker's own and a moving average of the weights."""
     config = _config("float32", global_weight=0.1, local_weight=0.1)
     whole = _workers(world, config, tmp_path / "whole", 11)
     first = _workers(world, config, tmp_path / "cut", 5)
@@ -90,6 +92,8 @@ def test_a_resumed_run_equals_its_twin_bit_for_bit(tmp_path: Path, world: int) -
     for rank in range(world):
         assert torch.equal(whole[rank]["weights"], second[rank]["weights"])
         assert torch.equal(whole[rank]["own"], second[rank]["own"])
+        for name, value in whole[0]["exported"].items():
+            assert torch.equal(second[rank]["exported"][name], value), name
         assert first[rank]["losses"] + second[rank]["losses"] == whole[rank]["losses"]
         assert first[rank]["samples"] + second[rank]["samples"] == whole[rank]["samples"]
     assert not torch.equal(whole[0]["own"], whole[1]["own"]), "statistics are each worker's own between checkpoints"
@@ -97,10 +101,16 @@ def test_a_resumed_run_equals_its_twin_bit_for_bit(tmp_path: Path, world: int) -
 
 @pytest.mark.slow
 def test_any_number_of_workers_and_a_changing_one_train_one_model(tmp_path: Path) -> None:
-    """50 steps in float64 with negatives from all lanes; 4 -> 3 -> 4 workers is a resize by checkpoints."""
+    """50 steps in float64 with negatives from all lanes; 4 -> 3 -> 4 workers is a resize by checkpoints.
+
+    The exported network, a moving average, is one as well: weights by their own size, buffers as the statistics are.
+    """
     config = _config("float64", global_weight=0.1, local_weight=0.1, negatives="step")
     alone = _attempt(LocalContext(torch.device("cpu")), config, str(tmp_path / "alone"), 50)
     assert len(set(alone["losses"])) == 50
+    trained = {key for key, _ in build_model("cifar/resnet8_w4", 10).named_parameters()}
+    for key in trained:
+        assert float((alone["exported"][key] - alone["student"][key]).norm()) > 1e-3 * alone["student"][key].norm(), key
     runs = {f"{world} workers": [_workers(world, config, tmp_path / str(world), 50)] for world in (2, 3, 4)}
     runs["4 -> 3 -> 4"] = [
         _workers(world, config, tmp_path / "resized", stop) for world, stop in ((4, 17), (3, 31), (4, 50))
@@ -111,9 +121,19 @@ def test_any_number_of_workers_and_a_changing_one_train_one_model(tmp_path: Path
         assert samples == alone["samples"], name
         for step, (ours, theirs) in enumerate(zip(losses, alone["losses"], strict=True)):
             assert ours == pytest.approx(theirs, rel=1e-8), (name, step)
-        torch.testing.assert_close(
-            attempts[-1][0]["statistics"], alone["statistics"], rtol=1e-6, atol=1e-9, msg=lambda text, n=name: n + text
-        )
+        for seen in attempts[-1]:
+            _assert_statistics(seen["statistics"], alone["statistics"], name)
+            for key, value in alone["exported"].items():
+                found = seen["exported"][key]
+                if key in trained:
+                    assert float((found - value).norm() / value.norm()) < 1e-8, (name, key)
+                else:
+                    assert torch.equal(found, seen["student"][key]), "buffers are the student's"
+                    _assert_statistics(found, value, f"{name}, {key}")
+
+
+def _assert_statistics(ours: torch.Tensor, theirs: torch.Tensor, name: str) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9, msg=lambda text: f"{name}: {text}")
 
 
 @pytest.mark.slow
