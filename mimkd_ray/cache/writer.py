@@ -7,7 +7,6 @@ at places that are written into its record and checked here.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ import numpy as np
 
 from mimkd_ray import storage
 from mimkd_ray.cache.manifest import Error, FeatureBlock, Record, record_url, shard_name, to_json, view_url
-from mimkd_ray.errors import UserError
 
 BLOCK_ROWS = 1024
 """The most rows of a row group: larger blocks of the data set are cut, so that a few rows never cost many megabytes."""
@@ -110,18 +108,6 @@ def write_shard(
         tuple(damaged),
         error,
     )
-    _publish(storage.join(view_url(root, key, view), record.file), data)
-    _publish(record_url(root, key, view, record.file), to_json(record))
+    storage.write_bytes(storage.join(view_url(root, key, view), record.file), data)
+    storage.write_bytes(record_url(root, key, view, record.file), to_json(record))
     return record
-
-
-def _publish(url: str, data: bytes) -> None:
-    try:
-        storage.write_bytes(url, data)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"no space is left for {url} ({len(data):,} bytes): {error.strerror}; make room and give the command "
-                "again, which goes on from what is finished"
-            ) from error
-        raise

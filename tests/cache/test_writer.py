@@ -14,7 +14,6 @@ from feature_sets import KEY, NOTHING_LOST, SHARDS, features, ids, write_shards
 from mimkd_ray import storage
 from mimkd_ray.cache.manifest import committed
 from mimkd_ray.cache.writer import BLOCK_ROWS, block_rows, feature_file, write_shard
-from mimkd_ray.errors import UserError
 
 
 def test_any_parquet_reader_reads_it() -> None:
@@ -76,15 +75,6 @@ def test_a_shard_is_committed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = Path(written[0])
     path.write_bytes(path.read_bytes()[:-1])
     assert committed(str(tmp_path), KEY, 0) == {}
-
-
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(url: str, data: bytes) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(storage, "write_bytes", full)
-    with pytest.raises(UserError, match=r"no space is left for .*parquet \([\d,]+ bytes\).*goes on from what"):
-        write_shards(tmp_path)
 
 
 def test_counts_must_be_those_of_the_rows() -> None:
