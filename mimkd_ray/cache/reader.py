@@ -110,21 +110,23 @@ class FeatureReader:
                 f"be now: remove {view_url(self.root, manifest.key, view)} and its manifest, and build the view again"
             )
         blocks, insides = manifest.blocks.locate(positions)
-        out = np.empty((len(blocks), manifest.row_bytes), dtype=np.uint8)
+        out, found = np.empty((len(blocks), manifest.row_bytes), dtype=np.uint8), np.empty(len(blocks), dtype=np.int64)
         order = np.argsort(blocks, kind="stable")
-        for places in np.split(order, np.flatnonzero(np.diff(blocks[order])) + 1):
+        ends = [*(np.flatnonzero(np.diff(blocks[order])) + 1).tolist(), len(order)]
+        start = 0
+        for end in ends:
+            places, start = order[start:end], end
             group = self._open(label, manifest, int(blocks[places[0]]))
             rows = insides[places]
-            found = group.ids_N[rows]
-            if (found != ids[places]).any():
-                wrong = int(np.flatnonzero(found != ids[places])[0])
-                position = int(np.asarray(positions)[places[wrong]])
-                raise DamagedDataError(
-                    f"{label}, view {view}: the features at position {position:,} are of image "
-                    f"{int(found[wrong])}, and the image there is {int(ids[places[wrong]])}: the cache "
-                    f"{self.keys[label]} does not belong to this training set"
-                )
+            found[places] = group.ids_N[rows]
             out[places] = group.rows_NB[rows]
+        if not np.array_equal(found, ids):
+            wrong = int(np.flatnonzero(found != ids)[0])
+            raise DamagedDataError(
+                f"{label}, view {view}: the features at position {int(np.asarray(positions)[wrong]):,} are of image "
+                f"{int(found[wrong])}, and the image there is {int(ids[wrong])}: the cache {self.keys[label]} does not "
+                "belong to this training set"
+            )
         return out
 
     def fetch(self, view: int, first: int, stop: int) -> bool:
