@@ -12,6 +12,7 @@ from mimkd_ray import storage
 from mimkd_ray.cache import calibration
 from mimkd_ray.cache.key import CALIBRATIONS, THREADS, read_keys
 from mimkd_ray.cache.manifest import (
+    MANIFEST_SUFFIX,
     Record,
     ViewManifest,
     manifest_url,
@@ -136,6 +137,9 @@ def gc(root: str, hours: float, delete: bool) -> Iterator[str]:
     garbage: list[tuple[str, int]] = []
     for key in sorted(keys):
         finished = views_there(root, key)
+        for url, size in storage.list_sizes(storage.join(root, key)).items():
+            if not url.endswith(("/key.json", MANIFEST_SUFFIX)) and _old(url, hours):
+                garbage.append((url, size))  # a writer was killed in the middle
         for folder in storage.list_dirs(storage.join(root, key)):
             view = int(folder.rpartition("-")[2])
             manifest = read_manifest(root, key, view) if view in finished else None
