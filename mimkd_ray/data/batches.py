@@ -10,15 +10,17 @@ other). In evaluation it is left out. `DamageCounter` ends the run when there ar
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.source import Row, Source
+from mimkd_ray.data.store import BlockStore
 from mimkd_ray.data.views import DamagedImageError, Transform, View, decode
 from mimkd_ray.errors import DamagedDataError
 
@@ -36,6 +38,7 @@ class LaneBatch:
     ids_B: Tensor  # int64
     view: int
     damaged: tuple[str, ...]  # names of images that could not be decoded
+    features: Mapping[str, Tensor] = field(default_factory=dict)  # cached rows (B, bytes), uint8, by label
 
     def __len__(self) -> int:
         return len(self.labels_B)
@@ -47,7 +50,11 @@ class LaneBatch:
     def each_tensor(self, change: Callable[[Tensor], Tensor]) -> LaneBatch:
         """Return the batch with `change(tensor)` in the place of each tensor."""
         return replace(
-            self, images_BCHW=change(self.images_BCHW), labels_B=change(self.labels_B), ids_B=change(self.ids_B)
+            self,
+            images_BCHW=change(self.images_BCHW),
+            labels_B=change(self.labels_B),
+            ids_B=change(self.ids_B),
+            features={label: change(rows) for label, rows in self.features.items()},
         )
 
 
@@ -61,12 +68,51 @@ class Key:
     view: int
 
 
+class FeatureSource(Protocol):
+    """Cached features of the training set, by position."""
+
+    def read(self, view: int, positions: np.ndarray, ids: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Return {label: rows (B, bytes), uint8}. Raises DamagedDataError if the ids are not those of the positions."""
+        ...
+
+    @property
+    def store(self) -> BlockStore | None:
+        """Where they are kept once they are read."""
+        ...
+
+    def block_bytes(self, blocks: Blocks) -> int:
+        """Return the mean bytes of features that belong to one of the training set's blocks."""
+        ...
+
+    def fetch(self, view: int, first: int, stop: int) -> bool:
+        """See to it that the features of positions first..stop-1 are in the store; say whether they are."""
+        ...
+
+
+class Batches(Protocol):
+    """Makes batches, in a loader process."""
+
+    @property
+    def source(self) -> Source:
+        """Where the images are read from."""
+        ...
+
+    def image_bytes(self) -> int:
+        """Return the size of one image of a batch."""
+        ...
+
+    def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch | str:
+        """Return the batch; its images in `memory` (bytes), if they fit; or the name of its one, damaged image."""
+        ...
+
+
 @dataclass(frozen=True)
 class TrainBatches:
     """Makes training batches of constant size; runs in loader processes."""
 
     source: Source
     view: View
+    features: FeatureSource | None = None
 
     def image_bytes(self) -> int:
         """Return the size of one image of a batch."""
@@ -80,7 +126,45 @@ class TrainBatches:
             places = made.places
             nearest = [min(range(len(places)), key=lambda i: abs(places[i] - p)) for p in range(len(key.positions))]
             made = made.chosen(nearest)
-        return made.batch(key)
+        batch = made.batch(key)
+        if self.features is None:
+            return batch
+        found = self.features.read(key.view, key.positions[made.places], batch.ids_B.numpy())
+        return replace(batch, features={label: torch.from_numpy(rows) for label, rows in found.items()})
+
+
+@dataclass(frozen=True)
+class ViewBatches:
+    """Makes batches of a view in which every row has its place, for caching; runs in loader processes.
+
+    A damaged image is black, and its label is -1.
+    """
+
+    source: Source
+    view: View
+
+    def image_bytes(self) -> int:
+        """Return the size of one image of a batch."""
+        return self.view.apply(_BLANK, 0, 0).numel()
+
+    def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch:
+        """Return the batch; its images in `memory` (bytes), if they fit."""
+        damaged: list[str] = []
+        intact: list[bool] = []
+        black = torch.zeros_like(self.view.apply(_BLANK, 0, 0))
+
+        def transform(row: Row, out: Tensor | None) -> Tensor:
+            try:
+                image = self.view.apply(row.image, row.id, key.view, out)
+            except DamagedImageError as error:
+                damaged.append(f"{row.name} ({error})")
+                image = black
+            intact.append(image is not black)
+            return image
+
+        batch = _decode_all(self.source, key, transform, memory).batch(key)
+        labels_B = torch.where(torch.tensor(intact), batch.labels_B, -1)
+        return replace(batch, labels_B=labels_B, damaged=tuple(damaged))
 
 
 @dataclass(frozen=True)
@@ -105,7 +189,6 @@ class EvalBatches:
             return error.names[0]
 
 
-Batches = TrainBatches | EvalBatches
 _BLANK = torch.full((3, 256, 256), 128, dtype=torch.uint8)
 _NONE = torch.empty(0)
 

@@ -53,6 +53,8 @@ class DataConfig:
     """Standard deviation of each colour channel, of values in 0..1."""
     views: int = 0
     """Distinct augmented views of each image; 0 = a new one every epoch."""
+    view_seed: int = -1
+    """Seed of the views; -1: train.seed. Runs with different seeds share one cache where this is the same."""
     window: int | Literal["full"] = "full"
     """Shuffle rows inside this many blocks (row groups); `full` = one permutation of all rows."""
     store: str = ""
@@ -79,7 +81,7 @@ class DataConfig:
         for name in ("subset", "num_classes", "views"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more")
-        for name in ("loader_workers", "read_ahead"):
+        for name in ("loader_workers", "read_ahead", "view_seed"):
             if getattr(self, name) < -1:
                 raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more, or -1 (automatic)")
         if self.window != "full" and not (isinstance(self.window, int) and self.window >= 1):

@@ -14,7 +14,7 @@ JOIN_S = 5.0  # for which closing waits; a thread that hangs in a slow read ends
 _END = object()
 
 
-def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+def in_thread(items: Iterator[T], depth: int) -> Iterator[T]:
     """Yield the items in their order, up to `depth` of them ready; an error comes after the items before it.
 
     Items are made in the thread, and a generator is closed there. Closing this one waits for it, but not for ever.

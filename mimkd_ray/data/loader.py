@@ -24,10 +24,19 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from mimkd_ray.data.batches import Batches, DamageCounter, EvalBatches, Key, LaneBatch, TrainBatches
-from mimkd_ray.data.hand_over import ahead
+from mimkd_ray.data.batches import (
+    Batches,
+    DamageCounter,
+    EvalBatches,
+    FeatureSource,
+    Key,
+    LaneBatch,
+    TrainBatches,
+    ViewBatches,
+)
+from mimkd_ray.data.hand_over import in_thread
 from mimkd_ray.data.order import Order, view_number
-from mimkd_ray.data.read_ahead import Distance, ReadAhead, distance
+from mimkd_ray.data.read_ahead import AheadSource, Distance, ReadAhead, WithFeatures, distance
 from mimkd_ray.data.source import Source
 from mimkd_ray.data.transport import Answer, Answers, Requests, make_slots
 from mimkd_ray.data.views import Transform, View
@@ -42,6 +51,7 @@ __all__ = [
     "resolve_loader_workers",
     "to_device",
     "train_batches",
+    "view_batches",
 ]
 
 logger = logging.getLogger(__name__)
@@ -65,25 +75,44 @@ def train_batches(
     loader_workers: int = 0,
     read_ahead: int = -1,
     pin_memory: bool = False,
+    features: FeatureSource | None = None,
 ) -> Iterator[LaneBatch]:
     """Yield the batches of steps start_step..stop_step-1 and the given lanes, by (step, lane as given).
 
     `views` is the number of views of a sample (0: a new one each epoch); the schedule follows `order.seed`,
-    the pixels `view.seed`. `loader_workers` and `read_ahead` are those of DataConfig. Raises UserError for a
+    the pixels `view.seed`. `loader_workers` and `read_ahead` are those of DataConfig. `features`, which need a number
+    of views, are read and read ahead with the images. Raises UserError for a
     senseless `loader_workers`, DamagedDataError for a batch without intact image or a damaged block,
     StorageError for an object that cannot be read.
     """
     workers = resolve_loader_workers(loader_workers, source)
     keys = _TrainKeys(order, views, tuple(lanes), start_step, stop_step)
+    ahead: AheadSource = source if features is None else WithFeatures(source, features, views)
     far = distance(
-        source,
+        ahead,
         read_ahead,
         window=order.window,
         lanes=len(keys.lanes),
         lane_batch=order.lane_batch,
         local_workers=local_world_size(),
     )
-    return _run(TrainBatches(source, view), keys, order.lane_batch, workers, far, pin_memory)
+    return _run(TrainBatches(source, view, features), keys, order.lane_batch, workers, ahead, far, pin_memory)
+
+
+def view_batches(
+    source: Source,
+    view: View,
+    keys: Sequence[Key],
+    *,
+    loader_workers: int = 0,
+    read_ahead: int = -1,
+    pin_memory: bool = False,
+) -> Iterator[LaneBatch]:
+    """Yield the batches of `keys`, in which every row has its place, damaged ones too (`ViewBatches`): for caching."""
+    workers = resolve_loader_workers(loader_workers, source)
+    most = max((len(key.positions) for key in keys), default=1)
+    far = distance(source, read_ahead, window=1, lanes=1, lane_batch=most, local_workers=local_world_size())
+    return _run(ViewBatches(source, view), list(keys), most, workers, source, far, pin_memory)
 
 
 def eval_batches(
@@ -112,7 +141,7 @@ def eval_batches(
         for step, first in enumerate(range(start, stop, batch_size))
     ]
     far = distance(source, read_ahead, window=1, lanes=1, lane_batch=batch_size, local_workers=local_world_size())
-    return _run(EvalBatches(source, transform), keys, batch_size, workers, far, pin_memory)
+    return _run(EvalBatches(source, transform), keys, batch_size, workers, source, far, pin_memory)
 
 
 def to_device(batches: Iterable[LaneBatch], device: torch.device) -> Iterator[LaneBatch]:
@@ -157,7 +186,8 @@ class _Copy:
             stream = torch.cuda.current_stream(self.batch.images_BCHW.device)
             stream.wait_event(self.done)
             # Its memory belongs to the side stream, which must not use it again before this one is done with it.
-            for tensor in (self.batch.images_BCHW, self.batch.labels_B, self.batch.ids_B):
+            batch = self.batch
+            for tensor in (batch.images_BCHW, batch.labels_B, batch.ids_B, *batch.features.values()):
                 tensor.record_stream(stream)
         return self.batch
 
@@ -236,8 +266,11 @@ class _TrainKeys:
 @dataclass(frozen=True)
 class _PositionsOf:
     keys: _TrainKeys | list[Key]
+    ahead: AheadSource
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        if isinstance(self.ahead, WithFeatures):
+            return (self.ahead.places(key.positions, key.view) for key in self.keys)
         return (key.positions for key in self.keys)
 
 
@@ -246,12 +279,13 @@ def _run(
     keys: _TrainKeys | list[Key],
     batch_size: int,
     loader_workers: int,
+    ahead: AheadSource,
     far: Distance | None,
     pin_memory: bool,
 ) -> Iterator[LaneBatch]:
     if not len(keys):
         return
-    reader = ReadAhead(batches.source, _PositionsOf(keys), far, loader_workers > 0) if far else None
+    reader = ReadAhead(ahead, _PositionsOf(keys, ahead), far, loader_workers > 0) if far else None
     slots = make_slots(batches, PREFETCH * loader_workers + SPARE_SLOTS, batch_size) if loader_workers else None
     loader: DataLoader[Any] = DataLoader(
         Answers(batches, slots),  # type: ignore[arg-type]  # any object with __getitem__ serves
@@ -267,7 +301,7 @@ def _run(
     try:
         # Made here, not in the thread: processes are forked now, while no other thread can hold a lock.
         made = _opened(iter(loader), reader)
-        yield from ahead(made, HANDED_OVER) if loader_workers else made
+        yield from in_thread(made, HANDED_OVER) if loader_workers else made
     finally:
         if reader is not None:
             reader.close()

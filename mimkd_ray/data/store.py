@@ -62,7 +62,7 @@ class BlockStore:
         block = self._open(key)
         if block is not None:
             return block
-        with _locked(self.folder / f"lock-{int(_name(key)[:4], 16) % LOCKS}"):
+        with locked(self.folder / f"lock-{int(_name(key)[:4], 16) % LOCKS}"):
             block = self._open(key)
             if block is not None:
                 return block
@@ -143,7 +143,7 @@ class BlockStore:
 
     def _reserve(self, needed: int, give_up_half: bool) -> None:
         """Make room for `needed` bytes and count them as used."""
-        with _locked(self.folder / "usage") as usage:
+        with locked(self.folder / "usage") as usage:
             # The count drifts when processes are killed; each process's first block and each eviction set it right.
             used = int(os.pread(usage, 32, 0) or 0)
             if not self._counted or give_up_half or used + needed > self.max_bytes:
@@ -202,7 +202,7 @@ class BlockStore:
         if not boot:
             return  # blocks are written durably then
         mark = self.folder / "boot"
-        with _locked(self.folder / "usage"):
+        with locked(self.folder / "usage"):
             if mark.is_file() and mark.read_text() == boot:
                 return
             for entry in os.scandir(self.folder):
@@ -227,7 +227,7 @@ def _name(key: str) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
+def locked(path: Path) -> Iterator[int]:
     """Hold the lock of the file, made if missing, against all processes and threads of this machine."""
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:

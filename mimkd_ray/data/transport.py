@@ -14,7 +14,7 @@ import mmap
 import multiprocessing
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -95,7 +95,8 @@ class Answers:
         images = made.images_BCHW
         # No tensors: each would travel through shared memory of its own, and take 0.1 ms to be packed and unpacked.
         numbers = torch.stack([made.labels_B, made.ids_B]).numpy()
-        bare = _Bare(made.step, made.lane, made.view, made.damaged, numbers)
+        features = {label: rows.numpy() for label, rows in made.features.items()}
+        bare = _Bare(made.step, made.lane, made.view, made.damaged, numbers, features)
         return Answer(bare, self.slots.number, slot, tuple(images.shape), images.is_contiguous())
 
     def _make(self, key: Key, memory: Tensor | None) -> LaneBatch | Exception | str:
@@ -106,13 +107,14 @@ class Answers:
 
 
 class _Bare(NamedTuple):
-    """A batch without its images; `numbers` are its labels and ids."""
+    """A batch without its images; `numbers` are its labels and ids, `features` its cached rows."""
 
     step: int
     lane: int
     view: int
     damaged: tuple[str, ...]
     numbers: np.ndarray
+    features: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -148,9 +150,10 @@ class Answer:
             if self.channels_first
             else flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
         )
-        step, lane, view, damaged, numbers = self.made
+        step, lane, view, damaged, numbers, rows = self.made
         labels_B, ids_B = torch.from_numpy(numbers)
-        return LaneBatch(step, lane, images_BCHW, labels_B, ids_B, view, damaged)
+        features = {label: torch.from_numpy(value) for label, value in rows.items()}
+        return LaneBatch(step, lane, images_BCHW, labels_B, ids_B, view, damaged, features)
 
 
 _SLOTS: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()  # an answer knows their number only

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mimkd_ray.data.hand_over import ahead
+from mimkd_ray.data.hand_over import in_thread
 from mimkd_ray.errors import DamagedDataError
 
 
@@ -35,14 +35,14 @@ def _threads() -> int:
 
 def test_all_items_in_order() -> None:
     numbers = Numbers(100)
-    assert list(ahead(numbers(), 3)) == list(range(100))
+    assert list(in_thread(numbers(), 3)) == list(range(100))
     assert numbers.closed.is_set()
     assert _threads() == 0
 
 
 def test_so_many_are_ready_and_no_more() -> None:
     numbers = Numbers(100)
-    items = ahead(numbers(), 3)
+    items = in_thread(numbers(), 3)
     for taken in (1, 2, 10):
         while next(items) + 1 < taken:
             pass
@@ -58,7 +58,7 @@ def test_so_many_are_ready_and_no_more() -> None:
 
 def test_an_error_comes_after_the_items_before_it() -> None:
     numbers = Numbers(10, fails_at=4)
-    items = ahead(numbers(), 8)
+    items = in_thread(numbers(), 8)
     assert [next(items) for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(DamagedDataError, match="number 4"):
         next(items)
