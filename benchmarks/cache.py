@@ -48,7 +48,9 @@ from mimkd_ray.losses.mimkd import Features, LossConfig
 from mimkd_ray.models.zoo import ModelConfig
 from mimkd_ray.recipes import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
 from mimkd_ray.train.build import build_network
-from mimkd_ray.train.cache_build import Setup, build, in_process
+from mimkd_ray.train.cache_build import build
+from mimkd_ray.train.cache_setup import Setup
+from mimkd_ray.train.cache_units import in_process
 from mimkd_ray.train.cached import open_cached
 from mimkd_ray.train.calibrate import sample_keys
 from mimkd_ray.train.config import Config, TrainConfig

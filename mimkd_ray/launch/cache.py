@@ -18,8 +18,10 @@ from mimkd_ray.launch import environment
 from mimkd_ray.launch.local import pick_device
 from mimkd_ray.launch.progress import Progress
 from mimkd_ray.launch.run import absolute
-from mimkd_ray.train.cache_build import Built, Runner, Setup, Unit, build, in_process
+from mimkd_ray.train.cache_build import Built, build
 from mimkd_ray.train.cache_plan import measured_plan
+from mimkd_ray.train.cache_setup import Runner, Setup, Unit
+from mimkd_ray.train.cache_units import in_process
 from mimkd_ray.train.config import Config
 
 ADMIN = ("ls", "verify", "gc")

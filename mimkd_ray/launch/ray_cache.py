@@ -24,8 +24,9 @@ from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.launch.ray_data import ERRORS, RETRY_WAITS_S
 from mimkd_ray.storage import StorageError
 from mimkd_ray.train.build import teacher_autocast
-from mimkd_ray.train.cache_build import Builder, Setup, Unit
 from mimkd_ray.train.cache_plan import measured_plan
+from mimkd_ray.train.cache_setup import Setup, Unit
+from mimkd_ray.train.cache_units import Builder
 from mimkd_ray.train.config import Config, from_dict, to_dict
 
 UNITS_PER_CALL = 4

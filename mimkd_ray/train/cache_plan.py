@@ -12,7 +12,7 @@ from mimkd_ray.cache.key import Entry
 from mimkd_ray.cache.pixels import PIXELS
 from mimkd_ray.cache.plan import Measured, Plan, Sized
 from mimkd_ray.train.build import build_distiller
-from mimkd_ray.train.cache_build import Setup
+from mimkd_ray.train.cache_setup import Setup
 from mimkd_ray.train.cached import entries_of
 from mimkd_ray.train.calibrate import sample_keys
 from mimkd_ray.train.coding import Coding

@@ -14,7 +14,9 @@ from jobs_here import ENVIRONMENT, ROOT, Job, kill, tree
 
 from mimkd_ray import cli
 from mimkd_ray.launch.cache import main
-from mimkd_ray.train.cache_build import Setup, build, in_process
+from mimkd_ray.train.cache_build import build
+from mimkd_ray.train.cache_setup import Setup
+from mimkd_ray.train.cache_units import in_process
 from mimkd_ray.train.config import Config
 
 FLAGS = [

@@ -22,8 +22,10 @@ from mimkd_ray.data.views import View, make_pipeline
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.mimkd import Features
 from mimkd_ray.models.zoo import build_model
-from mimkd_ray.train import cache_build
-from mimkd_ray.train.cache_build import Setup, build, in_process, shards_of
+from mimkd_ray.train import cache_setup, cache_units
+from mimkd_ray.train.cache_build import build
+from mimkd_ray.train.cache_setup import Setup, shards_of
+from mimkd_ray.train.cache_units import in_process
 
 LABELS = ["pool:vector", "stage3:map", "logits", "pixels"]
 
@@ -120,7 +122,7 @@ def count_writes(monkeypatch: pytest.MonkeyPatch, last: int) -> list[str]:
 
 def test_killed_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each start comes two or three writes further: a file and its record, or a file more."""
-    monkeypatch.setattr(cache_build, "WRITERS", 1)  # one order of writes
+    monkeypatch.setattr(cache_units, "WRITERS", 1)  # one order of writes
     build_here(cached_config(tmp_path / "whole"))
     expected = files(tmp_path / "whole")
     setup = Setup(cached_config(tmp_path / "cut"), CPU)
@@ -230,14 +232,14 @@ def test_damaged_images_have_no_features(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_features_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = Setup(cached_config(tmp_path), CPU)
-    real = cache_build.Teacher.features
+    real = cache_setup.Teacher.features
 
     def features(self: Any, images: torch.Tensor) -> Features:
         found = real(self, images)
         found.logits_BC[-1] *= 1e30
         return found
 
-    monkeypatch.setattr(cache_build.Teacher, "features", features)
+    monkeypatch.setattr(cache_setup.Teacher, "features", features)
     with pytest.raises(
         UserError, match=r"logits: \d of \d\d images, such as \d+, have features that are not finite as"
     ):

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from tiny_run import tiny_config
 
-from mimkd_ray.train.cache_build import Built, Setup, build, in_process
+from mimkd_ray.train.cache_build import Built, build
+from mimkd_ray.train.cache_setup import Setup
+from mimkd_ray.train.cache_units import in_process
 from mimkd_ray.train.config import Config
 
 CPU = torch.device("cpu")
