@@ -1,7 +1,8 @@
 """How long an accelerator waits for data: the share of a step's time that taking the next batch needs.
 
 The accelerator is a sleep: after each batch of 64 it takes as long as consumes 0.8 of the bare decode rate of the
-loader's processes, which is measured just before, in the same round. Images are prepared shards at 224 px on local
+loader's processes, which is measured just before, in the same round. These are one less than the machine has cores, as
+by default: a core is the training process's. Images are prepared shards at 224 px on local
 disk, and on an S3 server on this machine behind a proxy that keeps each request for 30 ms. The block store is empty
 at the beginning of each pass, and windows of 2 blocks of 128 rows in a set of 64 blocks make the loader fetch a new
 block every second step all the time. The server decodes nothing, but it takes its part of the same cores.
@@ -85,7 +86,7 @@ def main() -> int:
     options = parser(__doc__)
     image_set.add_options(options, rows=8192)
     options.add_argument("--rounds", type=int, default=5, help="rounds of both places")
-    options.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="loader processes")
+    options.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="loader processes")
     args = options.parse_args()
     torch.set_num_threads(1)  # of this process and those forked from it: processes share the cores
     rows = image_set.images(args.images, args.rows)

@@ -16,7 +16,7 @@ from typing import Any
 
 from report import met
 
-NAMES = ("mi_bounds", "loss", "ray_overhead", "loader", "data_wait", "jump", "checkpoint", "lanes")
+NAMES = ("mi_bounds", "loss", "ray_overhead", "loader", "data_wait", "jump", "checkpoint", "lanes", "cache")
 
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parent / "README.md"

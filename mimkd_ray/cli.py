@@ -87,28 +87,19 @@ def read_config(path: str) -> Config:
 
 def override(base: Config, arguments: list[str], usage: str, recipes: Mapping[str, Recipe]) -> Config | None:
     """Apply ``--field.path value`` pairs to a config. None after --help."""
-    import tyro
-
-    # tyro spells truth values True and False; people type true and false.
-    arguments = [{"true": "True", "false": "False"}.get(argument, argument) for argument in arguments]
-    return from_flags(
-        Config,
-        arguments,
-        prog=usage,
-        description=_describe(recipes),
-        default=base,
-        config=(tyro.conf.FlagConversionOff,),
-    )
+    return from_flags(Config, arguments, prog=usage, description=_describe(recipes), default=base)
 
 
 def from_flags(kind: type[T], arguments: Sequence[str], **options: Any) -> T | None:
     """A dataclass from a command line, with tyro's ``options``; None after --help. Bad flags are a UserError."""
     import tyro
 
+    # tyro spells truth values True and False; people type true and false.
+    arguments = [{"true": "True", "false": "False"}.get(argument, argument) for argument in arguments]
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, args=list(arguments), **options)
+            return tyro.cli(kind, args=arguments, config=(tyro.conf.FlagConversionOff,), **options)
     except SystemExit as stop:
         if not stop.code:
             return None

@@ -103,6 +103,13 @@ def size(url: str) -> int:
     return _remote(url, "look up", lambda fs, path: int(fs.info(path)["size"]))
 
 
+def modified(url: str) -> float:
+    """Return when the file at `url` was written, in seconds since 1970. Raises FileNotFoundError."""
+    if not is_remote(url):
+        return _attempt(url, "look up", lambda: local_path(url).stat().st_mtime)
+    return _remote(url, "look up", lambda fs, path: float(fs.modified(path).timestamp()))
+
+
 def read_bytes(url: str, small: bool = False) -> bytes:
     """Return the whole file. Raises FileNotFoundError.
 

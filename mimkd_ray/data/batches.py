@@ -10,15 +10,17 @@ other). In evaluation it is left out. `DamageCounter` ends the run when there ar
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.source import Row, Source
+from mimkd_ray.data.store import BlockStore
 from mimkd_ray.data.views import DamagedImageError, Transform, View, decode
 from mimkd_ray.errors import DamagedDataError
 
@@ -36,6 +38,7 @@ class LaneBatch:
     ids_B: Tensor  # int64
     view: int
     damaged: tuple[str, ...]  # names of images that could not be decoded
+    features: Mapping[str, Tensor] = field(default_factory=dict)  # cached rows (B, bytes), uint8, by label
 
     def __len__(self) -> int:
         return len(self.labels_B)
@@ -47,7 +50,11 @@ class LaneBatch:
     def each_tensor(self, change: Callable[[Tensor], Tensor]) -> LaneBatch:
         """Return the batch with `change(tensor)` in the place of each tensor."""
         return replace(
-            self, images_BCHW=change(self.images_BCHW), labels_B=change(self.labels_B), ids_B=change(self.ids_B)
+            self,
+            images_BCHW=change(self.images_BCHW),
+            labels_B=change(self.labels_B),
+            ids_B=change(self.ids_B),
+            features={label: change(rows) for label, rows in self.features.items()},
         )
 
 
@@ -61,9 +68,77 @@ class Key:
     view: int
 
 
+class FeatureSource(Protocol):
+    """Cached features of the training set, by position."""
+
+    def read(self, view: int, positions: np.ndarray, ids: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Return {label: rows (B, bytes), uint8}. Raises DamagedDataError if the ids are not those of the positions."""
+        ...
+
+    @property
+    def store(self) -> BlockStore | None:
+        """Where they are kept once they are read."""
+        ...
+
+    def block_bytes(self, blocks: Blocks) -> int:
+        """Return the mean bytes of features that belong to one of the training set's blocks."""
+        ...
+
+    def fetch(self, view: int, first: int, stop: int) -> bool:
+        """See to it that the features of positions first..stop-1 are in the store; say whether they are."""
+        ...
+
+
+class Batches(Protocol):
+    """Makes batches, in a loader process."""
+
+    @property
+    def source(self) -> Source:
+        """Where the images are read from."""
+        ...
+
+    def image_bytes(self) -> int:
+        """Return the size of one image of a batch."""
+        ...
+
+    def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch | str:
+        """Return the batch; its images in `memory` (bytes), if they fit; or the name of its one, damaged image."""
+        ...
+
+
 @dataclass(frozen=True)
 class TrainBatches:
     """Makes training batches of constant size; runs in loader processes."""
+
+    source: Source
+    view: View
+    features: FeatureSource | None = None
+
+    def image_bytes(self) -> int:
+        """Return the size of one image of a batch."""
+        return self.view.apply(_BLANK, 0, 0).numel()
+
+    def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch:
+        """Return the batch; its images in `memory` (bytes), if they fit."""
+        made = _decode_all(self.source, key, lambda row, out: self.view.apply(row.image, row.id, key.view, out), memory)
+        if made.damaged:
+            # A damaged place takes the nearest intact one; of two equally near ones the lower.
+            places = made.places
+            nearest = [min(range(len(places)), key=lambda i: abs(places[i] - p)) for p in range(len(key.positions))]
+            made = made.chosen(nearest)
+        batch = made.batch(key)
+        if self.features is None:
+            return batch
+        found = self.features.read(key.view, key.positions[made.places], batch.ids_B.numpy())
+        return replace(batch, features={label: torch.from_numpy(rows) for label, rows in found.items()})
+
+
+@dataclass(frozen=True)
+class ViewBatches:
+    """Makes batches of a view in which every row has its place, for caching; runs in loader processes.
+
+    A damaged image is black, and its label is -1.
+    """
 
     source: Source
     view: View
@@ -74,13 +149,22 @@ class TrainBatches:
 
     def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch:
         """Return the batch; its images in `memory` (bytes), if they fit."""
-        rows = self.source.read(key.positions.tolist())
-        images, intact, damaged = _decode_all(rows, lambda row: self.view.apply(row.image, row.id, key.view), memory)
-        if damaged:
-            # A damaged place takes the nearest intact one; of two equally near ones the lower.
-            nearest = [min(range(len(intact)), key=lambda i: abs(intact[i] - place)) for place in range(len(rows))]
-            images, intact = images[nearest], [intact[i] for i in nearest]
-        return _batch(key, rows, images, intact, damaged)
+        damaged: list[str] = []
+        intact: list[bool] = []
+        black = torch.zeros_like(self.view.apply(_BLANK, 0, 0))
+
+        def transform(row: Row, out: Tensor | None) -> Tensor:
+            try:
+                image = self.view.apply(row.image, row.id, key.view, out)
+            except DamagedImageError as error:
+                damaged.append(f"{row.name} ({error})")
+                image = black
+            intact.append(image is not black)
+            return image
+
+        batch = _decode_all(self.source, key, transform, memory).batch(key)
+        labels_B = torch.where(torch.tensor(intact), batch.labels_B, -1)
+        return replace(batch, labels_B=labels_B, damaged=tuple(damaged))
 
 
 @dataclass(frozen=True)
@@ -96,48 +180,82 @@ class EvalBatches:
 
     def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch | str:
         """Return the batch, its images in `memory` (bytes), if they fit; or the name of its one, damaged image."""
-        rows = self.source.read(key.positions.tolist())
-        if len(rows) > 1:
-            images, intact, damaged = _decode_all(rows, lambda row: self.transform(decode(row.image)), memory)
-            return _batch(key, rows, images, intact, damaged)
-        # A slice may end in a batch of one: if damaged, that is one image, and no sign of a broken set.
         try:
-            image = self.transform(decode(rows[0].image))
-        except DamagedImageError as error:
-            return f"{rows[0].name} ({error})"
-        return _batch(key, rows, image[None], [0], ())
+            return _decode_all(self.source, key, lambda row, _: self.transform(decode(row.image)), memory).batch(key)
+        except _AllDamagedError as error:
+            if len(key.positions) > 1:
+                raise
+            # A slice may end in a batch of one: if damaged, that is one image, and no sign of a broken set.
+            return error.names[0]
 
 
-Batches = TrainBatches | EvalBatches
 _BLANK = torch.full((3, 256, 256), 128, dtype=torch.uint8)
+_NONE = torch.empty(0)
+
+
+class _AllDamagedError(DamagedDataError):
+    """A batch without an intact image."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(
+            f"none of the {len(names)} images of a batch can be decoded: {_first_three(names)}; repair the data"
+        )
+        self.names = tuple(names)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DamagedDataError, (str(self),)  # as which it travels to the training process
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """The intact images of a batch, their places in it, labels and ids, and the names of the damaged ones."""
+
+    images_BCHW: Tensor
+    places: list[int]
+    labels: list[int]
+    ids: list[int]
+    damaged: tuple[str, ...]
+
+    def chosen(self, which: list[int]) -> _Decoded:
+        """Return these of the images, in this order."""
+        places, labels, ids = ([of_all[i] for i in which] for of_all in (self.places, self.labels, self.ids))
+        return _Decoded(self.images_BCHW[which], places, labels, ids, self.damaged)
+
+    def batch(self, key: Key) -> LaneBatch:
+        labels, ids = torch.tensor([self.labels, self.ids], dtype=torch.int64)
+        return LaneBatch(key.step, key.lane, self.images_BCHW, labels, ids, key.view, self.damaged)
 
 
 def _decode_all(
-    rows: list[Row], transform: Callable[[Row], Tensor], memory: Tensor | None
-) -> tuple[Tensor, list[int], tuple[str, ...]]:
-    """Return the transformed images that are intact (in `memory`, if they fit), their places, the damaged ones' names.
+    source: Source, key: Key, transform: Callable[[Row, Tensor | None], Tensor], memory: Tensor | None
+) -> _Decoded:
+    """Return the transformed images of the key's rows that are intact, in `memory`, if they fit.
 
-    Each image is copied to its place at once, as it lies, mostly channels last: keeping them all would cost 50 us each
-    for fresh memory, and another layout 60 us.
+    `transform` takes a row and its image's place in the batch, where it may put the result; None for the first one.
+
+    Each image goes to its place at once, as it lies, mostly channels last: keeping all results would cost 50 us an
+    image for fresh memory, and another layout 60 us. Raises _AllDamagedError if no image is intact.
     """
     images_BCHW: Tensor | None = None
-    intact: list[int] = []
+    made = _Decoded(_NONE, [], [], [], ())
     damaged = []
-    for place, row in enumerate(rows):
+    for place, row in enumerate(source.read(key.positions.tolist())):
+        out = None if images_BCHW is None else images_BCHW[len(made.places)]
         try:
-            image = transform(row)
+            image = transform(row, out)
         except DamagedImageError as error:
             damaged.append(f"{row.name} ({error})")
             continue
         if images_BCHW is None:
-            images_BCHW = _room_for(len(rows), image, memory)
-        images_BCHW[len(intact)] = image
-        intact.append(place)
+            images_BCHW = _room_for(len(key.positions), image, memory)
+        if image is not out:
+            images_BCHW[len(made.places)] = image
+        made.places.append(place)
+        made.labels.append(row.label)
+        made.ids.append(row.id)
     if images_BCHW is None:
-        raise DamagedDataError(
-            f"none of the {len(rows)} images of a batch can be decoded: {_first_three(damaged)}; repair the data"
-        )
-    return images_BCHW[: len(intact)], intact, tuple(damaged)
+        raise _AllDamagedError(damaged)
+    return replace(made, images_BCHW=images_BCHW[: len(made.places)], damaged=tuple(damaged))
 
 
 def _room_for(count: int, image: Tensor, memory: Tensor | None) -> Tensor:
@@ -149,12 +267,6 @@ def _room_for(count: int, image: Tensor, memory: Tensor | None) -> Tensor:
     if image.is_contiguous():
         return memory[:size].view(count, channels, height, width)
     return memory[:size].view(count, height, width, channels).permute(0, 3, 1, 2)
-
-
-def _batch(key: Key, rows: list[Row], images_BCHW: Tensor, chosen: list[int], damaged: tuple[str, ...]) -> LaneBatch:
-    labels = torch.tensor([rows[place].label for place in chosen], dtype=torch.int64)
-    ids = torch.tensor([rows[place].id for place in chosen], dtype=torch.int64)
-    return LaneBatch(key.step, key.lane, images_BCHW, labels, ids, key.view, damaged)
 
 
 class DamageCounter:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mimkd_ray import storage
+from mimkd_ray.data.block_reader import CACHE_BYTES
 from mimkd_ray.data.digits import DigitsSource
 from mimkd_ray.data.folders import FolderSource
 from mimkd_ray.data.manifest import MANIFEST_SUFFIX, read_manifest
 from mimkd_ray.data.parquet import ParquetSource
 from mimkd_ray.data.source import Source, SubsetSource, digest_of, stratified_split
-from mimkd_ray.data.store import CACHE_BYTES, BlockStore
+from mimkd_ray.data.store import BlockStore
 from mimkd_ray.data.views import check_pipeline_name
 from mimkd_ray.errors import UserError
 
@@ -52,6 +53,8 @@ class DataConfig:
     """Standard deviation of each colour channel, of values in 0..1."""
     views: int = 0
     """Distinct augmented views of each image; 0 = a new one every epoch."""
+    view_seed: int = -1
+    """Seed of the views; -1: train.seed. Runs with different seeds share one cache where this is the same."""
     window: int | Literal["full"] = "full"
     """Shuffle rows inside this many blocks (row groups); `full` = one permutation of all rows."""
     store: str = ""
@@ -63,8 +66,8 @@ class DataConfig:
     """Blocks per lane that are fetched into the store ahead of need, beyond those in use; -1 = another window of them
     as far as the store has room, 0 = none."""
     loader_workers: int = -1
-    """Decoding processes per training worker; -1 = this machine's cores, shared between the workers on it (none for
-    a set in memory, such as the digits), 0 = decode in the training process."""
+    """Decoding processes per training worker; -1 = one less than its share of this machine's cores, at least one (none
+    for a set in memory, such as the digits), 0 = decode in the training process."""
     max_damaged: float = 0.001
     """Share of images that may be damaged before the run stops."""
 
@@ -78,7 +81,7 @@ class DataConfig:
         for name in ("subset", "num_classes", "views"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more")
-        for name in ("loader_workers", "read_ahead"):
+        for name in ("loader_workers", "read_ahead", "view_seed"):
             if getattr(self, name) < -1:
                 raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more, or -1 (automatic)")
         if self.window != "full" and not (isinstance(self.window, int) and self.window >= 1):

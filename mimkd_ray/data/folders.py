@@ -15,15 +15,17 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from mimkd_ray import storage
+from mimkd_ray.data.block_reader import BlockReader
 from mimkd_ray.data.blocks import Blocks
+from mimkd_ray.data.decode import Encoded
 from mimkd_ray.data.keyed import permutation
 from mimkd_ray.data.source import Row, digest_of
-from mimkd_ray.data.store import BlockStore, read_block
+from mimkd_ray.data.store import BlockStore
+from mimkd_ray.data.stored_block import StoredBlock
 from mimkd_ray.errors import DamagedDataError, UserError, nearest
 
 BLOCK_ROWS = 256
@@ -92,12 +94,15 @@ class FolderSource:
 
     def read(self, positions: Sequence[int]) -> list[Row]:
         """Return the rows at `positions`, in that order. Raises DamagedDataError for a file that is gone."""
+        images: Sequence[Encoded]
         if self.store is None:
             images = self._read_files(positions)
         else:
-            images = []
-            for block, row in zip(*self.blocks.locate(positions), strict=True):
-                images.append(self._table(int(block)).column("image")[int(row)].as_py())
+            reader = BlockReader(self.store)
+            images = [
+                reader.row(self._keys[block], partial(self._load, block), inside)[0]
+                for block, inside in zip(*map(np.ndarray.tolist, self.blocks.locate(positions)), strict=True)
+            ]
         return [
             Row(int(position), int(self._labels[position]), image, self._url(int(position)))
             for position, image in zip(positions, images, strict=True)
@@ -105,7 +110,7 @@ class FolderSource:
 
     def fetch(self, block: int) -> bool:
         """See to it that the block is in the store; say whether it is (False: no store, or no room)."""
-        return self.store is not None and self.store.fetch(self._keys[block], lambda: self._load(block))
+        return self.store is not None and self.store.fetch(self._keys[block], partial(self._load, block))
 
     def _url(self, position: int) -> str:
         name = f"{self.classes[self._labels[position]]}/{self._files[position].decode()}"
@@ -133,15 +138,9 @@ class FolderSource:
             digest.update(repr((self._url(position), *versions[position])).encode())
         return digest.hexdigest()
 
-    def _table(self, block: int) -> Any:
-        return read_block(self.store, self._keys[block], lambda: self._load(block))
-
-    def _load(self, block: int) -> Any:
-        import pyarrow as pa
-
+    def _load(self, block: int) -> StoredBlock:
         positions = self._positions(block)
-        images = pa.array(self._read_files(positions), pa.large_binary())
-        return pa.table({"image": images, "label": pa.array(self._labels[positions.start : positions.stop])})
+        return StoredBlock.of(self._read_files(positions), self._labels[positions.start : positions.stop])
 
 
 def _images(folder: str) -> dict[str, storage.Entry]:

@@ -1,7 +1,7 @@
 """From an order to batches, in this process or in loader processes, and on to the device.
 
-    order  ->  keys (step, lane, positions)  ->  loader processes: read, decode, view, stack  ->  batches, in the
-    order of keys
+    order  ->  keys (step, lane, positions)  ->  loader processes: read, decode, view, stack  ->  a thread: batches in
+    the order of keys, ready when they are asked for
          `->  read-ahead: blocks into the node's store, before the loader processes need them
 
 A whole batch is one unit of work for a loader process. Processes, not threads: views draw from torch's default
@@ -11,6 +11,7 @@ processes are started once and live through epochs.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -23,11 +24,21 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from mimkd_ray.data.batches import Batches, DamageCounter, EvalBatches, Key, LaneBatch, TrainBatches
+from mimkd_ray.data.batches import (
+    Batches,
+    DamageCounter,
+    EvalBatches,
+    FeatureSource,
+    Key,
+    LaneBatch,
+    TrainBatches,
+    ViewBatches,
+)
+from mimkd_ray.data.hand_over import in_thread
 from mimkd_ray.data.order import Order, view_number
-from mimkd_ray.data.read_ahead import Distance, ReadAhead, distance
+from mimkd_ray.data.read_ahead import AheadSource, Distance, ReadAhead, WithFeatures, distance
 from mimkd_ray.data.source import Source
-from mimkd_ray.data.transport import Answers, Requests, make_slots
+from mimkd_ray.data.transport import Answer, Answers, Requests, make_slots
 from mimkd_ray.data.views import Transform, View
 from mimkd_ray.errors import UserError
 
@@ -40,12 +51,14 @@ __all__ = [
     "resolve_loader_workers",
     "to_device",
     "train_batches",
+    "view_batches",
 ]
 
 logger = logging.getLogger(__name__)
 
 PREFETCH = 4  # finished batches that wait per loader process
-SPARE_SLOTS = 4  # batches that the training process has in hand
+HANDED_OVER = 2  # batches that are ready in the training process: taking one from the loader costs 0.6 ms
+SPARE_SLOTS = 4 + HANDED_OVER  # batches that the training process has in hand
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "share period" in microseconds, or "max period"
 WORKERS_PER_CPU = 4  # more loader processes than this times the cores is taken for a typing error
 
@@ -62,25 +75,44 @@ def train_batches(
     loader_workers: int = 0,
     read_ahead: int = -1,
     pin_memory: bool = False,
+    features: FeatureSource | None = None,
 ) -> Iterator[LaneBatch]:
     """Yield the batches of steps start_step..stop_step-1 and the given lanes, by (step, lane as given).
 
     `views` is the number of views of a sample (0: a new one each epoch); the schedule follows `order.seed`,
-    the pixels `view.seed`. `loader_workers` and `read_ahead` are those of DataConfig. Raises UserError for a
+    the pixels `view.seed`. `loader_workers` and `read_ahead` are those of DataConfig. `features`, which need a number
+    of views, are read and read ahead with the images. Raises UserError for a
     senseless `loader_workers`, DamagedDataError for a batch without intact image or a damaged block,
     StorageError for an object that cannot be read.
     """
     workers = resolve_loader_workers(loader_workers, source)
     keys = _TrainKeys(order, views, tuple(lanes), start_step, stop_step)
+    ahead: AheadSource = source if features is None else WithFeatures(source, features, views)
     far = distance(
-        source,
+        ahead,
         read_ahead,
         window=order.window,
         lanes=len(keys.lanes),
         lane_batch=order.lane_batch,
         local_workers=local_world_size(),
     )
-    return _run(TrainBatches(source, view), keys, order.lane_batch, workers, far, pin_memory)
+    return _run(TrainBatches(source, view, features), keys, order.lane_batch, workers, ahead, far, pin_memory)
+
+
+def view_batches(
+    source: Source,
+    view: View,
+    keys: Sequence[Key],
+    *,
+    loader_workers: int = 0,
+    read_ahead: int = -1,
+    pin_memory: bool = False,
+) -> Iterator[LaneBatch]:
+    """Yield the batches of `keys`, in which every row has its place, damaged ones too (`ViewBatches`): for caching."""
+    workers = resolve_loader_workers(loader_workers, source)
+    most = max((len(key.positions) for key in keys), default=1)
+    far = distance(source, read_ahead, window=1, lanes=1, lane_batch=most, local_workers=local_world_size())
+    return _run(ViewBatches(source, view), list(keys), most, workers, source, far, pin_memory)
 
 
 def eval_batches(
@@ -109,7 +141,7 @@ def eval_batches(
         for step, first in enumerate(range(start, stop, batch_size))
     ]
     far = distance(source, read_ahead, window=1, lanes=1, lane_batch=batch_size, local_workers=local_world_size())
-    return _run(EvalBatches(source, transform), keys, batch_size, workers, far, pin_memory)
+    return _run(EvalBatches(source, transform), keys, batch_size, workers, source, far, pin_memory)
 
 
 def to_device(batches: Iterable[LaneBatch], device: torch.device) -> Iterator[LaneBatch]:
@@ -154,7 +186,8 @@ class _Copy:
             stream = torch.cuda.current_stream(self.batch.images_BCHW.device)
             stream.wait_event(self.done)
             # Its memory belongs to the side stream, which must not use it again before this one is done with it.
-            for tensor in (self.batch.images_BCHW, self.batch.labels_B, self.batch.ids_B):
+            batch = self.batch
+            for tensor in (batch.images_BCHW, batch.labels_B, batch.ids_B, *batch.features.values()):
                 tensor.record_stream(stream)
         return self.batch
 
@@ -180,12 +213,13 @@ def local_world_size() -> int:
 
 
 def resolve_loader_workers(loader_workers: int, source: Source) -> int:
-    """Return the number of loader processes; -1: an equal share of this machine's cores, none for a set in memory.
+    """Return the number of loader processes; none for a set in memory, else by default one per core of this worker's
+    share of the machine but one, which is for the training process and for reading ahead.
 
     Raises UserError for a senseless number.
     """
     if loader_workers == -1:
-        return 0 if source.in_memory else max(1, _cores() // local_world_size())
+        return 0 if source.in_memory else max(1, _cores() // local_world_size() - 1)
     check_loader_workers(loader_workers)
     return loader_workers
 
@@ -232,8 +266,11 @@ class _TrainKeys:
 @dataclass(frozen=True)
 class _PositionsOf:
     keys: _TrainKeys | list[Key]
+    ahead: AheadSource
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        if isinstance(self.ahead, WithFeatures):
+            return (self.ahead.places(key.positions, key.view) for key in self.keys)
         return (key.positions for key in self.keys)
 
 
@@ -242,12 +279,13 @@ def _run(
     keys: _TrainKeys | list[Key],
     batch_size: int,
     loader_workers: int,
+    ahead: AheadSource,
     far: Distance | None,
     pin_memory: bool,
 ) -> Iterator[LaneBatch]:
     if not len(keys):
         return
-    reader = ReadAhead(batches.source, _PositionsOf(keys), far, loader_workers > 0) if far else None
+    reader = ReadAhead(ahead, _PositionsOf(keys, ahead), far, loader_workers > 0) if far else None
     slots = make_slots(batches, PREFETCH * loader_workers + SPARE_SLOTS, batch_size) if loader_workers else None
     loader: DataLoader[Any] = DataLoader(
         Answers(batches, slots),  # type: ignore[arg-type]  # any object with __getitem__ serves
@@ -261,19 +299,25 @@ def _run(
         generator=torch.Generator(),  # its own: the loader's draw would move the training process's generator
     )
     try:
-        for number, answer in enumerate(loader, start=1):
-            if reader is not None:
-                reader.consumed(number)
-            made = answer.open()
-            if isinstance(made, Exception):
-                raise made
-            if isinstance(made, str):
-                logger.warning("damaged image, left out: %s", made)
-                continue
-            yield made
+        # Made here, not in the thread: processes are forked now, while no other thread can hold a lock.
+        made = _opened(iter(loader), reader)
+        yield from in_thread(made, HANDED_OVER) if loader_workers else made
     finally:
         if reader is not None:
             reader.close()
+
+
+def _opened(answers: Iterator[Answer], reader: ReadAhead | None) -> Iterator[LaneBatch]:
+    for number, answer in enumerate(answers, start=1):
+        if reader is not None:
+            reader.consumed(number)
+        made = answer.open()
+        if isinstance(made, Exception):
+            raise made
+        if isinstance(made, str):
+            logger.warning("damaged image, left out: %s", made)
+            continue
+        yield made
 
 
 def _unchanged(answer: Any) -> Any:
@@ -282,4 +326,5 @@ def _unchanged(answer: Any) -> Any:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # processes share the cores; threads in each would fight for them
+    gc.freeze()  # what was there before the fork is never garbage here, and need not be looked through again
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the training process decides

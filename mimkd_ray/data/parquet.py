@@ -4,31 +4,34 @@ A file is a shard, a row group is a block. Opening reads footers only. A prepare
 blocks of one size; each is read by one request, and its bytes are compared with the manifest's sha256 before
 anything is decoded. Of other files the row groups are taken as they are.
 
-Blocks go through the block store, so a row group is fetched and decoded once per node. Without a store each
-process keeps the last ones, and rows asked for from far more blocks than that cost a row group each.
+Blocks go through the block store, so a row group is fetched once per node; on a local disk it stays where it is, and
+the store keeps where its rows lie. Without a store each process keeps the last blocks, and rows asked for from far more
+blocks than that cost a row group each, unless they are on a local disk.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mimkd_ray import storage
+from mimkd_ray.data.block_reader import BlockReader
 from mimkd_ray.data.blocks import Blocks
+from mimkd_ray.data.local_disk import is_on_local_disk
 from mimkd_ray.data.manifest import Block, Manifest, Shard
+from mimkd_ray.data.row_groups import chunk_span, label_array, open_parquet, read_row_group
 from mimkd_ray.data.source import Row, digest_of
-from mimkd_ray.data.store import BlockStore, read_block
-from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.data.store import BlockStore, Load
+from mimkd_ray.data.stored_block import StoredBlock
+from mimkd_ray.errors import UserError
 
-KEPT_FOOTERS = 64  # parsed, per process
 FOOTER_THREADS = 16
+INDEX_BYTES = 24  # that the store keeps of a row which is read in place
 
 
 class _Footer(NamedTuple):
@@ -36,6 +39,15 @@ class _Footer(NamedTuple):
     label_range: tuple[int, int] | None  # None: no statistics
     classes: tuple[str, ...]  # () if the file does not name them
     image_column: str  # "image.bytes", or "image" for a plain binary column
+
+
+class _Place(NamedTuple):
+    """Of a block: how it is found and loaded, its file's name, and the position of that file's first row."""
+
+    key: str
+    load: Load
+    name: str
+    first: int
 
 
 class ParquetSource:
@@ -62,6 +74,8 @@ class ParquetSource:
         self.files: tuple[tuple[str, int], ...] = tuple(files.items())
         self.store: BlockStore | None = store
         self.in_memory: bool = False
+        first = next(iter(files), "")
+        self.in_place: bool = not storage.is_remote(first) and is_on_local_disk(storage.local_path(first))
         self._versions = tuple((versions or {}).get(url, "") for url in files)
         with ThreadPoolExecutor(min(FOOTER_THREADS, max(1, len(self.files)))) as pool:
             footers = list(pool.map(lambda file: _read_footer(*file), self.files))
@@ -90,8 +104,9 @@ class ParquetSource:
 
     @property
     def block_bytes(self) -> int:
-        """Mean size of a row group."""
-        return self.num_bytes // self.blocks.num_blocks
+        """Mean size of a block in the store: of a row group, or where that is read in place, of its index."""
+        size = INDEX_BYTES * self.num_rows if self.in_place else self.num_bytes
+        return size // self.blocks.num_blocks
 
     def labels(self) -> np.ndarray:
         """Return all labels (int64). Reads the label column of every file."""
@@ -110,23 +125,14 @@ class ParquetSource:
     def read(self, positions: Sequence[int]) -> list[Row]:
         """Return the rows at `positions`, in order. Raises DamagedDataError for an unreadable row group."""
         blocks, insides = self.blocks.locate(positions)
-        rows: dict[int, Row] = {}
-        # Block by block: a row group is opened once per call even if this process's memory is too small to keep it.
-        opened = -1
-        for place in np.argsort(blocks, kind="stable"):
-            block, inside = int(blocks[place]), int(insides[place])
-            if block != opened:
-                table = read_block(self.store, self._key(block), partial(self._load, block))
-                images, labels = table.column("image").chunk(0), table.column("label").to_numpy()
-                file = self._file(block)
-                name = _base(self.files[file][0])
-                before = self.blocks.start(int(self._file_block[file]))
-                opened = block
-            position = int(positions[place])
-            # A missing image is an empty one: it counts as damaged when it is decoded.
-            image = images[inside].as_py() or b""
-            rows[int(place)] = Row(position, int(labels[inside]), image, f"{name} row {position - before}")
-        return [rows[place] for place in range(len(positions))]
+        places = {block: self._place(block) for block in dict.fromkeys(blocks.tolist())}
+        reader = BlockReader(self.store)
+        rows = []
+        for position, block, inside in zip(positions, blocks.tolist(), insides.tolist(), strict=True):
+            place = places[block]
+            image, label = reader.row(place.key, place.load, inside)
+            rows.append(Row(int(position), label, image, f"{place.name} row {position - place.first}"))
+        return rows
 
     def fetch(self, block: int) -> bool:
         """See to it that the row group is in the store; say whether it is (False: no store, or no room)."""
@@ -135,38 +141,25 @@ class ParquetSource:
     def _file(self, block: int) -> int:
         return int(np.searchsorted(self._file_block, block, side="right")) - 1
 
+    def _place(self, block: int) -> _Place:
+        """Return what rows of the block need."""
+        file = self._file(block)
+        first = self.blocks.start(int(self._file_block[file]))
+        return _Place(self._key(block), partial(self._load, block), _base(self.files[file][0]), first)
+
     def _key(self, block: int) -> str:
-        if self._listed:
-            return f"{self._listed[block].sha256} {self.blocks.start(block)}"  # its ids are checked, too
         file = self._file(block)
         url, size = self.files[file]
+        if self._listed:
+            place = f" {url}" if self.in_place else ""
+            return f"{self._listed[block].sha256} {self.blocks.start(block)}{place}"  # its ids are checked, too
         return digest_of(url, size, self._versions[file], block - int(self._file_block[file]))
 
-    def _load(self, block: int) -> Any:
-        """Read the row group and return its table of columns image (binary) and label (int64), in one chunk each."""
-        import pyarrow as pa
-
+    def _load(self, block: int) -> StoredBlock:
         file = self._file(block)
-        url, size = self.files[file]
         group, column = block - int(self._file_block[file]), self._image_columns[file]
-        try:
-            if self._listed:
-                table = _read_listed(url, size, group, column, self._listed[block], self.blocks.start(block))
-            else:
-                with _open(url, size, _metadata(url, size)) as opened:
-                    # One thread: a loader has as many processes as it wants to use cores.
-                    table = opened.read_row_group(group, columns=[column, "label"], use_threads=False)
-        except FileNotFoundError as error:
-            raise DamagedDataError(f"{url} is gone: it was there when the set was opened; put it back") from error
-        except storage.StorageError:
-            raise  # not the file's content
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DamagedDataError(f"{url}: row group {group} cannot be read ({error}); copy the file again") from error
-        labels = _label_array(table.column("label"), f"{url} (row group {group})")
-        images = table.column("image").combine_chunks()
-        if column == "image.bytes":
-            images = images.field("bytes")
-        return pa.table({"image": images, "label": pa.array(labels)})
+        listed = self._listed[block] if self._listed else None
+        return read_row_group(*self.files[file], group, column, listed, self.blocks.start(block), self.in_place)
 
     def _agree_on_classes(self, footers: list[_Footer]) -> tuple[str, ...]:
         first = footers[0].classes
@@ -219,93 +212,8 @@ def _check_row_groups(url: str, footer: _Footer, shard: Shard) -> None:
             )
 
 
-def _read_listed(url: str, size: int, group: int, image_column: str, block: Block, first_id: int) -> Any:
-    """Read a prepared row group in one request and decode it, after its digest was found right."""
-    import pyarrow.parquet as pq
-
-    data = storage.read_range(url, block.offset, block.length)
-    if len(data) < block.length:
-        raise DamagedDataError(
-            f"{url} is cut short: {len(data):,} of the {block.length:,} bytes of row group {group} at byte "
-            f"{block.offset:,} are there; copy the file again"
-        )
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != block.sha256:
-        raise DamagedDataError(
-            f"{url}: row group {group} is damaged: its {block.length:,} bytes have the sha256 {digest[:12]}..., and "
-            f"the manifest says {block.sha256[:12]}...; copy the file again"
-        )
-    with pq.ParquetFile(_Part(data, block.offset, size), metadata=_metadata(url, size)) as file:
-        table = file.read_row_group(group, columns=[image_column, "label", "id"], use_threads=False)
-    ids = table.column("id").to_numpy()
-    if not np.array_equal(ids, np.arange(first_id, first_id + len(ids))):
-        raise DamagedDataError(
-            f"{url}: row group {group} has the ids {ids[0]:,} to {ids[-1]:,}, and its place in the manifest says "
-            f"{first_id:,} to {first_id + len(ids) - 1:,}: the set is mixed up; {_COPY_AGAIN}"
-        )
-    return table
-
-
-class _Part(io.RawIOBase):
-    """A part of a file, in memory, at its own place: the rest of the file is not to be read."""
-
-    def __init__(self, data: bytes, offset: int, size: int) -> None:
-        self._data = memoryview(data)
-        self._offset = offset
-        self._size = size
-        self._place = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        return self._place
-
-    def read(self, size: int | None = -1) -> bytes:
-        start = self._place - self._offset
-        stop = len(self._data) if size is None or size < 0 else start + size
-        if start < 0 or stop > len(self._data):
-            raise OSError(f"bytes {start + self._offset} to {stop + self._offset} are outside the row group")
-        self._place = stop + self._offset
-        return bytes(self._data[start:stop])
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        view[:] = self.read(len(view))
-        return len(view)
-
-
-@lru_cache(maxsize=KEPT_FOOTERS)
-def _metadata(url: str, size: int) -> Any:
-    with _open(url, size) as file:
-        return file.metadata
-
-
-def _open(url: str, size: int, metadata: Any = None) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        if storage.is_remote(url):
-            # pre_buffer joins the ranges of a row group into few requests.
-            return pq.ParquetFile(storage.open_file(url, size), metadata=metadata, pre_buffer=True)
-        # Plain reads: a memory map of a file that is cut short kills the process instead of raising.
-        return pq.ParquetFile(str(storage.local_path(url)), metadata=metadata, pre_buffer=False)
-    except PermissionError as error:
-        raise UserError(f"cannot read {url}: {error}; check the permissions") from error
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{url} ({size:,} bytes) is not a readable Parquet file: {error}; copy it again") from error
-
-
 def _read_footer(url: str, size: int) -> _Footer:
-    with _open(url, size) as file:
+    with open_parquet(url, size) as file:
         metadata = file.metadata
         schema = file.schema_arrow
         if "image" not in schema.names or "label" not in schema.names:
@@ -334,12 +242,8 @@ def _read_footer(url: str, size: int) -> _Footer:
 
 def _span(group: Any) -> tuple[int, int]:
     """Return (first byte, byte behind the last one) of a row group's columns."""
-    columns = [group.column(i) for i in range(group.num_columns)]
-    starts = [
-        c.data_page_offset if c.dictionary_page_offset is None else min(c.dictionary_page_offset, c.data_page_offset)
-        for c in columns
-    ]
-    return min(starts), max(s + c.total_compressed_size for s, c in zip(starts, columns, strict=True))
+    spans = [chunk_span(group.column(i)) for i in range(group.num_columns)]
+    return min(start for start, _ in spans), max(stop for _, stop in spans)
 
 
 def _statistics(column: Any) -> tuple[int, int] | None:
@@ -357,11 +261,5 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
 
 
 def _read_labels(url: str, size: int) -> np.ndarray:
-    with _open(url, size) as file:
-        return _label_array(file.read(columns=["label"], use_threads=False).column("label"), url)
-
-
-def _label_array(column: Any, url: str) -> np.ndarray:
-    if column.null_count:
-        raise UserError(f"{url}: {column.null_count:,} of {len(column):,} rows have no label; remove them")
-    return column.to_numpy().astype(np.int64, copy=False)
+    with open_parquet(url, size) as file:
+        return label_array(file.read(columns=["label"], use_threads=False).column("label"), url)

@@ -18,11 +18,14 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from mimkd_ray.data.batches import FeatureSource
+from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.source import Source
+from mimkd_ray.data.store import BlockStore
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,50 @@ POLL_S = 0.03  # between two looks at what the loop has consumed
 PARENT_POLL_S = 0.5  # between two looks at whether the training process lives
 
 
+class AheadSource(Protocol):
+    """What can be read ahead: a source of images, or images together with cached features."""
+
+    @property
+    def store(self) -> BlockStore | None:
+        """Where blocks are kept once they are read; None: there is nothing to read ahead."""
+        ...
+
+    @property
+    def blocks(self) -> Blocks:
+        """The units of fetching."""
+        ...
+
+    @property
+    def block_bytes(self) -> int:
+        """Their mean size."""
+        ...
+
+    def fetch(self, block: int) -> bool:
+        """See to it that the block is in the store; say whether it is."""
+        ...
+
+
+class WithFeatures:
+    """Images and their cached features as one thing to read ahead: place `view * rows + position`."""
+
+    def __init__(self, source: Source, features: FeatureSource, views: int) -> None:
+        self.source, self.features = source, features
+        self.store: BlockStore | None = features.store
+        self.blocks: Blocks = Blocks.of(np.tile(source.blocks.counts, views))
+        self.block_bytes: int = source.block_bytes + features.block_bytes(source.blocks)
+
+    def places(self, positions: np.ndarray, view: int) -> np.ndarray:
+        """Return where images at `positions` are in view number `view`."""
+        return positions + view * self.source.num_rows
+
+    def fetch(self, block: int) -> bool:
+        """Fetch a block of images (where they have a store) and the features that belong to it in a view."""
+        view, number = divmod(block, self.source.blocks.num_blocks)
+        if self.source.store is not None and not self.source.fetch(number):
+            return False
+        return self.features.fetch(view, self.source.blocks.start(number), self.source.blocks.start(number + 1))
+
+
 class Distance(NamedTuple):
     """How far to read ahead: blocks fetched before their batch's turn, and blocks in use at a time."""
 
@@ -42,7 +89,7 @@ class Distance(NamedTuple):
 
 
 def distance(
-    source: Source, read_ahead: int, *, window: int, lanes: int, lane_batch: int, local_workers: int
+    source: AheadSource, read_ahead: int, *, window: int, lanes: int, lane_batch: int, local_workers: int
 ) -> Distance | None:
     """Return how far one worker may read ahead for all its `lanes` together; None: not at all.
 
@@ -61,7 +108,7 @@ def distance(
 class ReadAhead:
     """Reads ahead for `batches`, the positions of one batch after the other, until `close`."""
 
-    def __init__(self, source: Source, batches: Iterable[np.ndarray], far: Distance, own_process: bool) -> None:
+    def __init__(self, source: AheadSource, batches: Iterable[np.ndarray], far: Distance, own_process: bool) -> None:
         self._consumed: Any = multiprocessing.Value("q", 0, lock=False)
         self._stop = threading.Event()
         arguments = (source, batches, far, self._consumed)
@@ -89,7 +136,7 @@ class ReadAhead:
             self.process = None
 
 
-def _in_process(source: Source, batches: Iterable[np.ndarray], far: Distance, consumed: Any, parent: int) -> None:
+def _in_process(source: AheadSource, batches: Iterable[np.ndarray], far: Distance, consumed: Any, parent: int) -> None:
     # Ctrl-C and SIGTERM reach the whole group: the training process decides, and kills this one when it is done.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -113,7 +160,7 @@ def _sleep(seconds: float) -> bool:
 
 
 def _walk(
-    source: Source, batches: Iterable[np.ndarray], far: Distance, consumed: Any, wait: Callable[[float], bool]
+    source: AheadSource, batches: Iterable[np.ndarray], far: Distance, consumed: Any, wait: Callable[[float], bool]
 ) -> None:
     """Fetch block after block; `wait(seconds)` says whether to stop."""
     full = threading.Event()

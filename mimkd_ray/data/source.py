@@ -20,17 +20,19 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from mimkd_ray.data.blocks import Blocks
+from mimkd_ray.data.decode import Encoded
 from mimkd_ray.data.keyed import permutation, raw
 from mimkd_ray.data.store import BlockStore
 from mimkd_ray.errors import UserError
 
 
 class Row(NamedTuple):
-    """One sample as stored: `image` is an encoded file or (H, W, 3) uint8; `name` says where."""
+    """One sample as stored: `image` is an encoded file, perhaps a part of a mapped one, or (H, W, 3) uint8; `name` says
+    where."""
 
     id: int
     label: int
-    image: bytes | np.ndarray
+    image: Encoded | np.ndarray
     name: str
 
 

@@ -1,12 +1,12 @@
 """A bounded folder of blocks on this node's disk, shared by all of its processes.
 
-A block lies there as an Arrow file (columns `image`: encoded files, `label`: int64) named by a digest of its
-content, or of what its content is read from. Whoever needs a block that is missing takes the block's lock, reads
-and verifies it, writes a temporary file and renames it; the others wait for the lock and find it. Reading maps the
-file: processes share the pages, and nothing is copied. The least recently opened files go when the folder is full;
-a file that is still mapped stays readable without its name.
+A block lies there as one file (`stored_block.py`) named by a digest of its content, or of what its content is read
+from. Whoever needs a block that is missing takes the block's lock, reads and verifies it, writes a temporary file and
+renames it; the others wait for the lock and find it. Of a block that is read in place, from a data set on a local disk,
+the store keeps only where its rows lie, and that they were verified. The least recently used files go when the folder
+is full.
 
-Each process keeps the tables it used last (`CACHE_BYTES`), mapped or, without a store, decoded.
+Nothing waits for the disk: after a power cut, which may lose what a renamed file holds, the store begins anew.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ import logging
 import os
 import stat
 import tempfile
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mimkd_ray.data.stored_block import StoredBlock, read_stored
 from mimkd_ray.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-CACHE_BYTES = 256 * 2**20  # tables that a process keeps
 LOCKS = 256  # lock files; blocks that share one wait for each other, which costs a little time and nothing else
-HEADER_BYTES = 4096  # what an Arrow file holds beyond its columns, at most
+SUFFIX = ".block"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of Linux: another one after each start of the machine
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+Load = Callable[[], StoredBlock]
 
 
 class BlockStore:
@@ -52,67 +53,70 @@ class BlockStore:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": False, "_counted": False}  # it may be another machine's folder now
 
-    def get(self, key: str, load: Callable[[], Any]) -> Any:
-        """Return block `key` as a memory-mapped pyarrow.Table; if it is not here, `load()` makes it once.
+    def get(self, key: str, load: Load) -> StoredBlock:
+        """Return block `key`; if it is not here, `load()` makes it once.
 
         Any error of `load` is passed on, and the next caller tries again. When the disk is full even after the
-        store has given up half of its blocks, the table is handed over from memory, with one warning.
+        store has given up half of its blocks, the block is handed over from memory, with one warning.
         """
-        table = self._open(key)
-        if table is not None:
-            return table
-        with _locked(self.folder / f"lock-{int(_name(key)[:4], 16) % LOCKS}"):
-            table = self._open(key)
-            if table is not None:
-                return table
-            table = load()
-            if not self._keep(key, table):
-                return table
-        mapped = self._open(key)
-        return table if mapped is None else mapped
+        block = self._open(key)
+        if block is not None:
+            return block
+        with locked(self.folder / f"lock-{int(_name(key)[:4], 16) % LOCKS}"):
+            block = self._open(key)
+            if block is not None:
+                return block
+            block = load()
+            return block.at(self._path(key)) if self._keep(key, block) else block
 
-    def fetch(self, key: str, load: Callable[[], Any]) -> bool:
+    def fetch(self, key: str, load: Load) -> bool:
         """See to it that block `key` is here; say whether it is (False: there is no room for it)."""
         self._prepare()
-        path = self._path(key)
-        with contextlib.suppress(FileNotFoundError):
-            os.utime(path)
+        if self.touch(key):
             return True
         self.get(key, load)
-        return path.exists()
+        return self._path(key).exists()
+
+    def touch(self, key: str) -> bool:
+        """Mark block `key` as used just now; say whether it is here."""
+        try:
+            os.utime(self._path(key))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def discard(self, key: str) -> None:
+        """Forget block `key`: what it was verified as is not what is there now."""
+        self._path(key).unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
-        return self.folder / f"{_name(key)}.arrow"
+        return self.folder / f"{_name(key)}{SUFFIX}"
 
-    def _open(self, key: str) -> Any:
-        """Return the mapped table, or None if the block is not here. A damaged file is removed."""
-        import pyarrow as pa
-
+    def _open(self, key: str) -> StoredBlock | None:
+        """Return the block, or None if it is not here. A damaged file is removed."""
         self._prepare()
         path = self._path(key)
         try:
-            with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as file:
-                table = file.read_all()
-            table.validate(full=True)  # offsets that point nowhere would end the process
+            block = read_stored(path)
             os.utime(path)
         except FileNotFoundError:
             return None
-        except (pa.ArrowInvalid, OSError) as error:
+        except (ValueError, OSError) as error:
             logger.warning("%s is damaged (%s): it is fetched anew", path, error)
             path.unlink(missing_ok=True)
             return None
-        return table
+        return block
 
-    def _keep(self, key: str, table: Any) -> bool:
-        """Write the table; say whether that was possible. Holds the block's lock."""
+    def _keep(self, key: str, block: StoredBlock) -> bool:
+        """Write the block; say whether that was possible. Holds the block's lock."""
         path, part = self._path(key), self.folder / f"{_name(key)}.part"
-        needed = table.nbytes + HEADER_BYTES
+        needed = block.file_bytes()
         for last_try in (False, True):
             try:
                 if needed > self.max_bytes:
                     raise OSError(errno.ENOSPC, f"a block of {needed:,} bytes is larger than the store")
                 self._reserve(needed, give_up_half=last_try)
-                _write(part, table)
+                block.write(part, durable=not _boot_id())
                 part.replace(path)
                 return True
             except OSError as error:
@@ -139,7 +143,7 @@ class BlockStore:
 
     def _reserve(self, needed: int, give_up_half: bool) -> None:
         """Make room for `needed` bytes and count them as used."""
-        with _locked(self.folder / "usage") as usage:
+        with locked(self.folder / "usage") as usage:
             # The count drifts when processes are killed; each process's first block and each eviction set it right.
             used = int(os.pread(usage, 32, 0) or 0)
             if not self._counted or give_up_half or used + needed > self.max_bytes:
@@ -151,7 +155,7 @@ class BlockStore:
         """Remove the files opened longest ago until `limit` bytes are left; return what is left."""
         found = []
         for entry in os.scandir(self.folder):
-            if entry.name.endswith((".arrow", ".part")):
+            if entry.name.endswith((SUFFIX, ".part")):
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat()
                     found.append((status.st_mtime_ns, status.st_size, entry.path))
@@ -189,7 +193,23 @@ class BlockStore:
                 f"the block store {self.folder} can be written by others (mode {status.st_mode & 0o777:o}): what "
                 f"others can write is not trained on; chmod 700 it, or {remedy}"
             )
+        self._begin_anew_after_a_restart()
         self._ready = True
+
+    def _begin_anew_after_a_restart(self) -> None:
+        """Empty a store that was filled before the machine was started last."""
+        boot = _boot_id()
+        if not boot:
+            return  # blocks are written durably then
+        mark = self.folder / "boot"
+        with locked(self.folder / "usage"):
+            if mark.is_file() and mark.read_text() == boot:
+                return
+            for entry in os.scandir(self.folder):
+                if entry.name.endswith((SUFFIX, ".part")):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(entry.path)
+            mark.write_text(boot)
 
 
 def default_folder() -> Path:
@@ -197,66 +217,17 @@ def default_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"mimkd-ray-blocks-{os.getuid()}"
 
 
-def read_block(store: BlockStore | None, key: str, load: Callable[[], Any]) -> Any:
-    """Return block `key` as a pyarrow.Table: from this process's memory, from the store, or from `load()`."""
-    global _tables
-    if _tables.pid != os.getpid():
-        _tables = _Tables()  # a forked child must not wait for a lock that its parent held
-    tables = _tables
-    table = tables.find(key)
-    if table is None:
-        table = load() if store is None else store.get(key, load)
-        tables.keep(key, table)
-    return table
-
-
-class _Tables:
-    """The tables that this process used last."""
-
-    def __init__(self) -> None:
-        self.pid = os.getpid()
-        self.bytes = 0
-        self._lock = threading.Lock()
-        self._tables: OrderedDict[str, Any] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._tables)
-
-    def find(self, key: str) -> Any:
-        with self._lock:
-            if key in self._tables:
-                self._tables.move_to_end(key)
-            return self._tables.get(key)
-
-    def keep(self, key: str, table: Any) -> None:
-        with self._lock:
-            if key in self._tables:
-                return
-            self._tables[key] = table
-            self.bytes += table.nbytes
-            while self.bytes > CACHE_BYTES and len(self._tables) > 1:
-                self.bytes -= self._tables.popitem(last=False)[1].nbytes
-
-
-_tables = _Tables()
+def _boot_id() -> str:
+    """Return the name of this start of the machine; "" where the system has none."""
+    return BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ""
 
 
 def _name(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:40]
 
 
-def _write(path: Path, table: Any) -> None:
-    import pyarrow as pa
-
-    with open(path, "wb") as out:
-        with pa.ipc.new_file(out, table.schema) as file:
-            file.write_table(table)
-        out.flush()
-        os.fsync(out.fileno())  # the rename must not outlive a power cut that the content does not
-
-
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
+def locked(path: Path) -> Iterator[int]:
     """Hold the lock of the file, made if missing, against all processes and threads of this machine."""
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -14,9 +14,9 @@ import mmap
 import multiprocessing
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -93,9 +93,11 @@ class Answers:
         if not isinstance(made, LaneBatch) or made.images_BCHW.data_ptr() != memory.data_ptr():
             return Answer(made, self.slots.number, slot)
         images = made.images_BCHW
-        numbers = torch.stack([made.labels_B, made.ids_B]).numpy()  # as a tensor it would need shared memory of its own
-        bare = replace(made, images_BCHW=_NONE, labels_B=_NONE, ids_B=_NONE)
-        return Answer(bare, self.slots.number, slot, tuple(images.shape), images.is_contiguous(), numbers)
+        # No tensors: each would travel through shared memory of its own, and take 0.1 ms to be packed and unpacked.
+        numbers = torch.stack([made.labels_B, made.ids_B]).numpy()
+        features = {label: rows.numpy() for label, rows in made.features.items()}
+        bare = _Bare(made.step, made.lane, made.view, made.damaged, numbers, features)
+        return Answer(bare, self.slots.number, slot, tuple(images.shape), images.is_contiguous())
 
     def _make(self, key: Key, memory: Tensor | None) -> LaneBatch | Exception | str:
         try:
@@ -104,19 +106,29 @@ class Answers:
             return error  # errors for people travel as values: a raised one would be wrapped in a traceback
 
 
+class _Bare(NamedTuple):
+    """A batch without its images; `numbers` are its labels and ids, `features` its cached rows."""
+
+    step: int
+    lane: int
+    view: int
+    damaged: tuple[str, ...]
+    numbers: np.ndarray
+    features: Mapping[str, np.ndarray]
+
+
 @dataclass(frozen=True)
 class Answer:
     """A batch, an error for people, or the name of an image that is damaged and alone in its batch.
 
-    With a `shape`, the images are in the slot, channels first or last, and the labels and ids in `numbers`.
+    Of a bare batch the images are in the slot, in `shape`, channels first or last.
     """
 
-    made: LaneBatch | Exception | str
+    made: LaneBatch | _Bare | Exception | str
     slots: int | None = None  # their number; None: no slot was given
     slot: int = 0
     shape: tuple[int, ...] = ()
     channels_first: bool = True
-    numbers: np.ndarray | None = None
 
     def pin_memory(self, device: Any = None) -> Answer:
         """Return the answer with its batch in page-locked memory (a thread of the data loader calls this)."""
@@ -125,12 +137,12 @@ class Answer:
 
     def open(self) -> LaneBatch | Exception | str:
         """Return what was made; once, in the training process."""
-        if self.slots is None:
+        if not isinstance(self.made, _Bare):
+            if self.slots is not None:
+                _SLOTS[self.slots].release(self.slot)
             return self.made
+        assert self.slots is not None
         slots = _SLOTS[self.slots]
-        if not isinstance(self.made, LaneBatch) or self.numbers is None:
-            slots.release(self.slot)
-            return self.made
         flat = slots.tensor(self.slot, math.prod(self.shape))
         batch, channels, height, width = self.shape
         images_BCHW = (
@@ -138,10 +150,11 @@ class Answer:
             if self.channels_first
             else flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
         )
-        labels_B, ids_B = torch.from_numpy(self.numbers)
-        return replace(self.made, images_BCHW=images_BCHW, labels_B=labels_B, ids_B=ids_B)
+        step, lane, view, damaged, numbers, rows = self.made
+        labels_B, ids_B = torch.from_numpy(numbers)
+        features = {label: torch.from_numpy(value) for label, value in rows.items()}
+        return LaneBatch(step, lane, images_BCHW, labels_B, ids_B, view, damaged, features)
 
 
-_NONE = torch.empty(0)
 _SLOTS: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()  # an answer knows their number only
 _numbers = itertools.count()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.data.batch_views import BatchTransform
-from mimkd_ray.data.decode import DamagedImageError, decode
+from mimkd_ray.data.decode import DamagedImageError, Encoded, decode
 from mimkd_ray.data.pipelines import PIPELINES, Pipeline, check_pipeline_name, make_pipeline
 from mimkd_ray.data.transforms import CentreCrop, FitSize, ResizedCropFlip, Transform, from_bytes
 
@@ -46,8 +46,10 @@ class View:
     transform: Transform
     seed: int
 
-    def apply(self, image: bytes | np.ndarray | Tensor, id: int, view: int) -> Tensor:
+    def apply(self, image: Encoded | np.ndarray | Tensor, id: int, view: int, out: Tensor | None = None) -> Tensor:
         """Return view number `view` of the sample: the same bytes in any process. Keeps the generator.
+
+        The result may be in `out`, where that saves a copy (`transforms.from_bytes`).
 
         An encoded image or an (H, W, 3) array is decoded here; a transform with a method `from_bytes` decodes encoded
         images itself, so that it need not decode more than it uses. Raises DamagedImageError. Costs 4 us beside
@@ -59,9 +61,9 @@ class View:
         try:
             if isinstance(image, Tensor):
                 return self.transform(image)
-            if isinstance(image, bytes):
-                return from_bytes(self.transform, image)
-            return self.transform(decode(image))
+            if isinstance(image, np.ndarray):
+                return self.transform(decode(image))
+            return from_bytes(self.transform, image, out)
         finally:
             generator.set_state(state)
 

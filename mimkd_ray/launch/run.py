@@ -34,6 +34,7 @@ def absolute(config: Config) -> Config:
         data=replace(config.data, root=full(config.data.root, "digits"), store=full(config.data.store, "")),
         teacher=replace(config.teacher, weights=full(config.teacher.weights, "random", "published")),
         student=replace(config.student, weights=full(config.student.weights, "random", "published")),
+        cache=replace(config.cache, root=full(config.cache.root, "")),
         run=replace(config.run, root=full(config.run.root)),
     )
 

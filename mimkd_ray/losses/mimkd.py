@@ -10,8 +10,9 @@ Three kinds of term, after arXiv 2110.15946 (the pairing of unequal shapes, crit
 
 A positive pair comes from one image. Negatives pair a student with the teacher of *another image at the same
 location*: the image before it in the lane (``rolled``), every other image of the lane (``all``), or for terms of
-teacher vectors every other image of all lanes of the step (``step``: feature terms keep to the lane). Pairs of equal
-ids are left out. Everything is computed in float32 with autocast off; no gradient reaches the teacher.
+teacher vectors every other image of all lanes of the step (``step``: feature terms keep to the lane), or random images
+of the training set beside those of the lane (``cache``). Pairs of equal ids are left out. Everything is computed in
+float32 with autocast off; no gradient reaches the teacher.
 
 Memory: the scores of all pairs at every location would be B*B*L values. Locations are scored in chunks that are
 computed again in the backward pass, so a term holds O(B*L*d).
@@ -34,7 +35,7 @@ from mimkd_ray.losses.critics import Critic, CriticConfig, build_critic
 from mimkd_ray.losses.kd import kd_loss
 from mimkd_ray.losses.precision import full_precision
 
-Negatives = Literal["all", "rolled", "step"]
+Negatives = Literal["all", "rolled", "step", "cache"]
 Kind = Literal["global", "local", "feature"]
 
 PRESETS: dict[str, tuple[BoundName, Negatives]] = {"accuracy": ("infonce", "all"), "paper": ("jsd", "rolled")}
@@ -50,7 +51,8 @@ class LossConfig:
     """Lower bound on mutual information; unset: the preset's."""
     negatives: Negatives | None = None
     """all: every other image of the lane. rolled: the one before. step: for global and local terms every other image
-    of the whole step (teacher vectors are gathered from all workers). Unset: the preset's."""
+    of the whole step (teacher vectors are gathered from all workers). cache: for those terms the others of the lane,
+    and cache.negatives random images of the training set, whose vectors come from the cache. Unset: the preset's."""
     global_weight: float = 0.1
     """Weight of each global term (teacher vector, student vector). 0 turns the kind off."""
     local_weight: float = 0.1

@@ -9,18 +9,21 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from mimkd_ray.cache.config import CacheConfig
 from mimkd_ray.data.order import Order
 from mimkd_ray.data.source import Source
 from mimkd_ray.losses.mimkd import Kind, LossConfig, MIMKDLoss, Term
 from mimkd_ray.models.stages import default_taps
 from mimkd_ray.models.taps import TapShape, find_shapes
 from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train.coding import Coding, coded_term
 from mimkd_ray.train.config import Config, TrainConfig
 from mimkd_ray.train.pairs import Pair, build_terms, choose_pairs, configured_pairs
 from mimkd_ray.train.step import Distiller
 from mimkd_ray.train.teacher import Teacher
 
 KINDS: tuple[Kind, ...] = ("global", "local", "feature")
+NO_CACHE = CacheConfig()
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,13 @@ def _unique(names: object) -> list[str]:
     return list(dict.fromkeys(names))  # type: ignore[call-overload]
 
 
-def plan_taps(loss: LossConfig, teacher: nn.Module, student: nn.Module, image_size: int) -> TapPlan:
-    """Choose or check the tap pairs of every kind of term that is on. Wrong layers are :class:`UserError`."""
+def plan_taps(
+    loss: LossConfig, teacher: nn.Module, student: nn.Module, image_size: int, cache: CacheConfig = NO_CACHE
+) -> TapPlan:
+    """Choose or check the tap pairs of every kind of term that is on. Wrong layers are :class:`UserError`.
+
+    Where ``cache`` has codecs, the terms read as many teacher channels as those leave.
+    """
     kinds = [kind for kind in KINDS if loss.weight(kind) > 0]
     if not kinds:
         return TapPlan((), {}, {})
@@ -64,7 +72,10 @@ def plan_taps(loss: LossConfig, teacher: nn.Module, student: nn.Module, image_si
     named = [pair for kind_pairs in pairs.values() for pair in kind_pairs]
     teacher_shapes = find_shapes(teacher, image_size, _unique(pair.teacher for pair in named))
     student_shapes = find_shapes(student, image_size, _unique(pair.student for pair in named))
-    return TapPlan(tuple(build_terms(loss, pairs, teacher_shapes, student_shapes)), teacher_shapes, student_shapes)
+    terms = build_terms(loss, pairs, teacher_shapes, student_shapes)
+    if cache.codes:
+        terms = [coded_term(term, teacher_shapes[term.teacher], cache) for term in terms]
+    return TapPlan(tuple(terms), teacher_shapes, student_shapes)
 
 
 def make_order(config: Config, train: Source) -> Order:
@@ -113,7 +124,7 @@ def build_distiller(config: Config, num_classes: int, teacher: nn.Module | None,
     student = build_student(config, num_classes)
     plan = TapPlan((), {}, {})
     if teacher is not None:
-        plan = plan_taps(config.loss, teacher, student, config.data.image_size)
+        plan = plan_taps(config.loss, teacher, student, config.data.image_size, config.cache)
     torch.manual_seed(config.train.seed + 1)  # so that the critics' start does not depend on the student's size
     loss = MIMKDLoss(config.loss, plan.terms)
     vectors, maps = plan.student_taps()
@@ -124,15 +135,31 @@ def build_distiller(config: Config, num_classes: int, teacher: nn.Module | None,
     return placed
 
 
-def build_teacher(config: Config, model: nn.Module, num_classes: int, device: torch.device) -> Teacher:
-    """The frozen teacher with the taps that the loss of ``config`` reads."""
+def build_network(config: Config, num_classes: int, weights: str) -> nn.Module:
+    """The teacher's network; a random one is the same for every worker, every restart and every builder of a cache."""
+    torch.manual_seed(config.train.seed + 2)
+    return build_model(config.teacher.name, num_classes, weights, config.data.image_size)
+
+
+def teacher_plan(config: Config, model: nn.Module, num_classes: int) -> TapPlan:
+    """The taps of a teacher that the loss of ``config`` reads."""
     with torch.random.fork_rng(devices=[]):
-        plan = plan_taps(config.loss, model, build_student(config, num_classes), config.data.image_size)
+        student = build_student(config, num_classes)
+    return plan_taps(config.loss, model, student, config.data.image_size, config.cache)
+
+
+def build_teacher(
+    config: Config, model: nn.Module, num_classes: int, device: torch.device, coding: Coding | None = None
+) -> Teacher:
+    """The frozen teacher with the taps that the loss of ``config`` reads."""
+    plan = teacher_plan(config, model, num_classes)
     vectors, maps = plan.teacher_taps()
-    return Teacher(
-        place(model, config.train, device),
-        plan.teacher_shapes,
-        vectors,
-        maps,
-        autocast_dtype(config.train, device),
-    )
+    autocast = teacher_autocast(config, device)
+    return Teacher(place(model, config.train, device), plan.teacher_shapes, vectors, maps, autocast, coding)
+
+
+def teacher_autocast(config: Config, device: torch.device) -> torch.dtype | None:
+    """Type of autocast of the teacher: that of the student, unless ``cache.precision`` says otherwise."""
+    if config.cache.precision == "auto":
+        return autocast_dtype(config.train, device)
+    return torch.bfloat16 if config.cache.precision == "bf16" else None

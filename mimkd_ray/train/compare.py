@@ -30,7 +30,11 @@ def arm_config(config: Config, arm: Arm, seed: int) -> Config:
         config,
         recipe=f"{config.recipe} {arm} seed {seed}",
         loss=loss,
-        data=replace(config.data, subset_seed=config.data.subset_seed + seed),
+        data=replace(
+            config.data,
+            subset_seed=config.data.subset_seed + seed,
+            view_seed=config.view_seed if config.cache.root else config.data.view_seed,  # all seeds read one cache
+        ),
         train=replace(config.train, seed=config.train.seed + seed),
         compare=CompareConfig(),
     )

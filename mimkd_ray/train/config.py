@@ -13,6 +13,7 @@ import cattrs
 import cattrs.strategies
 from cattrs.gen import make_dict_structure_fn
 
+from mimkd_ray.cache.config import CacheConfig
 from mimkd_ray.data.dataset import DataConfig
 from mimkd_ray.data.mixing import MixConfig
 from mimkd_ray.errors import UserError
@@ -144,6 +145,8 @@ class Config:
     """The strong network."""
     student: ModelConfig = field(default_factory=lambda: ModelConfig(name="cifar/resnet8_w4"))
     """The small network."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """The teacher's features, computed once."""
     loss: LossConfig = field(default_factory=LossConfig)
     """What the student minimises."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -158,12 +161,31 @@ class Config:
     """Who runs it."""
 
     def __post_init__(self) -> None:
+        if self.cache.reads and self.mix.active:
+            raise UserError(
+                "mix.mixup_alpha or mix.cutmix_alpha is on, and cache.root is set: features of a mixed image are no "
+                "mix of features; turn mixing off, or pass --cache.live true"
+            )
+        if self.cache.reads and not self.data.views:
+            raise UserError(
+                "cache.root is set and data.views is 0, a new view every epoch: nobody can have cached those; pass the "
+                "number of views that are cached, such as --data.views 8"
+            )
+        if self.loss.resolved_negatives == "cache" and not self.cache.reads:
+            raise UserError(
+                "loss.negatives is cache, and the run reads none: pass --cache.root, or --loss.negatives step or all"
+            )
         most = self.launch.worker_range[1]
         if most > self.train.lanes:
             raise UserError(
                 f"launch.workers is {self.launch.workers} and train.lanes {self.train.lanes}: a worker needs a lane of "
                 f"its own; pass --train.lanes {most} (and --train.lane-batch to keep the global batch)"
             )
+
+    @property
+    def view_seed(self) -> int:
+        """The seed of the views in force."""
+        return self.data.view_seed if self.data.view_seed >= 0 else self.train.seed
 
 
 T = TypeVar("T")
@@ -201,6 +223,7 @@ _SECTIONS_NOT_IN_DIGEST = ("recipe", "run", "launch")
 _NOT_IN_DIGEST = {
     "train": ("log_every", "eval_every", "eval_batch"),
     "data": ("loader_workers", "read_ahead", "store", "store_gb"),
+    "cache": ("shard_rows", "batch", "workers", "canary", "tolerance"),
 }
 """What may change between two starts of the same run: where it writes, who runs it, how often it looks."""
 

@@ -13,6 +13,9 @@ from mimkd_ray.data.batch_views import BatchTransform
 from mimkd_ray.data.loader import DamageCounter, LaneBatch
 from mimkd_ray.data.mixing import mix
 from mimkd_ray.losses.mimkd import Features, Others
+from mimkd_ray.train.cache_check import CacheCheck
+from mimkd_ray.train.cache_negatives import CachedNegatives
+from mimkd_ray.train.coding import Coding
 from mimkd_ray.train.config import Config
 from mimkd_ray.train.context import gather_lanes
 from mimkd_ray.train.step import Normalizer
@@ -31,7 +34,7 @@ class Lane(NamedTuple):
 
 
 class Feed:
-    """Finishes the views of lanes on the device, mixes them, and runs the teacher on them.
+    """Finishes the views of lanes on the device, mixes them, and runs the teacher or decodes its cached features.
 
     One lane is held at a time. With ``negatives=step`` all of this worker's lanes are, because their teacher vectors go
     to the other workers before the first lane is trained on.
@@ -45,9 +48,15 @@ class Feed:
         normalize: Normalizer,
         teacher: Teacher | None,
         damage: DamageCounter,
+        cached: Coding | None = None,
+        check: CacheCheck | None = None,
+        negatives: CachedNegatives | None = None,
     ) -> None:
+        """``cached``: decodes the features that come with the batches; the teacher is then not asked, but by ``check``
+        for a few lanes. ``negatives``: vectors of random images for every lane."""
         self.config, self.num_classes = config, num_classes
         self.batch_view, self.normalize, self.teacher, self.damage = batch_view, normalize, teacher, damage
+        self.cached, self.check, self.negatives = cached, check, negatives
         self.shares_vectors = config.loss.resolved_negatives == "step" and teacher is not None and bool(teacher.vectors)
         self.waited = 0.0  # seconds that steps waited for the loader
 
@@ -65,11 +74,20 @@ class Feed:
         config = self.config
         images, labels_B, ids_B = batch.images_BCHW, batch.labels_B, batch.ids_B
         if self.batch_view is not None:
-            images = self.batch_view(images, ids_B, batch.view, config.train.seed)
-        images = self.normalize(images)
+            images = self.batch_view(images, ids_B, batch.view, config.view_seed)
+        pixels, images = images, self.normalize(images)
         if config.mix.active:
             images, labels_B = mix(images, labels_B, self.num_classes, config.mix, config.train.seed, step, lane)
-        features = self.teacher.features(images) if self.teacher is not None else None
+        features = None
+        if self.cached is not None:
+            features = self.cached.decode(batch.features)
+            if self.check is not None and self.check.due(step, lane):
+                self.check.look(batch, pixels, images, features)
+            if self.negatives is not None:
+                rows, ids_M = self.negatives.draw(step, lane, images.device)
+                features = features._replace(others=Others(self.cached.decode(rows).vectors, ids_M))
+        elif self.teacher is not None:
+            features = self.teacher.features(images)
         return Lane(lane, batch.view, images, labels_B, ids_B, features)
 
     def _with_others(self, mine: list[Lane]) -> list[Lane]:

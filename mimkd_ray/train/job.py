@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from mimkd_ray import storage
@@ -13,8 +12,8 @@ from mimkd_ray.data.dataset import Data, open_data
 from mimkd_ray.data.loader import eval_batches
 from mimkd_ray.data.views import make_pipeline
 from mimkd_ray.losses.mimkd import LossConfig
-from mimkd_ray.models.zoo import ModelConfig, build_model
-from mimkd_ray.train.build import parameter_dtype, place, uses_channels_last
+from mimkd_ray.models.zoo import ModelConfig
+from mimkd_ray.train.build import build_network, parameter_dtype, place, uses_channels_last
 from mimkd_ray.train.compare import arm_config, compare
 from mimkd_ray.train.config import (
     CompareConfig,
@@ -99,8 +98,7 @@ def obtain_teacher(
         own = teacher_config(config)
         train(own, open_data(own.data), None, context, folder)
         weights = storage.join(folder, "student.safetensors")
-    torch.manual_seed(config.train.seed + 2)  # every worker, and every restart, has the same random teacher
-    model = build_model(teacher.name, data.num_classes, weights, config.data.image_size)
+    model = build_network(config, data.num_classes, weights)
     digest = weights_digest(model)
     place(model, config.train, context.device).eval().requires_grad_(False)
     url = storage.join(run_dir, "teacher.json")

@@ -15,6 +15,7 @@ from mimkd_ray import storage
 from mimkd_ray.data.dataset import Data
 from mimkd_ray.errors import Interrupted
 from mimkd_ray.train import checkpoint, timeline
+from mimkd_ray.train.cached import open_cached
 from mimkd_ray.train.config import Config, digest, to_dict
 from mimkd_ray.train.context import Context, all_sum, barrier, gather_lanes, share_from_first
 from mimkd_ray.train.files import MetricsLog, read_json, write_json
@@ -43,7 +44,7 @@ def train(
     if finished is not None:
         return finished
     began = time.perf_counter()
-    session = Session(config, data, teacher, context)
+    session = Session(config, data, teacher, context, open_cached(config, data, teacher, context, run_dir))
     start = session.resume(run_dir)
     resumed = time.perf_counter() - began
     if start:

@@ -28,7 +28,7 @@ def preflight(config: Config) -> None:
         if needs_teacher(config):
             teacher = build_model(config.teacher.name, data.num_classes, "random", config.data.image_size)
     if needs_teacher(config):
-        plan_taps(config.loss, teacher, student, config.data.image_size)
+        plan_taps(config.loss, teacher, student, config.data.image_size, config.cache)
     for name, weights in (
         (config.teacher.name, config.teacher.weights if needs_teacher(config) else "random"),
         (config.student.name, config.student.weights),

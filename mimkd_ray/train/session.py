@@ -24,6 +24,9 @@ from mimkd_ray.train.build import (
     parameter_dtype,
     uses_channels_last,
 )
+from mimkd_ray.train.cache_check import CacheCheck
+from mimkd_ray.train.cache_negatives import CachedNegatives
+from mimkd_ray.train.cached import Cached
 from mimkd_ray.train.config import Config, differences, refuse_changes, training_dict
 from mimkd_ray.train.context import Context, gather_by_rank, is_distributed, share_from_first
 from mimkd_ray.train.evaluate import accuracy, read_information
@@ -44,8 +47,17 @@ class StepRecord(NamedTuple):
 class Session:
     """One run in one worker: ``step()`` advances it, ``evaluate()`` looks at it, ``save()`` is for a restart."""
 
-    def __init__(self, config: Config, data: Data, teacher: torch.nn.Module | None, context: Context) -> None:
+    def __init__(
+        self,
+        config: Config,
+        data: Data,
+        teacher: torch.nn.Module | None,
+        context: Context,
+        cached: Cached | None = None,
+    ) -> None:
+        """``cached``: codecs and, where the run reads a cache, its features (train/cached.py)."""
         self.config, self.data, self.context = config, data, context
+        self.features = cached.reader if cached is not None else None
         train, device = config.train, context.device
         if context.world_size > train.lanes:
             raise UserError(
@@ -70,7 +82,8 @@ class Session:
             parameter_dtype(train),
             uses_channels_last(train, device),
         )
-        self.teacher = build_teacher(config, teacher, data.num_classes, device) if teacher is not None else None
+        coding = cached.coding if cached is not None else None
+        self.teacher = build_teacher(config, teacher, data.num_classes, device, coding) if teacher is not None else None
         self.distiller = build_distiller(config, data.num_classes, teacher, device)
         self.ema = (
             AveragedModel(self.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
@@ -82,7 +95,28 @@ class Session:
         self.model = data_parallel(self.distiller) if is_distributed() else self.distiller
         self._compile()
         self.damage = DamageCounter(config.data.max_damaged, max(1, data.train.num_rows // context.world_size))
-        self.feed = Feed(config, data.num_classes, self.pipeline.batch, self.normalize, self.teacher, self.damage)
+        self.feed = Feed(
+            config,
+            data.num_classes,
+            self.pipeline.batch,
+            self.normalize,
+            self.teacher,
+            self.damage,
+            coding if self.features is not None else None,
+            self._canary(),
+            self._cached_negatives(),
+        )
+
+    def _canary(self) -> CacheCheck | None:
+        if self.features is None or self.teacher is None or not self.config.cache.canary:
+            return None
+        return CacheCheck(self.config, self.features, self.order, self.teacher)
+
+    def _cached_negatives(self) -> CachedNegatives | None:
+        if self.features is None or self.config.loss.resolved_negatives != "cache":
+            return None
+        say(self.context, "collecting teacher vectors of the cache for negatives")
+        return CachedNegatives(self.config, self.features)
 
     def _compile(self) -> None:
         mode = self.config.train.compile
@@ -102,7 +136,7 @@ class Session:
         batches = train_batches(
             self.data.train,
             self.order,
-            View(self.pipeline.train, self.config.train.seed),
+            View(self.pipeline.train, self.config.view_seed),
             views=self.config.data.views,
             lanes=self.my_lanes,
             start_step=start_step,
@@ -110,6 +144,7 @@ class Session:
             loader_workers=self.config.data.loader_workers,
             read_ahead=self.config.data.read_ahead,
             pin_memory=self.context.device.type == "cuda",
+            features=self.features,
         )
         return to_device(batches, self.context.device)
 

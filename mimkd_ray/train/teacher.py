@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.mimkd import Features
 from mimkd_ray.models.taps import TappedModel, TapShape, to_map, to_vector
+from mimkd_ray.train.coding import Coding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +71,15 @@ class Teacher:
         vectors: Iterable[str],
         maps: Iterable[str],
         autocast: torch.dtype | None,
+        coding: Coding | None = None,
     ) -> None:
+        """``coding``: the codecs of the run, whose pooling and components the features go through."""
         self.vectors, self.maps = tuple(vectors), tuple(maps)
         self.shapes = dict(shapes)
         self.tapped = TappedModel(model, sorted({*self.vectors, *self.maps}))
         self.tapped.requires_grad_(False).eval()
         self.autocast = autocast
+        self.coding = coding
 
     @torch.no_grad()
     def features(self, images_BCHW: Tensor) -> Features:
@@ -83,13 +87,18 @@ class Teacher:
         their own backward pass."""
         with torch.autocast(images_BCHW.device.type, self.autocast, enabled=self.autocast is not None):
             logits_BC, taps = self.tapped(images_BCHW)
-        return canonical(logits_BC, taps, self.shapes, self.vectors, self.maps)
+        found = canonical(logits_BC, taps, self.shapes, self.vectors, self.maps)
+        return found if self.coding is None else self.coding.apply(found)
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256 over names, shapes and bytes of all parameters and buffers. About 1 s per GB."""
+    """sha256 over names, shapes and bytes of all parameters and buffers. About 1 s per GB.
+
+    The same for a network that was loaded in float32 and moved to float64, another device or memory layout.
+    """
     sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, value in sorted(model.state_dict().items()):
+        tensor = value.float() if value.dtype == torch.float64 else value
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return sha.hexdigest()

@@ -1,17 +1,15 @@
-"""An S3 server in this process, block stores of a test's own, and a prepared set, for the tests of data/."""
+"""Block stores of a test's own, and a prepared set, for the tests of data/."""
 
 from __future__ import annotations
 
 import tempfile
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from image_sets import encode, pixels
 from prepare_sets import config
 
-from mimkd_ray.data import store
+from mimkd_ray.data import block_reader
 from mimkd_ray.data.prepare import prepare
 
 
@@ -19,32 +17,7 @@ from mimkd_ray.data.prepare import prepare
 def own_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test's block store and tables in memory are its own, and go with it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(store, "_tables", store._Tables())
-
-
-@pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of a new, empty bucket; the environment points at the server."""
-    import boto3
-
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    name = f"bucket-{uuid.uuid4().hex[:12]}"
-    boto3.client("s3").create_bucket(Bucket=name)
-    return f"s3://{name}"
+    monkeypatch.setattr(block_reader, "_blocks", block_reader._KeptBlocks())
 
 
 @pytest.fixture(scope="module")

@@ -72,8 +72,13 @@ def test_opening_reads_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     open_data(DataConfig(root=str(tmp_path)))
 
 
-def test_a_slow_order_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_slow_order_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = str(parquet_set(tmp_path))
+    open_data(DataConfig(root=root, store_gb=1e-6))  # on a local disk rows are read where they are
+    assert not caplog.records
+    monkeypatch.setattr(parquet, "is_on_local_disk", lambda path: False)
     block = open_data(DataConfig(root=root)).train.block_bytes
     open_data(DataConfig(root=root, store_gb=2.5 * block / 1e9, window=2))
     assert not caplog.records
@@ -89,6 +94,7 @@ def test_without_a_store_a_process_must_hold_the_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = str(parquet_set(tmp_path))
+    monkeypatch.setattr(parquet, "is_on_local_disk", lambda path: False)
     assert open_data(DataConfig(root=root, store_gb=0)).train.store is None
     assert not caplog.records
     monkeypatch.setattr(dataset, "CACHE_BYTES", 1000)

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from image_sets import images, parquet_set, prepared_set, write_parquet
 
-from mimkd_ray import storage
-from mimkd_ray.data import store
+from mimkd_ray import remote, storage
+from mimkd_ray.data import block_reader, parquet
 from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.manifest import Manifest, Shard, content_digest, read_manifest
 from mimkd_ray.data.parquet import ParquetSource
@@ -51,13 +51,12 @@ def test_pickles_small_and_reads_elsewhere(train: ParquetSource) -> None:
 
 
 def test_without_a_store_the_last_row_groups_are_kept(train: ParquetSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_tables", store._Tables())
-    group = train._load(0).nbytes
-    monkeypatch.setattr(store, "CACHE_BYTES", int(2.5 * group))
+    group = train._load(0).held_bytes
+    monkeypatch.setattr(block_reader, "CACHE_BYTES", int(2.5 * group))
     expected = images(32)
     for position in [*range(32), *range(31, -1, -1)]:
         assert train.read([position])[0].image == expected[position]
-        assert store._tables.bytes <= 2.5 * group or len(store._tables) == 1
+        assert block_reader._blocks.bytes <= 2.5 * group or len(block_reader._blocks) == 1
 
 
 def test_through_the_store_a_row_group_is_read_once(
@@ -68,7 +67,7 @@ def test_through_the_store_a_row_group_is_read_once(
     rows = train.read(range(32))
     assert stored.read(range(32)) == rows
     assert stored.fetch(7)
-    monkeypatch.setattr(store, "_tables", store._Tables())  # as another process
+    monkeypatch.setattr(block_reader, "_blocks", block_reader._KeptBlocks())  # as another process
 
     def never(*args: object) -> None:
         raise AssertionError("read again")
@@ -158,7 +157,7 @@ def test_a_failing_store_is_not_taken_for_a_broken_file(tmp_path: Path, monkeypa
     def fail(*args: object, **options: object) -> None:
         raise OSError("connection reset")
 
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(storage._filesystem(root), "cat_file", fail)
     with pytest.raises(storage.StorageError, match=rf"could not read {root}/train-0\.parquet in 5 tries"):
         source.read([10])
@@ -182,7 +181,9 @@ def _prepared(root: Path, store: BlockStore | None = None) -> ParquetSource:
     return ParquetSource(files, manifest=read_manifest(str(root), "train"), store=store)
 
 
-def test_a_prepared_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_prepared_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool) -> None:
+    monkeypatch.setattr(parquet, "is_on_local_disk", lambda path: in_place)
     source = _prepared(prepared_set(tmp_path / "set"), BlockStore(tmp_path / "blocks"))
     manifest = read_manifest(str(tmp_path / "set"), "train")
     assert manifest is not None
@@ -198,7 +199,46 @@ def test_a_prepared_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [row.label for row in rows] == [1, 0, 1, 0, 1]
     assert rows[0].name == "train-00002-of-00003.parquet row 1"
     assert len(requests) == 3  # one for each block
-    assert len(list((tmp_path / "blocks").glob("*.arrow"))) == 3
+    kept = [path.stat().st_size for path in (tmp_path / "blocks").glob("*.block")]
+    assert len(kept) == 3
+    assert all(size < 500 for size in kept) == in_place  # the images are in the store, or where they were
+    assert source.block_bytes == (24 * 32 // 7 if in_place else source.num_bytes // 7)
+
+
+def test_the_rows_are_arrows(tmp_path: Path) -> None:
+    """Compressed, with a dictionary, with columns in between, plain, or with an image missing: the same rows."""
+    files: list[bytes | None] = [*images(11), None]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    image = pa.array([{"bytes": f, "path": "x"} for f in files], kind)
+    filler = pa.array([bytes(range(256)) * 100] * 12)
+    options: dict[str, dict[str, object]] = {
+        "snappy": {"compression": "snappy", "use_dictionary": False},
+        "dictionary": {"compression": "none", "use_dictionary": True},
+        "plain": {"compression": "none", "use_dictionary": False},
+    }
+    for name, settings in options.items():
+        for between in (False, True):
+            columns = {"image": image, **({"filler": filler} if between else {}), "label": pa.array(range(12))}
+            path = tmp_path / f"{name}-{between}.parquet"
+            pq.write_table(pa.table(columns), path, row_group_size=4, **settings)
+            source = ParquetSource({str(path): path.stat().st_size}, store=BlockStore(tmp_path / "blocks"))
+            rows = source.read([11, 3, 0, 7, 4])
+            assert [row.image for row in rows] == [files[i] or b"" for i in (11, 3, 0, 7, 4)]
+            assert [row.label for row in rows] == [11, 3, 0, 7, 4]
+
+
+def test_a_shard_written_again_in_place(tmp_path: Path) -> None:
+    """The bytes that were verified are not those that are there now."""
+    root = prepared_set(tmp_path / "set")
+    source = _prepared(root, BlockStore(tmp_path / "blocks"))
+    shard = root / "train-00000-of-00003.parquet"
+    before = source.read([7])[0].image
+    data = shard.read_bytes()
+    shard.write_bytes(data)  # the same once more
+    assert source.read([7])[0].image == before
+    shard.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
+    with pytest.raises(DamagedDataError, match=r"00000-of-00003\.parquet: row group \d is damaged"):
+        source.read(range(15))
 
 
 def _prepared_copy(tmp_path: Path, shard: str, change: Callable[[bytearray], object]) -> Path:
@@ -209,8 +249,12 @@ def _prepared_copy(tmp_path: Path, shard: str, change: Callable[[bytearray], obj
     return root
 
 
+@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("with_store", [False, True])
-def test_a_flipped_byte_is_never_trained_on(tmp_path: Path, with_store: bool) -> None:
+def test_a_flipped_byte_is_never_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_store: bool, in_place: bool
+) -> None:
+    monkeypatch.setattr(parquet, "is_on_local_disk", lambda path: in_place)
     image = images(32)[7]
     assert image is not None
 

@@ -164,7 +164,7 @@ def test_blocks_are_there_before_they_are_needed(source: ParquetSource, tmp_path
     batches = _batches(source, workers=1, steps=10**6)
     next(batches)
     assert "read-ahead" in _children()
-    _until(lambda: len(list((tmp_path / "blocks").glob("*.arrow"))) == 7)
+    _until(lambda: len(list((tmp_path / "blocks").glob("*.block"))) == 7)
     batches.close()
     _until(lambda: "read-ahead" not in _children())
 

@@ -16,7 +16,7 @@ import torch
 from image_sets import folder_set, parquet_set, prepared_set
 
 from mimkd_ray import remote, storage
-from mimkd_ray.data import store
+from mimkd_ray.data import block_reader, store
 from mimkd_ray.data.dataset import DataConfig, open_data
 from mimkd_ray.data.loader import eval_batches, train_batches
 from mimkd_ray.data.order import Order
@@ -173,7 +173,7 @@ def test_training_reads_each_block_once(
     there = list(train_batches(data.train, order, View(FitSize(8), 1), loader_workers=2, **options))
     assert len(there) == 24
     # From here on the blocks are in this node's store: no request is made any more.
-    monkeypatch.setattr(store, "_tables", store._Tables())
+    monkeypatch.setattr(block_reader, "_blocks", block_reader._KeptBlocks())
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     again = list(train_batches(data.train, order, View(FitSize(8), 1), loader_workers=0, **options))
     for a, b in zip(there, again, strict=True):
@@ -187,7 +187,7 @@ def test_an_object_that_goes_away(bucket: str, tmp_path: Path, layout: str, monk
     train = open_data(DataConfig(root=f"{bucket}/set")).train
     first = train.read([0])[0].name if layout == "folders" else storage.list_files(f"{bucket}/set", ".parquet")[0]
     storage.remove_tree(first)
-    monkeypatch.setattr(store, "_tables", store._Tables())
+    monkeypatch.setattr(block_reader, "_blocks", block_reader._KeptBlocks())
     storage.remove_tree(str(store.default_folder()))
     with pytest.raises(DamagedDataError, match=f"{first} is gone"):
         train.read([0])

@@ -280,6 +280,22 @@ def test_large_crops_are_decoded_small(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(used) >= {2, 4, 8}
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_view_made_in_place_is_the_same(channels_last: bool) -> None:
+    """Mirrored or not, resized or not, and whatever lay there before."""
+    view, written = View(ResizedCropFlip(SIZE), 3), 0
+    batch = torch.full((30, SIZE, SIZE, 3), 77, dtype=torch.uint8).permute(0, 3, 1, 2)
+    if not channels_last:
+        batch = batch.contiguous()
+    for kind in ("JPEG", "PNG"):
+        data = encode(pixels(4, 40, 60), kind)
+        for id, out in enumerate(batch):
+            made = view.apply(data, id, 0, out)
+            written += made is out
+            assert torch.equal(made, view.apply(data, id, 0))
+    assert 20 < written <= 30  # of the 30 JPEGs, those whose crop has not that size already
+
+
 def test_stated_error_of_decoding_small() -> None:
     """The figures of ResizedCropFlip.from_bytes: against full decoding of the same, rounded crop."""
     import pyarrow.parquet as pq

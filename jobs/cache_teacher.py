@@ -1,0 +1,18 @@
+"""Compute a teacher's features once, into Parquet, for every run that distils from it. It takes the configuration of
+training; killed and started again, it goes on where it was. `plan` only says what it would cost.
+
+python jobs/cache_teacher.py r34_r18 --data.root DIR --data.views 8 --cache.root s3://bucket/cache
+python jobs/cache_teacher.py plan r34_r18 --data.root DIR --data.views 8 --cache.root s3://bucket/cache
+python jobs/cache_teacher.py ls --cache.root s3://bucket/cache
+python jobs/cache_teacher.py verify --cache.root s3://bucket/cache --mend true
+python jobs/cache_teacher.py gc --cache.root s3://bucket/cache --delete true
+"""
+
+import sys
+
+from mimkd_ray.launch.cache import main
+from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES
+from mimkd_ray.train.config import Config
+
+if __name__ == "__main__":
+    sys.exit(main({"custom": Config, **IMAGENET_RECIPES, **CIFAR_RECIPES}))

@@ -1,0 +1,36 @@
+"""Whether a path is on a disk of this machine, where any row can be read at any time, or on a network's file system."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+_MOUNTS = Path("/proc/self/mountinfo")  # of Linux
+_NETWORK = {"9p", "afs", "beegfs", "ceph", "cifs", "davfs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4"}
+_NETWORK |= {"orangefs", "pvfs2", "smb3", "smbfs", "virtiofs", "wekafs"}
+
+
+def is_on_local_disk(path: Path) -> bool:
+    """Say whether the file or folder at `path` is on no network file system that is known here.
+
+    FUSE (`fuse.s3fs`, `fuse.gcsfuse`, ...) counts as network. Where the system lists no mounts, every path is local.
+    """
+    place = Path(os.path.realpath(path))
+    types = _mounted()
+    kind = next((types[str(parent)] for parent in (place, *place.parents) if str(parent) in types), "")
+    return kind not in _NETWORK and kind != "fuse" and not kind.startswith("fuse.")
+
+
+@cache
+def _mounted() -> dict[str, str]:
+    """Return {mount point: type of its file system}; of several at one point the last, which hides the others."""
+    if not _MOUNTS.is_file():
+        return {}
+    found = {}
+    for line in _MOUNTS.read_text().splitlines():
+        # "36 35 98:0 / /mnt/x rw,noatime master:1 - ext4 /dev/sda1 rw"; a space in a path is written \040
+        mount, _, source = line.partition(" - ")
+        point = mount.split(" ")[4].encode().decode("unicode_escape")
+        found[point] = source.split(" ")[0]
+    return found

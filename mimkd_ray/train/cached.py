@@ -1,0 +1,118 @@
+"""The cache as a training run sees it: the codecs that its features go through, and the features themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mimkd_ray.cache import calibration
+from mimkd_ray.cache.codec import needs_calibration
+from mimkd_ray.cache.config import check_rules
+from mimkd_ray.cache.key import Entry, Origin, calibration_url, key_of, logits_entry, parts_of, pixels_entry
+from mimkd_ray.cache.manifest import views_there
+from mimkd_ray.cache.pixels import PIXELS, ROW_BYTES
+from mimkd_ray.cache.reader import FeatureReader
+from mimkd_ray.data.dataset import Data
+from mimkd_ray.data.views import make_pipeline
+from mimkd_ray.errors import UserError
+from mimkd_ray.train.build import build_teacher, parameter_dtype, teacher_autocast, teacher_plan
+from mimkd_ray.train.calibrate import Sight, fit
+from mimkd_ray.train.coding import Coding, tap_entries
+from mimkd_ray.train.config import Config
+from mimkd_ray.train.context import Context, barrier, share_from_first
+from mimkd_ray.train.mismatch import Wanted, explain
+from mimkd_ray.train.teacher import weights_digest
+
+
+@dataclass(frozen=True)
+class Cached:
+    """The codecs of a run, and its features where they are read from a cache."""
+
+    coding: Coding
+    reader: FeatureReader | None
+
+
+def origin_of(config: Config, data: Data, network: nn.Module, device: torch.device) -> Origin:
+    """What the features of this run depend on beside the tap. Hashes the weights: 1 s per GB."""
+    autocast = teacher_autocast(config, device)
+    plain = "float64" if parameter_dtype(config.train) == torch.float64 else "float32"
+    return Origin(
+        teacher=config.teacher.name,
+        weights=weights_digest(network),
+        precision="bf16" if autocast is not None else plain,
+        pipeline=config.data.pipeline,
+        image_size=config.data.image_size,
+        mean=config.data.mean,
+        std=config.data.std,
+        view_seed=config.view_seed,
+        data=data.train.digest,
+    )
+
+
+def entries_of(config: Config, network: nn.Module, num_classes: int) -> list[Entry]:
+    """The entries that the loss of ``config`` reads."""
+    plan = teacher_plan(config, network, num_classes)
+    entries = tap_entries(plan.teacher_shapes, *plan.teacher_taps(), config.cache)
+    return [*entries, logits_entry(num_classes)] if config.loss.kd_weight else entries
+
+
+def open_cached(config: Config, data: Data, network: nn.Module | None, context: Context, run_dir: str) -> Cached | None:
+    """The codecs and features of a run; None where the config asks for neither. All workers call it together.
+
+    A run with codecs and no cache fits them itself, and keeps the numbers in its directory. Raises UserError where the
+    cache lacks what is needed, naming what differs.
+    """
+    if network is None or not config.cache.codes:
+        return None
+    entries = entries_of(config, network, data.num_classes)
+    origin = origin_of(config, data, network, context.device)
+    if not config.cache.reads:
+        check_rules(config.cache, [entry.tap for entry in entries])
+    place = config.cache.root or run_dir
+    fitted = [entry for entry in entries if needs_calibration(entry.spec, entry.shape)]
+    urls = {entry.label: calibration_url(place, entry, origin, config.cache.calibration_rows) for entry in fitted}
+    there = {label: calibration.read(url) for label, url in urls.items()} if context.rank == 0 else None
+    known = share_from_first(there)
+    missing = [entry for entry in fitted if known[entry.label] is None]
+    if missing and not config.cache.reads:
+        # Every worker does the same work: waiting for one of them could outlast a collective's patience.
+        teacher = build_teacher(config, network, data.num_classes, context.device)
+        pipeline = make_pipeline(config.data.pipeline, config.data.image_size)
+        made = fit(Sight(config, data, pipeline, teacher, context.device), missing)
+        teacher.tapped.release()
+        if context.rank == 0:
+            made = {label: calibration.publish(urls[label], value) for label, value in made.items()}
+        known |= share_from_first(made)
+    digests = {label: calibration.digest(value) for label, value in known.items() if value is not None}
+    reader = None
+    if config.cache.reads:
+        pixels = pixels_entry(ROW_BYTES)
+        parts = {e.label: parts_of(e, origin, digests.get(e.label, "")) for e in [*entries, pixels]}
+        reader = open_reader(config, data, context, parts, [entry.label for entry in missing])
+    numbers = {label: calibration.from_bytes(value, urls[label]) for label, value in known.items() if value}
+    return Cached(Coding(entries, numbers, context.device, parameter_dtype(config.train)), reader)
+
+
+def open_reader(
+    config: Config, data: Data, context: Context, parts: Mapping[str, dict[str, Any]], unfitted: Sequence[str]
+) -> FeatureReader:
+    """The reader of the entries with these key parts. Raises UserError for views that are not there."""
+    root, views = config.cache.root, set(range(config.data.views))
+    problem = ""
+    if context.rank == 0:
+        wanted = [
+            Wanted(label, each, sorted(views if label in unfitted else views - views_there(root, key_of(each))))
+            for label, each in parts.items()
+        ]
+        problem = explain(config, [w for w in wanted if w.missing])
+    problem = share_from_first(problem)
+    if problem:
+        raise UserError(problem)
+    barrier()
+    keys = {label: key_of(each) for label, each in parts.items()}
+    used = [label for label in keys if label != PIXELS]
+    return FeatureReader(root, keys, data.train.num_rows, data.train.store or config.data.make_store(), used)

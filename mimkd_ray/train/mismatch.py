@@ -1,0 +1,76 @@
+"""What to say when a cache does not hold what a run needs: what differs, and how to build the right one."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from mimkd_ray.cache.key import difference, key_of, nearest_key, read_keys
+from mimkd_ray.cache.manifest import views_there
+from mimkd_ray.train.config import Config
+
+
+class Wanted(NamedTuple):
+    """An entry that a run needs, and the views of it that are not there."""
+
+    label: str
+    parts: dict[str, Any]
+    missing: list[int]
+
+
+def explain(config: Config, lacking: Sequence[Wanted]) -> str:
+    """The message for entries that lack views; "" for none. Reads every key below the root."""
+    if not lacking:
+        return ""
+    root = config.cache.root
+    keys = read_keys(root)
+    there = {key: views_there(root, key) for key in keys}
+    # An entry whose building has not come to a manifest is no cache.
+    finished = {key: parts for key, parts in keys.items() if there[key]}
+    said: dict[str, list[str]] = {}
+    for wanted in lacking:
+        said.setdefault(_reason(wanted, finished, there), []).append(wanted.label)
+    reasons = "; ".join(f"{', '.join(labels)}: {reason}" for reason, labels in said.items())
+    return f"the cache {root} does not fit this run: {reasons}. Build what is missing with: {build_command(config)}"
+
+
+def _reason(wanted: Wanted, finished: dict[str, Any], there: dict[str, set[int]]) -> str:
+    own = key_of(wanted.parts)
+    if own in finished:
+        views = ", ".join(map(str, wanted.missing[:8])) + (", ..." if len(wanted.missing) > 8 else "")
+        return f"views {views} are missing, {len(there[own])} are there (--data.views)"
+    nearest = nearest_key(wanted.parts, finished)
+    if nearest is None:
+        taps = sorted({f"{parts['tap']} ({parts['kind']})" for parts in finished.values()})
+        return f"this tap is not cached; there are {', '.join(taps) or 'none'}"
+    return f"the nearest one there has another {'; another '.join(difference(wanted.parts, finished[nearest]))}"
+
+
+_OF_FEATURES = {
+    "data": (
+        *("root", "train_split", "val_split", "holdout", "subset", "split_seed", "subset_seed", "num_classes"),
+        *("pipeline", "image_size", "mean", "std", "views", "view_seed"),
+    ),
+    "teacher": ("name", "weights"),
+    "student": ("name",),
+    "cache": ("root", "codecs", "taps", "precision", "calibration_rows"),
+    "loss": ("global_pairs", "local_pairs", "feature_pairs", "global_weight", "local_weight", "feature_weight"),
+    "train": ("seed", "precision"),
+}
+"""Of a config, the fields that decide what is cached."""
+
+
+def build_command(config: Config) -> str:
+    """The command line that builds what a run of ``config`` reads."""
+    default = Config()
+    flags = []
+    for section, names in _OF_FEATURES.items():
+        own, plain = getattr(config, section), getattr(default, section)
+        for field in dataclasses.fields(own):
+            value = getattr(own, field.name)
+            if field.name in names and value != getattr(plain, field.name):
+                flag = f"--{section}.{field.name}".replace("_", "-")
+                flags += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(["python", "jobs/cache_teacher.py", "custom", *flags])
