@@ -19,7 +19,6 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from mimkd_ray import local_files
 from mimkd_ray.errors import UserError
-from mimkd_ray.remote import FIRST_WAIT_S as FIRST_WAIT_S
 from mimkd_ray.remote import StorageError as StorageError
 from mimkd_ray.remote import attempt as _attempt
 from mimkd_ray.remote import explained as explained
