@@ -8,15 +8,22 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+LOOK_SECONDS = 0.005
 
-def in_child(function: Callable[[], Any]) -> Any:
-    """Call the function in a forked process, which has what is imported and loaded here; return its result."""
+
+def in_child(function: Callable[[], Any], meanwhile: Callable[[], object] | None = None) -> Any:
+    """Call the function in a forked process, which has what is imported and loaded here; return its result.
+
+    `meanwhile` is called here, again and again, until it is there.
+    """
     context = get_context("fork")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=lambda: there.send(function()))
     process.start()
     there.close()
     try:
+        while meanwhile is not None and not here.poll(LOOK_SECONDS):
+            meanwhile()
         return here.recv()
     except EOFError:
         raise SystemExit("an arm ended without a result; its error is above") from None

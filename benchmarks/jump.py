@@ -6,8 +6,8 @@ rows of the step, starts the loader (its own number of processes by default, or 
 take turns, and figures are medians. The rows of a step alone are measured as well: a slow jump could hide behind the
 start of processes.
 
-Memory is the highest of the whole tree of processes at any of these starts, above what it is with a child that has
-imported the same and waits. Pages that processes share count once (PSS).
+Memory is the highest of the whole tree of processes in half a second after such a start, in which the loader fills its
+batches, above what it is with a child that has imported the same and waits. Pages that processes share count once.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import contextlib
 import os
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,8 @@ MORE_STEPS = 1000
 """Steps that the run still has to go: the loader works ahead, as it does in training."""
 LOADERS = {"by default": -1, "none": 0}
 """Loader processes."""
-LOOK_SECONDS = 0.005
-"""Between two looks at memory."""
+STAY_SECONDS = 0.5
+"""How long the first batch is looked at where memory is measured: meanwhile the loader makes all it may ahead."""
 
 
 class Endless:
@@ -89,8 +88,8 @@ def look_up(rows: int, step: int) -> float:
     return time.perf_counter() - began
 
 
-def first_batch(rows: int, step: int, encoded: Sequence[bytes], loader_workers: int) -> float:
-    """Seconds from nothing open to the first batch of a step, decoded."""
+def first_batch(rows: int, step: int, encoded: Sequence[bytes], loader_workers: int, stay: float = 0) -> float:
+    """Seconds from nothing open to the first batch of a step, decoded. The loader works on for `stay` more."""
     torch.set_num_threads(1)  # OpenMP's others, which an import has started, did not come along in the fork
     began = time.perf_counter()
     source = Endless(rows, encoded)
@@ -108,6 +107,7 @@ def first_batch(rows: int, step: int, encoded: Sequence[bytes], loader_workers: 
     seconds = time.perf_counter() - began
     assert batch.step == step
     assert batch.images_BCHW.shape == (LANE_BATCH, 3, SIZE, SIZE)
+    time.sleep(stay)
     return seconds  # the loader's processes end with its generator, here
 
 
@@ -121,22 +121,16 @@ def tree_mb() -> float:
     return total / 1e3
 
 
-@contextlib.contextmanager
-def highest_mb() -> Iterator[list[float]]:
-    """A with-block; the list holds one number, the highest memory of the tree so far."""
-    peak, over = [0.0], threading.Event()
+def highest_mb(function: Callable[[], object]) -> float:
+    """Highest memory of the tree while a child calls the function."""
+    peak = 0.0
 
     def look() -> None:
-        while not over.wait(LOOK_SECONDS):
-            peak[0] = max(peak[0], tree_mb())
+        nonlocal peak
+        peak = max(peak, tree_mb())
 
-    looker = threading.Thread(target=look)
-    looker.start()
-    try:
-        yield peak
-    finally:
-        over.set()
-        looker.join()
+    in_child(function, look)
+    return peak
 
 
 def in_turn(rounds: int, seconds: Callable[..., float]) -> tuple[float, float]:
@@ -155,9 +149,8 @@ def main() -> int:
     options.add_argument("--rounds", type=int, default=40, help="starts of each kind at each place")
     args = options.parse_args()
     encoded = [row.image for row in images(args.images, args.rows)]
-    with highest_mb() as idle:
-        in_child(partial(time.sleep, 0.5))
-    figures: dict[str, float] = {"imports_megabytes": idle[0]}
+    idle = highest_mb(partial(time.sleep, STAY_SECONDS))
+    figures: dict[str, float] = {"imports_megabytes": idle}
     targets: dict[str, tuple[Any, float]] = {}
     shown: list[list[object]] = []
 
@@ -173,10 +166,7 @@ def main() -> int:
         for loader, workers in LOADERS.items():
             start = partial(first_batch, rows, encoded=encoded, loader_workers=workers)
             near, far = in_turn(args.rounds, start)
-            with highest_mb() as peak:
-                for step in STEPS:
-                    in_child(partial(start, step=step))
-            above = peak[0] - idle[0]
+            above = max(highest_mb(partial(start, step=step, stay=STAY_SECONDS)) for step in STEPS) - idle
             place = f"{key}/loader_{loader.replace(' ', '_')}"
             add(place, f"{name}: first batch, loader processes {loader}", near, far, above)
             figures[f"{place}/megabytes"] = above
