@@ -26,13 +26,23 @@ T = TypeVar("T")
 def main(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str] | None = None) -> int:
     """Run a job: ``JOB [RECIPE] [--config FILE] [--print-config] [--field.path value ...]``. Returns the status."""
     program = sys.argv[0]
-    try:
-        config = parse(recipes, default, sys.argv[1:] if argv is None else argv, program)
-        if config is None:
-            return 0
-        from mimkd_ray.launch.run import run  # after the command line is known to be good
 
-        run(config)
+    def work() -> int:
+        config = parse(recipes, default, sys.argv[1:] if argv is None else argv, program)
+        if config is not None:
+            from mimkd_ray.launch.run import run  # after the command line is known to be good
+
+            run(config)
+        return 0
+
+    return guarded(program, work, "the same command goes on from the last checkpoint")
+
+
+def guarded(program: str, work: Callable[[], int], interrupted: str) -> int:
+    """Return the status of ``work()``, or that of its error, which is printed as one line; `interrupted` is what to
+    say of Ctrl-C."""
+    try:
+        return work()
     except UserError as error:
         return fail(f"{program}: {error}", 2)
     except (DamagedDataError, NonFiniteLossError, storage.StorageError) as error:
@@ -40,8 +50,7 @@ def main(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str] | None
     except Interrupted as error:
         return fail(f"{program}: {error}; the same command goes on from there", 3)
     except KeyboardInterrupt:
-        return fail(f"{program}: interrupted; the same command goes on from the last checkpoint", 130)
-    return 0
+        return fail(f"{program}: interrupted; {interrupted}", 130)
 
 
 def fail(text: str, status: int) -> int:

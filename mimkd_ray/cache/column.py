@@ -1,4 +1,4 @@
-"""One view of a cached vector as a single memory-mapped array on this node: any row in a microsecond, in any order."""
+"""One view of a cached vector as a single memory-mapped array on this node, for rows in any order."""
 
 from __future__ import annotations
 

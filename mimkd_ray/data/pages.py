@@ -32,7 +32,7 @@ class Places(NamedTuple):
 def find_values(chunk: memoryview, rows: int, optional: bool) -> Places | None:
     """Return the places of all `rows` values of a chunk; None if it is not of the plain form, or has nulls.
 
-    `optional`: the column's greatest definition level is above 0. It must not be repeated. 0.4 us a row.
+    `optional`: the column's greatest definition level is above 0. It must not be repeated. 0.2 us a row.
     """
     offsets: list[int] = []
     lengths: list[int] = []

@@ -10,10 +10,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mimkd_ray import cli, storage
+from mimkd_ray import cli
 from mimkd_ray.cache import admin
 from mimkd_ray.data.prepare_units import Done
-from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.launch import environment
 from mimkd_ray.launch.local import pick_device
 from mimkd_ray.launch.progress import Progress
@@ -53,19 +52,16 @@ def main(recipes: Mapping[str, Callable[[], Config]], argv: Sequence[str] | None
     program = sys.argv[0]
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and arguments[0] in ("build", "plan", *ADMIN) else "build"
-    try:
+
+    def work() -> int:
         if command in ADMIN:
             return look_after(command, arguments, f"{program} {command}")
         config = cli.parse(recipes, next(iter(recipes)), arguments, f"{program} [build|plan|{'|'.join(ADMIN)}]")
         if config is not None:
             make(absolute(config), only_plan=command == "plan")
-    except UserError as error:
-        return cli.fail(f"{program}: {error}", 2)
-    except (DamagedDataError, storage.StorageError) as error:
-        return cli.fail(f"{program}: {error}", 1)
-    except KeyboardInterrupt:
-        return cli.fail(f"{program}: interrupted; the same command goes on from what is finished", 130)
-    return 0
+        return 0
+
+    return cli.guarded(program, work, "the same command goes on from what is finished")
 
 
 def look_after(command: str, arguments: Sequence[str], program: str) -> int:

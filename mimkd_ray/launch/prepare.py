@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mimkd_ray import cli, storage
+from mimkd_ray import cli
 from mimkd_ray.data.manifest import Manifest
 from mimkd_ray.data.prepare import PrepareConfig, Unit, prepare
 from mimkd_ray.data.prepare_units import Done
-from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.errors import UserError
 from mimkd_ray.launch import environment
 
 
@@ -35,18 +35,14 @@ class PrepareJob(PrepareConfig):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job for a command line; return the exit status."""
     program = sys.argv[0]
-    try:
+
+    def work() -> int:
         job = cli.from_flags(PrepareJob, sys.argv[1:] if argv is None else argv, prog=program)
-        if job is None:
-            return 0
-        print(summary(prepare_with_ray(job), job.target), flush=True)
-    except UserError as error:
-        return cli.fail(f"{program}: {error}", 2)
-    except (DamagedDataError, storage.StorageError) as error:
-        return cli.fail(f"{program}: {error}", 1)
-    except KeyboardInterrupt:
-        return cli.fail(f"{program}: interrupted; the same command goes on from what is finished", 130)
-    return 0
+        if job is not None:
+            print(summary(prepare_with_ray(job), job.target), flush=True)
+        return 0
+
+    return cli.guarded(program, work, "the same command goes on from what is finished")
 
 
 def prepare_with_ray(job: PrepareJob) -> Manifest:

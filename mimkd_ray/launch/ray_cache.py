@@ -7,7 +7,6 @@ are decoded by loader processes of the actor's own, and features go from the act
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ import torch
 from mimkd_ray.data.dataset import open_data
 from mimkd_ray.data.prepare_units import Done
 from mimkd_ray.errors import DamagedDataError, UserError
-from mimkd_ray.launch.ray_data import ERRORS, RETRY_WAITS_S
+from mimkd_ray.launch.ray_data import ERRORS, RETRY_WAITS_S, quiet_and_patient
 from mimkd_ray.storage import StorageError
 from mimkd_ray.train.build import teacher_autocast
 from mimkd_ray.train.cache_plan import measured_plan
@@ -80,11 +79,7 @@ class Cluster:
 
     def run(self, units: Sequence[Unit], title: str) -> Iterator[tuple[int, Done]]:
         """Do the units: a `Runner`. Raises a unit's UserError, DamagedDataError or StorageError."""
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        context.execution_no_progress_timeout_s = -1  # a unit may take long, and so may a cluster that grows
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        quiet_and_patient()
         rows = [{"number": number, "unit": ray.cloudpickle.dumps(unit)} for number, unit in enumerate(units)]
         calls = -(-len(rows) // UNITS_PER_CALL)
         workers = min(self.most, calls)

@@ -40,17 +40,22 @@ class Unit(Protocol):
         ...
 
 
+def quiet_and_patient() -> None:
+    """Set Ray Data up for units: progress is shown here, and a unit, or a cluster that grows, may take long."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
 def run_units(units: Sequence[Unit], title: str, workers: int = 0) -> Iterator[Done]:
     """Do the units on all nodes of the Ray that is connected, one CPU each, and yield what each did as it ends.
 
     `workers` bounds how many run at a time (each holds its data in memory); 0 = one per CPU. Raises a unit's UserError,
     DamagedDataError or StorageError; what is committed by then stays. Tasks of nodes that die are done again by Ray.
     """
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = -1  # a unit may take long, and so may a cluster that grows
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    quiet_and_patient()
     rows = [{"unit": ray.cloudpickle.dumps(unit)} for unit in units]
     tasks = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_TASKS))
     done = tasks.map(do_unit, num_cpus=1, **({"concurrency": workers} if workers else {}))
