@@ -62,11 +62,19 @@ class FeatureReader:
     """The features of one training set. Picklable, and safe to use in forked processes."""
 
     def __init__(
-        self, root: str, keys: Mapping[str, str], rows: int, store: BlockStore | None, used: Sequence[str] = ()
+        self,
+        root: str,
+        keys: Mapping[str, str],
+        rows: int,
+        store: BlockStore | None,
+        used: Sequence[str] = (),
+        kept: np.ndarray | None = None,
     ) -> None:
-        """`keys` maps each entry's label to its key; `rows` is the training set's. `used`: what comes with every
-        batch; the others are read only when asked for by label."""
+        """`keys` maps each entry's label to its key; `rows` is the number of cached rows. `used`: what comes with every
+        batch; the others are read only when asked for by label. `kept`: the rows (sorted) that the training set
+        consists of, where it is a part of what was cached; positions count within them."""
         self.root, self.keys, self.rows, self.store = root, dict(keys), rows, store
+        self.kept = kept
         self.used = tuple(used or self.keys)
         self.bytes_read = 0
         """Bytes that this process has asked the storage for, manifests aside."""
@@ -74,7 +82,7 @@ class FeatureReader:
         self._groups: OrderedDict[tuple[str, int, int], _Group] = OrderedDict()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return FeatureReader, (self.root, self.keys, self.rows, self.store, self.used)
+        return FeatureReader, (self.root, self.keys, self.rows, self.store, self.used, self.kept)
 
     def manifest(self, label: str, view: int) -> ViewManifest:
         """Return the manifest of an entry's view; kept. Raises DamagedDataError if it is gone or does not fit."""
@@ -99,7 +107,8 @@ class FeatureReader:
 
         Raises DamagedDataError if they are not, and for what is missing, damaged or has no features.
         """
-        return {label: self._rows(label, view, positions, ids) for label in labels or self.used}
+        rows = positions if self.kept is None else self.kept[positions]
+        return {label: self._rows(label, view, rows, ids) for label in labels or self.used}
 
     def _rows(self, label: str, view: int, positions: Sequence[int] | np.ndarray, ids: np.ndarray) -> np.ndarray:
         manifest = self.manifest(label, view)
@@ -133,9 +142,10 @@ class FeatureReader:
         """See to it that the features of these positions are in the store; say whether they are."""
         if self.store is None:
             return False
+        ends = [first, stop - 1] if self.kept is None else self.kept[[first, stop - 1]].tolist()
         for label in self.used:
             manifest = self.manifest(label, view)
-            low, high = manifest.blocks.locate([first, stop - 1])[0].tolist()
+            low, high = manifest.blocks.locate(ends)[0].tolist()
             for number in range(low, high + 1):
                 record, block = manifest.locate(number)
                 if not self.store.fetch(block_key(block), partial(self._load, manifest, record, block)):

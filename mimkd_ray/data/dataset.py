@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from mimkd_ray import storage
 from mimkd_ray.data.block_reader import CACHE_BYTES
 from mimkd_ray.data.digits import DigitsSource
@@ -118,6 +120,10 @@ class Data:
     classes: tuple[str, ...]
     num_classes: int
     digest: str
+    whole: Source
+    """What a teacher cache is of: the training rows together with those that `holdout` takes from them."""
+    kept: np.ndarray | None = None
+    """Positions of the training rows within the whole, sorted; None: all of it."""
 
 
 def open_data(config: DataConfig) -> Data:
@@ -133,7 +139,7 @@ def open_data(config: DataConfig) -> Data:
             f"{config.train_split}-*.parquet or class folders {config.train_split}/<class>/<image>; found "
             f"{root.found()}; name it with --data.train-split"
         )
-    classes = train.classes
+    classes, whole, kept = train.classes, train, None
     if config.holdout > 0:
         rest, held = stratified_split(train.labels(), float(config.holdout), config.split_seed)
         if not len(held) or not len(rest):
@@ -142,13 +148,14 @@ def open_data(config: DataConfig) -> Data:
                 f"to train on and {len(held):,} to validate on; change the share"
             )
         val: Source = SubsetSource(train, held)
-        train = SubsetSource(train, rest)
+        train, kept = SubsetSource(train, rest), rest
     else:
         val = _open_val(config, root, train)
     if config.subset:
         if config.subset > train.num_rows:
             raise UserError(f"data.subset = {config.subset:,}, but there are {train.num_rows:,} training rows")
         train = SubsetSource(train, stratified_split(train.labels(), config.subset, config.subset_seed)[1])
+        whole, kept = train, None
     num_classes = config.num_classes or len(classes)
     for role, source in (("training", train), ("validation", val)):
         low, high = source.label_range()
@@ -164,7 +171,7 @@ def open_data(config: DataConfig) -> Data:
             )
     _warn_of_slow_order(config, train)
     digest = digest_of("data", train.digest, val.digest, num_classes)
-    return Data(train=train, val=val, classes=classes, num_classes=num_classes, digest=digest)
+    return Data(train, val, classes, num_classes, digest, whole, kept)
 
 
 def _warn_of_slow_order(config: DataConfig, train: Source) -> None:

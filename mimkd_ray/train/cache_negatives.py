@@ -28,13 +28,17 @@ class CachedNegatives:
         self.columns = {
             label: open_column(reader.root, reader.manifest(label, COLUMN_VIEW), folder) for label in labels
         }
-        self.seed, self.count, self.rows = config.train.seed, config.cache.negatives, reader.rows
+        self.seed, self.count = config.train.seed, config.cache.negatives
+        self.rows, self.kept = reader.rows, reader.kept
         self.damaged = reader.manifest(labels[0], COLUMN_VIEW).damaged
 
     def draw(self, step: int, lane: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
         """Return {label: rows (M, row_bytes)} as they are stored, and ids_M, on the device. Images that could not be
         decoded are left out."""
-        positions = np.sort(raw(self.count, self.seed, "negatives", step, lane) % np.uint64(self.rows)).astype(np.int64)
+        rows = self.rows if self.kept is None else len(self.kept)
+        positions = np.sort(raw(self.count, self.seed, "negatives", step, lane) % np.uint64(rows)).astype(np.int64)
+        if self.kept is not None:  # images that are held out give no negatives
+            positions = self.kept[positions]
         ids = next(iter(self.columns.values())).ids_N[positions]
         if len(self.damaged):
             sound = ~np.isin(ids, self.damaged)

@@ -28,7 +28,7 @@ def measured_plan(setup: Setup) -> Plan:
     used = {entry.label for entry in entries_of(config, setup.network, setup.data.num_classes)}
     sizes = tuple(Sized(e, setup.row_bytes(e), e.label in used) for e in setup.entries)
     vectors = sum(s.row_bytes for s in sizes if s.used and s.entry.kind == "vector")
-    rows = setup.data.train.num_rows
+    rows = setup.data.whole.num_rows
     return Plan(
         root=config.cache.root,
         rows=rows,
@@ -48,8 +48,8 @@ def _measure(setup: Setup) -> Measured:
     coding = Coding(coded, {e.label: _placeholder(e) for e in setup.fitted}, setup.device, torch.float32)
     teacher = setup.teacher(coding)
     sight = setup.sight(teacher)
-    size = min(config.train.lane_batch, setup.data.train.num_rows)
-    keys = sample_keys(setup.data.train.num_rows, size * (BATCHES + 1), 0, size)
+    size = min(config.train.lane_batch, setup.data.whole.num_rows)
+    keys = sample_keys(setup.data.whole.num_rows, size * (BATCHES + 1), 0, size)
     batches = sight.batches(keys)
     first = next(batches)  # starts the loader processes
     began = time.perf_counter()

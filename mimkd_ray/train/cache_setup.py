@@ -121,7 +121,7 @@ class Setup:
         check_rules(config.cache, [entry.tap for entry in self.entries])
         self.fitted = [entry for entry in self.entries if needs_calibration(entry.spec, entry.shape)]
         self.fitted = [entry for entry in self.fitted if entry.label != PIXELS]
-        self.shards = shards_of(self.data.train.blocks, config.cache.shard_rows)
+        self.shards = shards_of(self.data.whole.blocks, config.cache.shard_rows)
 
     def calibration_url(self, entry: Entry) -> str:
         """Where the numbers of an entry's codec are."""

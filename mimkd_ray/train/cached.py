@@ -49,7 +49,7 @@ def origin_of(config: Config, data: Data, network: nn.Module, device: torch.devi
         mean=config.data.mean,
         std=config.data.std,
         view_seed=config.view_seed,
-        data=data.train.digest,
+        data=data.whole.digest,
     )
 
 
@@ -115,4 +115,5 @@ def open_reader(
     barrier()
     keys = {label: key_of(each) for label, each in parts.items()}
     used = [label for label in keys if label != PIXELS]
-    return FeatureReader(root, keys, data.train.num_rows, data.train.store or config.data.make_store(), used)
+    store = data.train.store or config.data.make_store()
+    return FeatureReader(root, keys, data.whole.num_rows, store, used, data.kept)

@@ -28,7 +28,7 @@ class Sight:
     """What a teacher sees and says of rows in a view, outside of training: for calibrations and for building caches."""
 
     def __init__(self, config: Config, data: Data, pipeline: Pipeline, teacher: Teacher, device: torch.device) -> None:
-        self.config, self.source, self.pipeline, self.teacher = config, data.train, pipeline, teacher
+        self.config, self.source, self.pipeline, self.teacher = config, data.whole, pipeline, teacher
         self.device = device
         self.normalize = Normalizer(
             config.data.mean,

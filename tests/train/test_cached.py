@@ -123,6 +123,19 @@ def test_the_teacher_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(walk(config, tmp_path / "run")["losses"]) == STEPS
 
 
+@pytest.mark.parametrize("loader_workers", [0, 2])
+def test_a_held_out_share_reads_the_same_cache(tmp_path: Path, loader_workers: int) -> None:
+    """A search holds rows out, and the run that follows does not: the teacher has run once for both."""
+    whole = cached_config(tmp_path / "cache", cache={"codecs": ("maps=fp32", "vectors=fp32")})
+    keys = build_here(whole).keys
+    part = replace(whole, data=replace(whole.data, subset=0, holdout=0.9, loader_workers=loader_workers))
+    whole_of_part = replace(part, data=replace(part.data, holdout=0.0))
+    assert build_here(part).keys == build_here(whole_of_part).keys != keys
+    cached, at_work = walk(part, tmp_path / "a"), walk(live(part), tmp_path / "b")
+    assert cached["samples"] == at_work["samples"]
+    assert worst_difference(cached["features"], at_work["features"]) < 1e-3  # logits are fp16
+
+
 def test_loader_processes_bring_the_same_features(tmp_path: Path) -> None:
     """Two loader processes, shared slots, read-ahead into a store, from digits that have none of their own."""
     config = cached_config(tmp_path / "cache", data={"store": str(tmp_path / "store")})
