@@ -20,6 +20,7 @@ from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, 
 from mimkd_ray.train.config import Config, from_dict, to_dict
 
 Recipe = Callable[[], Config]
+C = TypeVar("C", bound=Config)
 T = TypeVar("T")
 
 
@@ -59,7 +60,7 @@ def fail(text: str, status: int) -> int:
     return status
 
 
-def parse(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str], program: str) -> Config | None:
+def parse(recipes: Mapping[str, Callable[[], C]], default: str, argv: Sequence[str], program: str) -> C | None:
     """The config that a command line asks for; None if it only asked to print something."""
     arguments = list(argv)
     name = default
@@ -74,7 +75,7 @@ def parse(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str], prog
         at = arguments.index("--config")
         if at + 1 == len(arguments):
             raise UserError("--config needs a JSON file, such as a run's config.json")
-        base = read_config(arguments[at + 1])
+        base = read_config(arguments[at + 1], type(base))
         del arguments[at : at + 2]
     config = override(base, arguments, f"{program} [{'|'.join(recipes)}] [--config FILE] [--print-config]", recipes)
     if config is not None and only_print:
@@ -83,7 +84,7 @@ def parse(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str], prog
     return config
 
 
-def read_config(path: str) -> Config:
+def read_config(path: str, kind: type[C]) -> C:
     """A config from a JSON file (path or URL)."""
     if not storage.exists(path):
         raise UserError(f"--config {path}: there is no such file")
@@ -91,12 +92,12 @@ def read_config(path: str) -> Config:
         value = json.loads(storage.read_bytes(path))
     except ValueError as error:
         raise UserError(f"--config {path} is not JSON: {error}") from None
-    return from_dict(Config, value)
+    return from_dict(kind, value)
 
 
-def override(base: Config, arguments: list[str], usage: str, recipes: Mapping[str, Recipe]) -> Config | None:
+def override(base: C, arguments: list[str], usage: str, recipes: Mapping[str, Callable[[], Any]]) -> C | None:
     """Apply ``--field.path value`` pairs to a config. None after --help."""
-    return from_flags(Config, arguments, prog=usage, description=_describe(recipes), default=base)
+    return from_flags(type(base), arguments, prog=usage, description=_describe(recipes), default=base)
 
 
 def from_flags(kind: type[T], arguments: Sequence[str], **options: Any) -> T | None:
@@ -115,7 +116,7 @@ def from_flags(kind: type[T], arguments: Sequence[str], **options: Any) -> T | N
         raise UserError(_one_line(errors.getvalue())) from None
 
 
-def _describe(recipes: Mapping[str, Recipe]) -> str:
+def _describe(recipes: Mapping[str, Callable[[], Any]]) -> str:
     lines = (f"  {name}: {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in recipes.items())
     return "Recipes:\n" + "\n".join(lines)
 

@@ -18,6 +18,9 @@ from mimkd_ray.launch.progress import Progress
 RETRY_WAITS_S = (5.0, 20.0, 60.0)
 """Pauses before a unit is done again whose storage failed for longer than storage.py tries."""
 
+LOST_LOADER, MAX_RETRIES = "DataLoader worker", 3
+"""What PyTorch says when one of a task's loader processes was killed, and how often the task is then done again."""
+
 MAX_TASKS = 2000
 """Tasks that the units are dealt to: each costs Ray some 10 ms, and commits unit by unit all the same."""
 
@@ -46,6 +49,8 @@ def quiet_and_patient() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1
+    context.retried_map_errors = [LOST_LOADER]
+    context.max_map_retries = MAX_RETRIES
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import ray
@@ -38,6 +38,9 @@ ERRORS: dict[str, type[Exception]] = {
 STOP, STOP_LOOK_SECONDS = "stop.json", 1.0
 """The file that asks the workers of a launch to save and end, and how often the first of them looks for it."""
 
+ANYBODY = "*"
+"""In that file: whichever launch it is."""
+
 EMBEDDED_READ_IN = "2.60."
 """The Ray version whose inside launch/embedded.py was written for."""
 
@@ -61,7 +64,7 @@ class RayContext:
         while not self._stopping:
             time.sleep(STOP_LOOK_SECONDS)
             asked = read_json(url)
-            self._stopping = asked is not None and asked["launch_id"] == self.launch_id
+            self._stopping = asked is not None and asked["launch_id"] in (self.launch_id, ANYBODY)
 
     def stop_requested(self) -> bool:
         """Whether the driver was told to stop. The first worker knows."""
@@ -140,9 +143,19 @@ def forwarded_stop(run_dir: str, launch_id: str) -> Iterator[None]:
 
 
 def run_ray(config: Config, run_dir: str) -> dict[str, Any]:
-    """Run the job on Ray Train workers and return its result."""
+    """Run the job on Ray Train workers, of a cluster or of a Ray of our own, and return its result."""
     own = connect(config.launch.address, "--launch.address", ignore_reinit_error=True)
     timeline.mark("connected")
+    try:
+        return fit_workers(config, run_dir, own)
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def fit_workers(config: Config, run_dir: str, own: bool) -> dict[str, Any]:
+    """The same within a Ray that is there; ``own``: whether it is our own. Beside the main thread nobody listens for
+    SIGTERM, and nobody gives up on nodes that are lost."""
     launch_id = uuid.uuid4().hex
     # Ray wants a place for its own snapshot. Ours are the only checkpoints, so it is thrown away.
     scratch = tempfile.mkdtemp(prefix="mimkd-ray-")
@@ -169,7 +182,10 @@ def run_ray(config: Config, run_dir: str) -> dict[str, Any]:
                 ),
             ),
         )
-        with forwarded_stop(run_dir, launch_id), watch:
+        with ExitStack() as stack:
+            if threading.current_thread() is threading.main_thread():
+                stack.enter_context(forwarded_stop(run_dir, launch_id))
+                stack.enter_context(watch)
             trainer.fit()
     except TrainingFailedError as error:
         _raise_known(run_dir, launch_id)
@@ -183,8 +199,6 @@ def run_ray(config: Config, run_dir: str) -> dict[str, Any]:
         raise KeyboardInterrupt from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        if own:
-            ray.shutdown()
     _raise_known(run_dir, launch_id)
     result = read_json(storage.join(run_dir, "result.json"))
     if result is None:

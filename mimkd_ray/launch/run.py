@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from mimkd_ray import storage
 from mimkd_ray.launch import environment
@@ -17,13 +17,16 @@ from mimkd_ray.train.job import claim
 from mimkd_ray.train.preflight import preflight
 
 
+C = TypeVar("C", bound=Config)
+
+
 def run_directory(config: Config) -> str:
     """URL or absolute path of the run. The default name holds a digest of what is trained: the same command finds
     its run again, another configuration gets another directory."""
     return storage.join(config.run.root, config.run.name or f"{config.recipe}-{digest(config)[:8]}")
 
 
-def absolute(config: Config) -> Config:
+def absolute(config: C) -> C:
     """Local paths made absolute: Ray's workers start in folders of their own."""
 
     def full(path: str, *names: str) -> str:

@@ -35,8 +35,8 @@ class CachedNegatives:
     def draw(self, step: int, lane: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
         """Return {label: rows (M, row_bytes)} as they are stored, and ids_M, on the device. Images that could not be
         decoded are left out."""
-        rows = self.rows if self.kept is None else len(self.kept)
-        positions = np.sort(raw(self.count, self.seed, "negatives", step, lane) % np.uint64(rows)).astype(np.int64)
+        among = np.uint64(self.rows if self.kept is None else len(self.kept))
+        positions = np.sort(raw(self.count, self.seed, "negatives", step, lane) % among).astype(np.int64)
         if self.kept is not None:  # images that are held out give no negatives
             positions = self.kept[positions]
         ids = next(iter(self.columns.values())).ids_N[positions]

@@ -1,0 +1,236 @@
+"""A search under Ray Tune: Tune places trials and restarts lost ones; what is tried and who stops, search/ decides.
+
+Tune's own experiment state is thrown away: the trials' folders are the only one, so a restart unpickles nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
+
+from mimkd_ray.errors import UserError
+from mimkd_ray.launch.trial_actor import ask_to_stop, payload, prepare_remotely, trainable
+from mimkd_ray.search.config import SearchJob
+from mimkd_ray.search.ledger import Ended, Ending, Planned
+from mimkd_ray.train.config import Config, to_dict
+
+HEAD_SHARE = 0.001
+"""Of the head's own resource: places the process that watches over a trial of several workers there, where it takes no
+CPU from the workers it waits for. A head is on demand, so it outlives them."""
+
+
+class Driver(Protocol):
+    """What hands out trials: a search, or its finals."""
+
+    def next(self) -> list[Planned]: ...
+
+    def place(self, number: int) -> str: ...
+
+    def heard(self, number: int, figures: Mapping[str, Any], alone: bool = True) -> Ended | None: ...
+
+    def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> None: ...
+
+
+class Shape(NamedTuple):
+    """What a trial takes, and how many there are at a time."""
+
+    workers: int
+    cpus: float
+    gpus: float
+    concurrent: int
+
+    def bundles(self) -> tune.PlacementGroupFactory:
+        """The resources of the trial's own process."""
+        if self.workers > 1:
+            return tune.PlacementGroupFactory([{"node:__internal_head__": HEAD_SHARE}])
+        own = {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+        return tune.PlacementGroupFactory([own])
+
+    def text(self) -> str:
+        """In words."""
+        each = f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
+        whole = f"{self.workers} workers with {each} each" if self.workers > 1 else each
+        return f"{self.concurrent} at a time, {whole} a trial"
+
+
+def shape_of(job: SearchJob, cpus: float, gpus: float) -> Shape:
+    """Resources of a trial and the number of trials at a time, for a cluster with so much. Raises UserError where not
+    even one fits: Tune would wait for ever."""
+    search, launch = job.search, job.launch
+    workers = max(1, launch.worker_range[1])
+    use_gpu = launch.gpu == "on" or (launch.gpu == "auto" and gpus > 0)
+    gpu = (search.gpus_per_trial or 1.0) if use_gpu else 0.0
+    if workers > 1:
+        gpu = 1.0 if use_gpu else 0.0
+        cpu: float = launch.cpus_per_worker or (max(1, cpus // gpus) if use_gpu and gpus else 1)
+    else:
+        share = max(1.0, math.floor(cpus * gpu / gpus)) if use_gpu and gpus else 1.0
+        cpu = search.cpus_per_trial or share
+    fit = math.floor(cpus / (workers * cpu) + 1e-9)
+    if use_gpu:
+        fit = min(fit, math.floor(gpus / (workers * gpu) + 1e-9) if workers > 1 or gpu > 1 else _packed(gpus, gpu))
+    if fit < 1 and not search.concurrent:
+        raise UserError(
+            f"a trial takes {workers * cpu:g} CPUs and {workers * gpu:g} GPUs, and the cluster has {cpus:g} and "
+            f"{gpus:g}: pass fewer --search.cpus-per-trial or --launch.workers, or --search.concurrent 1 for a cluster "
+            "that grows when asked"
+        )
+    return Shape(workers, cpu, gpu, search.concurrent or fit)
+
+
+def _packed(gpus: float, gpu: float) -> int:
+    """How many shares of a GPU there are: a share is of one GPU."""
+    return int(gpus) * math.floor(1 / gpu + 1e-9)
+
+
+class _Searcher(Searcher):
+    """Hands out the driver's trials."""
+
+    def __init__(self, driver: Driver, job: SearchJob, folder: str, shape: Shape, own: bool) -> None:
+        super().__init__()
+        self.driver, self.job, self.folder, self.shape, self.own = driver, job, folder, shape, own
+        self.numbers: dict[str, list[int]] = {}
+        self.errors: dict[str, str] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        planned = self.driver.next()
+        if not planned:
+            return Searcher.FINISHED
+        self.numbers[trial_id] = [each.number for each in planned]
+        places = {each.number: self.driver.place(each.number) for each in planned}
+        search = to_dict(self.job.search)
+        return payload(search, planned, self.folder, places, self.shape.workers, self.own)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """A trial that raises nothing ends with a word of its own; here its process is gone, as often as retries say."""
+        if error:
+            text = self.errors.get(trial_id, "")
+            kind: Ending = "out of memory" if "OutOfMemoryError" in text else "lost"
+            said = " ".join(text.strip().split("\n")[-1].split())[:500] or "its process is gone"
+            for number in self.numbers[trial_id]:
+                self.driver.ended(number, Ended(state="failed", kind=kind, reason=said), self.shape.gpus)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the trials' folders are the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore."""
+
+
+class _Scheduler(FIFOScheduler):
+    """Passes reports on to the driver, and its decisions back."""
+
+    _supports_buffered_results = False
+
+    def __init__(self, searcher: _Searcher) -> None:
+        super().__init__()
+        self.searcher, self.driver, self.shape = searcher, searcher.driver, searcher.shape
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        self.searcher.errors[trial.trial_id] = str(trial.get_error() or "")
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        for number, value in result.get("ended", {}).items():
+            self.driver.ended(int(number), Ended(**value), self.shape.gpus * self.shape.workers)
+        figures = result.get("figures", {})
+        stopping = False
+        for number, value in figures.items():
+            verdict = self.driver.heard(int(number), value, alone=len(self.searcher.numbers[trial.trial_id]) == 1)
+            if verdict is None:
+                continue
+            stopping = True
+            if self.shape.workers > 1:
+                ask_to_stop(self.driver.place(int(number)))
+            self.driver.ended(int(number), verdict, self.shape.gpus * self.shape.workers)
+        # A trial of several workers ends by itself, as it is asked: killing it would leave its workers alone.
+        return FIFOScheduler.STOP if stopping and self.shape.workers == 1 else FIFOScheduler.CONTINUE
+
+
+@contextmanager
+def stop_at_sigterm() -> Iterator[list[int]]:
+    """A with-block in which SIGTERM, like Ctrl-C, ends Tune in good order; the list says whether it came."""
+    came: list[int] = []
+
+    def on_signal(number: int, _: object) -> None:
+        came.append(number)
+        signal.raise_signal(signal.SIGINT)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def loggers(names: Sequence[str], project: str) -> list[Any]:
+    """Tune's callbacks for other trackers. Raises UserError where a package is not installed."""
+    found: list[Any] = []
+    for name in names:
+        try:
+            if name == "mlflow":
+                import mlflow  # noqa: F401
+                from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+                found.append(MLflowLoggerCallback(experiment_name=project))
+            else:
+                import wandb  # noqa: F401
+                from ray.air.integrations.wandb import WandbLoggerCallback
+
+                found.append(WandbLoggerCallback(project=project))
+        except ImportError as error:
+            raise UserError(f"--search.loggers {name}: {error}; install {name} on the driver") from None
+    return found
+
+
+def prepare_on_ray(config: Config, folder: str, shape: Shape) -> None:
+    """Train, measure and check what trials share, on the cluster. Raises its UserError."""
+    task = ray.remote(num_cpus=shape.cpus, num_gpus=shape.gpus, max_retries=0)(prepare_remotely)
+    try:
+        ray.get(task.remote(to_dict(config), folder))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+
+
+def run_on_ray(driver: Driver, job: SearchJob, folder: str, shape: Shape, own: bool, callbacks: list[Any]) -> bool:
+    """Run all that ``driver`` hands out; whether somebody asked to stop before the end (SIGTERM; Ctrl-C raises)."""
+    scratch = tempfile.mkdtemp(prefix="mimkd-tune-")
+    searcher = _Searcher(driver, job, folder, shape, own)
+    try:
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, shape.bundles()),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=_Scheduler(searcher),
+                num_samples=-1,
+                max_concurrent_trials=shape.concurrent,
+                reuse_actors=True,  # a process takes seconds to start: imports, data, teacher
+            ),
+            run_config=tune.RunConfig(
+                name="search",
+                storage_path=scratch,
+                failure_config=tune.FailureConfig(max_failures=job.search.retries),
+                callbacks=callbacks,
+                verbose=0,
+            ),
+        )
+        with stop_at_sigterm() as came:
+            tuner.fit()
+        return bool(came)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

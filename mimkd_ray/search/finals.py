@@ -1,0 +1,79 @@
+"""The best few configurations, trained again from new seeds: a search's winner is in part luck, and this says how much.
+
+Finalists are scored on the held-out part of the training set, as trials are; the validation set is not looked at.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mimkd_ray import storage
+from mimkd_ray.search.ledger import Ended, Planned
+from mimkd_ray.search.search import Search, final_config
+from mimkd_ray.search.trials import Final
+from mimkd_ray.train.config import Config, from_dict, to_dict
+from mimkd_ray.train.files import read_json, write_json
+
+
+class Finals:
+    """The runs of the finalists, handed out like trials. A run that is finished is not repeated."""
+
+    def __init__(self, search: Search) -> None:
+        self.search, self.config = search, search.config
+        self.runs: list[tuple[int, int]] = [
+            (trial.number, seed)
+            for trial in search.ranked()[: self.config.finalists]
+            for seed in range(1, self.config.seeds + 1)
+        ]
+        self.failed: dict[int, Ended] = {}
+        self._left = [number for number in range(len(self.runs)) if self._result(number) is None]
+
+    def place(self, number: int) -> str:
+        """The run directory of a run."""
+        trial, seed = self.runs[number]
+        return storage.join(self.search.folder, "finals", f"{trial:04d}-seed{seed:02d}")
+
+    def _result(self, number: int) -> Mapping[str, Any] | None:
+        return read_json(storage.join(self.place(number), "result.json"))
+
+    def next(self) -> list[Planned]:
+        """The next run; empty if there is none. Seeds are new: that by which a trial was chosen is not among them.
+        Views keep theirs, so that all read one cache."""
+        if not self._left:
+            return []
+        number = self._left.pop(0)
+        trial, seed = self.runs[number]
+        config = from_dict(Config, self.search.trials[trial].config)
+        config = replace(config, train=replace(config.train, seed=config.train.seed + seed))
+        return [Planned(number, number, self.search.trials[trial].params, to_dict(config))]
+
+    def heard(self, number: int, figures: Mapping[str, Any], alone: bool = True) -> Ended | None:
+        """Every finalist runs to its end."""
+        return None
+
+    def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> None:
+        """Hear of a run's end."""
+        if ended.state != "completed":
+            self.failed[number] = ended
+
+    def publish(self) -> list[Final]:
+        """Write best.json with the config of the finalist whose mean is best (finals.json has them all), and return the
+        finalists, best first. Those with a failed run are left out."""
+        scores: dict[int, dict[int, float]] = {}
+        for number, (trial, seed) in enumerate(self.runs):
+            result = self._result(number)
+            if result is not None:
+                scores.setdefault(trial, {})[seed] = float(result["student"][self.config.metric])
+        whole = {trial: found for trial, found in scores.items() if len(found) == self.config.seeds}
+        sign = -1 if self.config.mode == "max" else 1
+        order = sorted(whole, key=lambda trial: sign * statistics.fmean(whole[trial].values()))
+        finals = [Final(trial=trial, seeds=tuple(whole[trial]), scores=tuple(whole[trial].values())) for trial in order]
+        lines = [{"trial": f.trial, "seeds": f.seeds, "scores": f.scores, "mean": f.mean, "sd": f.sd} for f in finals]
+        write_json(storage.join(self.search.folder, "finals.json"), {"metric": self.config.metric, "finals": lines})
+        if finals:
+            chosen = self.search.trials[finals[0].trial].config
+            write_json(storage.join(self.search.folder, "best.json"), final_config(self.search.job, chosen))
+        return finals

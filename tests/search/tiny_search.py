@@ -1,0 +1,56 @@
+"""A search on digits whose trials take a second, for tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tiny_run import tiny_config
+
+from mimkd_ray.search.config import SearchConfig, SearchJob, search_job
+from mimkd_ray.search.search import Search
+from mimkd_ray.search.space import Candidates, Space, Suggest, find_spaces
+from mimkd_ray.spaces import SPACES
+from mimkd_ray.train.config import Config
+
+
+def tiny_job(folder: Path | str, sections: dict[str, dict[str, Any]] | None = None, **search: Any) -> SearchJob:
+    """Trials of two epochs; ``search`` overrides the search's fields, ``sections`` those of the recipe."""
+    own: dict[str, dict[str, Any]] = {"run": {"root": str(folder)}}
+    for name, fields in (sections or {}).items():
+        own[name] = own.get(name, {}) | fields
+    config = SearchConfig(**({"space": ("temperature",), "trials": 3, "holdout": 0.3, "finalists": 0} | search))
+    return search_job(tiny_config(**own), search=config)
+
+
+def tiny_search(folder: Path, **search: Any) -> Search:
+    """A search in ``folder``, as its driver sees it."""
+    job = tiny_job(folder, **search)
+    return Search(job, str(folder / "search"), find_spaces(job.search.space, SPACES))
+
+
+def figures(epoch: int, top1: float, nats: float = 1.0) -> dict[str, Any]:
+    """What a trial says of an evaluation."""
+    return {"epoch": epoch, "step": 3 * epoch, "top1": top1, "top5": 90.0, "cross_entropy": 1.0, "a/nats": nats}
+
+
+def width(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """A space of a test's own."""
+    own = suggest.choice("width", (8, 16))
+    return replace(config, loss=replace(config.loss, critic=replace(config.loss.critic, width=own)))
+
+
+def unlucky(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """Some trials cannot be trained: one asks for more memory than there is, one has a loss that explodes."""
+    fate = suggest.choice("fate", ("fine", "huge", "wild", "wrong"))
+    if fate == "huge":
+        return replace(config, loss=replace(config.loss, critic=replace(config.loss.critic, width=3_000_000)))
+    if fate == "wild":
+        return replace(config, optim=replace(config.optim, lr=1e30))
+    if fate == "wrong":
+        return replace(config, loss=replace(config.loss, feature_pairs=("stage3:nowhere",)))
+    return config
+
+
+
