@@ -140,7 +140,7 @@ class Arm:
         self.session = Session(config, data, teacher, context, cached)
         self.kind, self.step = kind, 0
         if kind == "ideal":
-            self.session.features = None
+            self.session.supply.features = None
             assert self.session.teacher is not None
             images = torch.randn(config.train.lane_batch, 3, config.data.image_size, config.data.image_size)
             self.session.feed.cached = InMemory(self.session.teacher.features(images))  # type: ignore[assignment]

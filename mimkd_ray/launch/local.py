@@ -21,6 +21,8 @@ from mimkd_ray.train.job import run_job
 class LocalContext:
     """A plain process, or one rank of torchrun. It has no dashboard to report to."""
 
+    reports_are_final = False
+
     def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1, launch_id: str = "") -> None:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.launch_id = launch_id or uuid.uuid4().hex

@@ -48,6 +48,8 @@ EMBEDDED_READ_IN = "2.60."
 class RayContext:
     """One worker of Ray Train."""
 
+    reports_are_final = False
+
     def __init__(self, launch_id: str, run_dir: str, joined: bool) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()

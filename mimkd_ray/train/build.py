@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,14 +148,28 @@ def teacher_plan(config: Config, model: nn.Module, num_classes: int) -> TapPlan:
     return plan_taps(config.loss, model, student, config.data.image_size, config.cache)
 
 
+def teacher_taps(
+    configs: Sequence[Config], model: nn.Module, num_classes: int
+) -> tuple[dict[str, TapShape], list[str], list[str]]:
+    """Shapes of the teacher's taps that the losses of any of ``configs`` read, and which are read as vectors, and as
+    maps."""
+    plans = [teacher_plan(config, model, num_classes) for config in configs]
+    return (
+        {name: shape for plan in plans for name, shape in plan.teacher_shapes.items()},
+        _unique(name for plan in plans for name in plan.teacher_taps()[0]),
+        _unique(name for plan in plans for name in plan.teacher_taps()[1]),
+    )
+
+
 def build_teacher(
-    config: Config, model: nn.Module, num_classes: int, device: torch.device, coding: Coding | None = None
+    configs: Sequence[Config], model: nn.Module, num_classes: int, device: torch.device, coding: Coding | None = None
 ) -> Teacher:
-    """The frozen teacher with the taps that the loss of ``config`` reads."""
-    plan = teacher_plan(config, model, num_classes)
-    vectors, maps = plan.teacher_taps()
+    """The frozen teacher with the taps that the losses of ``configs`` read: one, or those of a pack, which agree in
+    the rest."""
+    shapes, vectors, maps = teacher_taps(configs, model, num_classes)
+    config = configs[0]
     autocast = teacher_autocast(config, device)
-    return Teacher(place(model, config.train, device), plan.teacher_shapes, vectors, maps, autocast, coding)
+    return Teacher(place(model, config.train, device), shapes, vectors, maps, autocast, coding)
 
 
 def teacher_autocast(config: Config, device: torch.device) -> torch.dtype | None:

@@ -19,7 +19,7 @@ from mimkd_ray.cache.reader import FeatureReader
 from mimkd_ray.data.dataset import Data
 from mimkd_ray.data.views import make_pipeline
 from mimkd_ray.errors import UserError
-from mimkd_ray.train.build import build_teacher, parameter_dtype, teacher_autocast, teacher_plan
+from mimkd_ray.train.build import build_teacher, parameter_dtype, teacher_autocast, teacher_taps
 from mimkd_ray.train.calibrate import Sight, fit
 from mimkd_ray.train.coding import Coding, tap_entries
 from mimkd_ray.train.config import Config
@@ -53,22 +53,31 @@ def origin_of(config: Config, data: Data, network: nn.Module, device: torch.devi
     )
 
 
-def entries_of(config: Config, network: nn.Module, num_classes: int) -> list[Entry]:
-    """The entries that the loss of ``config`` reads."""
-    plan = teacher_plan(config, network, num_classes)
-    entries = tap_entries(plan.teacher_shapes, *plan.teacher_taps(), config.cache)
-    return [*entries, logits_entry(num_classes)] if config.loss.kd_weight else entries
+def entries_of(configs: Sequence[Config], network: nn.Module, num_classes: int) -> list[Entry]:
+    """The entries that the losses of ``configs`` read: one, or those of a pack, which share the cache."""
+    shapes, vectors, maps = teacher_taps(configs, network, num_classes)
+    entries = tap_entries(shapes, vectors, maps, configs[0].cache)
+    return [*entries, logits_entry(num_classes)] if any(own.loss.kd_weight for own in configs) else entries
 
 
-def open_cached(config: Config, data: Data, network: nn.Module | None, context: Context, run_dir: str) -> Cached | None:
+def open_cached(
+    config: Config,
+    data: Data,
+    network: nn.Module | None,
+    context: Context,
+    run_dir: str,
+    others: Sequence[Config] = (),
+) -> Cached | None:
     """The codecs and features of a run; None where the config asks for neither. All workers call it together.
 
-    A run with codecs and no cache fits them itself, and keeps the numbers in its directory. Raises UserError where the
-    cache lacks what is needed, naming what differs.
+    A run with codecs and no cache fits them itself, and keeps the numbers in its directory. ``others`` are the configs
+    of more students of a pack, which read the same cache. Raises UserError where the cache lacks what is needed, naming
+    what differs.
     """
     if network is None or not config.cache.codes:
         return None
-    entries = entries_of(config, network, data.num_classes)
+    configs = [config, *others]
+    entries = entries_of(configs, network, data.num_classes)
     origin = origin_of(config, data, network, context.device)
     if not config.cache.reads:
         check_rules(config.cache, [entry.tap for entry in entries])
@@ -80,7 +89,7 @@ def open_cached(config: Config, data: Data, network: nn.Module | None, context: 
     missing = [entry for entry in fitted if known[entry.label] is None]
     if missing and not config.cache.reads:
         # Every worker does the same work: waiting for one of them could outlast a collective's patience.
-        teacher = build_teacher(config, network, data.num_classes, context.device)
+        teacher = build_teacher(configs, network, data.num_classes, context.device)
         pipeline = make_pipeline(config.data.pipeline, config.data.image_size)
         made = fit(Sight(config, data, pipeline, teacher, context.device), missing)
         teacher.tapped.release()
@@ -92,15 +101,20 @@ def open_cached(config: Config, data: Data, network: nn.Module | None, context: 
     if config.cache.reads:
         pixels = pixels_entry(ROW_BYTES)
         parts = {e.label: parts_of(e, origin, digests.get(e.label, "")) for e in [*entries, pixels]}
-        reader = open_reader(config, data, context, parts, [entry.label for entry in missing])
+        reader = open_reader(configs, data, context, parts, [entry.label for entry in missing])
     numbers = {label: calibration.from_bytes(value, urls[label]) for label, value in known.items() if value}
     return Cached(Coding(entries, numbers, context.device, parameter_dtype(config.train)), reader)
 
 
 def open_reader(
-    config: Config, data: Data, context: Context, parts: Mapping[str, dict[str, Any]], unfitted: Sequence[str]
+    configs: Sequence[Config],
+    data: Data,
+    context: Context,
+    parts: Mapping[str, dict[str, Any]],
+    unfitted: Sequence[str],
 ) -> FeatureReader:
     """The reader of the entries with these key parts. Raises UserError for views that are not there."""
+    config = configs[0]
     root, views = config.cache.root, set(range(config.data.views))
     problem = ""
     if context.rank == 0:
@@ -108,7 +122,7 @@ def open_reader(
             Wanted(label, each, sorted(views if label in unfitted else views - views_there(root, key_of(each))))
             for label, each in parts.items()
         ]
-        problem = explain(config, [w for w in wanted if w.missing])
+        problem = explain(configs, [w for w in wanted if w.missing])
     problem = share_from_first(problem)
     if problem:
         raise UserError(problem)

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,12 +106,51 @@ def save(run_dir: str, step: int, state: dict[str, Any], keep: int) -> str:
 def newest(run_dir: str) -> tuple[str, bytes] | None:
     """URL and content of the newest committed and undamaged checkpoint of the run, or None."""
     for folder in reversed(_folders(run_dir)):
-        if storage.exists(storage.join(folder, MARKER)):  # else a kill came before the marker: it was never one
-            try:
-                return folder, read(folder)
-            except DamagedDataError as error:
-                logger.warning("%s; trying an older one", error)
+        data = _sound(folder)
+        if data is not None:
+            return folder, data
     return None
+
+
+def newest_shared(run_dirs: Sequence[str]) -> tuple[int, list[bytes]]:
+    """The newest step at which each of these runs has a committed and undamaged checkpoint, and their contents.
+
+    Without one: step 0 and no content. Holds as many checkpoints in memory as there are runs.
+    """
+    by_step: list[dict[int, list[str]]] = []
+    for run_dir in run_dirs:
+        own: dict[int, list[str]] = {}
+        for folder in reversed(_folders(run_dir)):
+            own.setdefault(_step(folder), []).append(folder)
+        by_step.append(own)
+    for step in sorted(set(by_step[0]).intersection(*by_step), reverse=True):
+        contents = []
+        for own in by_step:
+            data = next((data for data in map(_sound, own[step]) if data is not None), None)
+            if data is None:
+                break
+            contents.append(data)
+        else:
+            return step, contents
+    return 0, []
+
+
+def drop_after(run_dir: str, step: int) -> None:
+    """Remove the checkpoints of later steps than ``step``: a run that goes on from there makes them again."""
+    for folder in _folders(run_dir):
+        if _step(folder) > step:
+            storage.remove_tree(folder)
+
+
+def _sound(folder: str) -> bytes | None:
+    """The content of a checkpoint's folder; None if it is none, or damaged."""
+    if not storage.exists(storage.join(folder, MARKER)):
+        return None  # a kill came before the marker: it was never one
+    try:
+        return read(folder)
+    except DamagedDataError as error:
+        logger.warning("%s; trying an older one", error)
+        return None
 
 
 def parse(data: bytes, device: torch.device) -> dict[str, Any]:
@@ -132,6 +171,11 @@ def _folders(run_dir: str) -> list[str]:
     """All checkpoint folders of the run, committed or not, by step."""
     found = storage.list_dirs(storage.join(run_dir, FOLDER))
     return sorted(url for url in found if url.rpartition("/")[2].startswith("step_"))
+
+
+def _step(folder: str) -> int:
+    """The step in a folder's name."""
+    return int(folder.rpartition("/step_")[2].partition("-")[0])
 
 
 def _prune(run_dir: str, keep: int) -> None:

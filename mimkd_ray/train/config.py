@@ -52,6 +52,8 @@ class TrainConfig:
     """Epochs between two evaluations; 0 evaluates at the end only."""
     eval_batch: int = 0
     """Images in an evaluation batch; 0: the lane's."""
+    information_rows: int = 2048
+    """Held-out rows per worker on which mutual information is read at an evaluation; 0: it is not read."""
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.max_steps < 0 or self.lanes < 1 or self.log_every < 1 or self.eval_every < 0:
@@ -61,6 +63,8 @@ class TrainConfig:
             )
         if self.lane_batch < 2:
             raise UserError(f"train.lane_batch is {self.lane_batch}: a lane needs 2 images, or it has no negatives")
+        if self.information_rows < 0:
+            raise UserError(f"train.information_rows is {self.information_rows}: give 0 (not read) or more")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"train.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
 
@@ -221,7 +225,7 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 _SECTIONS_NOT_IN_DIGEST = ("recipe", "run", "launch")
 _NOT_IN_DIGEST = {
-    "train": ("log_every", "eval_every", "eval_batch"),
+    "train": ("log_every", "eval_every", "eval_batch", "information_rows"),
     "data": ("loader_workers", "read_ahead", "store", "store_gb"),
     "cache": ("shard_rows", "batch", "workers", "canary", "tolerance"),
 }

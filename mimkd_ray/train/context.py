@@ -26,6 +26,8 @@ class Context(Protocol):
     device: torch.device
     #: Names this start of the job in files; the same for every rank and every restart by the launcher.
     launch_id: str
+    #: Whether a worker may be ended inside ``report``: all that belongs to an evaluation is committed before it then.
+    reports_are_final: bool
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Hand metrics to the launcher's own dashboard. Called by all ranks after an evaluation; may be slow."""

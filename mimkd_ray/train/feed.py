@@ -36,8 +36,8 @@ class Lane(NamedTuple):
 class Feed:
     """Finishes the views of lanes on the device, mixes them, and runs the teacher or decodes its cached features.
 
-    One lane is held at a time. With ``negatives=step`` all of this worker's lanes are, because their teacher vectors go
-    to the other workers before the first lane is trained on.
+    One lane is held at a time, for all students of a pack. With ``negatives=step`` all of this worker's lanes are,
+    because their teacher vectors go to the other workers before the first lane is trained on.
     """
 
     def __init__(
@@ -51,13 +51,15 @@ class Feed:
         cached: Coding | None = None,
         check: CacheCheck | None = None,
         negatives: CachedNegatives | None = None,
+        shares_vectors: bool = False,
     ) -> None:
         """``cached``: decodes the features that come with the batches; the teacher is then not asked, but by ``check``
-        for a few lanes. ``negatives``: vectors of random images for every lane."""
+        for a few lanes. ``negatives``: vectors of random images for every lane. ``shares_vectors``: where there are
+        any, each lane gets the teacher's vectors of all others."""
         self.config, self.num_classes = config, num_classes
         self.batch_view, self.normalize, self.teacher, self.damage = batch_view, normalize, teacher, damage
         self.cached, self.check, self.negatives = cached, check, negatives
-        self.shares_vectors = config.loss.resolved_negatives == "step" and teacher is not None and bool(teacher.vectors)
+        self.shares_vectors = shares_vectors and teacher is not None and bool(teacher.vectors)
         self.waited = 0.0  # seconds that steps waited for the loader
 
     def step(self, step: int, lanes: Iterable[int], batches: Iterator[LaneBatch]) -> Iterable[Lane]:

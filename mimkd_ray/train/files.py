@@ -1,4 +1,5 @@
-"""A run directory: config.json, metrics.jsonl, tensorboard/, checkpoints/, result.json, student.safetensors.
+"""A run directory: config.json, metrics.jsonl, tensorboard/, checkpoints/, result.json, student.safetensors; where it
+is asked for, best.safetensors and best.json; of a pack's member that did not finish, stopped.json or failed.json.
 
 The directory may be local or any fsspec URL. Object stores cannot append, so files that grow are kept in a local
 staging folder and published as a whole after each evaluation; a local directory is its own staging folder.
@@ -38,6 +39,8 @@ class RunConfig:
     """Minutes after which one is written at the latest; 0: not by time. A stop or a notice writes one in any case."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    keep_best: bool = False
+    """Keep the student of the best evaluation so far as well: best.safetensors and, with its figures, best.json."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     log_samples: bool = False
@@ -73,6 +76,18 @@ def read_json(url: str) -> Any:
     return json.loads(storage.read_bytes(url)) if storage.exists(url) else None
 
 
+def read_metrics(run_dir: str, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind in the run's metrics.jsonl; none if there is no such file."""
+    return [values for _, values in _lines(storage.join(run_dir, "metrics.jsonl")) if values["kind"] == kind]
+
+
+def _lines(url: str) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a file, as they stand and as they are read."""
+    text = storage.read_bytes(url).decode() if storage.exists(url) else ""
+    # A write that a kill or a full disk cut short has no brace at its end.
+    return [(line, json.loads(line)) for line in text.splitlines() if line.endswith("}")]
+
+
 class MetricsLog:
     """metrics.jsonl, samples.jsonl and TensorBoard of one run. Only rank 0 makes one.
 
@@ -94,10 +109,8 @@ class MetricsLog:
     def _continue(self, name: str) -> BinaryIO:
         """Open a file of lines for appending, without those from after the start. Not buffered: what is written stays
         when this process is killed, and nothing is left to be written when the disk is full."""
-        url = storage.join(self.run_dir, name)
-        old = storage.read_bytes(url).decode().splitlines() if storage.exists(url) else []
-        # A write that a kill or a full disk cut short has no brace at its end.
-        kept = [line + "\n" for line in old if line.endswith("}") and json.loads(line)["step"] <= self._start_step]
+        old = _lines(storage.join(self.run_dir, name))
+        kept = [line + "\n" for line, values in old if values["step"] <= self._start_step]
         path = self.staging / name
         storage.write_bytes(str(path), "".join(kept).encode())
         return path.open("ab", buffering=0)

@@ -1,28 +1,28 @@
-"""The training loop, the same for a plain process, torchrun and Ray."""
+"""The training loop, the same for a plain process, torchrun and Ray, and for one student or a pack of them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from mimkd_ray import storage
 from mimkd_ray.data.dataset import Data
-from mimkd_ray.errors import Interrupted
-from mimkd_ray.train import checkpoint, timeline
+from mimkd_ray.data.loader import LaneBatch
+from mimkd_ray.errors import Interrupted, NonFiniteLossError
+from mimkd_ray.train import timeline
 from mimkd_ray.train.cached import open_cached
-from mimkd_ray.train.config import Config, digest, to_dict
-from mimkd_ray.train.context import Context, all_sum, barrier, gather_lanes, share_from_first
-from mimkd_ray.train.files import MetricsLog, read_json, write_json
-from mimkd_ray.train.metrics import FiniteGuard, Meter, Progress, say
-from mimkd_ray.train.report import versions
+from mimkd_ray.train.config import Config
+from mimkd_ray.train.context import Context, all_sum, barrier, share_from_first
+from mimkd_ray.train.files import MetricsLog, read_json
+from mimkd_ray.train.metrics import Meter, Progress, say
 from mimkd_ray.train.rhythm import Rhythm
-from mimkd_ray.train.session import Session
+from mimkd_ray.train.run import Run
+from mimkd_ray.train.session import Session, StepRecord, advance
 
 
 def train(
@@ -49,80 +49,128 @@ def train(
     resumed = time.perf_counter() - began
     if start:
         say(context, f"resumed from step {start} of {run_dir} in {resumed:.1f} s")
-    log = writer = None
-    if context.rank == 0:
-        write_json(storage.join(run_dir, "config.json"), to_dict(config))
-        log = MetricsLog(run_dir, start, config.run)
-        writer = checkpoint.Writer(run_dir, config.run.keep_checkpoints, log.publish)
+    run = Run(session, run_dir, start, began, extra or {})
+    loop = Loop([run], config.recipe, quiet)
+    try:
+        loop.go()
+    finally:
+        session.supply.close()
+    return loop.results[run]
 
-    global_batch = config.train.lanes * config.train.lane_batch
-    progress = Progress(context, config.recipe, start, session.total_steps, global_batch, quiet)
-    guard = FiniteGuard(context.device)
-    meter = Meter(context.device, global_batch)
-    rhythm = Rhythm(config.run, context, session.order.steps_per_epoch, start)
-    batches = session.batches(start)
-    timeline.mark("built")
-    held_out: dict[str, Any] = {}
 
-    for step in range(start, session.total_steps):
-        record = session.step(step, batches)
-        done = step + 1
-        guard.add(step, record.log, record.ids)
-        meter.step()
+class Loop:
+    """Takes runs with one supply from the step where they stand to their end.
+
+    As it is, it trains a single student. A pack (train/pack.py) has several, looks at them in one pass, and lets
+    members leave.
+    """
+
+    def __init__(self, runs: Sequence[Run], label: str, quiet: bool = False, commits: bool = False) -> None:
+        """``commits``: whether all that belongs to an evaluation is committed before it is told."""
+        self.runs, self.label, self.quiet = list(runs), label, quiet
+        session = runs[0].session
+        self.config, self.context, self.supply = session.config, session.context, session.supply
+        self.start, self.total, self.steps_per_epoch = runs[0].start, session.total_steps, session.order.steps_per_epoch
+        self.commits = commits or self.context.reports_are_final
+        self.global_batch = self.config.train.lanes * self.config.train.lane_batch
+        self.meter = Meter(self.context.device, self.global_batch)
+        self.results: dict[Run, dict[str, Any]] = {}
+
+    def go(self) -> None:
+        """Train to the end, which leaves ``results``. Raises Interrupted when the job was asked to stop."""
+        context = self.context
+        progress = Progress(context, self.label, self.start, self.total, self.global_batch, self.quiet)
+        rhythm = Rhythm(self.config.run, context, self.steps_per_epoch, self.start)
+        batches = self.supply.batches(self.start)
+        timeline.mark("built")
+        for step in range(self.start, self.total):
+            records = self._step(step, batches)
+            done, last = step + 1, step + 1 == self.total
+            epoch, rest = divmod(done, self.steps_per_epoch)
+            every = self.config.train.eval_every
+            looks = last or (rest == 0 and every > 0 and epoch % every == 0)
+            if looks:
+                self._still_finite(lambda run: run.guard.check_all())
+            if self.runs:
+                progress.update(done, partial(self.text, records))
+            if looks and self.runs:
+                with self.meter.paused():
+                    held_out = self.evaluate()
+                for run, figures in zip(self.runs, held_out, strict=True):
+                    run.evaluated(done, epoch, figures)
+            decision = rhythm.after(done, save=looks and self.commits)
+            if decision.save and not last:
+                self._still_finite(lambda run: run.guard.check_all())
+                with self.meter.paused():
+                    self.save(done)
+            if decision.notice:
+                say(context, f"{decision.notice} will be taken away: saving at step {done}, and training on")
+            if decision.stop or decision.notice or (looks and self.commits):
+                for run in self.runs:
+                    run.wait()
+            if last:
+                progress.close()
+                self.finish()
+            if looks and self.runs:
+                self.told(done, epoch)
+            if not self.runs:
+                break
+            if decision.stop and not last:
+                barrier()  # no worker leaves before the state is committed
+                places = ", ".join(run.run_dir for run in self.runs)
+                raise Interrupted(f"asked to stop: saved at step {done} of {self.total} in {places}")
+        progress.close()
+
+    def _step(self, step: int, batches: Iterator[LaneBatch]) -> dict[Run, StepRecord]:
+        """One step of every run, and what is written of it."""
+        lanes = self.supply.feed.step(step, self.supply.my_lanes, batches)
+        records = dict(zip(self.runs, advance([run.session for run in self.runs], step, lanes), strict=True))
+        self._still_finite(lambda run: run.guard.add(step, records[run].log, records[run].ids))
+        self.meter.step()
         timeline.mark("first_step")
-        if done % config.train.log_every == 0 or done == session.total_steps:
-            write_step(log, session, done, record.log, meter)
-        if config.run.log_samples:
-            ids_LB = gather_lanes(torch.stack(record.ids), config.train.lanes)
-            if log is not None:
-                log.write_samples(done, record.view, ids_LB)
-        progress.update(done, partial(summary, record.log))
+        done = step + 1
+        for run in self.runs:
+            if done % self.config.train.log_every == 0 or done == self.total:
+                write_step(run.log, run.session, done, records[run].log, self.meter)
+            run.write_samples(done, records[run])
+        return records
 
-        epoch, rest = divmod(done, session.order.steps_per_epoch)
-        last = done == session.total_steps
-        if last or (rest == 0 and config.train.eval_every and epoch % config.train.eval_every == 0):
-            guard.check_all()
-            with meter.paused():
-                held_out = session.evaluate()
-            if log is not None:
-                log.write("eval", done, {"epoch": epoch, **held_out})
-                log.publish()
-            if not quiet:
-                say(context, f"{config.recipe}: epoch {epoch}, held-out top-1 {held_out['top1']:.2f} %")
-                context.report({"step": done, "epoch": epoch, **held_out})
-        decision = rhythm.after(done)
-        if decision.save and not last:
-            guard.check_all()
-            with meter.paused():
-                session.save(done, writer)
-        if decision.notice:
-            say(context, f"{decision.notice} will be taken away: saving at step {done}, and training on")
-        if (decision.stop or decision.notice) and writer is not None:
-            writer.wait()
-        if decision.stop and not last:
-            barrier()  # no worker leaves before the state is committed
-            raise Interrupted(f"asked to stop: saved at step {done} of {session.total_steps} in {run_dir}")
+    def _still_finite(self, look: Callable[[Run], None]) -> None:
+        """Let the guards look at the losses; a run whose loss is not a number leaves."""
+        for run in list(self.runs):
+            try:
+                look(run)
+            except NonFiniteLossError as error:
+                self.leave(run, error)
 
-    progress.close()
-    session.close()
-    result = {
-        **describe(config, session, held_out, meter, start, time.perf_counter() - began),
-        **(extra or {}),
-        "damaged": int(all_sum(torch.tensor(session.damage.damaged, device=context.device)).item()),
-    }
-    with session.settled():
-        weights = {
-            name: value.detach().to("cpu", copy=True).contiguous()
-            for name, value in session.exported().state_dict().items()
-        }
-    if log is not None and writer is not None:
-        writer.wait()
-        log.close()
-        result["checkpoints"] = {"saved": len(writer.stalls), "stall_seconds": sum(writer.stalls)}
-        storage.write_bytes(storage.join(run_dir, "student.safetensors"), save_safetensors(weights))
-        write_json(storage.join(run_dir, "result.json"), result)
-    barrier()
-    return share_from_first(result)
+    def text(self, records: Mapping[Run, StepRecord]) -> str:
+        """The latest metrics, for the bar."""
+        return summary(records[self.runs[0]].log)
+
+    def evaluate(self) -> list[dict[str, Any]]:
+        """Held-out figures of every run."""
+        return [run.session.evaluate() for run in self.runs]
+
+    def save(self, done: int) -> None:
+        """Checkpoint every run."""
+        for run in self.runs:
+            run.save(done)
+
+    def told(self, done: int, epoch: int) -> None:
+        """Tell of an evaluation, whose checkpoint, where one was due, is under way by now."""
+        (run,) = self.runs
+        if not self.quiet:
+            say(self.context, f"{self.label}: epoch {epoch}, held-out top-1 {run.held_out['top1']:.2f} %")
+        if not self.quiet or self.context.reports_are_final:
+            self.context.report({"step": done, "epoch": epoch, **run.held_out})
+
+    def leave(self, run: Run, error: NonFiniteLossError) -> None:
+        """What becomes of a run whose loss is not a number."""
+        raise error
+
+    def finish(self) -> None:
+        """Write the results of every run."""
+        self.results = {run: run.finish(self.meter) for run in self.runs}
 
 
 def write_step(log: MetricsLog | None, session: Session, done: int, record: Mapping[str, Tensor], meter: Meter) -> None:
@@ -144,33 +192,3 @@ def summary(record: Mapping[str, Tensor]) -> str:
     parts = [f"loss {float(record['loss']):.3f}"]
     parts += [f"{key.removesuffix('/nats')} {float(v):.2f} nats" for key, v in record.items() if key.endswith("/nats")]
     return ", ".join(parts)
-
-
-def describe(
-    config: Config, session: Session, held_out: Mapping[str, Any], meter: Meter, start: int, seconds: float
-) -> dict[str, Any]:
-    """What result.json says of this run."""
-    nats = {
-        term.name: {key: held_out.get(f"{term.name}/{key}") for key in ("nats", "ceiling")}
-        for term in session.distiller.loss.plan
-    }
-    return {
-        "recipe": config.recipe,
-        "student": {
-            "name": config.student.name,
-            **{key: held_out.get(key) for key in ("top1", "top5", "rows")},
-        },
-        "nats": nats,
-        "images_per_second": meter.rate(),
-        "seconds": seconds,
-        "steps": session.total_steps,
-        "epochs": session.total_steps / session.order.steps_per_epoch,
-        "workers": session.context.world_size,
-        "lanes": config.train.lanes,
-        "lane_batch": config.train.lane_batch,
-        "seed": config.train.seed,
-        "resumed_from": start,
-        "timeline": timeline.marks(),
-        "digests": {"config": digest(config), "data": session.data.digest},
-        "versions": versions(),
-    }

@@ -20,11 +20,12 @@ class Wanted(NamedTuple):
     missing: list[int]
 
 
-def explain(config: Config, lacking: Sequence[Wanted]) -> str:
-    """The message for entries that lack views; "" for none. Reads every key below the root."""
+def explain(configs: Sequence[Config], lacking: Sequence[Wanted]) -> str:
+    """The message for entries that lack views, of one run or of those of a pack; "" for none. Reads every key below
+    the root."""
     if not lacking:
         return ""
-    root = config.cache.root
+    root = configs[0].cache.root
     keys = read_keys(root)
     there = {key: views_there(root, key) for key in keys}
     # An entry whose building has not come to a manifest is no cache.
@@ -33,7 +34,8 @@ def explain(config: Config, lacking: Sequence[Wanted]) -> str:
     for wanted in lacking:
         said.setdefault(_reason(wanted, finished, there), []).append(wanted.label)
     reasons = "; ".join(f"{', '.join(labels)}: {reason}" for reason, labels in said.items())
-    return f"the cache {root} does not fit this run: {reasons}. Build what is missing with: {build_command(config)}"
+    commands = " && ".join(dict.fromkeys(build_command(config) for config in configs))
+    return f"the cache {root} does not fit this run: {reasons}. Build what is missing with: {commands}"
 
 
 def _reason(wanted: Wanted, finished: dict[str, Any], there: dict[str, set[int]]) -> str:

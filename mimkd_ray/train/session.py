@@ -1,9 +1,9 @@
-"""What a training run holds: networks, optimiser, order and batches; how it takes a step and is saved."""
+"""What a student in training is: networks, optimiser and statistics; how it takes a step and is saved."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,29 +11,20 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mimkd_ray.data.dataset import Data
-from mimkd_ray.data.loader import DamageCounter, LaneBatch, eval_batches, to_device, train_batches
-from mimkd_ray.data.views import View, make_pipeline
-from mimkd_ray.errors import UserError
+from mimkd_ray.data.loader import LaneBatch
+from mimkd_ray.losses.mimkd import Features
 from mimkd_ray.models.taps import TappedModel
 from mimkd_ray.train import checkpoint
-from mimkd_ray.train.build import (
-    build_distiller,
-    build_teacher,
-    has_compiler,
-    make_order,
-    parameter_dtype,
-    uses_channels_last,
-)
-from mimkd_ray.train.cache_check import CacheCheck
-from mimkd_ray.train.cache_negatives import CachedNegatives
+from mimkd_ray.train.build import build_distiller, has_compiler
 from mimkd_ray.train.cached import Cached
 from mimkd_ray.train.config import Config, differences, refuse_changes, training_dict
 from mimkd_ray.train.context import Context, gather_by_rank, is_distributed, share_from_first
-from mimkd_ray.train.evaluate import accuracy, read_information
-from mimkd_ray.train.feed import Feed
+from mimkd_ray.train.evaluate import accuracies, read_information
+from mimkd_ray.train.feed import Lane
 from mimkd_ray.train.metrics import say
 from mimkd_ray.train.optim import build_optimizer, learning_rate
-from mimkd_ray.train.step import LaneNorms, Normalizer, backward_lane, data_parallel, seed_lane
+from mimkd_ray.train.step import LaneNorms, backward_lane, data_parallel, seed_lane
+from mimkd_ray.train.supply import Supply
 
 
 class StepRecord(NamedTuple):
@@ -45,7 +36,10 @@ class StepRecord(NamedTuple):
 
 
 class Session:
-    """One run in one worker: ``step()`` advances it, ``evaluate()`` looks at it, ``save()`` is for a restart."""
+    """One student in one worker: ``step()`` advances it, ``evaluate()`` looks at it, ``save()`` is for a restart.
+
+    What feeds it is a :class:`Supply`: its own, or that of a pack, whose sessions are advanced together.
+    """
 
     def __init__(
         self,
@@ -54,36 +48,15 @@ class Session:
         teacher: torch.nn.Module | None,
         context: Context,
         cached: Cached | None = None,
+        supply: Supply | None = None,
     ) -> None:
-        """``cached``: codecs and, where the run reads a cache, its features (train/cached.py)."""
+        """``cached``: codecs and, where the run reads a cache, its features (train/cached.py). ``supply``: that of the
+        pack; the student's own is made of ``cached`` otherwise."""
         self.config, self.data, self.context = config, data, context
-        self.features = cached.reader if cached is not None else None
         train, device = config.train, context.device
-        if context.world_size > train.lanes:
-            raise UserError(
-                f"{context.world_size} workers for {train.lanes} lanes: a worker needs a lane of its own; "
-                f"pass --train.lanes {context.world_size}"
-            )
-        self.order = make_order(config, data.train)
-        self.total_steps = min(train.epochs * self.order.steps_per_epoch, train.max_steps or 2**62)
-        self.my_lanes = range(context.rank, train.lanes, context.world_size)
-        if train.lanes % context.world_size:
-            busiest = -(-train.lanes // context.world_size)
-            say(
-                context,
-                f"{train.lanes} lanes on {context.world_size} workers: a step takes as long as {busiest} lanes, and "
-                f"workers are busy {train.lanes / (busiest * context.world_size):.0%} of the time",
-            )
-        self.pipeline = make_pipeline(config.data.pipeline, config.data.image_size)
-        self.normalize = Normalizer(
-            config.data.mean,
-            config.data.std,
-            device,
-            parameter_dtype(train),
-            uses_channels_last(train, device),
-        )
-        coding = cached.coding if cached is not None else None
-        self.teacher = build_teacher(config, teacher, data.num_classes, device, coding) if teacher is not None else None
+        self.supply = supply if supply is not None else Supply([config], data, teacher, context, cached)
+        self.order, self.total_steps, self.my_lanes = self.supply.order, self.supply.total_steps, self.supply.my_lanes
+        self.normalize, self.teacher, self.feed = self.supply.normalize, self.supply.teacher, self.supply.feed
         self.distiller = build_distiller(config, data.num_classes, teacher, device)
         self.ema = (
             AveragedModel(self.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
@@ -93,30 +66,8 @@ class Session:
         self.optimizer = build_optimizer(config.optim, self.distiller)
         self.norms = LaneNorms(self.distiller, len(self.my_lanes), train.lanes)
         self.model = data_parallel(self.distiller) if is_distributed() else self.distiller
+        self._logs: list[dict[str, Tensor]] = []
         self._compile()
-        self.damage = DamageCounter(config.data.max_damaged, max(1, data.train.num_rows // context.world_size))
-        self.feed = Feed(
-            config,
-            data.num_classes,
-            self.pipeline.batch,
-            self.normalize,
-            self.teacher,
-            self.damage,
-            coding if self.features is not None else None,
-            self._canary(),
-            self._cached_negatives(),
-        )
-
-    def _canary(self) -> CacheCheck | None:
-        if self.features is None or self.teacher is None or not self.config.cache.canary:
-            return None
-        return CacheCheck(self.config, self.features, self.order, self.teacher)
-
-    def _cached_negatives(self) -> CachedNegatives | None:
-        if self.features is None or self.config.loss.resolved_negatives != "cache":
-            return None
-        say(self.context, "collecting teacher vectors of the cache for negatives")
-        return CachedNegatives(self.config, self.features)
 
     def _compile(self) -> None:
         mode = self.config.train.compile
@@ -133,48 +84,49 @@ class Session:
 
     def batches(self, start_step: int) -> Iterator[LaneBatch]:
         """This worker's lanes of all remaining steps, on the device ahead of need."""
-        batches = train_batches(
-            self.data.train,
-            self.order,
-            View(self.pipeline.train, self.config.view_seed),
-            views=self.config.data.views,
-            lanes=self.my_lanes,
-            start_step=start_step,
-            stop_step=self.total_steps,
-            loader_workers=self.config.data.loader_workers,
-            read_ahead=self.config.data.read_ahead,
-            pin_memory=self.context.device.type == "cuda",
-            features=self.features,
-        )
-        return to_device(batches, self.context.device)
+        return self.supply.batches(start_step)
 
     def step(self, step: int, batches: Iterator[LaneBatch]) -> StepRecord:
         """One optimiser step over this worker's lanes."""
-        config = self.config
-        lr = learning_rate(config.optim, step, self.order.steps_per_epoch, config.train.epochs)
+        return advance([self], step, self.feed.step(step, self.my_lanes, batches))[0]
+
+    def begin_step(self, step: int) -> None:
+        """Be ready for the lanes of a step."""
+        lr = learning_rate(self.config.optim, step, self.order.steps_per_epoch, self.config.train.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         self.norms.begin_step()
-        logs: list[dict[str, Tensor]] = []
-        ids: list[Tensor] = []
-        weight = self.context.world_size / config.train.lanes
-        for lane in self.feed.step(step, self.my_lanes, batches):
-            seed_lane(config.train.seed, step, lane.number)
-            last = lane.number == self.my_lanes[-1]
-            logs.append(
-                backward_lane(self.model, lane.images_BCHW, lane.labels_B, lane.ids_B, lane.teacher, weight, last)
-            )
-            ids.append(lane.ids_B)
-            self.norms.end_lane()
+        self._logs = []
+
+    def take(self, step: int, lane: Lane) -> None:
+        """Forward and backward of one lane."""
+        seed_lane(self.config.train.seed, step, lane.number)
+        weight = self.context.world_size / self.config.train.lanes
+        last = lane.number == self.my_lanes[-1]
+        features = self._asked(lane.teacher)
+        self._logs.append(
+            backward_lane(self.model, lane.images_BCHW, lane.labels_B, lane.ids_B, features, weight, last)
+        )
+        self.norms.end_lane()
+
+    def _asked(self, features: Features | None) -> Features | None:
+        """Of what the teacher says to all students of a pack, what this one asks for."""
+        loss = self.config.loss
+        if features is None or not loss.uses_teacher:
+            return None
+        return features if loss.resolved_negatives in ("step", "cache") else features._replace(others=None)
+
+    def end_step(self) -> dict[str, Tensor]:
+        """Update the weights. Returns the mean breakdown of the lanes."""
         self.norms.end_step()
-        if config.optim.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.distiller.parameters(), config.optim.clip_norm)
+        if self.config.optim.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.distiller.parameters(), self.config.optim.clip_norm)
         self.optimizer.step()
         self.distiller.loss.constrain_()
         if self.ema is not None:
             self.ema.update_parameters(self.distiller.student)
-        return StepRecord({key: torch.stack([log[key] for log in logs]).mean() for key in logs[0]}, ids, lane.view)
+        return {key: torch.stack([log[key] for log in self._logs]).mean() for key in self._logs[0]}
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -196,38 +148,22 @@ class Session:
         assert isinstance(tapped, TappedModel)
         return tapped.model
 
+    def weights(self) -> dict[str, Tensor]:
+        """What is exported, on the CPU. Every worker calls it."""
+        with self.settled():
+            return {
+                name: value.detach().to("cpu", copy=True).contiguous()
+                for name, value in self.exported().state_dict().items()
+            }
+
     def held_out(self, batch_size: int) -> Iterator[LaneBatch]:
         """This worker's slice of the held-out rows."""
-        return eval_batches(
-            self.data.val,
-            self.pipeline.eval,
-            rank=self.context.rank,
-            world_size=self.context.world_size,
-            batch_size=batch_size,
-            loader_workers=self.config.data.loader_workers,
-        )
+        return self.supply.held_out(batch_size)
 
     def evaluate(self) -> dict[str, Any]:
         """Held-out top-1, top-5, cross-entropy, and mutual information per term. Training goes on as if nobody had
         looked."""
-        with self.settled():
-            network = self.exported()
-            training = network.training
-            network.eval()
-            batches = self.held_out(self.config.train.eval_batch or self.config.train.lane_batch)
-            measured = accuracy(network, batches, self.normalize, self.config.data.max_damaged)
-            network.train(training)
-            values: dict[str, Any] = measured._asdict()
-            if self.teacher is not None and self.distiller.loss.plan:
-                # In batches of a lane, so that held-out nats have the ceiling of those in training.
-                lanes = self.held_out(self.config.train.lane_batch)
-                values |= read_information(self.distiller, self.teacher, lanes, self.normalize)
-        return values
-
-    def close(self) -> None:
-        """Take the hooks off the teacher, which other runs may use after this one."""
-        if self.teacher is not None:
-            self.teacher.tapped.release()
+        return evaluate_together([self])[0]
 
     def save(self, step: int, writer: checkpoint.Writer | None) -> None:
         """Checkpoint after ``step`` steps. Every worker takes part; the first has the writer."""
@@ -259,7 +195,11 @@ class Session:
         folder = share_from_first(found[0] if found else None)
         if folder is None:
             return 0
-        state = checkpoint.parse(found[1] if found else checkpoint.read(folder), self.context.device)
+        return self.restore(run_dir, found[1] if found else checkpoint.read(folder))
+
+    def restore(self, run_dir: str, content: bytes) -> int:
+        """Take over the state in a checkpoint of the run. Returns the step to go on from."""
+        state = checkpoint.parse(content, self.context.device)
         changed = differences(state["config"], training_dict(self.config))
         if state["data"] != self.data.digest:
             changed.append(f"the data set's digest: {state['data'][:12]} -> {self.data.digest[:12]}")
@@ -272,3 +212,44 @@ class Session:
             self.norms.load(state["own_statistics"][self.context.rank])
             self._ema_follows()
         return int(state["step"])
+
+
+def advance(sessions: Sequence[Session], step: int, lanes: Iterable[Lane]) -> list[StepRecord]:
+    """One optimiser step of every session, on the same lanes. One student's activations are held at a time."""
+    for session in sessions:
+        session.begin_step(step)
+    ids: list[Tensor] = []
+    view = 0
+    for lane in lanes:
+        for session in sessions:
+            session.take(step, lane)
+        ids.append(lane.ids_B)
+        view = lane.view
+    return [StepRecord(session.end_step(), ids, view) for session in sessions]
+
+
+def evaluate_together(sessions: Sequence[Session]) -> list[dict[str, Any]]:
+    """:meth:`Session.evaluate` of sessions with one supply: images are decoded, and the teacher runs, once for all."""
+    supply = sessions[0].supply
+    train = supply.config.train
+    with ExitStack() as stack:
+        for session in sessions:
+            stack.enter_context(session.settled())
+        networks = [session.exported() for session in sessions]
+        training = [network.training for network in networks]
+        for network in networks:
+            network.eval()
+        batches = supply.held_out(train.eval_batch or train.lane_batch)
+        measured = accuracies(networks, batches, supply.normalize, supply.config.data.max_damaged)
+        for network, mode in zip(networks, training, strict=True):
+            network.train(mode)
+        values: list[dict[str, Any]] = [each._asdict() for each in measured]
+        readable = [number for number, session in enumerate(sessions) if session.distiller.loss.plan]
+        if supply.teacher is not None and readable and train.information_rows:
+            # In batches of a lane, so that held-out nats have the ceiling of those in training.
+            lanes = supply.held_out(train.lane_batch)
+            distillers = [sessions[number].distiller for number in readable]
+            read = read_information(distillers, supply.teacher, lanes, supply.normalize, train.information_rows)
+            for number, information in zip(readable, read, strict=True):
+                values[number] |= information
+    return values

@@ -1,0 +1,269 @@
+"""A pack: several students with configurations of their own, trained in one process on the same batches and the same
+teacher pass, each as if it were alone.
+
+For a search without a cache: decoding and the teacher cost once what K runs would each pay for. Members share what
+feeds them (data, mixing, cache, teacher, lanes, length, seed); loss, optimiser, student and moving average are their
+own. On the CPU a member's weights and metrics equal those of its lone run bit for bit.
+
+Each member has a run directory like a lone run's. Members are saved at the same steps and go on from the newest one
+that all of them have. One that is finished, was stopped or has failed says so in result.json, stopped.json or
+failed.json, and is not trained again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mimkd_ray import storage
+from mimkd_ray.data.dataset import Data
+from mimkd_ray.errors import NonFiniteLossError, UserError
+from mimkd_ray.train import checkpoint
+from mimkd_ray.train.cached import open_cached
+from mimkd_ray.train.config import Config, differences, to_dict
+from mimkd_ray.train.context import Context
+from mimkd_ray.train.files import jsonable, read_json, read_metrics, write_json
+from mimkd_ray.train.job import claim
+from mimkd_ray.train.loop import Loop
+from mimkd_ray.train.metrics import say
+from mimkd_ray.train.run import Run
+from mimkd_ray.train.session import Session, StepRecord, evaluate_together
+from mimkd_ray.train.supply import Supply
+
+RESULT, STOPPED, FAILED = "result.json", "stopped.json", "failed.json"
+
+FEWEST_CHECKPOINTS = 2
+"""That a member keeps: a kill may come when some have committed a step and others only the one before."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One student of a pack."""
+
+    config: Config
+    run_dir: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a member ended: exactly one of the three."""
+
+    result: dict[str, Any] | None = None
+    """What result.json says of a finished member."""
+    error: Exception | None = None
+    """What ended this member alone; the others went on."""
+    stopped: int | None = None
+    """The epoch at which the judge stopped it."""
+
+
+Judge = Callable[[int, Mapping[int, Mapping[str, Any]]], Collection[int]]
+"""(epoch, held-out figures by index of member) -> indices of members to stop. Called after an evaluation, once all that
+belongs to it is committed.
+
+After a restart it is called again for the evaluation that the pack goes on from: a kill may have come before its
+verdict was carried out. The figures are then again those of all members that took part, so that a judge which decides
+by its arguments alone decides the same. Members that have ended since may be named; nothing happens to them."""
+
+
+def train_pack(
+    members: Sequence[Member],
+    data: Data,
+    teacher: nn.Module | None,
+    context: Context,
+    judge: Judge | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> list[Outcome]:
+    """Train all members to their ends. Returns their outcomes, in order.
+
+    ``teacher`` is None where no member's loss needs one; ``extra`` (about the teacher, say) is added to every result.
+    A step costs what the teacher and all students cost; one student's activations are held at a time. With a
+    ``judge`` a checkpoint is saved at every evaluation. Figures are told to the judge, not to ``context.report``.
+    Raises UserError for members that do not go together, for what would be one alone, and for several workers;
+    Interrupted when the job was asked to stop and has saved the state of all.
+    """
+    if context.world_size != 1:
+        raise UserError(f"a pack is trained by one worker, and there are {context.world_size}: pass --launch.workers 1")
+    check_members(members)
+    outcomes = {number: read_outcome(member.run_dir) for number, member in enumerate(members)}
+    going = [number for number, outcome in outcomes.items() if outcome is None]
+    if going:
+        pack = _open(members, going, data, teacher, context, judge, extra or {})
+        try:
+            pack.go()
+        finally:
+            pack.supply.close()
+        outcomes |= pack.outcomes
+    return [outcome for outcome in outcomes.values() if outcome is not None]
+
+
+def shared_part(config: Config) -> dict[str, Any]:
+    """Of a config, in JSON form, what all members of a pack have in common."""
+    value = to_dict(config)
+    shared = {section: value[section] for section in ("data", "mix", "cache", "teacher", "train", "run")}
+    del shared["train"]["ema_decay"]
+    shared["run"] = {name: item for name, item in value["run"].items() if name.startswith("checkpoint_")}
+    return shared
+
+
+def check_members(members: Sequence[Member]) -> None:
+    """Raise UserError for members that cannot be trained together, or whose directories were begun otherwise."""
+    if not members:
+        raise UserError("a pack of no members: give at least one")
+    first = shared_part(members[0].config)
+    found: dict[str, list[str]] = {}
+    for number, member in enumerate(members[1:], start=1):
+        for difference in differences(first, shared_part(member.config)):
+            found.setdefault(difference, []).append(str(number))
+    if found:
+        listed = "; ".join(f"{difference} (members 0 -> {', '.join(who)})" for difference, who in found.items())
+        raise UserError(
+            f"members of a pack train on the same batches and the same teacher pass, and differ in {listed}: put them "
+            "in different packs"
+        )
+    asked: dict[str, list[str]] = {}
+    for number, member in enumerate(members):
+        if member.config.loss.uses_teacher:
+            asked.setdefault(member.config.loss.resolved_negatives, []).append(str(number))
+    if {"step", "cache"} <= asked.keys():
+        raise UserError(
+            f"loss.negatives is step for members {', '.join(asked['step'])} of the pack and cache for members "
+            f"{', '.join(asked['cache'])}: put them in different packs"
+        )
+    if len({member.run_dir for member in members}) != len(members):
+        raise UserError(f"two members of a pack have one directory: {', '.join(member.run_dir for member in members)}")
+    for member in members:
+        claim(member.config, member.run_dir)
+
+
+def read_outcome(run_dir: str) -> Outcome | None:
+    """How the member with this directory ended; None if it has not."""
+    result = read_json(storage.join(run_dir, RESULT))
+    if result is not None:
+        return Outcome(result=result)
+    stopped = read_json(storage.join(run_dir, STOPPED))
+    if stopped is not None:
+        return Outcome(stopped=stopped["epoch"])
+    failed = read_json(storage.join(run_dir, FAILED))
+    return None if failed is None else Outcome(error=_ERRORS[failed["kind"]](failed["message"]))
+
+
+_ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (NonFiniteLossError,)}
+"""What ends a member alone, by the name in failed.json."""
+
+
+def _open(
+    members: Sequence[Member],
+    going: Sequence[int],
+    data: Data,
+    teacher: nn.Module | None,
+    context: Context,
+    judge: Judge | None,
+    extra: Mapping[str, Any],
+) -> _Pack:
+    """The pack of the members that are ``going``, at the newest step that they share."""
+    began = time.perf_counter()
+    configs = [members[number].config for number in going]
+    places = [members[number].run_dir for number in going]
+    readers = [config for config in configs if config.loss.uses_teacher]
+    network = teacher if readers else None
+    # What is fitted without a cache is kept with the first member, whoever goes on.
+    cached = open_cached(readers[0], data, network, context, members[0].run_dir, readers[1:]) if readers else None
+    supply = Supply(readers or configs, data, network, context, cached)
+    start, contents = checkpoint.newest_shared(places)
+    sessions = []
+    for number, config in enumerate(configs):
+        own = network if config.loss.uses_teacher else None
+        session = Session(config, data, own, context, supply=supply)
+        if contents:
+            session.restore(places[number], contents[number])
+        checkpoint.drop_after(places[number], start)
+        sessions.append(session)
+    if start:
+        seconds = time.perf_counter() - began
+        say(context, f"resumed {len(going)} members from step {start} of {', '.join(places)} in {seconds:.1f} s")
+    runs = {
+        number: Run(session, place, start, began, extra, FEWEST_CHECKPOINTS)
+        for number, session, place in zip(going, sessions, places, strict=True)
+    }
+    told = {number: told_before(member.run_dir) for number, member in enumerate(members)} if judge is not None else {}
+    return _Pack(runs, judge, told)
+
+
+def told_before(run_dir: str) -> dict[int, dict[str, Any]]:
+    """Held-out figures of the evaluations that the run's metrics.jsonl tells of, by step."""
+    lines = read_metrics(run_dir, "eval")
+    return {line.pop("step"): {key: line[key] for key in line if key not in ("kind", "epoch")} for line in lines}
+
+
+class _Pack(Loop):
+    """The loop with several students, of which some may leave before the end."""
+
+    def __init__(
+        self, runs: Mapping[int, Run], judge: Judge | None, told_before: Mapping[int, Mapping[int, Mapping[str, Any]]]
+    ) -> None:
+        """``runs`` by index of member. ``told_before``: figures of earlier starts, by index of any member and step."""
+        super().__init__(list(runs.values()), f"pack of {len(runs)}", commits=judge is not None)
+        self.numbers = {run: number for number, run in runs.items()}
+        self.judge, self.told_before = judge, told_before
+        self.outcomes: dict[int, Outcome] = {}
+
+    def go(self) -> None:
+        """Train to the end, which leaves ``outcomes``."""
+        at_start = {number: told[self.start] for number, told in self.told_before.items() if self.start in told}
+        if at_start:
+            self._judge(self.start, self.start // self.steps_per_epoch, at_start)
+        going = {self.numbers[run] for run in self.runs}
+        self.told_before = {number: told for number, told in self.told_before.items() if number not in going}
+        if self.runs:
+            super().go()
+
+    def text(self, records: Mapping[Run, StepRecord]) -> str:
+        """The losses of all members."""
+        return "loss " + ", ".join(f"{float(records[run].log['loss']):.3f}" for run in self.runs)
+
+    def evaluate(self) -> list[dict[str, Any]]:
+        """In one pass for all."""
+        return evaluate_together([run.session for run in self.runs])
+
+    def save(self, done: int) -> None:
+        """A member removes its oldest checkpoint when it commits this one: by then all have the one before."""
+        for run in self.runs:
+            run.wait()
+        super().save(done)
+
+    def told(self, done: int, epoch: int) -> None:
+        """Say it, and ask the judge."""
+        tops = ", ".join(f"{run.held_out['top1']:.2f}" for run in self.runs)
+        say(self.context, f"{self.label}: epoch {epoch}, held-out top-1 {tops} %")
+        figures = {number: told[done] for number, told in self.told_before.items() if done in told}
+        self._judge(done, epoch, figures | {self.numbers[run]: jsonable(run.held_out) for run in self.runs})
+
+    def _judge(self, done: int, epoch: int, figures: Mapping[int, Mapping[str, Any]]) -> None:
+        """Carry out the judge's verdict. At the end all members have finished, and it only hears of it."""
+        stop = set(self.judge(epoch, figures)) if self.judge is not None else set()
+        for run in list(self.runs):
+            number = self.numbers[run]
+            if number in stop and number not in self.outcomes:
+                say(self.context, f"member {number} of the {self.label} ({run.run_dir}) is stopped at epoch {epoch}")
+                self._end(run, Outcome(stopped=epoch), STOPPED, {"epoch": epoch, "step": done})
+
+    def leave(self, run: Run, error: NonFiniteLossError) -> None:
+        """The others go on without it."""
+        say(self.context, f"member {self.numbers[run]} of the {self.label} ({run.run_dir}) leaves: {error}")
+        self._end(run, Outcome(error=error), FAILED, {"kind": type(error).__name__, "message": str(error)})
+
+    def _end(self, run: Run, outcome: Outcome, file: str, values: Mapping[str, Any]) -> None:
+        """A member ends before the others. The file comes last: what it says is then all committed."""
+        run.close()
+        write_json(storage.join(run.run_dir, file), values)
+        self.runs.remove(run)
+        self.outcomes[self.numbers[run]] = outcome
+
+    def finish(self) -> None:
+        """Write the results of those that came to the end."""
+        super().finish()
+        self.outcomes |= {self.numbers[run]: Outcome(result=result) for run, result in self.results.items()}
