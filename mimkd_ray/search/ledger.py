@@ -124,7 +124,7 @@ def point_of(figures: Mapping[str, Any]) -> Point:
 def with_point(trial: Trial, point: Point, metric: Metric) -> Trial:
     """The trial after one more evaluation; one that it has already (a trial that went on from a checkpoint repeats
     some) takes the old one's place."""
-    curve = (*(old for old in trial.curve if old.step < point.step), point)
+    curve = (*(old for old in trial.curve if old.epoch < point.epoch), point)
     finite = [each for each in curve if math.isfinite(getattr(each, metric))]
     if not finite:
         return replace(trial, curve=curve)

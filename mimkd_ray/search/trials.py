@@ -87,29 +87,29 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Final:
-    """One of the best trials, trained anew with several seeds and scored on the validation set."""
+    """One of the best trials, trained anew with several seeds and scored on the held-out part of the training set."""
 
     trial: int
     """Number of the trial that its config comes from."""
     seeds: tuple[int, ...]
-    top1: tuple[float, ...]
-    """Percent, for each seed."""
+    scores: tuple[float, ...]
+    """At the end of training, for each seed; in the search's metric."""
 
     def __post_init__(self) -> None:
-        if not self.seeds or len(self.seeds) != len(self.top1):
-            raise ValueError(f"finalist {self.trial} has {len(self.top1)} results for {len(self.seeds)} seeds")
+        if not self.seeds or len(self.seeds) != len(self.scores):
+            raise ValueError(f"finalist {self.trial} has {len(self.scores)} results for {len(self.seeds)} seeds")
 
     @property
     def mean(self) -> float:
-        """Mean top-1 over the seeds."""
-        return math.fsum(self.top1) / len(self.top1)
+        """Mean over the seeds."""
+        return math.fsum(self.scores) / len(self.scores)
 
     @property
     def sd(self) -> float | None:
         """Sample standard deviation over the seeds; None for one seed, and where a result is not finite."""
-        if len(self.top1) < 2 or not all(map(math.isfinite, self.top1)):
+        if len(self.scores) < 2 or not all(map(math.isfinite, self.scores)):
             return None
-        return statistics.stdev(self.top1)
+        return statistics.stdev(self.scores)
 
 
 def direction(metric: str) -> str:

@@ -19,6 +19,7 @@ from mimkd_ray.search.config import SearchConfig
 from mimkd_ray.search.ledger import Ended, Planned
 from mimkd_ray.search.study import halving
 from mimkd_ray.train import timeline
+from mimkd_ray.train.build import make_order
 from mimkd_ray.train.cached import open_cached
 from mimkd_ray.train.config import Config, from_dict, to_dict
 from mimkd_ray.train.context import Context
@@ -159,8 +160,10 @@ def _train(
     data, teacher, facts = _opened.get(with_teacher, context, folder)
     members = [Member(config, places[each.number]) for config, each in zip(configs, planned, strict=True)]
 
+    steps = make_order(configs[0], data.train).steps_per_epoch
+
     def judge(epoch: int, figures: Mapping[int, Mapping[str, Any]]) -> set[int]:
-        tell({planned[at].number: value for at, value in figures.items()})
+        tell({planned[at].number: {"epoch": epoch, "step": epoch * steps, **value} for at, value in figures.items()})
         return halving(search, epoch, {at: value[search.metric] for at, value in figures.items()})
 
     outcomes = train_pack(members, data, teacher, context, judge, facts)

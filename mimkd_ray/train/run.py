@@ -130,7 +130,7 @@ def describe(session: Session, held_out: Mapping[str, Any], meter: Meter, start:
         "recipe": config.recipe,
         "student": {
             "name": config.student.name,
-            **{key: held_out.get(key) for key in ("top1", "top5", "rows")},
+            **{key: held_out.get(key) for key in ("top1", "top5", "cross_entropy", "rows")},
         },
         "nats": nats,
         "images_per_second": meter.rate(),

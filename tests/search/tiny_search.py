@@ -45,7 +45,7 @@ def unlucky(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
     """Some trials cannot be trained: one asks for more memory than there is, one has a loss that explodes."""
     fate = suggest.choice("fate", ("fine", "huge", "wild", "wrong"))
     if fate == "huge":
-        return replace(config, loss=replace(config.loss, critic=replace(config.loss.critic, width=3_000_000)))
+        return replace(config, loss=replace(config.loss, critic=replace(config.loss.critic, width=200_000)))
     if fate == "wild":
         return replace(config, optim=replace(config.optim, lr=1e30))
     if fate == "wrong":
