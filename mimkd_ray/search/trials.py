@@ -1,0 +1,245 @@
+"""The records of a hyperparameter search, and trials.parquet: one row for each trial.
+
+    number, state, kind, reason, score, best_epoch, seconds    what became of the trial
+    param/NAME                                                 double, int64, bool or string; null: it had none
+    config                                                     the whole config, JSON
+    curve                                                      list of evaluations, in the order they were made
+
+The schema's metadata says what a score is: `metric` and `direction`. Records hold what was measured, also NaN and
+infinities: these are legal doubles in Parquet. The config is strict JSON, in which they become null.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeGuard, get_args
+
+from mimkd_ray import storage
+from mimkd_ray.errors import DamagedDataError, UserError, nearest
+from mimkd_ray.train.files import jsonable
+
+State = Literal["running", "completed", "stopped", "failed"]
+Value = float | int | str | bool
+
+DIRECTIONS = {"top1": "maximize", "cross_entropy": "minimize"}
+"""What a search can score by, and which way is better."""
+
+_PARAM = "param/"
+_JSON = {b"encoding": b"json"}
+"""Metadata of a string column whose values differ in type between trials: each is JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One evaluation of a trial on held-out images."""
+
+    epoch: int
+    """Epochs trained by then."""
+    step: int
+    """Steps trained by then."""
+    top1: float
+    """Percent."""
+    top5: float
+    """Percent."""
+    cross_entropy: float
+    """Nats for an image."""
+    nats: float | None = None
+    """Mutual information with the teacher, summed over the terms; None: not read."""
+    seconds: float | None = None
+    """Since the trial's start; None: not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One trial: what was tried, what came of it, and why it ended."""
+
+    number: int
+    """From 0, in the order of their start."""
+    state: State
+    """completed: trained to its end. stopped: ended early on purpose. failed: ended by what `kind` says."""
+    kind: str = ""
+    """"", early, budget, out of memory, non-finite, error, lost."""
+    reason: str = ""
+    """One sentence: why it ended."""
+    params: Mapping[str, Value]
+    """Only those that this trial had: spaces are conditional."""
+    score: float | None = None
+    """Best held-out value so far. Its name belongs to the table."""
+    best_epoch: int | None = None
+    """Where `score` was reached."""
+    seconds: float = 0.0
+    """From start to end, or so far."""
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The whole config as JSON."""
+    curve: tuple[Point, ...] = ()
+    """Every evaluation."""
+
+    def __post_init__(self) -> None:
+        if self.state not in get_args(State):
+            raise ValueError(f"trial {self.number} is in state {self.state!r}; states are {', '.join(get_args(State))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Final:
+    """One of the best trials, trained anew with several seeds and scored on the validation set."""
+
+    trial: int
+    """Number of the trial that its config comes from."""
+    seeds: tuple[int, ...]
+    top1: tuple[float, ...]
+    """Percent, for each seed."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(self.seeds) != len(self.top1):
+            raise ValueError(f"finalist {self.trial} has {len(self.top1)} results for {len(self.seeds)} seeds")
+
+    @property
+    def mean(self) -> float:
+        """Mean top-1 over the seeds."""
+        return math.fsum(self.top1) / len(self.top1)
+
+    @property
+    def sd(self) -> float | None:
+        """Sample standard deviation over the seeds; None for one seed, and where a result is not finite."""
+        if len(self.top1) < 2 or not all(map(math.isfinite, self.top1)):
+            return None
+        return statistics.stdev(self.top1)
+
+
+def direction(metric: str) -> str:
+    """Return "maximize" or "minimize". Raises UserError for a metric that no search scores by."""
+    if metric not in DIRECTIONS:
+        known = " or ".join(DIRECTIONS)
+        raise UserError(f"no metric {metric!r}: a search scores by {known}{nearest(metric, DIRECTIONS)}")
+    return DIRECTIONS[metric]
+
+
+def is_finite(value: float | None) -> TypeGuard[float]:
+    """Whether a number is there and can be compared and drawn."""
+    return value is not None and math.isfinite(value)
+
+
+def ranked(trials: Sequence[Trial], metric: str) -> list[Trial]:
+    """Return the trials one can train with, best first: completed or stopped, with a finite score.
+
+    Equal scores keep the order of their numbers. Failed trials are left out, whatever they had reached.
+    """
+    sign = -1.0 if direction(metric) == "maximize" else 1.0
+    usable = [trial for trial in trials if trial.state in ("completed", "stopped") and is_finite(trial.score)]
+    return sorted(usable, key=lambda trial: (sign * (trial.score or 0.0), trial.number))
+
+
+def to_table(trials: Sequence[Trial], metric: str) -> Any:
+    """Return the trials as a pyarrow Table, in their order. Parameters' columns are in the order of first use."""
+    import pyarrow as pa
+
+    point = pa.struct(
+        [
+            ("epoch", pa.int64()),
+            ("step", pa.int64()),
+            ("top1", pa.float64()),
+            ("top5", pa.float64()),
+            ("cross_entropy", pa.float64()),
+            ("nats", pa.float64()),
+            ("seconds", pa.float64()),
+        ]
+    )
+    columns: list[tuple[Any, list[Any]]] = [
+        (pa.field("number", pa.int64()), [trial.number for trial in trials]),
+        (pa.field("state", pa.string()), [trial.state for trial in trials]),
+        (pa.field("kind", pa.string()), [trial.kind for trial in trials]),
+        (pa.field("reason", pa.string()), [trial.reason for trial in trials]),
+        (pa.field("score", pa.float64()), [trial.score for trial in trials]),
+        (pa.field("best_epoch", pa.int64()), [trial.best_epoch for trial in trials]),
+        (pa.field("seconds", pa.float64()), [trial.seconds for trial in trials]),
+        *(_param_column(name, [trial.params.get(name) for trial in trials]) for name in param_names(trials)),
+        (pa.field("config", pa.string()), [_to_json(trial.config) for trial in trials]),
+        (pa.field("curve", pa.list_(point)), [[dataclasses.asdict(p) for p in trial.curve] for trial in trials]),
+    ]
+    schema = pa.schema(
+        [field for field, _ in columns], metadata={"metric": metric, "direction": direction(metric), "version": "1"}
+    )
+    return pa.table([pa.array(values, field.type) for field, values in columns], schema=schema)
+
+
+def from_table(table: Any) -> tuple[list[Trial], str]:
+    """Return the trials of a table, and their metric. Raises KeyError or ValueError for another kind of table."""
+    metric = (table.schema.metadata or {})[b"metric"].decode()
+    if metric not in DIRECTIONS:
+        raise ValueError(f"its metric is {metric!r}")
+    names = [field.name for field in table.schema if field.name.startswith(_PARAM)]
+    as_json = {name for name in names if _is_json(table.schema.field(name))}
+    trials = []
+    for row in table.to_pylist():
+        params = {
+            name.removeprefix(_PARAM): json.loads(row[name]) if name in as_json else row[name]
+            for name in names
+            if row[name] is not None
+        }
+        plain = {name: row[name] for name in ("number", "state", "kind", "reason", "score", "best_epoch", "seconds")}
+        curve = tuple(Point(**point) for point in row["curve"])
+        trials.append(Trial(**plain, params=params, config=json.loads(row["config"]), curve=curve))
+    return trials, metric
+
+
+def write_trials(url: str, trials: Sequence[Trial], metric: str) -> None:
+    """Publish trials.parquet at `url`, local or remote, at once: readers see the old table or the new one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(to_table(trials, metric), sink, compression="zstd")
+    storage.write_bytes(url, sink.getvalue().to_pybytes())
+
+
+def read_trials(url: str) -> tuple[list[Trial], str]:
+    """Return the trials at `url`, and their metric. Raises FileNotFoundError, and DamagedDataError for another file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data = storage.read_bytes(url)
+    try:
+        return from_table(pq.read_table(io.BytesIO(data)))
+    except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
+        raise DamagedDataError(
+            f"{url}: {len(data)} bytes that are no table of trials: {error!r}; remove it, and give the search's "
+            "command again, which writes it anew"
+        ) from error
+
+
+def param_names(trials: Sequence[Trial]) -> list[str]:
+    """Return every parameter that a trial had, in the order of first use."""
+    return list(dict.fromkeys(name for trial in trials for name in trial.params))
+
+
+def _param_column(name: str, values: list[Value | None]) -> tuple[Any, list[Any]]:
+    """Return the field and its values: of the narrowest type that gives every value back, else as JSON."""
+    import pyarrow as pa
+
+    there = [value for value in values if value is not None]
+    types = {type(value) for value in there}
+    widest = max((abs(value) for value in there if type(value) is int), default=0)
+    for kinds, fits, arrow in (
+        ({bool}, True, pa.bool_()),
+        ({str}, True, pa.string()),
+        ({int}, widest < 2**63, pa.int64()),
+        ({int, float}, widest <= 2**53, pa.float64()),
+    ):
+        if types <= kinds and fits:
+            return pa.field(_PARAM + name, arrow), values
+    field = pa.field(_PARAM + name, pa.string(), metadata=_JSON)
+    return field, [None if value is None else json.dumps(value) for value in values]
+
+
+def _is_json(field: Any) -> bool:
+    return (field.metadata or {}).get(b"encoding") == b"json"
+
+
+def _to_json(config: Mapping[str, Any]) -> str:
+    return json.dumps(jsonable(config), allow_nan=False)
