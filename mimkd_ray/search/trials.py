@@ -27,6 +27,8 @@ from mimkd_ray.train.files import jsonable
 State = Literal["running", "completed", "stopped", "failed"]
 Value = float | int | str | bool
 
+STATES = get_args(State)
+
 DIRECTIONS = {"top1": "maximize", "cross_entropy": "minimize"}
 """What a search can score by, and which way is better."""
 
@@ -81,8 +83,8 @@ class Trial:
     """Every evaluation."""
 
     def __post_init__(self) -> None:
-        if self.state not in get_args(State):
-            raise ValueError(f"trial {self.number} is in state {self.state!r}; states are {', '.join(get_args(State))}")
+        if self.state not in STATES:
+            raise ValueError(f"trial {self.number} is in state {self.state!r}; states are {', '.join(STATES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
