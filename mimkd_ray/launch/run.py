@@ -16,7 +16,6 @@ from mimkd_ray.train.files import read_json
 from mimkd_ray.train.job import claim
 from mimkd_ray.train.preflight import preflight
 
-
 C = TypeVar("C", bound=Config)
 
 

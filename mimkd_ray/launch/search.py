@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mimkd_ray import cli, storage
-from mimkd_ray.errors import Interrupted, UserError
+from mimkd_ray.errors import Interrupted
 from mimkd_ray.launch import environment
 from mimkd_ray.launch.local import pick_device
 from mimkd_ray.launch.run import absolute

@@ -62,18 +62,27 @@ class Finals:
     def publish(self) -> list[Final]:
         """Write best.json with the config of the finalist whose mean is best (finals.json has them all), and return the
         finalists, best first. Those with a failed run are left out."""
-        scores: dict[int, dict[int, float]] = {}
+        found: dict[int, dict[int, Mapping[str, float]]] = {}
         for number, (trial, seed) in enumerate(self.runs):
             result = self._result(number)
             if result is not None:
-                scores.setdefault(trial, {})[seed] = float(result["student"][self.config.metric])
-        whole = {trial: found for trial, found in scores.items() if len(found) == self.config.seeds}
-        sign = -1 if self.config.mode == "max" else 1
-        order = sorted(whole, key=lambda trial: sign * statistics.fmean(whole[trial].values()))
-        finals = [Final(trial=trial, seeds=tuple(whole[trial]), scores=tuple(whole[trial].values())) for trial in order]
-        lines = [{"trial": f.trial, "seeds": f.seeds, "scores": f.scores, "mean": f.mean, "sd": f.sd} for f in finals]
+                found.setdefault(trial, {})[seed] = result["student"]
+        whole = {trial: seeds for trial, seeds in found.items() if len(seeds) == self.config.seeds}
+        means = {
+            trial: statistics.fmean(student[self.config.metric] for student in seeds.values())
+            for trial, seeds in whole.items()
+        }
+        order = sorted(whole, key=lambda trial: means[trial], reverse=self.config.mode == "max")
+        lines = [{"trial": trial, "mean": means[trial], "seeds": whole[trial]} for trial in order]
         write_json(storage.join(self.search.folder, "finals.json"), {"metric": self.config.metric, "finals": lines})
-        if finals:
-            chosen = self.search.trials[finals[0].trial].config
+        if order:
+            chosen = self.search.trials[order[0]].config
             write_json(storage.join(self.search.folder, "best.json"), final_config(self.search.job, chosen))
-        return finals
+        return [
+            Final(
+                trial=trial,
+                seeds=tuple(whole[trial]),
+                top1=tuple(student["top1"] for student in whole[trial].values()),
+            )
+            for trial in order
+        ]

@@ -40,7 +40,7 @@ class _Ask:
         return self.trial.suggest_float(name, low, high, log=log)
 
     def choice(self, name: str, options: Sequence[V]) -> V:
-        return self.trial.suggest_categorical(name, list(options))  # type: ignore[return-value]
+        return self.trial.suggest_categorical(name, list(options))
 
 
 class Study:
@@ -48,7 +48,7 @@ class Study:
     so far are replayed, so that there is no state but theirs."""
 
     def __init__(self, config: SearchConfig, build: Callable[[Suggest], Config], known: Sequence[Trial]) -> None:
-        """``known``: trials of an earlier start, by number. Raises UserError if the space does not have their values."""
+        """``known``: trials of an earlier start, by number. Raises UserError if the space lacks their values."""
         optuna.logging.set_verbosity(logging.WARNING)
         self.config, self.build = config, build
         seed = config.seed * 1009 + len(known)  # after a restart, other draws than at the start

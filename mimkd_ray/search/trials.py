@@ -27,6 +27,8 @@ from mimkd_ray.train.files import jsonable
 State = Literal["running", "completed", "stopped", "failed"]
 Value = float | int | str | bool
 
+STATES = get_args(State)
+
 DIRECTIONS = {"top1": "maximize", "cross_entropy": "minimize"}
 """What a search can score by, and which way is better."""
 
@@ -81,35 +83,35 @@ class Trial:
     """Every evaluation."""
 
     def __post_init__(self) -> None:
-        if self.state not in get_args(State):
-            raise ValueError(f"trial {self.number} is in state {self.state!r}; states are {', '.join(get_args(State))}")
+        if self.state not in STATES:
+            raise ValueError(f"trial {self.number} is in state {self.state!r}; states are {', '.join(STATES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Final:
-    """One of the best trials, trained anew with several seeds and scored on the held-out part of the training set."""
+    """One of the best trials, trained anew with several seeds and scored on the held-out training rows."""
 
     trial: int
     """Number of the trial that its config comes from."""
     seeds: tuple[int, ...]
-    scores: tuple[float, ...]
-    """At the end of training, for each seed; in the search's metric."""
+    top1: tuple[float, ...]
+    """Percent, for each seed."""
 
     def __post_init__(self) -> None:
-        if not self.seeds or len(self.seeds) != len(self.scores):
-            raise ValueError(f"finalist {self.trial} has {len(self.scores)} results for {len(self.seeds)} seeds")
+        if not self.seeds or len(self.seeds) != len(self.top1):
+            raise ValueError(f"finalist {self.trial} has {len(self.top1)} results for {len(self.seeds)} seeds")
 
     @property
     def mean(self) -> float:
-        """Mean over the seeds."""
-        return math.fsum(self.scores) / len(self.scores)
+        """Mean top-1 over the seeds."""
+        return math.fsum(self.top1) / len(self.top1)
 
     @property
     def sd(self) -> float | None:
         """Sample standard deviation over the seeds; None for one seed, and where a result is not finite."""
-        if len(self.scores) < 2 or not all(map(math.isfinite, self.scores)):
+        if len(self.top1) < 2 or not all(map(math.isfinite, self.top1)):
             return None
-        return statistics.stdev(self.scores)
+        return statistics.stdev(self.top1)
 
 
 def direction(metric: str) -> str:

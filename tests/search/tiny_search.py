@@ -10,7 +10,7 @@ from tiny_run import tiny_config
 
 from mimkd_ray.search.config import SearchConfig, SearchJob, search_job
 from mimkd_ray.search.search import Search
-from mimkd_ray.search.space import Candidates, Space, Suggest, find_spaces
+from mimkd_ray.search.space import Candidates, Suggest, find_spaces
 from mimkd_ray.spaces import SPACES
 from mimkd_ray.train.config import Config
 
@@ -51,6 +51,3 @@ def unlucky(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
     if fate == "wrong":
         return replace(config, loss=replace(config.loss, feature_pairs=("stage3:nowhere",)))
     return config
-
-
-
