@@ -113,7 +113,7 @@ class _Searcher(Searcher):
         return payload(search, planned, self.folder, places, self.shape.workers, self.own)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """A trial that raises nothing ends with a word of its own; here its process is gone, as often as retries say."""
+        """A trial says itself how it ended; an error here is that its process is gone, more often than retries allow."""
         if error:
             text = self.errors.get(trial_id, "")
             kind: Ending = "out of memory" if "OutOfMemoryError" in text else "lost"

@@ -94,7 +94,7 @@ def _finals(page: Page, finals: Sequence[Final]) -> None:
     page.section(
         "finals",
         "Finalists, trained anew",
-        "The best few trials with new seeds, scored on the held-out training rows; the validation set was not looked at.",
+        "The best few trials with new seeds, scored on held-out training rows; the validation set was not looked at.",
     )
     page.figure(finals_figure(best_first))
     page.table(
