@@ -5,7 +5,10 @@ Tune's own experiment state is thrown away: the trials' folders are the only one
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+import os
 import shutil
 import signal
 import tempfile
@@ -68,7 +71,7 @@ def shape_of(job: SearchJob, cpus: float, gpus: float) -> Shape:
     """Resources of a trial and the number of trials at a time, for a cluster with so much. Raises UserError where not
     even one fits: Tune would wait for ever."""
     search, launch = job.search, job.launch
-    workers = max(1, launch.worker_range[1])
+    workers = search.workers
     use_gpu = launch.gpu == "on" or (launch.gpu == "auto" and gpus > 0)
     gpu = (search.gpus_per_trial or 1.0) if use_gpu else 0.0
     if workers > 1:
@@ -83,7 +86,7 @@ def shape_of(job: SearchJob, cpus: float, gpus: float) -> Shape:
     if fit < 1 and not search.concurrent:
         raise UserError(
             f"a trial takes {workers * cpu:g} CPUs and {workers * gpu:g} GPUs, and the cluster has {cpus:g} and "
-            f"{gpus:g}: pass fewer --search.cpus-per-trial or --launch.workers, or --search.concurrent 1 for a cluster "
+            f"{gpus:g}: pass fewer --search.cpus-per-trial or --search.workers, or --search.concurrent 1 for a cluster "
             "that grows when asked"
         )
     return Shape(workers, cpu, gpu, search.concurrent or fit)
@@ -113,7 +116,7 @@ class _Searcher(Searcher):
         return payload(search, planned, self.folder, places, self.shape.workers, self.own)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """A trial says itself how it ended; an error here is that its process is gone, more often than retries allow."""
+        """A trial says itself how it ended; an error here is that its process is gone, more often than allowed."""
         if error:
             text = self.errors.get(trial_id, "")
             kind: Ending = "out of memory" if "OutOfMemoryError" in text else "lost"
@@ -141,11 +144,10 @@ class _Scheduler(FIFOScheduler):
         self.searcher.errors[trial.trial_id] = str(trial.get_error() or "")
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        for number, value in result.get("ended", {}).items():
+        for number, value in json.loads(result.get("ended", "{}")).items():
             self.driver.ended(int(number), Ended(**value), self.shape.gpus * self.shape.workers)
-        figures = result.get("figures", {})
         stopping = False
-        for number, value in figures.items():
+        for number, value in json.loads(result.get("figures", "{}")).items():
             verdict = self.driver.heard(int(number), value, alone=len(self.searcher.numbers[trial.trial_id]) == 1)
             if verdict is None:
                 continue
@@ -207,8 +209,17 @@ def prepare_on_ray(config: Config, folder: str, shape: Shape) -> None:
         raise
 
 
+def _name(trial: Any) -> str:
+    """How a trial is called in Ray's dashboard and in loggers."""
+    return f"trial-{trial.config['planned'][0]['number']:04d}"
+
+
 def run_on_ray(driver: Driver, job: SearchJob, folder: str, shape: Shape, own: bool, callbacks: list[Any]) -> bool:
     """Run all that ``driver`` hands out; whether somebody asked to stop before the end (SIGTERM; Ctrl-C raises)."""
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its boxes are printed whatever `verbose` says
+    # It looks for logs of its own after the end.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # trials have logs of their own
     scratch = tempfile.mkdtemp(prefix="mimkd-tune-")
     searcher = _Searcher(driver, job, folder, shape, own)
     try:
@@ -220,6 +231,8 @@ def run_on_ray(driver: Driver, job: SearchJob, folder: str, shape: Shape, own: b
                 num_samples=-1,
                 max_concurrent_trials=shape.concurrent,
                 reuse_actors=True,  # a process takes seconds to start: imports, data, teacher
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
             ),
             run_config=tune.RunConfig(
                 name="search",

@@ -85,8 +85,8 @@ def opening(state: Search) -> str:
     return "\n".join(
         [
             f"search directory: {state.folder}" + (f" ({known} trials have ended before)" if known else ""),
-            f"searching {', '.join(job.space)} by {job.algorithm}, scheduler {job.scheduler}, for the best {job.metric} "
-            f"on {state.base.data.holdout:.0%} of the training rows",
+            f"searching {', '.join(job.space)} by {job.algorithm}, scheduler {job.scheduler}, for the best "
+            f"{job.metric} on {state.base.data.holdout:.0%} of the training rows",
             f"candidate pairs of the feature terms: {', '.join(candidates.feature) or 'none'}",
         ]
     )

@@ -37,7 +37,8 @@ def prepare_remotely(config: dict[str, Any], folder: str) -> None:
 def trainable(setup: dict[str, Any]) -> None:
     """What Ray Tune runs: the trials of ``setup``, as :func:`payload` made it. It never raises for a trial's failure.
 
-    Reports {"figures": {number: evaluation}} after each evaluation, and {"ended": {number: ending}} at the end.
+    Reports "figures", {number: evaluation}, after each evaluation, and "ended", {number: ending}, at the end: both as
+    JSON, because Tune flattens what is nested.
     """
     search = from_dict(SearchConfig, setup["search"])
     planned = [Planned(**each) for each in setup["planned"]]
@@ -46,15 +47,13 @@ def trainable(setup: dict[str, Any]) -> None:
     def tell(figures: Mapping[int, Mapping[str, Any]]) -> None:
         first = next(iter(figures.values()))  # also by their own names, for dashboards and loggers
         plain = {key: first[key] for key in ("epoch", "top1", "top5", "cross_entropy")}
-        tune.report(plain | {"figures": {str(number): dict(each) for number, each in figures.items()}})
+        tune.report(plain | {"figures": json.dumps({number: dict(each) for number, each in figures.items()})})
 
     if setup["workers"] > 1:
         ended = run_large(planned[0], places[planned[0].number], setup["own"], tell)
     else:
         ended = run_trials(search, planned, setup["folder"], places, trial_device(), tell)
-    tune.report(
-        {"ended": {str(number): vars(each) | {"details": dict(each.details)} for number, each in ended.items()}}
-    )
+    tune.report({"ended": json.dumps({number: vars(each) for number, each in ended.items()})})
 
 
 def payload(

@@ -43,6 +43,8 @@ class SearchConfig:
     """Epochs of a trial, with its schedule; 0: those of the recipe. best.json has the recipe's."""
     pack: int = 1
     """Students that are trained in one process on the same batches and the same teacher pass."""
+    workers: int = 1
+    """Workers of a trial. One: a process of its own, with a share of a node. More: a Ray Train run on so many."""
     concurrent: int = 0
     """Trials (packs) at a time; 0: as many as the cluster has room for. More makes an autoscaler add nodes."""
     cpus_per_trial: float = 0.0
@@ -73,6 +75,11 @@ class SearchConfig:
                 f"search.points {self.points}, grace {self.grace} and pack {self.pack} must be at least 1, and "
                 f"reduction {self.reduction} at least 2"
             )
+        if self.workers < 1 or (self.workers > 1 and self.pack > 1):
+            raise UserError(
+                f"search.workers is {self.workers} and search.pack {self.pack}: give at least 1 worker, and only 1 to "
+                "packs, which train in one process"
+            )
         if self.finalists and not self.seeds:
             raise UserError("search.seeds is 0: give the seeds of each finalist, or pass --search.finalists 0")
         if not 0 <= self.holdout < 1:
@@ -98,10 +105,10 @@ class SearchJob(Config):
                 "search.holdout and data.holdout are 0: trials are scored on a part of the training set, never on the "
                 "validation set; pass --search.holdout 0.1"
             )
-        if self.search.pack > 1 and self.launch.worker_range[1] > 1:
+        if self.search.workers > self.train.lanes:
             raise UserError(
-                f"search.pack is {self.search.pack} and launch.workers {self.launch.workers}: a pack trains in one "
-                "process; pass --launch.workers 1, or --search.pack 1"
+                f"search.workers is {self.search.workers} and train.lanes {self.train.lanes}: a worker needs a lane of "
+                f"its own; pass --train.lanes {self.search.workers}"
             )
 
 

@@ -43,6 +43,7 @@ def trial_config(job: SearchJob) -> Config:
         train=replace(config.train, epochs=epochs, eval_every=config.train.eval_every or 1),
         optim=optim if share != 1 else config.optim,
         compare=CompareConfig(),
+        launch=replace(config.launch, workers=job.search.workers),
         run=RunConfig(keep_checkpoints=2, checkpoint_minutes=config.run.checkpoint_minutes, keep_best=True),
     )
 

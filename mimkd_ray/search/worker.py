@@ -65,7 +65,8 @@ class Opened:
     def get(self, config: Config, context: Context, folder: str) -> tuple[Data, nn.Module | None, dict[str, Any]]:
         """Open them, or take those that are open."""
         value = to_dict(config)
-        key = (folder, value["data"], value["teacher"], value["train"]["seed"], config.loss.uses_teacher)
+        seed = config.train.seed if config.teacher.weights == "random" and not config.teacher.train else None
+        key = (folder, value["data"], value["teacher"], seed, config.loss.uses_teacher)
         if key != self.key:
             self.key = None
             data = open_data(config.data)

@@ -228,6 +228,7 @@ def test_finals_choose_by_the_mean_of_new_seeds(tmp_path: Path) -> None:
         ({"hours": -1.0}, "search.hours is -1.0"),
         ({"finalists": 1, "seeds": 0}, "search.seeds is 0"),
         ({"holdout": 1.0}, "search.holdout is 1.0"),
+        ({"pack": 2, "workers": 2}, "only 1 to packs"),
     ],
 )
 def test_senseless_searches(changes: dict[str, Any], message: str) -> None:
@@ -240,9 +241,9 @@ def test_a_search_without_a_held_out_part_is_refused(tmp_path: Path) -> None:
         tiny_job(tmp_path, holdout=0.0)
 
 
-def test_packs_train_in_one_process(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="pack trains in one process"):
-        tiny_job(tmp_path, {"launch": {"workers": 2}}, pack=2)
+def test_a_worker_needs_a_lane(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="search.workers is 3 and train.lanes 2"):
+        tiny_job(tmp_path, workers=3)
 
 
 def test_a_trial_whose_log_was_cut_short_is_read(tmp_path: Path) -> None:
