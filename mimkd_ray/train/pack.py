@@ -195,8 +195,10 @@ def _open(
 
 def told_before(run_dir: str) -> dict[int, dict[str, Any]]:
     """Held-out figures of the evaluations that the run's metrics.jsonl tells of, by step."""
-    lines = read_metrics(run_dir, "eval")
-    return {line.pop("step"): {key: line[key] for key in line if key not in ("kind", "epoch")} for line in lines}
+    return {
+        line["step"]: {key: value for key, value in line.items() if key not in ("kind", "step", "epoch")}
+        for line in read_metrics(run_dir, "eval")
+    }
 
 
 class _Pack(Loop):
@@ -266,4 +268,4 @@ class _Pack(Loop):
     def finish(self) -> None:
         """Write the results of those that came to the end."""
         super().finish()
-        self.outcomes |= {self.numbers[run]: Outcome(result=result) for run, result in self.results.items()}
+        self.outcomes |= {self.numbers[run]: Outcome(result=jsonable(told)) for run, told in self.results.items()}
