@@ -346,6 +346,21 @@ def test_a_member_whose_loss_is_no_number_leaves_and_the_others_go_on(tmp_path: 
         same(tmp_path / "pack" / str(ours), tmp_path / "alone" / str(theirs))
 
 
+def test_a_member_with_wrong_taps_or_no_student_is_the_only_one_that_fails(tmp_path: Path) -> None:
+    configs = quick()
+    configs[0] = replace(configs[0], loss=replace(configs[0].loss, feature_pairs=("stage3:nowhere",)))
+    configs[2] = replace(configs[2], student=replace(configs[2].student, name="cifar/nothing"))
+    outcomes = pack(configs, tmp_path / "pack")
+    for outcome, message in (
+        (outcomes[0], "layer 'nowhere' not found"),
+        (outcomes[2], "unknown model 'cifar/nothing'"),
+    ):
+        assert isinstance(outcome.error, UserError)
+        assert message in str(outcome.error)
+    alone(configs[1:2], tmp_path / "alone")
+    same(tmp_path / "pack" / "1", tmp_path / "alone" / "0")
+
+
 def test_one_that_failed_is_not_trained_again_and_if_all_fail_the_pack_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
