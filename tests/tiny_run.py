@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,13 @@ def cpu() -> LocalContext:
 def run_tiny(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     """Run it in ``folder``."""
     return run_job(tiny_config(**sections), cpu(), str(folder))
+
+
+def wait_for_checkpoints() -> None:
+    """Return when everything that a run left in its threads is committed: after an error they write on."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("checkpoint "):
+            thread.join()
 
 
 def tiny_data(config: Config | None = None) -> Any:

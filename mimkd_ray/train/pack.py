@@ -17,12 +17,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from mimkd_ray import storage
 from mimkd_ray.data.dataset import Data
 from mimkd_ray.errors import NonFiniteLossError, UserError
 from mimkd_ray.train import checkpoint
+from mimkd_ray.train.build import build_student, teacher_plan
 from mimkd_ray.train.cached import open_cached
 from mimkd_ray.train.config import Config, differences, to_dict
 from mimkd_ray.train.context import Context
@@ -80,15 +82,19 @@ def train_pack(
     """Train all members to their ends. Returns their outcomes, in order.
 
     ``teacher`` is None where no member's loss needs one; ``extra`` (about the teacher, say) is added to every result.
+    A member whose student or taps cannot be had ends with its UserError, before the first step.
     A step costs what the teacher and all students cost; one student's activations are held at a time. With a
     ``judge`` a checkpoint is saved at every evaluation. Figures are told to the judge, not to ``context.report``.
-    Raises UserError for members that do not go together, for what would be one alone, and for several workers;
-    Interrupted when the job was asked to stop and has saved the state of all.
+    Raises UserError for members that do not go together, for a cache that lacks what they read, and for several
+    workers; Interrupted when the job was asked to stop and has saved the state of all.
     """
     if context.world_size != 1:
         raise UserError(f"a pack is trained by one worker, and there are {context.world_size}: pass --launch.workers 1")
     check_members(members)
     outcomes = {number: read_outcome(member.run_dir) for number, member in enumerate(members)}
+    for number, member in enumerate(members):
+        if outcomes[number] is None:
+            outcomes[number] = _cannot_be_built(member.config, data, teacher)
     going = [number for number, outcome in outcomes.items() if outcome is None]
     if going:
         pack = _open(members, going, data, teacher, context, judge, extra or {})
@@ -151,6 +157,19 @@ def read_outcome(run_dir: str) -> Outcome | None:
     return None if failed is None else Outcome(error=_ERRORS[failed["kind"]](failed["message"]))
 
 
+def _cannot_be_built(config: Config, data: Data, teacher: nn.Module | None) -> Outcome | None:
+    """The outcome of a member whose student or taps are wrong; None if they are right."""
+    try:
+        if teacher is not None and config.loss.uses_teacher:
+            teacher_plan(config, teacher, data.num_classes)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                build_student(config, data.num_classes)
+    except UserError as error:
+        return Outcome(error=error)
+    return None
+
+
 _ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (NonFiniteLossError,)}
 """What ends a member alone, by the name in failed.json."""
 
@@ -195,8 +214,10 @@ def _open(
 
 def told_before(run_dir: str) -> dict[int, dict[str, Any]]:
     """Held-out figures of the evaluations that the run's metrics.jsonl tells of, by step."""
-    lines = read_metrics(run_dir, "eval")
-    return {line.pop("step"): {key: line[key] for key in line if key not in ("kind", "epoch")} for line in lines}
+    return {
+        line["step"]: {key: value for key, value in line.items() if key not in ("kind", "step", "epoch")}
+        for line in read_metrics(run_dir, "eval")
+    }
 
 
 class _Pack(Loop):
@@ -266,4 +287,4 @@ class _Pack(Loop):
     def finish(self) -> None:
         """Write the results of those that came to the end."""
         super().finish()
-        self.outcomes |= {self.numbers[run]: Outcome(result=result) for run, result in self.results.items()}
+        self.outcomes |= {self.numbers[run]: Outcome(result=jsonable(told)) for run, told in self.results.items()}

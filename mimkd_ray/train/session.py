@@ -26,6 +26,9 @@ from mimkd_ray.train.optim import build_optimizer, learning_rate
 from mimkd_ray.train.step import LaneNorms, backward_lane, data_parallel, seed_lane
 from mimkd_ray.train.supply import Supply
 
+GRAPHS = 64
+"""Students (and lane sizes) that one process compiles; torch's own limit is 8."""
+
 
 class StepRecord(NamedTuple):
     """What a step was: the mean breakdown of this worker's lanes, their sample ids, and the view."""
@@ -78,6 +81,9 @@ class Session:
             return
         # The graph holds recomputed chunks (a higher-order operator), which DDP's graph splitter refuses.
         torch._dynamo.config.optimize_ddp = False
+        # Students of one process share the code of forward, and each has a graph: past the limit they would not be
+        # compiled at all.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
         self.distiller.compile()
         if self.teacher is not None:
             self.teacher.tapped.compile()
