@@ -98,6 +98,7 @@ class Shown:
     def __init__(self, driver: Search | Finals, total: int, publish: Callable[[], Any]) -> None:
         self.driver, self.total, self.publish = driver, total, publish
         self.over = 0
+        self._ended: set[int] = set()
         self._began = time.monotonic()
         self._line = self._published = 0.0
 
@@ -123,7 +124,10 @@ class Shown:
         return self.driver.heard(number, figures, alone)
 
     def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> None:
-        """The driver's, in a line."""
+        """The driver's, in a line. A trial of several workers ends twice: as it is asked to stop, and when it has."""
+        if number in self._ended:
+            return
+        self._ended.add(number)
         self.driver.ended(number, ended, gpus)
         self.over += 1
         left = f"{self.over} of {self.total}" if self.total else f"{self.over}"
