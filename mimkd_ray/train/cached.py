@@ -57,7 +57,7 @@ def entries_of(config: Config, network: nn.Module, num_classes: int) -> list[Ent
     """The entries that the loss of ``config`` reads."""
     plan = teacher_plan(config, network, num_classes)
     entries = tap_entries(plan.teacher_shapes, *plan.teacher_taps(), config.cache)
-    return [*entries, logits_entry(num_classes)] if config.loss.kd_weight else entries
+    return [*entries, logits_entry(num_classes, config.cache.logits)] if config.loss.kd_weight else entries
 
 
 def open_cached(config: Config, data: Data, network: nn.Module | None, context: Context, run_dir: str) -> Cached | None:

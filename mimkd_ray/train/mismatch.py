@@ -55,7 +55,7 @@ _OF_FEATURES = {
     ),
     "teacher": ("name", "weights"),
     "student": ("name",),
-    "cache": ("root", "codecs", "taps", "precision", "calibration_rows"),
+    "cache": ("root", "codecs", "logits", "taps", "precision", "calibration_rows"),
     "loss": ("global_pairs", "local_pairs", "feature_pairs", "global_weight", "local_weight", "feature_weight"),
     "train": ("seed", "precision"),
 }

@@ -126,6 +126,8 @@ def test_plan_build_and_look_after(tmp_path: Path, capsys: pytest.CaptureFixture
     assert re.search(
         r"stage3 \(map, pool4,pca256,uint8\): 3 views of 100 rows, .* MB, error 0\.0\d+, 0 hours", listed[3]
     )
+    assert main(RECIPES, [*local(root, "plan"), "--cache.logits", "top2"]) == 0
+    assert "logits: top2, 10 bytes an image" in capsys.readouterr().out
     assert main(RECIPES, ["verify", *admin]) == 0
     assert "24 objects, " in capsys.readouterr().out
     assert main(RECIPES, ["gc", *admin]) == 0

@@ -112,6 +112,25 @@ def test_cached_is_live_up_to_rounding(tmp_path: Path, name: str, pipeline: str)
         assert found > 1e-4, "uint8 does round"
 
 
+def test_top_logits_are_live_up_to_rounding(tmp_path: Path) -> None:
+    """Every step of the run, cached, live beside the cache and without one; all logits are another loss."""
+    exact = ("maps=fp32", "vectors=fp32")
+    config = cached_config(tmp_path / "cache", cache={"logits": "top3", "codecs": exact}, loss={"kd_weight": 1.0})
+    build_here(config)
+    ours, theirs = walk(config, tmp_path / "a"), walk(live(config), tmp_path / "b")
+    assert ours["samples"] == theirs["samples"]
+    logits = [(a.logits_BC, b.logits_BC) for a, b in zip(ours["features"], theirs["features"], strict=True)]
+    assert all(b.sort(1).values[:, :7].std(1).max() < 1e-5 for _, b in logits), "seven of ten are equal"
+    assert 0 < max(relative(a, b) for a, b in logits) < 1e-3
+    assert float(ours["log"]["kd"]) == pytest.approx(float(theirs["log"]["kd"]), rel=1e-3)
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
+    assert relative(ours["gradient"], theirs["gradient"]) < 1e-3
+    alone = replace(config, cache=replace(config.cache, root=""))
+    assert walk(alone, tmp_path / "c")["losses"] == theirs["losses"]
+    whole = walk(live(replace(config, cache=replace(config.cache, logits="fp16"))), tmp_path / "d")
+    assert float(whole["log"]["kd"]) != pytest.approx(float(theirs["log"]["kd"]), rel=0.01)
+
+
 def test_the_teacher_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = cached_config(tmp_path / "cache", cache={"canary": 0.0})
     build_here(config)
@@ -179,6 +198,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pipeline": ({"data": {"pipeline": "none"}}, r"view pipeline \(--data.pipeline\): digits, not none"),
     "data": ({"data": {"subset": 70}}, r"data set \(--data.root, its split, holdout or subset\)"),
     "codec": ({"cache": {"codecs": ("stage3=fp16",)}}, r"codec \(--cache.codecs\): pool4,pca256,uint8, not fp16"),
+    "logits": (
+        {"cache": {"logits": "top3"}},
+        r"run: logits: the nearest one there has another codec \(--cache.logits\): fp16, not top3\. Build .*"
+        r"--cache.logits top3",
+    ),
     "precision": ({"cache": {"precision": "bf16"}}, r"precision \(--cache.precision\): float32, not bf16"),
     "teacher": ({"teacher": {"name": "cifar/resnet8"}}, r"teacher \(--teacher.name\): cifar/resnet8_w4, not"),
     "tap": ({"loss": {"feature_pairs": ("stage2:stage3",)}}, r"stage2:map: this tap is not cached; there are logits"),
@@ -213,6 +237,7 @@ def test_weights_are_told_apart(tmp_path: Path) -> None:
         ({"data": {"views": 0}}, "data.views is 0, a new view every epoch"),
         ({"mix": {"mixup_alpha": 0.2}}, "features of a mixed image are no mix of features"),
         ({"cache": {"codecs": ("stage3",)}}, "is not TAP=CODEC"),
+        ({"cache": {"logits": "top0"}}, "cache.logits 'top0' cannot be read"),
         ({"cache": {"tolerance": 0.0}}, "cache.tolerance 0.0"),
         ({"cache": {"workers": "3..1"}}, "cache.workers is '3..1'"),
         ({"cache": {"batch": 0}}, "cache.batch is 0"),
