@@ -60,6 +60,14 @@ def entries_of(config: Config, network: nn.Module, num_classes: int) -> list[Ent
     return [*entries, logits_entry(num_classes, config.cache.logits)] if config.loss.kd_weight else entries
 
 
+def parts_of_run(
+    entries: Sequence[Entry], origin: Origin, calibrations: Mapping[str, bytes | None]
+) -> dict[str, dict[str, Any]]:
+    """The key parts of what a run reads, the pixels' too, by label."""
+    digests = {label: calibration.digest(value) for label, value in calibrations.items() if value is not None}
+    return {e.label: parts_of(e, origin, digests.get(e.label, "")) for e in [*entries, pixels_entry(ROW_BYTES)]}
+
+
 def open_cached(config: Config, data: Data, network: nn.Module | None, context: Context, run_dir: str) -> Cached | None:
     """The codecs and features of a run; None where the config asks for neither. All workers call it together.
 
@@ -87,11 +95,9 @@ def open_cached(config: Config, data: Data, network: nn.Module | None, context: 
         if context.rank == 0:
             made = {label: calibration.publish(urls[label], value) for label, value in made.items()}
         known |= share_from_first(made)
-    digests = {label: calibration.digest(value) for label, value in known.items() if value is not None}
     reader = None
     if config.cache.reads:
-        pixels = pixels_entry(ROW_BYTES)
-        parts = {e.label: parts_of(e, origin, digests.get(e.label, "")) for e in [*entries, pixels]}
+        parts = parts_of_run(entries, origin, known)
         reader = open_reader(config, data, context, parts, [entry.label for entry in missing])
     numbers = {label: calibration.from_bytes(value, urls[label]) for label, value in known.items() if value}
     return Cached(Coding(entries, numbers, context.device, parameter_dtype(config.train)), reader)
@@ -101,18 +107,21 @@ def open_reader(
     config: Config, data: Data, context: Context, parts: Mapping[str, dict[str, Any]], unfitted: Sequence[str]
 ) -> FeatureReader:
     """The reader of the entries with these key parts. Raises UserError for views that are not there."""
-    root, views = config.cache.root, set(range(config.data.views))
-    problem = ""
-    if context.rank == 0:
-        wanted = [
-            Wanted(label, each, sorted(views if label in unfitted else views - views_there(root, key_of(each))))
-            for label, each in parts.items()
-        ]
-        problem = explain(config, [w for w in wanted if w.missing])
-    problem = share_from_first(problem)
+    problem = share_from_first(what_is_missing(config, parts, unfitted) if context.rank == 0 else "")
     if problem:
         raise UserError(problem)
     barrier()
     keys = {label: key_of(each) for label, each in parts.items()}
     used = [label for label in keys if label != PIXELS]
-    return FeatureReader(root, keys, data.train.num_rows, data.train.store or config.data.make_store(), used)
+    store = data.train.store or config.data.make_store()
+    return FeatureReader(config.cache.root, keys, data.train.num_rows, store, used)
+
+
+def what_is_missing(config: Config, parts: Mapping[str, dict[str, Any]], unfitted: Sequence[str]) -> str:
+    """Why the cache does not hold these entries in all views of the run; "" if it does. One listing an entry."""
+    root, views = config.cache.root, set(range(config.data.views))
+    wanted = [
+        Wanted(label, each, sorted(views if label in unfitted else views - views_there(root, key_of(each))))
+        for label, each in parts.items()
+    ]
+    return explain(config, [w for w in wanted if w.missing])

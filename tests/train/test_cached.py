@@ -19,8 +19,9 @@ from mimkd_ray.launch.cache import main
 from mimkd_ray.losses.mimkd import Features
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.cached import open_cached
-from mimkd_ray.train.config import Config, digest
+from mimkd_ray.train.config import Config, LaunchConfig, digest
 from mimkd_ray.train.job import run_job
+from mimkd_ray.train.preflight import preflight
 from mimkd_ray.train.session import Session
 
 STEPS = 4
@@ -218,8 +219,30 @@ def test_a_mismatch_names_what_differs(tmp_path: Path, what: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         walk(config, tmp_path / "run")
     said = str(caught.value)
+    with pytest.raises(UserError) as before:
+        preflight(config)
+    assert str(before.value) == said, "known before any worker starts"
     assert said.startswith(f"the cache {tmp_path / 'cache'} does not fit this run: ")
     assert f"python jobs/cache_teacher.py custom --data.subset {sections.get('data', {}).get('subset', 60)}" in said
+
+
+def test_a_cache_that_fits_passes_before_workers_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run and a comparison; and where workers may have another device, a cache that only they could use."""
+    config = cached_config(tmp_path / "cache")
+    build_here(config)
+    preflight(config)
+    preflight(replace(config, compare=replace(config.compare, seeds=2)))
+    of_gpu = replace(config, cache=replace(config.cache, root=str(tmp_path / "bf16"), precision="bf16"))
+    build_here(of_gpu)
+    preflight(replace(of_gpu, cache=replace(of_gpu.cache, precision="auto")))
+    on_cpu = replace(config, cache=replace(config.cache, root=of_gpu.cache.root), launch=LaunchConfig(gpu="off"))
+    with pytest.raises(UserError, match=r"teacher's precision \(--cache.precision\): bf16, not float32"):
+        preflight(on_cpu)
+    with pytest.raises(UserError, match="top10, and there are 10 classes"):
+        preflight(replace(config, cache=replace(config.cache, logits="top10", live=True)))
+    published = replace(config, teacher=replace(config.teacher, weights="published"))
+    monkeypatch.setattr("mimkd_ray.train.preflight.build_network", None)
+    preflight(published)
 
 
 def test_weights_are_told_apart(tmp_path: Path) -> None:
