@@ -124,8 +124,12 @@ def test_plan_build_and_look_after(tmp_path: Path, capsys: pytest.CaptureFixture
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 5
     assert re.search(
-        r"stage3 \(map, pool4,pca256,uint8\): 3 views of 100 rows, .* MB, error 0\.0\d+, 0 hours", listed[3]
+        r"stage3 \(map, pool4,pca256,uint8\): 3 views of 100 images, .* MB, relative error 0\.0\d+, 0 hours old; "
+        r"cifar/resnet8, weights [0-9a-f]{8}, float32; pipeline digits at 8 pixels, view seed 0, data ",
+        listed[3],
     )
+    assert re.search(r"  logits \(fp16\): 3 views", listed[0])
+    assert re.search(r"  pixels: 3 views of 100 images, .* MB, 0 hours old; pipeline digits", listed[1])
     assert main(RECIPES, [*local(root, "plan"), "--cache.logits", "top2"]) == 0
     assert "logits: top2, 10 bytes an image" in capsys.readouterr().out
     assert main(RECIPES, ["verify", *admin]) == 0
