@@ -115,5 +115,5 @@ def check_rules(config: CacheConfig, taps: Iterable[str]) -> None:
             names = sorted(n for n in known if ":" not in n)
             raise UserError(
                 f"cache.codecs {name}={spec}: there is no tap {name!r}{nearest(name, names)}; there are "
-                f"{', '.join(names)}, and --cache.taps adds more"
+                f"{', '.join(names)}, and --cache.taps adds more (logits have --cache.logits)"
             )

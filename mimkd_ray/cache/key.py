@@ -145,7 +145,7 @@ _WORDS = {
     "shape": "shape of the tap",
     "codec": "codec (--cache.codecs)",
     "codec_version": "version of the codec",
-    "calibration": "calibration of the codec",
+    "calibration": "calibration of the codec (--cache.calibration-rows)",
     "teacher": "teacher (--teacher.name)",
     "weights": "teacher's weights (--teacher.weights)",
     "precision": "teacher's precision (--cache.precision)",
@@ -165,13 +165,17 @@ def difference(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]
     if len(differing) > 1 and "calibration" in differing:
         differing.remove("calibration")
     words = {**_WORDS, "codec": "codec (--cache.logits)"} if wanted.get("kind") == "logits" else _WORDS
-    return [f"{words[name]}: {_short(there.get(name))}, not {_short(wanted.get(name))}" for name in differing]
+    return [f"{words[name]}: {_short(there.get(name))}, {_not(wanted.get(name))}" for name in differing]
 
 
 def nearest_key(wanted: Mapping[str, Any], keys: Mapping[str, Mapping[str, Any]]) -> str | None:
     """Return the key of the same tap and kind with the fewest differing parts; None if the tap is not cached."""
     same = {key: p for key, p in keys.items() if (p.get("tap"), p.get("kind")) == (wanted["tap"], wanted["kind"])}
     return min(same, key=lambda key: (len(difference(wanted, same[key])), key), default=None)
+
+
+def _not(value: Any) -> str:
+    return f"not {_short(value)}" if value != "" else "and this run's has not been fitted there"
 
 
 def _short(value: Any) -> str:

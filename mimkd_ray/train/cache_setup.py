@@ -118,7 +118,7 @@ class Setup:
             logits_entry(self.data.num_classes, config.cache.logits),
             pixels_entry(ROW_BYTES),
         ]
-        check_rules(config.cache, [entry.tap for entry in self.entries])
+        check_rules(config.cache, [*self.vectors, *self.maps])
         self.fitted = [entry for entry in self.entries if needs_calibration(entry.spec, entry.shape)]
         self.fitted = [entry for entry in self.fitted if entry.label != PIXELS]
         self.shards = shards_of(self.data.train.blocks, config.cache.shard_rows)

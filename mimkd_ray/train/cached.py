@@ -11,7 +11,7 @@ from torch import nn
 
 from mimkd_ray.cache import calibration
 from mimkd_ray.cache.codec import needs_calibration
-from mimkd_ray.cache.config import check_rules
+from mimkd_ray.cache.config import check_rules, parse_rule
 from mimkd_ray.cache.key import Entry, Origin, calibration_url, key_of, logits_entry, parts_of, pixels_entry
 from mimkd_ray.cache.manifest import views_there
 from mimkd_ray.cache.pixels import PIXELS, ROW_BYTES
@@ -54,9 +54,13 @@ def origin_of(config: Config, data: Data, network: nn.Module, device: torch.devi
 
 
 def entries_of(config: Config, network: nn.Module, num_classes: int) -> list[Entry]:
-    """The entries that the loss of ``config`` reads."""
+    """The entries that the loss of ``config`` reads. Raises UserError for a codec of no tap."""
     plan = teacher_plan(config, network, num_classes)
     entries = tap_entries(plan.teacher_shapes, *plan.teacher_taps(), config.cache)
+    # A cache may hold more than this run reads: then any layer may have a codec.
+    named = {parse_rule(text)[0].partition(":")[0] for text in config.cache.codecs if config.cache.root}
+    others = [name for name, _ in network.named_modules() if name in named]
+    check_rules(config.cache, [*(entry.tap for entry in entries), *others])
     return [*entries, logits_entry(num_classes, config.cache.logits)] if config.loss.kd_weight else entries
 
 
@@ -78,8 +82,6 @@ def open_cached(config: Config, data: Data, network: nn.Module | None, context: 
         return None
     entries = entries_of(config, network, data.num_classes)
     origin = origin_of(config, data, network, context.device)
-    if not config.cache.reads:
-        check_rules(config.cache, [entry.tap for entry in entries])
     place = config.cache.root or run_dir
     fitted = [entry for entry in entries if needs_calibration(entry.spec, entry.shape)]
     urls = {entry.label: calibration_url(place, entry, origin, config.cache.calibration_rows) for entry in fitted}
@@ -95,11 +97,11 @@ def open_cached(config: Config, data: Data, network: nn.Module | None, context: 
         if context.rank == 0:
             made = {label: calibration.publish(urls[label], value) for label, value in made.items()}
         known |= share_from_first(made)
+    numbers = {label: calibration.from_bytes(value, urls[label]) for label, value in known.items() if value}
     reader = None
     if config.cache.reads:
         parts = parts_of_run(entries, origin, known)
         reader = open_reader(config, data, context, parts, [entry.label for entry in missing])
-    numbers = {label: calibration.from_bytes(value, urls[label]) for label, value in known.items() if value}
     return Cached(Coding(entries, numbers, context.device, parameter_dtype(config.train)), reader)
 
 

@@ -52,7 +52,7 @@ def preflight(config: Config) -> None:
 
 
 def check_cache(config: Config, data: Data, network: nn.Module) -> None:
-    """Raise UserError for a cache that no worker of ``config`` could use, whatever its device.
+    """Raise UserError for a cache that no worker of ``config`` could use, whatever its device; DamagedDataError.
 
     Reads what decides it: calibrations, listings and, if something is missing, every key. Hashes the weights.
     """
@@ -64,8 +64,12 @@ def check_cache(config: Config, data: Data, network: nn.Module) -> None:
     unknown = config.cache.precision == config.train.precision == "auto" and config.launch.gpu != "off"
     problems = []
     for origin in (here, replace(here, precision="bf16")) if unknown else (here,):
-        found = {entry.label: calibration.read(calibration_url(root, entry, origin, rows)) for entry in fitted}
+        urls = {entry.label: calibration_url(root, entry, origin, rows) for entry in fitted}
+        found = {label: calibration.read(url) for label, url in urls.items()}
+        for label, value in found.items():
+            if value is not None:
+                calibration.from_bytes(value, urls[label])
         unfitted = [label for label, value in found.items() if value is None]
         problems.append(what_is_missing(config, parts_of_run(entries, origin, found), unfitted))
     if all(problems):
-        raise UserError(min(problems, key=len))  # the one in which less differs
+        raise UserError(problems[0])

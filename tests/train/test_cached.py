@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_cache import build_here, cached_config
 from tiny_run import cpu
 
+from mimkd_ray import storage
 from mimkd_ray.data.dataset import open_data
 from mimkd_ray.data.views import View
 from mimkd_ray.errors import DamagedDataError, UserError
@@ -143,6 +145,34 @@ def test_the_teacher_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(walk(config, tmp_path / "run")["losses"]) == STEPS
 
 
+def test_a_run_of_one_tap_reads_one_tap_of_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that the storage gave out, by entry: those of the one tap, each once, and nothing of the other three, of
+    the logits and of the pixels."""
+    folder, taps = tmp_path / "cache", ("stage1", "stage2")
+    off = {"canary": 0.0, "taps": taps}
+    config = cached_config(folder, cache=off, data={"store": str(tmp_path / "store")}, loss={"kd_weight": 0.0})
+    built = build_here(config)
+    assert {"pool:vector", "stage1:map", "stage2:map", "stage3:map"} < built.keys.keys()
+    given: dict[str, int] = {}
+    real = storage.read_range
+
+    def read_range(url: str, offset: int, length: int) -> bytes:
+        data = real(url, offset, length)
+        key = Path(url).relative_to(folder).parts[0]
+        given[key] = given.get(key, 0) + len(data)
+        return data
+
+    monkeypatch.setattr(storage, "read_range", read_range)
+    one = replace(config.loss, global_weight=0.0, local_weight=0.0)
+    walk(replace(config, loss=one), tmp_path / "run")
+    used = built.keys["stage3:map"]
+    assert given.keys() == {used}
+    files = (folder / used).rglob("*.parquet")
+    groups = [pq.ParquetFile(file).metadata for file in files]
+    sizes = [g.row_group(n).total_byte_size for g in groups for n in range(g.num_row_groups)]
+    assert given[used] == sum(sizes)
+
+
 def test_loader_processes_bring_the_same_features(tmp_path: Path) -> None:
     """Two loader processes, shared slots, read-ahead into a store, from digits that have none of their own."""
     config = cached_config(tmp_path / "cache", data={"store": str(tmp_path / "store")})
@@ -194,7 +224,7 @@ def test_seeds_of_a_comparison_share_one_cache(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "views": ({"data": {"views": 3}}, r"views 2 are missing, 2 are there \(--data.views\)"),
+    "views": ({"data": {"views": 3}}, r"view 2 is missing, 2 are there \(--data.views\)"),
     "seed": ({"train": {"seed": 5}, "data": {"view_seed": 3}}, r"seed of the views \(--data.view-seed\): 0, not 3"),
     "pipeline": ({"data": {"pipeline": "none"}}, r"view pipeline \(--data.pipeline\): digits, not none"),
     "data": ({"data": {"subset": 70}}, r"data set \(--data.root, its split, holdout or subset\)"),
@@ -206,7 +236,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "precision": ({"cache": {"precision": "bf16"}}, r"precision \(--cache.precision\): float32, not bf16"),
     "teacher": ({"teacher": {"name": "cifar/resnet8"}}, r"teacher \(--teacher.name\): cifar/resnet8_w4, not"),
-    "tap": ({"loss": {"feature_pairs": ("stage2:stage3",)}}, r"stage2:map: this tap is not cached; there are logits"),
+    "more views": ({"data": {"views": 4}}, r"pixels: views 2, 3 are missing, 2 are there"),
+    "calibration": (
+        {"cache": {"calibration_rows": 50}},
+        r"calibration of the codec \(--cache.calibration-rows\): [0-9a-f]{16}, and this run's has not been fitted",
+    ),
+    "tap": (
+        {"loss": {"feature_pairs": ("stage2:stage3",)}},
+        r"stage2:map: this tap is not cached; there are logits, pool \(vector\), stage3 \(map\)\. Build",
+    ),
     "mean": ({"data": {"mean": (0.5, 0.5, 0.5)}}, r"mean \(--data.mean\): \[0.305, 0.305, 0.305\], not \[0.5,"),
 }
 
@@ -243,6 +281,31 @@ def test_a_cache_that_fits_passes_before_workers_start(tmp_path: Path, monkeypat
     published = replace(config, teacher=replace(config.teacher, weights="published"))
     monkeypatch.setattr("mimkd_ray.train.preflight.build_network", None)
     preflight(published)
+
+
+def test_a_codec_of_no_tap(tmp_path: Path) -> None:
+    """Refused with a cache too; a codec of a layer that only other runs read is none of this run's business."""
+    build_here(cached_config(tmp_path / "cache"))
+    for wrong in ("stge3=fp16", "logits=fp32"):
+        config = cached_config(tmp_path / "cache", cache={"codecs": (wrong,)})
+        for own in (config, live(config)):
+            with pytest.raises(
+                UserError, match=r"there is no tap '.*; there are maps, .* \(logits have --cache.logits\)"
+            ):
+                walk(own, tmp_path / "run")
+    preflight(cached_config(tmp_path / "cache", cache={"codecs": ("stage2:map=fp16", "stage1=bf16")}))
+
+
+def test_a_calibration_that_is_damaged(tmp_path: Path) -> None:
+    config = cached_config(tmp_path / "cache")
+    build_here(config)
+    (file,) = (tmp_path / "cache" / "calibrations").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    for read in (preflight, lambda own: walk(own, tmp_path / "run")):
+        with pytest.raises(
+            DamagedDataError, match=r"\.safetensors \(100 bytes\) is no calibration .*; put it back from"
+        ):
+            read(config)
 
 
 def test_weights_are_told_apart(tmp_path: Path) -> None:
@@ -325,7 +388,7 @@ def test_the_command_that_is_named_builds_what_is_missing(tmp_path: Path) -> Non
         loss={"global_weight": 0.0},
         train={"seed": 4},
     )
-    with pytest.raises(UserError, match="this tap is not cached; there are none") as caught:
+    with pytest.raises(UserError, match=r"stage3:map, logits, pixels: nothing is cached there yet\. Build") as caught:
         walk(config, tmp_path / "run")
     _, _, command = str(caught.value).partition("Build what is missing with: ")
     python, job, *arguments = shlex.split(command)
