@@ -16,7 +16,10 @@ from typing import Any
 
 from report import met
 
-NAMES = ("mi_bounds", "loss", "ray_overhead", "loader", "data_wait", "jump", "checkpoint", "lanes", "cache")
+NAMES = (
+    *("mi_bounds", "loss", "ray_overhead", "loader", "data_wait", "jump", "checkpoint", "lanes", "cache"),
+    "cache_effect",
+)
 
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parent / "README.md"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mimkd_ray import storage
 from mimkd_ray.cache import calibration
-from mimkd_ray.cache.key import CALIBRATIONS, THREADS, read_keys
+from mimkd_ray.cache.key import CALIBRATIONS, LOGITS, THREADS, read_keys
 from mimkd_ray.cache.manifest import (
     MANIFEST_SUFFIX,
     Record,
@@ -31,7 +31,7 @@ def check_root(root: str) -> None:
 
 
 def ls(root: str) -> Iterator[str]:
-    """Yield a line for each cached tap: key, tap, codec, views, rows, size, error, age, and what it was made from.
+    """Yield a line for each cached tap: key, tap, codec, views, rows, size, what storing lost, age, and its origin.
 
     Reads every manifest.
     """
@@ -43,12 +43,16 @@ def ls(root: str) -> Iterator[str]:
         total += size
         rows = manifests[0].rows if manifests else 0
         lost = max((m.error.relative for m in manifests), default=0.0)
-        made = f"{parts['teacher']} {parts['weights'][:8]} {parts['precision']}, " if "teacher" in parts else ""
+        of_teacher = "teacher" in parts  # pixels are stored exactly, and are nobody's
+        kind = parts["codec"] if parts["kind"] == LOGITS else f"{parts['kind']}, {parts['codec']}"
+        what = f"{parts['tap']} ({kind})" if of_teacher else parts["tap"]
+        error = f"relative error {lost:.2g}, " if of_teacher else ""
+        made = f"{parts['teacher']}, weights {parts['weights'][:8]}, {parts['precision']}; " if of_teacher else ""
         age = _days(storage.join(root, key, "key.json"))
         yield (
-            f"{key}  {parts['tap']} ({parts['kind']}, {parts['codec']}): {len(manifests)} views of {rows:,} rows, "
-            f"{size / 1e6:,.1f} MB, error {lost:.2g}, {age}; {made}pipeline {parts['pipeline']} at "
-            f"{parts['image_size']}, seed {parts['view_seed']}, data {parts['data']}"
+            f"{key}  {what}: {len(manifests)} views of {rows:,} images, {size / 1e6:,.1f} MB, {error}{age}; {made}"
+            f"pipeline {parts['pipeline']} at {parts['image_size']} pixels, view seed {parts['view_seed']}, "
+            f"data {parts['data'][:16]}"
         )
     yield f"{total / 1e6:,.1f} MB in all that manifests list"
 

@@ -148,7 +148,10 @@ def from_bytes(data: bytes, url: str) -> Calibration:
         mean_C, components_KC, low_K, step_K = (tensors.get(name) for name in _NAMES)
         return Calibration(mean_C, components_KC, low_K, step_K, float(facts["retained"]), int(facts["rows"]))
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise DamagedDataError(f"{url} ({len(data):,} bytes) is no calibration of a codec: {error}") from error
+        raise DamagedDataError(
+            f"{url} ({len(data):,} bytes) is no calibration of a codec: {error}; put it back from a copy, or remove it "
+            "and build the cache again"
+        ) from error
 
 
 def digest(data: bytes) -> str:

@@ -5,6 +5,7 @@
 
 The first two steps (`apply`) belong to a run, cached or live: its loss reads pooled components. Only the last one
 separates cached features from live ones, by rounding. Rows lie channels last, (h, w, K), as the critics read maps.
+Logits are stored whole, or as the largest ones and the mass of the others (top_logits.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimkd_ray.cache.top_logits import TopLogits
 from mimkd_ray.errors import UserError
 
 VERSION = 1
@@ -31,6 +33,7 @@ DTYPES: dict[Kind, torch.dtype] = {
 }
 
 _PART = re.compile(r"(?P<what>pool|pca)(?P<most>[1-9]\d*)")
+_TOP = re.compile(r"top([1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,12 @@ class CodecSpec:
     """Average-pool a map to at most so many rows and columns; 0: leave it."""
     pca: int = 0
     """Keep at most so many principal components of the channels; 0: keep the channels."""
+    top: int = 0
+    """Of logits, keep so many, the largest, and the mass of the others; 0: keep all."""
 
     def __str__(self) -> str:
+        if self.top:
+            return f"top{self.top}"
         parts = [f"pool{self.pool}"] * bool(self.pool) + [f"pca{self.pca}"] * bool(self.pca)
         return ",".join([*parts, self.kind])
 
@@ -64,6 +71,19 @@ def parse_spec(text: str) -> CodecSpec:
     if kind not in DTYPES:
         raise _unreadable(text)
     return CodecSpec(kind, **found)
+
+
+def parse_logits(text: str) -> CodecSpec:
+    """Parse how logits are stored: "fp16", "bf16" or "fp32", or "top32". Raises UserError."""
+    match = _TOP.fullmatch(text)
+    if match:
+        return CodecSpec("fp16", top=int(match[1]))
+    if text in DTYPES and text != "uint8":
+        return CodecSpec(text)
+    raise UserError(
+        f"cache.logits {text!r} cannot be read: give fp16, bf16 or fp32 for all logits, or topK for the K largest and "
+        "the mass of the others, K being 1 or more, such as top32"
+    )
 
 
 def _unreadable(text: str) -> UserError:
@@ -142,13 +162,28 @@ def channels_last(feature: Tensor) -> Tensor:
     return feature.permute(0, 2, 3, 1) if feature.dim() == 4 else feature
 
 
+def row_bytes(spec: CodecSpec, shape: Shape) -> int:
+    """Return the bytes of a stored row."""
+    if spec.top:
+        return TopLogits(spec.top, shape.channels).row_bytes
+    coded = coded_shape(spec, shape)
+    return coded.channels * coded.locations * DTYPES[spec.kind].itemsize
+
+
+def make_codec(
+    spec: CodecSpec, shape: Shape, calibration: Calibration | None, device: torch.device
+) -> Codec | TopLogits:
+    """Return what applies, packs and decodes a feature of this shape on the device."""
+    return TopLogits(spec.top, shape.channels) if spec.top else Codec(spec, shape, calibration, device)
+
+
 class Codec:
     """One tap's codec, on one device. `calibration` may be None where `needs_calibration` says no."""
 
     def __init__(self, spec: CodecSpec, shape: Shape, calibration: Calibration | None, device: torch.device) -> None:
         self.spec, self.shape, self.coded = spec, shape, coded_shape(spec, shape)
         self.kind = spec.kind
-        self.row_bytes = self.coded.channels * self.coded.locations * DTYPES[spec.kind].itemsize
+        self.row_bytes = row_bytes(spec, shape)
         self._weight_CK = self._bias_K = None
         if calibration is not None and calibration.mean_C is not None and calibration.components_KC is not None:
             mean_C, components_KC = calibration.mean_C.to(device), calibration.components_KC.to(device)

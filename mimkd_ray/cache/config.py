@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from mimkd_ray.cache.codec import DEFAULT_MAP, DEFAULT_VECTOR, CodecSpec, parse_spec
+from mimkd_ray.cache.codec import DEFAULT_MAP, DEFAULT_VECTOR, CodecSpec, parse_logits, parse_spec
 from mimkd_ray.errors import UserError, nearest
 
 MAPS, VECTORS = "maps", "vectors"
 """Names in `codecs` for all maps and all vectors."""
+ALL_LOGITS = "fp16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,10 @@ class CacheConfig:
     """How taps are stored, TAP=[poolSIDE,][pcaCHANNELS,]TYPE with uint8, fp16, bf16 or fp32: layer3=pool4,pca256,uint8.
     TAP may end in :map or :vector, or be `maps` or `vectors` for all others. Unset: maps pool4,pca256,uint8, vectors
     fp16. Pooling and components belong to the run: with codecs set, a live teacher goes through them as well."""
+    logits: str = ALL_LOGITS
+    """How logits are stored: all of them as fp16, bf16 or fp32, or topK, such as top32: the K largest, and the mass of
+    the others, which then share it evenly (exact at loss.kd_temperature 1 alone). With topK set, the logits of a live
+    teacher go through it as well."""
     taps: tuple[str, ...] = ()
     """Teacher layers to cache beside those that the loss reads; LAYER, LAYER:map or LAYER:vector."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
@@ -48,6 +53,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         for text in self.codecs:
             parse_rule(text)
+        parse_logits(self.logits)
         for name in ("calibration_rows", "shard_rows", "batch", "negatives"):
             if getattr(self, name) < 1:
                 raise UserError(f"cache.{name} is {getattr(self, name)}; give 1 or more")
@@ -75,8 +81,8 @@ class CacheConfig:
 
     @property
     def codes(self) -> bool:
-        """Whether the loss reads pooled and projected features, cached or live."""
-        return bool(self.root or self.codecs)
+        """Whether the loss reads features that went through their codecs, cached or live."""
+        return bool(self.root or self.codecs) or self.logits != ALL_LOGITS
 
 
 def parse_rule(text: str) -> tuple[str, CodecSpec]:
@@ -109,5 +115,5 @@ def check_rules(config: CacheConfig, taps: Iterable[str]) -> None:
             names = sorted(n for n in known if ":" not in n)
             raise UserError(
                 f"cache.codecs {name}={spec}: there is no tap {name!r}{nearest(name, names)}; there are "
-                f"{', '.join(names)}, and --cache.taps adds more"
+                f"{', '.join(names)}, and --cache.taps adds more (logits have --cache.logits)"
             )

@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 from mimkd_ray import storage
 from mimkd_ray.cache.codec import VERSION as CODEC_VERSION
-from mimkd_ray.cache.codec import CodecSpec, Shape
+from mimkd_ray.cache.codec import CodecSpec, Shape, parse_logits, row_bytes
 from mimkd_ray.cache.pixels import PIXELS
-from mimkd_ray.errors import DamagedDataError
+from mimkd_ray.errors import DamagedDataError, UserError
 
 FORMAT = 1
 """Version of files and manifests."""
@@ -49,10 +49,21 @@ class Entry:
         """ "layer3:map", "fc:vector", "logits" or "pixels": unique within a run."""
         return f"{self.tap}:{self.kind}" if self.kind in ("map", "vector") else self.tap
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a stored row."""
+        return row_bytes(self.spec, self.shape)
 
-def logits_entry(classes: int) -> Entry:
-    """The teacher's logits."""
-    return Entry(LOGITS, "logits", Shape(classes), CodecSpec("fp16"))
+
+def logits_entry(classes: int, stored: str) -> Entry:
+    """The teacher's logits, stored as `cache.logits` says. Raises UserError where it keeps as many as there are."""
+    spec = parse_logits(stored)
+    if spec.top >= classes:
+        raise UserError(
+            f"cache.logits is {spec}, and there are {classes} classes: keep fewer, such as --cache.logits "
+            f"top{max(1, classes // 4)}, or all of them, --cache.logits fp16"
+        )
+    return Entry(LOGITS, "logits", Shape(classes), spec)
 
 
 def pixels_entry(bytes_of_row: int) -> Entry:
@@ -134,7 +145,7 @@ _WORDS = {
     "shape": "shape of the tap",
     "codec": "codec (--cache.codecs)",
     "codec_version": "version of the codec",
-    "calibration": "calibration of the codec",
+    "calibration": "calibration of the codec (--cache.calibration-rows)",
     "teacher": "teacher (--teacher.name)",
     "weights": "teacher's weights (--teacher.weights)",
     "precision": "teacher's precision (--cache.precision)",
@@ -153,13 +164,18 @@ def difference(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]
     differing = [name for name in _WORDS if wanted.get(name) != there.get(name)]
     if len(differing) > 1 and "calibration" in differing:
         differing.remove("calibration")
-    return [f"{_WORDS[name]}: {_short(there.get(name))}, not {_short(wanted.get(name))}" for name in differing]
+    words = {**_WORDS, "codec": "codec (--cache.logits)"} if wanted.get("kind") == "logits" else _WORDS
+    return [f"{words[name]}: {_short(there.get(name))}, {_not(wanted.get(name))}" for name in differing]
 
 
 def nearest_key(wanted: Mapping[str, Any], keys: Mapping[str, Mapping[str, Any]]) -> str | None:
     """Return the key of the same tap and kind with the fewest differing parts; None if the tap is not cached."""
     same = {key: p for key, p in keys.items() if (p.get("tap"), p.get("kind")) == (wanted["tap"], wanted["kind"])}
     return min(same, key=lambda key: (len(difference(wanted, same[key])), key), default=None)
+
+
+def _not(value: Any) -> str:
+    return f"not {_short(value)}" if value != "" else "and this run's has not been fitted there"
 
 
 def _short(value: Any) -> str:

@@ -234,7 +234,8 @@ def read_manifest(root: str, key: str, view: int) -> ViewManifest | None:
     except FileNotFoundError:
         return None
     except (KeyError, ValueError, TypeError) as error:
+        said = f"it has no {error}" if isinstance(error, KeyError) else error
         raise DamagedDataError(
-            f"{url}: the manifest is wrong: {error}; remove it and give the build command again, which makes it anew "
+            f"{url}: the manifest is wrong: {said}; remove it and give the build command again, which makes it anew "
             "from what is there"
         ) from error

@@ -127,4 +127,4 @@ def _size(count: float) -> str:
 def _time(seconds: float) -> str:
     if seconds >= 7200:
         return f"{seconds / 3600:,.1f} hours"
-    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.{0 if seconds >= 10 else 1}f} seconds"

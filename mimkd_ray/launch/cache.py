@@ -78,7 +78,13 @@ def look_after(command: str, arguments: Sequence[str], program: str) -> int:
     for line in lines:
         print(line, flush=True)
     if command == "verify":
-        print(f"{found.objects:,} objects, {found.bytes / 1e6:,.1f} MB read: {found.damaged:,} damaged or gone")
+        hint = (
+            "; give the build command again" if job.mend else "; --mend true removes them, and a build makes them anew"
+        )
+        print(
+            f"{found.objects:,} objects, {found.bytes / 1e6:,.1f} MB: {found.damaged:,} damaged or gone"
+            f"{hint if found.damaged else ''}"
+        )
     return 1 if found.damaged and not job.mend else 0
 
 

@@ -111,9 +111,7 @@ def _publish(root: str, setup: Setup, key: str, label: str, view: int) -> None:
             "they do, somebody removed files: give the command again"
         )
     entry = next(entry for entry in setup.entries if entry.label == label)
-    made = ViewManifest(
-        key=key, view=view, row_bytes=setup.row_bytes(entry), shards=tuple(records[place] for place in wanted)
-    )
+    made = ViewManifest(key=key, view=view, row_bytes=entry.row_bytes, shards=tuple(records[place] for place in wanted))
     limit = setup.config.data.max_damaged
     if len(made.damaged) > limit * made.rows:
         raise DamagedDataError(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mimkd_ray.cache import calibration
-from mimkd_ray.cache.codec import DTYPES, coded_shape, needs_calibration
+from mimkd_ray.cache.codec import needs_calibration
 from mimkd_ray.cache.config import check_rules
 from mimkd_ray.cache.key import (
     Entry,
@@ -115,10 +115,10 @@ class Setup:
         self.vectors, self.maps, self.shapes = tuple(dict.fromkeys(vectors)), tuple(dict.fromkeys(maps)), shapes
         self.entries: list[Entry] = [
             *tap_entries(shapes, self.vectors, self.maps, config.cache),
-            logits_entry(self.data.num_classes),
+            logits_entry(self.data.num_classes, config.cache.logits),
             pixels_entry(ROW_BYTES),
         ]
-        check_rules(config.cache, [entry.tap for entry in self.entries])
+        check_rules(config.cache, [*self.vectors, *self.maps])
         self.fitted = [entry for entry in self.entries if needs_calibration(entry.spec, entry.shape)]
         self.fitted = [entry for entry in self.fitted if entry.label != PIXELS]
         self.shards = shards_of(self.data.whole.blocks, config.cache.shard_rows)
@@ -135,11 +135,6 @@ class Setup:
         """The parts of all keys by label."""
         digests = {label: calibration.digest(value) for label, value in calibrations.items() if value is not None}
         return {e.label: parts_of(e, self.origin, digests.get(e.label, "")) for e in self.entries}
-
-    def row_bytes(self, entry: Entry) -> int:
-        """Bytes of a row of an entry."""
-        coded = coded_shape(entry.spec, entry.shape)
-        return coded.channels * coded.locations * DTYPES[entry.spec.kind].itemsize
 
     def teacher(self, coding: Coding | None) -> Teacher:
         """The teacher with the taps of all entries."""

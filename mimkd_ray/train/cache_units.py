@@ -18,7 +18,6 @@ from torch import Tensor
 
 from mimkd_ray.cache import calibration
 from mimkd_ray.cache.key import (
-    LOGITS,
     key_of,
 )
 from mimkd_ray.cache.manifest import Error
@@ -121,9 +120,7 @@ class _Unit:
             if label == PIXELS:
                 rows[label] = torch.from_numpy(pixel_rows(pixels))
                 continue
-            # Taps come through their codec; the logits are stored as they are.
-            coded = self.coding.codecs[LOGITS].apply(named[label]) if label == LOGITS else named[label]
-            codec = self.coding.codecs[label]
+            coded, codec = named[label], self.coding.codecs[label]
             rows[label] = codec.pack(coded).masked_fill(damaged_B[:, None], 0)
             lost_B = (codec.decode(rows[label]) - coded).flatten(1).square().sum(1)
             sums_2B = torch.stack([lost_B, coded.flatten(1).square().sum(1)])
@@ -159,10 +156,11 @@ class _Unit:
         lost_B, norm_B = torch.cat(self.errors[label], dim=1).double().cpu()
         if not bool(torch.isfinite(lost_B).all()):
             bad = ids[~torch.isfinite(lost_B)].tolist()
-            kind = self.coding.entries[label].spec
+            entry = self.coding.entries[label]
+            flag = "--cache.logits" if entry.kind == "logits" else "--cache.codecs"
             raise UserError(
                 f"{label}: {len(bad)} of {len(ids)} images, such as {bad[0]}, have features that are not finite as "
-                f"{kind}: store them as bf16 or fp32 (--cache.codecs), or check the teacher's weights and "
+                f"{entry.spec}: store them as bf16 or fp32 ({flag}), or check the teacher's weights and "
                 "--cache.precision"
             )
         mean = float(norm_B.mean()) or 1.0

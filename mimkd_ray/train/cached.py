@@ -11,7 +11,7 @@ from torch import nn
 
 from mimkd_ray.cache import calibration
 from mimkd_ray.cache.codec import needs_calibration
-from mimkd_ray.cache.config import check_rules
+from mimkd_ray.cache.config import check_rules, parse_rule
 from mimkd_ray.cache.key import Entry, Origin, calibration_url, key_of, logits_entry, parts_of, pixels_entry
 from mimkd_ray.cache.manifest import views_there
 from mimkd_ray.cache.pixels import PIXELS, ROW_BYTES
@@ -54,10 +54,25 @@ def origin_of(config: Config, data: Data, network: nn.Module, device: torch.devi
 
 
 def entries_of(configs: Sequence[Config], network: nn.Module, num_classes: int) -> list[Entry]:
-    """The entries that the losses of ``configs`` read: one, or those of a pack, which share the cache."""
+    """The entries that the losses of ``configs`` read: one, or those of a pack, which share the cache. Raises UserError
+    for a codec of no tap."""
     shapes, vectors, maps = teacher_taps(configs, network, num_classes)
-    entries = tap_entries(shapes, vectors, maps, configs[0].cache)
-    return [*entries, logits_entry(num_classes)] if any(own.loss.kd_weight for own in configs) else entries
+    cache = configs[0].cache
+    entries = tap_entries(shapes, vectors, maps, cache)
+    # A cache may hold more than this run reads: then any layer may have a codec.
+    named = {parse_rule(text)[0].partition(":")[0] for text in cache.codecs if cache.root}
+    others = [name for name, _ in network.named_modules() if name in named]
+    check_rules(cache, [*(entry.tap for entry in entries), *others])
+    with_logits = any(own.loss.kd_weight for own in configs)
+    return [*entries, logits_entry(num_classes, cache.logits)] if with_logits else entries
+
+
+def parts_of_run(
+    entries: Sequence[Entry], origin: Origin, calibrations: Mapping[str, bytes | None]
+) -> dict[str, dict[str, Any]]:
+    """The key parts of what a run reads, the pixels' too, by label."""
+    digests = {label: calibration.digest(value) for label, value in calibrations.items() if value is not None}
+    return {e.label: parts_of(e, origin, digests.get(e.label, "")) for e in [*entries, pixels_entry(ROW_BYTES)]}
 
 
 def open_cached(
@@ -79,8 +94,6 @@ def open_cached(
     configs = [config, *others]
     entries = entries_of(configs, network, data.num_classes)
     origin = origin_of(config, data, network, context.device)
-    if not config.cache.reads:
-        check_rules(config.cache, [entry.tap for entry in entries])
     place = config.cache.root or run_dir
     fitted = [entry for entry in entries if needs_calibration(entry.spec, entry.shape)]
     urls = {entry.label: calibration_url(place, entry, origin, config.cache.calibration_rows) for entry in fitted}
@@ -96,13 +109,11 @@ def open_cached(
         if context.rank == 0:
             made = {label: calibration.publish(urls[label], value) for label, value in made.items()}
         known |= share_from_first(made)
-    digests = {label: calibration.digest(value) for label, value in known.items() if value is not None}
+    numbers = {label: calibration.from_bytes(value, urls[label]) for label, value in known.items() if value}
     reader = None
     if config.cache.reads:
-        pixels = pixels_entry(ROW_BYTES)
-        parts = {e.label: parts_of(e, origin, digests.get(e.label, "")) for e in [*entries, pixels]}
+        parts = parts_of_run(entries, origin, known)
         reader = open_reader(configs, data, context, parts, [entry.label for entry in missing])
-    numbers = {label: calibration.from_bytes(value, urls[label]) for label, value in known.items() if value}
     return Cached(Coding(entries, numbers, context.device, parameter_dtype(config.train)), reader)
 
 
@@ -115,19 +126,21 @@ def open_reader(
 ) -> FeatureReader:
     """The reader of the entries with these key parts. Raises UserError for views that are not there."""
     config = configs[0]
-    root, views = config.cache.root, set(range(config.data.views))
-    problem = ""
-    if context.rank == 0:
-        wanted = [
-            Wanted(label, each, sorted(views if label in unfitted else views - views_there(root, key_of(each))))
-            for label, each in parts.items()
-        ]
-        problem = explain(configs, [w for w in wanted if w.missing])
-    problem = share_from_first(problem)
+    problem = share_from_first(what_is_missing(configs, parts, unfitted) if context.rank == 0 else "")
     if problem:
         raise UserError(problem)
     barrier()
     keys = {label: key_of(each) for label, each in parts.items()}
     used = [label for label in keys if label != PIXELS]
     store = data.train.store or config.data.make_store()
-    return FeatureReader(root, keys, data.whole.num_rows, store, used, data.kept)
+    return FeatureReader(config.cache.root, keys, data.whole.num_rows, store, used, data.kept)
+
+
+def what_is_missing(configs: Sequence[Config], parts: Mapping[str, dict[str, Any]], unfitted: Sequence[str]) -> str:
+    """Why the cache does not hold these entries in all views of the run; "" if it does. One listing an entry."""
+    root, views = configs[0].cache.root, set(range(configs[0].data.views))
+    wanted = [
+        Wanted(label, each, sorted(views if label in unfitted else views - views_there(root, key_of(each))))
+        for label, each in parts.items()
+    ]
+    return explain(configs, [w for w in wanted if w.missing])

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mimkd_ray.cache.codec import Calibration, Codec, Shape, coded_shape
+from mimkd_ray.cache.codec import Calibration, Shape, coded_shape, make_codec
 from mimkd_ray.cache.config import CacheConfig, codec_of
-from mimkd_ray.cache.key import Entry
+from mimkd_ray.cache.key import LOGITS, Entry
 from mimkd_ray.losses.mimkd import Features, Term
 from mimkd_ray.models.taps import TapShape
 
@@ -49,14 +49,17 @@ class Coding:
         """`calibrations` by label, where a codec has one. `dtype` is that of decoded features."""
         self.entries = {entry.label: entry for entry in entries}
         self.codecs = {
-            label: Codec(entry.spec, entry.shape, calibrations.get(label), device)
+            label: make_codec(entry.spec, entry.shape, calibrations.get(label), device)
             for label, entry in self.entries.items()
         }
         self.dtype = dtype
 
     def apply(self, raw: Features) -> Features:
-        """What the loss reads of a teacher's features: pooled and projected, not rounded."""
+        """What the loss reads of a teacher's features: pooled and projected, not rounded. Logits that are no entry
+        stay as they are."""
+        logits = self.codecs.get(LOGITS)
         return raw._replace(
+            logits_BC=raw.logits_BC if logits is None else logits.apply(raw.logits_BC),
             vectors={tap: self.codecs[f"{tap}:vector"].apply(value) for tap, value in raw.vectors.items()},
             maps={tap: self.codecs[f"{tap}:map"].apply(value) for tap, value in raw.maps.items()},
         )
@@ -67,7 +70,7 @@ class Coding:
         kinds = {label: (entry.tap, entry.kind) for label, entry in self.entries.items()}
         some = next(iter(decoded.values()))
         return Features(
-            decoded.get("logits", some.new_zeros(len(some), 0)),
+            decoded.get(LOGITS, some.new_zeros(len(some), 0)),
             {kinds[label][0]: value for label, value in decoded.items() if kinds[label][1] == "vector"},
             {kinds[label][0]: value for label, value in decoded.items() if kinds[label][1] == "map"},
         )
@@ -76,7 +79,7 @@ class Coding:
 def by_label(features: Features) -> dict[str, Tensor]:
     """Features by the labels of their entries."""
     return {
-        "logits": features.logits_BC,
+        LOGITS: features.logits_BC,
         **{f"{tap}:vector": value for tap, value in features.vectors.items()},
         **{f"{tap}:map": value for tap, value in features.maps.items()},
     }

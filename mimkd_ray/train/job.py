@@ -60,10 +60,14 @@ def claim(config: Config, run_dir: str) -> None:
     write_json(url, to_dict(config))
 
 
+def first_runs(config: Config) -> list[Config]:
+    """The single run of the job, or those of a comparison's first seed."""
+    return [arm_config(config, arm, 0) for arm in config.compare.arms] if config.compare.seeds else [config]
+
+
 def needs_teacher(config: Config) -> bool:
     """Whether any arm of the job uses a teacher."""
-    arms = [arm_config(config, arm, 0).loss for arm in config.compare.arms] if config.compare.seeds else [config.loss]
-    return any(loss.uses_teacher for loss in arms)
+    return any(run.loss.uses_teacher for run in first_runs(config))
 
 
 def teacher_config(config: Config) -> Config:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from mimkd_ray.cache.key import difference, key_of, nearest_key, read_keys
 from mimkd_ray.cache.manifest import views_there
+from mimkd_ray.cache.pixels import PIXELS
 from mimkd_ray.train.config import Config
 
 
@@ -42,11 +43,15 @@ def _reason(wanted: Wanted, finished: dict[str, Any], there: dict[str, set[int]]
     own = key_of(wanted.parts)
     if own in finished:
         views = ", ".join(map(str, wanted.missing[:8])) + (", ..." if len(wanted.missing) > 8 else "")
-        return f"views {views} are missing, {len(there[own])} are there (--data.views)"
+        said = f"views {views} are missing" if len(wanted.missing) > 1 else f"view {views} is missing"
+        return f"{said}, {len(there[own])} are there (--data.views)"
+    if not finished:
+        return "nothing is cached there yet"
     nearest = nearest_key(wanted.parts, finished)
     if nearest is None:
-        taps = sorted({f"{parts['tap']} ({parts['kind']})" for parts in finished.values()})
-        return f"this tap is not cached; there are {', '.join(taps) or 'none'}"
+        taps = {(parts["tap"], parts["kind"]) for parts in finished.values()} - {(PIXELS, PIXELS)}
+        named = [tap if tap == kind else f"{tap} ({kind})" for tap, kind in sorted(taps)]
+        return f"this tap is not cached; there are {', '.join(named)}"
     return f"the nearest one there has another {'; another '.join(difference(wanted.parts, finished[nearest]))}"
 
 
@@ -57,7 +62,7 @@ _OF_FEATURES = {
     ),
     "teacher": ("name", "weights"),
     "student": ("name",),
-    "cache": ("root", "codecs", "taps", "precision", "calibration_rows"),
+    "cache": ("root", "codecs", "logits", "taps", "precision", "calibration_rows"),
     "loss": ("global_pairs", "local_pairs", "feature_pairs", "global_weight", "local_weight", "feature_weight"),
     "train": ("seed", "precision"),
 }

@@ -67,6 +67,8 @@ def edited(root: Path, change: str) -> None:
         return
     if change == "shard":
         value["shards"][0][7] = [7]  # a damaged image that is none
+    if change == "other":
+        value = {"a": 1}
     if change == "format":
         value["format"] = 99
     if change == "view":
@@ -80,6 +82,7 @@ def edited(root: Path, change: str) -> None:
         ("cut", "the manifest is wrong"),
         ("shard", "its list of shards has changed since it was written"),
         ("format", "it is of format 99"),
+        ("other", "the manifest is wrong: it has no 'format'"),
         ("view", "and view 3"),
     ],
 )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from feature_sets import KEY, NOTHING_LOST, SHARDS, features, ids, write_view
 
+from mimkd_ray import storage
 from mimkd_ray.cache.manifest import ViewManifest, publish
 from mimkd_ray.cache.reader import FeatureReader
 from mimkd_ray.cache.writer import write_shard
@@ -49,14 +50,23 @@ def test_rows_are_those_of_the_positions(root: Path, store: BlockStore | None) -
     assert list(some) == ["pixels"]
 
 
-def test_only_what_is_used_is_read(root: Path) -> None:
-    """One entry of four, counted in bytes; nothing is read twice."""
+def test_only_what_is_used_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One entry of four, counted in bytes that the storage gave out; nothing is read twice."""
+    given: list[int] = []
+    real = storage.read_range
+
+    def read_range(url: str, offset: int, length: int) -> bytes:
+        given.append(len(real(url, offset, length)))
+        return real(url, offset, length)
+
+    monkeypatch.setattr(storage, "read_range", read_range)
     reader = FeatureReader(str(root), KEYS, 64, None, ["c:vector"])
     everything = np.arange(64)
     for _ in range(2):
         found = reader.read(0, everything, ids())
     assert list(found) == ["c:vector"]
     assert reader.bytes_read == sum(b.length for s in reader.manifest("c:vector", 0).shards for b in s.blocks)
+    assert reader.bytes_read == sum(given)
     one = reader.bytes_read
     reader.read(0, everything, ids(), list(KEYS))
     assert reader.bytes_read > 2 * one

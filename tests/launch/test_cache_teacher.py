@@ -124,8 +124,14 @@ def test_plan_build_and_look_after(tmp_path: Path, capsys: pytest.CaptureFixture
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 5
     assert re.search(
-        r"stage3 \(map, pool4,pca256,uint8\): 3 views of 100 rows, .* MB, error 0\.0\d+, 0 hours", listed[3]
+        r"stage3 \(map, pool4,pca256,uint8\): 3 views of 100 images, .* MB, relative error 0\.0\d+, 0 hours old; "
+        r"cifar/resnet8, weights [0-9a-f]{8}, float32; pipeline digits at 8 pixels, view seed 0, data ",
+        listed[3],
     )
+    assert re.search(r"  logits \(fp16\): 3 views", listed[0])
+    assert re.search(r"  pixels: 3 views of 100 images, .* MB, 0 hours old; pipeline digits", listed[1])
+    assert main(RECIPES, [*local(root, "plan"), "--cache.logits", "top2"]) == 0
+    assert "logits: top2, 10 bytes an image" in capsys.readouterr().out
     assert main(RECIPES, ["verify", *admin]) == 0
     assert "24 objects, " in capsys.readouterr().out
     assert main(RECIPES, ["gc", *admin]) == 0
@@ -153,9 +159,11 @@ def test_damage_is_mended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert re.search(rf"{cut} has [\d,]+ bytes, and its manifest says [\d,]+", said)
     assert f"{gone} is gone" in said
     assert f"{beside} is damaged: the sha256 of its row groups is right" in said
-    assert "4 damaged or gone" in said
+    assert said.endswith("4 damaged or gone; --mend true removes them, and a build makes them anew\n")
     assert main(RECIPES, ["verify", *admin, "--mend", "true"]) == 0
-    assert "removed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "removed" in said
+    assert said.endswith("4 damaged or gone; give the build command again\n")
     assert main(RECIPES, local(root)) == 0
     assert "caching features (2 of 6 units to do)" in capsys.readouterr().out, "two units had the four objects"
     assert files(root) == whole

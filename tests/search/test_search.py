@@ -242,7 +242,7 @@ def test_a_search_without_a_held_out_part_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_worker_needs_a_lane(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="search.workers is 3 and train.lanes 2"):
+    with pytest.raises(UserError, match=r"search.workers is 3 and train.lanes 2"):
         tiny_job(tmp_path, workers=3)
 
 

@@ -240,9 +240,8 @@ def test_features_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.Monkey
         return found
 
     monkeypatch.setattr(cache_setup.Teacher, "features", features)
-    with pytest.raises(
-        UserError, match=r"logits: \d of \d\d images, such as \d+, have features that are not finite as"
-    ):
+    message = r"logits: \d of \d\d images, such as \d+, have features that are not finite as fp16: .*\(--cache.logits\)"
+    with pytest.raises(UserError, match=message):
         build(setup, in_process(setup))
     assert not list(tmp_path.glob("*/view-*.manifest.json"))
 
@@ -267,6 +266,10 @@ def test_keys_lie_in_clear(tmp_path: Path) -> None:
         ({"cache": {"taps": ("pool:token",)}}, "give LAYER, LAYER:map or LAYER:vector"),
         ({"cache": {"taps": ("pool:map",)}}, "the layer returns a vector"),
         ({"cache": {"codecs": ("stge3=fp16",)}}, "there is no tap 'stge3'; did you mean 'stage3'"),
+        (
+            {"cache": {"logits": "top10"}},
+            r"top10, and there are 10 classes: keep fewer, such as .* --cache.logits fp16",
+        ),
         ({"cache": {"codecs": ("pool=pool4,fp16",), "taps": ()}}, ""),
     ],
 )

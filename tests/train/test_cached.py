@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_cache import build_here, cached_config
 from tiny_run import cpu
 
+from mimkd_ray import storage
 from mimkd_ray.data.dataset import open_data
 from mimkd_ray.data.views import View
 from mimkd_ray.errors import DamagedDataError, UserError
@@ -19,8 +21,9 @@ from mimkd_ray.launch.cache import main
 from mimkd_ray.losses.mimkd import Features
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.cached import open_cached
-from mimkd_ray.train.config import Config, digest
+from mimkd_ray.train.config import Config, LaunchConfig, digest
 from mimkd_ray.train.job import run_job
+from mimkd_ray.train.preflight import preflight
 from mimkd_ray.train.session import Session
 
 STEPS = 4
@@ -112,6 +115,25 @@ def test_cached_is_live_up_to_rounding(tmp_path: Path, name: str, pipeline: str)
         assert found > 1e-4, "uint8 does round"
 
 
+def test_top_logits_are_live_up_to_rounding(tmp_path: Path) -> None:
+    """Every step of the run, cached, live beside the cache and without one; all logits are another loss."""
+    exact = ("maps=fp32", "vectors=fp32")
+    config = cached_config(tmp_path / "cache", cache={"logits": "top3", "codecs": exact}, loss={"kd_weight": 1.0})
+    build_here(config)
+    ours, theirs = walk(config, tmp_path / "a"), walk(live(config), tmp_path / "b")
+    assert ours["samples"] == theirs["samples"]
+    logits = [(a.logits_BC, b.logits_BC) for a, b in zip(ours["features"], theirs["features"], strict=True)]
+    assert all(b.sort(1).values[:, :7].std(1).max() < 1e-5 for _, b in logits), "seven of ten are equal"
+    assert 0 < max(relative(a, b) for a, b in logits) < 1e-3
+    assert float(ours["log"]["kd"]) == pytest.approx(float(theirs["log"]["kd"]), rel=1e-3)
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
+    assert relative(ours["gradient"], theirs["gradient"]) < 1e-3
+    alone = replace(config, cache=replace(config.cache, root=""))
+    assert walk(alone, tmp_path / "c")["losses"] == theirs["losses"]
+    whole = walk(live(replace(config, cache=replace(config.cache, logits="fp16"))), tmp_path / "d")
+    assert float(whole["log"]["kd"]) != pytest.approx(float(theirs["log"]["kd"]), rel=0.01)
+
+
 def test_the_teacher_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = cached_config(tmp_path / "cache", cache={"canary": 0.0})
     build_here(config)
@@ -134,6 +156,34 @@ def test_a_held_out_share_reads_the_same_cache(tmp_path: Path, loader_workers: i
     cached, at_work = walk(part, tmp_path / "a"), walk(live(part), tmp_path / "b")
     assert cached["samples"] == at_work["samples"]
     assert worst_difference(cached["features"], at_work["features"]) < 1e-3  # logits are fp16
+
+
+def test_a_run_of_one_tap_reads_one_tap_of_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that the storage gave out, by entry: those of the one tap, each once, and nothing of the other three, of
+    the logits and of the pixels."""
+    folder, taps = tmp_path / "cache", ("stage1", "stage2")
+    off = {"canary": 0.0, "taps": taps}
+    config = cached_config(folder, cache=off, data={"store": str(tmp_path / "store")}, loss={"kd_weight": 0.0})
+    built = build_here(config)
+    assert {"pool:vector", "stage1:map", "stage2:map", "stage3:map"} < built.keys.keys()
+    given: dict[str, int] = {}
+    real = storage.read_range
+
+    def read_range(url: str, offset: int, length: int) -> bytes:
+        data = real(url, offset, length)
+        key = Path(url).relative_to(folder).parts[0]
+        given[key] = given.get(key, 0) + len(data)
+        return data
+
+    monkeypatch.setattr(storage, "read_range", read_range)
+    one = replace(config.loss, global_weight=0.0, local_weight=0.0)
+    walk(replace(config, loss=one), tmp_path / "run")
+    used = built.keys["stage3:map"]
+    assert given.keys() == {used}
+    files = (folder / used).rglob("*.parquet")
+    groups = [pq.ParquetFile(file).metadata for file in files]
+    sizes = [g.row_group(n).total_byte_size for g in groups for n in range(g.num_row_groups)]
+    assert given[used] == sum(sizes)
 
 
 def test_loader_processes_bring_the_same_features(tmp_path: Path) -> None:
@@ -187,14 +237,27 @@ def test_seeds_of_a_comparison_share_one_cache(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "views": ({"data": {"views": 3}}, r"views 2 are missing, 2 are there \(--data.views\)"),
+    "views": ({"data": {"views": 3}}, r"view 2 is missing, 2 are there \(--data.views\)"),
     "seed": ({"train": {"seed": 5}, "data": {"view_seed": 3}}, r"seed of the views \(--data.view-seed\): 0, not 3"),
     "pipeline": ({"data": {"pipeline": "none"}}, r"view pipeline \(--data.pipeline\): digits, not none"),
     "data": ({"data": {"subset": 70}}, r"data set \(--data.root, its split, holdout or subset\)"),
     "codec": ({"cache": {"codecs": ("stage3=fp16",)}}, r"codec \(--cache.codecs\): pool4,pca256,uint8, not fp16"),
+    "logits": (
+        {"cache": {"logits": "top3"}},
+        r"run: logits: the nearest one there has another codec \(--cache.logits\): fp16, not top3\. Build .*"
+        r"--cache.logits top3",
+    ),
     "precision": ({"cache": {"precision": "bf16"}}, r"precision \(--cache.precision\): float32, not bf16"),
     "teacher": ({"teacher": {"name": "cifar/resnet8"}}, r"teacher \(--teacher.name\): cifar/resnet8_w4, not"),
-    "tap": ({"loss": {"feature_pairs": ("stage2:stage3",)}}, r"stage2:map: this tap is not cached; there are logits"),
+    "more views": ({"data": {"views": 4}}, r"pixels: views 2, 3 are missing, 2 are there"),
+    "calibration": (
+        {"cache": {"calibration_rows": 50}},
+        r"calibration of the codec \(--cache.calibration-rows\): [0-9a-f]{16}, and this run's has not been fitted",
+    ),
+    "tap": (
+        {"loss": {"feature_pairs": ("stage2:stage3",)}},
+        r"stage2:map: this tap is not cached; there are logits, pool \(vector\), stage3 \(map\)\. Build",
+    ),
     "mean": ({"data": {"mean": (0.5, 0.5, 0.5)}}, r"mean \(--data.mean\): \[0.305, 0.305, 0.305\], not \[0.5,"),
 }
 
@@ -207,8 +270,55 @@ def test_a_mismatch_names_what_differs(tmp_path: Path, what: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         walk(config, tmp_path / "run")
     said = str(caught.value)
+    with pytest.raises(UserError) as before:
+        preflight(config)
+    assert str(before.value) == said, "known before any worker starts"
     assert said.startswith(f"the cache {tmp_path / 'cache'} does not fit this run: ")
     assert f"python jobs/cache_teacher.py custom --data.subset {sections.get('data', {}).get('subset', 60)}" in said
+
+
+def test_a_cache_that_fits_passes_before_workers_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run and a comparison; and where workers may have another device, a cache that only they could use."""
+    config = cached_config(tmp_path / "cache")
+    build_here(config)
+    preflight(config)
+    preflight(replace(config, compare=replace(config.compare, seeds=2)))
+    of_gpu = replace(config, cache=replace(config.cache, root=str(tmp_path / "bf16"), precision="bf16"))
+    build_here(of_gpu)
+    preflight(replace(of_gpu, cache=replace(of_gpu.cache, precision="auto")))
+    on_cpu = replace(config, cache=replace(config.cache, root=of_gpu.cache.root), launch=LaunchConfig(gpu="off"))
+    with pytest.raises(UserError, match=r"teacher's precision \(--cache.precision\): bf16, not float32"):
+        preflight(on_cpu)
+    with pytest.raises(UserError, match="top10, and there are 10 classes"):
+        preflight(replace(config, cache=replace(config.cache, logits="top10", live=True)))
+    published = replace(config, teacher=replace(config.teacher, weights="published"))
+    monkeypatch.setattr("mimkd_ray.train.preflight.build_network", None)
+    preflight(published)
+
+
+def test_a_codec_of_no_tap(tmp_path: Path) -> None:
+    """Refused with a cache too; a codec of a layer that only other runs read is none of this run's business."""
+    build_here(cached_config(tmp_path / "cache"))
+    for wrong in ("stge3=fp16", "logits=fp32"):
+        config = cached_config(tmp_path / "cache", cache={"codecs": (wrong,)})
+        for own in (config, live(config)):
+            with pytest.raises(
+                UserError, match=r"there is no tap '.*; there are maps, .* \(logits have --cache.logits\)"
+            ):
+                walk(own, tmp_path / "run")
+    preflight(cached_config(tmp_path / "cache", cache={"codecs": ("stage2:map=fp16", "stage1=bf16")}))
+
+
+def test_a_calibration_that_is_damaged(tmp_path: Path) -> None:
+    config = cached_config(tmp_path / "cache")
+    build_here(config)
+    (file,) = (tmp_path / "cache" / "calibrations").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    for read in (preflight, lambda own: walk(own, tmp_path / "run")):
+        with pytest.raises(
+            DamagedDataError, match=r"\.safetensors \(100 bytes\) is no calibration .*; put it back from"
+        ):
+            read(config)
 
 
 def test_weights_are_told_apart(tmp_path: Path) -> None:
@@ -226,6 +336,7 @@ def test_weights_are_told_apart(tmp_path: Path) -> None:
         ({"data": {"views": 0}}, "data.views is 0, a new view every epoch"),
         ({"mix": {"mixup_alpha": 0.2}}, "features of a mixed image are no mix of features"),
         ({"cache": {"codecs": ("stage3",)}}, "is not TAP=CODEC"),
+        ({"cache": {"logits": "top0"}}, "cache.logits 'top0' cannot be read"),
         ({"cache": {"tolerance": 0.0}}, "cache.tolerance 0.0"),
         ({"cache": {"workers": "3..1"}}, "cache.workers is '3..1'"),
         ({"cache": {"batch": 0}}, "cache.batch is 0"),
@@ -290,7 +401,7 @@ def test_the_command_that_is_named_builds_what_is_missing(tmp_path: Path) -> Non
         loss={"global_weight": 0.0},
         train={"seed": 4},
     )
-    with pytest.raises(UserError, match="this tap is not cached; there are none") as caught:
+    with pytest.raises(UserError, match=r"stage3:map, logits, pixels: nothing is cached there yet\. Build") as caught:
         walk(config, tmp_path / "run")
     _, _, command = str(caught.value).partition("Build what is missing with: ")
     python, job, *arguments = shlex.split(command)
