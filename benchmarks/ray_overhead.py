@@ -66,7 +66,10 @@ STAGES = {
     "imported": "imports",
     "connected": "Ray (ours: with its import)",
     "worker": "controller, workers, process group",
-    "built": "data, teacher, student",
+    "data": "opening the data",
+    "teacher": "teacher, and its check",
+    "cache": "cache, where there is one",
+    "built": "student",
     "first_step": "first step (hello: all from Ray on)",
 }
 

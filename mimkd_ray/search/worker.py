@@ -70,8 +70,11 @@ class Opened:
         if key != self.key:
             self.key = None
             data = open_data(config.data)
+            timeline.mark("data")
             self.found = (data, *obtain_teacher(config, data, context, folder))
             self.key = key
+        timeline.mark("data")  # at once where it was open
+        timeline.mark("teacher")
         return self.found
 
 

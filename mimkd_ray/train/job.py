@@ -13,6 +13,7 @@ from mimkd_ray.data.loader import eval_batches
 from mimkd_ray.data.views import make_pipeline
 from mimkd_ray.losses.mimkd import LossConfig
 from mimkd_ray.models.zoo import ModelConfig
+from mimkd_ray.train import timeline
 from mimkd_ray.train.build import build_network, parameter_dtype, place, uses_channels_last
 from mimkd_ray.train.compare import arm_config, compare
 from mimkd_ray.train.config import (
@@ -45,7 +46,9 @@ def run_job(config: Config, context: Context, run_dir: str) -> dict[str, Any]:
     if finished is not None:
         return finished
     data = open_data(config.data)
+    timeline.mark("data")
     teacher, facts = obtain_teacher(config, data, context, run_dir)
+    timeline.mark("teacher")
     if config.compare.seeds:
         return compare(config, data, teacher, facts, context, run_dir)
     return train(config, data, teacher, context, run_dir, facts)

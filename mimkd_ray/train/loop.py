@@ -44,7 +44,9 @@ def train(
     if finished is not None:
         return finished
     began = time.perf_counter()
-    session = Session(config, data, teacher, context, open_cached(config, data, teacher, context, run_dir))
+    cached = open_cached(config, data, teacher, context, run_dir)
+    timeline.mark("cache")
+    session = Session(config, data, teacher, context, cached)
     start = session.resume(run_dir)
     resumed = time.perf_counter() - began
     if start:

@@ -23,7 +23,7 @@ from torch import nn
 from mimkd_ray import storage
 from mimkd_ray.data.dataset import Data
 from mimkd_ray.errors import NonFiniteLossError, UserError
-from mimkd_ray.train import checkpoint
+from mimkd_ray.train import checkpoint, timeline
 from mimkd_ray.train.build import build_student, teacher_plan
 from mimkd_ray.train.cached import open_cached
 from mimkd_ray.train.config import Config, differences, to_dict
@@ -191,6 +191,7 @@ def _open(
     network = teacher if readers else None
     # What is fitted without a cache is kept with the first member, whoever goes on.
     cached = open_cached(readers[0], data, network, context, members[0].run_dir, readers[1:]) if readers else None
+    timeline.mark("cache")
     supply = Supply(readers or configs, data, network, context, cached)
     start, contents = checkpoint.newest_shared(places)
     sessions = []

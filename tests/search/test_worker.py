@@ -51,7 +51,10 @@ def test_a_lone_trial_reports_what_is_committed(tmp_path: Path) -> None:
     ended, places = run(tmp_path, job, [config], tell)
     assert ended[0].state == "completed"
     assert [each["epoch"] for each in heard] == [1, 2]
-    assert 0 <= ended[0].details["built"] <= ended[0].details["first_step"] <= ended[0].seconds
+    stages = ended[0].details
+    assert list(stages) == ["asked", "data", "teacher", "cache", "built", "first_step"]
+    assert [0.0, *sorted(stages.values())[1:]] == list(stages.values())
+    assert stages["first_step"] <= ended[0].seconds
     result = read_json(f"{places[0]}/result.json")
     assert result["student"]["top1"] == heard[-1]["top1"]
     assert result["teacher"]["name"] == "cifar/resnet8"
