@@ -130,6 +130,10 @@ class _Searcher(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tune writes down how it was set up, which nobody reads: without the driver."""
+        return Searcher, ()
+
 
 class _Scheduler(FIFOScheduler):
     """Passes reports on to the driver, and its decisions back."""
@@ -139,6 +143,10 @@ class _Scheduler(FIFOScheduler):
     def __init__(self, searcher: _Searcher) -> None:
         super().__init__()
         self.searcher, self.driver, self.shape = searcher, searcher.driver, searcher.shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As the searcher's."""
+        return FIFOScheduler, ()
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         self.searcher.errors[trial.trial_id] = str(trial.get_error() or "")
