@@ -31,8 +31,9 @@ from mimkd_ray.train.preflight import preflight
 LINE_SECONDS = 10.0
 """Evaluations are shown at most this often; every trial's end is."""
 
-REPORT_SECONDS = 120.0
-"""While trials run, trials.parquet and report.html are at most so old (or as old as the last end of a trial)."""
+PUBLISH_SECONDS, PUBLISH_SHARE = 10.0, 0.02
+"""While trials run, trials.parquet, best.json and report.html are written anew at most this often, and take at most
+this share of the driver's time: a report of hundreds of trials takes seconds to draw."""
 
 
 def main(
@@ -100,7 +101,7 @@ class Shown:
         self.over = 0
         self._ended: set[int] = set()
         self._began = time.monotonic()
-        self._line = self._published = 0.0
+        self._line = self._next_publishing = 0.0
 
     def next(self) -> list[Planned]:
         """The driver's."""
@@ -119,8 +120,7 @@ class Shown:
         if time.monotonic() - self._line > LINE_SECONDS:
             self._line = time.monotonic()
             print(f"trial {number}: epoch {figures['epoch']}, top-1 {figures['top1']:.2f} %", flush=True)
-        if time.monotonic() - self._published > REPORT_SECONDS:
-            self._publish()
+        self._publish()
         return self.driver.heard(number, figures, alone)
 
     def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> None:
@@ -132,7 +132,8 @@ class Shown:
         self.over += 1
         left = f"{self.over} of {self.total}" if self.total else f"{self.over}"
         spent = time.monotonic() - self._began
-        ahead = f", {clock(spent / self.over * (self.total - self.over))} left" if self.total > self.over else ""
+        each = spent / len(self._ended)  # of this start
+        ahead = f", {clock(each * (self.total - self.over))} left" if self.total > self.over else ""
         print(f"trial {number}: {self.ending(number, ended)}; {left} over in {clock(spent)}{ahead}", flush=True)
         self._publish()
 
@@ -146,8 +147,11 @@ class Shown:
         return f"{trial.state}{score}{why}"
 
     def _publish(self) -> None:
-        self.publish()
-        self._published = time.monotonic()
+        began = time.monotonic()
+        if began >= self._next_publishing:
+            self.publish()
+            seconds = time.monotonic() - began
+            self._next_publishing = time.monotonic() + max(PUBLISH_SECONDS, seconds / PUBLISH_SHARE)
 
 
 def _short(value: object) -> str:

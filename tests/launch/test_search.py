@@ -55,7 +55,8 @@ def trial_processes(root: int) -> list[int]:
 def test_killed_trials_and_a_killed_search(tmp_path: Path) -> None:
     """SIGKILL of the trials' processes, which Tune starts again, then of the whole job; given again it ends. A trial
     that was killed ends with the weights of one that was not."""
-    long = ("--search.trials", "6", "--search.scheduler", "none", "--search.epochs", "40", "--search.algorithm", "random")
+    long = ("--search.trials", "6", "--search.scheduler", "none", "--search.algorithm", "random")
+    long = (*long, "--search.epochs", "40")
     job = Job(command(tmp_path, *long), tmp_path / "log")
     first = tmp_path / "s" / "trials" / "0000"
     job.wait_until(lambda: len(read_lines(first / "metrics.jsonl")) >= 4)
