@@ -42,7 +42,7 @@ class Driver(Protocol):
 
     def heard(self, number: int, figures: Mapping[str, Any], alone: bool = True) -> Ended | None: ...
 
-    def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> None: ...
+    def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> bool: ...
 
 
 class Shape(NamedTuple):
@@ -122,7 +122,9 @@ class _Searcher(Searcher):
             kind: Ending = "out of memory" if "OutOfMemoryError" in text else "lost"
             said = " ".join(text.strip().split("\n")[-1].split())[:500] or "its process is gone"
             for number in self.numbers[trial_id]:
-                self.driver.ended(number, Ended(state="failed", kind=kind, reason=said), self.shape.gpus)
+                self.driver.ended(
+                    number, Ended(state="failed", kind=kind, reason=said), self.shape.gpus * self.shape.workers
+                )
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the trials' folders are the state."""

@@ -99,7 +99,7 @@ class Shown:
     def __init__(self, driver: Search | Finals, total: int, publish: Callable[[], Any]) -> None:
         self.driver, self.total, self.publish = driver, total, publish
         self.over = 0
-        self._ended: set[int] = set()
+        self._of_this_start = 0
         self._began = time.monotonic()
         self._line = self._next_publishing = 0.0
 
@@ -108,7 +108,7 @@ class Shown:
         planned = self.driver.next()
         for each in planned:
             text = ", ".join(f"{name} {_short(value)}" for name, value in each.params.items())
-            print(f"trial {each.number}: {text}", flush=True)
+            print(f"{self.driver.label(each.number)}: {text}", flush=True)
         return planned
 
     def place(self, number: int) -> str:
@@ -119,23 +119,27 @@ class Shown:
         """The driver's; now and then a line."""
         if time.monotonic() - self._line > LINE_SECONDS:
             self._line = time.monotonic()
-            print(f"trial {number}: epoch {figures['epoch']}, top-1 {figures['top1']:.2f} %", flush=True)
+            print(f"{self.driver.label(number)}: epoch {figures['epoch']}, top-1 {figures['top1']:.2f} %", flush=True)
+        verdict = self.driver.heard(number, figures, alone)
         self._publish()
-        return self.driver.heard(number, figures, alone)
+        return verdict
 
-    def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> None:
-        """The driver's, in a line. A trial of several workers ends twice: as it is asked to stop, and when it has."""
-        if number in self._ended:
-            return
-        self._ended.add(number)
-        self.driver.ended(number, ended, gpus)
+    def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> bool:
+        """The driver's, in a line."""
+        if not self.driver.ended(number, ended, gpus):
+            return False
         self.over += 1
+        self._of_this_start += 1
         left = f"{self.over} of {self.total}" if self.total else f"{self.over}"
         spent = time.monotonic() - self._began
-        each = spent / len(self._ended)  # of this start
+        each = spent / self._of_this_start
         ahead = f", {clock(each * (self.total - self.over))} left" if self.total > self.over else ""
-        print(f"trial {number}: {self.ending(number, ended)}; {left} over in {clock(spent)}{ahead}", flush=True)
+        print(
+            f"{self.driver.label(number)}: {self.ending(number, ended)}; {left} over in {clock(spent)}{ahead}",
+            flush=True,
+        )
         self._publish()
+        return True
 
     def ending(self, number: int, ended: Ended) -> str:
         """How a trial ended, in words."""
