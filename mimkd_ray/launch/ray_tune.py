@@ -42,7 +42,7 @@ class Driver(Protocol):
 
     def heard(self, number: int, figures: Mapping[str, Any], alone: bool = True) -> Ended | None: ...
 
-    def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> None: ...
+    def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> bool: ...
 
 
 class Shape(NamedTuple):
@@ -122,13 +122,19 @@ class _Searcher(Searcher):
             kind: Ending = "out of memory" if "OutOfMemoryError" in text else "lost"
             said = " ".join(text.strip().split("\n")[-1].split())[:500] or "its process is gone"
             for number in self.numbers[trial_id]:
-                self.driver.ended(number, Ended(state="failed", kind=kind, reason=said), self.shape.gpus)
+                self.driver.ended(
+                    number, Ended(state="failed", kind=kind, reason=said), self.shape.gpus * self.shape.workers
+                )
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the trials' folders are the state."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tune writes down how it was set up, which nobody reads: without the driver."""
+        return Searcher, ()
 
 
 class _Scheduler(FIFOScheduler):
@@ -139,6 +145,10 @@ class _Scheduler(FIFOScheduler):
     def __init__(self, searcher: _Searcher) -> None:
         super().__init__()
         self.searcher, self.driver, self.shape = searcher, searcher.driver, searcher.shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As the searcher's."""
+        return FIFOScheduler, ()
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         self.searcher.errors[trial.trial_id] = str(trial.get_error() or "")

@@ -31,8 +31,9 @@ from mimkd_ray.train.preflight import preflight
 LINE_SECONDS = 10.0
 """Evaluations are shown at most this often; every trial's end is."""
 
-REPORT_SECONDS = 120.0
-"""While trials run, trials.parquet and report.html are at most so old (or as old as the last end of a trial)."""
+PUBLISH_SECONDS, PUBLISH_SHARE = 10.0, 0.02
+"""While trials run, trials.parquet, best.json and report.html are written anew at most this often, and take at most
+this share of the driver's time: a report of hundreds of trials takes seconds to draw."""
 
 
 def main(
@@ -98,16 +99,16 @@ class Shown:
     def __init__(self, driver: Search | Finals, total: int, publish: Callable[[], Any]) -> None:
         self.driver, self.total, self.publish = driver, total, publish
         self.over = 0
-        self._ended: set[int] = set()
+        self._of_this_start = 0
         self._began = time.monotonic()
-        self._line = self._published = 0.0
+        self._line = self._next_publishing = 0.0
 
     def next(self) -> list[Planned]:
         """The driver's."""
         planned = self.driver.next()
         for each in planned:
             text = ", ".join(f"{name} {_short(value)}" for name, value in each.params.items())
-            print(f"trial {each.number}: {text}", flush=True)
+            print(f"{self.driver.label(each.number)}: {text}", flush=True)
         return planned
 
     def place(self, number: int) -> str:
@@ -118,23 +119,27 @@ class Shown:
         """The driver's; now and then a line."""
         if time.monotonic() - self._line > LINE_SECONDS:
             self._line = time.monotonic()
-            print(f"trial {number}: epoch {figures['epoch']}, top-1 {figures['top1']:.2f} %", flush=True)
-        if time.monotonic() - self._published > REPORT_SECONDS:
-            self._publish()
-        return self.driver.heard(number, figures, alone)
+            print(f"{self.driver.label(number)}: epoch {figures['epoch']}, top-1 {figures['top1']:.2f} %", flush=True)
+        verdict = self.driver.heard(number, figures, alone)
+        self._publish()
+        return verdict
 
-    def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> None:
-        """The driver's, in a line. A trial of several workers ends twice: as it is asked to stop, and when it has."""
-        if number in self._ended:
-            return
-        self._ended.add(number)
-        self.driver.ended(number, ended, gpus)
+    def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> bool:
+        """The driver's, in a line."""
+        if not self.driver.ended(number, ended, gpus):
+            return False
         self.over += 1
+        self._of_this_start += 1
         left = f"{self.over} of {self.total}" if self.total else f"{self.over}"
         spent = time.monotonic() - self._began
-        ahead = f", {clock(spent / self.over * (self.total - self.over))} left" if self.total > self.over else ""
-        print(f"trial {number}: {self.ending(number, ended)}; {left} over in {clock(spent)}{ahead}", flush=True)
+        each = spent / self._of_this_start
+        ahead = f", {clock(each * (self.total - self.over))} left" if self.total > self.over else ""
+        print(
+            f"{self.driver.label(number)}: {self.ending(number, ended)}; {left} over in {clock(spent)}{ahead}",
+            flush=True,
+        )
         self._publish()
+        return True
 
     def ending(self, number: int, ended: Ended) -> str:
         """How a trial ended, in words."""
@@ -146,8 +151,11 @@ class Shown:
         return f"{trial.state}{score}{why}"
 
     def _publish(self) -> None:
-        self.publish()
-        self._published = time.monotonic()
+        began = time.monotonic()
+        if began >= self._next_publishing:
+            self.publish()
+            seconds = time.monotonic() - began
+            self._next_publishing = time.monotonic() + max(PUBLISH_SECONDS, seconds / PUBLISH_SHARE)
 
 
 def _short(value: object) -> str:

@@ -28,13 +28,17 @@ class Finals:
             for trial in search.ranked()[: self.config.finalists]
             for seed in range(1, self.config.seeds + 1)
         ]
-        self.failed: dict[int, Ended] = {}
         self._left = [number for number in range(len(self.runs)) if self._result(number) is None]
 
     def place(self, number: int) -> str:
         """The run directory of a run."""
         trial, seed = self.runs[number]
         return storage.join(self.search.folder, "finals", f"{trial:04d}-seed{seed:02d}")
+
+    def label(self, number: int) -> str:
+        """How a run is called where it is shown."""
+        trial, seed = self.runs[number]
+        return f"trial {trial} with seed {seed}"
 
     def _result(self, number: int) -> Mapping[str, Any] | None:
         return read_json(storage.join(self.place(number), "result.json"))
@@ -54,10 +58,9 @@ class Finals:
         """Every finalist runs to its end."""
         return None
 
-    def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> None:
+    def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> bool:
         """Hear of a run's end."""
-        if ended.state != "completed":
-            self.failed[number] = ended
+        return True
 
     def publish(self) -> list[Final]:
         """Write best.json with the config of the finalist whose mean is best (finals.json has them all), and return the

@@ -104,6 +104,10 @@ class Search:
         """The run directory of a trial."""
         return self.ledger.place(number)
 
+    def label(self, number: int) -> str:
+        """How a trial is called where it is shown."""
+        return f"trial {number}"
+
     # What runs
 
     def next(self) -> list[Planned]:
@@ -179,12 +183,13 @@ class Search:
             "on past this rung"
         )
 
-    def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> None:
-        """Hear of a trial's end. A second word about the same trial is ignored."""
+    def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> bool:
+        """Hear of a trial's end; whether it is news. A trial of several workers ends twice, as it is asked to stop and
+        when it has, and the members of a pack that goes on after a kill may have ended before it."""
         trial = self.trials[number]
         began = self._running.pop(number, None)
         if trial.state != "running":
-            return
+            return False
         if not ended.seconds and began is not None:
             ended = replace(ended, seconds=time.monotonic() - began)
         if ended.state == "completed" and trial.score is None:
@@ -198,6 +203,7 @@ class Search:
         self._clock["gpu_seconds"] += ended.seconds * gpus / members
         hours, _ = self.spent()
         write_json(storage.join(self.folder, "clock.json"), self._clock | {"seconds": hours * 3600})
+        return True
 
     # What came of it
 

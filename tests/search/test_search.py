@@ -15,7 +15,9 @@ from mimkd_ray.search.config import SearchConfig
 from mimkd_ray.search.finals import Finals
 from mimkd_ray.search.ledger import Ended
 from mimkd_ray.search.search import Search, claim, final_config, trial_config
+from mimkd_ray.search.space import find_spaces
 from mimkd_ray.search.trials import Trial, read_trials
+from mimkd_ray.spaces import SPACES
 from mimkd_ray.train.config import Config, from_dict, to_dict
 from mimkd_ray.train.files import read_json
 
@@ -100,6 +102,26 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
     assert again.next() == []
     params = [tuple(trial.params.items()) for trial in again.trials.values()]
     assert len(set(params)) == 4, "after a restart other values are drawn"
+
+
+def test_a_search_on_object_storage_goes_on(bucket: str) -> None:
+    """The same, with every record at an S3 URL."""
+    job = tiny_job(bucket, trials=3, scheduler="none")
+    spaces = find_spaces(job.search.space, SPACES)
+    search = Search(job, f"{bucket}/search", spaces)
+    (first,) = search.next()
+    search.heard(0, figures(1, 7.0))
+    search.ended(0, DONE)
+    (second,) = search.next()
+    search.publish()
+    again = Search(job, f"{bucket}/search", spaces)
+    assert [(t.state, t.params) for t in again.trials.values()] == [
+        ("completed", first.params),
+        ("running", second.params),
+    ]
+    assert again.next() == [second]
+    assert read_trials(f"{bucket}/search/trials.parquet")[0][0].score == 7.0
+    assert read_json(f"{bucket}/search/best.json")["recipe"] == "tiny"
 
 
 def test_more_trials_may_be_added_and_nothing_else(tmp_path: Path) -> None:
