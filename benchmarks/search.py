@@ -17,7 +17,8 @@ script's that goes on after them (search_tiny.py): memory on the way, and what t
 
 Not measured: GPUs, several nodes, ASHA (it would stop other trials in each arm), finals. Teachers are random unless
 --weights is given: speed does not depend on it. An epoch is far shorter than CIFAR-100's, so the cache's canary, a
-batch of the teacher for each epoch, is off. About 20 minutes on 2 cores, a quarter of it tiny trials.
+batch of the teacher for each epoch, is off. Trials are short (--steps), so starts weigh more than in a real search; how
+long they took is among the figures. Not yet timed at full length: some 20 minutes on 2 cores, by the speed of a step.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ STAGES = {
     "asked": "placement, process, imports",
     "data": "opening the data",
     "teacher": "teacher, and its check",
-    "cache": "cache, where there is one",
+    "cache": "cache; checks of a pack",
     "built": "student, loader",
     "first_step": "first step",
     "all": "in all",
@@ -281,7 +282,7 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("--cifar", metavar="DIR", help="Parquet files of CIFAR-100 (default: generated images)")
     options.add_argument("--weights", default="random", help="weights of the teacher")
-    options.add_argument("--steps", type=int, default=80, help="steps of a trial, of 64 images")
+    options.add_argument("--steps", type=int, default=60, help="steps of a trial, of 64 images")
     options.add_argument("--only", nargs="*", choices=ARMS, default=list(ARMS), help="which arms")
     options.add_argument("--tiny", type=int, default=200, help="number of tiny trials")
     options.add_argument("--skip-tiny", action="store_true", help="leave them out")

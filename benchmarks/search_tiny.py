@@ -26,6 +26,9 @@ from mimkd_ray.train.config import to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 POINTS = 20
+EARLY = 10
+"""One in so many trials is run by an earlier start of the search: the driver that is watched then draws its first
+report with some trials, and has by a quarter of them imported (180 MB) all that a report needs."""
 SAMPLE_SECONDS = 1.0
 SETTLE_SECONDS = 30.0
 """Ray ends the workers of a job that is over in the background."""
@@ -66,16 +69,16 @@ def tiny(trials: int, cores: int, folder: Path) -> dict[str, float]:
     with _head(inherited, cores) as (address, head):
         before = _marked(mark)
         command = [sys.executable, str(ROOT / "jobs" / "search.py"), "--config", str(config)]
-        log = folder / "tiny.log"
-        began = time.monotonic()
-        with log.open("wb") as out:
-            driver = subprocess.Popen(
-                [*command, "--launch.address", address], env=inherited, stdout=out, stderr=subprocess.STDOUT
-            )
-            samples = _watch(driver, head, mark, folder / "tiny", trials)
-        seconds = time.monotonic() - began
-        if driver.returncode:
-            raise SystemExit(f"the search of tiny trials ended with {driver.returncode}:\n{log.read_text()[-3000:]}")
+        command += ["--launch.address", address, "--search.trials"]
+        log, early = folder / "tiny.log", trials // EARLY
+        for count in (early, trials) if early else (trials,):
+            began = time.monotonic()
+            with log.open("wb") as out:
+                driver = subprocess.Popen([*command, str(count)], env=inherited, stdout=out, stderr=subprocess.STDOUT)
+                samples = _watch(driver, head, folder / "tiny", count)
+            seconds = time.monotonic() - began
+            if driver.returncode:
+                raise SystemExit(f"the tiny search ended with {driver.returncode}:\n{log.read_text()[-3000:]}")
         leaked = _leaked(mark, before)
         for pid, command_line in leaked.items():
             print(f"left at the end: process {pid}, {command_line}", flush=True)
@@ -88,7 +91,7 @@ def tiny(trials: int, cores: int, folder: Path) -> dict[str, float]:
         "tiny/trials_ended": len(states),
         "tiny/trials_failed": states.count("failed"),
         "tiny/seconds": seconds,
-        "tiny/seconds_a_trial": seconds / trials,
+        "tiny/seconds_a_trial": seconds / (trials - early),
         **_memory(samples, trials),
         "tiny/leaked_processes": len(leaked),
         "tiny/placement_groups": len(left["states"]),
@@ -154,7 +157,7 @@ def _until_up(process: subprocess.Popen[bytes], inherited: Mapping[str, str], ad
     raise SystemExit(f"no Ray head came up at {address}")
 
 
-def _watch(driver: subprocess.Popen[bytes], head: int, mark: str, folder: Path, trials: int) -> list[Sample]:
+def _watch(driver: subprocess.Popen[bytes], head: int, folder: Path, trials: int) -> list[Sample]:
     """Sample memory until the driver ends."""
     samples: list[Sample] = []
     began = shown = time.monotonic()
@@ -174,7 +177,11 @@ def _watch(driver: subprocess.Popen[bytes], head: int, mark: str, folder: Path, 
 
 
 def _memory(samples: Sequence[Sample], trials: int) -> dict[str, float]:
-    """Memory at each twentieth of the trials, as a table and as figures, and its growth from a quarter on."""
+    """Memory at each twentieth of the trials, as a table and as figures, and its growth from a quarter to all of them.
+
+    Each of these is of the first sample that saw so many. What the driver has in memory in the end, with the report of
+    all trials, is beside them.
+    """
     marks = [-(-trials * point // POINTS) for point in range(1, POINTS + 1)]
     # The last sample before the driver ended may have seen all but the last trial.
     at = {mark: next((s for s in samples if s.over >= mark), samples[-1]) for mark in marks}
@@ -185,14 +192,15 @@ def _memory(samples: Sequence[Sample], trials: int) -> dict[str, float]:
         for mark, s in at.items()
         for name in ("driver", "head", "trials")
     }
-    quarter, end = at[marks[POINTS // 4 - 1]], samples[-1]
+    quarter, end = at[marks[POINTS // 4 - 1]], at[marks[-1]]
     growth = {
         f"tiny/{name}_growth_megabytes": getattr(end, name) - getattr(quarter, name) for name in ("driver", "head")
     }
     half = at[marks[POINTS // 2 - 1]]
     pace = (end.seconds - half.seconds) / max(1, end.over - half.over)
-    earlier = (half.seconds - quarter.seconds) / max(1, half.over - quarter.over)
-    return figures | growth | {"tiny/pace_second_half_over_second_quarter": pace / earlier if earlier else 0.0}
+    earlier = max(SAMPLE_SECONDS, half.seconds - quarter.seconds) / max(1, half.over - quarter.over)
+    figures["tiny/driver_megabytes_in_the_end"] = samples[-1].driver
+    return figures | growth | {"tiny/seconds_a_trial_second_half_over_second_quarter": pace / earlier}
 
 
 def _leaked(mark: str, before: set[int]) -> dict[int, str]:
