@@ -32,9 +32,12 @@ def trial_config(job: SearchJob) -> Config:
     config = Config(**own)
     epochs = job.search.epochs or config.train.epochs
     share = epochs / config.train.epochs
+    milestones = {round(epoch * share) for epoch in config.optim.milestones} - {
+        0
+    }  # in a short trial some fall together
     optim = replace(
         config.optim,
-        milestones=tuple(round(epoch * share) for epoch in config.optim.milestones),
+        milestones=tuple(sorted(milestones)),
         warmup_epochs=config.optim.warmup_epochs * share,
     )
     return replace(

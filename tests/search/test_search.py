@@ -48,6 +48,8 @@ def test_trials_share_the_recipe_and_hold_rows_out(tmp_path: Path) -> None:
     job = replace(job, train=replace(job.train, epochs=20), search=replace(job.search, epochs=5))
     config = trial_config(job)
     assert (config.train.epochs, config.optim.milestones, config.optim.warmup_epochs) == (5, (2, 4), 0.5)
+    short = trial_config(replace(job, search=replace(job.search, epochs=1)))
+    assert short.optim.milestones == (1,), "half an epoch is none, three quarters are one"
     assert config.data.holdout == 0.3
     assert config.data.view_seed == job.view_seed
     assert type(config) is Config
