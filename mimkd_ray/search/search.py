@@ -34,7 +34,7 @@ def trial_config(job: SearchJob) -> Config:
     share = epochs / config.train.epochs
     milestones = {round(epoch * share) for epoch in config.optim.milestones} - {
         0
-    }  # in a short trial some fall together
+    }  # some fall together in a short trial
     optim = replace(
         config.optim,
         milestones=tuple(sorted(milestones)),
