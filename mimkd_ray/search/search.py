@@ -32,12 +32,10 @@ def trial_config(job: SearchJob) -> Config:
     config = Config(**own)
     epochs = job.search.epochs or config.train.epochs
     share = epochs / config.train.epochs
-    milestones = {round(epoch * share) for epoch in config.optim.milestones} - {
-        0
-    }  # some fall together in a short trial
+    milestones = {round(epoch * share) for epoch in config.optim.milestones}  # some may fall together
     optim = replace(
         config.optim,
-        milestones=tuple(sorted(milestones)),
+        milestones=tuple(sorted(milestones - {0})),
         warmup_epochs=config.optim.warmup_epochs * share,
     )
     return replace(
