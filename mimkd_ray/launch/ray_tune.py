@@ -113,7 +113,7 @@ class _Searcher(Searcher):
         self.numbers[trial_id] = [each.number for each in planned]
         places = {each.number: self.driver.place(each.number) for each in planned}
         search = to_dict(self.job.search)
-        return payload(search, planned, self.folder, places, self.shape.workers, self.own)
+        return payload(search, planned, self.folder, places, self.shape.workers, self.shape.cpus, self.own)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """A trial says itself how it ended; an error here is that its process is gone, more often than allowed."""

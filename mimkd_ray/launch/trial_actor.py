@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -52,12 +53,29 @@ def trainable(setup: dict[str, Any]) -> None:
     if setup["workers"] > 1:
         ended = run_large(planned[0], places[planned[0].number], setup["own"], tell)
     else:
+        planned = [within(each, setup["cpus"]) for each in planned]
         ended = run_trials(search, planned, setup["folder"], places, trial_device(), tell)
     tune.report({"ended": json.dumps({number: vars(each) for number, each in ended.items()})})
 
 
+def within(planned: Planned, cpus: float) -> Planned:
+    """The trial with as many loader processes as it has CPUs beside its own, where that is automatic: it would be all
+    of the machine's, which it shares with other trials."""
+    data = planned.config["data"]
+    if data["loader_workers"] != -1:
+        return planned
+    own = {**data, "loader_workers": max(0, int(cpus) - 1)}
+    return replace(planned, config={**planned.config, "data": own})
+
+
 def payload(
-    search: Mapping[str, Any], planned: list[Planned], folder: str, places: Mapping[int, str], workers: int, own: bool
+    search: Mapping[str, Any],
+    planned: list[Planned],
+    folder: str,
+    places: Mapping[int, str],
+    workers: int,
+    cpus: float,
+    own: bool,
 ) -> dict[str, Any]:
     """What a trial's process is told."""
     return {
@@ -66,6 +84,7 @@ def payload(
         "places": {str(number): place for number, place in places.items()},
         "folder": folder,
         "workers": workers,
+        "cpus": cpus,
         "own": own,
     }
 

@@ -20,7 +20,7 @@ from mimkd_ray.search.ledger import Planned
 from mimkd_ray.search.trials import read_trials
 from mimkd_ray.search.worker import run_trials
 from mimkd_ray.spaces import SPACES
-from mimkd_ray.train.config import Config, from_dict
+from mimkd_ray.train.config import Config, from_dict, to_dict
 
 # Digits, a random teacher, trials of three epochs of four steps.
 FLAGS = (
@@ -210,6 +210,14 @@ def test_resources_are_derived_from_the_cluster(
 
     job = search_job(_demo(), search=SearchConfig(**changes))
     assert tuple(shape_of(job, cpus, gpus)) == expected
+
+
+@pytest.mark.parametrize(("wanted", "cpus", "loaders"), [(-1, 1.0, 0), (-1, 8.0, 7), (-1, 0.5, 0), (3, 1.0, 3)])
+def test_a_trial_has_no_more_loader_processes_than_cpus(wanted: int, cpus: float, loaders: int) -> None:
+    from mimkd_ray.launch.trial_actor import within
+
+    config = to_dict(replace(_demo(), data=replace(_demo().data, loader_workers=wanted)))
+    assert within(Planned(0, 0, {}, config), cpus).config["data"]["loader_workers"] == loaders
 
 
 def test_a_trial_that_never_fits_is_refused() -> None:
