@@ -19,7 +19,7 @@ import numpy as np
 
 from mimkd_ray import storage
 from mimkd_ray.cache.manifest import FeatureBlock, Record, ViewManifest, manifest_url, read_manifest, view_url
-from mimkd_ray.data.block_reader import BlockReader
+from mimkd_ray.data.block_reader import TOUCH_S, BlockReader
 from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.store import BlockStore
 from mimkd_ray.data.stored_block import Identity, StoredBlock
@@ -28,9 +28,6 @@ from mimkd_ray.errors import DamagedDataError
 KEPT_MANIFESTS = 16
 KEPT_GROUPS = 256
 """Row groups that a process knows the place of; each takes a file descriptor at most."""
-
-TOUCH_S = 1.0
-"""Seconds between two times that the store is told that a row group is in use."""
 
 MEND = "`python jobs/cache_teacher.py verify --cache.root {} --mend true` removes what is damaged; then build it again"
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.source import Row, Source
 from mimkd_ray.data.store import BlockStore
-from mimkd_ray.data.views import DamagedImageError, Transform, View, decode
+from mimkd_ray.data.views import DamagedImageError, Transform, View, decode, generator_kept
 from mimkd_ray.errors import DamagedDataError
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,12 @@ class TrainBatches:
 
     def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch:
         """Return the batch; its images in `memory` (bytes), if they fit."""
-        made = _decode_all(self.source, key, lambda row, out: self.view.apply(row.image, row.id, key.view, out), memory)
+
+        def transform(row: Row, out: Tensor | None) -> Tensor:
+            return self.view.replay(row.image, row.id, key.view, out)
+
+        with generator_kept():
+            made = _decode_all(self.source, key, transform, memory)
         if made.damaged:
             # A damaged place takes the nearest intact one; of two equally near ones the lower.
             places = made.places
@@ -155,14 +160,15 @@ class ViewBatches:
 
         def transform(row: Row, out: Tensor | None) -> Tensor:
             try:
-                image = self.view.apply(row.image, row.id, key.view, out)
+                image = self.view.replay(row.image, row.id, key.view, out)
             except DamagedImageError as error:
                 damaged.append(f"{row.name} ({error})")
                 image = black
             intact.append(image is not black)
             return image
 
-        batch = _decode_all(self.source, key, transform, memory).batch(key)
+        with generator_kept():
+            batch = _decode_all(self.source, key, transform, memory).batch(key)
         labels_B = torch.where(torch.tensor(intact), batch.labels_B, -1)
         return replace(batch, labels_B=labels_B, damaged=tuple(damaged))
 

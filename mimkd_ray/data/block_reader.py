@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import time
 from collections import OrderedDict
 
 from mimkd_ray.data.store import BlockStore, Load
@@ -17,6 +18,7 @@ from mimkd_ray.errors import DamagedDataError
 
 CACHE_BYTES = 256 * 2**20  # of blocks that a process keeps
 MAPPED_FILES = 256  # each of which takes a file descriptor
+TOUCH_S = 1.0  # between two notes in the store that a block is in use: 5 us of path, system call and journal
 TRIES = 3  # to read a row from a file that changes
 
 
@@ -60,7 +62,7 @@ def read_block(store: BlockStore | None, key: str, load: Load) -> StoredBlock:
     if block is None:
         block = load() if store is None else store.get(key, load)
         kept.keep(key, block)
-    elif store is not None:
+    elif store is not None and kept.note_use(key):
         store.touch(key)
     return block
 
@@ -73,6 +75,7 @@ class _KeptBlocks:
         self.bytes = 0
         self._lock = threading.Lock()
         self._blocks: OrderedDict[str, StoredBlock] = OrderedDict()
+        self._noted: dict[str, float] = {}  # when the store was told last that a block is in use
         self._mapped: OrderedDict[str, memoryview] = OrderedDict()
 
     def __len__(self) -> int:
@@ -84,18 +87,31 @@ class _KeptBlocks:
                 self._blocks.move_to_end(key)
             return self._blocks.get(key)
 
+    def note_use(self, key: str) -> bool:
+        """Say whether the store should be told that the block is in use: not if it was within TOUCH_S."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._noted.get(key, 0.0) <= TOUCH_S:
+                return False
+            self._noted[key] = now
+            return True
+
     def keep(self, key: str, block: StoredBlock) -> None:
         with self._lock:
             if key in self._blocks:
                 return
             self._blocks[key] = block
+            self._noted[key] = time.monotonic()
             self.bytes += block.held_bytes
             while self.bytes > CACHE_BYTES and len(self._blocks) > 1:
-                self.bytes -= self._blocks.popitem(last=False)[1].held_bytes
+                oldest, dropped = self._blocks.popitem(last=False)
+                self._noted.pop(oldest, None)
+                self.bytes -= dropped.held_bytes
 
     def drop(self, key: str) -> None:
         with self._lock:
             block = self._blocks.pop(key, None)
+            self._noted.pop(key, None)
             if block is not None:
                 self.bytes -= block.held_bytes
                 self._mapped.pop(block.path, None)

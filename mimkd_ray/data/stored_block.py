@@ -14,6 +14,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +68,11 @@ class StoredBlock:
         """Memory that it takes."""
         return len(self.data or b"") + _NUMBERS * self.labels.nbytes
 
+    @cached_property
+    def _end(self) -> int:
+        """The place behind the last image; looked at for every batch."""
+        return int((self.offsets + self.lengths).max())
+
     def images(self, mapped: Callable[[str], memoryview]) -> memoryview:
         """Return the bytes that `offsets` count in; `mapped` gives those of a file. Raises ChangedFileError.
 
@@ -83,7 +89,7 @@ class StoredBlock:
             if found != self.identity:
                 raise ChangedFileError(f"{self.path} has been written again")
         view = mapped(self.path)
-        if len(view) < int((self.offsets + self.lengths).max()):
+        if len(view) < self._end:
             raise ChangedFileError(f"{self.path} is cut short: it has {len(view):,} bytes")
         return view
 

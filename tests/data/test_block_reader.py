@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -101,12 +102,22 @@ def test_a_file_that_never_stays_the_same(store: BlockStore, tmp_path: Path) -> 
         BlockReader(store).row("a", load, 3)
 
 
-def test_use_keeps_a_block_in_the_store(store: BlockStore) -> None:
+def test_use_keeps_a_block_in_the_store(store: BlockStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_reader, "TOUCH_S", -1.0)
     for load in (lambda: _block(1), _never):
         assert BlockReader(store).row("a", load, 0)[1] == 1
         if load is not _never:
             os.utime(store._path("a"), ns=(1, 1))
     assert store._path("a").stat().st_mtime_ns > 1
+
+
+def test_the_store_is_told_of_use_once_a_second(store: BlockStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, told = [100.0], list[float]()
+    monkeypatch.setattr(block_reader, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(store, "touch", lambda key: told.append(now[0]))
+    for now[0] in (100.0, 100.5, 101.0, 101.5, 102.0, 102.75):
+        read_block(store, "a", lambda: _block(1))
+    assert told == [101.5, 102.75]  # when it was loaded, the store knew
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
