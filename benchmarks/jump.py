@@ -56,6 +56,7 @@ class Endless:
     def __init__(self, num_rows: int, encoded: Sequence[bytes]) -> None:
         self.num_rows, self.encoded = num_rows, encoded
         self.blocks = Blocks.uniform(num_rows, BLOCK_ROWS)
+        self.distant = False
 
     def labels(self) -> np.ndarray:
         """All labels: 8 bytes a row."""

@@ -149,6 +149,11 @@ class FeatureReader:
                     return False
         return True
 
+    @property
+    def distant(self) -> bool:
+        """Whether row groups are copied to the store, from object storage."""
+        return storage.is_remote(self.root)
+
     def block_bytes(self, blocks: Blocks) -> int:
         """Return the mean bytes of features that belong to one of the training set's blocks."""
         return sum(self.manifest(label, 0).bytes for label in self.used) // max(1, blocks.num_blocks)

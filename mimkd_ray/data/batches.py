@@ -80,6 +80,11 @@ class FeatureSource(Protocol):
         """Where they are kept once they are read."""
         ...
 
+    @property
+    def distant(self) -> bool:
+        """Whether fetching them waits for a network."""
+        ...
+
     def block_bytes(self, blocks: Blocks) -> int:
         """Return the mean bytes of features that belong to one of the training set's blocks."""
         ...

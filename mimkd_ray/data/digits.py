@@ -38,6 +38,7 @@ class DigitsSource:
         self.in_memory: bool = True
         self.store: BlockStore | None = None
         self.block_bytes: int = 0
+        self.distant: bool = False
         self.digest: str = digest_of("digits", split, self.num_rows, int(self._images.sum()))
 
     def labels(self) -> np.ndarray:

@@ -80,6 +80,11 @@ class FolderSource:
         self._keys = [self._key(block, versions) for block in range(self.blocks.num_blocks)] if self.store else []
 
     @property
+    def distant(self) -> bool:
+        """Whether images are copied to the store, from object storage."""
+        return self.store is not None
+
+    @property
     def block_bytes(self) -> int:
         """Mean size of a block on the object store; 0 for local files."""
         return self.num_bytes // self.blocks.num_blocks if self.store else 0

@@ -103,6 +103,11 @@ class ParquetSource:
             self.digest = manifest.digest
 
     @property
+    def distant(self) -> bool:
+        """Whether blocks are copied to the store, from object storage or a network file system."""
+        return not self.in_place
+
+    @property
     def block_bytes(self) -> int:
         """Mean size of a block in the store: of a row group, or where that is read in place, of its index."""
         size = INDEX_BYTES * self.num_rows if self.in_place else self.num_bytes

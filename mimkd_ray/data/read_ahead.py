@@ -29,7 +29,8 @@ from mimkd_ray.data.store import BlockStore
 
 logger = logging.getLogger(__name__)
 
-FETCHES = 8  # in flight at a time: at 30 ms a request, 260 requests a second
+FETCHES = 8  # in flight at a time over a network: at 30 ms a request, 260 requests a second
+CORES_A_FETCH = 16  # on a local disk: a thread verifies 1 GB/s, as much as so many decoders use, and takes their cores
 LEAST_AHEAD = 8  # blocks per lane, for windows smaller than that
 FULL_AHEAD = 4  # batches per lane, for an order without windows: each of their rows may be in another block
 LEAST_BATCHES = 64  # that it may look at ahead of the loop
@@ -55,6 +56,11 @@ class AheadSource(Protocol):
         """Their mean size."""
         ...
 
+    @property
+    def distant(self) -> bool:
+        """Whether fetching waits for a network."""
+        ...
+
     def fetch(self, block: int) -> bool:
         """See to it that the block is in the store; say whether it is."""
         ...
@@ -68,6 +74,7 @@ class WithFeatures:
         self.store: BlockStore | None = features.store
         self.blocks: Blocks = Blocks.of(np.tile(source.blocks.counts, views))
         self.block_bytes: int = source.block_bytes + features.block_bytes(source.blocks)
+        self.distant: bool = source.distant or features.distant
 
     def places(self, positions: np.ndarray, view: int) -> np.ndarray:
         """Return where images at `positions` are in view number `view`."""
@@ -190,7 +197,8 @@ def _walk(
             pending.popleft()
         return len(pending) < far.ahead
 
-    pool = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
+    fetches = FETCHES if source.distant else max(1, min(FETCHES, (os.cpu_count() or 1) // CORES_A_FETCH))
+    pool = ThreadPoolExecutor(fetches, thread_name_prefix="fetch")
     rows = (far.ahead + far.in_use) * source.blocks.num_rows / max(1, source.blocks.num_blocks)
     for number, positions in enumerate(batches):
         # Where all blocks are known already, it is batches that must not run away.

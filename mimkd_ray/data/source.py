@@ -86,6 +86,11 @@ class Source(Protocol):
         """Mean size of a block at rest, in bytes; 0 where there is no store."""
         ...
 
+    @property
+    def distant(self) -> bool:
+        """Whether fetching a block waits for a network, and does not only verify what lies on this machine's disk."""
+        ...
+
     def fetch(self, block: int) -> bool:
         """See to it that the block is in the store; say whether it is. Raises what `read` would."""
         ...
@@ -112,6 +117,7 @@ class SubsetSource:
         self.in_memory: bool = parent.in_memory
         self.store: BlockStore | None = parent.store
         self.block_bytes: int = parent.block_bytes
+        self.distant: bool = parent.distant
 
     def labels(self) -> np.ndarray:
         """Return the labels of the kept rows, int64."""

@@ -15,6 +15,7 @@ import torch
 from image_sets import prepared_set
 
 from mimkd_ray import storage
+from mimkd_ray.data import read_ahead
 from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.dataset import DataConfig, open_data
 from mimkd_ray.data.digits import DigitsSource
@@ -34,7 +35,7 @@ class Recorder:
         self.blocks = Blocks.uniform(10 * blocks, 10)
         self.fetched: list[int] = []
         self.kept, self.error = kept, error
-        self.store, self.block_bytes = BlockStore("/nowhere", 1000), 100
+        self.store, self.block_bytes, self.distant = BlockStore("/nowhere", 1000), 100, True
 
     def fetch(self, block: int) -> bool:
         self.fetched.append(block)
@@ -92,6 +93,37 @@ def test_where_all_blocks_are_known_batches_do_not_run_away() -> None:
     reader.close()
     _until(lambda: "read-ahead" not in [thread.name for thread in threading.enumerate()])
     assert sorted(source.fetched) == [0, 1]
+
+
+@pytest.mark.parametrize(("distant", "cores", "most"), [(True, 2, 8), (False, 2, 1), (False, 64, 4), (False, 512, 8)])
+def test_a_local_disk_leaves_the_cores_to_the_decoders(
+    distant: bool, cores: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many fetches at a time as hide a network's latency, or as a share of the cores verifies."""
+    monkeypatch.setattr(read_ahead.os, "cpu_count", lambda: cores)
+    source = Recorder()
+    source.distant = distant
+    lock, now, peak = threading.Lock(), [0], [0]
+
+    def fetch(block: int) -> bool:
+        with lock:
+            now[0] += 1
+            peak[0] = max(peak[0], now[0])
+        time.sleep(0.05)
+        with lock:
+            now[0] -= 1
+        return True
+
+    monkeypatch.setattr(source, "fetch", fetch)
+    batches = [np.arange(10 * block, 10 * block + 10) for block in range(24)]
+    ahead = ReadAhead(source, batches, Distance(40, 40), own_process=False)
+    ahead.consumed(24)
+    deadline = time.monotonic() + 30
+    while peak[0] < most and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    ahead.close()
+    assert peak[0] == most
 
 
 def test_closing_ends_it() -> None:
@@ -229,6 +261,7 @@ def test_latency_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return read_range(url, offset, length)
 
     monkeypatch.setattr(storage, "read_range", slowly)
+    monkeypatch.setattr(ParquetSource, "distant", True)
     order = Order(source.blocks, 1, 4, seed=1, window=2)
     waits = []
     batches = train_batches(
