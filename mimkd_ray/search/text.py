@@ -44,9 +44,9 @@ def cut(text: str, width: int) -> str:
 
 
 def wrapped_name(name: str, width: int) -> str:
-    """Return a parameter's name for Plotly in lines of about `width` characters, broken behind dots and underscores."""
+    """Return a parameter's name for Plotly in lines of about `width` characters, broken behind signs and spaces."""
     lines = [""]
-    for part in re.findall(r"[^._/]*[._/]|[^._/]+", cut(name, 4 * width)):
+    for part in re.findall(r"[^._/: ]*[._/: ]|[^._/: ]+", cut(name, 4 * width)):
         if lines[-1] and len(lines[-1]) + len(part) > width:
             lines.append("")
         lines[-1] += part
