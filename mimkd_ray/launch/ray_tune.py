@@ -105,11 +105,16 @@ class _Searcher(Searcher):
         self.driver, self.job, self.folder, self.shape, self.own = driver, job, folder, shape, own
         self.numbers: dict[str, list[int]] = {}
         self.errors: dict[str, str] = {}
+        self.open: set[int] = set()
+        """Numbers of trials that have begun and not ended."""
+        self.exhausted = False
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         planned = self.driver.next()
         if not planned:
+            self.exhausted = True
             return Searcher.FINISHED
+        self.open |= {each.number for each in planned}
         self.numbers[trial_id] = [each.number for each in planned]
         places = {each.number: self.driver.place(each.number) for each in planned}
         search = to_dict(self.job.search)
@@ -122,9 +127,12 @@ class _Searcher(Searcher):
             kind: Ending = "out of memory" if "OutOfMemoryError" in text else "lost"
             said = " ".join(text.strip().split("\n")[-1].split())[:500] or "its process is gone"
             for number in self.numbers[trial_id]:
-                self.driver.ended(
-                    number, Ended(state="failed", kind=kind, reason=said), self.shape.gpus * self.shape.workers
-                )
+                self.end(number, Ended(state="failed", kind=kind, reason=said))
+
+    def end(self, number: int, ended: Ended) -> None:
+        """Tell the driver how a trial ended."""
+        self.open.discard(number)
+        self.driver.ended(number, ended, self.shape.gpus * self.shape.workers)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the trials' folders are the state."""
@@ -155,7 +163,7 @@ class _Scheduler(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         for number, value in json.loads(result.get("ended", "{}")).items():
-            self.driver.ended(int(number), Ended(**value), self.shape.gpus * self.shape.workers)
+            self.searcher.end(int(number), Ended(**value))
         stopping = False
         for number, value in json.loads(result.get("figures", "{}")).items():
             verdict = self.driver.heard(int(number), value, alone=len(self.searcher.numbers[trial.trial_id]) == 1)
@@ -164,7 +172,7 @@ class _Scheduler(FIFOScheduler):
             stopping = True
             if self.shape.workers > 1:
                 ask_to_stop(self.driver.place(int(number)))
-            self.driver.ended(int(number), verdict, self.shape.gpus * self.shape.workers)
+            self.searcher.end(int(number), verdict)
         # A trial of several workers ends by itself, as it is asked: killing it would leave its workers alone.
         return FIFOScheduler.STOP if stopping and self.shape.workers == 1 else FIFOScheduler.CONTINUE
 
@@ -225,7 +233,8 @@ def _name(trial: Any) -> str:
 
 
 def run_on_ray(driver: Driver, job: SearchJob, folder: str, shape: Shape, own: bool, callbacks: list[Any]) -> bool:
-    """Run all that ``driver`` hands out; whether somebody asked to stop before the end (SIGTERM; Ctrl-C raises)."""
+    """Run all that ``driver`` hands out; whether somebody asked to stop before the end (SIGTERM). Ctrl-C, after which
+    Tune returns as if all were done, raises KeyboardInterrupt."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its boxes are printed whatever `verbose` says
     # It looks for logs of its own after the end.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
@@ -254,6 +263,8 @@ def run_on_ray(driver: Driver, job: SearchJob, folder: str, shape: Shape, own: b
         )
         with stop_at_sigterm() as came:
             tuner.fit()
+        if not came and (searcher.open or not searcher.exhausted):
+            raise KeyboardInterrupt
         return bool(came)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -53,8 +54,8 @@ def trial_processes(root: int) -> list[int]:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_killed_trials_and_a_killed_search(tmp_path: Path) -> None:
-    """SIGKILL of the trials' processes, which Tune starts again, then of the whole job; given again it ends. A trial
-    that was killed ends with the weights of one that was not."""
+    """SIGKILL of the trials' processes, which Tune starts again, then of the whole job; then SIGTERM; given again it
+    ends. A trial that was killed ends with the weights of one that was not."""
     long = ("--search.trials", "6", "--search.scheduler", "none", "--search.algorithm", "random")
     long = (*long, "--search.epochs", "40")
     job = Job(command(tmp_path, *long), tmp_path / "log")
@@ -65,7 +66,13 @@ def test_killed_trials_and_a_killed_search(tmp_path: Path) -> None:
     kill(victims)
     job.wait_until(lambda: len(ended(tmp_path)) >= 2)
     job.kill()
-    assert 2 <= len(ended(tmp_path)) < 6
+    over = len(ended(tmp_path))
+    assert 2 <= over < 6
+    job = Job(command(tmp_path, *long), tmp_path / "log2")
+    job.wait_until(lambda: "epoch" in (tmp_path / "log2").read_text())
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 3, "it ends in good order, and can go on"
+    assert "asked to stop" in (tmp_path / "log2").read_text()
     text = run(command(tmp_path, *long))
     assert "trials have ended before" in text
     assert [(each["state"], each["kind"]) for each in ended(tmp_path).values()] == [("completed", "")] * 6
