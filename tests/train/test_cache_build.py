@@ -206,16 +206,16 @@ def test_damaged_images_have_no_features(tmp_path: Path, monkeypatch: pytest.Mon
     from mimkd_ray.data import batches
     from mimkd_ray.data.decode import DamagedImageError
 
-    real = View.apply
+    real = View.replay
     source = open_data(cached_config(tmp_path).data).train
     bad = [row.id for row in source.read([7, 8, 9, 10, 11, 12, 13, 14, 15, 30])]
 
-    def apply(self: View, image: Any, id: int, view: int, out: Any = None) -> torch.Tensor:
+    def replay(self: View, image: Any, id: int, view: int, out: Any = None) -> torch.Tensor:
         if id in bad:
             raise DamagedImageError("no image")
         return real(self, image, id, view, out)
 
-    monkeypatch.setattr(batches.View, "apply", apply)
+    monkeypatch.setattr(batches.View, "replay", replay)
     with pytest.raises(
         DamagedDataError, match=r"10 of 60 images cannot be decoded, more than the allowed share of 0\.001"
     ):

@@ -387,8 +387,8 @@ def test_drift_of_the_teacher_stops_the_run(tmp_path: Path, monkeypatch: pytest.
 def test_another_decoder_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = cached_config(tmp_path / "cache")
     build_here(config)
-    real = View.apply
-    monkeypatch.setattr(View, "apply", lambda *a: (real(*a).float() * 0.8).byte())
+    real = View.replay
+    monkeypatch.setattr(View, "replay", lambda *a: (real(*a).float() * 0.8).byte())
     with pytest.raises(DamagedDataError, match=r"step 0, lane 0, view \d: image \d+ has other pixels than when"):
         walk(config, tmp_path / "run")
 
