@@ -69,14 +69,19 @@ def kill(pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def train_workers(root: int) -> list[int]:
-    """Processes below ``root`` in which Ray Train trains."""
+def processes(root: int, title: str) -> list[int]:
+    """Processes below ``root`` to which Ray has given a title that begins so."""
     found = []
     for pid in tree(root):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if (Path("/proc") / str(pid) / "cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
+            if (Path("/proc") / str(pid) / "cmdline").read_bytes().startswith(f"ray::{title}".encode()):
                 found.append(pid)
     return found
+
+
+def train_workers(root: int) -> list[int]:
+    """Processes below ``root`` in which Ray Train trains."""
+    return processes(root, "RayTrainWorker")
 
 
 class Job:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs_here import ENVIRONMENT, ROOT, Job, kill, tree
+from jobs_here import ENVIRONMENT, ROOT, Job, kill, processes
 
 from mimkd_ray import cli
 from mimkd_ray.launch.cache import main
@@ -42,12 +41,7 @@ def records(root: Path) -> int:
 
 def builders(root: int) -> list[int]:
     """Processes below ``root`` in which Ray Data builds."""
-    found = []
-    for pid in tree(root):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if b"MapWorker" in (Path("/proc") / str(pid) / "cmdline").read_bytes():
-                found.append(pid)
-    return found
+    return processes(root, "MapWorker")
 
 
 @pytest.mark.ray

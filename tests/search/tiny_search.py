@@ -49,3 +49,8 @@ def unlucky(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
     if fate == "wild":
         return replace(config, optim=replace(config.optim, lr=1e30))
     return config
+
+
+def slow_second(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """Three trials of a grid, of which the second learns nothing."""
+    return replace(config, optim=replace(config.optim, lr=suggest.choice("lr", (0.05, 1e-9, 0.02))))
