@@ -16,7 +16,7 @@ from mimkd_ray import storage
 from mimkd_ray.data.dataset import Data, open_data
 from mimkd_ray.errors import Interrupted, NonFiniteLossError
 from mimkd_ray.search.config import SearchConfig
-from mimkd_ray.search.ledger import Ended, Planned
+from mimkd_ray.search.ledger import Ended, Ending, Planned, point_of
 from mimkd_ray.search.study import halving
 from mimkd_ray.train import timeline
 from mimkd_ray.train.build import make_order
@@ -32,6 +32,10 @@ Tell = Callable[[Mapping[int, Mapping[str, Any]]], None]
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 """What allocators say, in lower case; on a CPU, PyTorch raises a plain RuntimeError."""
+
+
+REASON = 2000
+"""Characters of an error that are kept: a loss that is not finite names 64 images before the remedy."""
 
 
 class TrialContext:
@@ -167,8 +171,9 @@ def _train(
     steps = make_order(configs[0], data.train).steps_per_epoch
 
     def judge(epoch: int, figures: Mapping[int, Mapping[str, Any]]) -> set[int]:
-        tell({planned[at].number: {"epoch": epoch, "step": epoch * steps, **value} for at, value in figures.items()})
-        return halving(search, epoch, {at: value[search.metric] for at, value in figures.items()})
+        told = {at: {"epoch": epoch, "step": epoch * steps, **value} for at, value in figures.items()}
+        tell({planned[at].number: value for at, value in told.items()})
+        return halving(search, epoch, {at: getattr(point_of(value), search.metric) for at, value in told.items()})
 
     outcomes = train_pack(members, data, teacher, context, judge, facts)
     return {each.number: _ended(search, outcome) for each, outcome in zip(planned, outcomes, strict=True)}
@@ -186,9 +191,9 @@ def _ended(search: SearchConfig, outcome: Outcome) -> Ended:
     return Ended(state="completed")
 
 
-def explain(error: BaseException) -> tuple[Any, str]:
+def explain(error: BaseException) -> tuple[Ending, str]:
     """Kind and reason of a trial that failed."""
-    text = " ".join(str(error).split())[:500]
+    text = " ".join(str(error).split())[:REASON]
     if isinstance(error, NonFiniteLossError):
         return "non-finite", text
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text.lower() for words in OUT_OF_MEMORY):

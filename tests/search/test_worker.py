@@ -21,6 +21,7 @@ from mimkd_ray.train.config import Config, to_dict
 from mimkd_ray.train.files import read_json
 from mimkd_ray.train.job import obtain_teacher
 from mimkd_ray.train.loop import train
+from mimkd_ray.train.pack import Outcome
 
 CPU = torch.device("cpu")
 
@@ -150,6 +151,23 @@ def test_the_teacher_is_trained_once_and_before(tmp_path: Path) -> None:
     assert (tmp_path / "teacher" / "student.safetensors").stat().st_mtime_ns == made
     facts = read_json(f"{places[0]}/result.json")["teacher"]
     assert facts == read_json(str(tmp_path / "teacher.json"))
+
+
+def test_a_pack_halves_by_what_json_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An infinite cross-entropy is told as null, and is the worst there is."""
+    job = tiny_job(tmp_path, scheduler="asha", reduction=2, grace=1, metric="cross_entropy")
+    base = trial_config(job)
+    stopped: list[set[int]] = []
+
+    def train_pack(members: Any, data: Any, teacher: Any, context: Any, judge: Any, extra: Any) -> list[Outcome]:
+        figures = {"top1": 1.0, "top5": 1.0, "cross_entropy": 2.0}
+        stopped.append(set(judge(1, {0: figures | {"cross_entropy": None}, 1: figures})))
+        return [Outcome(stopped=1), Outcome(result={})]
+
+    monkeypatch.setattr("mimkd_ray.search.worker.train_pack", train_pack)
+    ended, _ = run(tmp_path, job, [base, with_lr(base, 0.01)])
+    assert stopped == [{0}]
+    assert [each.state for each in ended.values()] == ["stopped", "completed"]
 
 
 @pytest.mark.parametrize(
