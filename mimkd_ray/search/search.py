@@ -28,8 +28,7 @@ MAY_CHANGE = ("trials", "hours", "gpu_hours", "concurrent", "retries", "finalist
 def trial_config(job: SearchJob) -> Config:
     """What all trials share: the recipe with a held-out part, views of one seed, and the trial's length, to which a
     step schedule and its warm-up are shortened."""
-    own = {f.name: getattr(job, f.name) for f in dataclasses.fields(Config)}
-    config = Config(**own)
+    config = plain(job)
     epochs = job.search.epochs or config.train.epochs
     share = epochs / config.train.epochs
     milestones = {round(epoch * share) for epoch in config.optim.milestones}  # some may fall together
@@ -43,18 +42,20 @@ def trial_config(job: SearchJob) -> Config:
         data=replace(config.data, holdout=config.data.holdout or job.search.holdout, view_seed=config.view_seed),
         train=replace(config.train, epochs=epochs, eval_every=config.train.eval_every or 1),
         optim=optim if share != 1 else config.optim,
-        compare=CompareConfig(),
         launch=replace(config.launch, workers=job.search.workers),
         run=RunConfig(keep_checkpoints=2, checkpoint_minutes=config.run.checkpoint_minutes, keep_best=True),
     )
 
 
 def final_config(job: SearchJob, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The config that `jobs/` train with: what the search chose, with the recipe's own data, length and schedule.
+    """The config that `jobs/` train with: what the search chose, with the recipe's own data, length and schedule, in a
+    directory of its own.
 
     ``chosen`` is a trial's config; of it, whatever differs from what all trials share is the choice.
     """
-    return _with_changes(to_dict(plain(job)), to_dict(trial_config(job)), chosen)
+    own = plain(job)
+    own = replace(own, run=replace(own.run, name="", overwrite=False))  # those are the search's
+    return _with_changes(to_dict(own), to_dict(trial_config(job)), chosen)
 
 
 def plain(job: SearchJob) -> Config:
@@ -90,7 +91,6 @@ class Search:
         self._clock = read_json(storage.join(folder, "clock.json")) or {"seconds": 0.0, "gpu_seconds": 0.0}
         self._began = time.monotonic()
         self._running: dict[int, float] = {}
-        self._exhausted = False
 
     def widest(self) -> Config:
         """A config that reads all of the teacher that any trial may read."""
