@@ -30,7 +30,7 @@ from mimkd_ray.train.config import Config, to_dict
 
 HEAD_SHARE = 0.001
 """Of the head's own resource: places the process that watches over a trial of several workers there, where it takes no
-CPU from the workers it waits for. A head is on demand, so it outlives them."""
+CPU from the workers it waits for, and outlives nodes that come and go."""
 
 
 class Driver(Protocol):

@@ -75,7 +75,8 @@ def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
         raise Interrupted(f"asked to stop: {over} of {len(state.trials)} trials of {folder} have ended")
     if not state.ranked():
         failed = [f"trial {trial.number}: {trial.reason}" for trial in state.trials.values() if trial.reason]
-        return cli.fail(f"no trial came to an evaluation; {'; '.join(failed[:3])}", 1)
+        reasons = "; ".join(failed[:3]) or f"{state.over_budget() or 'none began'}"
+        return cli.fail(f"no trial of {folder} came to an evaluation: {reasons}", 1)
     return 0
 
 
@@ -179,7 +180,7 @@ def write_report(state: Search, finals: Sequence[Final] = ()) -> None:
     storage.write_bytes(storage.join(state.folder, "report.html"), html.encode())
 
 
-def stages(state: Search, run: Callable[[Any, str], bool]) -> bool:
+def stages(state: Search, run: Callable[[Shown], bool]) -> bool:
     """Trials, then finals; whether it was stopped before the end. ``run`` runs what a driver hands out."""
 
     def publish() -> None:
@@ -188,7 +189,7 @@ def stages(state: Search, run: Callable[[Any, str], bool]) -> bool:
 
     trials = Shown(state, state.config.trials, publish)
     trials.over = sum(trial.state != "running" for trial in state.trials.values())
-    if run(trials, "trials"):
+    if run(trials):
         return True
     publish()
     finals = Finals(state)
@@ -196,7 +197,7 @@ def stages(state: Search, run: Callable[[Any, str], bool]) -> bool:
         names = ", ".join(str(number) for number in dict.fromkeys(trial for trial, _ in finals.runs))
         print(f"finalists: trials {names}, {state.config.seeds} seeds each", flush=True)
         shown = Shown(finals, len(finals.runs), lambda: None)
-        if run(shown, "finals"):
+        if run(shown):
             return True
         write_report(state, finals.publish())
     print(closing(state), flush=True)
@@ -225,7 +226,7 @@ def run_here(state: Search, widest: Config) -> bool:
     class Stop(Exception):
         pass
 
-    def run(driver: Any, _: str) -> bool:
+    def run(driver: Shown) -> bool:
         while planned := driver.next():
             alone = len(planned) == 1
             verdicts: dict[int, Ended] = {}
@@ -267,7 +268,7 @@ def run_with_ray(state: Search, widest: Config) -> bool:
         print(shape.text(), flush=True)
         ray_tune.prepare_on_ray(widest, state.folder, shape)
 
-        def run(driver: Any, _: str) -> bool:
+        def run(driver: Shown) -> bool:
             return ray_tune.run_on_ray(driver, job, state.folder, shape, own, callbacks)
 
         return stages(state, run)

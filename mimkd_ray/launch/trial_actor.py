@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,14 +19,14 @@ from mimkd_ray.search.config import SearchConfig
 from mimkd_ray.search.ledger import Ended, Planned
 from mimkd_ray.search.worker import explain, prepare, run_trials
 from mimkd_ray.train.config import Config, from_dict
-from mimkd_ray.train.files import write_json
+from mimkd_ray.train.files import read_metrics, write_json
 
 LOOK_SECONDS = 2.0
 """How often the evaluations of a trial of several workers are looked for."""
 
 
 def trial_device() -> torch.device:
-    """The GPU that Ray gave this process, or the CPU. Raises a known error where the driver sees none."""
+    """The GPU that Ray gave this process, or the CPU."""
     return torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
 
 
@@ -115,9 +115,10 @@ def run_large(
     seen = 0
     while True:
         running = thread.is_alive()  # asked before looking: what is written last is seen too
-        for figures in evaluations(place, seen):
-            seen = figures["step"]
-            tell({planned.number: figures})
+        for figures in read_metrics(place, "eval"):
+            if figures["step"] > seen:
+                seen = figures["step"]
+                tell({planned.number: figures})
         if not running:
             break
         thread.join(LOOK_SECONDS)
@@ -128,17 +129,6 @@ def run_large(
         return {planned.number: Ended(state="stopped", kind="early", reason=str(error), seconds=seconds)}
     kind, reason = explain(error)
     return {planned.number: Ended(state="failed", kind=kind, reason=reason, seconds=seconds)}
-
-
-def evaluations(place: str, after: int) -> Iterator[dict[str, Any]]:
-    """The evaluations in a run directory from after a step."""
-    url = storage.join(place, "metrics.jsonl")
-    lines = storage.read_bytes(url).decode().splitlines() if storage.exists(url) else []
-    for line in lines:
-        if line.endswith("}") and '"kind": "eval"' in line:
-            figures = json.loads(line)
-            if figures["step"] > after:
-                yield figures
 
 
 def ask_to_stop(place: str) -> None:

@@ -85,11 +85,6 @@ class SearchConfig:
         if not 0 <= self.holdout < 1:
             raise UserError(f"search.holdout is {self.holdout}: give a share above 0 and below 1, such as 0.1")
 
-    @property
-    def mode(self) -> Literal["max", "min"]:
-        """Whether more of the metric is better."""
-        return "max" if self.metric == "top1" else "min"
-
 
 @dataclass(frozen=True, kw_only=True)
 class SearchJob(Config):

@@ -13,7 +13,7 @@ from typing import Any
 from mimkd_ray import storage
 from mimkd_ray.search.ledger import Ended, Planned
 from mimkd_ray.search.search import Search, final_config
-from mimkd_ray.search.trials import Final
+from mimkd_ray.search.trials import Final, direction
 from mimkd_ray.train.config import Config, from_dict, to_dict
 from mimkd_ray.train.files import read_json, write_json
 
@@ -75,7 +75,7 @@ class Finals:
             trial: statistics.fmean(student[self.config.metric] for student in seeds.values())
             for trial, seeds in whole.items()
         }
-        order = sorted(whole, key=lambda trial: means[trial], reverse=self.config.mode == "max")
+        order = sorted(whole, key=lambda trial: means[trial], reverse=direction(self.config.metric) == "maximize")
         lines = [{"trial": trial, "mean": means[trial], "seeds": whole[trial]} for trial in order]
         write_json(storage.join(self.search.folder, "finals.json"), {"metric": self.config.metric, "finals": lines})
         if order:

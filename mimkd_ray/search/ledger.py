@@ -12,7 +12,6 @@ so a search is resumed without unpickling anything. Only the driver of the searc
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +20,8 @@ from typing import Any, Literal
 
 from mimkd_ray import storage
 from mimkd_ray.search.config import Metric
-from mimkd_ray.search.trials import Point, Trial, Value
-from mimkd_ray.train.files import read_json, write_json
+from mimkd_ray.search.trials import Point, Trial, Value, direction
+from mimkd_ray.train.files import read_json, read_metrics, write_json
 
 THREADS = 16
 """Trials are read from object storage in parallel."""
@@ -98,13 +97,8 @@ def _read(place: str, metric: Metric) -> tuple[Trial, int] | None:
         seconds=ended.get("seconds", 0.0),
         config=begun["config"],
     )
-    url = storage.join(place, "metrics.jsonl")
-    lines = storage.read_bytes(url).decode().splitlines() if storage.exists(url) else []
-    for line in lines:
-        if line.endswith("}"):  # a kill may have cut the last one short
-            entry = json.loads(line)
-            if entry["kind"] == "eval":
-                trial = with_point(trial, point_of(entry), metric)
+    for figures in read_metrics(place, "eval"):
+        trial = with_point(trial, point_of(figures), metric)
     return trial, begun["pack"]
 
 
@@ -128,7 +122,7 @@ def with_point(trial: Trial, point: Point, metric: Metric) -> Trial:
     finite = [each for each in curve if math.isfinite(getattr(each, metric))]
     if not finite:
         return replace(trial, curve=curve)
-    best = (max if metric == "top1" else min)(finite, key=lambda each: getattr(each, metric))
+    best = (max if direction(metric) == "maximize" else min)(finite, key=lambda each: getattr(each, metric))
     return replace(trial, curve=curve, score=getattr(best, metric), best_epoch=best.epoch)
 
 

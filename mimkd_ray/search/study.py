@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.config import SearchConfig
 from mimkd_ray.search.space import Suggest, grid, grid_values
-from mimkd_ray.search.trials import Trial, Value
+from mimkd_ray.search.trials import Trial, Value, direction
 from mimkd_ray.train.config import Config
 
 V = TypeVar("V", bound=Value)
@@ -60,9 +60,7 @@ class Study:
                 else optuna.samplers.RandomSampler(seed=seed)
             )
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=config.grace, reduction_factor=config.reduction)
-        self.study = optuna.create_study(
-            sampler=sampler, pruner=pruner, direction="maximize" if config.mode == "max" else "minimize"
-        )
+        self.study = optuna.create_study(sampler=sampler, pruner=pruner, direction=direction(config.metric))
         self._trials: dict[int, optuna.Trial] = {}
         self._grid: Iterator[dict[str, Value]] | None = None
         if config.algorithm == "grid":
@@ -115,7 +113,7 @@ def halving(config: SearchConfig, epoch: int, values: Mapping[int, float]) -> se
     if config.scheduler == "none" or not is_rung(config, epoch):
         return set()
     kept = -(-len(values) // config.reduction)
-    best = sorted(values, key=lambda number: values[number], reverse=config.mode == "max")
+    best = sorted(values, key=lambda number: values[number], reverse=direction(config.metric) == "maximize")
     return set(best[kept:])
 
 

@@ -29,7 +29,7 @@ Value = float | int | str | bool
 
 STATES = get_args(State)
 
-DIRECTIONS = {"top1": "maximize", "cross_entropy": "minimize"}
+DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {"top1": "maximize", "cross_entropy": "minimize"}
 """What a search can score by, and which way is better."""
 
 _PARAM = "param/"
@@ -114,7 +114,7 @@ class Final:
         return statistics.stdev(self.top1)
 
 
-def direction(metric: str) -> str:
+def direction(metric: str) -> Literal["maximize", "minimize"]:
     """Return "maximize" or "minimize". Raises UserError for a metric that no search scores by."""
     if metric not in DIRECTIONS:
         known = " or ".join(DIRECTIONS)
