@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import ray
@@ -26,11 +27,15 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.launch.trial_actor import ask_to_stop, payload, prepare_remotely, trainable
 from mimkd_ray.search.config import SearchJob
 from mimkd_ray.search.ledger import Ended, Ending, Planned
+from mimkd_ray.search.worker import REASON
 from mimkd_ray.train.config import Config, to_dict
 
 HEAD_SHARE = 0.001
 """Of the head's own resource: places the process that watches over a trial of several workers there, where it takes no
 CPU from the workers it waits for, and outlives nodes that come and go."""
+
+LOW_ON_MEMORY = ("OutOfMemoryError", "low on memory")
+"""What Ray says of a process that its memory monitor has killed."""
 
 
 class Driver(Protocol):
@@ -124,8 +129,8 @@ class _Searcher(Searcher):
         """A trial says itself how it ended; an error here is that its process is gone, more often than allowed."""
         if error:
             text = self.errors.get(trial_id, "")
-            kind: Ending = "out of memory" if "OutOfMemoryError" in text else "lost"
-            said = " ".join(text.strip().split("\n")[-1].split())[:500] or "its process is gone"
+            kind: Ending = "out of memory" if any(words in text for words in LOW_ON_MEMORY) else "lost"
+            said = " ".join(text.strip().split("\n")[-1].split())[:REASON] or "its process is gone"
             for number in self.numbers[trial_id]:
                 self.end(number, Ended(state="failed", kind=kind, reason=said))
 
@@ -159,7 +164,8 @@ class _Scheduler(FIFOScheduler):
         return FIFOScheduler, ()
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        self.searcher.errors[trial.trial_id] = str(trial.get_error() or "")
+        # Not trial.get_error(), which looks in storage: the text comes there later.
+        self.searcher.errors[trial.trial_id] = Path(trial.error_file).read_text() if trial.error_file else ""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         for number, value in json.loads(result.get("ended", "{}")).items():
@@ -236,8 +242,9 @@ def run_on_ray(driver: Driver, job: SearchJob, folder: str, shape: Shape, own: b
     """Run all that ``driver`` hands out; whether somebody asked to stop before the end (SIGTERM). Ctrl-C, after which
     Tune returns as if all were done, raises KeyboardInterrupt."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its boxes are printed whatever `verbose` says
-    # It looks for logs of its own after the end.
+    # After the end Tune looks for logs of its own; and it says how to restore what is thrown away here.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # trials have logs of their own
     scratch = tempfile.mkdtemp(prefix="mimkd-tune-")
     searcher = _Searcher(driver, job, folder, shape, own)

@@ -89,6 +89,24 @@ def test_killed_trials_and_a_killed_search(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_trial_whose_process_is_lost_for_good_is_recorded(tmp_path: Path) -> None:
+    """Killed more often than it may be: it has failed, with what Ray says of it, and the other trial goes on."""
+    flags = ("--search.trials", "2", "--search.retries", "0", "--search.scheduler", "none", "--search.epochs", "60")
+    job = Job(command(tmp_path, *flags), tmp_path / "log")
+    first = tmp_path / "s" / "trials" / "0000"
+    job.wait_until(lambda: (first / "best.json").exists() and trial_processes(job.process.pid))
+    kill(trial_processes(job.process.pid)[:1])
+    assert job.end() == 0
+    lost, whole = sorted(ended(tmp_path).values(), key=lambda each: each["state"] == "completed")
+    assert (lost["state"], lost["kind"]) == ("failed", "lost")
+    assert "process" in lost["reason"]
+    assert "died" in lost["reason"]
+    assert whole["state"] == "completed"
+    assert "Tuner.restore" not in (tmp_path / "log").read_text(), "nobody can: Tune's state is thrown away"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_failures_stops_finals_and_what_comes_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grid with trials that run out of memory or explode: the search ends well, and says so of each."""
     monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", f"{ROOT}/tests/search:{ROOT}/tests:{ROOT}")
