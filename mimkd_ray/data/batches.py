@@ -10,7 +10,7 @@ other). In evaluation it is left out. `DamageCounter` ends the run when there ar
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -248,10 +248,11 @@ def _decode_all(
     image for fresh memory, and another layout 60 us. Raises _AllDamagedError if no image is intact.
     """
     images_BCHW: Tensor | None = None
+    rooms: Iterator[Tensor] = iter(())  # one for each image; all made in one call, which saves 1 us an image
+    out: Tensor | None = None
     made = _Decoded(_NONE, [], [], [], ())
     damaged = []
     for place, row in enumerate(source.read(key.positions.tolist())):
-        out = None if images_BCHW is None else images_BCHW[len(made.places)]
         try:
             image = transform(row, out)
         except DamagedImageError as error:
@@ -259,8 +260,12 @@ def _decode_all(
             continue
         if images_BCHW is None:
             images_BCHW = _room_for(len(key.positions), image, memory)
+            rooms = iter(images_BCHW.unbind())
+            out = next(rooms)
+        assert out is not None
         if image is not out:
-            images_BCHW[len(made.places)] = image
+            out.copy_(image)
+        out = next(rooms, None)
         made.places.append(place)
         made.labels.append(row.label)
         made.ids.append(row.id)
