@@ -17,7 +17,7 @@ from typing import Any
 from report import met
 
 NAMES = (
-    *("mi_bounds", "loss", "ray_overhead", "loader", "data_wait", "jump", "checkpoint", "lanes", "cache"),
+    *("mi_bounds", "loss", "ray_overhead", "loader", "data_wait", "jump", "checkpoint", "lanes", "layout", "cache"),
     *("cache_effect", "search"),
 )
 

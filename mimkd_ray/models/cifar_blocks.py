@@ -79,8 +79,11 @@ class Residual(nn.Module):
 def init_he(net: nn.Module, head_std: float | None = None) -> None:
     """He's normal initialisation (fan out) of every convolution, as the field's CIFAR networks use it.
 
-    `head_std` also draws linear layers from N(0, head_std) with zero bias; None leaves PyTorch's default.
+    `head_std` also draws linear layers from N(0, head_std) with zero bias; None leaves PyTorch's default. On the meta
+    device there is nothing to draw, and trying to would import PyTorch's compiler: 3 s.
     """
+    if any(parameter.is_meta for parameter in net.parameters()):
+        return
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -41,7 +41,7 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
     """Autocast of the networks; auto: bf16 on a GPU that has it, else float32. Losses always compute in float32."""
     channels_last: Literal["auto", "on", "off"] = "auto"
-    """Memory layout of images and kernels; auto: channels-last on a GPU."""
+    """Memory layout of images and kernels; auto: channels-last, except for float64 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on a GPU where a C++ compiler is found."""
     ema_decay: float = 0.0
