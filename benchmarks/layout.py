@@ -53,7 +53,7 @@ def compare(name: str, side: int, batch: int, rounds: int, device: torch.device)
     """Seconds by work and layout, round by round."""
     arms = {}
     for layout, memory_format in LAYOUTS.items():
-        model = build_model(name, 100, image_size=side).to(device, memory_format=memory_format)
+        model = build_model(name, 100, image_size=side).to(device).to(memory_format=memory_format)
         images_BCHW = torch.randn(batch, 3, side, side, device=device).to(memory_format=memory_format)
         arms[layout] = (model, images_BCHW)
     times: dict[str, dict[str, list[float]]] = {work: {layout: [] for layout in LAYOUTS} for work in WORK}

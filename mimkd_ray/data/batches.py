@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.data.blocks import Blocks
+from mimkd_ray.data.order import Order, view_number
 from mimkd_ray.data.source import Row, Source
 from mimkd_ray.data.store import BlockStore
 from mimkd_ray.data.views import DamagedImageError, Transform, View, decode, generator_kept
@@ -66,6 +67,26 @@ class Key:
     lane: int
     positions: np.ndarray
     view: int
+
+
+@dataclass(frozen=True)
+class TrainKeys:
+    """The batches of steps start_step..stop_step-1 and these lanes, by (step, lane as given)."""
+
+    order: Order
+    views: int
+    lanes: tuple[int, ...]
+    start_step: int
+    stop_step: int
+
+    def __len__(self) -> int:
+        return max(0, self.stop_step - self.start_step) * len(self.lanes)
+
+    def __iter__(self) -> Iterator[Key]:
+        for step in range(self.start_step, self.stop_step):
+            view = view_number(self.order.seed, self.order.epoch_of(step), self.views)
+            for lane in self.lanes:
+                yield Key(step, lane, self.order.positions(step, lane), view)
 
 
 class FeatureSource(Protocol):
@@ -132,10 +153,7 @@ class TrainBatches:
         with generator_kept():
             made = _decode_all(self.source, key, transform, memory)
         if made.damaged:
-            # A damaged place takes the nearest intact one; of two equally near ones the lower.
-            places = made.places
-            nearest = [min(range(len(places)), key=lambda i: abs(places[i] - p)) for p in range(len(key.positions))]
-            made = made.chosen(nearest)
+            made = made.chosen(nearest_intact(made.places, len(key.positions)))
         batch = made.batch(key)
         if self.features is None:
             return batch
@@ -198,6 +216,12 @@ class EvalBatches:
                 raise
             # A slice may end in a batch of one: if damaged, that is one image, and no sign of a broken set.
             return error.names[0]
+
+
+def nearest_intact(places: Sequence[int], count: int) -> list[int]:
+    """Return for each of `count` places which of the intact `places` is the nearest; of two equally near ones the
+    lower."""
+    return [min(range(len(places)), key=lambda i: abs(places[i] - place)) for place in range(count)]
 
 
 _BLANK = torch.full((3, 256, 256), 128, dtype=torch.uint8)

@@ -17,7 +17,8 @@ from mimkd_ray.data.manifest import MANIFEST_SUFFIX, read_manifest
 from mimkd_ray.data.parquet import ParquetSource
 from mimkd_ray.data.source import Source, SubsetSource, digest_of, stratified_split
 from mimkd_ray.data.store import BlockStore
-from mimkd_ray.data.views import check_pipeline_name
+from mimkd_ray.data.transforms import can_be_resident
+from mimkd_ray.data.views import check_pipeline_name, make_pipeline
 from mimkd_ray.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,9 @@ class DataConfig:
     loader_workers: int = -1
     """Decoding processes per training worker; -1 = one less than its share of this machine's cores, at least one (none
     for a set in memory, such as the digits), 0 = decode in the training process."""
+    resident: Literal["auto", "on", "off"] = "auto"
+    """Keep the training set decoded in the device's memory: no loader processes. For pipelines of which only the batch
+    part draws random numbers (cifar, digits, none); auto: on a GPU of which the set takes an eighth at most."""
     max_damaged: float = 0.001
     """Share of images that may be damaged before the run stops."""
 
@@ -93,6 +97,11 @@ class DataConfig:
         if not 0 <= self.store_gb < math.inf:
             raise UserError(f"data.store_gb = {self.store_gb}: give a size in GB, or 0 for no store")
         check_pipeline_name(self.pipeline)
+        if self.resident == "on" and not can_be_resident(make_pipeline(self.pipeline, self.image_size).train):
+            raise UserError(
+                f"data.resident is on, and pipeline '{self.pipeline}' draws random numbers for each image, which is "
+                "decoded anew for each view: pass --data.resident off, or a pipeline such as cifar"
+            )
         if self.image_size < 1:
             raise UserError(f"data.image_size = {self.image_size}: give the height and width in pixels")
         if not all(map(math.isfinite, self.mean)) or not all(s > 0 and math.isfinite(s) for s in self.std):

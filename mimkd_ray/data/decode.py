@@ -107,7 +107,7 @@ def _by_simplejpeg(data: Encoded, shrink: int) -> np.ndarray | None:
 
 
 def _by_pillow(data: Encoded, shrink: int) -> np.ndarray:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
@@ -120,5 +120,7 @@ def _by_pillow(data: Encoded, shrink: int) -> np.ndarray:
             return np.array(opened if opened.mode == "RGB" else opened.convert("RGB"))
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:  # its own text has the address of an object, and is never the same twice
+        raise DamagedImageError("no JPEG, PNG or WebP" if data else "empty") from error
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error and others
         raise DamagedImageError(f"{type(error).__name__}: {error}" if data else "empty") from error

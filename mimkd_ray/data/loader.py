@@ -32,10 +32,11 @@ from mimkd_ray.data.batches import (
     Key,
     LaneBatch,
     TrainBatches,
+    TrainKeys,
     ViewBatches,
 )
 from mimkd_ray.data.hand_over import in_thread
-from mimkd_ray.data.order import Order, view_number
+from mimkd_ray.data.order import Order
 from mimkd_ray.data.read_ahead import AheadSource, Distance, ReadAhead, WithFeatures, distance
 from mimkd_ray.data.source import Source
 from mimkd_ray.data.transport import Answer, Answers, Requests, make_slots
@@ -86,7 +87,7 @@ def train_batches(
     StorageError for an object that cannot be read.
     """
     workers = resolve_loader_workers(loader_workers, source)
-    keys = _TrainKeys(order, views, tuple(lanes), start_step, stop_step)
+    keys = TrainKeys(order, views, tuple(lanes), start_step, stop_step)
     ahead: AheadSource = source if features is None else WithFeatures(source, features, views)
     far = distance(
         ahead,
@@ -246,26 +247,8 @@ def _cores() -> int:
 
 
 @dataclass(frozen=True)
-class _TrainKeys:
-    order: Order
-    views: int
-    lanes: tuple[int, ...]
-    start_step: int
-    stop_step: int
-
-    def __len__(self) -> int:
-        return max(0, self.stop_step - self.start_step) * len(self.lanes)
-
-    def __iter__(self) -> Iterator[Key]:
-        for step in range(self.start_step, self.stop_step):
-            view = view_number(self.order.seed, self.order.epoch_of(step), self.views)
-            for lane in self.lanes:
-                yield Key(step, lane, self.order.positions(step, lane), view)
-
-
-@dataclass(frozen=True)
 class _PositionsOf:
-    keys: _TrainKeys | list[Key]
+    keys: TrainKeys | list[Key]
     ahead: AheadSource
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -276,7 +259,7 @@ class _PositionsOf:
 
 def _run(
     batches: Batches,
-    keys: _TrainKeys | list[Key],
+    keys: TrainKeys | list[Key],
     batch_size: int,
     loader_workers: int,
     ahead: AheadSource,

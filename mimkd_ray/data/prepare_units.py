@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -137,8 +136,7 @@ def make_part(unit: PartUnit) -> Done:
         try:
             image = checked(sample.image, unit.short_side, unit.quality)
         except DamagedImageError as error:
-            # Pillow names objects by their address, which is another one in every process.
-            damaged.append([sample.name, re.sub(r" at 0x[0-9a-f]+", "", str(error))])
+            damaged.append([sample.name, str(error)])
         else:
             records.append((key, _pack(key, sample.label, sample.name, image)))
     records.sort(key=lambda record: record[0])

@@ -170,6 +170,11 @@ class FitSize:
         return resize(image, self.size, self.size)
 
 
+def can_be_resident(transform: Transform) -> bool:
+    """Return whether a training transform gives the same pixels in every view, so that it need be done only once."""
+    return isinstance(transform, FitSize)
+
+
 @dataclass(frozen=True)
 class CentreCrop:
     """Resize the short side to size * 256/224, crop the centre: ImageNet's evaluation, as torchvision v2 does it.

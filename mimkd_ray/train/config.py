@@ -226,7 +226,7 @@ def _leaves(error: BaseException) -> list[BaseException]:
 _SECTIONS_NOT_IN_DIGEST = ("recipe", "run", "launch")
 _NOT_IN_DIGEST = {
     "train": ("log_every", "eval_every", "eval_batch", "information_rows"),
-    "data": ("loader_workers", "read_ahead", "store", "store_gb"),
+    "data": ("loader_workers", "read_ahead", "store", "store_gb", "resident"),
     "cache": ("shard_rows", "batch", "workers", "canary", "tolerance"),
 }
 """What may change between two starts of the same run: where it writes, who runs it, how often it looks."""

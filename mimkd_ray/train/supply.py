@@ -8,6 +8,7 @@ from torch import nn
 
 from mimkd_ray.data.dataset import Data
 from mimkd_ray.data.loader import DamageCounter, LaneBatch, eval_batches, to_device, train_batches
+from mimkd_ray.data.resident import keeps_on_device, resident, resident_batches
 from mimkd_ray.data.views import View, make_pipeline
 from mimkd_ray.errors import UserError
 from mimkd_ray.train.build import build_teacher, make_order, parameter_dtype, uses_channels_last
@@ -54,6 +55,8 @@ class Supply:
                 f"workers are busy {train.lanes / (busiest * context.world_size):.0%} of the time",
             )
         self.pipeline = make_pipeline(config.data.pipeline, config.data.image_size)
+        self.is_resident = keeps_on_device(config.data, self.pipeline.train, data.train.num_rows, device)
+        self._held_out: dict[int, list[LaneBatch]] = {}
         self.normalize = Normalizer(
             config.data.mean,
             config.data.std,
@@ -93,6 +96,16 @@ class Supply:
 
     def batches(self, start_step: int) -> Iterator[LaneBatch]:
         """This worker's lanes of all remaining steps, on the device ahead of need."""
+        if self.is_resident:
+            return resident_batches(
+                resident(self.data.train, self.pipeline.train, self.context.device, self.config.data.loader_workers),
+                self.order,
+                views=self.config.data.views,
+                lanes=self.my_lanes,
+                start_step=start_step,
+                stop_step=self.total_steps,
+                features=self.features,
+            )
         batches = train_batches(
             self.data.train,
             self.order,
@@ -109,8 +122,10 @@ class Supply:
         return to_device(batches, self.context.device)
 
     def held_out(self, batch_size: int) -> Iterator[LaneBatch]:
-        """This worker's slice of the held-out rows."""
-        return eval_batches(
+        """This worker's slice of the held-out rows. Kept on the device where the training set is."""
+        if batch_size in self._held_out:
+            return iter(self._held_out[batch_size])
+        batches = eval_batches(
             self.data.val,
             self.pipeline.eval,
             rank=self.context.rank,
@@ -118,6 +133,11 @@ class Supply:
             batch_size=batch_size,
             loader_workers=self.config.data.loader_workers,
         )
+        if not self.is_resident:
+            return batches
+        device = self.context.device
+        self._held_out[batch_size] = [batch.each_tensor(lambda tensor: tensor.to(device)) for batch in batches]
+        return iter(self._held_out[batch_size])
 
     def close(self) -> None:
         """Take the hooks off the teacher, which other runs may use after this one."""

@@ -187,3 +187,13 @@ def test_arrays_are_copied() -> None:
     kept = array.copy()
     decode(array).zero_()
     np.testing.assert_array_equal(array, kept)
+
+
+def test_the_same_damage_has_the_same_name() -> None:
+    """An image that is damaged in every epoch is told of once."""
+    texts = set()
+    for _ in range(2):
+        with pytest.raises(DamagedImageError) as caught:
+            decode(b"junk that is no image")
+        texts.add(str(caught.value))
+    assert texts == {"no JPEG, PNG or WebP"}

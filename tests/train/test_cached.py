@@ -408,3 +408,13 @@ def test_the_command_that_is_named_builds_what_is_missing(tmp_path: Path) -> Non
     assert (python, job) == ("python", "jobs/cache_teacher.py")
     assert main({"custom": Config}, [*arguments, "--launch.backend", "local"]) == 0
     assert len(walk(config, tmp_path / "run")["losses"]) == STEPS
+
+
+def test_a_set_on_the_device_brings_the_same_features(tmp_path: Path) -> None:
+    config = cached_config(tmp_path / "cache")
+    build_here(config)
+    plain = walk(config, tmp_path / "run")
+    resident = walk(replace(config, data=replace(config.data, resident="on")), tmp_path / "run")
+    assert worst_difference(resident["features"], plain["features"]) == 0
+    assert resident["samples"] == plain["samples"]
+    assert resident["losses"] == plain["losses"]

@@ -193,6 +193,15 @@ def test_the_log_frequency_does_not_change_training(tmp_path: Path) -> None:
     assert [line["step"] for line in _metrics(tmp_path / "seldom", "train")] == [5, 6]
 
 
+def test_a_set_on_the_device_trains_the_same(tmp_path: Path) -> None:
+    off = run_tiny(tmp_path / "off", data={"resident": "off"}, run={"log_samples": True})
+    on = run_tiny(tmp_path / "on", data={"resident": "on"}, run={"log_samples": True})
+    assert on["student"] == off["student"]
+    assert (tmp_path / "on/samples.jsonl").read_text() == (tmp_path / "off/samples.jsonl").read_text()
+    ours, theirs = (load_file(tmp_path / arm / "student.safetensors") for arm in ("on", "off"))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
 def test_summary_is_short(tmp_path: Path) -> None:
     record = {"loss": torch.tensor(1.5), "ce": torch.tensor(1.0), "feature/a-b/nats": torch.tensor(0.25)}
     assert loop.summary(record) == "loss 1.500, feature/a-b 0.25 nats"
