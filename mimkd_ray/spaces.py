@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from mimkd_ray.losses.bounds import BOUNDS
-from mimkd_ray.losses.mimkd import Negatives
+from mimkd_ray.losses.config import Negatives
 from mimkd_ray.search.space import Candidates, Space, Suggest
 from mimkd_ray.train.build import KINDS
 from mimkd_ray.train.config import Config

@@ -20,9 +20,9 @@ computed again in the backward pass, so a term holds O(B*L*d).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,83 +31,11 @@ from torch.utils.checkpoint import checkpoint
 
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.bounds import BOUNDS, BoundName, ceiling
-from mimkd_ray.losses.critics import Critic, CriticConfig, build_critic
+from mimkd_ray.losses.config import Kind, LossConfig, Negatives
+from mimkd_ray.losses.critics import Critic, build_critic
+from mimkd_ray.losses.features import Features, Others, in_full_precision, match_sizes
 from mimkd_ray.losses.kd import kd_loss
 from mimkd_ray.losses.precision import full_precision
-
-Negatives = Literal["all", "rolled", "step", "cache"]
-Kind = Literal["global", "local", "feature"]
-
-PRESETS: dict[str, tuple[BoundName, Negatives]] = {"accuracy": ("infonce", "all"), "paper": ("jsd", "rolled")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Weights and kinds of the terms. The default of every weight is the starting value of the `accuracy` preset."""
-
-    preset: Literal["accuracy", "paper"] = "accuracy"
-    """accuracy: InfoNCE over all pairs of the lane. paper: Jensen-Shannon with one rolled negative."""
-    bound: BoundName | None = None
-    """Lower bound on mutual information; unset: the preset's."""
-    negatives: Negatives | None = None
-    """all: every other image of the lane. rolled: the one before. step: for global and local terms every other image
-    of the whole step (teacher vectors are gathered from all workers). cache: for those terms the others of the lane,
-    and cache.negatives random images of the training set, whose vectors come from the cache. Unset: the preset's."""
-    global_weight: float = 0.1
-    """Weight of each global term (teacher vector, student vector). 0 turns the kind off."""
-    local_weight: float = 0.1
-    """Weight of each local term (teacher vector, every location of a student map)."""
-    feature_weight: float = 1.0
-    """Weight of each feature term (teacher map, student map, location by location)."""
-    global_pairs: tuple[str, ...] = ()
-    """Tap pairs "teacher:student" or "teacher:student:weight" (multiplies the kind's weight); unset: chosen."""
-    local_pairs: tuple[str, ...] = ()
-    """Tap pairs of the local terms: a teacher's vector with a student's map; unset: the deepest map."""
-    feature_pairs: tuple[str, ...] = ()
-    """Tap pairs of the feature terms, map with map; unset: the deepest stages of at most 14x14."""
-    ce_weight: float = 1.0
-    """Weight of the cross-entropy with the labels."""
-    label_smoothing: float = 0.0
-    """Label smoothing of the cross-entropy."""
-    kd_weight: float = 0.0
-    """Weight of Hinton's KD on the logits. KD and mutual information do not simply add: tune it on held-out data."""
-    kd_temperature: float = 4.0
-    """Temperature of Hinton's KD."""
-    critic: CriticConfig = field(default_factory=CriticConfig)
-    """The critic of every term (each pair has its own weights)."""
-
-    def __post_init__(self) -> None:
-        for name in ("global_weight", "local_weight", "feature_weight", "ce_weight", "kd_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"loss.{name} is {getattr(self, name)}; it must be finite and not negative")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"loss.label_smoothing is {self.label_smoothing}; it must lie in [0, 1)")
-        if self.kd_temperature <= 0:
-            raise UserError(f"loss.kd_temperature is {self.kd_temperature}; it must be positive")
-
-    @property
-    def resolved_bound(self) -> BoundName:
-        """The bound in force."""
-        return self.bound or PRESETS[self.preset][0]
-
-    @property
-    def resolved_negatives(self) -> Negatives:
-        """The negatives in force."""
-        return self.negatives or PRESETS[self.preset][1]
-
-    def weight(self, kind: Kind) -> float:
-        """The weight of one kind of term."""
-        return {"global": self.global_weight, "local": self.local_weight, "feature": self.feature_weight}[kind]
-
-    @property
-    def uses_features(self) -> bool:
-        """Whether any mutual-information term is on."""
-        return self.global_weight + self.local_weight + self.feature_weight > 0
-
-    @property
-    def uses_teacher(self) -> bool:
-        """Whether any term needs the teacher at all."""
-        return self.uses_features or self.kd_weight > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,22 +53,6 @@ class Term:
     def name(self) -> str:
         """ "feature/layer4-stage3": unique within a loss, and fit for a TensorBoard tag."""
         return f"{self.kind}/{self.teacher}-{self.student}"
-
-
-class Others(NamedTuple):
-    """Teacher vectors (M, C) by tap, and ids, of the step's other lanes: more negatives for terms of vectors."""
-
-    vectors: Mapping[str, Tensor]
-    ids_M: Tensor
-
-
-class Features(NamedTuple):
-    """What a network says about a lane: logits (B, classes), vectors (B, C) and maps (B, C, H, W) by tap."""
-
-    logits_BC: Tensor
-    vectors: Mapping[str, Tensor]
-    maps: Mapping[str, Tensor]
-    others: Others | None = None
 
 
 class LossOutput(NamedTuple):
@@ -163,17 +75,6 @@ def to_locations(feature: Tensor) -> Tensor:
     if feature.dim() == 2:
         return feature.unsqueeze(0)
     return feature.flatten(2).permute(2, 0, 1)
-
-
-def match_sizes(teacher_BCHW: Tensor, student_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Average-pool the larger of two maps to the smaller one's height and width."""
-    height = min(teacher_BCHW.shape[2], student_BCHW.shape[2])
-    width = min(teacher_BCHW.shape[3], student_BCHW.shape[3])
-
-    def pool(feature: Tensor) -> Tensor:
-        return feature if feature.shape[2:] == (height, width) else F.adaptive_avg_pool2d(feature, (height, width))
-
-    return pool(teacher_BCHW), pool(student_BCHW)
 
 
 class MIMKDLoss(nn.Module):
@@ -214,7 +115,7 @@ class MIMKDLoss(nn.Module):
         parts: dict[str, Tensor] = {}
         log: dict[str, Tensor] = {}
         with torch.autocast(labels_B.device.type, enabled=False):
-            student = _in_full_precision(student)
+            student = in_full_precision(student)
             if labels_B.is_floating_point():
                 labels_B = labels_B.to(student.logits_BC.dtype)
             ce = F.cross_entropy(student.logits_BC, labels_B, label_smoothing=config.label_smoothing)
@@ -247,16 +148,6 @@ class MIMKDLoss(nn.Module):
         total = torch.stack(list(parts.values())).sum()
         log["loss"] = total.detach()
         return LossOutput(total, parts, log)
-
-
-def _in_full_precision(features: Features) -> Features:
-    """Cast every feature once, so that the gradients of the terms that read it add up in float32 and are rounded to
-    the feature's own precision once."""
-    return Features(
-        full_precision(features.logits_BC),
-        {tap: full_precision(value) for tap, value in features.vectors.items()},
-        {tap: full_precision(value) for tap, value in features.maps.items()},
-    )
 
 
 def _inputs(term: Term, teacher: Features, student: Features) -> tuple[Tensor, Tensor]:

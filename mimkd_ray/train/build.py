@@ -12,7 +12,8 @@ from torch import nn
 from mimkd_ray.cache.config import CacheConfig
 from mimkd_ray.data.order import Order
 from mimkd_ray.data.source import Source
-from mimkd_ray.losses.mimkd import Kind, LossConfig, MIMKDLoss, Term
+from mimkd_ray.losses.config import Kind, LossConfig
+from mimkd_ray.losses.mimkd import MIMKDLoss, Term
 from mimkd_ray.models.stages import default_taps
 from mimkd_ray.models.taps import TapShape, find_shapes
 from mimkd_ray.models.zoo import build_model

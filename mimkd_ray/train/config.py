@@ -17,7 +17,7 @@ from mimkd_ray.cache.config import CacheConfig
 from mimkd_ray.data.dataset import DataConfig
 from mimkd_ray.data.mixing import MixConfig
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.mimkd import LossConfig
+from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.models.zoo import ModelConfig
 from mimkd_ray.train.files import RunConfig
 from mimkd_ray.train.optim import OptimConfig

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mimkd_ray.data.loader import LaneBatch
 from mimkd_ray.errors import DamagedDataError
-from mimkd_ray.losses.mimkd import Features
+from mimkd_ray.losses.features import Features
 from mimkd_ray.train.context import all_sum
 from mimkd_ray.train.step import Distiller, Normalizer
 from mimkd_ray.train.teacher import Teacher

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mimkd_ray.data.dataset import Data
 from mimkd_ray.data.loader import LaneBatch
-from mimkd_ray.losses.mimkd import Features
+from mimkd_ray.losses.features import Features
 from mimkd_ray.models.taps import TappedModel
 from mimkd_ray.train import checkpoint
 from mimkd_ray.train.build import build_distiller, has_compiler
