@@ -1,6 +1,6 @@
 """The MIMKD loss: cross-entropy plus lower bounds on the mutual information of teacher and student features.
 
-    loss = CE + kd_weight * T^2 KL(teacher_T || student_T) + sum over terms of weight * (-bound)
+    loss = CE + kd_weight * T^2 KL(teacher_T || student_T) + sum over terms of weight * (-bound) + rivals
 
 Three kinds of term, after arXiv 2110.15946 (the pairing of unequal shapes, critic widths and weights are ours):
 
@@ -14,12 +14,15 @@ teacher vectors every other image of all lanes of the step (``step``: feature te
 of the training set beside those of the lane (``cache``). Pairs of equal ids are left out. Everything is computed in
 float32 with autocast off; no gradient reaches the teacher.
 
+Rivals (rivals.py) are losses of other methods, which `loss.name` adds or puts in the place of the terms.
+
 Memory: the scores of all pairs at every location would be B*B*L values. Locations are scored in chunks that are
 computed again in the backward pass, so a term holds O(B*L*d).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,7 +38,9 @@ from mimkd_ray.losses.config import Kind, LossConfig, Negatives
 from mimkd_ray.losses.critics import Critic, build_critic
 from mimkd_ray.losses.features import Features, Others, in_full_precision, match_sizes
 from mimkd_ray.losses.kd import kd_loss
+from mimkd_ray.losses.methods import RIVALS
 from mimkd_ray.losses.precision import full_precision
+from mimkd_ray.losses.rivals import RivalPlan, build_rival
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +63,12 @@ class Term:
 class LossOutput(NamedTuple):
     """The loss and what it consists of."""
 
-    total: Tensor  #: scalar to minimise
-    terms: dict[str, Tensor]  #: weighted parts with their gradient; they sum to total
-    log: dict[str, Tensor]  #: detached scalars: ce, kd, and per term loss, nats, ceiling, scale, bias, mean_u, mean_v
+    total: Tensor
+    """Scalar to minimise."""
+    terms: dict[str, Tensor]
+    """Weighted parts with their gradient; they sum to total."""
+    log: dict[str, Tensor]
+    """Detached scalars: ce, kd, rival/<method>, and per term loss, nats, ceiling, scale, bias, mean_u, mean_v."""
 
 
 def valid_pairs(ids_B: Tensor, negatives: Negatives) -> Tensor:
@@ -78,15 +86,16 @@ def to_locations(feature: Tensor) -> Tensor:
 
 
 class MIMKDLoss(nn.Module):
-    """The loss of one student, with the critics of its terms. Stateless but for the critics' parameters.
+    """The loss of one student, with the critics of its terms and the rivals. The critics' parameters are all the state
+    of the terms; rivals may have more.
 
     ``forward(teacher, student, labels_B, ids_B)`` returns a :class:`LossOutput`; ``teacher`` may be None when the
     config uses no teacher. ``labels_B`` are class numbers, or (B, classes) probabilities of mixed images.
-    ``reading=True`` reads every bound over all pairs of the lane whatever it trains with.
+    ``reading=True`` reads every bound over all pairs of the lane whatever it trains with, and leaves the rivals out.
     A lane of one image has no negative and is an error.
     """
 
-    def __init__(self, config: LossConfig, terms: Sequence[Term]) -> None:
+    def __init__(self, config: LossConfig, terms: Sequence[Term], rivals: Sequence[RivalPlan] = ()) -> None:
         super().__init__()
         self.config = config
         self.plan = tuple(terms)
@@ -97,6 +106,18 @@ class MIMKDLoss(nn.Module):
         self.critics = nn.ModuleList(
             build_critic(config.critic, term.teacher_channels, term.student_channels) for term in terms
         )
+        self.methods = tuple(plan.method for plan in rivals)
+        self.rivals = nn.ModuleList(build_rival(plan) for plan in rivals)
+        self.warmth: Tensor
+        # A tensor, so that a compiled loss is not compiled anew every epoch; it follows from the step, like the rate.
+        self.register_buffer("warmth", torch.ones(()), persistent=False)
+
+    def begin_step(self, epoch: float) -> None:
+        """Call before every step that trains with rivals which warm up. ``epoch``: passes over the data until now.
+
+        As published the weight rises once an epoch, and the first one has its share already."""
+        if self.config.rival_warmup and any(RIVALS[method].warms_up for method in self.methods):
+            self.warmth.fill_(min(1.0, (math.floor(epoch) + 1) / self.config.rival_warmup))
 
     def constrain_(self) -> None:
         """Bring learned temperatures back to their limits; call after every optimiser step."""
@@ -119,12 +140,12 @@ class MIMKDLoss(nn.Module):
             if labels_B.is_floating_point():
                 labels_B = labels_B.to(student.logits_BC.dtype)
             ce = F.cross_entropy(student.logits_BC, labels_B, label_smoothing=config.label_smoothing)
-            parts["ce"] = config.ce_weight * ce
+            parts["ce"] = config.resolved_ce_weight * ce
             log["ce"] = ce.detach()
-            if config.kd_weight:
-                assert teacher is not None, "kd_weight is positive and no teacher was given"
+            if config.resolved_kd_weight:
+                assert teacher is not None, "KD has a weight and no teacher was given"
                 kd = kd_loss(student.logits_BC, teacher.logits_BC, config.kd_temperature)
-                parts["kd"] = config.kd_weight * kd
+                parts["kd"] = config.resolved_kd_weight * kd
                 log["kd"] = kd.detach()
             if self.plan:
                 assert teacher is not None, "the loss has mutual-information terms and no teacher was given"
@@ -145,6 +166,12 @@ class MIMKDLoss(nn.Module):
                     parts[term.name] = term.weight * loss
                     log[f"{term.name}/loss"] = loss.detach()
                     log.update({f"{term.name}/{key}": value for key, value in stats.items()})
+            for method, rival in zip(self.methods, self.rivals, strict=True) if not reading else ():
+                assert teacher is not None, "the loss has rivals and no teacher was given"
+                loss = rival(teacher, student, labels_B, ids_B)
+                weight = config.weight_of(method) * (self.warmth if RIVALS[method].warms_up else 1.0)
+                parts[f"rival/{method}"] = weight * loss
+                log[f"rival/{method}"] = loss.detach()
         total = torch.stack(list(parts.values())).sum()
         log["loss"] = total.detach()
         return LossOutput(total, parts, log)

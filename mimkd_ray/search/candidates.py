@@ -78,7 +78,10 @@ def widest(build: Callable[[Suggest], Config], candidates: Candidates) -> Config
     """A config that reads all that any trial may read of the teacher: of many random trials the union of kinds, pairs
     and logits. What a cache needs for it, it needs for the search."""
     draws = [build(_Draw(seed)) for seed in range(DRAWS)]
-    found: dict[str, object] = {"kd_weight": max(draw.loss.kd_weight for draw in draws)}
+    found: dict[str, object] = {
+        "kd_weight": max(draw.loss.kd_weight for draw in draws),
+        "name": tuple(dict.fromkeys(method for draw in draws for method in draw.loss.name)),
+    }
     for kind in KINDS:
         weight = max(draw.loss.weight(kind) for draw in draws)
         pairs = dict.fromkeys(

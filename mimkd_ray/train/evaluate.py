@@ -115,7 +115,7 @@ class _Reading:
         self.distiller, self.training = distiller, distiller.training
         distiller.eval()
         self.names = [term.name for term in distiller.loss.plan]
-        self.norms = ["ce", *(["kd"] if distiller.loss.config.kd_weight else []), *self.names]
+        self.norms = ["ce", *(["kd"] if distiller.loss.config.resolved_kd_weight else []), *self.names]
         self.begun = False
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, float] = {}

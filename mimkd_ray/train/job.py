@@ -33,7 +33,7 @@ from mimkd_ray.train.metrics import say
 from mimkd_ray.train.step import Normalizer
 from mimkd_ray.train.teacher import check_accuracy, weights_digest
 
-NO_TEACHER = LossConfig(global_weight=0, local_weight=0, feature_weight=0)
+NO_TEACHER = LossConfig(name=())
 """Cross-entropy alone."""
 
 

@@ -98,6 +98,7 @@ class Session:
 
     def begin_step(self, step: int) -> None:
         """Be ready for the lanes of a step."""
+        self.distiller.loss.begin_step(step / self.order.steps_per_epoch)
         lr = learning_rate(self.config.optim, step, self.order.steps_per_epoch, self.config.train.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
