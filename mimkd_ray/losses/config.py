@@ -21,9 +21,9 @@ class LossConfig:
     """Weights and kinds of the terms. The default of every weight is the starting value of the `accuracy` preset."""
 
     name: tuple[Method, ...] = ("mimkd",)
-    """Methods whose losses are added to the cross-entropy: mimkd, or a rival by its published formula and weight (kd,
-    cc, rkd, pkt, dkd, dist), or several. None: cross-entropy alone, and KD where kd_weight is set. Without mimkd no
-    mutual-information term is on, whatever the weights of its terms."""
+    """Methods whose losses are added to the cross-entropy: mimkd, or a rival by its published formula and weight, or
+    several. None: cross-entropy alone, and KD where kd_weight is set. Without mimkd no mutual-information term is on,
+    whatever the weights of its terms."""
     rival_weight: float = 1.0
     """Factor on the published weights of the rivals in `name`."""
     rival_pairs: tuple[str, ...] = ()

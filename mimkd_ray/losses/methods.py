@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["mimkd", "kd", "cc", "rkd", "pkt", "dkd", "dist"]
+Method = Literal["mimkd", "kd", "fitnet", "at", "sp", "cc", "vid", "rkd", "pkt", "dkd", "dist"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,11 @@ KD_CE_WEIGHT = 0.1
 
 RIVALS: dict[Method, Published] = {
     "kd": Published(weight=0.9, logits=True),
+    "fitnet": Published(weight=100.0, maps="second"),
+    "at": Published(weight=1000.0, maps="all"),
+    "sp": Published(weight=3000.0, maps="deepest"),
     "cc": Published(weight=100.0, vectors=True),
+    "vid": Published(weight=1.0, maps="all"),
     "rkd": Published(weight=1.0, vectors=True),
     "pkt": Published(weight=30_000.0, vectors=True),
     "dkd": Published(weight=1.0, logits=True, warms_up=True, one_class=True),

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from mimkd_ray.losses.at import AT
 from mimkd_ray.losses.cc import CC
 from mimkd_ray.losses.dist import DIST
 from mimkd_ray.losses.dkd import DKD
+from mimkd_ray.losses.fitnet import FitNet
 from mimkd_ray.losses.methods import Method
 from mimkd_ray.losses.pkt import PKT
 from mimkd_ray.losses.rival import Rival, RivalTaps
 from mimkd_ray.losses.rkd import RKD
+from mimkd_ray.losses.sp import SP
+from mimkd_ray.losses.vid import VID
 
 
 class RivalPlan(NamedTuple):
@@ -22,7 +26,11 @@ class RivalPlan(NamedTuple):
 
 
 _BUILDERS: dict[Method, Callable[[RivalTaps], Rival]] = {
+    "fitnet": FitNet,
+    "at": AT,
+    "sp": SP,
     "cc": CC,
+    "vid": VID,
     "rkd": RKD,
     "pkt": PKT,
     "dkd": DKD,

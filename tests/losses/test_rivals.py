@@ -99,7 +99,8 @@ def test_parts_add_up_beside_mimkd_and_kd() -> None:
 
 def test_published_weights() -> None:
     weights = {method: LossConfig(name=(method,)).weight_of(method) for method in RIVALS}
-    published = {"kd": 0.9, "cc": 100, "rkd": 1, "pkt": 30_000, "dkd": 1, "dist": 1}
+    published = {"kd": 0.9, "fitnet": 100, "at": 1000, "sp": 3000, "cc": 100, "vid": 1, "rkd": 1, "pkt": 30_000}
+    published |= {"dkd": 1, "dist": 1}
     assert weights == published
     assert LossConfig(name=("pkt",), rival_weight=0.1).weight_of("pkt") == pytest.approx(3000)
 
