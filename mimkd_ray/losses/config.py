@@ -30,8 +30,8 @@ class LossConfig:
     """Tap pairs "teacher:student" of all rivals that read maps, from shallow to deep; unset: stages, deepest with
     deepest, as many as the rival reads."""
     rival_warmup: float = 20.0
-    """Epochs over which dkd rises to its weight, as published; 0: at once. Other losses have full weight from the
-    start."""
+    """Epochs over which dkd and review rise to their weights, as published; 0: at once. Other losses have full weight
+    from the start."""
     preset: Literal["accuracy", "paper"] = "accuracy"
     """accuracy: InfoNCE over all pairs of the lane. paper: Jensen-Shannon with one rolled negative."""
     bound: BoundName | None = None

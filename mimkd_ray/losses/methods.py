@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["mimkd", "kd", "fitnet", "at", "sp", "cc", "vid", "rkd", "pkt", "dkd", "dist"]
+Method = Literal["mimkd", "kd", "fitnet", "at", "sp", "cc", "vid", "rkd", "pkt", "crd", "dkd", "dist", "review"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,9 @@ RIVALS: dict[Method, Published] = {
     "vid": Published(weight=1.0, maps="all"),
     "rkd": Published(weight=1.0, vectors=True),
     "pkt": Published(weight=30_000.0, vectors=True),
+    "crd": Published(weight=0.8, vectors=True, one_class=True, bank=True),
     "dkd": Published(weight=1.0, logits=True, warms_up=True, one_class=True),
     "dist": Published(weight=1.0, logits=True),
+    "review": Published(weight=1.0, vectors=True, maps="all", warms_up=True),
 }
 """In the order in which losses are added."""

@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.bounds import BOUNDS, BoundName, ceiling
 from mimkd_ray.losses.config import Kind, LossConfig, Negatives
+from mimkd_ray.losses.crd import TrainingRows
 from mimkd_ray.losses.critics import Critic, build_critic
 from mimkd_ray.losses.features import Features, Others, in_full_precision, match_sizes
 from mimkd_ray.losses.kd import kd_loss
@@ -95,7 +96,14 @@ class MIMKDLoss(nn.Module):
     A lane of one image has no negative and is an error.
     """
 
-    def __init__(self, config: LossConfig, terms: Sequence[Term], rivals: Sequence[RivalPlan] = ()) -> None:
+    def __init__(
+        self,
+        config: LossConfig,
+        terms: Sequence[Term],
+        rivals: Sequence[RivalPlan] = (),
+        rows: TrainingRows | None = None,
+    ) -> None:
+        """``rows``: of the training set, for a rival with a bank."""
         super().__init__()
         self.config = config
         self.plan = tuple(terms)
@@ -107,7 +115,7 @@ class MIMKDLoss(nn.Module):
             build_critic(config.critic, term.teacher_channels, term.student_channels) for term in terms
         )
         self.methods = tuple(plan.method for plan in rivals)
-        self.rivals = nn.ModuleList(build_rival(plan) for plan in rivals)
+        self.rivals = nn.ModuleList(build_rival(plan, rows) for plan in rivals)
         self.warmth: Tensor
         # A tensor, so that a compiled loss is not compiled anew every epoch; it follows from the step, like the rate.
         self.register_buffer("warmth", torch.ones(()), persistent=False)

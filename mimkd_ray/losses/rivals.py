@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 from mimkd_ray.losses.at import AT
 from mimkd_ray.losses.cc import CC
+from mimkd_ray.losses.crd import CRD, TrainingRows
 from mimkd_ray.losses.dist import DIST
 from mimkd_ray.losses.dkd import DKD
 from mimkd_ray.losses.fitnet import FitNet
 from mimkd_ray.losses.methods import Method
 from mimkd_ray.losses.pkt import PKT
+from mimkd_ray.losses.review import ReviewKD
 from mimkd_ray.losses.rival import Rival, RivalTaps
 from mimkd_ray.losses.rkd import RKD
 from mimkd_ray.losses.sp import SP
@@ -35,9 +37,14 @@ _BUILDERS: dict[Method, Callable[[RivalTaps], Rival]] = {
     "pkt": PKT,
     "dkd": DKD,
     "dist": DIST,
+    "review": ReviewKD,
 }
 
 
-def build_rival(plan: RivalPlan) -> Rival:
-    """Build the loss of a plan. Its parameters are drawn from torch's generator."""
+def build_rival(plan: RivalPlan, rows: TrainingRows | None = None) -> Rival:
+    """Build the loss of a plan. Its parameters are drawn from torch's generator. ``rows``: of the training set, for a
+    rival with a bank."""
+    if plan.method == "crd":
+        assert rows is not None, "CRD's banks need the ids and labels of the training images"
+        return CRD(plan.taps, rows)
     return _BUILDERS[plan.method](plan.taps)

@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from mimkd_ray.cache.config import CacheConfig
+from mimkd_ray.data.dataset import Data
 from mimkd_ray.data.order import Order
-from mimkd_ray.data.source import Source
+from mimkd_ray.data.source import Source, ids_of
 from mimkd_ray.losses.config import Kind, LossConfig
+from mimkd_ray.losses.crd import TrainingRows
+from mimkd_ray.losses.methods import RIVALS
 from mimkd_ray.losses.mimkd import MIMKDLoss, Term
 from mimkd_ray.losses.rivals import RivalPlan
 from mimkd_ray.models.stages import Stages, default_taps
@@ -131,14 +134,21 @@ def build_student(config: Config, num_classes: int) -> nn.Module:
     return build_model(config.student.name, num_classes, config.student.weights, config.data.image_size)
 
 
-def build_distiller(config: Config, num_classes: int, teacher: nn.Module | None, device: torch.device) -> Distiller:
+def training_rows(config: LossConfig, train: Source) -> TrainingRows | None:
+    """Ids and labels of the training images, where a rival has a bank of them; None otherwise. May read all labels."""
+    if not any(RIVALS[method].bank for method in config.rivals):
+        return None
+    return TrainingRows(torch.from_numpy(ids_of(train)), torch.from_numpy(train.labels()))
+
+
+def build_distiller(config: Config, data: Data, teacher: nn.Module | None, device: torch.device) -> Distiller:
     """The student with its taps, critics and loss, on the device. The teacher's network gives the tap shapes."""
-    student = build_student(config, num_classes)
+    student = build_student(config, data.num_classes)
     plan = TapPlan()
     if teacher is not None:
         plan = plan_taps(config.loss, teacher, student, config.data.image_size, config.cache)
     torch.manual_seed(config.train.seed + 1)  # so that the critics' start does not depend on the student's size
-    loss = MIMKDLoss(config.loss, plan.terms, plan.rivals)
+    loss = MIMKDLoss(config.loss, plan.terms, plan.rivals, training_rows(config.loss, data.train))
     vectors, maps = plan.student_taps()
     autocast = autocast_dtype(config.train, device)
     distiller = Distiller(student, plan.student_shapes, vectors, maps, loss, autocast)

@@ -187,6 +187,13 @@ class Config:
                 f"loss.name has {' and '.join(one_class)}, for images of one class, and mix.mixup_alpha or "
                 "mix.cutmix_alpha is on: turn mixing off, or choose another loss"
             )
+        banks = [method for method in self.loss.rivals if RIVALS[method].bank]
+        if banks and self.train.lanes > 1:
+            batch = self.train.lanes * self.train.lane_batch
+            raise UserError(
+                f"loss.name has {' and '.join(banks)}, whose memory banks change within a step, and train.lanes is "
+                f"{self.train.lanes}: pass --train.lanes 1 --train.lane-batch {batch}"
+            )
         most = self.launch.worker_range[1]
         if most > self.train.lanes:
             raise UserError(

@@ -60,7 +60,7 @@ class Session:
         self.supply = supply if supply is not None else Supply([config], data, teacher, context, cached)
         self.order, self.total_steps, self.my_lanes = self.supply.order, self.supply.total_steps, self.supply.my_lanes
         self.normalize, self.teacher, self.feed = self.supply.normalize, self.supply.teacher, self.supply.feed
-        self.distiller = build_distiller(config, data.num_classes, teacher, device)
+        self.distiller = build_distiller(config, data, teacher, device)
         self.ema = (
             AveragedModel(self.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
             if train.ema_decay

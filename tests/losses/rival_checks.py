@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mimkd_ray.losses.crd import TrainingRows
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.methods import Method
 from mimkd_ray.losses.rival import Rival, RivalTaps, Side, TapPair
@@ -17,6 +18,8 @@ from mimkd_ray.losses.rivals import RivalPlan, build_rival
 BATCH, CLASSES = 5, 4
 LABELS = torch.tensor([0, 3, 1, 1, 2])
 IDS = torch.tensor([7, 3, 12, 9, 4])
+ROWS = TrainingRows(torch.arange(3, 33), torch.arange(30) * 7 % CLASSES)
+"""Of a training set that the batch's ids are from; LABELS are not its labels, which only CRD reads."""
 TEACHER_VECTOR, STUDENT_VECTOR = 6, 3
 TEACHER_MAPS, STUDENT_MAPS = ((4, 8, 8), (6, 4, 4), (7, 2, 2)), ((3, 8, 8), (5, 4, 4), (4, 2, 2))
 """Channels, height and width, shallow to deep."""
@@ -46,7 +49,7 @@ def taps(vectors: bool = False, maps: int = 0, teacher_maps=TEACHER_MAPS, studen
 def build(method: Method, own: RivalTaps, seed: int = 0) -> Rival:
     """In float64, its parameters away from their start."""
     torch.manual_seed(seed)
-    rival = build_rival(RivalPlan(method, own)).double()
+    rival = build_rival(RivalPlan(method, own), ROWS).double()
     with torch.no_grad():
         for parameter in rival.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

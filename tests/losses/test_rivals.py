@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from rival_checks import IDS, LABELS, both, build, leaves, taps
+from rival_checks import IDS, LABELS, ROWS, both, build, leaves, taps
 
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.config import LossConfig
@@ -80,7 +80,8 @@ def make(name: tuple[Method, ...], **fields) -> tuple[MIMKDLoss, LossConfig]:
     config = LossConfig(name=name, **fields)
     torch.manual_seed(0)
     terms = [TERM] if config.uses_features else []
-    return MIMKDLoss(config, terms, [RivalPlan(method, taps_of(method)) for method in config.rivals]).double(), config
+    plans = [RivalPlan(method, taps_of(method)) for method in config.rivals]
+    return MIMKDLoss(config, terms, plans, ROWS).double(), config
 
 
 def test_parts_add_up_beside_mimkd_and_kd() -> None:
@@ -100,7 +101,7 @@ def test_parts_add_up_beside_mimkd_and_kd() -> None:
 def test_published_weights() -> None:
     weights = {method: LossConfig(name=(method,)).weight_of(method) for method in RIVALS}
     published = {"kd": 0.9, "fitnet": 100, "at": 1000, "sp": 3000, "cc": 100, "vid": 1, "rkd": 1, "pkt": 30_000}
-    published |= {"dkd": 1, "dist": 1}
+    published |= {"crd": 0.8, "dkd": 1, "dist": 1, "review": 1}
     assert weights == published
     assert LossConfig(name=("pkt",), rival_weight=0.1).weight_of("pkt") == pytest.approx(3000)
 
