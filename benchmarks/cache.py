@@ -44,7 +44,8 @@ from mimkd_ray.data.dataset import DataConfig, open_data
 from mimkd_ray.data.loader import LaneBatch
 from mimkd_ray.data.store import BlockStore
 from mimkd_ray.launch.local import LocalContext
-from mimkd_ray.losses.mimkd import Features, LossConfig
+from mimkd_ray.losses.config import LossConfig
+from mimkd_ray.losses.features import Features
 from mimkd_ray.models.zoo import ModelConfig
 from mimkd_ray.recipes import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
 from mimkd_ray.train.build import build_network

@@ -28,8 +28,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimkd_ray.losses import mimkd
+from mimkd_ray.losses.config import Kind, LossConfig
 from mimkd_ray.losses.critics import CriticConfig, DotCritic
-from mimkd_ray.losses.mimkd import Features, Kind, LossConfig, MIMKDLoss, Term, score_term, valid_pairs
+from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.mimkd import MIMKDLoss, Term, score_term, valid_pairs
 
 CLASSES = 1000
 SHAPES = {"layer3": (256, 14, 14), "layer4": (512, 7, 7)}

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mimkd_ray.data.dataset import DataConfig
+from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.critics import CriticConfig
-from mimkd_ray.losses.mimkd import LossConfig
 from mimkd_ray.models.zoo import ModelConfig
 from mimkd_ray.train.config import CompareConfig, Config, LaunchConfig, TrainConfig
 from mimkd_ray.train.files import RunConfig

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from mimkd_ray.losses.bounds import BOUNDS
-from mimkd_ray.losses.mimkd import Negatives
+from mimkd_ray.losses.config import Negatives
 from mimkd_ray.search.space import Candidates, Space, Suggest
 from mimkd_ray.train.build import KINDS
 from mimkd_ray.train.config import Config
@@ -54,7 +54,7 @@ def taps(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
     """Any subset of the candidate pairs of the feature terms; the map of the local term."""
     chosen = tuple(pair for pair in pairs.feature if suggest.choice(f"feature {pair}", (True, False)))
     config = _loss(config, feature_pairs=chosen) if chosen else _loss(config, feature_weight=0.0)
-    if config.loss.local_weight and len(pairs.local) > 1:
+    if config.loss.weight("local") and len(pairs.local) > 1:
         config = _loss(config, local_pairs=(suggest.choice("local", pairs.local),))
     return config
 

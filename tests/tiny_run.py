@@ -11,8 +11,8 @@ import torch
 
 from mimkd_ray.data.dataset import DataConfig, open_data
 from mimkd_ray.launch.local import LocalContext
+from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.critics import CriticConfig
-from mimkd_ray.losses.mimkd import LossConfig
 from mimkd_ray.models.zoo import ModelConfig
 from mimkd_ray.train.config import Config, LaunchConfig, TrainConfig
 from mimkd_ray.train.files import RunConfig

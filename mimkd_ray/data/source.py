@@ -136,6 +136,13 @@ class SubsetSource:
         return self.parent.fetch(int(self._parent_block[block]))
 
 
+def ids_of(source: Source) -> np.ndarray:
+    """Return the ids of all rows by position: int64, rising. Reads nothing."""
+    if isinstance(source, SubsetSource):
+        return ids_of(source.parent)[source.kept]
+    return np.arange(source.num_rows, dtype=np.int64)
+
+
 def stratified_split(labels: np.ndarray, share_or_count: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Choose rows class by class; return (rest, chosen), both sorted positions, int64.
 

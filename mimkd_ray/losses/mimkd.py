@@ -1,6 +1,6 @@
 """The MIMKD loss: cross-entropy plus lower bounds on the mutual information of teacher and student features.
 
-    loss = CE + kd_weight * T^2 KL(teacher_T || student_T) + sum over terms of weight * (-bound)
+    loss = CE + kd_weight * T^2 KL(teacher_T || student_T) + sum over terms of weight * (-bound) + rivals
 
 Three kinds of term, after arXiv 2110.15946 (the pairing of unequal shapes, critic widths and weights are ours):
 
@@ -14,15 +14,18 @@ teacher vectors every other image of all lanes of the step (``step``: feature te
 of the training set beside those of the lane (``cache``). Pairs of equal ids are left out. Everything is computed in
 float32 with autocast off; no gradient reaches the teacher.
 
+Rivals (rivals.py) are losses of other methods, which `loss.name` adds or puts in the place of the terms.
+
 Memory: the scores of all pairs at every location would be B*B*L values. Locations are scored in chunks that are
 computed again in the backward pass, so a term holds O(B*L*d).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,83 +34,14 @@ from torch.utils.checkpoint import checkpoint
 
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.bounds import BOUNDS, BoundName, ceiling
-from mimkd_ray.losses.critics import Critic, CriticConfig, build_critic
+from mimkd_ray.losses.config import Kind, LossConfig, Negatives
+from mimkd_ray.losses.crd import TrainingRows
+from mimkd_ray.losses.critics import Critic, build_critic
+from mimkd_ray.losses.features import Features, Others, in_full_precision, match_sizes
 from mimkd_ray.losses.kd import kd_loss
+from mimkd_ray.losses.methods import RIVALS
 from mimkd_ray.losses.precision import full_precision
-
-Negatives = Literal["all", "rolled", "step", "cache"]
-Kind = Literal["global", "local", "feature"]
-
-PRESETS: dict[str, tuple[BoundName, Negatives]] = {"accuracy": ("infonce", "all"), "paper": ("jsd", "rolled")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Weights and kinds of the terms. The default of every weight is the starting value of the `accuracy` preset."""
-
-    preset: Literal["accuracy", "paper"] = "accuracy"
-    """accuracy: InfoNCE over all pairs of the lane. paper: Jensen-Shannon with one rolled negative."""
-    bound: BoundName | None = None
-    """Lower bound on mutual information; unset: the preset's."""
-    negatives: Negatives | None = None
-    """all: every other image of the lane. rolled: the one before. step: for global and local terms every other image
-    of the whole step (teacher vectors are gathered from all workers). cache: for those terms the others of the lane,
-    and cache.negatives random images of the training set, whose vectors come from the cache. Unset: the preset's."""
-    global_weight: float = 0.1
-    """Weight of each global term (teacher vector, student vector). 0 turns the kind off."""
-    local_weight: float = 0.1
-    """Weight of each local term (teacher vector, every location of a student map)."""
-    feature_weight: float = 1.0
-    """Weight of each feature term (teacher map, student map, location by location)."""
-    global_pairs: tuple[str, ...] = ()
-    """Tap pairs "teacher:student" or "teacher:student:weight" (multiplies the kind's weight); unset: chosen."""
-    local_pairs: tuple[str, ...] = ()
-    """Tap pairs of the local terms: a teacher's vector with a student's map; unset: the deepest map."""
-    feature_pairs: tuple[str, ...] = ()
-    """Tap pairs of the feature terms, map with map; unset: the deepest stages of at most 14x14."""
-    ce_weight: float = 1.0
-    """Weight of the cross-entropy with the labels."""
-    label_smoothing: float = 0.0
-    """Label smoothing of the cross-entropy."""
-    kd_weight: float = 0.0
-    """Weight of Hinton's KD on the logits. KD and mutual information do not simply add: tune it on held-out data."""
-    kd_temperature: float = 4.0
-    """Temperature of Hinton's KD."""
-    critic: CriticConfig = field(default_factory=CriticConfig)
-    """The critic of every term (each pair has its own weights)."""
-
-    def __post_init__(self) -> None:
-        for name in ("global_weight", "local_weight", "feature_weight", "ce_weight", "kd_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"loss.{name} is {getattr(self, name)}; it must be finite and not negative")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"loss.label_smoothing is {self.label_smoothing}; it must lie in [0, 1)")
-        if self.kd_temperature <= 0:
-            raise UserError(f"loss.kd_temperature is {self.kd_temperature}; it must be positive")
-
-    @property
-    def resolved_bound(self) -> BoundName:
-        """The bound in force."""
-        return self.bound or PRESETS[self.preset][0]
-
-    @property
-    def resolved_negatives(self) -> Negatives:
-        """The negatives in force."""
-        return self.negatives or PRESETS[self.preset][1]
-
-    def weight(self, kind: Kind) -> float:
-        """The weight of one kind of term."""
-        return {"global": self.global_weight, "local": self.local_weight, "feature": self.feature_weight}[kind]
-
-    @property
-    def uses_features(self) -> bool:
-        """Whether any mutual-information term is on."""
-        return self.global_weight + self.local_weight + self.feature_weight > 0
-
-    @property
-    def uses_teacher(self) -> bool:
-        """Whether any term needs the teacher at all."""
-        return self.uses_features or self.kd_weight > 0
+from mimkd_ray.losses.rivals import RivalPlan, build_rival
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,28 +61,15 @@ class Term:
         return f"{self.kind}/{self.teacher}-{self.student}"
 
 
-class Others(NamedTuple):
-    """Teacher vectors (M, C) by tap, and ids, of the step's other lanes: more negatives for terms of vectors."""
-
-    vectors: Mapping[str, Tensor]
-    ids_M: Tensor
-
-
-class Features(NamedTuple):
-    """What a network says about a lane: logits (B, classes), vectors (B, C) and maps (B, C, H, W) by tap."""
-
-    logits_BC: Tensor
-    vectors: Mapping[str, Tensor]
-    maps: Mapping[str, Tensor]
-    others: Others | None = None
-
-
 class LossOutput(NamedTuple):
     """The loss and what it consists of."""
 
-    total: Tensor  #: scalar to minimise
-    terms: dict[str, Tensor]  #: weighted parts with their gradient; they sum to total
-    log: dict[str, Tensor]  #: detached scalars: ce, kd, and per term loss, nats, ceiling, scale, bias, mean_u, mean_v
+    total: Tensor
+    """Scalar to minimise."""
+    terms: dict[str, Tensor]
+    """Weighted parts with their gradient; they sum to total."""
+    log: dict[str, Tensor]
+    """Detached scalars: ce, kd, rival/<method>, and per term loss, nats, ceiling, scale, bias, mean_u, mean_v."""
 
 
 def valid_pairs(ids_B: Tensor, negatives: Negatives) -> Tensor:
@@ -165,27 +86,24 @@ def to_locations(feature: Tensor) -> Tensor:
     return feature.flatten(2).permute(2, 0, 1)
 
 
-def match_sizes(teacher_BCHW: Tensor, student_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Average-pool the larger of two maps to the smaller one's height and width."""
-    height = min(teacher_BCHW.shape[2], student_BCHW.shape[2])
-    width = min(teacher_BCHW.shape[3], student_BCHW.shape[3])
-
-    def pool(feature: Tensor) -> Tensor:
-        return feature if feature.shape[2:] == (height, width) else F.adaptive_avg_pool2d(feature, (height, width))
-
-    return pool(teacher_BCHW), pool(student_BCHW)
-
-
 class MIMKDLoss(nn.Module):
-    """The loss of one student, with the critics of its terms. Stateless but for the critics' parameters.
+    """The loss of one student, with the critics of its terms and the rivals. The critics' parameters are all the state
+    of the terms; rivals may have more.
 
     ``forward(teacher, student, labels_B, ids_B)`` returns a :class:`LossOutput`; ``teacher`` may be None when the
     config uses no teacher. ``labels_B`` are class numbers, or (B, classes) probabilities of mixed images.
-    ``reading=True`` reads every bound over all pairs of the lane whatever it trains with.
+    ``reading=True`` reads every bound over all pairs of the lane whatever it trains with, and leaves the rivals out.
     A lane of one image has no negative and is an error.
     """
 
-    def __init__(self, config: LossConfig, terms: Sequence[Term]) -> None:
+    def __init__(
+        self,
+        config: LossConfig,
+        terms: Sequence[Term],
+        rivals: Sequence[RivalPlan] = (),
+        rows: TrainingRows | None = None,
+    ) -> None:
+        """``rows``: of the training set, for a rival with a bank."""
         super().__init__()
         self.config = config
         self.plan = tuple(terms)
@@ -196,6 +114,18 @@ class MIMKDLoss(nn.Module):
         self.critics = nn.ModuleList(
             build_critic(config.critic, term.teacher_channels, term.student_channels) for term in terms
         )
+        self.methods = tuple(plan.method for plan in rivals)
+        self.rivals = nn.ModuleList(build_rival(plan, rows) for plan in rivals)
+        self.warmth: Tensor
+        # A tensor, so that a compiled loss is not compiled anew every epoch; it follows from the step, like the rate.
+        self.register_buffer("warmth", torch.ones(()), persistent=False)
+
+    def begin_step(self, epoch: float) -> None:
+        """Call before every step that trains with rivals which warm up. ``epoch``: passes over the data until now.
+
+        As published the weight rises once an epoch, and the first one has its share already."""
+        if self.config.rival_warmup and any(RIVALS[method].warms_up for method in self.methods):
+            self.warmth.fill_(min(1.0, (math.floor(epoch) + 1) / self.config.rival_warmup))
 
     def constrain_(self) -> None:
         """Bring learned temperatures back to their limits; call after every optimiser step."""
@@ -214,16 +144,16 @@ class MIMKDLoss(nn.Module):
         parts: dict[str, Tensor] = {}
         log: dict[str, Tensor] = {}
         with torch.autocast(labels_B.device.type, enabled=False):
-            student = _in_full_precision(student)
+            student = in_full_precision(student)
             if labels_B.is_floating_point():
                 labels_B = labels_B.to(student.logits_BC.dtype)
             ce = F.cross_entropy(student.logits_BC, labels_B, label_smoothing=config.label_smoothing)
-            parts["ce"] = config.ce_weight * ce
+            parts["ce"] = config.resolved_ce_weight * ce
             log["ce"] = ce.detach()
-            if config.kd_weight:
-                assert teacher is not None, "kd_weight is positive and no teacher was given"
+            if config.resolved_kd_weight:
+                assert teacher is not None, "KD has a weight and no teacher was given"
                 kd = kd_loss(student.logits_BC, teacher.logits_BC, config.kd_temperature)
-                parts["kd"] = config.kd_weight * kd
+                parts["kd"] = config.resolved_kd_weight * kd
                 log["kd"] = kd.detach()
             if self.plan:
                 assert teacher is not None, "the loss has mutual-information terms and no teacher was given"
@@ -244,19 +174,15 @@ class MIMKDLoss(nn.Module):
                     parts[term.name] = term.weight * loss
                     log[f"{term.name}/loss"] = loss.detach()
                     log.update({f"{term.name}/{key}": value for key, value in stats.items()})
+            for method, rival in zip(self.methods, self.rivals, strict=True) if not reading else ():
+                assert teacher is not None, "the loss has rivals and no teacher was given"
+                loss = rival(teacher, student, labels_B, ids_B)
+                weight = config.weight_of(method) * (self.warmth if RIVALS[method].warms_up else 1.0)
+                parts[f"rival/{method}"] = weight * loss
+                log[f"rival/{method}"] = loss.detach()
         total = torch.stack(list(parts.values())).sum()
         log["loss"] = total.detach()
         return LossOutput(total, parts, log)
-
-
-def _in_full_precision(features: Features) -> Features:
-    """Cast every feature once, so that the gradients of the terms that read it add up in float32 and are rounded to
-    the feature's own precision once."""
-    return Features(
-        full_precision(features.logits_BC),
-        {tap: full_precision(value) for tap, value in features.vectors.items()},
-        {tap: full_precision(value) for tap, value in features.maps.items()},
-    )
 
 
 def _inputs(term: Term, teacher: Features, student: Features) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from mimkd_ray.losses.mimkd import Kind
+from mimkd_ray.losses.config import Kind
 from mimkd_ray.models.stages import Stages, default_taps
 from mimkd_ray.models.taps import find_shapes
 from mimkd_ray.models.zoo import build_model
@@ -78,7 +78,10 @@ def widest(build: Callable[[Suggest], Config], candidates: Candidates) -> Config
     """A config that reads all that any trial may read of the teacher: of many random trials the union of kinds, pairs
     and logits. What a cache needs for it, it needs for the search."""
     draws = [build(_Draw(seed)) for seed in range(DRAWS)]
-    found: dict[str, object] = {"kd_weight": max(draw.loss.kd_weight for draw in draws)}
+    found: dict[str, object] = {
+        "kd_weight": max(draw.loss.kd_weight for draw in draws),
+        "name": tuple(dict.fromkeys(method for draw in draws for method in draw.loss.name)),
+    }
     for kind in KINDS:
         weight = max(draw.loss.weight(kind) for draw in draws)
         pairs = dict.fromkeys(

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from mimkd_ray.cache.config import CacheConfig
+from mimkd_ray.data.dataset import Data
 from mimkd_ray.data.order import Order
-from mimkd_ray.data.source import Source
-from mimkd_ray.losses.mimkd import Kind, LossConfig, MIMKDLoss, Term
-from mimkd_ray.models.stages import default_taps
+from mimkd_ray.data.source import Source, ids_of
+from mimkd_ray.losses.config import Kind, LossConfig
+from mimkd_ray.losses.crd import TrainingRows
+from mimkd_ray.losses.methods import RIVALS
+from mimkd_ray.losses.mimkd import MIMKDLoss, Term
+from mimkd_ray.losses.rivals import RivalPlan
+from mimkd_ray.models.stages import Stages, default_taps
 from mimkd_ray.models.taps import TapShape, find_shapes
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.coding import Coding, coded_term
 from mimkd_ray.train.config import Config, TrainConfig
 from mimkd_ray.train.pairs import Pair, build_terms, choose_pairs, configured_pairs
+from mimkd_ray.train.rival_taps import pair_rivals, plan_rivals, reads_taps
 from mimkd_ray.train.step import Distiller
 from mimkd_ray.train.teacher import Teacher
 
@@ -28,25 +34,28 @@ NO_CACHE = CacheConfig()
 
 @dataclass(frozen=True)
 class TapPlan:
-    """The terms of a loss and the taps that they read, found by one dry forward of each network."""
+    """The terms and rivals of a loss and the taps that they read, found by one dry forward of each network."""
 
-    terms: tuple[Term, ...]
-    teacher_shapes: Mapping[str, TapShape]
-    student_shapes: Mapping[str, TapShape]
+    terms: tuple[Term, ...] = ()
+    rivals: tuple[RivalPlan, ...] = ()
+    teacher_shapes: Mapping[str, TapShape] = field(default_factory=dict)
+    student_shapes: Mapping[str, TapShape] = field(default_factory=dict)
 
     def teacher_taps(self) -> tuple[list[str], list[str]]:
         """Teacher taps read as vectors, and as maps."""
-        return (
-            _unique(term.teacher for term in self.terms if term.kind != "feature"),
-            _unique(term.teacher for term in self.terms if term.kind == "feature"),
-        )
+        vectors = [term.teacher for term in self.terms if term.kind != "feature"]
+        maps = [term.teacher for term in self.terms if term.kind == "feature"]
+        vectors += [pair.teacher.tap for rival in self.rivals for pair in rival.taps.vectors]
+        maps += [pair.teacher.tap for rival in self.rivals for pair in rival.taps.maps]
+        return _unique(vectors), _unique(maps)
 
     def student_taps(self) -> tuple[list[str], list[str]]:
         """Student taps read as vectors, and as maps."""
-        return (
-            _unique(term.student for term in self.terms if term.kind == "global"),
-            _unique(term.student for term in self.terms if term.kind != "global"),
-        )
+        vectors = [term.student for term in self.terms if term.kind == "global"]
+        maps = [term.student for term in self.terms if term.kind != "global"]
+        vectors += [pair.student.tap for rival in self.rivals for pair in rival.taps.vectors]
+        maps += [pair.student.tap for rival in self.rivals for pair in rival.taps.maps]
+        return _unique(vectors), _unique(maps)
 
 
 def _unique(names: object) -> list[str]:
@@ -56,26 +65,32 @@ def _unique(names: object) -> list[str]:
 def plan_taps(
     loss: LossConfig, teacher: nn.Module, student: nn.Module, image_size: int, cache: CacheConfig = NO_CACHE
 ) -> TapPlan:
-    """Choose or check the tap pairs of every kind of term that is on. Wrong layers are :class:`UserError`.
+    """Choose or check the tap pairs of every kind of term that is on, and of the rivals. Wrong layers are
+    :class:`UserError`.
 
-    Where ``cache`` has codecs, the terms read as many teacher channels as those leave.
+    Where ``cache`` has codecs, the terms read as many teacher channels as those leave, and rivals refuse those that
+    leave less than all.
     """
     kinds = [kind for kind in KINDS if loss.weight(kind) > 0]
-    if not kinds:
-        return TapPlan((), {}, {})
+    if not kinds and not loss.rivals:
+        return TapPlan()
     pairs: dict[Kind, list[Pair]] = {kind: configured_pairs(loss, kind) for kind in kinds}
-    if not all(pairs.values()):
+    teacher_stages = student_stages = Stages((), "")
+    if not all(pairs.values()) or reads_taps(loss):
         teacher_stages, student_stages = default_taps(teacher, image_size), default_taps(student, image_size)
         stage_shapes = find_shapes(student, image_size, student_stages.maps)
         for kind in kinds:
             pairs[kind] = pairs[kind] or choose_pairs(kind, teacher_stages, student_stages, stage_shapes)
+    of_rivals = pair_rivals(loss, teacher_stages, student_stages)
     named = [pair for kind_pairs in pairs.values() for pair in kind_pairs]
+    named += [pair for rival in of_rivals for pair in (*rival.vectors, *rival.maps)]
     teacher_shapes = find_shapes(teacher, image_size, _unique(pair.teacher for pair in named))
     student_shapes = find_shapes(student, image_size, _unique(pair.student for pair in named))
     terms = build_terms(loss, pairs, teacher_shapes, student_shapes)
     if cache.codes:
         terms = [coded_term(term, teacher_shapes[term.teacher], cache) for term in terms]
-    return TapPlan(tuple(terms), teacher_shapes, student_shapes)
+    rivals = plan_rivals(of_rivals, teacher_shapes, student_shapes, cache)
+    return TapPlan(tuple(terms), rivals, teacher_shapes, student_shapes)
 
 
 def make_order(config: Config, train: Source) -> Order:
@@ -125,14 +140,21 @@ def build_student(config: Config, num_classes: int) -> nn.Module:
     return build_model(config.student.name, num_classes, config.student.weights, config.data.image_size)
 
 
-def build_distiller(config: Config, num_classes: int, teacher: nn.Module | None, device: torch.device) -> Distiller:
+def training_rows(config: LossConfig, train: Source) -> TrainingRows | None:
+    """Ids and labels of the training images, where a rival has a bank of them; None otherwise. May read all labels."""
+    if not any(RIVALS[method].bank for method in config.rivals):
+        return None
+    return TrainingRows(torch.from_numpy(ids_of(train)), torch.from_numpy(train.labels()))
+
+
+def build_distiller(config: Config, data: Data, teacher: nn.Module | None, device: torch.device) -> Distiller:
     """The student with its taps, critics and loss, on the device. The teacher's network gives the tap shapes."""
-    student = build_student(config, num_classes)
-    plan = TapPlan((), {}, {})
+    student = build_student(config, data.num_classes)
+    plan = TapPlan()
     if teacher is not None:
         plan = plan_taps(config.loss, teacher, student, config.data.image_size, config.cache)
     torch.manual_seed(config.train.seed + 1)  # so that the critics' start does not depend on the student's size
-    loss = MIMKDLoss(config.loss, plan.terms)
+    loss = MIMKDLoss(config.loss, plan.terms, plan.rivals, training_rows(config.loss, data.train))
     vectors, maps = plan.student_taps()
     autocast = autocast_dtype(config.train, device)
     distiller = Distiller(student, plan.student_shapes, vectors, maps, loss, autocast)

@@ -9,7 +9,7 @@ from mimkd_ray.cache.pixels import PIXELS, pixel_rows
 from mimkd_ray.cache.reader import FeatureReader
 from mimkd_ray.data.loader import LaneBatch
 from mimkd_ray.data.order import Order
-from mimkd_ray.losses.mimkd import Features
+from mimkd_ray.losses.features import Features
 from mimkd_ray.train.coding import by_label
 from mimkd_ray.train.config import Config
 from mimkd_ray.train.teacher import Teacher

@@ -72,7 +72,7 @@ def _measure(setup: Setup) -> Measured:
 
     with torch.inference_mode():
         of_teacher = seconds(lambda: teacher.features(on_device))
-    distiller = build_distiller(config, setup.data.num_classes, setup.network, setup.device)
+    distiller = build_distiller(config, setup.data, setup.network, setup.device)
     given = features if config.loss.uses_teacher else None
     labels = first.labels_B.clamp(min=0)
     of_student = seconds(lambda: backward_lane(distiller, on_device, labels, first.ids_B, given, 1.0, True))

@@ -63,7 +63,7 @@ def entries_of(configs: Sequence[Config], network: nn.Module, num_classes: int) 
     named = {parse_rule(text)[0].partition(":")[0] for text in cache.codecs if cache.root}
     others = [name for name, _ in network.named_modules() if name in named]
     check_rules(cache, [*(entry.tap for entry in entries), *others])
-    with_logits = any(own.loss.kd_weight for own in configs)
+    with_logits = any(own.loss.uses_logits for own in configs)
     return [*entries, logits_entry(num_classes, cache.logits)] if with_logits else entries
 
 

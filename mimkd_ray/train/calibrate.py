@@ -16,7 +16,7 @@ from mimkd_ray.data.dataset import Data
 from mimkd_ray.data.keyed import Permutation
 from mimkd_ray.data.loader import to_device, view_batches
 from mimkd_ray.data.views import Pipeline, View
-from mimkd_ray.losses.mimkd import Features
+from mimkd_ray.losses.features import Features
 from mimkd_ray.train.build import parameter_dtype, uses_channels_last
 from mimkd_ray.train.coding import by_label
 from mimkd_ray.train.config import Config

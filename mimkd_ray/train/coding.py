@@ -11,7 +11,8 @@ from torch import Tensor
 from mimkd_ray.cache.codec import Calibration, Shape, coded_shape, make_codec
 from mimkd_ray.cache.config import CacheConfig, codec_of
 from mimkd_ray.cache.key import LOGITS, Entry
-from mimkd_ray.losses.mimkd import Features, Term
+from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.mimkd import Term
 from mimkd_ray.models.taps import TapShape
 
 

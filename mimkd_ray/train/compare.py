@@ -23,9 +23,10 @@ from mimkd_ray.train.report import versions
 def arm_config(config: Config, arm: Arm, seed: int) -> Config:
     """The single run of one arm and one seed. The arms of a seed differ in their loss alone."""
     loss = config.loss
-    if arm != "mimkd":
-        kd = config.compare.kd_weight if arm == "kd" else 0.0
-        loss = replace(loss, global_weight=0, local_weight=0, feature_weight=0, kd_weight=kd)
+    if arm == "alone" or arm == "kd":
+        loss = replace(loss, name=(), kd_weight=config.compare.kd_weight if arm == "kd" else 0.0)
+    elif arm != "mimkd":
+        loss = replace(loss, name=(arm,))
     return replace(
         config,
         recipe=f"{config.recipe} {arm} seed {seed}",

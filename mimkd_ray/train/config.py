@@ -17,7 +17,8 @@ from mimkd_ray.cache.config import CacheConfig
 from mimkd_ray.data.dataset import DataConfig
 from mimkd_ray.data.mixing import MixConfig
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.mimkd import LossConfig
+from mimkd_ray.losses.config import LossConfig
+from mimkd_ray.losses.methods import RIVALS, Method
 from mimkd_ray.models.zoo import ModelConfig
 from mimkd_ray.train.files import RunConfig
 from mimkd_ray.train.optim import OptimConfig
@@ -69,7 +70,7 @@ class TrainConfig:
             raise UserError(f"train.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
 
 
-Arm = Literal["alone", "kd", "mimkd"]
+Arm = Literal["alone"] | Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,8 @@ class CompareConfig:
     """Seeds of every arm; a seed draws the student's start, the order and (with data.subset) the training rows.
     0: no comparison, one run of the config as it stands."""
     arms: tuple[Arm, ...] = ("alone", "mimkd")
-    """alone: cross-entropy only. kd: Hinton's KD. mimkd: the config's loss."""
+    """alone: cross-entropy only. kd: that and Hinton's KD. mimkd: the config's loss. A rival of loss.name: the config's
+    loss with that rival in the place of what it names."""
     kd_weight: float = 1.0
     """Weight of the KD term in the kd arm."""
 
@@ -178,6 +180,19 @@ class Config:
         if self.loss.resolved_negatives == "cache" and not self.cache.reads:
             raise UserError(
                 "loss.negatives is cache, and the run reads none: pass --cache.root, or --loss.negatives step or all"
+            )
+        one_class = [method for method in self.loss.rivals if RIVALS[method].one_class]
+        if one_class and self.mix.active:
+            raise UserError(
+                f"loss.name has {' and '.join(one_class)}, for images of one class, and mix.mixup_alpha or "
+                "mix.cutmix_alpha is on: turn mixing off, or choose another loss"
+            )
+        banks = [method for method in self.loss.rivals if RIVALS[method].bank]
+        if banks and self.train.lanes > 1:
+            batch = self.train.lanes * self.train.lane_batch
+            raise UserError(
+                f"loss.name has {' and '.join(banks)}, whose memory banks change within a step, and train.lanes is "
+                f"{self.train.lanes}: pass --train.lanes 1 --train.lane-batch {batch}"
             )
         most = self.launch.worker_range[1]
         if most > self.train.lanes:

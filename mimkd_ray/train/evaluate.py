@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mimkd_ray.data.loader import LaneBatch
 from mimkd_ray.errors import DamagedDataError
-from mimkd_ray.losses.mimkd import Features
+from mimkd_ray.losses.features import Features
 from mimkd_ray.train.context import all_sum
 from mimkd_ray.train.step import Distiller, Normalizer
 from mimkd_ray.train.teacher import Teacher
@@ -115,7 +115,7 @@ class _Reading:
         self.distiller, self.training = distiller, distiller.training
         distiller.eval()
         self.names = [term.name for term in distiller.loss.plan]
-        self.norms = ["ce", *(["kd"] if distiller.loss.config.kd_weight else []), *self.names]
+        self.norms = ["ce", *(["kd"] if distiller.loss.config.resolved_kd_weight else []), *self.names]
         self.begun = False
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, float] = {}

@@ -12,7 +12,7 @@ from torch import Tensor
 from mimkd_ray.data.batch_views import BatchTransform
 from mimkd_ray.data.loader import DamageCounter, LaneBatch
 from mimkd_ray.data.mixing import mix
-from mimkd_ray.losses.mimkd import Features, Others
+from mimkd_ray.losses.features import Features, Others
 from mimkd_ray.train.cache_check import CacheCheck
 from mimkd_ray.train.cache_negatives import CachedNegatives
 from mimkd_ray.train.coding import Coding

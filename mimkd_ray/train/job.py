@@ -11,7 +11,7 @@ from mimkd_ray import storage
 from mimkd_ray.data.dataset import Data, open_data
 from mimkd_ray.data.loader import eval_batches
 from mimkd_ray.data.views import make_pipeline
-from mimkd_ray.losses.mimkd import LossConfig
+from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.models.zoo import ModelConfig
 from mimkd_ray.train import timeline
 from mimkd_ray.train.build import build_network, parameter_dtype, place, uses_channels_last
@@ -33,7 +33,7 @@ from mimkd_ray.train.metrics import say
 from mimkd_ray.train.step import Normalizer
 from mimkd_ray.train.teacher import check_accuracy, weights_digest
 
-NO_TEACHER = LossConfig(global_weight=0, local_weight=0, feature_weight=0)
+NO_TEACHER = LossConfig(name=())
 """Cross-entropy alone."""
 
 

@@ -63,7 +63,10 @@ _OF_FEATURES = {
     "teacher": ("name", "weights"),
     "student": ("name",),
     "cache": ("root", "codecs", "logits", "taps", "precision", "calibration_rows"),
-    "loss": ("global_pairs", "local_pairs", "feature_pairs", "global_weight", "local_weight", "feature_weight"),
+    "loss": (
+        *("name", "rival_pairs", "global_pairs", "local_pairs", "feature_pairs"),
+        *("global_weight", "local_weight", "feature_weight"),
+    ),
     "train": ("seed", "precision"),
 }
 """Of a config, the fields that decide what is cached."""

@@ -41,7 +41,8 @@ def preflight(config: Config) -> None:
         build_model(config.student.name, data.num_classes, config.student.weights, config.data.image_size)
     if not needs_teacher(config):
         return
-    plan_taps(config.loss, teacher, student, config.data.image_size, config.cache)
+    for run in first_runs(config):
+        plan_taps(run.loss, teacher, student, config.data.image_size, config.cache)
     logits_entry(data.num_classes, config.cache.logits)
     reads = config.cache.reads and not config.teacher.train and config.teacher.weights != "published"
     if reads or config.teacher.weights not in NO_FILE:

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mimkd_ray.data.dataset import Data
 from mimkd_ray.data.loader import LaneBatch
-from mimkd_ray.losses.mimkd import Features
+from mimkd_ray.losses.features import Features
 from mimkd_ray.models.taps import TappedModel
 from mimkd_ray.train import checkpoint
 from mimkd_ray.train.build import build_distiller, has_compiler
@@ -60,7 +60,7 @@ class Session:
         self.supply = supply if supply is not None else Supply([config], data, teacher, context, cached)
         self.order, self.total_steps, self.my_lanes = self.supply.order, self.supply.total_steps, self.supply.my_lanes
         self.normalize, self.teacher, self.feed = self.supply.normalize, self.supply.teacher, self.supply.feed
-        self.distiller = build_distiller(config, data.num_classes, teacher, device)
+        self.distiller = build_distiller(config, data, teacher, device)
         self.ema = (
             AveragedModel(self.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
             if train.ema_decay
@@ -98,6 +98,7 @@ class Session:
 
     def begin_step(self, step: int) -> None:
         """Be ready for the lanes of a step."""
+        self.distiller.loss.begin_step(step / self.order.steps_per_epoch)
         lr = learning_rate(self.config.optim, step, self.order.steps_per_epoch, self.config.train.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

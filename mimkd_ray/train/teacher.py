@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.mimkd import Features
+from mimkd_ray.losses.features import Features
 from mimkd_ray.models.taps import TappedModel, TapShape, to_map, to_vector
 from mimkd_ray.train.coding import Coding
 

@@ -11,8 +11,10 @@ from ranks import start_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.critics import CriticConfig
-from mimkd_ray.losses.mimkd import Features, LossConfig, MIMKDLoss, Term
+from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.mimkd import MIMKDLoss, Term
 
 BATCH = 6
 TERMS = (

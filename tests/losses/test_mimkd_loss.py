@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses import mimkd
 from mimkd_ray.losses.bounds import BOUNDS, SMILE_CLIP
+from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.critics import CriticConfig, build_critic
-from mimkd_ray.losses.mimkd import Features, LossConfig, MIMKDLoss, Term, score_term, valid_pairs
+from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.mimkd import MIMKDLoss, Term, score_term, valid_pairs
 
 BATCH, CLASSES, WIDTH = 4, 5, 6
 IDS = torch.tensor([7, 3, 7, 9])  # images 0 and 2 are the same

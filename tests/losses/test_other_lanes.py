@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
+from mimkd_ray.losses.config import Kind, LossConfig
 from mimkd_ray.losses.critics import CriticConfig
-from mimkd_ray.losses.mimkd import Features, Kind, LossConfig, MIMKDLoss, Others, Term
+from mimkd_ray.losses.features import Features, Others
+from mimkd_ray.losses.mimkd import MIMKDLoss, Term
 
 B, M, CT, CS = 4, 7, 5, 3
 

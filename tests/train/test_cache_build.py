@@ -20,7 +20,7 @@ from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.dataset import open_data
 from mimkd_ray.data.views import View, make_pipeline
 from mimkd_ray.errors import DamagedDataError, UserError
-from mimkd_ray.losses.mimkd import Features
+from mimkd_ray.losses.features import Features
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train import cache_setup, cache_units
 from mimkd_ray.train.cache_build import build

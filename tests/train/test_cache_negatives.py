@@ -18,7 +18,7 @@ from mimkd_ray.cache.reader import FeatureReader
 from mimkd_ray.data.dataset import open_data
 from mimkd_ray.data.store import BlockStore
 from mimkd_ray.errors import DamagedDataError, UserError
-from mimkd_ray.losses.mimkd import Features
+from mimkd_ray.losses.features import Features
 from mimkd_ray.train.cache_negatives import CachedNegatives
 
 

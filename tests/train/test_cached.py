@@ -18,7 +18,7 @@ from mimkd_ray.data.dataset import open_data
 from mimkd_ray.data.views import View
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.launch.cache import main
-from mimkd_ray.losses.mimkd import Features
+from mimkd_ray.losses.features import Features
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.cached import open_cached
 from mimkd_ray.train.config import Config, LaunchConfig, digest

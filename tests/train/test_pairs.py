@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.mimkd import LossConfig
+from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.models.stages import Stages
 from mimkd_ray.models.taps import TapShape
 from mimkd_ray.models.zoo import build_model

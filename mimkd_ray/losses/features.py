@@ -1,0 +1,48 @@
+"""What losses read of a network, and how the two sides of a pair are brought to one precision and size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimkd_ray.losses.precision import full_precision
+
+
+class Others(NamedTuple):
+    """Teacher vectors (M, C) by tap, and ids, of the step's other lanes: more negatives for terms of vectors."""
+
+    vectors: Mapping[str, Tensor]
+    ids_M: Tensor
+
+
+class Features(NamedTuple):
+    """What a network says about a lane: logits (B, classes), vectors (B, C) and maps (B, C, H, W) by tap."""
+
+    logits_BC: Tensor
+    vectors: Mapping[str, Tensor]
+    maps: Mapping[str, Tensor]
+    others: Others | None = None
+
+
+def in_full_precision(features: Features) -> Features:
+    """Cast every feature once, so that the gradients of the terms that read it add up in float32 and are rounded to
+    the feature's own precision once."""
+    return Features(
+        full_precision(features.logits_BC),
+        {tap: full_precision(value) for tap, value in features.vectors.items()},
+        {tap: full_precision(value) for tap, value in features.maps.items()},
+    )
+
+
+def match_sizes(teacher_BCHW: Tensor, student_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Average-pool the larger of two maps to the smaller one's height and width."""
+    height = min(teacher_BCHW.shape[2], student_BCHW.shape[2])
+    width = min(teacher_BCHW.shape[3], student_BCHW.shape[3])
+
+    def pool(feature: Tensor) -> Tensor:
+        return feature if feature.shape[2:] == (height, width) else F.adaptive_avg_pool2d(feature, (height, width))
+
+    return pool(teacher_BCHW), pool(student_BCHW)

@@ -1,0 +1,54 @@
+"""The methods that `loss.name` may name: what each reads of the two networks, and the weight of its publication.
+
+Weights are those of the benchmark by the authors of CRD (arXiv 1910.10699), which the field's CIFAR-100 tables go back
+to, and of the method's own paper where it is newer (DKD, DIST, ReviewKD) or where the benchmark's formula is another
+one (CC). The cross-entropy has weight 1 beside all of them but KD, which has 0.1. Formulae, sources and what differs
+from them are told in each loss's own file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Method = Literal["mimkd", "kd", "fitnet", "at", "sp", "cc", "vid", "rkd", "pkt", "crd", "dkd", "dist", "review"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What is known of a rival before any network is."""
+
+    weight: float
+    """Of its publication; `loss.rival_weight` multiplies it."""
+    logits: bool = False
+    """Reads the teacher's logits."""
+    vectors: bool = False
+    """Reads the pooled vectors of both networks."""
+    maps: Literal["none", "second", "deepest", "all"] = "none"
+    """Which stages it reads as maps, of those that both networks have, paired deepest with deepest."""
+    warms_up: bool = False
+    """Rises to its weight over the first epochs (`loss.rival_warmup`)."""
+    one_class: bool = False
+    """Needs images of one class each: it cannot be had with mixing."""
+    bank: bool = False
+    """Keeps something of every training image from step to step: one lane only."""
+
+
+KD_CE_WEIGHT = 0.1
+"""Weight of the cross-entropy beside KD alone."""
+
+RIVALS: dict[Method, Published] = {
+    "kd": Published(weight=0.9, logits=True),
+    "fitnet": Published(weight=100.0, maps="second"),
+    "at": Published(weight=1000.0, maps="all"),
+    "sp": Published(weight=3000.0, maps="deepest"),
+    "cc": Published(weight=100.0, vectors=True),
+    "vid": Published(weight=1.0, maps="all"),
+    "rkd": Published(weight=1.0, vectors=True),
+    "pkt": Published(weight=30_000.0, vectors=True),
+    "crd": Published(weight=0.8, vectors=True, one_class=True, bank=True),
+    "dkd": Published(weight=1.0, logits=True, warms_up=True, one_class=True),
+    "dist": Published(weight=1.0, logits=True),
+    "review": Published(weight=1.0, vectors=True, maps="all", warms_up=True),
+}
+"""In the order in which losses are added."""

@@ -1,0 +1,76 @@
+"""What all rivals have in common: they pick what they read, compute in float32, and leave the teacher alone."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.precision import full_precision
+
+
+class Side(NamedTuple):
+    """A tap of one network, with the shape of what the loss reads there; a vector has height and width 1."""
+
+    tap: str
+    channels: int
+    height: int = 1
+    width: int = 1
+
+
+class TapPair(NamedTuple):
+    """A tap of the teacher and one of the student."""
+
+    teacher: Side
+    student: Side
+
+
+class RivalTaps(NamedTuple):
+    """The taps that a rival reads: at most one pair of vectors, and pairs of maps from shallow to deep."""
+
+    vectors: tuple[TapPair, ...] = ()
+    maps: tuple[TapPair, ...] = ()
+
+
+class Picked(NamedTuple):
+    """What one network says to a rival, in float32 (float64 stays), in the order of its taps."""
+
+    logits_BC: Tensor
+    vectors: tuple[Tensor, ...]
+    maps: tuple[Tensor, ...]
+
+
+class Rival(nn.Module):
+    """A distillation loss. Its connectors and embeddings train with the student, and are never exported.
+
+    ``forward(teacher, student, labels_B, ids_B)`` is a scalar, without its weight. Autocast is off in it, and no
+    gradient reaches the teacher. ``labels_B`` are class numbers; rivals that read none take mixed labels as well.
+    """
+
+    def __init__(self, taps: RivalTaps) -> None:
+        super().__init__()
+        self.taps = taps
+
+    def forward(self, teacher: Features, student: Features, labels_B: Tensor, ids_B: Tensor) -> Tensor:
+        with torch.autocast(labels_B.device.type, enabled=False):
+            of_teacher, of_student = _pick(teacher, self.taps, "teacher"), _pick(student, self.taps, "student")
+            return self.compare(of_teacher, of_student, labels_B, ids_B)
+
+    def compare(self, teacher: Picked, student: Picked, labels_B: Tensor, ids_B: Tensor) -> Tensor:
+        """The method's own formula: a scalar."""
+        raise NotImplementedError
+
+
+def _pick(features: Features, taps: RivalTaps, who: Literal["teacher", "student"]) -> Picked:
+    """What a rival with these taps reads of one network; a teacher's has no gradient."""
+
+    def read(value: Tensor) -> Tensor:
+        return full_precision(value.detach() if who == "teacher" else value)
+
+    return Picked(
+        read(features.logits_BC),
+        tuple(read(features.vectors[getattr(pair, who).tap]) for pair in taps.vectors),
+        tuple(read(features.maps[getattr(pair, who).tap]) for pair in taps.maps),
+    )
