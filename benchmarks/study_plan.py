@@ -1,0 +1,125 @@
+"""The runs of the CIFAR-100 study: teachers, tuning trials, students; and their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from study_arms import ABLATIONS, FACTORS, METHODS, tuned
+
+from mimkd_ray.recipes import CIFAR_RECIPES, cifar100
+from mimkd_ray.train.config import Config, LaunchConfig
+from mimkd_ray.train.files import RunConfig, read_json
+from mimkd_ray.train.job import teacher_config
+
+SHORT = "resnet20_resnet8"
+HOLDOUT = 0.1
+TUNING_SEED = 1000  # of tuning trials; students have seeds from 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a study, and where they are."""
+
+    base: dict[str, Config]  # by pair
+    methods: Sequence[str]
+    ablations: Sequence[str]
+    seeds: int
+    tuning: int
+    root: Path
+
+    def teachers(self) -> dict[str, tuple[Config, Path]]:
+        """The run that trains the teacher of each pair; pairs with one teacher share it."""
+        return {
+            pair: (replace(teacher_config(config), recipe="teacher"), self.root / config.teacher.name.replace("/", "-"))
+            for pair, config in self.base.items()
+        }
+
+    def config(self, pair: str, method: str, factor: float, seed: int) -> Config:
+        """One student's run."""
+        base = self.base[pair]
+        weights = str(self.teachers()[pair][1] / "student.safetensors")
+        base = replace(
+            base,
+            teacher=replace(base.teacher, weights=weights),
+            train=replace(base.train, seed=seed),
+            data=replace(base.data, subset_seed=seed),
+        )
+        if method in ABLATIONS:
+            base = tuned(base, "mimkd", factor)
+            return replace(base, loss=ABLATIONS[method](base.loss))
+        return tuned(replace(base, loss=METHODS[method](base.loss)), method, factor)
+
+    def trials(self, pair: str, method: str) -> dict[float, tuple[Config, Path]]:
+        """Tuning trials by factor."""
+        found = {}
+        for factor in FACTORS[: self.tuning]:
+            config = self.config(pair, method, factor, TUNING_SEED)
+            config = replace(config, data=replace(config.data, holdout=HOLDOUT))
+            found[factor] = (config, self.root / pair / "tuning" / f"{method}-x{factor:.2f}")
+        return found
+
+    def factor(self, pair: str, method: str) -> float:
+        """The factor whose trial was best on held-out rows; of equal ones the first. Without trials 1."""
+        trials = self.trials(pair, "mimkd" if method in ABLATIONS else method)
+        top1: dict[float, float] = {}
+        for factor, (_, place) in trials.items():
+            result = read_json(str(place / "result.json"))
+            if result is None:
+                raise SystemExit(f"{pair}, {method}: the tuning trial in {place} is not finished")
+            top1[factor] = result["student"]["top1"]
+        return max(top1, key=lambda factor: top1[factor]) if top1 else FACTORS[0]
+
+    def final(self, pair: str, method: str, seed: int) -> tuple[Config, Path]:
+        """The run of one seed with the tuned setting."""
+        return self.config(pair, method, self.factor(pair, method), seed), self.root / pair / method / f"seed{seed:02d}"
+
+    def runs(self) -> Iterator[tuple[str, Config, Path]]:
+        """All runs in order, each when what it depends on is finished: (what it is, config, directory)."""
+        for pair, (config, place) in self.teachers().items():
+            yield f"{pair}: teacher {config.student.name}", config, place
+        for pair in self.base:
+            for method in self.methods:
+                for factor, (config, place) in self.trials(pair, method).items():
+                    yield f"{pair}: {method}, tuning, x {factor:.2f}", config, place
+        for seed in range(self.seeds):
+            for pair in self.base:
+                for method in (*self.methods, *self.ablations):
+                    yield f"{pair}: {method}, seed {seed}", *self.final(pair, method, seed)
+
+    def total(self) -> int:
+        """Number of runs."""
+        return len(self.base) * (
+            1 + self.tuning * len(self.methods) + self.seeds * (len(self.methods) + len(self.ablations))
+        )
+
+
+def short(data: str, root: Path, epochs: int, rows: int) -> Config:
+    """The short study's student and teacher."""
+    config = cifar100(SHORT, "resnet20", "resnet8")
+    return replace(
+        config,
+        data=replace(config.data, root=data, subset=rows, resident="on"),
+        teacher=replace(config.teacher, epochs=10, lr=0.1),
+        optim=replace(config.optim, schedule="cosine"),
+        train=replace(config.train, epochs=epochs or 12, eval_every=0),
+        launch=LaunchConfig(backend="local"),
+        run=RunConfig(root=str(root), checkpoint_every=0, checkpoint_minutes=5, tensorboard=False),
+    )
+
+
+def by_protocol(pair: str, data: str, root: Path, epochs: int) -> Config:
+    """A pair of the field's protocol, shortened in proportion where ``epochs`` are given."""
+    config = CIFAR_RECIPES[pair]()
+    whole = config.train.epochs
+    milestones = tuple(round(each * (epochs or whole) / whole) for each in config.optim.milestones)
+    return replace(
+        config,
+        data=replace(config.data, root=data),
+        loss=replace(config.loss, rival_warmup=config.loss.rival_warmup * (epochs or whole) / whole),
+        optim=replace(config.optim, milestones=milestones),
+        train=replace(config.train, epochs=epochs or whole, eval_every=0),
+        launch=LaunchConfig(backend="local"),
+        run=RunConfig(root=str(root), checkpoint_every=0, checkpoint_minutes=5, tensorboard=False),
+    )
