@@ -10,8 +10,8 @@ trains `--seeds` students, which are measured on the test set after their last e
 The same command goes on where it was, also after a kill; `--minutes` ends it with status 3 in time, the last step
 saved.
 
-The short study: ResNet-8 of 78,000 parameters from a ResNet-20, 5,000 of the 50,000 training images (the teacher sees
-all of them), 12 epochs with a cosine schedule. It shows how methods compare when labels and time are scarce. It does
+The short study: ResNet-8 from a ResNet-20, 4,000 of the 50,000 training images (the teacher sees
+all of them, 5 times), 10 epochs with a cosine schedule. It shows how methods compare when labels and time are scarce. It does
 not show the field's protocol (`--protocol`: all images, 240 epochs, batch 64, rates and milestones of the recipes;
 `--epochs` shortens it, milestones in proportion), nor larger networks, nor what more tuning would give to any method.
 """
@@ -63,8 +63,8 @@ def options() -> argparse.Namespace:
     made.add_argument("--ablations", nargs="*", choices=ABLATIONS, default=[], help="needs mimkd among the methods")
     made.add_argument("--seeds", type=int, default=5, help="students of each method")
     made.add_argument("--tuning", type=int, choices=range(4), default=3, help="tuning trials of each method")
-    made.add_argument("--epochs", type=int, default=0, help="of a student (default: 12, or the protocol's)")
-    made.add_argument("--rows", type=int, default=5000, help="training images of the short study")
+    made.add_argument("--epochs", type=int, default=0, help="of a student (default: 10, or the protocol's)")
+    made.add_argument("--rows", type=int, default=4000, help="training images of the short study")
     made.add_argument("--minutes", type=float, default=0.0, help="end after so many with status 3; 0: at the end")
     return made.parse_args()
 

@@ -101,9 +101,9 @@ def short(data: str, root: Path, epochs: int, rows: int) -> Config:
     return replace(
         config,
         data=replace(config.data, root=data, subset=rows, resident="on"),
-        teacher=replace(config.teacher, epochs=10, lr=0.1),
+        teacher=replace(config.teacher, epochs=5, lr=0.1),
         optim=replace(config.optim, schedule="cosine"),
-        train=replace(config.train, epochs=epochs or 12, eval_every=0),
+        train=replace(config.train, epochs=epochs or 10, eval_every=0),
         launch=LaunchConfig(backend="local"),
         run=RunConfig(root=str(root), checkpoint_every=0, checkpoint_minutes=5, tensorboard=False),
     )
