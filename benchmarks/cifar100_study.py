@@ -10,10 +10,10 @@ trains `--seeds` students, which are measured on the test set after their last e
 The same command goes on where it was, also after a kill; `--minutes` ends it with status 3 in time, the last step
 saved.
 
-The short study: ResNet-8 from a ResNet-20, 4,000 of the 50,000 training images (the teacher sees
-all of them, 5 times), 10 epochs with a cosine schedule. It shows how methods compare when labels and time are scarce. It does
-not show the field's protocol (`--protocol`: all images, 240 epochs, batch 64, rates and milestones of the recipes;
-`--epochs` shortens it, milestones in proportion), nor larger networks, nor what more tuning would give to any method.
+The short study: ResNet-8 from a ResNet-20, 4,000 of the 50,000 training images (the teacher sees all of them, 5 times),
+10 epochs with a cosine schedule. It shows how methods compare when labels and time are scarce. It does not show the
+field's protocol (`--protocol`: all images, 240 epochs, batch 64, rates and milestones of the recipes; `--epochs`
+shortens it, milestones in proportion), nor larger networks, nor what more tuning would give to any method.
 """
 
 from __future__ import annotations
