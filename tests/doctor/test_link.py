@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import start_ranks
 
 from mimkd_ray.doctor import link
@@ -12,13 +14,14 @@ from mimkd_ray.doctor.link import LinkSpeed, check_all_reduce, join_store, measu
 
 
 def _rank(rank: int, port_file: Path, folder: Path) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not survive the fork
     if rank == 0:
         store, port = open_store("127.0.0.1")
         port_file.with_suffix(".part").write_text(str(port))
         port_file.with_suffix(".part").rename(port_file)
     else:
         while not port_file.exists():
-            pass
+            time.sleep(0.01)
         store = join_store("127.0.0.1", int(port_file.read_text()))
     found = measure(store, rank, 2, "gloo")
     (folder / str(rank)).write_text(found.error or str(found.seconds))
