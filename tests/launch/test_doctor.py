@@ -43,8 +43,8 @@ def test_a_cluster_with_a_head_without_cpus_and_broken_places(
 ) -> None:
     for name in ("RAY_AUTH_MODE", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, ENVIRONMENT[name])
-    options = {"node_ip_address": "127.0.0.1", "object_store_memory": 100_000_000}
-    nodes = Cluster(initialize_head=True, head_node_args={**options, "num_cpus": 0})
+    options = {"object_store_memory": 100_000_000}
+    nodes = Cluster(initialize_head=True, head_node_args={**options, "num_cpus": 0, "include_dashboard": False})
     try:
         nodes.add_node(**options, num_cpus=2)
         config = DoctorConfig(
@@ -52,11 +52,11 @@ def test_a_cluster_with_a_head_without_cpus_and_broken_places(
         )
         shown = lines(examine.cluster(config))
         failed = [line for line in shown if line.startswith("fail")]
-        assert sum("fail  disk [127.0.0.1 " in line and "--data.store-gb" in line for line in failed) == 2
-        assert sum("fail  storage [127.0.0.1 " in line for line in failed) == 1
+        assert sum("fail  disk [" in line and "--data.store-gb" in line for line in failed) == 2
+        assert sum("fail  storage [" in line for line in failed) == 1
         assert len(failed) == 3, failed
         assert any(line.startswith("pass  versions: 2 nodes") for line in shown)
-        assert any(line.startswith("pass  decode: 2 times; the slowest, 127.0.0.1 ") for line in shown)
+        assert any(line.startswith("pass  decode: 2 times; the slowest, ") for line in shown)
         assert any("gloo over 2 nodes" in line for line in shown)
         assert main(["doctor", "--address", nodes.address, "--store-gb", "1000000"]) == 1
         assert "fail  disk" in capsys.readouterr().out
