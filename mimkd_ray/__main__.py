@@ -1,102 +1,39 @@
-"""`python -m mimkd_ray layers NAME`: the layers of a network that can be tapped, and the default taps."""
+"""`python -m mimkd_ray COMMAND`: tools around the jobs.
+
+Exit status: 0 done, 1 a check failed, 2 bad input, 130 interrupted. Errors are one line on standard error.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from importlib import import_module
 
-from mimkd_ray.errors import UserError
+from mimkd_ray.cli import guarded
 
-if TYPE_CHECKING:
-    from torch import nn
+COMMANDS = {
+    "doctor": ("mimkd_ray.launch.doctor", "check a machine or a cluster before money is spent"),
+    "layers": ("mimkd_ray.models.layers", "list the layers of a network that can be tapped, and the default taps"),
+}
+"""Their modules, imported when they are asked for: each has ``main(argv, program)``, which returns the status."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status (2 after a UserError, which is printed as one line)."""
-    parser = argparse.ArgumentParser(prog="python -m mimkd_ray", description="Tools around mimkd_ray.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    layers = commands.add_parser("layers", help="list the layers of a network that can be tapped")
-    layers.add_argument("name", help="resnet34, cifar/resnet20, timm/NAME or package.module:function")
-    layers.add_argument("--image-size", type=int, help="pixels (default: 32 for cifar/, 224 otherwise)")
-    layers.add_argument("--num-classes", type=int, default=1000, help="default: 1000")
-    layers.add_argument("--all", action="store_true", help="every layer, not just stages and default taps")
+    """Run one command; returns the exit status."""
+    lines = "\n".join(f"  {name:8} {what}" for name, (_, what) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m mimkd_ray",
+        description=f"Tools around the jobs:\n{lines}",
+        epilog="COMMAND --help says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=" or ".join(COMMANDS))
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
     options = parser.parse_args(argv)
-    try:
-        print("\n".join(layer_table(options.name, options.image_size, options.num_classes, options.all)))
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def layer_table(name: str, image_size: int | None, num_classes: int, every: bool) -> list[str]:
-    """Lines of the table: path, kind, shape, kB (1000 bytes) per image at two bytes a value, default tap.
-
-    Unless `every`, only layers of depth 1, containers of depth 2 and default taps. Raises UserError.
-    """
-    from mimkd_ray.models.stages import default_taps
-    from mimkd_ray.models.taps import TapShape, find_shapes
-
-    if image_size is not None and image_size < 1:
-        raise UserError(f"--image-size {image_size}: expected at least 1 pixel")
-    side = image_size or (32 if name.startswith("cifar/") else 224)
-    model = _without_weights(name, num_classes, image_size)
-    shapes = find_shapes(model, side)
-    stages = default_taps(model, side)
-    marks = dict.fromkeys(stages.maps, "map")
-    marks[stages.vector] = "map, vector" if stages.vector in marks else "vector"
-    modules = dict(model.named_modules(remove_duplicate=False))
-
-    def shown(path: str) -> bool:
-        depth = path.count(".") + 1
-        container = next(modules[path].children(), None) is not None
-        return every or path in marks or depth == 1 or (depth == 2 and container)
-
-    def size(shape: TapShape) -> str:
-        if shape.kind == "vector":
-            return str(shape.channels)
-        if shape.kind == "tokens":
-            tokens = f"{shape.height}*{shape.width}"
-            return f"({tokens}+{shape.prefix})x{shape.channels}" if shape.prefix else f"({tokens})x{shape.channels}"
-        sides = (shape.height, shape.width)
-        return "x".join(map(str, (*sides, shape.channels) if shape.channels_last else (shape.channels, *sides)))
-
-    rows = [("layer", "kind", "shape", "kB/image", "default tap")]
-    for path, shape in shapes.items():
-        if shown(path):
-            rows.append(
-                (
-                    path,
-                    shape.kind,
-                    size(shape),
-                    f"{shape.values_per_image * 2 / 1000:.1f}",
-                    marks.get(path, ""),
-                )
-            )
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = [f"{name}, images of {side}x{side}: {len(rows) - 1} of {len(shapes)} layers"]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if column == 3 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
-def _without_weights(name: str, num_classes: int, image_size: int | None) -> nn.Module:
-    """The network on the meta device, which takes no time and no memory; for real where that cannot be."""
-    import torch
-
-    from mimkd_ray.models.zoo import build_model
-
-    try:
-        with torch.device("meta"):
-            return build_model(name, num_classes, image_size=image_size)
-    except (NotImplementedError, RuntimeError):  # the constructor computes with tensors, as RegNet's does
-        return build_model(name, num_classes, image_size=image_size)
+    program = f"{parser.prog} {options.command}"
+    command = import_module(COMMANDS[options.command][0])
+    return guarded(program, lambda: command.main(options.arguments, program), "nothing was changed")
 
 
 if __name__ == "__main__":

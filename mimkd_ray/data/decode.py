@@ -52,6 +52,11 @@ def decode(image: Encoded | np.ndarray, shrink: int = 1) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def has_simplejpeg() -> bool:
+    """Whether JPEGs are decoded the faster way."""
+    return simplejpeg is not None
+
+
 def jpeg_size(data: Encoded) -> tuple[int, int] | None:
     """Return (H, W) of a grey or colour JPEG of at most MAX_PIXELS from its header, or None for anything else.
 

@@ -71,7 +71,7 @@ class BlockStore:
 
     def fetch(self, key: str, load: Load) -> bool:
         """See to it that block `key` is here; say whether it is (False: there is no room for it)."""
-        self._prepare()
+        self.prepare()
         if self.touch(key):
             return True
         self.get(key, load)
@@ -89,12 +89,37 @@ class BlockStore:
         """Forget block `key`: what it was verified as is not what is there now."""
         self._path(key).unlink(missing_ok=True)
 
+    def prepare(self) -> None:
+        """Make the folder, once; empty it after a restart of the machine. Raises UserError for one that cannot be."""
+        if self._ready and self.folder.is_dir():  # cleaners of temporary folders come at any time
+            return
+        remedy = "choose another folder with --data.store, or none with --data.store-gb 0"
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = self.folder.lstat()
+        except OSError as error:
+            raise UserError(f"the block store {self.folder} cannot be made: {error}; {remedy}") from error
+        if not stat.S_ISDIR(status.st_mode):
+            raise UserError(f"the block store {self.folder} is a link or a file, not a folder; {remedy}")
+        if status.st_uid != os.getuid():
+            raise UserError(
+                f"the block store {self.folder} belongs to user {status.st_uid}, and this is user {os.getuid()}: "
+                f"what others can write is not trained on; {remedy}"
+            )
+        if status.st_mode & 0o022:
+            raise UserError(
+                f"the block store {self.folder} can be written by others (mode {status.st_mode & 0o777:o}): what "
+                f"others can write is not trained on; chmod 700 it, or {remedy}"
+            )
+        self._begin_anew_after_a_restart()
+        self._ready = True
+
     def _path(self, key: str) -> Path:
         return self.folder / f"{_name(key)}{SUFFIX}"
 
     def _open(self, key: str) -> StoredBlock | None:
         """Return the block, or None if it is not here. A damaged file is removed."""
-        self._prepare()
+        self.prepare()
         path = self._path(key)
         try:
             block = read_stored(path)
@@ -171,30 +196,6 @@ class BlockStore:
                 os.unlink(path)
             used -= size
         return used
-
-    def _prepare(self) -> None:
-        if self._ready and self.folder.is_dir():  # cleaners of temporary folders come at any time
-            return
-        remedy = "choose another folder with --data.store, or none with --data.store-gb 0"
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = self.folder.lstat()
-        except OSError as error:
-            raise UserError(f"the block store {self.folder} cannot be made: {error}; {remedy}") from error
-        if not stat.S_ISDIR(status.st_mode):
-            raise UserError(f"the block store {self.folder} is a link or a file, not a folder; {remedy}")
-        if status.st_uid != os.getuid():
-            raise UserError(
-                f"the block store {self.folder} belongs to user {status.st_uid}, and this is user {os.getuid()}: "
-                f"what others can write is not trained on; {remedy}"
-            )
-        if status.st_mode & 0o022:
-            raise UserError(
-                f"the block store {self.folder} can be written by others (mode {status.st_mode & 0o777:o}): what "
-                f"others can write is not trained on; chmod 700 it, or {remedy}"
-            )
-        self._begin_anew_after_a_restart()
-        self._ready = True
 
     def _begin_anew_after_a_restart(self) -> None:
         """Empty a store that was filled before the machine was started last."""

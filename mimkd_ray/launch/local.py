@@ -31,6 +31,9 @@ class LocalContext:
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Nobody listens: metrics.jsonl and TensorBoard have it all."""
 
+    def observe(self, run_dir: str, values: Mapping[str, float]) -> None:
+        """Nor is there a Prometheus."""
+
     def stop_on_sigterm(self) -> None:
         """Take SIGTERM for a request to save and end. For the main thread."""
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stopping", True))

@@ -20,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from mimkd_ray import storage
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError
 from mimkd_ray.launch.cluster import connect
+from mimkd_ray.launch.live_metrics import LiveMetrics
 from mimkd_ray.launch.placement import LossWatch, scaling
 from mimkd_ray.train import timeline
 from mimkd_ray.train.config import Config, from_dict, to_dict
@@ -58,6 +59,7 @@ class RayContext:
         self._reported = time.monotonic()
         self._joined = joined
         self._stopping = False
+        self._live = LiveMetrics() if joined and self.rank == 0 else None
         if self.rank == 0:
             threading.Thread(target=self._watch, args=(run_dir,), name="stop watch", daemon=True).start()
 
@@ -76,6 +78,11 @@ class RayContext:
         """The nodes of this job that their cloud is about to take away, as Ray hears of it."""
         info = ray.train.get_preemption_info() if self._joined else None
         return "" if info is None else f"nodes {', '.join(info.preempted_node_ids)}, workers {info.preempted_ranks},"
+
+    def observe(self, run_dir: str, values: Mapping[str, float]) -> None:
+        """Export figures to Prometheus, where a cluster has one; the run goes by its directory's name."""
+        if self._live is not None:
+            self._live.show(run_dir.rstrip("/").rpartition("/")[2], values)
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Show metrics in Ray's dashboard; all ranks agree on when."""

@@ -55,6 +55,9 @@ class TrialContext:
         """A trial ends in a report, or with its process."""
         return False
 
+    def observe(self, run_dir: str, values: Mapping[str, float]) -> None:
+        """A search shows its trials by what they report."""
+
     def preemption(self) -> str:
         """Trials save at every evaluation."""
         return ""

@@ -32,6 +32,9 @@ class Context(Protocol):
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Hand metrics to the launcher's own dashboard. Called by all ranks after an evaluation; may be slow."""
 
+    def observe(self, run_dir: str, values: Mapping[str, float]) -> None:
+        """Show figures of a run while it trains, by their names in metrics.jsonl. Called by rank 0; must be quick."""
+
     def stop_requested(self) -> bool:
         """Whether somebody wants the job to save and end (SIGTERM). Asked often; one rank's yes is enough."""
 

@@ -133,7 +133,9 @@ class Loop:
         done = step + 1
         for run in self.runs:
             if done % self.config.train.log_every == 0 or done == self.total:
-                write_step(run.log, run.session, done, records[run].log, self.meter)
+                line = write_step(run.log, run.session, done, records[run].log, self.meter)
+                if line is not None:
+                    self.context.observe(run.run_dir, {"step": done, **line})
             run.write_samples(done, records[run])
         return records
 
@@ -175,8 +177,11 @@ class Loop:
         self.results = {run: run.finish(self.meter) for run in self.runs}
 
 
-def write_step(log: MetricsLog | None, session: Session, done: int, record: Mapping[str, Tensor], meter: Meter) -> None:
-    """Average a step's breakdown over all lanes and write it. Every worker takes part."""
+def write_step(
+    log: MetricsLog | None, session: Session, done: int, record: Mapping[str, Tensor], meter: Meter
+) -> dict[str, float] | None:
+    """Average a step's breakdown over all lanes and write it. Every worker takes part; the one with the log gets what
+    was written."""
     share = len(session.my_lanes) / session.config.train.lanes
     values = all_sum(torch.stack([value.double() for value in record.values()]) * share).tolist()
     if log is not None:
@@ -186,7 +191,10 @@ def write_step(log: MetricsLog | None, session: Session, done: int, record: Mapp
             "lr": session.optimizer.param_groups[0]["lr"],
             "epoch": done / session.order.steps_per_epoch,
         }
-        log.write("train", done, dict(zip(record, values, strict=True)) | rates)
+        line = dict(zip(record, values, strict=True)) | rates
+        log.write("train", done, line)
+        return line
+    return None
 
 
 def summary(record: Mapping[str, Tensor]) -> str:

@@ -64,6 +64,8 @@ class Run:
     def save(self, done: int) -> None:
         """Checkpoint, in the background."""
         self.session.save(done, self.writer)
+        if self.writer is not None:
+            self.session.context.observe(self.run_dir, {"checkpoint_stall": self.writer.stalls[-1]})
 
     def wait(self) -> None:
         """Return when everything is committed."""

@@ -55,6 +55,6 @@ def test_errors_are_one_line_and_exit_status_two(
     assert ended.value.code == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("error: unknown model 'resnet35'")
+    assert said.err.startswith("python -m mimkd_ray layers: unknown model 'resnet35'")
     assert "did you mean" in said.err
     assert said.err.count("\n") == 1

@@ -102,6 +102,20 @@ def test_a_report_of_a_plain_context_comes_after_the_checkpoint_is_begun_and_not
     assert order == [("save", 6)]
 
 
+def test_what_is_written_of_a_step_is_shown_live_and_so_is_what_a_checkpoint_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, float]] = []
+    monkeypatch.setattr(LocalContext, "observe", lambda _, run_dir, values: seen.append({"at": run_dir, **values}))
+    result = run(labels_only(train={"log_every": 2}, run={"checkpoint_every": 2}), tmp_path)
+    written = [{key: value for key, value in line.items() if key != "kind"} for line in metrics(tmp_path, "train")]
+    assert [line["step"] for line in written] == [2, 4, 6, 8, 10, 12]
+    assert [{**line, "at": str(tmp_path)} for line in written] == [line for line in seen if "step" in line]
+    assert {"loss", "images_per_second", "data_wait", "lr"} <= set(seen[0])
+    (stall,) = (line["checkpoint_stall"] for line in seen if "step" not in line)
+    assert stall == result["checkpoints"]["stall_seconds"]
+
+
 # (b) the best student
 
 

@@ -1,0 +1,164 @@
+"""Checks of where bytes go: object storage, the disk of the block store; and of how fast images are decoded."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mimkd_ray import storage
+from mimkd_ray.data import decode as decoding
+from mimkd_ray.data.local_disk import is_on_local_disk
+from mimkd_ray.data.store import BlockStore
+from mimkd_ray.doctor.outcome import Outcome, Status, redacted
+from mimkd_ray.errors import UserError
+
+OBJECT_BYTES = 16 << 20
+"""Size of the object that is written and read for MB/s: about that of a block of data."""
+
+SLOW_STORAGE_MB_S = 20.0
+"""A node that reads slower feeds fewer than 200 ImageNet images/s in its first epoch."""
+
+IMAGE_BYTES = 110_000
+"""An ImageNet training image as it comes, on average."""
+
+LATENCY_TRIES = 5
+
+DISK_REMEDY = "name a local disk with --data.store (--store here), or less with --data.store-gb (--store-gb here)"
+
+SLOW_DECODE = 300.0
+"""Images/s of one core: less than half of what the slowest server CPUs do."""
+
+DECODE_SECONDS = 0.5
+
+
+def leave_mark(folder: str) -> str:
+    """Put a file into `folder` for the other nodes to find. Returns what went wrong, "" for nothing."""
+    try:
+        storage.write_bytes(storage.join(folder, "mark"), b"mark")
+    except (OSError, UserError) as error:
+        return redacted(str(error))
+    return ""
+
+
+def check_storage(node: str, root: str, folder: str) -> Outcome:
+    """Write, read, compare and delete an object of this node in `folder`, below `root`, with the credentials of this
+    process; and see the mark that another node has left there.
+
+    Takes 32 MB of traffic. What is written has a name of its own and is removed, whatever fails.
+    """
+    own = storage.join(folder, f"node-{os.urandom(6).hex()}")
+    content = os.urandom(OBJECT_BYTES)
+    try:
+        if not storage.exists(storage.join(folder, "mark")):
+            remedy = "it is not the same place there: give a URL or a folder that all nodes share"
+            text = f"{root} does not show here what another node wrote to it"
+            return Outcome(check="storage", status="fail", node=node, text=redacted(text), remedy=remedy)
+        try:
+            began = time.perf_counter()
+            storage.write_bytes(own, content)
+            write_s = time.perf_counter() - began
+            began = time.perf_counter()
+            back = storage.read_bytes(own)
+            read_s = time.perf_counter() - began
+            latency_ms = 1000 * min(_seconds_of_small_read(own) for _ in range(LATENCY_TRIES))
+        finally:
+            storage.remove_tree(own)
+        left = storage.exists(own)
+    except (OSError, UserError) as error:
+        remedy = "check the endpoint, the credentials of this node, and that its policy allows the prefix"
+        return Outcome(check="storage", status="fail", node=node, text=redacted(str(error)), remedy=remedy)
+    if back != content or left:
+        what = "other bytes came back than were written" if back != content else "a removed object is still there"
+        remedy = "the store is not consistent: jobs cannot rely on it, use another"
+        return Outcome(check="storage", status="fail", node=node, text=redacted(f"{root}: {what}"), remedy=remedy)
+    write, read = OBJECT_BYTES / 1e6 / write_s, OBJECT_BYTES / 1e6 / read_s
+    slow = read < SLOW_STORAGE_MB_S
+    return Outcome(
+        check="storage",
+        status="warn" if slow else "pass",
+        node=node,
+        text=redacted(
+            f"{root}: write {write:.0f} MB/s, read {read:.0f} MB/s ({read * 1e6 / IMAGE_BYTES:.0f} ImageNet images/s), "
+            f"{latency_ms:.2f} ms a request"
+        ),
+        remedy="use storage in the nodes' region, and smaller images (--short-side 256 when preparing)" if slow else "",
+        figures={"write_mb_s": write, "read_mb_s": read, "latency_ms": latency_ms},
+        speed=read,
+    )
+
+
+def _seconds_of_small_read(url: str) -> float:
+    began = time.perf_counter()
+    storage.read_range(url, 0, 1)
+    return time.perf_counter() - began
+
+
+def check_disk(node: str, folder: str, gigabytes: float) -> Outcome:
+    """The block store can be made in `folder` ("" for the default), and its disk has room for `gigabytes`."""
+    if not gigabytes:
+        return Outcome(check="disk", status="pass", node=node, text="no block store is wanted")
+    store = BlockStore(folder)
+    try:
+        store.prepare()
+    except UserError as error:
+        text, _, remedy = str(error).partition("; ")
+        return Outcome(check="disk", status="fail", node=node, text=text, remedy=remedy)
+    except OSError as error:  # a folder that is there and cannot be written to
+        text = f"the block store {store.folder} cannot be used: {error}"
+        return Outcome(check="disk", status="fail", node=node, text=text, remedy=DISK_REMEDY)
+    disk = os.statvfs(store.folder)
+    free = disk.f_bavail * disk.f_frsize / 1e9
+    held = sum(entry.stat().st_size for entry in os.scandir(store.folder) if entry.is_file()) / 1e9
+    text = f"{store.folder} has {free:.1f} GB free and {held:.1f} GB of blocks, the store may take {gigabytes:g} GB"
+    figures = {"free_gb": free, "held_gb": held}
+    status, advice = _judge_disk(store.folder, free + held, gigabytes)
+    remedy = f"{advice}: {DISK_REMEDY}" if advice else ""
+    return Outcome(check="disk", status=status, node=node, text=text, remedy=remedy, figures=figures, speed=free)
+
+
+def _judge_disk(folder: Path, room: float, gigabytes: float) -> tuple[Status, str]:
+    if room < gigabytes:
+        return "fail", "the disk would run full"
+    if not is_on_local_disk(folder):
+        return "warn", "it is on a network's file system, which is slow to map"
+    return "pass", ""
+
+
+def check_decode(node: str, cores: int) -> Outcome:
+    """How fast one core decodes a JPEG of ImageNet's usual size; `cores`: those of the node."""
+    jpeg = photograph()
+    decoding.decode(jpeg)
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < DECODE_SECONDS:
+        decoding.decode(jpeg)
+        count += 1
+    rate = count / (time.perf_counter() - began)
+    text = (
+        f"{rate:.0f} images/s a core ({len(jpeg) / 1000:.0f} kB, 500x375, without augmentation), {cores} cores: at "
+        f"most {rate * cores:.0f}"
+    )
+    figures = {"images_s": rate, "cores": float(cores)}
+    if not decoding.has_simplejpeg():
+        remedy = "install simplejpeg: it decodes in two thirds of the time"
+        return Outcome(check="decode", status="warn", node=node, text=text, remedy=remedy, figures=figures)
+    if rate < SLOW_DECODE:
+        remedy = "is something else running? take more cores a GPU, or prepare the data with --short-side 256"
+        return Outcome(check="decode", status="warn", node=node, text=text, remedy=remedy, figures=figures)
+    return Outcome(check="decode", status="pass", node=node, text=text, figures=figures, speed=rate)
+
+
+def photograph() -> bytes:
+    """A JPEG of 500 x 375 that costs about what an ImageNet photograph does: smooth shapes with grain, about 65 kB."""
+    from PIL import Image
+
+    y, x = np.mgrid[0:375, 0:500]
+    noise = np.random.default_rng(0).normal(0, 14, (375, 500, 3))
+    waves = np.stack([np.sin(x / 31 + y / 47), np.cos(x / 53 - y / 29), np.sin((x + y) / 41)], axis=-1)
+    pixels = np.clip(128 + 80 * waves + noise, 0, 255).astype(np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", quality=85)
+    return out.getvalue()
