@@ -78,6 +78,13 @@ def kd(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
     return _loss(config, kd_weight=weight, kd_temperature=suggest.number("kd_temperature", 1.0, 8.0, log=True))
 
 
+def rival(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """The factor on the published weights of the rivals in `loss.name`, 0.1 to 10."""
+    if not config.loss.rivals and "kd" not in config.loss.name:
+        return config
+    return _loss(config, rival_weight=suggest.number("rival_weight", 0.1, 10.0, log=True))
+
+
 def rate(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
     """The learning rate, from a quarter to four times the recipe's."""
     lr = config.optim.lr
@@ -91,5 +98,6 @@ SPACES: dict[str, Space] = {
     "taps": taps,
     "weights": weights,
     "kd": kd,
+    "rival": rival,
     "rate": rate,
 }

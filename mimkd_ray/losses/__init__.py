@@ -1,1 +1,1 @@
-"""The losses: mutual-information bounds, critics, MIMKD and Hinton's KD. Pure PyTorch."""
+"""The losses: mutual-information bounds, critics, MIMKD, Hinton's KD, and the rivals, one file each. Pure PyTorch."""

@@ -1,9 +1,9 @@
 """The methods that `loss.name` may name: what each reads of the two networks, and the weight of its publication.
 
 Weights are those of the benchmark by the authors of CRD (arXiv 1910.10699), which the field's CIFAR-100 tables go back
-to, and of the method's own paper where it is newer (DKD, DIST, ReviewKD) or where the benchmark's formula is another
-one (CC). The cross-entropy has weight 1 beside all of them but KD, which has 0.1. Formulae, sources and what differs
-from them are told in each loss's own file.
+to, and of the method's own paper where it is newer (DKD, DIST, ReviewKD). CC's is neither: the benchmark has another
+formula under its name. The cross-entropy has weight 1 beside all of them but KD, which has 0.1. Formulae, sources and
+what differs from them are told in each loss's own file.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def path(request, monkeypatch) -> None:
     """Both ways to score: these 30 rows are few, and 2 images' rows at a time."""
     if request.param == "gathered rows":
         monkeypatch.setattr(crd, "DENSE", 0)
-        monkeypatch.setattr(crd, "CHUNK_BYTES", 2 * (NEGATIVES + 1) * 128 * 8)
+        monkeypatch.setattr(crd, "CPU_CHUNK_BYTES", 2 * (NEGATIVES + 1) * 128 * 8)
 
 
 def make(rows: TrainingRows = ROWS) -> CRD:
@@ -149,6 +149,31 @@ def test_ids_are_not_positions() -> None:
     loss.double()(*value, LABELS, torch.tensor([9, 1000, 9, 9, 9]))
     changed = (loss.of_student_Nd != before).any(1)
     assert changed.tolist() == [False, False, True, False, True]
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loaded_state_goes_on_bit_for_bit(compiled: bool) -> None:
+    """Also one that is loaded into a loss which has gone on in another way meanwhile, and an untouched one."""
+    torch._dynamo.reset()
+    loss, other = make(), make()
+    call, other_call = (
+        (torch.compile(each, fullgraph=True, backend="aot_eager") if compiled else each) for each in (loss, other)
+    )
+    fresh = {name: value.clone() for name, value in loss.state_dict().items()}
+
+    def go_on(forward, step: int) -> torch.Tensor:
+        torch.manual_seed(step)
+        return forward(*both(step), LABELS, IDS).detach()
+
+    start = go_on(call, 0)
+    state = {name: value.clone() for name, value in loss.state_dict().items()}
+    expected = [go_on(call, step) for step in (1, 2)]
+    other.load_state_dict(state)
+    assert [go_on(other_call, step) for step in (1, 2)] == expected
+    other.load_state_dict(fresh)
+    assert go_on(other_call, 0) == start
+    assert torch.equal(other.log_z_2, state["log_z_2"])
 
 
 def test_one_class_has_no_negatives() -> None:

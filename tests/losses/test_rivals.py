@@ -65,6 +65,8 @@ def test_autocast_changes_nothing_and_the_teacher_has_no_gradient(method) -> Non
 def test_compiles_without_a_graph_break(method) -> None:
     torch._dynamo.reset()
     teacher, student = both()
+    for leaf in leaves(student):
+        leaf.requires_grad_()
     expected = build(method, taps_of(method))
     rival = build(method, taps_of(method))
     compiled = torch.compile(rival, fullgraph=True, backend="aot_eager")
@@ -74,6 +76,15 @@ def test_compiles_without_a_graph_break(method) -> None:
         torch.manual_seed(1)
         got = compiled(teacher, student, LABELS, IDS)
         assert got.item() == pytest.approx(want.item(), rel=1e-9)
+        inputs = [*leaves(student), *rival.parameters()], [*leaves(student), *expected.parameters()]
+        mine, theirs = (
+            torch.autograd.grad(loss, over, allow_unused=True) for loss, over in zip((got, want), inputs, strict=True)
+        )
+        for ours, reference in zip(mine, theirs, strict=True):
+            assert (ours is None) == (reference is None)
+            assert ours is None or torch.allclose(ours, reference, rtol=1e-9, atol=1e-12)
+    for name, value in expected.state_dict().items():
+        assert torch.allclose(rival.state_dict()[name], value, rtol=1e-9, atol=1e-12), name
 
 
 def make(name: tuple[Method, ...], **fields) -> tuple[MIMKDLoss, LossConfig]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -137,6 +138,30 @@ def test_no_pair_chosen_turns_feature_terms_off_and_asks_for_no_weight() -> None
     one = build(_Fixed(**{"feature a:b": False, "global terms": False}))  # type: ignore[arg-type]
     assert one.loss.feature_pairs == ("c:d",)
     assert (one.loss.global_weight, one.loss.feature_weight) == (0.0, 3.0)
+
+
+def test_a_rivals_factor_only_where_there_is_one() -> None:
+    none = _Fixed()
+    assert compose([SPACES["rival"]], tiny_config(), NONE)(none) == tiny_config()  # type: ignore[arg-type]
+    assert none.asked == []
+    for name in ("kd", "rkd"):
+        base = tiny_config(loss={"name": ("mimkd", name)})
+        config = compose([SPACES["rival"]], base, NONE)(_Fixed(rival_weight=0.2))  # type: ignore[arg-type]
+        assert config.loss.weight_of(name) == pytest.approx(0.2 * base.loss.weight_of(name))
+
+
+def test_the_widest_config_names_all_methods_that_are_drawn() -> None:
+    base = tiny_config(loss={"name": (), "feature_pairs": ()})
+
+    def method(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+        name = suggest.choice("method", ("dist", "sp", "mimkd"))
+        return replace(config, loss=replace(config.loss, name=(name,)))  # type: ignore[arg-type]
+
+    candidates = find_candidates(base, 10)
+    wide = widest(compose([method], base, candidates), candidates)
+    assert set(wide.loss.name) == {"dist", "sp", "mimkd"}
+    assert wide.loss.weight("feature")
+    assert wide.loss.feature_pairs == candidates.default["feature"]
 
 
 def test_whatever_is_drawn_can_be_trained() -> None:

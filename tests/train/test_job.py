@@ -100,6 +100,8 @@ def test_arms_of_a_seed_differ_in_their_loss_alone() -> None:
     assert not alone.loss.uses_teacher
     assert (kd.loss.kd_weight, kd.loss.uses_features) == (0.7, False)
     assert mimkd.loss == config.loss
+    rkd = arm_config(config, "rkd", 2)
+    assert rkd.loss == replace(config.loss, name=("rkd",))
     assert alone.data == kd.data == mimkd.data
     assert alone.train == kd.train == mimkd.train
     assert alone.data.subset_seed == 2

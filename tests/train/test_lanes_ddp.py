@@ -132,6 +132,20 @@ def test_any_number_of_workers_and_a_changing_one_train_one_model(tmp_path: Path
                     _assert_statistics(found, value, f"{name}, {key}")
 
 
+@pytest.mark.slow
+def test_rivals_on_two_workers_train_the_model_of_one(tmp_path: Path) -> None:
+    """Those that work within a lane, with batch norms in their connectors, in float64."""
+    config = _config("float64", name=("mimkd", "fitnet", "review", "rkd", "dkd"))
+    alone = _attempt(LocalContext(torch.device("cpu")), config, str(tmp_path / "alone"), 6)
+    pair = _workers(2, config, tmp_path / "two", 6)
+    assert pair[0]["samples"] == alone["samples"]
+    assert pair[0]["losses"] == pytest.approx(alone["losses"], rel=1e-8)
+    for key, value in alone["student"].items():
+        torch.testing.assert_close(pair[0]["student"][key], value, rtol=1e-6, atol=1e-9)
+    for seen in pair:
+        _assert_statistics(seen["statistics"], alone["statistics"], "2 workers")
+
+
 def _assert_statistics(ours: torch.Tensor, theirs: torch.Tensor, name: str) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9, msg=lambda text: f"{name}: {text}")
 
