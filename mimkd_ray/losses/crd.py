@@ -132,12 +132,20 @@ class CRD(Rival):
         most = CPU_CHUNK_BYTES if bank_Nd.device.type == "cpu" else CHUNK_BYTES
         size = max(1, most // (rows_BK.shape[1] * WIDTH * bank_Nd.element_size()))
         chunks = list(zip(own_Bd.split(size), rows_BK.split(size), strict=True))
+        # One place for all chunks: memory of its own for each of them is not all given back by malloc.
+        place = bank_Nd.new_empty(min(size, len(rows_BK)) * rows_BK.shape[1], WIDTH)
+
+        def fetch(rows_bK: Tensor) -> Tensor:
+            return torch.index_select(bank_Nd, 0, rows_bK.flatten(), out=place[: rows_bK.numel()]).view(
+                *rows_bK.shape, WIDTH
+            )
+
         if not self.settled:
-            scored = [torch.einsum("bd,bkd->bk", own_bd, bank_Nd[rows_bK]) for own_bd, rows_bK in chunks]
+            scored = [torch.einsum("bd,bkd->bk", own_bd, fetch(rows_bK)) for own_bd, rows_bK in chunks]
             self._settle(which, torch.cat(scored) / TEMPERATURE)
         losses, slopes = [], []
         for own_bd, rows_bK in chunks:
-            bank_bKd = bank_Nd[rows_bK]
+            bank_bKd = fetch(rows_bK)
             loss_b, slope_bK = self._nce(which, torch.einsum("bd,bkd->bk", own_bd, bank_bKd) / TEMPERATURE)
             losses.append(loss_b)
             slopes.append(torch.einsum("bk,bkd->bd", slope_bK, bank_bKd))
