@@ -1,0 +1,168 @@
+"""What a cluster will do, before it is rented: images/s, hours and cost of an epoch for 8 to 512 GPUs.
+
+    python benchmarks/scaling_model.py --step-ms 180 --lane-batch 64 --gradient-mb 47 --link-gbit 25 --storage-gbit 10
+
+Measure the step on one GPU of the kind in mind (`images_per_second` of a run there), and links and storage with
+`python -m mimkd_ray doctor`. The model:
+
+* A step takes max(compute + exposed reduction, input).
+* compute: the measured step of one worker, unchanged: each worker keeps its lane batch (weak scaling).
+* reduction: a ring within a node is free; between nodes 2 (n - 1)/n gradient bytes cross the slowest link, plus a
+  latency for each of 2 (n - 1) hops. `--overlap` of it hides behind the backward pass (DDP reduces while it runs), as
+  far as that lasts: two thirds of the compute.
+* input: in the first epoch blocks come from object storage, whose bandwidth is a node's own, up to
+  `--storage-total-gbit` for all together; later epochs read the nodes' disks. Decoding is bounded by `--decode`
+  images/s of each GPU's cores.
+* cost: GPU hours, and the head's. Spot machines that are lost cost the steps since the last checkpoint and the
+  restart: `--losses` per GPU and hour, `--checkpoint-minutes`, `--restart-seconds`.
+
+Not in it: stragglers, contention within the network, NCCL's choice of algorithm, evaluation, checkpoints to storage.
+Treat what it says as a bound from above, and the row where the columns bend as the place to look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from report import table
+
+GPUS = (8, 16, 32, 64, 128, 256, 512)
+BACKWARD = 2 / 3
+"""Share of a step's compute in which gradients become ready."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What is known of the machines and the run."""
+
+    step_ms: float
+    lane_batch: int
+    gradient_mb: float
+    link_gbit: float
+    storage_gbit: float
+    gpus_per_node: int = 1
+    hop_us: float = 50.0
+    overlap: float = 0.8
+    storage_total_gbit: float = 400.0
+    image_kb: float = 110.0
+    decode: float = 5000.0
+    images: int = 1_281_167
+    gpu_hour: float = 1.0
+    head_hour: float = 0.2
+    losses: float = 0.0
+    checkpoint_minutes: float = 10.0
+    restart_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one cluster size. Shares are of the step."""
+
+    gpus: int
+    compute_ms: float
+    reduction_ms: float
+    input_first_ms: float
+    input_later_ms: float
+    step_first_ms: float
+    step_ms: float
+    images_per_second: float
+    efficiency: float
+    epoch_hours: float
+    epoch_cost: float
+
+
+def predict(known: Cluster, gpus: int) -> Prediction:
+    """Predict for so many GPUs."""
+    nodes = max(1, gpus // known.gpus_per_node)
+    reduction = 0.0
+    if nodes > 1:
+        bytes_each = 2 * (nodes - 1) / nodes * known.gradient_mb * 1e6
+        reduction = 1e3 * bytes_each * 8 / (known.link_gbit * 1e9) + 1e-3 * known.hop_us * 2 * (nodes - 1)
+    hidden = min(known.overlap * reduction, BACKWARD * known.step_ms)
+    busy = known.step_ms + reduction - hidden
+    storage = min(known.storage_gbit, known.storage_total_gbit / nodes) * 1e9 / 8  # bytes/s of a node
+    read = known.gpus_per_node * known.lane_batch * known.image_kb * 1e3 / storage
+    decode = known.lane_batch / known.decode
+    first, later = 1e3 * max(read, decode), 1e3 * decode
+    step_first, step = max(busy, first), max(busy, later)
+    rate = gpus * known.lane_batch / step * 1e3
+    hours = known.images / rate / 3600
+    # A loss anywhere costs everybody half a checkpoint's interval and the restart.
+    lost = known.losses * gpus * (known.checkpoint_minutes * 30 + known.restart_seconds) / 3600
+    hours = hours / (1 - lost) if lost < 1 else float("inf")
+    return Prediction(
+        gpus=gpus,
+        compute_ms=known.step_ms,
+        reduction_ms=reduction - hidden,
+        input_first_ms=first,
+        input_later_ms=later,
+        step_first_ms=step_first,
+        step_ms=step,
+        images_per_second=rate,
+        efficiency=known.step_ms / step,
+        epoch_hours=hours,
+        epoch_cost=hours * (gpus * known.gpu_hour + known.head_hour),
+    )
+
+
+def options() -> argparse.Namespace:
+    made = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    made.add_argument("--step-ms", type=float, required=True, help="measured step of one GPU with its lane")
+    made.add_argument("--lane-batch", type=int, required=True, help="images of a GPU in a step")
+    made.add_argument("--gradient-mb", type=float, required=True, help="bytes of gradients: 4 a trained parameter")
+    made.add_argument("--link-gbit", type=float, required=True, help="slowest link between nodes, Gbit/s")
+    made.add_argument("--storage-gbit", type=float, required=True, help="object storage, of one node, Gbit/s")
+    made.add_argument("--gpus-per-node", type=int, default=1, help="GPUs behind one link")
+    made.add_argument("--hop-us", type=float, default=50.0, help="latency of a hop of the ring")
+    made.add_argument("--overlap", type=float, default=0.8, help="share of the reduction that may hide")
+    made.add_argument("--storage-total-gbit", type=float, default=400.0, help="object storage, of all nodes together")
+    made.add_argument("--image-kb", type=float, default=110.0, help="stored size of an image (prepared: about 40)")
+    made.add_argument("--decode", type=float, default=5000.0, help="images/s that the cores of one GPU decode")
+    made.add_argument("--images", type=int, default=1_281_167, help="of an epoch")
+    made.add_argument("--gpu-hour", type=float, default=1.0, help="price of a GPU's share of its machine for an hour")
+    made.add_argument("--head-hour", type=float, default=0.2, help="price of the head for an hour")
+    made.add_argument("--losses", type=float, default=0.0, help="spot losses per GPU and hour")
+    made.add_argument("--checkpoint-minutes", type=float, default=10.0, help="between two checkpoints")
+    made.add_argument("--restart-seconds", type=float, default=30.0, help="from a loss to the next step")
+    made.add_argument("--gpus", type=int, nargs="+", default=list(GPUS), help="sizes")
+    made.add_argument("--json", type=Path, metavar="FILE", help="also write the predictions to this file")
+    return made.parse_args()
+
+
+def main() -> int:
+    args = vars(options())
+    sizes, file = args.pop("gpus"), args.pop("json")
+    known = Cluster(**args)
+    found = [predict(known, gpus) for gpus in sizes]
+    print(f"assumed: {', '.join(f'{name} {value:g}' for name, value in asdict(known).items())}\n")
+    header = ["GPUs", "step ms", "reduction", "input", "first epoch", "images/s", "efficiency", "epoch h", "cost"]
+    rows: list[list[object]] = [
+        [
+            each.gpus,
+            each.step_ms,
+            each.reduction_ms,
+            each.input_later_ms,
+            each.step_first_ms,
+            round(each.images_per_second),
+            f"{each.efficiency:.0%}",
+            each.epoch_hours,
+            each.epoch_cost,
+        ]
+        for each in found
+    ]
+    print(table(header, rows))
+    if file is not None:
+        file.write_text(
+            json.dumps({"assumed": asdict(known), "predicted": [asdict(each) for each in found]}, indent=2) + "\n"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
