@@ -1,7 +1,8 @@
 """A Ray head on this machine, in processes of its own, to which jobs are submitted as to a cluster.
 
-It listens on 127.0.0.1 and free ports, asks for a token that only its clients are given, and keeps its files in a
-folder that goes with it. Its processes are ended by their ids: `ray stop` would end every Ray of the machine.
+It takes free ports (the dashboard's on 127.0.0.1 alone), asks for a token that only its clients are given, and keeps
+its files in a folder that goes with it. Its processes are ended by their ids: `ray stop` would end every Ray of the
+machine.
 """
 
 from __future__ import annotations
@@ -38,8 +39,6 @@ PORTS = (
 class Head:
     """A head that is up."""
 
-    address: str
-    """host:port of the cluster."""
     url: str
     """URL of the dashboard, which takes jobs."""
     folder: Path
@@ -99,14 +98,13 @@ def ray_head(*options: str, port: int = 0, **environment: str) -> Iterator[Head]
     command = [
         *(str(BIN / "ray"), "start", "--head", "--block", "--temp-dir", str(folder), "--node-ip-address", "127.0.0.1"),
         *("--dashboard-host", "127.0.0.1", "--min-worker-port", "0", "--max-worker-port", "0"),
-        *(word for name, port in ports.items() for word in (name, str(port))),
+        *(word for name, number in ports.items() for word in (name, str(number))),
         *options,
     ]
     log = folder / "head.log"
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     head = Head(
-        address=f"127.0.0.1:{ports['--port']}",
         url=f"http://127.0.0.1:{ports['--dashboard-port']}",
         folder=folder,
         log=log,

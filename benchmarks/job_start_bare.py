@@ -46,7 +46,7 @@ def train(setup: dict[str, Any]) -> None:
         loss.backward()
         optimizer.step()
         marks.setdefault("first_step", time.time())
-        ray.train.report({"step": step, "loss": float(loss)})
+        ray.train.report({"step": step, "loss": loss.item()})
     if ray.train.get_context().get_world_rank() == 0:
         Path(setup["file"]).write_text(json.dumps(marks))
 
