@@ -70,6 +70,7 @@ STAGES = {
     "teacher": "teacher, and its check",
     "cache": "cache, where there is one",
     "built": "student",
+    "first_batch": "first batch",
     "first_step": "first step (hello: all from Ray on)",
 }
 

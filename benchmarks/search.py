@@ -65,6 +65,7 @@ STAGES = {
     "teacher": "teacher, and its check",
     "cache": "cache; checks of a pack",
     "built": "student, loader",
+    "first_batch": "first batch",
     "first_step": "first step",
     "all": "in all",
 }

@@ -1,7 +1,7 @@
 """The command line of jobs/: pick a recipe, override any field by its dotted name, run, and exit with a meaning.
 
-Exit status: 0 done, 1 the run failed, 2 bad input, 3 stopped after saving (SIGTERM), 130 interrupted (Ctrl-C). Errors
-are one line on standard error.
+Exit status: 0 done, 1 the run failed, 2 bad input, 3 stopped by SIGTERM (training has saved then, and the same command
+goes on), 130 interrupted (Ctrl-C). Errors are one line on standard error.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import io
 import itertools
 import json
 import re
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from mimkd_ray import storage
@@ -41,9 +43,10 @@ def main(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str] | None
 
 def guarded(program: str, work: Callable[[], int], interrupted: str) -> int:
     """Return the status of ``work()``, or that of its error, which is printed as one line; `interrupted` is what to
-    say of Ctrl-C."""
+    say of Ctrl-C, and of a SIGTERM that nobody takes for a request to save."""
     try:
-        return work()
+        with sigterm_exits():
+            return work()
     except UserError as error:
         return fail(f"{program}: {error}", 2)
     except (DamagedDataError, NonFiniteLossError, storage.StorageError) as error:
@@ -52,6 +55,25 @@ def guarded(program: str, work: Callable[[], int], interrupted: str) -> int:
         return fail(f"{program}: {error}; the same command goes on from there", 3)
     except KeyboardInterrupt:
         return fail(f"{program}: interrupted; {interrupted}", 130)
+    except SystemExit as left:
+        if left.code == signal.SIGTERM:
+            return fail(f"{program}: asked to stop; {interrupted}", 3)
+        if left.code == 0:  # Ray's handler of Ctrl-C
+            return fail(f"{program}: interrupted; {interrupted}", 130)
+        raise
+
+
+@contextlib.contextmanager
+def sigterm_exits() -> Iterator[None]:
+    """A with-block in which SIGTERM raises SystemExit with the signal's number, as it does from ``ray.init`` on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def fail(text: str, status: int) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -220,3 +222,20 @@ def test_interruption_is_one_line_and_status_130(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "the same command goes on" in error
+
+
+def test_sigterm_outside_of_training_is_status_3(capsys: pytest.CaptureFixture[str]) -> None:
+    """In imports, checks, and where a job waits for nodes. Ray turns Ctrl-C into an exit with status 0."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stopped() -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)  # in which it comes
+        return 0
+
+    assert cli.guarded("job", stopped, "the same command goes on") == 3
+    assert capsys.readouterr().err == "job: asked to stop; the same command goes on\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert cli.guarded("job", lambda: sys.exit(0), "the same command goes on") == 130
+    with pytest.raises(SystemExit):
+        cli.guarded("job", lambda: sys.exit(7), "")

@@ -1,7 +1,7 @@
 """The command line of jobs/cache_teacher.py: plan and build a cache, on a cluster or here; look after caches.
 
-Exit status: 0 done, 1 the job failed (or `verify` found damage), 2 bad input, 130 interrupted. Errors are one line on
-standard error.
+Exit status: 0 done, 1 the job failed (or `verify` found damage), 2 bad input, 3 stopped (SIGTERM), 130 interrupted.
+Errors are one line on standard error.
 """
 
 from __future__ import annotations
@@ -103,8 +103,6 @@ def make(config: Config, only_plan: bool = False) -> Built | None:
         cluster = ray_cache.Cluster(config)
         print(cluster.plan(), flush=True)
         return None if only_plan else finish(cluster.setup(), cluster.run)
-    except SystemExit:
-        raise KeyboardInterrupt from None  # Ray's handler of Ctrl-C exits, and with status 0
     finally:
         if own:
             import ray

@@ -34,6 +34,8 @@ def prepare(configured: str) -> None:
     process and its children know. (If Ray was imported before, its mode is fixed and left as it is.)
     """
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # workers' lines would be shown twice
+    if not sys.stdout.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # Ray colours the names before workers' lines, in files too
     joins = bool(cluster_address(configured))
     for name, value in (JOINED if joins else EMBEDDED).items():
         os.environ.setdefault(name, value)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import _thread
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray.train import ScalingConfig
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from mimkd_ray.errors import UserError
 from mimkd_ray.train.config import Config
@@ -23,17 +25,21 @@ def scaling(config: Config, own: bool) -> ScalingConfig:
     A range of workers is elastic in a cluster that others may change; in a Ray of our own it is the most that fit.
     """
     deadline = time.monotonic() + 60 * config.launch.wait_minutes
-    while True:
-        has = ray.cluster_resources()
-        try:
-            return _fit(config, own, int(has.get("CPU", 0)), int(has.get("GPU", 0)))
-        except UserError as error:
-            if own or time.monotonic() >= deadline:
-                raise
-            left = (deadline - time.monotonic()) / 60
-            print(f"waiting up to {left:.0f} more minutes for nodes: {error}", flush=True)
-            _ask_autoscaler(config)
-            time.sleep(LOOK_SECONDS)
+    asked = False
+    with ExitStack() as demand:
+        while True:
+            has = ray.cluster_resources()
+            try:
+                return _fit(config, own, int(has.get("CPU", 0)), int(has.get("GPU", 0)))
+            except UserError as error:
+                left = deadline - time.monotonic()
+                if own or left <= 0:
+                    raise
+                print(f"waiting up to {left / 60:.0f} more minutes for nodes: {error}", flush=True)
+                if not asked:
+                    demand.enter_context(_asked_for_nodes(config))
+                    asked = True
+                time.sleep(LOOK_SECONDS)
 
 
 def _fit(config: Config, own: bool, cpus: int, gpus: int) -> ScalingConfig:
@@ -67,14 +73,19 @@ def _fit(config: Config, own: bool, cpus: int, gpus: int) -> ScalingConfig:
     )
 
 
-def _ask_autoscaler(config: Config) -> None:
-    from ray.autoscaler.sdk import request_resources
+@contextmanager
+def _asked_for_nodes(config: Config) -> Iterator[None]:
+    """A with-block in which an autoscaler sees that the fewest workers are wanted.
 
-    fewest = max(1, config.launch.worker_range[0])
-    bundle: dict[str, Any] = {"CPU": config.launch.cpus_per_worker or 1}
-    if config.launch.gpu == "on":
-        bundle["GPU"] = 1
-    request_resources(bundles=[bundle] * fewest)
+    By a placement group, which goes with this process however it ends. What `ray.autoscaler.sdk.request_resources` asks
+    for outlives it: the nodes of a job that was stopped as it waited would come, and be kept up and paid for.
+    """
+    bundle = {"CPU": config.launch.cpus_per_worker or 1, **({"GPU": 1} if config.launch.gpu == "on" else {})}
+    group = placement_group([bundle] * max(1, config.launch.worker_range[0]))
+    try:
+        yield
+    finally:
+        remove_placement_group(group)
 
 
 @dataclass

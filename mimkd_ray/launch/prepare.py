@@ -1,6 +1,7 @@
 """The command line of jobs/prepare_data.py, and the data preparation that it starts.
 
-Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted. Errors are one line on standard error.
+Exit status: 0 done, 1 the run failed, 2 bad input, 3 stopped (SIGTERM), 130 interrupted. Errors are one
+line on standard error.
 """
 
 from __future__ import annotations
@@ -60,8 +61,6 @@ def prepare_with_ray(job: PrepareJob) -> Manifest:
 
     try:
         return prepare(job, run)
-    except SystemExit:
-        raise KeyboardInterrupt from None  # Ray's handler of Ctrl-C exits, and with status 0
     finally:
         if own == [True]:
             import ray

@@ -272,8 +272,6 @@ def run_with_ray(state: Search, widest: Config) -> bool:
             return ray_tune.run_on_ray(driver, job, state.folder, shape, own, callbacks)
 
         return stages(state, run)
-    except SystemExit:
-        raise KeyboardInterrupt from None  # Ray's handler of Ctrl-C exits, and with status 0
     finally:
         if own:
             ray.shutdown()

@@ -13,6 +13,7 @@ from mimkd_ray.data.batch_views import BatchTransform
 from mimkd_ray.data.loader import DamageCounter, LaneBatch
 from mimkd_ray.data.mixing import mix
 from mimkd_ray.losses.features import Features, Others
+from mimkd_ray.train import timeline
 from mimkd_ray.train.cache_check import CacheCheck
 from mimkd_ray.train.cache_negatives import CachedNegatives
 from mimkd_ray.train.coding import Coding
@@ -71,6 +72,7 @@ class Feed:
         asked = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - asked
+        timeline.mark("first_batch")
         assert (batch.step, batch.lane) == (step, lane), f"step {step} lane {lane} got {batch.step} {batch.lane}"
         self.damage.add(batch)
         config = self.config

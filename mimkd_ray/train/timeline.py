@@ -21,5 +21,5 @@ def begin(earlier: Mapping[str, float] | None = None) -> None:
 
 def marks() -> dict[str, float]:
     """The stages so far, as result.json shows them: parsed, checked, connected, worker (of a search's trial: asked),
-    data, teacher, cache, built, first_step. A teacher that is trained first has the first step."""
+    data, teacher, cache, built, first_batch, first_step. A teacher that is trained first has the first step."""
     return dict(_marks)

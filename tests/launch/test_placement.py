@@ -79,12 +79,15 @@ def test_waiting_for_an_autoscaler_ends_when_nodes_come(
     cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cluster["CPU"] = 0
-    asked = []
+    groups: list[Any] = []
     monkeypatch.setattr(placement, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(placement, "_ask_autoscaler", lambda config: asked.append(1))
-    threading.Timer(0.2, lambda: cluster.update(CPU=4)).start()
+    monkeypatch.setattr(placement, "placement_group", lambda bundles: groups.append(bundles) or bundles)
+    monkeypatch.setattr(placement, "remove_placement_group", groups.remove)
+    seen: list[Any] = []
+    threading.Timer(0.2, lambda: (seen.extend(groups), cluster.update(CPU=4))).start()
     assert scaling(_config(workers="2", wait_minutes=1), own=False).num_workers == 2
-    assert asked
+    assert seen == [[{"CPU": 1}] * 2], "asked for once, while it waits"
+    assert not groups, "and no longer"
     assert "waiting up to 1 more minutes for nodes: 2 workers" in capsys.readouterr().out
 
 
@@ -92,6 +95,19 @@ def wait_long() -> None:
     """Ten seconds; an interrupt is seen at the end of a sleep."""
     for _ in range(1000):
         time.sleep(0.01)
+
+
+def test_a_wait_that_was_in_vain_asks_for_nothing_any_more(
+    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[Any] = []
+    monkeypatch.setattr(placement, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(placement, "placement_group", lambda bundles: groups.append(bundles) or bundles)
+    monkeypatch.setattr(placement, "remove_placement_group", groups.remove)
+    cluster["CPU"] = 0
+    with pytest.raises(UserError, match="2 workers with 1 CPUs each do not fit"):
+        scaling(_config(workers="2", wait_minutes=0.1 / 60), own=False)
+    assert not groups
 
 
 def test_nodes_that_stay_away_end_the_job_with_numbers(

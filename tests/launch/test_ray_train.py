@@ -116,7 +116,7 @@ def test_the_run_directory_is_complete(under_ray: Path) -> None:
     assert {"torch", "ray", "python"} <= set(values["versions"])
     stages = list(values["timeline"])
     launched = ["parsed", "checked", "connected", "worker"]
-    assert stages == [*launched, "data", "teacher", "cache", "built", "first_step"]
+    assert stages == [*launched, "data", "teacher", "cache", "built", "first_batch", "first_step"]
     assert sorted(values["timeline"].values()) == list(values["timeline"].values())
     student = build_model("cifar/resnet8_w4", 10).double()
     student.load_state_dict(load_file(under_ray / "student.safetensors"))

@@ -53,7 +53,7 @@ def test_a_lone_trial_reports_what_is_committed(tmp_path: Path) -> None:
     assert ended[0].state == "completed"
     assert [each["epoch"] for each in heard] == [1, 2]
     stages = ended[0].details
-    assert list(stages) == ["asked", "data", "teacher", "cache", "built", "first_step"]
+    assert list(stages) == ["asked", "data", "teacher", "cache", "built", "first_batch", "first_step"]
     assert [0.0, *sorted(stages.values())[1:]] == list(stages.values())
     assert stages["first_step"] <= ended[0].seconds
     result = read_json(f"{places[0]}/result.json")
