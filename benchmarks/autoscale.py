@@ -74,7 +74,8 @@ def cluster(address: str, idle_seconds: float) -> dict[str, Any]:
 def nodes(head: Head) -> int:
     """How many nodes are up, beside the head."""
     summary = head.ask("/nodes?view=summary")["data"]["summary"]
-    return sum(each["raylet"]["state"] == "ALIVE" for each in summary) - 1
+    raylets = [each["raylet"] for each in summary]
+    return sum(raylet["state"] == "ALIVE" and not raylet["isHeadNode"] for raylet in raylets)
 
 
 def wait_for(head: Head, wanted: int, job: subprocess.Popen[str] | None = None) -> float:
