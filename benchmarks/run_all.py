@@ -18,7 +18,7 @@ from report import met
 
 NAMES = (
     *("mi_bounds", "loss", "ray_overhead", "loader", "data_wait", "jump", "checkpoint", "lanes", "layout", "cache"),
-    *("cache_effect", "search", "memory_bank", "epoch", "scaling", "node_loss", "job_start", "autoscale"),
+    *("cache_effect", "search", "memory_bank", "epoch", "scaling", "job_start", "autoscale"),
 )
 
 FOLDER = Path(__file__).resolve().parent
