@@ -30,11 +30,6 @@ CHUNK = 512  # images that are decoded as one batch when the set is loaded
 MEMORY_SHARE = 8  # one part in so many of a GPU's memory may be taken without being asked for
 
 
-def decoded_bytes(rows: int, image_size: int) -> int:
-    """Return the bytes of so many decoded images."""
-    return rows * 3 * image_size**2
-
-
 def keeps_on_device(config: DataConfig, transform: Transform, rows: int, device: torch.device) -> bool:
     """Return whether a training set of so many rows is kept on the device, by `data.resident`."""
     if config.resident != "auto":
@@ -42,7 +37,7 @@ def keeps_on_device(config: DataConfig, transform: Transform, rows: int, device:
     if device.type != "cuda" or not can_be_resident(transform):
         return False
     room = torch.cuda.get_device_properties(device).total_memory
-    return decoded_bytes(rows, config.image_size) * MEMORY_SHARE <= room
+    return rows * 3 * config.image_size**2 * MEMORY_SHARE <= room
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +51,7 @@ class Resident:
 
     @classmethod
     def load(cls, source: Source, transform: Transform, device: torch.device, loader_workers: int) -> Resident:
-        """Decode the set: CIFAR-100 in 3 s a core. ``loader_workers`` are those of DataConfig.
+        """Decode the set. ``loader_workers`` are those of DataConfig.
 
         Raises DamagedDataError for a damaged block, StorageError for an object that cannot be read.
         """
@@ -114,14 +109,17 @@ class Resident:
         return positions[places][nearest_intact(places, len(positions))], names
 
 
-_loaded: WeakKeyDictionary[Source, Resident] = WeakKeyDictionary()  # for the next run of a process with the same set
+# For the next run of a process with the same set: what it was decoded by, and the set.
+_loaded: WeakKeyDictionary[Source, tuple[Transform, Resident]] = WeakKeyDictionary()
 
 
 def resident(source: Source, transform: Transform, device: torch.device, loader_workers: int) -> Resident:
-    """Return the set on the device: loaded now (see `Resident.load`), or by a run before this one with this source."""
-    known = _loaded.get(source)
-    if known is None or known.images_NCHW.device != device:
-        known = _loaded[source] = Resident.load(source, transform, device, loader_workers)
+    """Return the set on the device: loaded now (see `Resident.load`), or by a run before this one with this source and
+    an equal transform."""
+    by, known = _loaded.get(source, (None, None))
+    if known is None or by != transform or known.images_NCHW.device != device:
+        known = Resident.load(source, transform, device, loader_workers)
+        _loaded[source] = (transform, known)
     return known
 
 

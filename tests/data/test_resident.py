@@ -88,7 +88,10 @@ def test_a_batch_without_an_intact_image_is_an_error(tmp_path: Path) -> None:
 
 def test_a_set_is_loaded_once_for_a_process(tmp_path: Path) -> None:
     source = open_data(DataConfig(root=str(parquet_set(tmp_path)))).train
-    assert resident(source, CIFAR, CPU, 0) is resident(source, CIFAR, CPU, 0)
+    first = resident(source, CIFAR, CPU, 0)
+    assert resident(source, make_pipeline("cifar", 12).train, CPU, 0) is first
+    other = resident(source, make_pipeline("cifar", 10).train, CPU, 0)
+    assert other.images_NCHW.shape[2:] == (10, 10), "decoded anew for another size"
 
 
 def test_when_a_set_is_kept_there() -> None:
