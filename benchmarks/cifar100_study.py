@@ -1,6 +1,6 @@
 """Accuracy on CIFAR-100: the student alone, MIMKD and its rivals, in one harness, several seeds.
 
-    python benchmarks/cifar100_study.py --data DIR                          # the short study: under an hour on 2 cores
+    python benchmarks/cifar100_study.py --data DIR                          # the short study: about an hour on 2 cores
     python benchmarks/cifar100_study.py --data DIR --protocol --pairs resnet32x4_resnet8x4 --minutes 9   # on a GPU
 
 `--data` holds CIFAR-100 as Parquet. A teacher is trained once. Every method then gets the same number of tuning trials

@@ -22,13 +22,14 @@ Treat what it says as a bound from above, and the row where the columns bend as 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from report import table
+
+from mimkd_ray import cli
 
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 BACKWARD = 2 / 3
@@ -37,25 +38,46 @@ BACKWARD = 2 / 3
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What is known of the machines and the run."""
+    """What a cluster will do, before it is rented: images/s, hours and cost of an epoch. The module says how."""
 
     step_ms: float
+    """Measured step of one GPU with its lane, ms."""
     lane_batch: int
+    """Images of a GPU in a step."""
     gradient_mb: float
+    """Bytes of gradients, MB: 4 bytes a trained parameter."""
     link_gbit: float
+    """Slowest link between nodes, Gbit/s."""
     storage_gbit: float
+    """Object storage, of one node, Gbit/s."""
     gpus_per_node: int = 1
+    """GPUs behind one link."""
     hop_us: float = 50.0
+    """Latency of a hop of the ring, us."""
     overlap: float = 0.8
+    """Share of the reduction that may hide."""
     storage_total_gbit: float = 400.0
+    """Object storage, of all nodes together, Gbit/s."""
     image_kb: float = 110.0
+    """Stored size of an image, kB; smaller where the set was prepared with a short side."""
     decode: float = 5000.0
+    """Images/s that the cores of one GPU decode."""
     images: int = 1_281_167
+    """Images of an epoch."""
     gpu_hour: float = 1.0
+    """Price of a GPU's share of its machine for an hour."""
     head_hour: float = 0.2
+    """Price of the head for an hour."""
     losses: float = 0.0
+    """Spot losses per GPU and hour."""
     checkpoint_minutes: float = 10.0
+    """Minutes between two checkpoints."""
     restart_seconds: float = 30.0
+    """Seconds from a loss to the next step."""
+    gpus: tuple[int, ...] = GPUS
+    """Cluster sizes to predict."""
+    json: str = ""
+    """File to write the predictions to as well."""
 
 
 @dataclass(frozen=True)
@@ -109,38 +131,13 @@ def predict(known: Cluster, gpus: int) -> Prediction:
     )
 
 
-def options() -> argparse.Namespace:
-    made = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    made.add_argument("--step-ms", type=float, required=True, help="measured step of one GPU with its lane")
-    made.add_argument("--lane-batch", type=int, required=True, help="images of a GPU in a step")
-    made.add_argument("--gradient-mb", type=float, required=True, help="bytes of gradients: 4 a trained parameter")
-    made.add_argument("--link-gbit", type=float, required=True, help="slowest link between nodes, Gbit/s")
-    made.add_argument("--storage-gbit", type=float, required=True, help="object storage, of one node, Gbit/s")
-    made.add_argument("--gpus-per-node", type=int, default=1, help="GPUs behind one link")
-    made.add_argument("--hop-us", type=float, default=50.0, help="latency of a hop of the ring")
-    made.add_argument("--overlap", type=float, default=0.8, help="share of the reduction that may hide")
-    made.add_argument("--storage-total-gbit", type=float, default=400.0, help="object storage, of all nodes together")
-    made.add_argument("--image-kb", type=float, default=110.0, help="stored size of an image (prepared: about 40)")
-    made.add_argument("--decode", type=float, default=5000.0, help="images/s that the cores of one GPU decode")
-    made.add_argument("--images", type=int, default=1_281_167, help="of an epoch")
-    made.add_argument("--gpu-hour", type=float, default=1.0, help="price of a GPU's share of its machine for an hour")
-    made.add_argument("--head-hour", type=float, default=0.2, help="price of the head for an hour")
-    made.add_argument("--losses", type=float, default=0.0, help="spot losses per GPU and hour")
-    made.add_argument("--checkpoint-minutes", type=float, default=10.0, help="between two checkpoints")
-    made.add_argument("--restart-seconds", type=float, default=30.0, help="from a loss to the next step")
-    made.add_argument("--gpus", type=int, nargs="+", default=list(GPUS), help="sizes")
-    made.add_argument("--json", type=Path, metavar="FILE", help="also write the predictions to this file")
-    return made.parse_args()
-
-
 def main() -> int:
-    args = vars(options())
-    sizes, file = args.pop("gpus"), args.pop("json")
-    known = Cluster(**args)
-    found = [predict(known, gpus) for gpus in sizes]
-    print(f"assumed: {', '.join(f'{name} {value:g}' for name, value in asdict(known).items())}\n")
+    known = cli.from_flags(Cluster, sys.argv[1:])
+    if known is None:
+        return 0
+    found = [predict(known, gpus) for gpus in known.gpus]
+    assumed = {name: value for name, value in asdict(known).items() if name not in ("gpus", "json")}
+    print(f"assumed: {', '.join(f'{name} {value:g}' for name, value in assumed.items())}\n")
     header = ["GPUs", "step ms", "reduction", "input", "first epoch", "images/s", "efficiency", "epoch h", "cost"]
     rows: list[list[object]] = [
         [
@@ -157,10 +154,9 @@ def main() -> int:
         for each in found
     ]
     print(table(header, rows))
-    if file is not None:
-        file.write_text(
-            json.dumps({"assumed": asdict(known), "predicted": [asdict(each) for each in found]}, indent=2) + "\n"
-        )
+    if known.json:
+        report = {"assumed": assumed, "predicted": [asdict(each) for each in found]}
+        Path(known.json).write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
 
