@@ -72,9 +72,9 @@ class DataConfig:
     """Decoding processes per training worker; -1 = one less than its share of this machine's cores, at least one (none
     for a set in memory, such as the digits), 0 = decode in the training process."""
     resident: Literal["auto", "on", "off"] = "auto"
-    """Keep training and held-out images decoded in the device's memory: no loader processes. For pipelines of which only
-    the batch part draws random numbers (cifar, digits, none); auto: on a GPU of which the training set takes an eighth
-    at most."""
+    """Keep training and held-out images decoded in the device's memory: no loader processes. For pipelines of which
+    only the batch part draws random numbers (cifar, digits, none); auto: on a GPU of which the training set takes an
+    eighth at most."""
     max_damaged: float = 0.001
     """Share of images that may be damaged before the run stops."""
 
