@@ -4,11 +4,11 @@
     python benchmarks/cifar100_study.py --data DIR --protocol --pairs resnet32x4_resnet8x4 --minutes 9   # on a GPU
 
 `--data` holds CIFAR-100 as Parquet. A teacher is trained once. Every method then gets the same number of tuning trials
-(`--tuning`): one seed, over its weight times 1, 1/3 and 3 (the student alone over its learning rate), scored on a tenth
-of the training set that is held out from the student (not from the teacher, which has seen all of it). The best setting
-trains `--seeds` students, which are measured on the test set after their last epoch. Nothing is chosen on the test set.
-The same command goes on where it was, also after a kill; `--minutes` ends it with status 3 in time, the last step
-saved.
+(`--tuning`): one seed, over its weight times 1, 1/3, 3, 1/10 and 10 (the student alone: its learning rate times the
+root of each), scored on a tenth of the training set that is held out from the student (not from the teacher, which has
+seen all of it). The best setting trains `--seeds` students, which are measured on the test set after their last epoch.
+Nothing is chosen on the test set. The same command goes on where it was, also after a kill; `--minutes` ends it with
+status 3 in time, the last step saved.
 
 The short study: ResNet-8 from a ResNet-20, 4,000 of the 50,000 training images (the teacher sees all of them, 5 times),
 10 epochs with a cosine schedule. It shows how methods compare when labels and time are scarce. It does not show the
@@ -62,7 +62,7 @@ def options() -> argparse.Namespace:
     made.add_argument("--methods", nargs="+", choices=METHODS, default=list(SHORT_METHODS))
     made.add_argument("--ablations", nargs="*", choices=ABLATIONS, default=[], help="needs mimkd among the methods")
     made.add_argument("--seeds", type=int, default=5, help="students of each method")
-    made.add_argument("--tuning", type=int, choices=range(4), default=3, help="tuning trials of each method")
+    made.add_argument("--tuning", type=int, choices=range(6), default=5, help="tuning trials of each method")
     made.add_argument("--epochs", type=int, default=0, help="of a student (default: 10, or the protocol's)")
     made.add_argument("--rows", type=int, default=4000, help="training images of the short study")
     made.add_argument("--minutes", type=float, default=0.0, help="end after so many with status 3; 0: at the end")

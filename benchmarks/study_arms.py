@@ -39,7 +39,7 @@ ABLATIONS: dict[str, Change] = {
 """What is changed of `mimkd`, one thing each: terms, bound, negatives (of JSD, which InfoNCE cannot be read without),
 temperature, and a shallower pair of taps besides the deepest. They train with mimkd's tuned weights."""
 
-FACTORS = (1.0, 1 / 3, 3.0)
+FACTORS = (1.0, 1 / 3, 3.0, 1 / 10, 10.0)
 """What a tuned weight is multiplied by, the published or default value first."""
 
 

@@ -52,7 +52,8 @@ class Plan:
         return tuned(replace(base, loss=METHODS[method](base.loss)), method, factor)
 
     def trials(self, pair: str, method: str) -> dict[float, tuple[Config, Path]]:
-        """Tuning trials by factor."""
+        """Tuning trials by factor; an ablation has those of mimkd."""
+        method = "mimkd" if method in ABLATIONS else method
         found = {}
         for factor in FACTORS[: self.tuning]:
             config = self.config(pair, method, factor, TUNING_SEED)
@@ -62,7 +63,7 @@ class Plan:
 
     def factor(self, pair: str, method: str) -> float:
         """The factor whose trial was best on held-out rows; of equal ones the first. Without trials 1."""
-        trials = self.trials(pair, "mimkd" if method in ABLATIONS else method)
+        trials = self.trials(pair, method)
         top1: dict[float, float] = {}
         for factor, (_, place) in trials.items():
             result = read_json(str(place / "result.json"))
@@ -73,7 +74,8 @@ class Plan:
 
     def final(self, pair: str, method: str, seed: int) -> tuple[Config, Path]:
         """The run of one seed with the tuned setting."""
-        return self.config(pair, method, self.factor(pair, method), seed), self.root / pair / method / f"seed{seed:02d}"
+        factor = self.factor(pair, method)
+        return self.config(pair, method, factor, seed), self.root / pair / method / f"x{factor:.2f}-seed{seed:02d}"
 
     def runs(self) -> Iterator[tuple[str, Config, Path]]:
         """All runs in order, each when what it depends on is finished: (what it is, config, directory)."""

@@ -106,8 +106,11 @@ def _pair(plan: Plan, pair: str) -> dict[str, Figures]:
         found["teacher"] = _figures([teacher]) | _published(known, "teacher")
     for method in (*plan.methods, *plan.ablations):
         trials = {factor: read_json(str(at / "result.json")) for factor, (_, at) in plan.trials(pair, method).items()}
-        places = [plan.root / pair / method / f"seed{seed:02d}" / "result.json" for seed in range(plan.seeds)]
-        results = {seed: read_json(str(at)) for seed, at in enumerate(places)}
+        if None in trials.values():
+            continue
+        results = {
+            seed: read_json(str(plan.final(pair, method, seed)[1] / "result.json")) for seed in range(plan.seeds)
+        }
         finished = {seed: result for seed, result in results.items() if result is not None}
         if not finished:
             continue
@@ -118,7 +121,7 @@ def _pair(plan: Plan, pair: str) -> dict[str, Figures]:
             for term in next(iter(finished.values()))["nats"]
         }
         figures["factor"] = plan.factor(pair, method)
-        figures["tuning"] = {f"{f:.2f}": r["student"]["top1"] for f, r in trials.items() if r is not None}
+        figures["tuning"] = {f"{f:.2f}": r["student"]["top1"] for f, r in trials.items() if r}
         for other in ("alone", "crd"):
             if other in found and other != method:
                 common = found[other]["by_seed"].keys() & figures["by_seed"].keys()
