@@ -1,0 +1,106 @@
+"""A restart after a lost node, before Ray has noticed the loss."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+ray = pytest.importorskip("ray")
+
+from jobs_here import ENVIRONMENT  # noqa: E402
+from ray.cluster_utils import Cluster  # noqa: E402
+from ray.train import ScalingConfig  # noqa: E402
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision  # noqa: E402
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy  # noqa: E402
+
+from mimkd_ray.launch import elastic  # noqa: E402
+from mimkd_ray.launch.elastic import PromptPolicy  # noqa: E402
+
+WORKERS = ScalingConfig(num_workers=(1, 2), resources_per_worker={"CPU": 1})
+
+
+class Started:
+    """All that a policy reads of a run."""
+
+    run_id = "test"
+
+
+@pytest.fixture
+def raylet(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The raylet of one of two nodes of one CPU, beside a head without CPUs that has the driver."""
+    for name in ("RAY_AUTH_MODE", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    options = {"object_store_memory": 100_000_000}
+    made = Cluster(initialize_head=True, head_node_args={**options, "num_cpus": 0, "include_dashboard": False})
+    try:
+        _, last = (made.add_node(**options, num_cpus=1) for _ in range(2))
+        ray.init(address=made.address)
+        yield last.all_processes["raylet"][0].process
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+def decide(policy: ElasticScalingPolicy, seconds: float) -> int:
+    """Workers that it starts, asked as Ray Train asks it."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        decision = policy.make_decision_for_non_running_worker_group()
+        if isinstance(decision, ResizeDecision):
+            return decision.num_workers
+        assert isinstance(decision, NoopDecision)
+        time.sleep(0.1)
+    raise AssertionError(f"no decision in {seconds} s")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_node_that_was_just_killed_is_not_counted(raylet: Any) -> None:
+    ours, rays = PromptPolicy(WORKERS), ElasticScalingPolicy(WORKERS)
+    ours.after_controller_start(Started())
+    assert decide(ours, 30) == 2
+    raylet.kill()
+    raylet.wait()
+    rays._requester_id, rays._coordinator_client = ours._requester_id, ours._coordinator_client
+    assert decide(rays, 5) == 2, "Ray's own policy counts it: PromptPolicy has nothing to mend any more"
+    assert len(elastic.silent_nodes()) == 1
+    assert decide(ours, 60) == 1
+    assert elastic.silent_nodes() == []
+
+
+class _Ray:
+    """A cluster of addresses."""
+
+    def __init__(self, *nodes: tuple[int, bool]) -> None:
+        self._nodes = [{"Alive": a, "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": p} for p, a in nodes]
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return self._nodes
+
+
+def test_silent_nodes_are_those_alive_for_ray_that_take_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as there, socket.create_server(("127.0.0.1", 0)) as gone:
+        port, closed = there.getsockname()[1], gone.getsockname()[1]
+        gone.close()
+        monkeypatch.setattr(elastic, "ray", _Ray((port, True), (closed, True), (closed, False)))
+        assert elastic.silent_nodes() == ["127.0.0.1"]
+        monkeypatch.setattr(elastic, "ray", _Ray((port, True), (closed, False)))
+        assert elastic.silent_nodes() == []
+
+
+def test_nodes_that_stay_silent_are_waited_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(elastic, "silent_nodes", lambda: ["10.0.0.7"])
+    monkeypatch.setattr(elastic.time, "monotonic", lambda: now)
+    policy = PromptPolicy(WORKERS)
+    monkeypatch.setattr(ElasticScalingPolicy, "make_decision_for_non_running_worker_group", lambda _: "as Ray does")
+    monkeypatch.setattr(PromptPolicy, "_look", lambda _: None)
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+    now += elastic.SILENT_SECONDS - 1
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+    now += 1
+    assert policy.make_decision_for_non_running_worker_group() == "as Ray does"
