@@ -14,6 +14,7 @@ from ray.train import ScalingConfig
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.launch.capacity import Capacity
 from mimkd_ray.train.config import Config
 
 LOOK_SECONDS = 5.0
@@ -28,9 +29,8 @@ def scaling(config: Config, own: bool) -> ScalingConfig:
     asked = False
     with ExitStack() as demand:
         while True:
-            has = ray.cluster_resources()
             try:
-                return _fit(config, own, int(has.get("CPU", 0)), int(has.get("GPU", 0)))
+                return _fit(config, own, Capacity.of_cluster())
             except UserError as error:
                 left = deadline - time.monotonic()
                 if own or left <= 0:
@@ -42,8 +42,8 @@ def scaling(config: Config, own: bool) -> ScalingConfig:
                 time.sleep(LOOK_SECONDS)
 
 
-def _fit(config: Config, own: bool, cpus: int, gpus: int) -> ScalingConfig:
-    launch = config.launch
+def _fit(config: Config, own: bool, has: Capacity) -> ScalingConfig:
+    launch, cpus, gpus = config.launch, has.cpus, has.gpus
     use_gpu = launch.gpu == "on" or (launch.gpu == "auto" and gpus > 0)
     there = gpus if use_gpu else cpus
     fewest, most = launch.worker_range
@@ -54,14 +54,15 @@ def _fit(config: Config, own: bool, cpus: int, gpus: int) -> ScalingConfig:
     if use_gpu:
         # Not config.data.loader_workers alone: -1 is automatic, and then a GPU gets its share of the CPUs.
         wanted = 1 + config.data.loader_workers if config.data.loader_workers >= 0 else cpus
-        each = launch.cpus_per_worker or max(1, min(wanted, cpus // max(gpus, 1)))
+        each = launch.cpus_per_worker or max(1, min(wanted, has.cpus_per_gpu()))
     else:
-        each = launch.cpus_per_worker or max(1, cpus // max(most if elastic else workers, 1))
-    if workers > there or workers * each > cpus:
+        each = launch.cpus_per_worker or has.most_cpus(min(most, there) if elastic else workers)
+    if workers > has.room(each, int(use_gpu)):
         kind = "GPUs" if use_gpu else "CPUs"
         raise UserError(
             f"{workers} workers with {each} CPUs{' and 1 GPU' if use_gpu else ''} each do not fit: the cluster has "
-            f"{cpus} CPUs and {gpus} GPUs; pass --launch.workers {max(1, min(config.train.lanes, there))}, fewer "
+            f"{cpus} CPUs and {gpus} GPUs on {len(has.nodes)} nodes; pass --launch.workers "
+            f"{max(1, min(config.train.lanes, has.room(each, int(use_gpu))))}, fewer "
             f"--launch.cpus-per-worker, or add nodes with {kind} (--launch.wait-minutes waits for an autoscaler)"
         )
     resources = {"CPU": each, **({"GPU": 1} if use_gpu else {})}

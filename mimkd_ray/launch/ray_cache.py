@@ -20,6 +20,7 @@ import torch
 from mimkd_ray.data.dataset import open_data
 from mimkd_ray.data.prepare_units import Done
 from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.launch.capacity import Capacity
 from mimkd_ray.launch.ray_data import ERRORS, RETRY_WAITS_S, quiet_and_patient
 from mimkd_ray.storage import StorageError
 from mimkd_ray.train.build import teacher_autocast
@@ -39,23 +40,19 @@ class Cluster:
 
     def __init__(self, config: Config) -> None:
         """Decide who builds. Raises UserError where that does not fit the cluster, or the config is no good."""
-        has = ray.cluster_resources()
-        cpus, gpus = int(has.get("CPU", 0)), int(has.get("GPU", 0))
+        has = Capacity.of_cluster()
         launch = config.launch
-        self.gpu = launch.gpu == "on" or (launch.gpu == "auto" and gpus > 0)
+        self.gpu = launch.gpu == "on" or (launch.gpu == "auto" and has.gpus > 0)
         fewest, most = config.cache.worker_range
-        if self.gpu:
-            self.cpus = launch.cpus_per_worker or max(1, cpus // max(gpus, 1))
-            there = gpus
-        else:
-            self.cpus = launch.cpus_per_worker or min(CPUS_PER_BUILDER, max(1, cpus))
-            there = cpus // self.cpus
+        automatic = has.cpus_per_gpu() if self.gpu else min(CPUS_PER_BUILDER, has.most_cpus(1))
+        self.cpus = launch.cpus_per_worker or automatic
+        there = has.room(self.cpus, int(self.gpu))
         self.fewest, self.most = (fewest, most) if most else (max(1, there), max(1, there))
         if self.fewest > there or there < 1:
             raise UserError(
                 f"{self.fewest} builders with {self.cpus} CPUs{' and 1 GPU' if self.gpu else ''} each do not fit: the "
-                f"cluster has {cpus} CPUs and {gpus} GPUs; pass --cache.workers {max(1, there)}, or fewer "
-                "--launch.cpus-per-worker"
+                f"cluster has {has.cpus} CPUs and {has.gpus} GPUs on {len(has.nodes)} nodes; pass --cache.workers "
+                f"{max(1, there)}, or fewer --launch.cpus-per-worker"
             )
         in_memory = open_data(config.data).train.in_memory
         if config.data.loader_workers == -1 and not in_memory:

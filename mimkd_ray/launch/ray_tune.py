@@ -24,6 +24,7 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.launch.capacity import Capacity
 from mimkd_ray.launch.trial_actor import ask_to_stop, payload, prepare_remotely, trainable
 from mimkd_ray.search.config import SearchJob
 from mimkd_ray.search.ledger import Ended, Ending, Planned
@@ -72,34 +73,26 @@ class Shape(NamedTuple):
         return f"{self.concurrent} at a time, {whole} a trial"
 
 
-def shape_of(job: SearchJob, cpus: float, gpus: float) -> Shape:
-    """Resources of a trial and the number of trials at a time, for a cluster with so much. Raises UserError where not
-    even one fits: Tune would wait for ever."""
+def shape_of(job: SearchJob, has: Capacity) -> Shape:
+    """Resources of a trial and the number of trials at a time, for a cluster that has so much. Raises UserError where
+    not even one fits: Tune would wait for ever."""
     search, launch = job.search, job.launch
     workers = search.workers
-    use_gpu = launch.gpu == "on" or (launch.gpu == "auto" and gpus > 0)
+    use_gpu = launch.gpu == "on" or (launch.gpu == "auto" and has.gpus > 0)
     gpu = (search.gpus_per_trial or 1.0) if use_gpu else 0.0
     if workers > 1:
         gpu = 1.0 if use_gpu else 0.0
-        cpu: float = launch.cpus_per_worker or (max(1, cpus // gpus) if use_gpu and gpus else 1)
+        cpu: float = launch.cpus_per_worker or (has.cpus_per_gpu() if use_gpu else 1)
     else:
-        share = max(1.0, math.floor(cpus * gpu / gpus)) if use_gpu and gpus else 1.0
-        cpu = search.cpus_per_trial or share
-    fit = math.floor(cpus / (workers * cpu) + 1e-9)
-    if use_gpu:
-        fit = min(fit, math.floor(gpus / (workers * gpu) + 1e-9) if workers > 1 or gpu > 1 else _packed(gpus, gpu))
+        cpu = search.cpus_per_trial or (max(1, math.floor(has.cpus_per_gpu() * gpu)) if use_gpu else 1)
+    fit = has.room(cpu, gpu) // workers
     if fit < 1 and not search.concurrent:
         raise UserError(
-            f"a trial takes {workers * cpu:g} CPUs and {workers * gpu:g} GPUs, and the cluster has {cpus:g} and "
-            f"{gpus:g}: pass fewer --search.cpus-per-trial or --search.workers, or --search.concurrent 1 for a cluster "
-            "that grows when asked"
+            f"a trial takes {workers * cpu:g} CPUs and {workers * gpu:g} GPUs, and the cluster has {has.cpus} and "
+            f"{has.gpus} on {len(has.nodes)} nodes: pass fewer --search.cpus-per-trial or --search.workers, or "
+            "--search.concurrent 1 for a cluster that grows when asked"
         )
     return Shape(workers, cpu, gpu, search.concurrent or fit)
-
-
-def _packed(gpus: float, gpu: float) -> int:
-    """How many shares of a GPU there are: a share is of one GPU."""
-    return int(gpus) * math.floor(1 / gpu + 1e-9)
 
 
 class _Searcher(Searcher):

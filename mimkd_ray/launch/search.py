@@ -258,13 +258,13 @@ def run_with_ray(state: Search, widest: Config) -> bool:
     import ray  # takes seconds to import, and reads its environment then
 
     from mimkd_ray.launch import ray_tune
+    from mimkd_ray.launch.capacity import Capacity
     from mimkd_ray.launch.cluster import connect
 
     callbacks = ray_tune.loggers(job.search.loggers, f"mimkd-{job.recipe}")
     own = connect(job.launch.address, "--launch.address", log_to_driver=False)
     try:
-        has = ray.cluster_resources()
-        shape = ray_tune.shape_of(job, has.get("CPU", 0), has.get("GPU", 0))
+        shape = ray_tune.shape_of(job, Capacity.of_cluster())
         print(shape.text(), flush=True)
         ray_tune.prepare_on_ray(widest, state.folder, shape)
 

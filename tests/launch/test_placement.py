@@ -12,7 +12,8 @@ import pytest
 from ray.train import ScalingConfig
 
 from mimkd_ray.errors import UserError
-from mimkd_ray.launch import placement
+from mimkd_ray.launch import capacity, placement
+from mimkd_ray.launch.capacity import Capacity
 from mimkd_ray.launch.placement import LossWatch, scaling
 from mimkd_ray.recipes import IMAGENET_RECIPES
 from mimkd_ray.train.config import Config, from_dict, to_dict
@@ -30,6 +31,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """What the cluster has; a test changes it."""
     has: dict[str, float] = {"CPU": 16}
     monkeypatch.setattr(placement.ray, "cluster_resources", lambda: dict(has))
+    node = {"Alive": True, "Resources": has}
+    monkeypatch.setattr(capacity.ray, "nodes", lambda: [node, {"Alive": False, "Resources": {"CPU": 99.0}}])
     return has
 
 
@@ -55,8 +58,44 @@ def test_a_range_is_elastic_in_a_cluster_and_the_most_that_fit_at_home(cluster: 
     assert scaling(_config(workers="2..8"), own=True).num_workers == 5
     assert scaling(_config(workers="2..8"), own=False).num_workers == (2, 8), "the others may still come"
     cluster["CPU"] = 1
-    with pytest.raises(UserError, match="2 workers with 1 CPUs each do not fit: the cluster has 1 CPUs"):
+    with pytest.raises(
+        UserError, match="2 workers with 1 CPUs each do not fit: the cluster has 1 CPUs and 0 GPUs on 1 nodes"
+    ):
         scaling(_config(workers="2..8"), own=False)
+
+
+def nodes_of(monkeypatch: pytest.MonkeyPatch, *nodes: tuple[int, int]) -> None:
+    monkeypatch.setattr(placement.Capacity, "of_cluster", classmethod(lambda _: Capacity(nodes)))
+
+
+def test_a_worker_has_no_more_cpus_than_a_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes_of(monkeypatch, (0, 0), (2, 0), (6, 0))
+    assert scaling(_config(workers=2), own=False).resources_per_worker == {"CPU": 3}, "both on the larger"
+    assert scaling(_config(workers=4), own=False).resources_per_worker == {"CPU": 2}
+    nodes_of(monkeypatch, (3, 0), (3, 0))
+    with pytest.raises(UserError, match=r"3 workers with 2 CPUs each do not fit.* 6 CPUs .*on 2 nodes.*workers 2,"):
+        scaling(_config(workers=3, cpus_per_worker=2), own=False)
+
+
+def test_cpus_of_nodes_without_gpus_are_not_for_workers_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes_of(monkeypatch, (4, 1), (8, 1), (64, 0))
+    made = scaling(_config(), own=False)
+    assert (made.num_workers, made.resources_per_worker) == (2, {"CPU": 4, "GPU": 1})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cpus", "gpu", "room"),
+    [
+        (((1, 0), (1, 0), (1, 0)), 2, 0, 0),
+        (((5, 0), (4, 0)), 2, 0, 4),
+        (((8, 2), (8, 0)), 2, 1, 2),
+        (((8, 2),), 0.5, 0.3, 6),
+        (((16, 3), (16, 1)), 1, 2, 1),
+        (((1, 0),), 0.1, 0, 10),
+    ],
+)
+def test_room_is_counted_by_node(nodes: tuple[tuple[int, int], ...], cpus: float, gpu: float, room: int) -> None:
+    assert Capacity(nodes).room(cpus, gpu) == room
 
 
 @pytest.mark.parametrize("workers", ["8..2", "0..4", "-1", "two", "1..2..3", "2.."])

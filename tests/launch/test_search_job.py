@@ -218,12 +218,13 @@ def test_bad_input_is_one_line(
     ],
 )
 def test_resources_are_derived_from_the_cluster(
-    changes: dict[str, Any], cpus: float, gpus: float, expected: tuple[int, float, float, int]
+    changes: dict[str, Any], cpus: int, gpus: int, expected: tuple[int, float, float, int]
 ) -> None:
+    from mimkd_ray.launch.capacity import Capacity
     from mimkd_ray.launch.ray_tune import shape_of
 
     job = search_job(_demo(), search=SearchConfig(**changes))
-    assert tuple(shape_of(job, cpus, gpus)) == expected
+    assert tuple(shape_of(job, Capacity(((cpus, gpus),)))) == expected
 
 
 @pytest.mark.parametrize(("wanted", "cpus", "loaders"), [(-1, 1.0, 0), (-1, 8.0, 7), (-1, 0.5, 0), (3, 1.0, 3)])
@@ -235,11 +236,12 @@ def test_a_trial_has_no_more_loader_processes_than_cpus(wanted: int, cpus: float
 
 
 def test_a_trial_that_never_fits_is_refused() -> None:
+    from mimkd_ray.launch.capacity import Capacity
     from mimkd_ray.launch.ray_tune import shape_of
 
     job = search_job(_demo(), search=SearchConfig(cpus_per_trial=8))
-    with pytest.raises(UserError, match=r"takes 8 CPUs and 0 GPUs, and the cluster has 2 and 0"):
-        shape_of(job, 2, 0)
+    with pytest.raises(UserError, match=r"takes 8 CPUs and 0 GPUs, and the cluster has 2 and 0 on 1 nodes"):
+        shape_of(job, Capacity(((2, 0),)))
     on = replace(job, launch=replace(job.launch, gpu="on"), search=SearchConfig())
-    with pytest.raises(UserError, match="1 GPUs, and the cluster has 2 and 0"):
-        shape_of(on, 2, 0)
+    with pytest.raises(UserError, match="1 GPUs, and the cluster has 2 and 0 on 1 nodes"):
+        shape_of(on, Capacity(((2, 0),)))
