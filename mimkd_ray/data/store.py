@@ -16,10 +16,12 @@ import errno
 import fcntl
 import hashlib
 import logging
+import multiprocessing
 import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,25 @@ class BlockStore:
         self._ready = False
         self._counted = False
         self._warned = False
+        self._uses: Any = multiprocessing.Array("q", 2, lock=False)  # blocks that a fetch found here, and blocks loaded
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": False, "_counted": False}  # it may be another machine's folder now
+        # Memory is shared with processes that this one starts. Elsewhere it may be another machine's folder.
+        uses = self._uses if get_spawning_popen() is not None else None
+        return {**self.__dict__, "_ready": False, "_counted": False, "_uses": uses}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._uses is None:
+            self._uses = multiprocessing.Array("q", 2, lock=False)
+
+    def hit_rate(self) -> float | None:
+        """Share of the blocks wanted so far that were here, for this process and those it started; None: of none."""
+        found, loaded = self._uses
+        return found / (found + loaded) if found + loaded else None
+
+    def _count(self, which: int) -> None:
+        self._uses[which] += 1  # without a lock, which no other kind of process could share: a count may get lost
 
     def get(self, key: str, load: Load) -> StoredBlock:
         """Return block `key`; if it is not here, `load()` makes it once.
@@ -67,12 +85,14 @@ class BlockStore:
             if block is not None:
                 return block
             block = load()
+            self._count(1)
             return block.at(self._path(key)) if self._keep(key, block) else block
 
     def fetch(self, key: str, load: Load) -> bool:
         """See to it that block `key` is here; say whether it is (False: there is no room for it)."""
         self.prepare()
         if self.touch(key):
+            self._count(0)
             return True
         self.get(key, load)
         return self._path(key).exists()

@@ -3,7 +3,8 @@
 Ray Train learns of a lost worker before Ray's health checks give up its node, and restarts on what its
 AutoscalingCoordinator has reserved, which looks at the cluster only every 20 s. Until then the lost node counts as
 there: the new worker group waits for it, up to RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, and all other nodes with it.
-Here nothing starts while a node does not answer, and the coordinator looks before it does.
+Here nothing starts while a node does not answer, and the coordinator looks before it does. Nor is a node counted that
+is being drained: Ray counts it as there until its end, and places nothing on it.
 
 This reaches below Ray's public surface, in places that were read in Ray 2.60; with any other `ray_train` uses the plain
 trainer, which goes on as well, later.
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
+from ray._private.state import state
 from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingDecision
@@ -39,6 +41,7 @@ class PromptPolicy(ElasticScalingPolicy):
     def __init__(self, scaling_config: ScalingConfig) -> None:
         super().__init__(scaling_config)
         self._silent_since: float | None = None
+        self._draining: frozenset[str] = frozenset()
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """How many workers to start, or to wait: asked every second or so before a start and after a loss."""
@@ -50,7 +53,16 @@ class PromptPolicy(ElasticScalingPolicy):
             logger.warning("starting although nodes do not answer: %s", ", ".join(silent))
         self._silent_since = None
         self._look()
-        return super().make_decision_for_non_running_worker_group()
+        self._draining = frozenset(state.get_draining_nodes())
+        try:
+            return super().make_decision_for_non_running_worker_group()
+        finally:
+            self._draining = frozenset()  # workers that run stay there to the end
+
+    def _count_possible_workers(self, reserved_resources: Mapping[str, Any]) -> int:
+        return super()._count_possible_workers(
+            {node: has for node, has in reserved_resources.items() if node not in self._draining}
+        )
 
     def _look(self) -> None:
         """Have the coordinator look at the cluster now."""

@@ -15,6 +15,10 @@ OF_A_RUN = {
     "epoch": ("mimkd_epoch", "Epochs done"),
     "images_per_second": ("mimkd_images_per_second", "Images of all workers per second of training"),
     "data_wait": ("mimkd_data_wait_share", "Share of the time of training that the first worker waited for data"),
+    "cache_hit_rate": (
+        "mimkd_cache_hit_rate",
+        "Share of blocks that the first worker had on its node",
+    ),
     "lr": ("mimkd_learning_rate", "Learning rate"),
     "loss": ("mimkd_loss", "The loss, weighted and summed over its terms"),
     "checkpoint_stall": ("mimkd_checkpoint_stall_seconds", "Seconds that training waited for the latest checkpoint"),

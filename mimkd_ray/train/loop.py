@@ -191,6 +191,9 @@ def write_step(
             "lr": session.optimizer.param_groups[0]["lr"],
             "epoch": done / session.order.steps_per_epoch,
         }
+        hits = session.supply.cache_hit_rate()
+        if hits is not None:
+            rates["cache_hit_rate"] = hits
         line = dict(zip(record, values, strict=True)) | rates
         log.write("train", done, line)
         return line

@@ -121,6 +121,12 @@ class Supply:
         )
         return to_device(batches, self.context.device)
 
+    def cache_hit_rate(self) -> float | None:
+        """Share of the blocks of images and cached features that this node had and did not have to read from the
+        storage, by this worker so far; None where nothing is kept."""
+        store = self.features.store if self.features is not None else self.data.train.store
+        return store.hit_rate() if store is not None else None
+
     def held_out(self, batch_size: int) -> Iterator[LaneBatch]:
         """This worker's slice of the held-out rows. Kept on the device where the training set is."""
         if batch_size in self._held_out:

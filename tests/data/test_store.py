@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import errno
 import logging
 import multiprocessing
@@ -242,3 +243,21 @@ def test_a_folder_that_is_cleaned_away_is_made_again(store: BlockStore) -> None:
 def test_the_default_folder_is_this_users() -> None:
     assert default_folder().name.endswith(str(os.getuid()))
     assert BlockStore().folder == default_folder()
+
+
+def _fetch_in_child(store: BlockStore, keys: str) -> None:
+    for key in keys:
+        store.fetch(key, lambda: _block(1))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_hits_of_the_processes_that_fetch_are_counted_where_training_runs(store: BlockStore, method: str) -> None:
+    assert store.hit_rate() is None
+    child = multiprocessing.get_context(method).Process(target=_fetch_in_child, args=(store, "abca"))
+    child.start()
+    child.join()
+    assert store.hit_rate() == 1 / 4
+    elsewhere = copy.copy(store)
+    assert elsewhere.hit_rate() is None, "another machine counts for itself"
+    store.fetch("b", _never)
+    assert store.hit_rate() == 2 / 5

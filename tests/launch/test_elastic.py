@@ -72,6 +72,30 @@ def test_a_node_that_was_just_killed_is_not_counted(raylet: Any) -> None:
     assert elastic.silent_nodes() == []
 
 
+class _Drained:
+    """The state of a cluster in which nodes are being drained."""
+
+    def __init__(self, *nodes: str) -> None:
+        self._nodes = nodes
+
+    def get_draining_nodes(self) -> dict[str, int]:
+        return dict.fromkeys(self._nodes, 0)
+
+
+def test_nothing_is_counted_on_nodes_that_are_being_drained(monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved = {"a": {"CPU": 1.0}, "b": {"CPU": 1.0}}
+    monkeypatch.setattr(elastic, "silent_nodes", list)
+    monkeypatch.setattr(elastic, "state", _Drained("b"))
+    monkeypatch.setattr(PromptPolicy, "_look", lambda _: None)
+    monkeypatch.setattr(PromptPolicy, "_maybe_send_resource_request", lambda _: None)
+    monkeypatch.setattr(PromptPolicy, "_get_reserved_resources", lambda _: reserved)
+    policy = PromptPolicy(WORKERS)
+    decision = policy.make_decision_for_non_running_worker_group()
+    assert isinstance(decision, ResizeDecision)
+    assert decision.num_workers == 1
+    assert policy._count_possible_workers(reserved) == 2, "workers that run are left alone"
+
+
 class _Ray:
     """A cluster of addresses."""
 
@@ -99,6 +123,7 @@ def test_nodes_that_stay_silent_are_waited_for_a_while_only(monkeypatch: pytest.
     policy = PromptPolicy(WORKERS)
     monkeypatch.setattr(ElasticScalingPolicy, "make_decision_for_non_running_worker_group", lambda _: "as Ray does")
     monkeypatch.setattr(PromptPolicy, "_look", lambda _: None)
+    monkeypatch.setattr(elastic, "state", _Drained())
     assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
     now += elastic.SILENT_SECONDS - 1
     assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
