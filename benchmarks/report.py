@@ -113,3 +113,16 @@ def finish(name: str, figures: Figures, targets: Targets, file: Path | None = No
         file.write_text(line + "\n")
     print(line, flush=True)
     return 0 if all(verdicts.values()) else 1
+
+
+def refresh(readme: Path, name: str, table: str) -> None:
+    """Put a table between its two markers in a README."""
+    start_line, end_line = f"<!-- {name} -->", f"<!-- /{name} -->"
+    text = readme.read_text()
+    start, end = text.find(start_line), text.find(end_line)
+    if text.count(start_line) != 1 or text.count(end_line) != 1 or end < start:
+        raise SystemExit(
+            f"{readme.name} needs one line '{start_line}' and, below it, one line '{end_line}': "
+            "put both where the table belongs and run this again (results are kept)"
+        )
+    readme.write_text(f"{text[: start + len(start_line)]}\n{table}\n{text[end:]}")

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from report import met
+from report import met, refresh
 
 NAMES = (
     *("mi_bounds", "loss", "ray_overhead", "loader", "data_wait", "jump", "checkpoint", "lanes", "layout", "cache"),
@@ -23,7 +23,6 @@ NAMES = (
 
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parent / "README.md"
-START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 
 def run(script: Path) -> tuple[int, dict[str, Any] | None]:
@@ -75,18 +74,6 @@ def markdown(results: Path) -> str:
     return "\n".join([*lines, "", f"Measured on: {'; '.join(machines) or 'nothing yet'}."])
 
 
-def refresh(readme: Path, table: str) -> None:
-    """Put the table between the two markers of the README."""
-    text = readme.read_text()
-    start, end = text.find(START), text.find(END)
-    if text.count(START) != 1 or text.count(END) != 1 or end < start:
-        raise SystemExit(
-            f"{readme.name} needs one line '{START}' and, below it, one line '{END}': "
-            "put both where the table belongs and run this again (results are kept)"
-        )
-    readme.write_text(f"{text[: start + len(START)]}\n{table}\n{text[end:]}")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=NAMES, action="append", metavar="NAME", help=f"one of {', '.join(NAMES)}")
@@ -101,7 +88,7 @@ def main() -> int:
             result_file(results, report).write_text(json.dumps(report, indent=2) + "\n")
         if status != 0 or report is None:
             failed.append(name)
-    refresh(README, markdown(results))
+    refresh(README, "benchmarks", markdown(results))
     print(f"failed: {', '.join(failed)}" if failed else "every benchmark met its targets")
     return 1 if failed else 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from report import machine, table, versions
-from study_arms import PUBLISHED
+from study_arms import ABLATIONS, PUBLISHED
 from study_plan import Plan
 
 from mimkd_ray.train.compare import paired
@@ -31,7 +31,8 @@ class Study:
         return cls(plan, {pair: _pair(plan, pair) for pair in plan.base})
 
     def rows(self) -> list[list[object]]:
-        """Rows of the table: pair, method, factor, top-1 with its spread, differences, seconds an epoch, published."""
+        """Rows of the table: pair, method, factor, top-1 with its spread, differences (of an ablation also
+        from mimkd), seconds an epoch, published."""
         found: list[list[object]] = []
         for pair, methods in self.pairs.items():
             for method, figures in methods.items():
@@ -45,13 +46,14 @@ class Study:
                         top1,
                         _difference(figures.get("against_alone")),
                         _difference(figures.get("against_crd")),
+                        _difference(figures.get("against_mimkd")),
                         f"{figures['seconds_per_epoch']:.1f}",
                         figures.get("published", ""),
                     ]
                 )
         return found
 
-    HEADER = ("pair", "method", "seeds", "factor", "top-1 %", "- alone", "- CRD", "s/epoch", "published")
+    HEADER = ("pair", "method", "seeds", "factor", "top-1 %", "- alone", "- CRD", "- mimkd", "s/epoch", "published")
 
     def text(self) -> str:
         """The table, for a terminal. Differences are paired by seed, with their standard errors."""
@@ -122,7 +124,7 @@ def _pair(plan: Plan, pair: str) -> dict[str, Figures]:
         }
         figures["factor"] = plan.factor(pair, method)
         figures["tuning"] = {f"{f:.2f}": r["student"]["top1"] for f, r in trials.items() if r}
-        for other in ("alone", "crd"):
+        for other in ("alone", "crd", *(["mimkd"] if method in ABLATIONS else [])):
             if other in found and other != method:
                 common = found[other]["by_seed"].keys() & figures["by_seed"].keys()
                 if common:

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+from report import refresh
 from study_arms import ABLATIONS, FACTORS, METHODS
 from study_plan import SHORT, TUNING_SEED, Plan, by_protocol, short
 from study_table import Study
@@ -89,8 +90,9 @@ def test_a_shorter_protocol_keeps_its_proportions(tmp_path: Path) -> None:
 
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
-    own = plan(tmp_path, tuning=0, ablations=())
-    for method, values in {"alone": (20.0, 30.0), "crd": (21.0, 33.0), "mimkd": (25.0, 35.0)}.items():
+    own = plan(tmp_path, tuning=0)
+    found = {"alone": (20.0, 30.0), "crd": (21.0, 33.0), "mimkd": (25.0, 35.0), "jsd": (24.0, 36.0)}
+    for method, values in found.items():
         for seed, top1 in enumerate(values):
             finish(tmp_path / SHORT / method / f"x1.00-seed{seed:02d}", top1)
     methods = Study.read(own).pairs[SHORT]
@@ -98,6 +100,9 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     assert methods["mimkd"]["against_alone"]["standard_error"] == 0.0
     assert methods["mimkd"]["against_crd"]["mean"] == 3.0  # 4 and 2
     assert methods["mimkd"]["against_crd"]["standard_error"] == pytest.approx(1.0)
+    assert methods["jsd"]["against_mimkd"]["mean"] == 0.0  # an ablation: -1 and 1
+    assert methods["jsd"]["against_mimkd"]["standard_error"] == pytest.approx(1.0)
+    assert "against_mimkd" not in methods["crd"]
     assert methods["alone"]["seconds_per_epoch"] == pytest.approx(1.0)  # 500 images an epoch
 
 
@@ -109,3 +114,12 @@ def test_half_a_study_is_told_of(tmp_path: Path) -> None:
     assert list(study.pairs[SHORT]) == ["mimkd"]
     study.write(tmp_path / "study.json", complete=False)
     assert json.loads((tmp_path / "study.json").read_text())["complete"] is False
+
+
+def test_the_table_goes_between_its_markers_and_nothing_else_changes(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- cifar100 -->\nold\n<!-- /cifar100 -->\nb\n")
+    refresh(readme, "cifar100", "| new |")
+    assert readme.read_text() == "a\n<!-- cifar100 -->\n| new |\n<!-- /cifar100 -->\nb\n"
+    with pytest.raises(SystemExit, match="needs one line '<!-- other -->'"):
+        refresh(readme, "other", "| new |")
