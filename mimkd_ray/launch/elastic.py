@@ -75,7 +75,7 @@ class PromptPolicy(ElasticScalingPolicy):
 
 
 def silent_nodes() -> list[str]:
-    """Addresses of the nodes that Ray counts as alive and whose raylet takes no connection; a second for each 32 such."""
+    """Addresses of the nodes that Ray counts as alive and whose raylet takes no connection: a second for 32 such."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     with ThreadPoolExecutor(max_workers=32) as pool:
         answers = list(pool.map(_answers, nodes))
