@@ -102,9 +102,10 @@ def alone(configs: Sequence[Config], root: Path) -> None:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """Its metrics, without those of the clock."""
+    """Its metrics, without those of the clock and of the node."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")} for line in found]
+    own = ("images_per_second", "data_wait", "cache_hit_rate")
+    return [{k: v for k, v in line.items() if k not in own} for line in found]
 
 
 def result(folder: Path) -> dict[str, Any]:

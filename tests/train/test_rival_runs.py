@@ -34,7 +34,7 @@ def configs(base: Config) -> list[Config]:
 def log(folder: Path, kind: str) -> list[dict[str, Any]]:
     """Its metrics, without those of the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = ("images_per_second", "data_wait")
+    clock = ("images_per_second", "data_wait", "cache_hit_rate")
     return [{k: v for k, v in line.items() if k not in clock} for line in lines if line["kind"] == kind]
 
 
