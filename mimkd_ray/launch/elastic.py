@@ -29,10 +29,11 @@ from ray.train.v2.api.config import ScalingConfig
 
 logger = logging.getLogger(__name__)
 
+LOOK_SECONDS = 1.0  # between two looks: Ray Train asks again at once after each "not yet"
 ANSWER_SECONDS = 1.0  # for a node to take a connection
 COORDINATOR_SECONDS = 5.0  # for the coordinator to look at the cluster and answer
 SILENT_SECONDS = 20.0
-"""How long nodes that do not answer are waited for. Ray's health checks give them up earlier as a rule."""
+"""How long nodes that do not answer are waited for. With the settings in cluster/, Ray gives them up earlier."""
 
 
 class PromptPolicy(ElasticScalingPolicy):
@@ -40,11 +41,15 @@ class PromptPolicy(ElasticScalingPolicy):
 
     def __init__(self, scaling_config: ScalingConfig) -> None:
         super().__init__(scaling_config)
+        self._looked = float("-inf")
         self._silent_since: float | None = None
         self._draining: frozenset[str] = frozenset()
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """How many workers to start, or to wait: asked every second or so before a start and after a loss."""
+        """How many workers to start, or to wait. Looks at the cluster once a second at most."""
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return NoopDecision()
+        self._looked = time.monotonic()
         silent = silent_nodes()
         if silent:
             self._silent_since = self._silent_since or time.monotonic()

@@ -129,3 +129,14 @@ def test_nodes_that_stay_silent_are_waited_for_a_while_only(monkeypatch: pytest.
     assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
     now += 1
     assert policy.make_decision_for_non_running_worker_group() == "as Ray does"
+
+
+def test_the_cluster_is_looked_at_once_a_second_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, looks = 100.0, []
+    monkeypatch.setattr(elastic, "silent_nodes", lambda: looks.append(now) or ["10.0.0.7"])
+    monkeypatch.setattr(elastic.time, "monotonic", lambda: now)
+    policy = PromptPolicy(WORKERS)
+    for step in (0.0, 0.4, 0.4, 0.4, 0.4):
+        now += step
+        assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+    assert looks == pytest.approx([100.0, 101.2])
