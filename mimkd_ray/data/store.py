@@ -51,7 +51,7 @@ class BlockStore:
         self._ready = False
         self._counted = False
         self._warned = False
-        self._uses: Any = multiprocessing.Array("q", 2, lock=False)  # blocks that a fetch found here, and blocks loaded
+        self._uses: Any = multiprocessing.Array("q", 2, lock=False)  # blocks that a fetch found here, and all others
 
     def __getstate__(self) -> dict[str, Any]:
         # Memory is shared with processes that this one starts. Elsewhere it may be another machine's folder.
@@ -64,9 +64,9 @@ class BlockStore:
             self._uses = multiprocessing.Array("q", 2, lock=False)
 
     def hit_rate(self) -> float | None:
-        """Share of the blocks wanted so far that were here, for this process and those it started; None: of none."""
-        found, loaded = self._uses
-        return found / (found + loaded) if found + loaded else None
+        """Share of the blocks fetched so far that were here, by this process and those it started; None: of none."""
+        found, others = self._uses
+        return found / (found + others) if found + others else None
 
     def _count(self, which: int) -> None:
         self._uses[which] += 1  # without a lock, which no other kind of process could share: a count may get lost
@@ -85,7 +85,6 @@ class BlockStore:
             if block is not None:
                 return block
             block = load()
-            self._count(1)
             return block.at(self._path(key)) if self._keep(key, block) else block
 
     def fetch(self, key: str, load: Load) -> bool:
@@ -94,6 +93,7 @@ class BlockStore:
         if self.touch(key):
             self._count(0)
             return True
+        self._count(1)
         self.get(key, load)
         return self._path(key).exists()
 

@@ -17,7 +17,7 @@ OF_A_RUN = {
     "data_wait": ("mimkd_data_wait_share", "Share of the time of training that the first worker waited for data"),
     "cache_hit_rate": (
         "mimkd_cache_hit_rate",
-        "Share of blocks that the first worker had on its node",
+        "Share of blocks read ahead that the first worker's node had",
     ),
     "lr": ("mimkd_learning_rate", "Learning rate"),
     "loss": ("mimkd_loss", "The loss, weighted and summed over its terms"),

@@ -122,8 +122,8 @@ class Supply:
         return to_device(batches, self.context.device)
 
     def cache_hit_rate(self) -> float | None:
-        """Share of the blocks of images and cached features that this node had and did not have to read from the
-        storage, by this worker so far; None where nothing is kept."""
+        """Share of the blocks of images and cached features that this worker read ahead and its node had already; None
+        where nothing is kept or read ahead."""
         store = self.features.store if self.features is not None else self.data.train.store
         return store.hit_rate() if store is not None else None
 
