@@ -40,7 +40,8 @@ class Capacity:
 
     def most_cpus(self, workers: int) -> int:
         """The most CPUs that each of so many workers can have; 1 where they do not all fit."""
-        for cpus in range(max(1, self.cpus // max(workers, 1)), 1, -1):
+        largest = max((cpus for cpus, _ in self.nodes), default=0)
+        for cpus in range(min(largest, self.cpus // max(workers, 1)), 1, -1):
             if self.room(cpus) >= workers:
                 return cpus
         return 1
