@@ -59,23 +59,26 @@ def taps(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
     return config
 
 
-def weights(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
-    """The weight of each kind of term, 0.01 to 3, or none. Feature terms are off where no pair was chosen."""
-    found = {}
-    for kind in KINDS:
-        if not config.loss.weight(kind):
-            continue
-        on = suggest.choice(f"{kind} terms", (True, False))
-        found[f"{kind}_weight"] = suggest.number(f"{kind}_weight", 0.01, 3.0, log=True) if on else 0.0
-    return _loss(config, **found)
-
-
 def kd(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
     """Hinton's KD beside the terms: its weight, 0.03 to 3, and temperature, or none."""
     if not suggest.choice("kd", (True, False)):
         return _loss(config, kd_weight=0.0)
     weight = suggest.number("kd_weight", 0.03, 3.0, log=True)
     return _loss(config, kd_weight=weight, kd_temperature=suggest.number("kd_temperature", 1.0, 8.0, log=True))
+
+
+def weights(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """The weight of each kind of term, 0.01 to 3, or none. Feature terms are off where no pair was chosen.
+
+    The last kind is on where nothing else reads the teacher: a student alone would tell a search nothing new."""
+    kinds = [kind for kind in KINDS if config.loss.weight(kind)]
+    config = _loss(config, **dict.fromkeys((f"{kind}_weight" for kind in kinds), 0.0))
+    for kind in kinds:
+        needed = kind == kinds[-1] and not config.loss.uses_teacher
+        if needed or suggest.choice(f"{kind} terms", (True, False)):
+            name = f"{kind}_weight"
+            config = _loss(config, **{name: suggest.number(name, 0.01, 3.0, log=True)})
+    return config
 
 
 def rival(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
@@ -96,8 +99,8 @@ SPACES: dict[str, Space] = {
     "temperature": temperature,
     "bound": bound,
     "taps": taps,
-    "weights": weights,
     "kd": kd,
+    "weights": weights,
     "rival": rival,
     "rate": rate,
 }

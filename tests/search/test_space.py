@@ -140,6 +140,18 @@ def test_no_pair_chosen_turns_feature_terms_off_and_asks_for_no_weight() -> None
     assert (one.loss.global_weight, one.loss.feature_weight) == (0.0, 3.0)
 
 
+def test_a_student_alone_is_not_drawn() -> None:
+    """With every answer no, the last kind is on without a question, unless KD reads the teacher."""
+    off = {f"{kind} terms": False for kind in ("global", "local", "feature")}
+    build = compose([SPACES["taps"], SPACES["kd"], SPACES["weights"]], tiny_config(), Candidates((), ("v:b",), {}))
+    alone = _Fixed(kd=False, **off)
+    loss = build(alone).loss  # type: ignore[arg-type]
+    assert (loss.global_weight, loss.local_weight, loss.feature_weight) == (0.0, 3.0, 0.0)
+    assert alone.asked == ["kd", "global terms", "local_weight"]
+    with_kd = build(_Fixed(kd=True, **off)).loss  # type: ignore[arg-type]
+    assert (with_kd.uses_features, with_kd.kd_weight) == (False, 3.0)
+
+
 def test_a_rivals_factor_only_where_there_is_one() -> None:
     none = _Fixed()
     assert compose([SPACES["rival"]], tiny_config(), NONE)(none) == tiny_config()  # type: ignore[arg-type]
@@ -173,6 +185,7 @@ def test_whatever_is_drawn_can_be_trained() -> None:
     assert wide.loss.kd_weight
     for seed in range(12):
         config = build(_Draw(seed))
+        assert config.loss.uses_teacher
         preflight(config)
         for kind in ("global", "local", "feature"):
             if config.loss.weight(kind):
