@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.critics import ConcatCritic, CriticConfig, DotCritic, Projection, build_critic
+from mimkd_ray.losses.critics import ConcatCritic, CriticConfig, DotCritic, Pointwise, Projection, build_critic
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,31 @@ def test_projection_equals_the_formula():
         value = projection.output.weight @ hidden + projection.output.bias + projection.shortcut.weight @ row
         value = (value - value.mean()) / (value.var(correction=0) + projection.norm.eps).sqrt()
         assert torch.allclose(got, value * projection.norm.weight + projection.norm.bias, rtol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", ["images first", "locations first", "vectors", "one image", "rows"])
+def test_pointwise_is_a_linear_layer(shape: str, bias: bool) -> None:
+    """In float32 on a CPU maps take another way: values and gradients against the matrix product in float64."""
+    layer = Pointwise(6, 4, bias=bias)
+    memory = {"images first": (3, 5, 6), "vectors": (1, 3, 6), "one image": (5, 1, 6), "rows": (7, 6)}
+    leaf = torch.randn(memory.get(shape, (5, 3, 6)), requires_grad=True)
+    x = leaf.transpose(0, 1) if shape == "images first" else leaf
+    upstream = torch.randn(*x.shape[:-1], 4)
+    got = layer(x)
+    got.backward(upstream)
+    exact = x.detach().double() @ layer.weight.detach().double().T + (layer.bias.detach().double() if bias else 0.0)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-6)
+    to_x = upstream.double() @ layer.weight.detach().double()
+    to_weight = upstream.double().flatten(0, -2).T @ x.detach().double().flatten(0, -2)
+    assert leaf.grad is not None
+    assert layer.weight.grad is not None
+    gradient = leaf.grad.transpose(0, 1) if shape == "images first" else leaf.grad
+    torch.testing.assert_close(gradient.double(), to_x, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.weight.grad.double(), to_weight, rtol=1e-5, atol=1e-5)
+    if bias:
+        assert layer.bias.grad is not None
+        torch.testing.assert_close(layer.bias.grad, upstream.flatten(0, -2).sum(0), rtol=1e-5, atol=1e-5)
 
 
 def test_dot_score_is_scaled_cosine_plus_bias():
