@@ -9,8 +9,12 @@ commands, on all cores:
 
 All train the same 8 configurations (the default space, drawn by one seed, no scheduler), each with its own loss, on the
 same batches, with the same evaluations and checkpoints. A search runs as many trials or packs at a time as there are
-cores, each with one thread: its default. `plain` is the student without any teacher, trained the same way; what
-`tune_cache` may take is the start of the search, and the plain student and the start of a trial for each of its trials.
+cores, each with one thread: its default.
+
+What `tune_cache` may take is the start of the search, and for each of its trials the start and the training of a
+student that nothing searches, as many at a time, with one thread each. Two kinds of these are trained: `jobs_cache` is
+each configuration as a job of its own with the cache, so that what remains is what Tune adds; `plain` is the student
+without any teacher, so that what remains are the critics of these configurations as well.
 
 The start of a trial is counted from when it is asked for to its first step. Then many tiny trials, on a Ray of this
 script's that goes on after them (search_tiny.py): memory on the way, and what they leave.
@@ -18,7 +22,7 @@ script's that goes on after them (search_tiny.py): memory on the way, and what t
 Not measured: GPUs, several nodes, ASHA (it would stop other trials in each arm), finals. Teachers are random unless
 --weights is given: speed does not depend on it. An epoch is far shorter than CIFAR-100's, so the cache's canary, a
 batch of the teacher for each epoch, is off. Trials are short (--steps), so starts weigh more than in a real search; how
-long they took is among the figures. Not yet timed at full length: some 20 minutes on 2 cores, by the speed of a step.
+long they took is among the figures.
 """
 
 from __future__ import annotations
@@ -53,7 +57,9 @@ from mimkd_ray.train.config import Config, LaunchConfig, from_dict, to_dict
 from mimkd_ray.train.files import RunConfig
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
-ARMS = ("jobs_live", "tune_cache", "pack_live", "pack_cache", "plain")
+ARMS = ("jobs_live", "tune_cache", "pack_live", "pack_cache", "plain", "jobs_cache")
+UNSEARCHED = ("plain", "jobs_cache")
+"""Not arms of the comparison: what the search with the cache is held against."""
 TRIALS, PACK, EPOCHS = 8, 4, 2
 HOLDOUT = 0.1
 STAGES = {
@@ -120,6 +126,14 @@ class Arms:
             half = len(self.planned) // 2
             for planned in self.planned[part * half : (part + 1) * half]:
                 self.lone(arm, [self.as_job(planned, f"{arm}-{planned.number}")], self.threads)
+        elif arm == "jobs_cache":
+            half = len(self.planned) // 2
+            jobs = [
+                replace(self.as_job(planned, f"{arm}-{planned.number}"), cache=self.cached.cache)
+                for planned in self.planned[part * half : (part + 1) * half]
+            ]
+            for first in range(0, half, self.cores):
+                self.lone(arm, jobs[first : first + self.cores], 1)
         elif arm == "plain":
             plain = [self.as_job(self.planned[0], f"{arm}-{part}-{core}") for core in range(self.cores)]
             self.lone(arm, [replace(config, loss=NOTHING) for config in plain], 1)
@@ -175,28 +189,30 @@ class Arms:
         figures: dict[str, float] = {"steps": float(*self.steps)}
         for arm, seconds in self.seconds.items():
             figures[f"{arm}/seconds"] = seconds
-            if arm != "plain":
+            if arm not in UNSEARCHED:
                 figures[f"{arm}/trials_per_hour"] = TRIALS * 3600 / seconds
-        for arm in ARMS[1:-1]:
+        for arm in ("tune_cache", "pack_live", "pack_cache"):
             if {arm, "jobs_live"} <= self.seconds.keys():
                 figures[f"{arm}_over_jobs_live"] = self.seconds["jobs_live"] / self.seconds[arm]
-        if {"tune_cache", "plain"} <= self.seconds.keys():
-            figures |= self.over_plain()
+        if "tune_cache" in self.ran:
+            figures |= self.over_students()
         return figures | self.starts()
 
-    def over_plain(self) -> dict[str, float]:
-        """What the search with the cache took, against its start and plain students."""
+    def over_students(self) -> dict[str, float]:
+        """What the search with the cache took, against its start and students that nothing searched."""
         trials = self.ran["tune_cache"]
-        plain = statistics.fmean(each.ended - each.marks["first_step"] for each in self.ran["plain"])
         start = min(each.asked for each in trials) - self.began["tune_cache"]
         trial_starts = sum(each.start()["all"] for each in trials)
-        wanted = start + (trial_starts + TRIALS * plain) / self.cores
-        return {
-            "plain_student_seconds": plain,
-            "search_start_seconds": start,
-            "sum_of_trial_starts_seconds": trial_starts,
-            "b_over_plain_plus_startup": self.seconds["tune_cache"] / wanted,
-        }
+        figures = {"search_start_seconds": start, "sum_of_trial_starts_seconds": trial_starts}
+        for arm in UNSEARCHED:
+            if arm in self.ran:
+                student = statistics.fmean(each.ended - each.marks["first_step"] for each in self.ran[arm])
+                wanted = start + (trial_starts + TRIALS * student) / self.cores
+                figures |= {
+                    f"{arm}_student_seconds": student,
+                    f"b_over_{arm}_plus_startup": self.seconds["tune_cache"] / wanted,
+                }
+        return figures
 
     def starts(self) -> dict[str, float]:
         """Medians of the seconds of each stage of a trial's start; those of a search with and without a new process."""
@@ -268,11 +284,13 @@ def arms(args: Any, folder: Path) -> dict[str, float]:
     teachers = sum(from_dict(Config, each.config).loss.uses_teacher for each in planned)
     print(f"{TRIALS} configurations, {teachers} of which use the teacher", flush=True)
     figures = {"trials_with_teacher": float(teachers), "imports_seconds": imports()}
-    if {"tune_cache", "pack_cache"} & set(args.only):
+    if {"tune_cache", "pack_cache", "jobs_cache"} & set(args.only):
         figures["cache_build_seconds"] = build_cache(cached, folder)
         print(f"cache built in {figures['cache_build_seconds']:.1f} s", flush=True)
     own = Arms(job, cached, planned, folder, args)
-    for part, order in enumerate((("jobs_live", "plain", *ARMS[1:4]), ("plain", "jobs_live"))):
+    for part, order in enumerate(
+        (("jobs_live", "plain", "jobs_cache", *ARMS[1:4]), ("jobs_cache", "plain", "jobs_live"))
+    ):
         for arm in order:
             if arm in args.only:
                 own.measure(arm, part)
@@ -283,7 +301,7 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("--cifar", metavar="DIR", help="Parquet files of CIFAR-100 (default: generated images)")
     options.add_argument("--weights", default="random", help="weights of the teacher")
-    options.add_argument("--steps", type=int, default=60, help="steps of a trial, of 64 images")
+    options.add_argument("--steps", type=int, default=200, help="steps of a trial, of 64 images")
     options.add_argument("--only", nargs="*", choices=ARMS, default=list(ARMS), help="which arms")
     options.add_argument("--tiny", type=int, default=200, help="number of tiny trials")
     options.add_argument("--skip-tiny", action="store_true", help="leave them out")
@@ -291,6 +309,7 @@ def main() -> int:
     targets: dict[str, tuple[Literal[">=", "<="], float]] = {
         "pack_live_over_jobs_live": (">=", 1.8),
         "b_over_plain_plus_startup": ("<=", 1.1),
+        "b_over_jobs_cache_plus_startup": ("<=", 1.1),
         "tiny/trials_ended": (">=", args.tiny),
         "tiny/trials_failed": ("<=", 0),
         "tiny/driver_growth_megabytes": ("<=", 50),

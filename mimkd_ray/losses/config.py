@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.bounds import BoundName
@@ -13,7 +13,16 @@ from mimkd_ray.losses.methods import KD_CE_WEIGHT, RIVALS, Method
 Negatives = Literal["all", "rolled", "step", "cache"]
 Kind = Literal["global", "local", "feature"]
 
-PRESETS: dict[str, tuple[BoundName, Negatives]] = {"accuracy": ("infonce", "all"), "paper": ("jsd", "rolled")}
+
+class Preset(NamedTuple):
+    """What a preset stands for where the config says nothing else."""
+
+    bound: BoundName
+    negatives: Negatives
+    locations: int
+
+
+PRESETS = {"accuracy": Preset("infonce", "all", 64), "paper": Preset("jsd", "rolled", 0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +42,17 @@ class LossConfig:
     """Epochs over which dkd and review rise to their weights, as published; 0: at once. Other losses have full weight
     from the start."""
     preset: Literal["accuracy", "paper"] = "accuracy"
-    """accuracy: InfoNCE over all pairs of the lane. paper: Jensen-Shannon with one rolled negative."""
+    """accuracy: InfoNCE over all pairs of the lane. paper: Jensen-Shannon with one rolled negative. Each has its own
+    `locations` besides."""
     bound: BoundName | None = None
     """Lower bound on mutual information; unset: the preset's."""
     negatives: Negatives | None = None
     """all: every other image of the lane. rolled: the one before. step: for global and local terms every other image
     of the whole step (teacher vectors are gathered from all workers). cache: for those terms the others of the lane,
     and cache.negatives random images of the training set, whose vectors come from the cache. Unset: the preset's."""
+    locations: int | None = None
+    """Of a map with more locations, as many are scored in a step, on an even grid that is elsewhere at every step; 0:
+    always all. Unset: the preset's, 64 or 0. Mutual information is read over all of them."""
     global_weight: float = 0.1
     """Weight of each global term (teacher vector, student vector). 0 turns the kind off."""
     local_weight: float = 0.1
@@ -71,6 +84,8 @@ class LossConfig:
                 raise UserError(f"loss.{name} is {getattr(self, name)}; it must be finite and not negative")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"loss.label_smoothing is {self.label_smoothing}; it must lie in [0, 1)")
+        if self.locations is not None and self.locations < 0:
+            raise UserError(f"loss.locations is {self.locations}; it must be at least 1, or 0 for all")
         if self.kd_temperature <= 0:
             raise UserError(f"loss.kd_temperature is {self.kd_temperature}; it must be positive")
         if not 0 <= self.rival_warmup < float("inf"):
@@ -81,12 +96,17 @@ class LossConfig:
     @property
     def resolved_bound(self) -> BoundName:
         """The bound in force."""
-        return self.bound or PRESETS[self.preset][0]
+        return self.bound or PRESETS[self.preset].bound
 
     @property
     def resolved_negatives(self) -> Negatives:
         """The negatives in force."""
-        return self.negatives or PRESETS[self.preset][1]
+        return self.negatives or PRESETS[self.preset].negatives
+
+    @property
+    def resolved_locations(self) -> int:
+        """The most locations of a map that a step scores, in force; 0: all."""
+        return PRESETS[self.preset].locations if self.locations is None else self.locations
 
     @property
     def resolved_ce_weight(self) -> float:

@@ -8,6 +8,8 @@ Three kinds of term, after arXiv 2110.15946 (the pairing of unequal shapes, crit
 * local:   critic(teacher vector, student map[h, w]) for every location
 * feature: critic(teacher map[h, w], student map[h, w]) at matching locations; the larger map is average-pooled
 
+Of a large map each step scores an even grid of `locations`, elsewhere each time (locations.py).
+
 A positive pair comes from one image. Negatives pair a student with the teacher of *another image at the same
 location*: the image before it in the lane (``rolled``), every other image of the lane (``all``), or for terms of
 teacher vectors every other image of all lanes of the step (``step``: feature terms keep to the lane), or random images
@@ -39,6 +41,7 @@ from mimkd_ray.losses.crd import TrainingRows
 from mimkd_ray.losses.critics import Critic, build_critic
 from mimkd_ray.losses.features import Features, Others, in_full_precision, match_sizes
 from mimkd_ray.losses.kd import kd_loss
+from mimkd_ray.losses.locations import draw_locations, to_locations
 from mimkd_ray.losses.methods import RIVALS
 from mimkd_ray.losses.precision import full_precision
 from mimkd_ray.losses.rivals import RivalPlan, build_rival
@@ -79,20 +82,14 @@ def valid_pairs(ids_B: Tensor, negatives: Negatives) -> Tensor:
     return (ids_B != ids_B.roll(1)).unsqueeze(1)
 
 
-def to_locations(feature: Tensor) -> Tensor:
-    """(B, C) -> (1, B, C) and (B, C, H, W) -> (H*W, B, C), as views of a channels-last map."""
-    if feature.dim() == 2:
-        return feature.unsqueeze(0)
-    return feature.flatten(2).permute(2, 0, 1)
-
-
 class MIMKDLoss(nn.Module):
     """The loss of one student, with the critics of its terms and the rivals. The critics' parameters are all the state
     of the terms; rivals may have more.
 
     ``forward(teacher, student, labels_B, ids_B)`` returns a :class:`LossOutput`; ``teacher`` may be None when the
     config uses no teacher. ``labels_B`` are class numbers, or (B, classes) probabilities of mixed images.
-    ``reading=True`` reads every bound over all pairs of the lane whatever it trains with, and leaves the rivals out.
+    ``reading=True`` reads every bound over all pairs of the lane and all locations whatever it trains with, and leaves
+    the rivals out.
     A lane of one image has no negative and is an error.
     """
 
@@ -162,7 +159,8 @@ class MIMKDLoss(nn.Module):
                 negatives: Negatives = "all" if reading else self.negatives
                 valid_BK = valid_pairs(ids_B, negatives)
                 for term, critic in zip(self.plan, self.critics, strict=True):
-                    teacher_LKC, student_LBC = _inputs(term, teacher, student)
+                    limit = 0 if reading else config.resolved_locations
+                    teacher_LKC, student_LBC = _inputs(term, teacher, student, limit)
                     loss, stats = score_term(
                         critic,  # type: ignore[arg-type]
                         self.bound,
@@ -185,17 +183,21 @@ class MIMKDLoss(nn.Module):
         return LossOutput(total, parts, log)
 
 
-def _inputs(term: Term, teacher: Features, student: Features) -> tuple[Tensor, Tensor]:
+def _inputs(term: Term, teacher: Features, student: Features, limit: int) -> tuple[Tensor, Tensor]:
     """The two sides of a term in float32 by location: (L or 1, K, C_teacher), (L, B, C_student). K is B, and more where
-    other lanes give negatives. The student's features come in full precision."""
+    other lanes give negatives; L at most ``limit``. The student's features come in full precision."""
     if term.kind == "feature":
         teacher_BCHW, student_BCHW = match_sizes(full_precision(teacher.maps[term.teacher]), student.maps[term.student])
-        return to_locations(teacher_BCHW.detach()), to_locations(student_BCHW)
+        where = draw_locations(student_BCHW, limit)
+        return to_locations(teacher_BCHW.detach(), where), to_locations(student_BCHW, where)
     teacher_KC = teacher.vectors[term.teacher]
     if teacher.others is not None:
         teacher_KC = torch.cat([teacher_KC, teacher.others.vectors[term.teacher].to(teacher_KC.dtype)])
-    features = student.vectors if term.kind == "global" else student.maps
-    return to_locations(full_precision(teacher_KC.detach())), to_locations(features[term.student])
+    teacher_1KC = to_locations(full_precision(teacher_KC.detach()))
+    if term.kind == "global":
+        return teacher_1KC, to_locations(student.vectors[term.student])
+    student_BCHW = student.maps[term.student]
+    return teacher_1KC, to_locations(student_BCHW, draw_locations(student_BCHW, limit))
 
 
 def _with_others(valid_BK: Tensor, ids_B: Tensor, teacher_LKC: Tensor, others: Others | None) -> Tensor:

@@ -101,11 +101,12 @@ def test_a_resumed_run_equals_its_twin_bit_for_bit(tmp_path: Path, world: int) -
 
 @pytest.mark.slow
 def test_any_number_of_workers_and_a_changing_one_train_one_model(tmp_path: Path) -> None:
-    """50 steps in float64 with negatives from all lanes; 4 -> 3 -> 4 workers is a resize by checkpoints.
+    """50 steps in float64 with negatives from all lanes and 9 of the 64 locations of a map; 4 -> 3 -> 4 workers is a
+    resize by checkpoints.
 
     The exported network, a moving average, is one as well: weights by their own size, buffers as the statistics are.
     """
-    config = _config("float64", global_weight=0.1, local_weight=0.1, negatives="step")
+    config = _config("float64", global_weight=0.1, local_weight=0.1, negatives="step", locations=9)
     alone = _attempt(LocalContext(torch.device("cpu")), config, str(tmp_path / "alone"), 50)
     assert len(set(alone["losses"])) == 50
     trained = {key for key, _ in build_model("cifar/resnet8_w4", 10).named_parameters()}

@@ -76,7 +76,12 @@ def variants(base: Config) -> list[Config]:
         replace(
             base,
             loss=replace(
-                base.loss, bound="dv", negatives="all", feature_weight=0.0, critic=CriticConfig(kind="concat", width=8)
+                base.loss,
+                bound="dv",
+                negatives="all",
+                feature_weight=0.0,
+                locations=9,
+                critic=CriticConfig(kind="concat", width=8),
             ),
         ),
     ]
