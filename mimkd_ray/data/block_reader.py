@@ -35,11 +35,12 @@ class BlockReader:
         The image is where it is kept: nothing is copied. Raises what `load` does, and DamagedDataError for a file that
         is written again and again.
         """
-        if key not in self._open:
-            self._open[key] = self._find(key, load)
-        block, images = self._open[key]
-        offset = int(block.offsets[row])
-        return images[offset : offset + int(block.lengths[row])], int(block.labels[row])
+        found = self._open.get(key)
+        if found is None:
+            found = self._open[key] = self._find(key, load)
+        block, images = found
+        where, label = block.row(row)
+        return images[where], label
 
     def _find(self, key: str, load: Load) -> tuple[StoredBlock, memoryview]:
         for _ in range(TRIES):

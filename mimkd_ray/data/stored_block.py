@@ -69,6 +69,20 @@ class StoredBlock:
         return len(self.data or b"") + _NUMBERS * self.labels.nbytes
 
     @cached_property
+    def _numbers(self) -> tuple[memoryview, memoryview, memoryview]:
+        """Of which single ones are had as Python's in a fifth of the time that an array takes."""
+        offsets, lengths, labels = (
+            np.ascontiguousarray(each, dtype=np.int64).data for each in (self.offsets, self.lengths, self.labels)
+        )
+        return offsets, lengths, labels
+
+    def row(self, row: int) -> tuple[slice, int]:
+        """Return where the image of a row lies in `images`, and its label."""
+        offsets, lengths, labels = self._numbers
+        start = offsets[row]
+        return slice(start, start + lengths[row]), labels[row]
+
+    @cached_property
     def _end(self) -> int:
         """The place behind the last image; looked at for every batch."""
         return int((self.offsets + self.lengths).max())

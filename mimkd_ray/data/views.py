@@ -41,6 +41,9 @@ __all__ = [
     "make_pipeline",
 ]
 
+_three_numbers = struct.Struct("<QQQ").pack
+_MASK = 2**64 - 1
+
 
 @dataclass(frozen=True)
 class View:
@@ -86,5 +89,6 @@ def generator_kept() -> Iterator[None]:
 
 def hash32(seed: int, id: int, view: int) -> int:
     """Return 32 well-mixed bits of the three numbers."""
-    packed = struct.pack("<QQQ", seed % 2**64, id % 2**64, view % 2**64)
+    packed = _three_numbers(seed & _MASK, id & _MASK, view & _MASK)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=4).digest(), "little")
+
