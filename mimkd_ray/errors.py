@@ -18,6 +18,10 @@ class NonFiniteLossError(Exception):
     """The loss became NaN or infinite. Names the step, the terms and the sample ids."""
 
 
+class MemberMemoryError(Exception):
+    """One student of a pack found no memory; the others go on. Names the step and what the allocator said."""
+
+
 class Interrupted(Exception):
     """The job was asked to stop: it has saved its state and ended. Names the step; the same command goes on."""
 

@@ -25,14 +25,11 @@ from mimkd_ray.train.config import Config, from_dict, to_dict
 from mimkd_ray.train.context import Context
 from mimkd_ray.train.job import obtain_teacher
 from mimkd_ray.train.loop import train
+from mimkd_ray.train.memory import is_out_of_memory
 from mimkd_ray.train.pack import Member, Outcome, train_pack
 
 Tell = Callable[[Mapping[int, Mapping[str, Any]]], None]
 """Hands the figures of an evaluation on, by number of trial. It may end the trial: it raises then."""
-
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
-"""What allocators say, in lower case; on a CPU, PyTorch raises a plain RuntimeError."""
-
 
 REASON = 2000
 """Characters of an error that are kept: a loss that is not finite names 64 images before the remedy."""
@@ -199,6 +196,6 @@ def explain(error: BaseException) -> tuple[Ending, str]:
     text = " ".join(str(error).split())[:REASON]
     if isinstance(error, NonFiniteLossError):
         return "non-finite", text
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text.lower() for words in OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         return "out of memory", text or type(error).__name__
     return "error", f"{type(error).__name__}: {text}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mimkd_ray import storage
 from mimkd_ray.data.dataset import Data
 from mimkd_ray.data.loader import LaneBatch
-from mimkd_ray.errors import Interrupted, NonFiniteLossError
+from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
 from mimkd_ray.train import timeline
 from mimkd_ray.train.cached import open_cached
 from mimkd_ray.train.config import Config
@@ -66,6 +66,9 @@ class Loop:
     As it is, it trains a single student. A pack (train/pack.py) has several, looks at them in one pass, and lets
     members leave.
     """
+
+    spares = False
+    """Whether a run that finds no memory leaves, and the others go on."""
 
     def __init__(self, runs: Sequence[Run], label: str, quiet: bool = False, commits: bool = False) -> None:
         """``commits``: whether all that belongs to an evaluation is committed before it is told."""
@@ -126,7 +129,10 @@ class Loop:
     def _step(self, step: int, batches: Iterator[LaneBatch]) -> dict[Run, StepRecord]:
         """One step of every run, and what is written of it."""
         lanes = self.supply.feed.step(step, self.supply.my_lanes, batches)
-        records = dict(zip(self.runs, advance([run.session for run in self.runs], step, lanes), strict=True))
+        found, failed = advance([run.session for run in self.runs], step, lanes, self.spares)
+        records = {run: found[run.session] for run in self.runs if run.session in found}
+        for run in [run for run in self.runs if run.session in failed]:
+            self.leave(run, MemberMemoryError(f"out of memory in step {step + 1}: {failed[run.session]}"))
         self._still_finite(lambda run: run.guard.add(step, records[run].log, records[run].ids))
         self.meter.step()
         timeline.mark("first_step")
@@ -168,8 +174,8 @@ class Loop:
         if not self.quiet or self.context.reports_are_final:
             self.context.report({"step": done, "epoch": epoch, **run.held_out})
 
-    def leave(self, run: Run, error: NonFiniteLossError) -> None:
-        """What becomes of a run whose loss is not a number."""
+    def leave(self, run: Run, error: NonFiniteLossError | MemberMemoryError) -> None:
+        """What becomes of a run whose loss is not a number, or which found no memory."""
         raise error
 
     def finish(self) -> None:

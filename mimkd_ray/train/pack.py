@@ -22,7 +22,7 @@ from torch import nn
 
 from mimkd_ray import storage
 from mimkd_ray.data.dataset import Data
-from mimkd_ray.errors import NonFiniteLossError, UserError
+from mimkd_ray.errors import MemberMemoryError, NonFiniteLossError, UserError
 from mimkd_ray.train import checkpoint, timeline
 from mimkd_ray.train.build import build_student, teacher_plan
 from mimkd_ray.train.cached import open_cached
@@ -31,6 +31,7 @@ from mimkd_ray.train.context import Context
 from mimkd_ray.train.files import jsonable, read_json, read_metrics, write_json
 from mimkd_ray.train.job import claim
 from mimkd_ray.train.loop import Loop
+from mimkd_ray.train.memory import is_out_of_memory
 from mimkd_ray.train.metrics import say
 from mimkd_ray.train.run import Run
 from mimkd_ray.train.session import Session, StepRecord, evaluate_together
@@ -83,7 +84,8 @@ def train_pack(
 
     ``teacher`` is None where no member's loss needs one; ``extra`` (about the teacher, say) is added to every result.
     A member whose student or taps cannot be had ends with its UserError, before the first step.
-    A step costs what the teacher and all students cost; one student's activations are held at a time. With a
+    A step costs what the teacher and all students cost; one student's activations are held at a time. A member whose
+    loss is no number, or which finds no memory in a step, leaves; the others go on. With a
     ``judge`` a checkpoint is saved at every evaluation. Figures are told to the judge, not to ``context.report``.
     Raises UserError for members that do not go together, for a cache that lacks what they read, and for several
     workers; Interrupted when the job was asked to stop and has saved the state of all.
@@ -97,12 +99,14 @@ def train_pack(
             outcomes[number] = _cannot_be_built(member.config, data, teacher)
     going = [number for number, outcome in outcomes.items() if outcome is None]
     if going:
-        pack = _open(members, going, data, teacher, context, judge, extra or {})
+        supply, pack, lost = _open(members, going, data, teacher, context, judge, extra or {})
         try:
-            pack.go()
+            if pack is not None:
+                pack.go()
+                outcomes |= pack.outcomes
         finally:
-            pack.supply.close()
-        outcomes |= pack.outcomes
+            supply.close()
+        outcomes |= lost
     return [outcome for outcome in outcomes.values() if outcome is not None]
 
 
@@ -170,7 +174,7 @@ def _cannot_be_built(config: Config, data: Data, teacher: nn.Module | None) -> O
     return None
 
 
-_ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (NonFiniteLossError,)}
+_ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (NonFiniteLossError, MemberMemoryError)}
 """What ends a member alone, by the name in failed.json."""
 
 
@@ -182,8 +186,9 @@ def _open(
     context: Context,
     judge: Judge | None,
     extra: Mapping[str, Any],
-) -> _Pack:
-    """The pack of the members that are ``going``, at the newest step that they share."""
+) -> tuple[Supply, _Pack | None, dict[int, Outcome]]:
+    """What feeds the members that are ``going``, their pack at the newest step that they share, and the outcomes of
+    those for which there was no memory. No pack where that is all of them."""
     began = time.perf_counter()
     configs = [members[number].config for number in going]
     places = [members[number].run_dir for number in going]
@@ -194,23 +199,37 @@ def _open(
     timeline.mark("cache")
     supply = Supply(readers or configs, data, network, context, cached)
     start, contents = checkpoint.newest_shared(places)
-    sessions = []
-    for number, config in enumerate(configs):
-        own = network if config.loss.uses_teacher else None
-        session = Session(config, data, own, context, supply=supply)
-        if contents:
-            session.restore(places[number], contents[number])
-        checkpoint.drop_after(places[number], start)
-        sessions.append(session)
+    sessions: dict[int, Session] = {}
+    lost: dict[int, Outcome] = {}
+    for at, (number, config, place) in enumerate(zip(going, configs, places, strict=True)):
+        try:
+            session = Session(config, data, network if config.loss.uses_teacher else None, context, supply=supply)
+            if contents:
+                session.restore(place, contents[at])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            lost[number] = _fail(place, MemberMemoryError(f"out of memory before the first step: {error}"))
+            continue
+        checkpoint.drop_after(place, start)
+        sessions[number] = session
+    if not sessions:
+        return supply, None, lost
     if start:
         seconds = time.perf_counter() - began
-        say(context, f"resumed {len(going)} members from step {start} of {', '.join(places)} in {seconds:.1f} s")
+        say(context, f"resumed {len(sessions)} members from step {start} of {', '.join(places)} in {seconds:.1f} s")
     runs = {
-        number: Run(session, place, start, began, extra, FEWEST_CHECKPOINTS)
-        for number, session, place in zip(going, sessions, places, strict=True)
+        number: Run(session, members[number].run_dir, start, began, extra, FEWEST_CHECKPOINTS)
+        for number, session in sessions.items()
     }
     told = {number: told_before(member.run_dir) for number, member in enumerate(members)} if judge is not None else {}
-    return _Pack(runs, judge, told)
+    return supply, _Pack(runs, judge, told), lost
+
+
+def _fail(run_dir: str, error: NonFiniteLossError | MemberMemoryError) -> Outcome:
+    """Write down what ended a member alone."""
+    write_json(storage.join(run_dir, FAILED), {"kind": type(error).__name__, "message": str(error)})
+    return Outcome(error=error)
 
 
 def told_before(run_dir: str) -> dict[int, dict[str, Any]]:
@@ -223,6 +242,8 @@ def told_before(run_dir: str) -> dict[int, dict[str, Any]]:
 
 class _Pack(Loop):
     """The loop with several students, of which some may leave before the end."""
+
+    spares = True
 
     def __init__(
         self, runs: Mapping[int, Run], judge: Judge | None, told_before: Mapping[int, Mapping[int, Mapping[str, Any]]]
@@ -271,19 +292,20 @@ class _Pack(Loop):
             number = self.numbers[run]
             if number in stop and number not in self.outcomes:
                 say(self.context, f"member {number} of the {self.label} ({run.run_dir}) is stopped at epoch {epoch}")
-                self._end(run, Outcome(stopped=epoch), STOPPED, {"epoch": epoch, "step": done})
+                run.close()  # the file comes last: what it says is then all committed
+                write_json(storage.join(run.run_dir, STOPPED), {"epoch": epoch, "step": done})
+                self._end(run, Outcome(stopped=epoch))
 
-    def leave(self, run: Run, error: NonFiniteLossError) -> None:
+    def leave(self, run: Run, error: NonFiniteLossError | MemberMemoryError) -> None:
         """The others go on without it."""
         say(self.context, f"member {self.numbers[run]} of the {self.label} ({run.run_dir}) leaves: {error}")
-        self._end(run, Outcome(error=error), FAILED, {"kind": type(error).__name__, "message": str(error)})
-
-    def _end(self, run: Run, outcome: Outcome, file: str, values: Mapping[str, Any]) -> None:
-        """A member ends before the others. The file comes last: what it says is then all committed."""
         run.close()
-        write_json(storage.join(run.run_dir, file), values)
+        self._end(run, _fail(run.run_dir, error))
+
+    def _end(self, run: Run, outcome: Outcome) -> None:
+        """A member has ended before the others."""
         self.runs.remove(run)
-        self.outcomes[self.numbers[run]] = outcome
+        self.outcomes[self.numbers.pop(run)] = outcome
 
     def finish(self) -> None:
         """Write the results of those that came to the end."""

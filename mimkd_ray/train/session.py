@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,13 @@ from mimkd_ray.train.config import Config, differences, refuse_changes, training
 from mimkd_ray.train.context import Context, gather_by_rank, is_distributed, share_from_first
 from mimkd_ray.train.evaluate import accuracies, read_information
 from mimkd_ray.train.feed import Lane
+from mimkd_ray.train.memory import is_out_of_memory
 from mimkd_ray.train.metrics import say
 from mimkd_ray.train.optim import build_optimizer, learning_rate
 from mimkd_ray.train.step import LaneNorms, backward_lane, data_parallel, seed_lane
 from mimkd_ray.train.supply import Supply
+
+T = TypeVar("T")
 
 GRAPHS = 64
 """Students (and lane sizes) that one process compiles; torch's own limit is 8."""
@@ -94,7 +97,8 @@ class Session:
 
     def step(self, step: int, batches: Iterator[LaneBatch]) -> StepRecord:
         """One optimiser step over this worker's lanes."""
-        return advance([self], step, self.feed.step(step, self.my_lanes, batches))[0]
+        records, _ = advance([self], step, self.feed.step(step, self.my_lanes, batches))
+        return records[self]
 
     def begin_step(self, step: int) -> None:
         """Be ready for the lanes of a step."""
@@ -221,18 +225,41 @@ class Session:
         return int(state["step"])
 
 
-def advance(sessions: Sequence[Session], step: int, lanes: Iterable[Lane]) -> list[StepRecord]:
-    """One optimiser step of every session, on the same lanes. One student's activations are held at a time."""
-    for session in sessions:
-        session.begin_step(step)
+def advance(
+    sessions: Sequence[Session], step: int, lanes: Iterable[Lane], spare: bool = False
+) -> tuple[dict[Session, StepRecord], dict[Session, str]]:
+    """One optimiser step of every session, on the same lanes. One student's activations are held at a time.
+
+    With ``spare`` a session that finds no memory gives up its own and has no record; what the allocator said stands in
+    the second result, and the others have their step.
+    """
+    failed: dict[Session, str] = {}
+
+    def each(act: Callable[[Session], T]) -> dict[Session, T]:
+        done = {}
+        for session in sessions:
+            if session in failed:
+                continue
+            try:
+                done[session] = act(session)
+            except Exception as error:
+                if not (spare and is_out_of_memory(error)):
+                    raise
+                # The text alone: the error's traceback holds what the step had allocated.
+                failed[session] = str(error) or type(error).__name__
+            if session in failed:
+                session.optimizer.zero_grad(set_to_none=True)
+        return done
+
+    each(lambda session: session.begin_step(step))
     ids: list[Tensor] = []
     view = 0
     for lane in lanes:
-        for session in sessions:
-            session.take(step, lane)
+        each(lambda session, lane=lane: session.take(step, lane))  # type: ignore[misc]
         ids.append(lane.ids_B)
         view = lane.view
-    return [StepRecord(session.end_step(), ids, view) for session in sessions]
+    logs = each(lambda session: session.end_step())
+    return {session: StepRecord(log, ids, view) for session, log in logs.items()}, failed
 
 
 def evaluate_together(sessions: Sequence[Session]) -> list[dict[str, Any]]:

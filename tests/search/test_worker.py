@@ -107,6 +107,8 @@ def test_failures_are_told_apart_and_cost_the_others_nothing(tmp_path: Path) -> 
     assert "Traceback" in (tmp_path / "c" / "trial0" / "error.txt").read_text()
     ended, _ = run(tmp_path / "d", job, [with_lr(base, 1e30), base])
     assert [(each.state, each.kind) for each in ended.values()] == [("failed", "non-finite"), ("completed", "")]
+    ended, _ = run(tmp_path / "e", job, [huge, base])
+    assert [(each.state, each.kind) for each in ended.values()] == [("failed", "out of memory"), ("completed", "")]
 
 
 def test_what_the_driver_raises_goes_through(tmp_path: Path) -> None:
