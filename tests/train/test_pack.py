@@ -366,9 +366,7 @@ def test_a_member_whose_loss_is_no_number_leaves_and_the_others_go_on(tmp_path: 
         same(tmp_path / "pack" / str(ours), tmp_path / "alone" / str(theirs))
 
 
-def test_a_member_without_memory_leaves_and_the_others_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_member_without_memory_leaves_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One while it trains, one before that: by real allocations."""
     configs = quick()
     one = replace(configs[0], student=replace(configs[0].student, name="test_pack:Hungry"))
