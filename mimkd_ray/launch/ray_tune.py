@@ -13,7 +13,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -193,26 +193,6 @@ def stop_at_sigterm() -> Iterator[list[int]]:
         yield came
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def loggers(names: Sequence[str], project: str) -> list[Any]:
-    """Tune's callbacks for other trackers. Raises UserError where a package is not installed."""
-    found: list[Any] = []
-    for name in names:
-        try:
-            if name == "mlflow":
-                import mlflow  # noqa: F401
-                from ray.air.integrations.mlflow import MLflowLoggerCallback
-
-                found.append(MLflowLoggerCallback(experiment_name=project))
-            else:
-                import wandb  # noqa: F401
-                from ray.air.integrations.wandb import WandbLoggerCallback
-
-                found.append(WandbLoggerCallback(project=project))
-        except ImportError as error:
-            raise UserError(f"--search.loggers {name}: {error}; install {name} on the driver") from None
-    return found
 
 
 def prepare_on_ray(config: Config, folder: str, shape: Shape) -> None:

@@ -260,8 +260,9 @@ def run_with_ray(state: Search, widest: Config) -> bool:
     from mimkd_ray.launch import ray_tune
     from mimkd_ray.launch.capacity import Capacity
     from mimkd_ray.launch.cluster import connect
+    from mimkd_ray.launch.trackers import trackers
 
-    callbacks = ray_tune.loggers(job.search.loggers, f"mimkd-{job.recipe}")
+    callbacks = trackers(job.search.loggers, f"mimkd-{job.recipe}")
     own = connect(job.launch.address, "--launch.address", log_to_driver=False)
     try:
         shape = ray_tune.shape_of(job, Capacity.of_cluster())
