@@ -1,8 +1,8 @@
 """The data loader's queues without their threads, for messages that a pipe takes at once.
 
 `multiprocessing.Queue` hands what is put to a thread of the process, which packs and sends it while the process goes
-on. A loader process then waits for that thread's hold on the interpreter twice in a batch, and wakes up on another
-core, without its caches: 1 to 2 % of the time of decoding 64 images. A message of a batch without its images (they are
+on. A loader process then sleeps about twice a batch until it has the interpreter again: some 1 % of the time of
+decoding 64 small images. A message of a batch without its images (they are
 in shared memory) is small; put into the pipe here it takes some microseconds.
 """
 

@@ -1,4 +1,4 @@
-"""The random numbers of a crop: from torch's generator or, the same ones in a quarter of the time, from a seed alone.
+"""The random numbers of a crop: from torch's generator or, the same ones in half the time, from a seed alone.
 
 torch's CPU generator and NumPy's oldest one are the same Mersenne Twister with the same seeding. After a seed torch
 computes the next 624 numbers in 5 us, and needs 1 us a number more to hand them out; a crop takes five.

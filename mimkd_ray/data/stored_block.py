@@ -70,7 +70,7 @@ class StoredBlock:
 
     @cached_property
     def _numbers(self) -> tuple[memoryview, memoryview, memoryview]:
-        """Of which single ones are had as Python's in a fifth of the time that an array takes."""
+        """Of which single ones come as Python's numbers, without NumPy's scalars in between."""
         offsets, lengths, labels = (
             np.ascontiguousarray(each, dtype=np.int64).data for each in (self.offsets, self.lengths, self.labels)
         )

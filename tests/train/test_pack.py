@@ -19,7 +19,7 @@ from tiny_run import cpu, tiny_config, wait_for_checkpoints
 from torch import Tensor, nn
 
 from mimkd_ray.data.dataset import open_data
-from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError, UserError
+from mimkd_ray.errors import Interrupted, NonFiniteLossError, UserError
 from mimkd_ray.losses.critics import CriticConfig
 from mimkd_ray.train import checkpoint
 from mimkd_ray.train.build import build_network
@@ -45,20 +45,6 @@ class Dropping(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.drop(self.pool(self.stage3(images))))
-
-
-class Hungry(Dropping):
-    """A student that asks for 32 TB in its third step of one lane."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes)
-        self.steps = 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.steps += self.training
-        if self.steps > 2:
-            torch.empty(2**45, dtype=torch.uint8)
-        return super().forward(images)
 
 
 def variants(base: Config) -> list[Config]:
@@ -364,29 +350,6 @@ def test_a_member_whose_loss_is_no_number_leaves_and_the_others_go_on(tmp_path: 
     alone(configs, tmp_path / "alone")
     for ours, theirs in ((0, 0), (2, 1), (3, 2)):
         same(tmp_path / "pack" / str(ours), tmp_path / "alone" / str(theirs))
-
-
-def test_a_member_without_memory_leaves_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One while it trains, one before that: by real allocations."""
-    configs = quick()
-    one = replace(configs[0], student=replace(configs[0].student, name="test_pack:Hungry"))
-    wide = replace(configs[0], loss=replace(configs[0].loss, critic=CriticConfig(width=2**21)))
-    outcomes = pack([*configs, one, wide], tmp_path / "pack")
-    for number, when in ((len(configs), "in step 3"), (len(configs) + 1, "before the first step")):
-        error = outcomes[number].error
-        assert isinstance(error, MemberMemoryError)
-        assert f"out of memory {when}: " in str(error)
-        assert "can't allocate memory" in str(error)
-    assert not (tmp_path / "pack" / str(len(configs) + 1) / "metrics.jsonl").exists()
-    alone(configs, tmp_path / "alone")
-    for number in range(len(configs)):
-        same(tmp_path / "pack" / str(number), tmp_path / "alone" / str(number))
-
-    both = pack([one, wide], tmp_path / "none")
-    assert all(isinstance(outcome.error, MemberMemoryError) for outcome in both)
-    monkeypatch.setattr(Session, "begin_step", lambda *_: pytest.fail("trained again"))
-    again = pack([one, wide], tmp_path / "none")
-    assert [str(outcome.error) for outcome in again] == [str(outcome.error) for outcome in both]
 
 
 def test_a_member_with_wrong_taps_or_no_student_is_the_only_one_that_fails(tmp_path: Path) -> None:
