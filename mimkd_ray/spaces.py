@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from mimkd_ray.losses.bounds import BOUNDS
-from mimkd_ray.losses.config import Negatives
+from mimkd_ray.losses.critics import StudentSide, TeacherSide
+from mimkd_ray.losses.presets import Negatives, SameClass
 from mimkd_ray.search.space import Candidates, Space, Suggest
 from mimkd_ray.train.build import KINDS
 from mimkd_ray.train.config import Config
@@ -21,11 +22,18 @@ def _loss(config: Config, **changes: Any) -> Config:
 
 
 def critic(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
-    """The critic's kind and width."""
+    """The critic's kind, what its sides may learn, and their width."""
     kinds: tuple[Literal["dot", "concat"], ...] = ("dot", "concat")
     kind = suggest.choice("critic.kind", kinds)
-    width = suggest.choice("critic.width", (32, 64, 128, 256))
-    return _loss(config, critic=replace(config.loss.critic, kind=kind, width=width))
+    own = replace(config.loss.critic, kind=kind, teacher=None, student=None)
+    if kind == "dot":
+        teachers: tuple[TeacherSide, ...] = ("frozen", "linear", "mlp")
+        students: tuple[StudentSide, ...] = ("linear", "mlp")
+        own = replace(own, teacher=suggest.choice("critic.teacher", teachers))
+        own = replace(own, student=suggest.choice("critic.student", students))
+    if kind == "concat" or own.teacher != "frozen" or own.student == "mlp":
+        own = replace(own, width=suggest.choice("critic.width", (32, 64, 128, 256)))
+    return _loss(config, critic=own)
 
 
 def temperature(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
@@ -40,8 +48,8 @@ def temperature(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
 
 
 def bound(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
-    """The bound on mutual information, and its negatives: of the lane, of the step, or from the cache."""
-    options: list[Negatives] = ["all", "rolled"]
+    """The bound on mutual information, and its negatives: of the lane, of earlier steps, of the step, or from the cache."""
+    options: list[Negatives] = ["all", "rolled", "queue"]
     if config.cache.reads:
         options.append("cache")
     elif config.train.lanes > 1:
@@ -67,8 +75,33 @@ def kd(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
     return _loss(config, kd_weight=weight, kd_temperature=suggest.number("kd_temperature", 1.0, 8.0, log=True))
 
 
+def negatives(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """Which negatives count: those of the same class, hard ones alone, those at other locations."""
+    same: tuple[SameClass, ...] = ("keep", "leave_out")
+    where: tuple[Literal["same", "all"], ...] = ("same", "all")
+    config = _loss(config, same_class=suggest.choice("same_class", same))
+    if config.loss.resolved_negatives == "rolled":
+        return config
+    if config.loss.weight("feature"):
+        config = _loss(config, feature_negatives=suggest.choice("feature_negatives", where))
+    if config.loss.critic.kind == "dot":
+        config = _loss(config, hard_share=suggest.choice("hard_share", (1.0, 0.5, 0.25, 0.1)))
+    return config
+
+
+def target(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """What InfoNCE aims at: the positive or the teacher's similarities (0.05 to 0.5), in one or both directions."""
+    own = config.loss
+    if own.resolved_bound != "infonce" or own.resolved_negatives == "rolled":
+        return config
+    config = _loss(config, symmetric=suggest.choice("symmetric", (False, True)))
+    if own.critic.kind == "dot" and suggest.choice("soft targets", (False, True)):
+        config = _loss(config, soft_temperature=suggest.number("soft_temperature", 0.05, 0.5, log=True))
+    return config
+
+
 def weights(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
-    """The weight of each kind of term, 0.01 to 3, or none. Feature terms are off where no pair was chosen.
+    """The weight of each kind of term, 0.01 to 30, or none. Feature terms are off where no pair was chosen.
 
     The last kind is on where nothing else reads the teacher: a student alone would tell a search nothing new."""
     kinds = [kind for kind in KINDS if config.loss.weight(kind)]
@@ -77,7 +110,7 @@ def weights(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
         needed = kind == kinds[-1] and not config.loss.uses_teacher
         if needed or suggest.choice(f"{kind} terms", (True, False)):
             name = f"{kind}_weight"
-            config = _loss(config, **{name: suggest.number(name, 0.01, 3.0, log=True)})
+            config = _loss(config, **{name: suggest.number(name, 0.01, 30.0, log=True)})
     return config
 
 
@@ -99,6 +132,8 @@ SPACES: dict[str, Space] = {
     "temperature": temperature,
     "bound": bound,
     "taps": taps,
+    "negatives": negatives,
+    "target": target,
     "kd": kd,
     "weights": weights,
     "rival": rival,

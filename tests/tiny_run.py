@@ -28,7 +28,7 @@ def tiny_config(**sections: dict[str, Any]) -> Config:
         data=DataConfig(root="digits", subset=60, loader_workers=0),
         teacher=TeacherConfig(name="cifar/resnet8"),
         student=ModelConfig(name="cifar/resnet8_w4"),
-        loss=LossConfig(feature_pairs=("stage3:stage3",), critic=CriticConfig(width=16)),
+        loss=LossConfig(preset="two_sided", feature_pairs=("stage3:stage3",), critic=CriticConfig(width=16)),
         optim=OptimConfig(lr=0.05, schedule="cosine"),
         train=TrainConfig(epochs=2, lanes=2, lane_batch=10, log_every=1, eval_batch=150),
         run=RunConfig(tensorboard=False),

@@ -49,17 +49,18 @@ class BoundValue(NamedTuple):
 
 
 Bound = Callable[[Tensor, Tensor, Tensor], BoundValue]
-"""(positive_LB, negative_LBK, valid_BK) -> BoundValue. ``valid_BK`` is False for pairs to leave out."""
+"""(positive_LB, negative_LBK, valid_BK) -> BoundValue. ``valid_BK`` is False for pairs to leave out; it may also differ by
+location, (L, B, K)."""
 
 
 def _masked_mean(value_LBK: Tensor, valid_BK: Tensor) -> Tensor:
     """Mean over the valid pairs of each location: (L, B, K) -> (L,); 0 where no pair is valid."""
-    return torch.where(valid_BK, value_LBK, 0.0).sum((1, 2)) / valid_BK.sum().clamp(min=1)
+    return torch.where(valid_BK, value_LBK, 0.0).sum((1, 2)) / valid_BK.sum((-2, -1)).clamp(min=1)
 
 
 def _log_mean_exp(value_LBK: Tensor, valid_BK: Tensor) -> Tensor:
     """Log of the mean of e^value over the valid pairs: (L, B, K) -> (L,); 0 where no pair is valid."""
-    count = valid_BK.sum()
+    count = valid_BK.sum((-2, -1))
     total_L = value_LBK.masked_fill(~valid_BK, -math.inf).flatten(1).logsumexp(1)
     return torch.where(count > 0, total_L - count.clamp(min=1).to(total_L.dtype).log(), 0.0)
 
@@ -93,10 +94,40 @@ def nwj(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> BoundVal
 def infonce(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> BoundValue:
     """InfoNCE: the log-probability of the positive among its candidates, plus ln(candidates)."""
     others_LB = negative_LBK.masked_fill(~valid_BK, -math.inf).logsumexp(2)
-    candidates_B = (valid_BK.sum(1) + 1).to(positive_LB.dtype)  # the log of an integer is float32
+    candidates_B = (valid_BK.sum(-1) + 1).to(positive_LB.dtype)  # the log of an integer is float32
     nats_LB = positive_LB - torch.logaddexp(positive_LB, others_LB) + candidates_B.log()
     nats_L = nats_LB.mean(1)
     return BoundValue(-nats_L, nats_L.detach())
+
+
+def soft_cross_entropy(
+    positive_LB: Tensor,
+    negative_LBK: Tensor,
+    valid_BK: Tensor,
+    similarity_LBK: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Cross-entropy of the teacher's distribution over the candidates against the critic's, less ln(candidates): (L,).
+
+    The candidates of image i are its own teacher feature (the positive) and the valid negatives. The teacher gives
+    candidate k the weight exp(similarity / temperature), with ``similarity_LBK`` the cosine of the teacher's features
+    of i and k (of the positive 1); the critic gives it exp(score). As the temperature falls to 0 this becomes the
+    InfoNCE loss, whose target is the positive alone. It carries which images are alike, which InfoNCE pushes apart.
+    """
+    log_q_positive_LB, log_q_LBK = _log_softmax(positive_LB, negative_LBK, valid_BK)
+    certain_LB = torch.full_like(positive_LB, 1 / temperature)
+    log_p_positive_LB, log_p_LBK = _log_softmax(certain_LB, similarity_LBK / temperature, valid_BK)
+    # 0 * -inf is NaN: where a pair does not count its share is 0.
+    negative_LB = torch.where(valid_BK, log_p_LBK.exp() * log_q_LBK.masked_fill(~valid_BK, 0.0), 0.0).sum(2)
+    candidates_B = (valid_BK.sum(-1) + 1).to(positive_LB.dtype)
+    return -(log_p_positive_LB.exp() * log_q_positive_LB + negative_LB + candidates_B.log()).mean(1)
+
+
+def _log_softmax(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the positive (L, B) and of each negative (L, B, K) among the valid candidates."""
+    others_LB = negative_LBK.masked_fill(~valid_BK, -math.inf).logsumexp(2)
+    total_LB = torch.logaddexp(positive_LB, others_LB)
+    return positive_LB - total_LB, negative_LBK - total_LB.unsqueeze(2)
 
 
 def smile(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> BoundValue:
@@ -110,8 +141,12 @@ def smile(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> BoundV
 BOUNDS: dict[BoundName, Bound] = {"infonce": infonce, "jsd": jsd, "dv": dv, "nwj": nwj, "smile": smile}
 
 
-def ceiling(name: BoundName, valid_BK: Tensor) -> Tensor:
-    """Highest reading that the bound can give, in nats: mean ln(candidates) for InfoNCE, infinite for the others."""
+def ceiling(name: BoundName, valid_BK: Tensor, share: float = 1.0) -> Tensor:
+    """Highest reading that the bound can give, in nats: mean ln(candidates) for InfoNCE, infinite for the others.
+    ``share`` of the negatives are used, at least one."""
     if name != "infonce":
         return torch.full((), math.inf, device=valid_BK.device)
-    return (valid_BK.sum(1) + 1).log().mean()
+    counts_B = valid_BK.sum(-1)
+    if share < 1:
+        counts_B = (counts_B * share).ceil().clamp(min=1)
+    return (counts_B + 1).log().mean()

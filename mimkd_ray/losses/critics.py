@@ -1,13 +1,12 @@
 """Critics: networks that score how well a student feature and a teacher feature belong together.
 
-A critic embeds either side once, ``(..., C) -> (..., d)``, and then scores pairs of embeddings, either each with
-its own partner (``paired``) or every student with every teacher of the lane (``all_pairs``). Vectors and every
-location of a map go through the same weights; positions are a leading dimension L (1 for vectors, and a teacher
-vector broadcasts over the locations of a student map).
+A critic embeds either side once, ``(L, B, C) -> (L, B, d)``, and then scores pairs of embeddings, either each with
+its own partner (``paired``) or every student with every teacher (``all_pairs``). Vectors and every location of a map go
+through the same weights; locations are a leading dimension L (1 for vectors, and a teacher vector broadcasts over the
+locations of a student map). What the two sides may learn is told in sides.py.
 
-Critics use LayerNorm and no batch norm, so a pair scores the same wherever its partner came from. Widths and
-layer counts are our choice (the paper's were not to be had): a width of 128 keeps the three terms near 3 % of a
-ResNet-18 student's forward arithmetic, and 6 % of its step on a CPU (benchmarks/loss.py).
+Critics use LayerNorm and no batch norm, so a pair scores the same wherever its partner came from. Widths and layer
+counts are our choice (the paper's were not to be had).
 """
 
 from __future__ import annotations
@@ -21,6 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.losses.sides import Centred, FrozenSide, Pointwise, Projection
+
+TeacherSide = Literal["frozen", "linear", "mlp"]
+StudentSide = Literal["linear", "mlp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,64 +31,38 @@ class CriticConfig:
     """The network that scores a pair of features."""
 
     kind: Literal["dot", "concat"] = "dot"
-    """dot: scaled cosine of two projections. concat: a small network on the joined features."""
+    """dot: scaled cosine of two embeddings. concat: a small network on the joined features."""
+    teacher: TeacherSide | None = None
+    """What the dot critic may do to teacher features. frozen: nothing; they are centred by their running mean, and the
+    student is mapped into their space. linear: one linear layer. mlp: two layers and a shortcut. Unset: the preset's."""
+    student: StudentSide | None = None
+    """What maps student features to where they are compared. Unset: the preset's."""
     width: int = 128
-    """Units of the hidden layers and of the embeddings."""
+    """Units of hidden layers, and of the embeddings where the teacher's side is not frozen."""
+    frozen_width: int = 1024
+    """A frozen side's features of more channels are projected on as many fixed orthogonal directions."""
     temperature: float = 0.1
-    """Starting temperature of the dot critic: score = cosine / temperature + bias."""
-    learn_temperature: bool = True
-    """Train the temperature (never below min_temperature), or keep it fixed."""
+    """Temperature of the dot critic, or its start: score = cosine / temperature + bias."""
+    learn_temperature: bool | None = None
+    """Train the temperature (never below min_temperature), or keep it fixed. Unset: the preset's."""
     min_temperature: float = 0.01
     """Lower limit of a learned temperature; without one it runs away."""
 
     def __post_init__(self) -> None:
-        if self.width < 1:
-            raise UserError(f"loss.critic.width is {self.width}; it must be at least 1")
+        if min(self.width, self.frozen_width) < 1:
+            raise UserError(
+                f"loss.critic.width is {self.width} and frozen_width {self.frozen_width}; they must be at least 1"
+            )
+        if self.kind == "concat" and (self.teacher, self.student) != (None, None):
+            raise UserError(
+                f"loss.critic.kind is concat, which has no sides, and loss.critic.teacher is {self.teacher}, student "
+                f"{self.student}: leave them out, or pass --loss.critic.kind dot"
+            )
         if not 0 < self.min_temperature <= self.temperature:
             raise UserError(
                 f"loss.critic.temperature is {self.temperature} and min_temperature {self.min_temperature}; "
                 "0 < min_temperature <= temperature is needed"
             )
-
-
-class Pointwise(nn.Linear):
-    """nn.Linear for features by location, (L, B, in) -> (L, B, out).
-
-    On a CPU it runs as a 1x1 convolution: oneDNN uses all of a processor's vector units, PyTorch's BLAS (MKL) only
-    those of Intel's, and is half as fast on others.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or input.dtype != torch.float32 or input.dim() != 3 or 1 in input.shape[:2]:
-            return super().forward(input)
-        swapped = input.stride(0) < input.stride(1)  # a view of a channels-last map: memory holds images first
-        rows_NMC = input.transpose(0, 1) if swapped else input
-        weight_OC11 = self.weight[:, :, None, None]
-        output_NO1M = F.conv2d(rows_NMC.transpose(1, 2).unsqueeze(2), weight_OC11, self.bias)
-        output_NMO = output_NO1M.squeeze(2).transpose(1, 2)
-        return output_NMO.transpose(0, 1) if swapped else output_NMO
-
-
-class Projection(nn.Module):
-    """Linear-ReLU-Linear plus a linear shortcut, then LayerNorm: (..., channels) -> (..., width).
-
-    The shortcut starts as an isometry: the identity where the input is not wider than the output, and otherwise a
-    random orthogonal projection, which keeps angles on average instead of dropping the channels past ``width``.
-    """
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.hidden = Pointwise(channels, width)
-        self.output = Pointwise(width, width)
-        self.shortcut = Pointwise(channels, width, bias=False)
-        self.norm = nn.LayerNorm(width)
-        if channels <= width:
-            nn.init.eye_(self.shortcut.weight)
-        else:
-            nn.init.orthogonal_(self.shortcut.weight)
-
-    def forward(self, feature: Tensor) -> Tensor:
-        return self.norm(self.output(F.relu(self.hidden(feature))) + self.shortcut(feature))
 
 
 class DotCritic(nn.Module):
@@ -95,12 +72,23 @@ class DotCritic(nn.Module):
     """Values held per scored pair; the loss sizes its chunks by it."""
 
     def __init__(self, teacher_channels: int, student_channels: int, config: CriticConfig) -> None:
+        """What ``config`` leaves unset is as in the paper's preset: two layers on both sides, a learned temperature."""
         super().__init__()
-        self.teacher = Projection(teacher_channels, config.width)
-        self.student = Projection(student_channels, config.width)
+        self.teacher: nn.Module
+        if config.teacher == "frozen":
+            self.teacher = FrozenSide(teacher_channels, config.frozen_width)
+            width = self.teacher.width
+        elif config.teacher == "linear":
+            self.teacher, width = Pointwise(teacher_channels, config.width), config.width
+        else:
+            self.teacher, width = Projection(teacher_channels, config.width), config.width
+        if config.student == "linear":
+            self.student: nn.Module = Pointwise(student_channels, width)
+        else:
+            self.student = Projection(student_channels, width, config.width)
         self.max_log_scale = -math.log(config.min_temperature)
         log_scale = torch.tensor(-math.log(config.temperature))
-        if config.learn_temperature:
+        if config.learn_temperature is not False:
             self.log_scale = nn.Parameter(log_scale)
         else:
             self.register_buffer("log_scale", log_scale)
@@ -117,9 +105,16 @@ class DotCritic(nn.Module):
         alone would leave a parameter beyond the limit without a gradient for ever."""
         self.log_scale.clamp_(max=self.max_log_scale)
 
-    def embed_teacher(self, feature: Tensor) -> Tensor:
-        """(..., teacher channels) -> (..., width), of unit length."""
-        return F.normalize(self.teacher(feature), dim=-1)
+    def reduce_teacher(self, feature: Tensor) -> Tensor:
+        """(..., teacher channels) -> (..., reduced channels): the part of the embedding that never changes."""
+        return self.teacher.reduce(feature) if isinstance(self.teacher, FrozenSide) else feature
+
+    def embed_teacher(self, reduced_LKC: Tensor, lane: int | None = None) -> Tensor:
+        """(L, K, reduced channels) -> (L, K, width), of unit length. The first ``lane`` of each location are the lane's
+        own; by default all."""
+        if isinstance(self.teacher, FrozenSide):
+            return F.normalize(self.teacher(reduced_LKC, lane or reduced_LKC.shape[1]), dim=-1)
+        return F.normalize(self.teacher(reduced_LKC), dim=-1)
 
     def embed_student(self, feature: Tensor) -> Tensor:
         """(..., student channels) -> (..., width), of unit length."""
@@ -129,9 +124,23 @@ class DotCritic(nn.Module):
         """Score each student with the teacher in the same place: (L, B)."""
         return (student_LBd * teacher_LBd).sum(-1) * self.scale() + self.bias
 
-    def all_pairs(self, student_LBd: Tensor, teacher_LBd: Tensor) -> Tensor:
+    def all_pairs(self, student_LBd: Tensor, teacher_LKd: Tensor) -> Tensor:
         """Score each student (rows) with every teacher (columns) at the same location: (L, B, K)."""
-        return student_LBd @ teacher_LBd.transpose(1, 2) * self.scale() + self.bias
+        return student_LBd @ teacher_LKd.transpose(1, 2) * self.scale() + self.bias
+
+    def embed_queue(self, reduced_MC: Tensor) -> Centred | Tensor:
+        """Teacher vectors of earlier steps, for :meth:`queue_pairs`."""
+        if isinstance(self.teacher, FrozenSide):
+            return self.teacher.centred(reduced_MC)
+        return self.embed_teacher(reduced_MC.unsqueeze(0))
+
+    def queue_cosines(self, unit_LBd: Tensor, queue: Centred | Tensor) -> Tensor:
+        """Cosines of embeddings with every vector of the queue: (L, B, M)."""
+        return queue.cosines(unit_LBd) if isinstance(queue, Centred) else unit_LBd @ queue.transpose(1, 2)
+
+    def queue_pairs(self, student_LBd: Tensor, queue: Centred | Tensor) -> Tensor:
+        """Score each student with every vector of the queue: (L, B, M)."""
+        return self.queue_cosines(student_LBd, queue) * self.scale() + self.bias
 
 
 class ConcatCritic(nn.Module):
@@ -159,9 +168,13 @@ class ConcatCritic(nn.Module):
     def constrain_(self) -> None:
         """Nothing is bounded in this critic."""
 
-    def embed_teacher(self, feature: Tensor) -> Tensor:
+    def reduce_teacher(self, feature: Tensor) -> Tensor:
+        """No part of the embedding is fixed: the feature itself."""
+        return feature
+
+    def embed_teacher(self, reduced_LKC: Tensor, lane: int | None = None) -> Tensor:
         """(..., teacher channels) -> (..., width): the teacher's share of the first layer."""
-        return self.teacher(feature)
+        return self.teacher(reduced_LKC)
 
     def embed_student(self, feature: Tensor) -> Tensor:
         """(..., student channels) -> (..., width): the student's share of the first layer."""
@@ -177,6 +190,18 @@ class ConcatCritic(nn.Module):
     def all_pairs(self, student_LBd: Tensor, teacher_LBd: Tensor) -> Tensor:
         """Score each student (rows) with every teacher (columns): (L, B, K). Holds L*B*K*width values."""
         return self._score(student_LBd.unsqueeze(2) + teacher_LBd.unsqueeze(1))
+
+    def embed_queue(self, reduced_MC: Tensor) -> Tensor:
+        """Teacher vectors of earlier steps, for :meth:`queue_pairs`."""
+        return self.embed_teacher(reduced_MC.unsqueeze(0))
+
+    def queue_cosines(self, unit_LBd: Tensor, queue: Tensor) -> Tensor:
+        """Embeddings of this critic have no cosines."""
+        raise NotImplementedError("loss.critic.kind concat has no cosines")
+
+    def queue_pairs(self, student_LBd: Tensor, queue: Tensor) -> Tensor:
+        """Score each student with every vector of the queue: (L, B, M)."""
+        return self.all_pairs(student_LBd, queue)
 
 
 Critic = DotCritic | ConcatCritic

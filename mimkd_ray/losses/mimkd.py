@@ -2,66 +2,44 @@
 
     loss = CE + kd_weight * T^2 KL(teacher_T || student_T) + sum over terms of weight * (-bound) + rivals
 
-Three kinds of term, after arXiv 2110.15946 (the pairing of unequal shapes, critic widths and weights are ours):
-
-* global:  critic(teacher vector, student vector)
-* local:   critic(teacher vector, student map[h, w]) for every location
-* feature: critic(teacher map[h, w], student map[h, w]) at matching locations; the larger map is average-pooled
-
-Of a large map each step scores an even grid of `locations`, elsewhere each time (locations.py).
-
-A positive pair comes from one image. Negatives pair a student with the teacher of *another image at the same
-location*: the image before it in the lane (``rolled``), every other image of the lane (``all``), or for terms of
-teacher vectors every other image of all lanes of the step (``step``: feature terms keep to the lane), or random images
-of the training set beside those of the lane (``cache``). Pairs of equal ids are left out. Everything is computed in
-float32 with autocast off; no gradient reaches the teacher.
+A positive pair comes from one image. Negatives pair a student with the teacher of *another image*: at the same location
+the image before it in the lane (``rolled``) or every other image of the lane (``all``); for terms of teacher vectors
+also every image of all lanes of the step (``step``), vectors of earlier steps (``queue``), or random images of the
+training set (``cache``). Pairs of equal ids are left out, and, where asked, pairs of equal classes. What a term reads
+and how it is scored is told in terms.py. Everything is computed in float32 with autocast off; no gradient reaches the
+teacher.
 
 Rivals (rivals.py) are losses of other methods, which `loss.name` adds or puts in the place of the terms.
-
-Memory: the scores of all pairs at every location would be B*B*L values. Locations are scored in chunks that are
-computed again in the backward pass, so a term holds O(B*L*d).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.bounds import BOUNDS, BoundName, ceiling
-from mimkd_ray.losses.config import Kind, LossConfig, Negatives
+from mimkd_ray.losses.config import LossConfig, Negatives
 from mimkd_ray.losses.crd import TrainingRows
 from mimkd_ray.losses.critics import Critic, build_critic
-from mimkd_ray.losses.features import Features, Others, in_full_precision, match_sizes
+from mimkd_ray.losses.features import Features, in_full_precision
 from mimkd_ray.losses.kd import kd_loss
-from mimkd_ray.losses.locations import draw_locations, to_locations
 from mimkd_ray.losses.methods import RIVALS
 from mimkd_ray.losses.precision import full_precision
 from mimkd_ray.losses.rivals import RivalPlan, build_rival
+from mimkd_ray.losses.sides import FrozenSide
+from mimkd_ray.losses.teacher_queue import NO_LABEL, TeacherQueue
+from mimkd_ray.losses.terms import Candidates, Objective, Term, inputs_of, score_term, vector_of
 
+WARMUP_SHARE = 0.1
+"""Share of training over which terms of schedule `warmup` rise."""
 
-@dataclass(frozen=True, kw_only=True)
-class Term:
-    """One mutual-information term: a kind, a pair of taps and their channel counts."""
-
-    kind: Kind
-    teacher: str
-    student: str
-    weight: float
-    teacher_channels: int
-    student_channels: int
-
-    @property
-    def name(self) -> str:
-        """ "feature/layer4-stage3": unique within a loss, and fit for a TensorBoard tag."""
-        return f"{self.kind}/{self.teacher}-{self.student}"
+Gather = Callable[[Tensor], Tensor]
+"""(this worker's lanes, ...) -> (all lanes of the step, ...), in the order of lanes."""
 
 
 class LossOutput(NamedTuple):
@@ -75,6 +53,16 @@ class LossOutput(NamedTuple):
     """Detached scalars: ce, kd, rival/<method>, and per term loss, nats, ceiling, scale, bias, mean_u, mean_v."""
 
 
+class _Lane(NamedTuple):
+    """What a lane leaves for the end of the step: reduced teacher vectors by tap, ids, class numbers (-1 where mixed),
+    and the mean teacher feature of each critic with a frozen side."""
+
+    vectors: dict[str, Tensor]
+    ids_B: Tensor
+    labels_B: Tensor
+    means: list[Tensor]
+
+
 def valid_pairs(ids_B: Tensor, negatives: Negatives) -> Tensor:
     """Which negatives of the lane count: (B, 1) for rolled, else (B, B), never the diagonal. Equal ids never count."""
     if negatives != "rolled":
@@ -83,14 +71,15 @@ def valid_pairs(ids_B: Tensor, negatives: Negatives) -> Tensor:
 
 
 class MIMKDLoss(nn.Module):
-    """The loss of one student, with the critics of its terms and the rivals. The critics' parameters are all the state
-    of the terms; rivals may have more.
+    """The loss of one student, with the critics of its terms, the queue of teacher vectors, and the rivals.
 
     ``forward(teacher, student, labels_B, ids_B)`` returns a :class:`LossOutput`; ``teacher`` may be None when the
     config uses no teacher. ``labels_B`` are class numbers, or (B, classes) probabilities of mixed images.
     ``reading=True`` reads every bound over all pairs of the lane and all locations whatever it trains with, and leaves
-    the rivals out.
+    the rivals out; where there is a queue it reads with that too, and the lane's own reading is ``lane_nats``.
     A lane of one image has no negative and is an error.
+
+    Training calls :meth:`observe` with every lane and :meth:`after_step` after the optimiser's step.
     """
 
     def __init__(
@@ -108,26 +97,95 @@ class MIMKDLoss(nn.Module):
             raise UserError(f"a tap pair stands twice in the loss: {', '.join(term.name for term in terms)}")
         self.bound = config.resolved_bound
         self.negatives: Negatives = config.resolved_negatives
-        self.critics = nn.ModuleList(
-            build_critic(config.critic, term.teacher_channels, term.student_channels) for term in terms
+        self.objective = Objective(
+            self.bound, self.negatives == "rolled", config.soft_temperature, config.symmetric, config.hard_share
         )
+        critic = config.resolved_critic
+        self.critics = nn.ModuleList(
+            build_critic(critic, term.teacher_channels, term.student_channels) for term in terms
+        )
+        self.queue = self._make_queue() if self.negatives == "queue" else None
         self.methods = tuple(plan.method for plan in rivals)
         self.rivals = nn.ModuleList(build_rival(plan, rows) for plan in rivals)
+        self.lanes: list[_Lane] = []
+        # Tensors, so that a compiled loss is not compiled anew every step; they follow from the step, like the rate.
         self.warmth: Tensor
-        # A tensor, so that a compiled loss is not compiled anew every epoch; it follows from the step, like the rate.
         self.register_buffer("warmth", torch.ones(()), persistent=False)
+        self.strength: Tensor
+        self.register_buffer("strength", torch.ones(()), persistent=False)
 
-    def begin_step(self, epoch: float) -> None:
-        """Call before every step that trains with rivals which warm up. ``epoch``: passes over the data until now.
+    def _make_queue(self) -> TeacherQueue | None:
+        """The queue of the taps that global and local terms read, after the fixed part of their critics."""
+        channels = {}
+        for term, critic in zip(self.plan, self.critics, strict=True):
+            if term.kind != "feature":
+                side = critic.teacher
+                channels[term.teacher] = side.width if isinstance(side, FrozenSide) else term.teacher_channels
+        return TeacherQueue(self.config.queue, channels) if channels else None
 
-        As published the weight rises once an epoch, and the first one has its share already."""
+    def begin_step(self, epoch: float, progress: float = 0.0) -> None:
+        """Set what depends on the step. ``epoch``: passes over the data until now; ``progress``: share of training that
+        is done.
+
+        As published the weight of rivals that warm up rises once an epoch, and the first one has its share already."""
         if self.config.rival_warmup and any(RIVALS[method].warms_up for method in self.methods):
             self.warmth.fill_(min(1.0, (math.floor(epoch) + 1) / self.config.rival_warmup))
+        if self.config.schedule == "warmup":
+            self.strength.fill_(min(1.0, progress / WARMUP_SHARE))
+        elif self.config.schedule != "constant":
+            fall = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+            self.strength.fill_(fall if self.config.schedule == "fall" else 1 - fall)
 
-    def constrain_(self) -> None:
-        """Bring learned temperatures back to their limits; call after every optimiser step."""
+    @torch.no_grad()
+    def observe(self, teacher: Features | None, labels_B: Tensor, ids_B: Tensor) -> None:
+        """Take note of a lane that was trained on, for the queue and the means of frozen sides. Memory: the lane's
+        vectors until :meth:`after_step`."""
+        frozen = [critic for critic in self.critics if isinstance(critic.teacher, FrozenSide)]
+        if teacher is None or (self.queue is None and not frozen):
+            return
+        vectors: dict[str, Tensor] = {}
+        means: list[Tensor] = []
+        for term, critic in zip(self.plan, self.critics, strict=True):
+            if term.kind == "feature":
+                if isinstance(critic.teacher, FrozenSide):
+                    map_BCHW = full_precision(teacher.maps[term.teacher])
+                    means.append(critic.reduce_teacher(map_BCHW.mean((0, 2, 3))))  # type: ignore[operator]
+                continue
+            if term.teacher not in vectors:
+                raw_BC = full_precision(vector_of(teacher, term.teacher))
+                vectors[term.teacher] = critic.reduce_teacher(raw_BC)  # type: ignore[operator]
+            if isinstance(critic.teacher, FrozenSide):
+                means.append(vectors[term.teacher].mean(0))
+        if labels_B.is_floating_point():
+            labels_B = torch.full_like(ids_B, NO_LABEL)
+        self.lanes.append(_Lane(vectors if self.queue is not None else {}, ids_B, labels_B, means))
+
+    @torch.no_grad()
+    def after_step(self, gather: Gather | None = None) -> None:
+        """Bring learned temperatures back to their limits, and take the step's lanes into the queue and the means of
+        frozen sides. Call after every optimiser step; ``gather`` brings all workers' lanes together, where there are
+        several."""
         for critic in self.critics:
             critic.constrain_()  # type: ignore[operator]
+        lanes, self.lanes = self.lanes, []
+        if not lanes:
+            return
+
+        def all_lanes(values: Sequence[Tensor]) -> Tensor:
+            own_KX = torch.stack(list(values))
+            return own_KX if gather is None else gather(own_KX)
+
+        frozen = [critic.teacher for critic in self.critics if isinstance(critic.teacher, FrozenSide)]
+        if frozen:
+            means_LX = all_lanes([torch.cat(lane.means) for lane in lanes])
+            images = len(means_LX) * len(lanes[0].ids_B)
+            widths = [side.width for side in frozen]
+            for side, mean_d in zip(frozen, means_LX.mean(0).split(widths), strict=True):
+                side.update(mean_d, images)
+        if self.queue is not None:
+            vectors = {tap: all_lanes([lane.vectors[tap] for lane in lanes]).flatten(0, 1) for tap in lanes[0].vectors}
+            ids_N = all_lanes([lane.ids_B for lane in lanes]).flatten()
+            self.queue.push(vectors, ids_N, all_lanes([lane.labels_B for lane in lanes]).flatten())
 
     def forward(
         self,
@@ -156,20 +214,10 @@ class MIMKDLoss(nn.Module):
                 assert teacher is not None, "the loss has mutual-information terms and no teacher was given"
                 if len(labels_B) < 2:
                     raise ValueError("a lane of 1 image has no negatives: a mutual-information term needs 2 or more")
-                negatives: Negatives = "all" if reading else self.negatives
-                valid_BK = valid_pairs(ids_B, negatives)
                 for term, critic in zip(self.plan, self.critics, strict=True):
-                    limit = 0 if reading else config.resolved_locations
-                    teacher_LKC, student_LBC = _inputs(term, teacher, student, limit)
-                    loss, stats = score_term(
-                        critic,  # type: ignore[arg-type]
-                        self.bound,
-                        negatives,
-                        teacher_LKC,
-                        student_LBC,
-                        _with_others(valid_BK, ids_B, teacher_LKC, teacher.others),
-                    )
-                    parts[term.name] = term.weight * loss
+                    score = self._read if reading else self._train
+                    loss, stats = score(term, critic, teacher, student, labels_B, ids_B)  # type: ignore[arg-type]
+                    parts[term.name] = term.weight * self.strength * loss
                     log[f"{term.name}/loss"] = loss.detach()
                     log.update({f"{term.name}/{key}": value for key, value in stats.items()})
             for method, rival in zip(self.methods, self.rivals, strict=True) if not reading else ():
@@ -182,101 +230,57 @@ class MIMKDLoss(nn.Module):
         log["loss"] = total.detach()
         return LossOutput(total, parts, log)
 
+    def _train(
+        self, term: Term, critic: Critic, teacher: Features, student: Features, labels_B: Tensor, ids_B: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and statistics of a term over what it trains with."""
+        teacher_LBC, student_LBC = inputs_of(term, teacher, student, self.config.resolved_locations)
+        classes_B = labels_B if self.config.resolved_same_class == "leave_out" and labels_B.dim() == 1 else None
+        valid_BK = valid_pairs(ids_B, self.negatives)
+        if classes_B is not None:
+            valid_BK = valid_BK & valid_pairs(classes_B, self.negatives)
+        reduced_LBC = critic.reduce_teacher(teacher_LBC)
+        candidates = Candidates(reduced_LBC, valid_BK)
+        if term.kind != "feature":
+            if teacher.others is not None:
+                more_MC = full_precision(teacher.others.vectors[term.teacher].detach())
+                valid_BM = ids_B.unsqueeze(1) != teacher.others.ids_M.unsqueeze(0)
+                candidates = _joined(candidates, critic.reduce_teacher(more_MC), valid_BM)
+            if self.queue is not None:
+                count = max(1, self.queue.size // len(student_LBC))
+                valid_BM = self.queue.filled_Q[:count] & (ids_B.unsqueeze(1) != self.queue.ids_Q[:count])
+                if classes_B is not None:
+                    valid_BM &= classes_B.unsqueeze(1) != self.queue.labels_Q[:count]
+                candidates = _queued(candidates, self.queue.vectors(term.teacher, count), valid_BM)
+        everywhere = self.config.feature_negatives == "all"
+        return score_term(critic, self.objective, candidates, student_LBC, everywhere)
 
-def _inputs(term: Term, teacher: Features, student: Features, limit: int) -> tuple[Tensor, Tensor]:
-    """The two sides of a term in float32 by location: (L or 1, K, C_teacher), (L, B, C_student). K is B, and more where
-    other lanes give negatives; L at most ``limit``. The student's features come in full precision."""
-    if term.kind == "feature":
-        teacher_BCHW, student_BCHW = match_sizes(full_precision(teacher.maps[term.teacher]), student.maps[term.student])
-        where = draw_locations(student_BCHW, limit)
-        return to_locations(teacher_BCHW.detach(), where), to_locations(student_BCHW, where)
-    teacher_KC = teacher.vectors[term.teacher]
-    if teacher.others is not None:
-        teacher_KC = torch.cat([teacher_KC, teacher.others.vectors[term.teacher].to(teacher_KC.dtype)])
-    teacher_1KC = to_locations(full_precision(teacher_KC.detach()))
-    if term.kind == "global":
-        return teacher_1KC, to_locations(student.vectors[term.student])
-    student_BCHW = student.maps[term.student]
-    return teacher_1KC, to_locations(student_BCHW, draw_locations(student_BCHW, limit))
-
-
-def _with_others(valid_BK: Tensor, ids_B: Tensor, teacher_LKC: Tensor, others: Others | None) -> Tensor:
-    """The lane's valid pairs, and those with the images of other lanes where the term's teacher side has them."""
-    if others is None or teacher_LKC.shape[1] == len(ids_B):
-        return valid_BK
-    return torch.cat([valid_BK, ids_B.unsqueeze(1) != others.ids_M.unsqueeze(0)], dim=1)
-
-
-def score_term(
-    critic: Critic,
-    bound: BoundName,
-    negatives: Negatives,
-    teacher_LKC: Tensor,
-    student_LBC: Tensor,
-    valid_BK: Tensor,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Embed both sides, score positives and negatives, and apply the bound at each location.
-
-    Returns the loss (mean over locations, with gradient) and detached statistics: nats, ceiling, scale, bias,
-    mean_u (positives), mean_v (negatives). ``teacher_LKC`` may have one location, which serves all of the
-    student's, and more images than the student's: the first B belong to its images, the others are negatives. Extra
-    memory is O(L*B*width), time O(L*B*K*width) for all pairs and O(L*B*width) for rolled.
-    """
-    teacher_LKd, student_LBd = critic.embed_teacher(teacher_LKC), critic.embed_student(student_LBC)
-
-    def rolled(teacher_lBd: Tensor, student_lBd: Tensor) -> Tensor:
-        positive_lB = critic.paired(student_lBd, teacher_lBd)
-        negative_lB1 = critic.paired(student_lBd, teacher_lBd.roll(1, dims=1)).unsqueeze(2)
-        return _statistics(bound, positive_lB, negative_lB1, valid_BK)
-
-    def all_pairs(teacher_lKd: Tensor, student_lBd: Tensor) -> Tensor:
-        scores_lBK = critic.all_pairs(student_lBd, teacher_lKd)
-        return _statistics(bound, scores_lBK.diagonal(dim1=1, dim2=2), scores_lBK, valid_BK)
-
-    if negatives == "rolled":
-        stats_4L = rolled(teacher_LKd, student_LBd)
-    else:
-        stats_4L = _by_chunks(all_pairs, teacher_LKd, student_LBd, critic.pair_width)
-    loss, nats, mean_u, mean_v = stats_4L.mean(1).unbind()
-    return loss, {
-        "nats": nats.detach(),
-        "ceiling": ceiling(bound, valid_BK),
-        "scale": critic.scale().detach(),
-        "bias": critic.bias.detach(),
-        "mean_u": mean_u.detach(),
-        "mean_v": mean_v.detach(),
-    }
+    def _read(
+        self, term: Term, critic: Critic, teacher: Features, student: Features, labels_B: Tensor, ids_B: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and statistics of a term over all pairs of the lane and all locations, and with the queue, if any.
+        Held-out images are in no queue."""
+        teacher_LBC, student_LBC = inputs_of(term, teacher, student, 0)
+        candidates = Candidates(critic.reduce_teacher(teacher_LBC), valid_pairs(ids_B, "all"))
+        loss, stats = score_term(critic, Objective(self.bound), candidates, student_LBC)
+        if self.queue is None or term.kind == "feature":
+            return loss, stats
+        count = max(1, self.queue.size // len(student_LBC))
+        valid_BM = self.queue.filled_Q[:count].expand(len(ids_B), -1)
+        candidates = _queued(candidates, self.queue.vectors(term.teacher, count), valid_BM)
+        lane = {"lane_nats": stats["nats"], "lane_ceiling": stats["ceiling"]}
+        loss, stats = score_term(critic, Objective(self.bound), candidates, student_LBC)
+        return loss, stats | lane
 
 
-def _statistics(bound: BoundName, positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> Tensor:
-    """Rows loss, nats, mean u, mean v, each (L,). Only the loss carries a gradient."""
-    value = BOUNDS[bound](positive_LB, negative_LBK, valid_BK)
-    with torch.no_grad():
-        mean_v_L = torch.where(valid_BK, negative_LBK, 0.0).sum((1, 2)) / valid_BK.sum().clamp(min=1)
-    return torch.stack([value.loss_L, value.nats_L, positive_LB.detach().mean(1), mean_v_L])
+def _queued(candidates: Candidates, vectors_MC: Tensor, valid_BM: Tensor) -> Candidates:
+    """Candidates of one location with vectors of earlier steps as negatives."""
+    valid_BK = torch.cat([candidates.valid_BK, valid_BM], dim=1)
+    return candidates._replace(valid_BK=valid_BK, queued_MC=vectors_MC.to(candidates.reduced_LKC.dtype))
 
 
-def _by_chunks(
-    score: Callable[[Tensor, Tensor], Tensor], teacher_LKd: Tensor, student_LBd: Tensor, pair_width: int
-) -> Tensor:
-    """Apply ``score`` to chunks of locations and join the results; chunks are recomputed in the backward pass.
-
-    The scores of a chunk are at most a quarter of the embeddings' size (or one location's, if that is more), since a
-    bound holds a handful of tensors of the scores' size. Where all scores together are at most half of the
-    embeddings' size nothing is to be saved and they are computed at once.
-    """
-    locations, _, width = student_LBd.shape
-    candidates = teacher_LKd.shape[1]
-    if 2 * candidates * pair_width <= width or locations == 1:
-        return score(teacher_LKd, student_LBd)
-    size = max(1, locations * width // (4 * candidates * pair_width))
-    # split (and not slicing) has one backward for all chunks: slices would each allocate a gradient of full size.
-    students = student_LBd.split(size)
-    teachers = teacher_LKd.split(size) if len(teacher_LKd) > 1 else (teacher_LKd,) * len(students)
-    if not torch.is_grad_enabled():
-        return torch.cat([score(t, s) for t, s in zip(teachers, students, strict=True)], dim=1)
-    chunks = [
-        checkpoint(score, t, s, use_reentrant=False, preserve_rng_state=False)
-        for t, s in zip(teachers, students, strict=True)
-    ]
-    return torch.cat(chunks, dim=1)
+def _joined(candidates: Candidates, more_MC: Tensor, valid_BM: Tensor) -> Candidates:
+    """Candidates of one location with more reduced teacher vectors as negatives."""
+    own_1KC, valid_BK, _ = candidates
+    more_1MC = more_MC.to(own_1KC.dtype).unsqueeze(0)
+    return Candidates(torch.cat([own_1KC, more_1MC], dim=1), torch.cat([valid_BK, valid_BM], dim=1))

@@ -40,7 +40,8 @@ def find_candidates(config: Config, num_classes: int) -> Candidates:
     small = [name for name in student_stages.maps if max(shapes[name].height, shapes[name].width) <= MAX_SIDE]
     default: dict[Kind, tuple[str, ...]] = {
         kind: tuple(
-            f"{pair.teacher}:{pair.student}" for pair in choose_pairs(kind, teacher_stages, student_stages, shapes)
+            f"{pair.teacher}:{pair.student}"
+            for pair in choose_pairs(kind, teacher_stages, student_stages, shapes, config.loss.max_side)
         )
         for kind in KINDS
     }
@@ -79,7 +80,7 @@ def widest(build: Callable[[Suggest], Config], candidates: Candidates) -> Config
     and logits. What a cache needs for it, it needs for the search."""
     draws = [build(_Draw(seed)) for seed in range(DRAWS)]
     found: dict[str, object] = {
-        "kd_weight": max(draw.loss.kd_weight for draw in draws),
+        "kd_weight": max(draw.loss.resolved_kd_weight for draw in draws),
         "name": tuple(dict.fromkeys(method for draw in draws for method in draw.loss.name)),
     }
     for kind in KINDS:

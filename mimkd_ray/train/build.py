@@ -16,8 +16,10 @@ from mimkd_ray.data.source import Source, ids_of
 from mimkd_ray.losses.config import Kind, LossConfig
 from mimkd_ray.losses.crd import TrainingRows
 from mimkd_ray.losses.methods import RIVALS
-from mimkd_ray.losses.mimkd import MIMKDLoss, Term
+from mimkd_ray.losses.mimkd import MIMKDLoss
 from mimkd_ray.losses.rivals import RivalPlan
+from mimkd_ray.losses.terms import LOGITS, Term
+from mimkd_ray.models.dry_run import dry_run
 from mimkd_ray.models.stages import Stages, default_taps
 from mimkd_ray.models.taps import TapShape, find_shapes
 from mimkd_ray.models.zoo import build_model
@@ -43,7 +45,7 @@ class TapPlan:
 
     def teacher_taps(self) -> tuple[list[str], list[str]]:
         """Teacher taps read as vectors, and as maps."""
-        vectors = [term.teacher for term in self.terms if term.kind != "feature"]
+        vectors = [term.teacher for term in self.terms if term.kind != "feature" and term.teacher != LOGITS]
         maps = [term.teacher for term in self.terms if term.kind == "feature"]
         vectors += [pair.teacher.tap for rival in self.rivals for pair in rival.taps.vectors]
         maps += [pair.teacher.tap for rival in self.rivals for pair in rival.taps.maps]
@@ -51,7 +53,7 @@ class TapPlan:
 
     def student_taps(self) -> tuple[list[str], list[str]]:
         """Student taps read as vectors, and as maps."""
-        vectors = [term.student for term in self.terms if term.kind == "global"]
+        vectors = [term.student for term in self.terms if term.kind == "global" and term.student != LOGITS]
         maps = [term.student for term in self.terms if term.kind != "global"]
         vectors += [pair.student.tap for rival in self.rivals for pair in rival.taps.vectors]
         maps += [pair.student.tap for rival in self.rivals for pair in rival.taps.maps]
@@ -80,17 +82,28 @@ def plan_taps(
         teacher_stages, student_stages = default_taps(teacher, image_size), default_taps(student, image_size)
         stage_shapes = find_shapes(student, image_size, student_stages.maps)
         for kind in kinds:
-            pairs[kind] = pairs[kind] or choose_pairs(kind, teacher_stages, student_stages, stage_shapes)
+            pairs[kind] = pairs[kind] or choose_pairs(
+                kind, teacher_stages, student_stages, stage_shapes, loss.max_side
+            )
     of_rivals = pair_rivals(loss, teacher_stages, student_stages)
     named = [pair for kind_pairs in pairs.values() for pair in kind_pairs]
     named += [pair for rival in of_rivals for pair in (*rival.vectors, *rival.maps)]
-    teacher_shapes = find_shapes(teacher, image_size, _unique(pair.teacher for pair in named))
-    student_shapes = find_shapes(student, image_size, _unique(pair.student for pair in named))
+    teacher_shapes = _shapes(teacher, image_size, _unique(pair.teacher for pair in named))
+    student_shapes = _shapes(student, image_size, _unique(pair.student for pair in named))
     terms = build_terms(loss, pairs, teacher_shapes, student_shapes)
     if cache.codes:
         terms = [coded_term(term, teacher_shapes[term.teacher], cache) for term in terms]
     rivals = plan_rivals(of_rivals, teacher_shapes, student_shapes, cache)
     return TapPlan(tuple(terms), rivals, teacher_shapes, student_shapes)
+
+
+def _shapes(model: nn.Module, image_size: int, names: Sequence[str]) -> dict[str, TapShape]:
+    """Shapes of the named taps, of which one may be the logits."""
+    shapes = find_shapes(model, image_size, [name for name in names if name != LOGITS])
+    if LOGITS in names:
+        logits_BC = dry_run(model, image_size).logits
+        shapes[LOGITS] = TapShape(LOGITS, "vector", logits_BC.shape[1])
+    return shapes
 
 
 def make_order(config: Config, train: Source) -> Order:

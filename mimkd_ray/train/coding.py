@@ -12,7 +12,8 @@ from mimkd_ray.cache.codec import Calibration, Shape, coded_shape, make_codec
 from mimkd_ray.cache.config import CacheConfig, codec_of
 from mimkd_ray.cache.key import LOGITS, Entry
 from mimkd_ray.losses.features import Features
-from mimkd_ray.losses.mimkd import Term
+from mimkd_ray.losses.terms import LOGITS as LOGITS_TAP
+from mimkd_ray.losses.terms import Term
 from mimkd_ray.models.taps import TapShape
 
 
@@ -32,7 +33,9 @@ def tap_entries(
 
 
 def coded_term(term: Term, shape: TapShape, cache: CacheConfig) -> Term:
-    """The term with as many teacher channels as the codec of its tap leaves."""
+    """The term with as many teacher channels as the codec of its tap leaves; logits keep theirs."""
+    if term.teacher == LOGITS_TAP:
+        return term
     entry = tap_entry(term.teacher, shape, term.kind == "feature", cache)
     return replace(term, teacher_channels=coded_shape(entry.spec, entry.shape).channels)
 

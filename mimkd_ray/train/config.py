@@ -223,7 +223,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[T], value: Mapping[str, Any]) -> T:
-    """Build a config from its JSON form; an unknown name or a wrong type is a :class:`UserError`."""
+    """Build a config from its JSON form; an unknown name or a wrong type is a :class:`UserError`.
+
+    A config of release 0.1 means what it meant then."""
+    value = _of_this_release(value)
     try:
         return _converter.structure(value, kind)
     except cattrs.BaseValidationError as error:
@@ -231,6 +234,14 @@ def from_dict(kind: type[T], value: Mapping[str, Any]) -> T:
         if user_errors:
             raise user_errors[0] from None
         raise UserError("; ".join(cattrs.transform_error(error, path="config"))) from None
+
+
+def _of_this_release(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with the names of this release. The preset `accuracy` of release 0.1 is `two_sided` now."""
+    loss = value.get("loss", {})
+    if loss.get("preset") == "accuracy" and "teacher" not in loss.get("critic", {"teacher": None}):
+        return {**value, "loss": {**loss, "preset": "two_sided"}}
+    return value
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

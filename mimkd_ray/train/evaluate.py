@@ -115,6 +115,10 @@ class _Reading:
         self.distiller, self.training = distiller, distiller.training
         distiller.eval()
         self.names = [term.name for term in distiller.loss.plan]
+        queued = {term.name for term in distiller.loss.plan if distiller.loss.queue is not None and term.kind != "feature"}
+        self.read = {
+            name: ("nats", "ceiling", *(("lane_nats", "lane_ceiling") if name in queued else ())) for name in self.names
+        }
         self.norms = ["ce", *(["kd"] if distiller.loss.config.resolved_kd_weight else []), *self.names]
         self.begun = False
         self.sums: dict[str, Tensor] = {}
@@ -137,7 +141,7 @@ class _Reading:
                 squares = [g.double().square().sum() for g in grads if g is not None]
                 self._add(f"{key}/grad_norm", torch.stack(squares).sum().sqrt(), 1.0)
         for name in self.names:
-            for key in ("nats", "ceiling"):
+            for key in self.read[name]:
                 self._add(f"{name}/{key}", output.log[f"{name}/{key}"], len(labels_B))
 
     def finish(self, device: torch.device) -> dict[str, float]:
@@ -145,7 +149,7 @@ class _Reading:
         self.distiller.train(self.training)
         # Every rank sums the same keys in the same order, also one that had no batch.
         keys = [f"{key}/grad_norm" for key in self.norms]
-        keys += [f"{name}/{key}" for name in self.names for key in ("nats", "ceiling")]
+        keys += [f"{name}/{key}" for name in self.names for key in self.read[name]]
         zero = torch.zeros((), dtype=torch.float64)
         table = torch.stack([torch.stack([self.sums.get(key, zero), zero + self.counts.get(key, 0.0)]) for key in keys])
         table = all_sum(table.to(device)).cpu()

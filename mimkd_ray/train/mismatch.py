@@ -64,8 +64,8 @@ _OF_FEATURES = {
     "student": ("name",),
     "cache": ("root", "codecs", "logits", "taps", "precision", "calibration_rows"),
     "loss": (
-        *("name", "rival_pairs", "global_pairs", "local_pairs", "feature_pairs"),
-        *("global_weight", "local_weight", "feature_weight"),
+        *("name", "preset", "rival_pairs", "global_pairs", "local_pairs", "feature_pairs", "max_side"),
+        *("global_weight", "local_weight", "feature_weight", "kd_weight"),
     ),
     "train": ("seed", "precision"),
 }

@@ -8,13 +8,9 @@ from typing import NamedTuple
 
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.config import Kind, LossConfig
-from mimkd_ray.losses.mimkd import Term
+from mimkd_ray.losses.terms import Term
 from mimkd_ray.models.stages import Stages
 from mimkd_ray.models.taps import TapShape
-
-MAX_SIDE = 14
-"""Chosen student maps are at most 14x14: a 28x28 map has four times the locations, and costs as much more."""
-
 
 _PAIR = re.compile(r"(?P<teacher>[^:]+):(?P<student>[^:]+)(:(?P<factor>\d+(\.\d*)?([eE][+-]?\d+)?))?")
 
@@ -40,17 +36,18 @@ def choose_pairs(
     teacher: Stages,
     student: Stages,
     student_shapes: Mapping[str, TapShape],
+    max_side: int,
 ) -> list[Pair]:
     """The pairs of a kind that no config names: vectors with vectors, and stages from the deepest upwards, deepest
-    with deepest, where the student's map is at most 14x14. Local terms pair the teacher's vector with the deepest of
-    these student maps alone: with a 14x14 map as well they cost more than twice as much."""
+    with deepest, where the student's map is at most ``max_side`` high and wide. Local terms pair the teacher's vector
+    with the deepest of these student maps alone: with a 14x14 map as well they cost more than twice as much."""
     if kind == "global":
         return [Pair(teacher.vector, student.vector)]
-    small = [name for name in student.maps if max(student_shapes[name].height, student_shapes[name].width) <= MAX_SIDE]
+    small = [name for name in student.maps if max(student_shapes[name].height, student_shapes[name].width) <= max_side]
     pairs = list(zip(reversed(teacher.maps), reversed(small), strict=False))[::-1]
     if not pairs:
         raise UserError(
-            f"no map of at most {MAX_SIDE}x{MAX_SIDE} to pair for the {kind} terms "
+            f"no map of at most {max_side}x{max_side} (loss.max_side) to pair for the {kind} terms "
             f"(teacher stages: {', '.join(teacher.maps) or 'none'}; "
             f"student stages: {', '.join(student.maps) or 'none'}): "
             f"name them with --loss.{kind}-pairs TEACHER:STUDENT or pass --loss.{kind}-weight 0"
@@ -74,6 +71,7 @@ def build_terms(
     """Terms with their channel counts; a vector where a map is needed is a :class:`UserError`."""
     terms = []
     for kind, kind_pairs in pairs.items():
+        shares = len(kind_pairs) if config.pair_weights == "shared" else 1
         for pair in kind_pairs:
             teacher, student = teacher_shapes[pair.teacher], student_shapes[pair.student]
             for who, shape, needs_map in (
@@ -91,7 +89,7 @@ def build_terms(
                     kind=kind,
                     teacher=pair.teacher,
                     student=pair.student,
-                    weight=config.weight(kind) * pair.factor,
+                    weight=config.weight(kind) * pair.factor / shares,
                     teacher_channels=teacher.channels,
                     student_channels=student.channels,
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from mimkd_ray.train import checkpoint
 from mimkd_ray.train.build import build_distiller, has_compiler
 from mimkd_ray.train.cached import Cached
 from mimkd_ray.train.config import Config, differences, refuse_changes, training_dict
-from mimkd_ray.train.context import Context, gather_by_rank, is_distributed, share_from_first
+from mimkd_ray.train.context import Context, gather_by_rank, gather_lanes, is_distributed, share_from_first
 from mimkd_ray.train.evaluate import accuracies, read_information
 from mimkd_ray.train.feed import Lane
 from mimkd_ray.train.memory import is_out_of_memory
@@ -102,7 +103,8 @@ class Session:
 
     def begin_step(self, step: int) -> None:
         """Be ready for the lanes of a step."""
-        self.distiller.loss.begin_step(step / self.order.steps_per_epoch)
+        epoch = step / self.order.steps_per_epoch
+        self.distiller.loss.begin_step(epoch, epoch / self.config.train.epochs)
         lr = learning_rate(self.config.optim, step, self.order.steps_per_epoch, self.config.train.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -119,6 +121,7 @@ class Session:
         self._logs.append(
             backward_lane(self.model, lane.images_BCHW, lane.labels_B, lane.ids_B, features, weight, last)
         )
+        self.distiller.loss.observe(features, lane.labels_B, lane.ids_B)
         self.norms.end_lane()
 
     def _asked(self, features: Features | None) -> Features | None:
@@ -134,7 +137,7 @@ class Session:
         if self.config.optim.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.distiller.parameters(), self.config.optim.clip_norm)
         self.optimizer.step()
-        self.distiller.loss.constrain_()
+        self.distiller.loss.after_step(partial(gather_lanes, lanes=self.config.train.lanes))
         if self.ema is not None:
             self.ema.update_parameters(self.distiller.student)
         return {key: torch.stack([log[key] for log in self._logs]).mean() for key in self._logs[0]}

@@ -13,7 +13,8 @@ from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.critics import CriticConfig
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.locations import draw_locations, even, to_locations
-from mimkd_ray.losses.mimkd import MIMKDLoss, Term
+from mimkd_ray.losses.mimkd import MIMKDLoss
+from mimkd_ray.losses.terms import Term
 
 sizes = st.integers(1, 40)
 
@@ -70,7 +71,7 @@ TERMS = (
 def make(limit: int | None, bound: str = "infonce") -> tuple[MIMKDLoss, Features, Features]:
     """A loss in float64 with a local and a feature term of 4x6 maps (the teacher's is larger)."""
     torch.manual_seed(0)
-    config = LossConfig(locations=limit, bound=bound, negatives="all", critic=CriticConfig(width=4))  # type: ignore[arg-type]
+    config = LossConfig(preset="two_sided", locations=limit, bound=bound, critic=CriticConfig(width=4))  # type: ignore[arg-type]
     loss = MIMKDLoss(config, TERMS).double()
     draw = torch.Generator().manual_seed(1)
     teacher, student = (

@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.critics import CriticConfig
 from mimkd_ray.losses.features import Features
-from mimkd_ray.losses.mimkd import MIMKDLoss, Term
+from mimkd_ray.losses.mimkd import MIMKDLoss
+from mimkd_ray.losses.terms import Term
 
 BATCH = 6
 TERMS = (
@@ -43,7 +44,7 @@ class Distilled(nn.Module):
 
 def make_module(width: int, kind: str = "dot", **fields) -> Distilled:
     torch.manual_seed(0)
-    return Distilled(LossConfig(critic=CriticConfig(kind=kind, width=width), **fields)).double()
+    return Distilled(LossConfig(**{"preset": "two_sided", "critic": CriticConfig(kind=kind, width=width)} | fields)).double()
 
 
 def make_lane(seed: int) -> tuple[torch.Tensor, ...]:

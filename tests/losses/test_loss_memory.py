@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mimkd_ray.losses import mimkd
+from mimkd_ray.losses import terms
 from mimkd_ray.losses.critics import CriticConfig, DotCritic
-from mimkd_ray.losses.mimkd import score_term, valid_pairs
+from mimkd_ray.losses.mimkd import valid_pairs
+from mimkd_ray.losses.terms import Candidates, Objective, score_term
 
 BATCH, LOCATIONS, WIDTH = 256, 49, 128
 
@@ -16,8 +17,8 @@ BATCH, LOCATIONS, WIDTH = 256, 49, 128
 class Embedded(DotCritic):
     """A dot critic whose inputs are embeddings already, so that only the scoring is measured."""
 
-    def embed_teacher(self, feature):
-        return feature
+    def embed_teacher(self, reduced_LKC, lane=None):
+        return reduced_LKC
 
     def embed_student(self, feature):
         return feature
@@ -37,7 +38,9 @@ def peak_extra_bytes(run) -> int:
 
 
 def local_term(teacher, student, critic):
-    loss, _ = score_term(critic, "infonce", "all", teacher, student, valid_pairs(torch.arange(BATCH), "all"))
+    loss, _ = score_term(
+        critic, Objective("infonce"), Candidates(teacher, valid_pairs(torch.arange(BATCH), "all")), student
+    )
     loss.backward()
 
 
@@ -65,7 +68,7 @@ def test_extra_memory_is_under_three_times_the_inputs(teacher_locations, monkeyp
     inputs = teacher.nbytes + student.nbytes
     ours = peak_extra_bytes(lambda: local_term(teacher, student, critic)) / inputs
     student.grad = teacher.grad = None
-    monkeypatch.setattr(mimkd, "_by_chunks", lambda score, t, s, pair_width: score(t, s))
+    monkeypatch.setattr(terms, "_by_chunks", lambda score, own, t, s, values: score(own, t, s))
     naive = peak_extra_bytes(lambda: local_term(teacher, student, critic)) / inputs
     print(f"extra memory / inputs: ours {ours:.2f}, all at once {naive:.2f}")
     assert ours < 3

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses import mimkd
+from mimkd_ray.losses import terms as terms_module
 from mimkd_ray.losses.bounds import BOUNDS, SMILE_CLIP
 from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.critics import CriticConfig, build_critic
 from mimkd_ray.losses.features import Features
-from mimkd_ray.losses.mimkd import MIMKDLoss, Term, score_term, valid_pairs
+from mimkd_ray.losses.mimkd import MIMKDLoss, valid_pairs
+from mimkd_ray.losses.terms import Candidates, Objective, Term, score_term
 
 BATCH, CLASSES, WIDTH = 4, 5, 6
 IDS = torch.tensor([7, 3, 7, 9])  # images 0 and 2 are the same
@@ -44,7 +46,8 @@ def make_loss(terms=TERMS, seed: int = 0, **fields) -> MIMKDLoss:
     """In float64, with every critic parameter away from its start."""
     torch.manual_seed(seed)
     kind = fields.pop("kind", "dot")
-    loss = MIMKDLoss(LossConfig(critic=CriticConfig(kind=kind, width=WIDTH, temperature=0.3), **fields), terms).double()
+    critic = CriticConfig(kind=kind, width=WIDTH, temperature=0.3)
+    loss = MIMKDLoss(LossConfig(**{"preset": "two_sided", "critic": critic} | fields), terms).double()
     with torch.no_grad():
         for parameter in loss.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -318,7 +321,7 @@ def test_chunks_change_nothing(bound, kind, teacher_locations, monkeypatch):
 
     def run():
         calls.clear()
-        loss, stats = score_term(critic, bound, "all", teacher, student, valid)
+        loss, stats = score_term(critic, Objective(bound), Candidates(teacher, valid), student)
         forward = list(calls)
         return (
             forward,
@@ -332,8 +335,8 @@ def test_chunks_change_nothing(bound, kind, teacher_locations, monkeypatch):
     assert sum(students for students, _ in chunks) == 9
     assert len(calls) == 2 * len(chunks)  # scored again in the backward pass
     with torch.no_grad():
-        evaluated, _ = score_term(critic, bound, "all", teacher, student, valid)
-    monkeypatch.setattr(mimkd, "_by_chunks", lambda score, t, s, pair_width: score(t, s))
+        evaluated, _ = score_term(critic, Objective(bound), Candidates(teacher, valid), student)
+    monkeypatch.setattr(terms_module, "_by_chunks", lambda score, own, t, s, values: score(own, t, s))
     whole, plain_loss, plain_stats, plain_gradients = run()
     assert whole == [(9, teacher_locations)]
     assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-12)
@@ -349,7 +352,7 @@ def test_constrain_reaches_every_critic():
     with torch.no_grad():
         for critic in loss.critics:
             critic.log_scale.fill_(50.0)
-    loss.constrain_()
+    loss.after_step()
     assert [critic.log_scale.item() for critic in loss.critics] == pytest.approx([math.log(100)] * len(TERMS))
 
 
@@ -370,12 +373,19 @@ def test_a_pair_stands_once():
 
 
 def test_presets_and_what_overrides_them():
-    assert (LossConfig().resolved_bound, LossConfig().resolved_negatives) == ("infonce", "all")
+    assert (LossConfig().resolved_bound, LossConfig().resolved_negatives) == ("infonce", "queue")
+    critic = LossConfig().resolved_critic
+    assert (critic.teacher, critic.student, critic.learn_temperature) == ("frozen", "linear", False)
     paper = LossConfig(preset="paper")
     assert (paper.resolved_bound, paper.resolved_negatives) == ("jsd", "rolled")
     mixed = LossConfig(preset="paper", bound="dv", negatives="all")
     assert (mixed.resolved_bound, mixed.resolved_negatives) == ("dv", "all")
-    assert [LossConfig().weight(kind) for kind in ("global", "local", "feature")] == [0.1, 0.1, 1.0]
+    assert [paper.weight(kind) for kind in ("global", "local", "feature")] == [0.1, 0.1, 1.0]
+    assert paper.resolved_critic == replace(CriticConfig(), teacher="mlp", student="mlp", learn_temperature=True)
+    best = LossConfig(preset="best")
+    assert (best.resolved_ce_weight, best.resolved_kd_weight) == (0.1, 0.9)
+    alone = replace(best, name=())
+    assert (alone.resolved_ce_weight, alone.resolved_kd_weight) == (1.0, 0.0)
 
 
 def test_what_needs_a_teacher():

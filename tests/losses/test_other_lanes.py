@@ -10,7 +10,8 @@ import torch
 from mimkd_ray.losses.config import Kind, LossConfig
 from mimkd_ray.losses.critics import CriticConfig
 from mimkd_ray.losses.features import Features, Others
-from mimkd_ray.losses.mimkd import MIMKDLoss, Term
+from mimkd_ray.losses.mimkd import MIMKDLoss
+from mimkd_ray.losses.terms import Term
 
 B, M, CT, CS = 4, 7, 5, 3
 
@@ -18,7 +19,7 @@ B, M, CT, CS = 4, 7, 5, 3
 def _loss(kind: Kind) -> MIMKDLoss:
     torch.manual_seed(1)
     term = Term(kind=kind, teacher="t", student="s", weight=1.0, teacher_channels=CT, student_channels=CS)
-    loss = MIMKDLoss(LossConfig(negatives="step", critic=CriticConfig(width=6)), [term])
+    loss = MIMKDLoss(LossConfig(preset="two_sided", negatives="step", critic=CriticConfig(width=6)), [term])
     with torch.no_grad():
         for parameter in loss.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

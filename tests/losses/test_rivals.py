@@ -15,7 +15,8 @@ from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.kd import kd_loss
 from mimkd_ray.losses.methods import RIVALS, Method
-from mimkd_ray.losses.mimkd import MIMKDLoss, Term
+from mimkd_ray.losses.mimkd import MIMKDLoss
+from mimkd_ray.losses.terms import Term
 from mimkd_ray.losses.rival import RivalTaps
 from mimkd_ray.losses.rivals import RivalPlan
 
@@ -88,7 +89,7 @@ def test_compiles_without_a_graph_break(method) -> None:
 
 
 def make(name: tuple[Method, ...], **fields) -> tuple[MIMKDLoss, LossConfig]:
-    config = LossConfig(name=name, **fields)
+    config = LossConfig(name=name, preset="two_sided", **fields)
     torch.manual_seed(0)
     terms = [TERM] if config.uses_features else []
     plans = [RivalPlan(method, taps_of(method)) for method in config.rivals]

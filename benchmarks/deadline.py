@@ -1,0 +1,22 @@
+"""A plain process that asks itself to stop at a time."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from mimkd_ray.launch.local import LocalContext
+
+
+class Deadline(LocalContext):
+    """A plain process that asks itself to stop at a time."""
+
+    def __init__(self, device: torch.device, at: float) -> None:
+        """``at`` on the clock of :func:`time.monotonic`, or infinity."""
+        super().__init__(device)
+        self.at = at
+
+    def stop_requested(self) -> bool:
+        """Whether SIGTERM has come, or the time."""
+        return super().stop_requested() or time.monotonic() > self.at

@@ -1,0 +1,164 @@
+"""The runs of the headline study: their configs, the twin's data and cache, and packs of arms."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from deadline import Deadline
+from safetensors.torch import load_file
+
+from mimkd_ray.cache.config import CacheConfig
+from mimkd_ray.data.dataset import open_data
+from mimkd_ray.launch.local import pick_device
+from mimkd_ray.losses.config import LossConfig
+from mimkd_ray.models.zoo import ModelConfig, build_model
+from mimkd_ray.recipes import cifar100
+from mimkd_ray.train.build import build_network, place
+from mimkd_ray.train.cache_build import build
+from mimkd_ray.train.cache_setup import Setup
+from mimkd_ray.train.cache_units import in_process
+from mimkd_ray.train.config import Config, LaunchConfig
+from mimkd_ray.train.files import RunConfig, read_json, write_json
+from mimkd_ray.train.job import measure
+from mimkd_ray.train.optim import OptimConfig
+from mimkd_ray.train.pack import Member, train_pack
+
+PER_CLASS, CHOOSE_PER_CLASS, TEST_ROWS, VIEWS = 50, 40, 4000, 6
+"""The twin: training images and images to choose by of each class, test images, and views of each training image."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Arms of one seed that train together."""
+
+    name: str
+    base: Config
+    losses: Mapping[str, LossConfig]
+    root: Path
+
+    def config(self, arm: str) -> Config:
+        """The run of an arm."""
+        return replace(self.base, recipe=arm, loss=self.losses[arm])
+
+    def folder(self, arm: str) -> Path:
+        """Where it is."""
+        return self.root / self.name / arm / f"seed{self.base.train.seed}"
+
+    def members(self) -> list[Member]:
+        """All arms."""
+        return [Member(self.config(arm), str(self.folder(arm))) for arm in self.losses]
+
+
+def make_twin(source: Path, target: Path) -> None:
+    """Write the twin's images: `train` has the first 50 of each class in the first training file, `choose` the 40 of
+    each class that follow, `test` the first 4,000 test images."""
+    if (target / "test-00000.parquet").exists():
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    whole = pq.read_table(sorted(source.glob("train-*.parquet"))[0])
+    seen: dict[int, int] = {}
+    train, choose = [], []
+    for row, label in enumerate(whole["label"].to_pylist()):
+        seen[label] = seen.get(label, 0) + 1
+        if seen[label] <= PER_CLASS:
+            train.append(row)
+        elif seen[label] <= PER_CLASS + CHOOSE_PER_CLASS:
+            choose.append(row)
+    test = pq.read_table(sorted(source.glob("test-*.parquet"))[0]).slice(0, TEST_ROWS)
+    for split, table in (("train", whole.take(pa.array(train))), ("choose", whole.take(pa.array(choose))), ("test", test)):
+        pq.write_table(table, target / f"{split}-00000.parquet", row_group_size=500)
+
+
+def twin(root: Path, teacher: str, student: str, epochs: int, seed: int) -> Config:
+    """A run of the twin: cached views of a ShuffleNetV2, a small student, SGD with a cosine."""
+    base = cifar100("twin", "shufflenet_v2", "resnet8")
+    return replace(
+        base,
+        data=replace(
+            base.data,
+            root=str(root / "data"),
+            val_split="choose",
+            views=VIEWS,
+            view_seed=0,
+            resident="on",
+            loader_workers=0,
+            store=str(root / "store"),
+        ),
+        teacher=replace(base.teacher, name="cifar/shufflenet_v2", weights=teacher),
+        student=ModelConfig(name=student),
+        cache=CacheConfig(root=str(root / "cache"), codecs=("maps=fp16", "vectors=fp16"), canary=0.0),
+        optim=OptimConfig(lr=0.1, nesterov=True, weight_decay=5e-4, schedule="cosine", warmup_epochs=2),
+        train=replace(base.train, epochs=epochs, seed=seed, eval_every=3, eval_batch=250, information_rows=512),
+        launch=LaunchConfig(backend="local"),
+        run=RunConfig(checkpoint_every=0, checkpoint_minutes=3, tensorboard=False),
+    )
+
+
+def protocol(pair: tuple[str, str], data: str, teacher: str, epochs: int, batch: int, seed: int, holdout: float) -> Config:
+    """A run on all of CIFAR-100 with a live teacher and a cosine schedule."""
+    base = cifar100("headline", *pair)
+    return replace(
+        base,
+        data=replace(base.data, root=data, holdout=holdout, resident="on"),
+        teacher=replace(base.teacher, weights=teacher),
+        optim=replace(base.optim, lr=0.05, schedule="cosine", warmup_epochs=1),
+        train=replace(base.train, epochs=epochs, lane_batch=batch, eval_every=2, seed=seed, compile="off"),
+        launch=LaunchConfig(backend="local"),
+        run=RunConfig(checkpoint_every=0, checkpoint_minutes=3, tensorboard=False),
+    )
+
+
+def cache_for(losses: Sequence[LossConfig], base: Config, threads: int) -> None:
+    """Build what the arms read of the teacher."""
+    torch.set_num_threads(threads)
+    every = replace(
+        LossConfig(preset="best"),
+        local_weight=1.0,
+        feature_pairs=tuple(dict.fromkeys(pair for loss in losses for pair in loss.feature_pairs)),
+    )
+    setup = Setup(replace(base, loss=every), pick_device(base.launch, 0))
+    build(setup, in_process(setup))
+
+
+def train_together(pack: Pack, at: float = float("inf"), threads: int = 1) -> dict[str, float]:
+    """Train the arms of a pack to their ends; return their seconds. Arms that are finished cost nothing. Raises
+    Interrupted at the time ``at``."""
+    torch.set_num_threads(threads)
+    context = Deadline(pick_device(pack.base.launch, 0), at)
+    data = open_data(pack.base.data)
+    teacher = None
+    if any(loss.uses_teacher for loss in pack.losses.values()):
+        teacher = build_network(pack.base, data.num_classes, pack.base.teacher.weights)
+        teacher = place(teacher, pack.base.train, context.device).eval().requires_grad_(False)
+    began = time.monotonic()
+    outcomes = train_pack(pack.members(), data, teacher, context)
+    for arm, outcome in zip(pack.losses, outcomes, strict=True):
+        if outcome.error is not None:
+            print(f"{pack.name} {arm}: {outcome.error}", flush=True)
+        elif pack.base.data.val_split == "choose":
+            test_of(pack.config(arm), pack.folder(arm), context)
+    return {arm: (time.monotonic() - began) / len(pack.losses) for arm in pack.losses}
+
+
+def test_of(config: Config, folder: Path, context: Deadline) -> dict[str, Any]:
+    """Test accuracy of a finished student of the twin, measured once."""
+    file = str(folder / "test.json")
+    known = read_json(file)
+    if known is not None:
+        return known
+    config = replace(config, data=replace(config.data, val_split="test", resident="off"))
+    data = open_data(config.data)
+    network = build_model(config.student.name, data.num_classes, "random", config.data.image_size)
+    network.load_state_dict(load_file(folder / "student.safetensors"))
+    place(network, config.train, context.device).eval()
+    with torch.no_grad():
+        found = measure(network, config, data, context)
+    write_json(file, found)
+    return found

@@ -1,0 +1,232 @@
+"""One mutual-information term: which features it pairs, who its negatives are, and how they are scored.
+
+Kinds of term, after arXiv 2110.15946 (the pairing of unequal shapes and the critics are ours):
+
+* global:  critic(teacher vector, student vector)
+* local:   critic(teacher vector, student map[h, w]) for every location
+* feature: critic(teacher map[h, w], student map[h, w]) at matching locations; the larger map is average-pooled
+
+Of a large map each step scores an even grid of `locations`, elsewhere each time (locations.py).
+
+Memory: the scores of all pairs at every location would be B*K*L values. Locations are scored in chunks that are computed
+again in the backward pass, so a term holds O(L*(B+K)*d).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mimkd_ray.losses.bounds import BOUNDS, BoundName, BoundValue, ceiling, infonce, soft_cross_entropy
+from mimkd_ray.losses.config import Kind
+from mimkd_ray.losses.critics import Critic
+from mimkd_ray.losses.features import Features, match_sizes
+from mimkd_ray.losses.locations import draw_locations, to_locations
+from mimkd_ray.losses.precision import full_precision
+
+LOGITS = "logits"
+"""The name of a tap pair's side that reads a network's logits, as a vector."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One mutual-information term: a kind, a pair of taps and their channel counts."""
+
+    kind: Kind
+    teacher: str
+    student: str
+    weight: float
+    teacher_channels: int
+    student_channels: int
+
+    @property
+    def name(self) -> str:
+        """ "feature/layer4-stage3": unique within a loss, and fit for a TensorBoard tag."""
+        return f"{self.kind}/{self.teacher}-{self.student}"
+
+
+class Objective(NamedTuple):
+    """What is made of the scores of a term."""
+
+    bound: BoundName
+    rolled: bool = False
+    """One negative an image, the image before it in the lane, instead of all candidates."""
+    soft_temperature: float = 0.0
+    """Of the teacher's own distribution over the candidates, as the target in the positive's place; 0: the positive."""
+    symmetric: bool = False
+    """Average with the other direction: each teacher feature picks its student among those of the lane."""
+    hard_share: float = 1.0
+    """Keep this share of the candidates, for each image those whose teacher features are most like its own."""
+
+
+class Candidates(NamedTuple):
+    """The teacher's side of a term: reduced features (L or 1, K, C), of which the first B of each location belong to the
+    lane's images, vectors of earlier steps (M, C), and which of all of them are negatives of which image (B, K + M)."""
+
+    reduced_LKC: Tensor
+    valid_BK: Tensor
+    queued_MC: Tensor | None = None
+
+
+def vector_of(features: Features, tap: str) -> Tensor:
+    """The vector (B, C) of a tap, or the logits."""
+    return features.logits_BC if tap == LOGITS else features.vectors[tap]
+
+
+def inputs_of(term: Term, teacher: Features, student: Features, limit: int) -> tuple[Tensor, Tensor]:
+    """The two sides of a term in float32 by location: (L or 1, B, C_teacher), (L, B, C_student); L at most ``limit``
+    (0: all). The student's features come in full precision."""
+    if term.kind == "feature":
+        teacher_BCHW, student_BCHW = match_sizes(full_precision(teacher.maps[term.teacher]), student.maps[term.student])
+        where = draw_locations(student_BCHW, limit)
+        return to_locations(teacher_BCHW.detach(), where), to_locations(student_BCHW, where)
+    teacher_1BC = to_locations(full_precision(vector_of(teacher, term.teacher).detach()))
+    if term.kind == "global":
+        return teacher_1BC, to_locations(vector_of(student, term.student))
+    student_BCHW = student.maps[term.student]
+    return teacher_1BC, to_locations(student_BCHW, draw_locations(student_BCHW, limit))
+
+
+def score_term(
+    critic: Critic,
+    objective: Objective,
+    candidates: Candidates,
+    student_LBC: Tensor,
+    all_locations: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Embed both sides, score positives and negatives, and apply the objective at each location.
+
+    Returns the loss (mean over locations, with gradient) and detached statistics: nats, ceiling, scale, bias, mean_u
+    (positives), mean_v (negatives). The candidates may have one location, which serves all of the student's. With
+    ``all_locations`` a location's negatives are the other images' features at every location. Extra memory is
+    O(L*(B+K)*width), time O(L*B*K*width) for all candidates and O(L*B*width) for rolled.
+    """
+    batch = student_LBC.shape[1]
+    teacher_LKd = critic.embed_teacher(candidates.reduced_LKC, batch)
+    student_LBd = critic.embed_student(student_LBC)
+    own_LBd = teacher_LKd[:, :batch]
+    queue = None if candidates.queued_MC is None else critic.embed_queue(candidates.queued_MC)
+    valid_BK = candidates.valid_BK
+    pooled = all_locations and len(teacher_LKd) > 1
+    if pooled:
+        valid_BK = valid_BK.repeat(1, len(teacher_LKd))
+        teacher_LKd = teacher_LKd.reshape(1, -1, teacher_LKd.shape[2])
+
+    def rolled(own_lBd: Tensor, student_lBd: Tensor) -> Tensor:
+        positive_lB = critic.paired(student_lBd, own_lBd)
+        negative_lB1 = critic.paired(student_lBd, own_lBd.roll(1, dims=1)).unsqueeze(2)
+        return _statistics(objective, positive_lB, negative_lB1, valid_BK)
+
+    def all_pairs(own_lBd: Tensor, teacher_lKd: Tensor, student_lBd: Tensor) -> Tensor:
+        scores_lBK = critic.all_pairs(student_lBd, teacher_lKd)
+        if queue is not None:
+            scores_lBK = torch.cat([scores_lBK, critic.queue_pairs(student_lBd, queue)], dim=2)  # type: ignore[arg-type]
+        if pooled:
+            positive_lB = critic.paired(student_lBd, own_lBd)
+        else:
+            positive_lB = scores_lBK.diagonal(dim1=1, dim2=2)
+        similarity_lBK = reverse_lBB = None
+        if objective.soft_temperature or objective.hard_share < 1:
+            with torch.no_grad():
+                similarity_lBK = own_lBd @ teacher_lKd.transpose(1, 2)
+                if queue is not None:
+                    more_lBM = critic.queue_cosines(own_lBd, queue)  # type: ignore[arg-type]
+                    similarity_lBK = torch.cat([similarity_lBK, more_lBM], dim=2)
+        if objective.symmetric:
+            own_lBB = critic.all_pairs(student_lBd, own_lBd) if pooled else scores_lBK[:, :, :batch]
+            reverse_lBB = own_lBB.transpose(1, 2)
+        return _statistics(objective, positive_lB, scores_lBK, valid_BK, similarity_lBK, reverse_lBB)
+
+    if objective.rolled:
+        stats_4L = rolled(own_LBd, student_LBd)
+    else:
+        stats_4L = _by_chunks(all_pairs, own_LBd, teacher_LKd, student_LBd, valid_BK.shape[1] * critic.pair_width)
+    loss, nats, mean_u, mean_v = stats_4L.mean(1).unbind()
+    return loss, {
+        "nats": nats.detach(),
+        "ceiling": ceiling(objective.bound, valid_BK, objective.hard_share),
+        "scale": critic.scale().detach(),
+        "bias": critic.bias.detach(),
+        "mean_u": mean_u.detach(),
+        "mean_v": mean_v.detach(),
+    }
+
+
+def _statistics(
+    objective: Objective,
+    positive_LB: Tensor,
+    negative_LBK: Tensor,
+    valid_BK: Tensor,
+    similarity_LBK: Tensor | None = None,
+    reverse_LBB: Tensor | None = None,
+) -> Tensor:
+    """Rows loss, nats, mean u, mean v, each (L,). Only the loss carries a gradient.
+
+    ``similarity_LBK``: cosines of the teacher's features of each image and of the candidates. ``reverse_LBB``: scores of
+    each teacher feature (rows) with the lane's students.
+    """
+    used_BK = valid_BK
+    if objective.hard_share < 1:
+        assert similarity_LBK is not None
+        used_BK = hardest(similarity_LBK, valid_BK, objective.hard_share)
+    value: BoundValue = BOUNDS[objective.bound](positive_LB, negative_LBK, used_BK)
+    loss_L = value.loss_L
+    if objective.soft_temperature:
+        assert similarity_LBK is not None
+        loss_L = soft_cross_entropy(positive_LB, negative_LBK, used_BK, similarity_LBK, objective.soft_temperature)
+    if reverse_LBB is not None:
+        batch = reverse_LBB.shape[1]
+        loss_L = (loss_L + infonce(positive_LB, reverse_LBB, valid_BK[:, :batch].T).loss_L) / 2
+    # Without a negative there is nothing to tell from the positive: some bounds would raise its score without end.
+    known = valid_BK.any()
+    loss_L = torch.where(known, loss_L, 0.0)
+    with torch.no_grad():
+        nats_L = value.nats_L
+        if objective.bound != "infonce":  # which reads ln 1
+            nats_L = torch.where(known, nats_L, torch.nan)
+        mean_v_L = torch.where(valid_BK, negative_LBK, 0.0).sum((1, 2)) / valid_BK.sum().clamp(min=1)
+    return torch.stack([loss_L, nats_L, positive_LB.detach().mean(1), mean_v_L])
+
+
+def hardest(similarity_LBK: Tensor, valid_BK: Tensor, share: float) -> Tensor:
+    """Of the valid negatives of each image the ``share`` that its teacher feature is most like: (L, B, K). At least one;
+    of equally similar ones all."""
+    among_LBK = similarity_LBK.masked_fill(~valid_BK, -torch.inf)
+    counts_B1 = (valid_BK.sum(1, keepdim=True) * share).ceil().long().clamp(min=1)
+    ranked_LBK = among_LBK.sort(dim=2, descending=True).values
+    least_LB1 = ranked_LBK.gather(2, (counts_B1 - 1).expand(len(ranked_LBK), -1, -1))
+    return valid_BK & (among_LBK >= least_LB1)
+
+
+def _by_chunks(
+    score: Callable[[Tensor, Tensor, Tensor], Tensor],
+    own_LBd: Tensor,
+    teacher_LKd: Tensor,
+    student_LBd: Tensor,
+    values: int,
+) -> Tensor:
+    """Apply ``score`` to chunks of locations and join the results; chunks are recomputed in the backward pass.
+
+    ``values`` are held for the scores of one image. The scores of a chunk are at most a quarter of the embeddings' size (or one location's, if that is more), since a
+    bound holds a handful of tensors of the scores' size. Where all scores together are at most half of the
+    embeddings' size nothing is to be saved and they are computed at once.
+    """
+    locations, _, width = student_LBd.shape
+    if 2 * values <= width or locations == 1:
+        return score(own_LBd, teacher_LKd, student_LBd)
+    size = max(1, locations * width // (4 * values))
+    # split (and not slicing) has one backward for all chunks: slices would each allocate a gradient of full size.
+    students = student_LBd.split(size)
+    owns = own_LBd.split(size) if len(own_LBd) > 1 else (own_LBd,) * len(students)
+    teachers = teacher_LKd.split(size) if len(teacher_LKd) > 1 else (teacher_LKd,) * len(students)
+    chunks = list(zip(owns, teachers, students, strict=True))
+    if not torch.is_grad_enabled():
+        return torch.cat([score(*chunk) for chunk in chunks], dim=1)
+    return torch.cat(
+        [checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks], dim=1
+    )
