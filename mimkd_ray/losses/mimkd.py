@@ -60,8 +60,9 @@ class Term:
 
     @property
     def name(self) -> str:
-        """ "feature/layer4-stage3": unique within a loss, and fit for a TensorBoard tag."""
-        return f"{self.kind}/{self.teacher}-{self.student}"
+        """ "feature/layer4-stage3": unique within a loss, and fit for a tag of TensorBoard or a metric of MLflow, which
+        allow no "@": a tap of an input reads "relu.input"."""
+        return f"{self.kind}/{self.teacher}-{self.student}".replace("@", ".")
 
 
 class LossOutput(NamedTuple):
