@@ -46,8 +46,8 @@ class Term:
 
     @property
     def name(self) -> str:
-        """ "feature/layer4-stage3": unique within a loss, and fit for a TensorBoard tag."""
-        return f"{self.kind}/{self.teacher}-{self.student}"
+        """ "feature/layer4-stage3": unique within a loss, and fit for a tag of TensorBoard and MLflow (which refuses @)."""
+        return f"{self.kind}/{self.teacher}-{self.student}".replace("@", ".")
 
 
 class Objective(NamedTuple):

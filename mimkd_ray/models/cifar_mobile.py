@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mimkd_ray.models.cifar_blocks import StagedNet, conv, conv_bn, conv_bn_relu, init_he
 
@@ -120,13 +119,14 @@ class _ShuffleV1(nn.Module):
             *conv_bn(hidden, added, 1, groups=groups),
         )
         self.pool = nn.AvgPool2d(3, stride=2, padding=1) if first else None
+        self.relu = nn.ReLU()
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, inputs, H, W) -> (B, outputs, H / stride, W / stride)."""
         body = self.body(features)
         if self.pool is None:
-            return F.relu(body + features)
-        return F.relu(torch.cat([body, self.pool(features)], dim=1))
+            return self.relu(body + features)
+        return self.relu(torch.cat([body, self.pool(features)], dim=1))
 
 
 def shufflenet_v1(num_classes: int = 100) -> nn.Module:

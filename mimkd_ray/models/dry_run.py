@@ -1,4 +1,4 @@
-"""One forward pass without data: what every module of a network returned, and in which order.
+"""One forward pass without data: what every module of a network was given and returned, and in which order.
 
 It runs on the meta device (shapes without values, milliseconds) on a copy that shares nothing with the
 model, or, where a network cannot run there, on the model's own device; buffers and random state are put back.
@@ -22,22 +22,30 @@ from mimkd_ray.errors import UserError
 BATCH = 2
 """Images of a dry run: two, so that the batch dimension cannot be taken for a dimension of size one."""
 
+INPUT = "@input"
+"""Behind a module's path, it names the module's first positional argument instead of its output."""
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The last call of one module: its path, its class, what it returned and when it finished (a count)."""
+    """The last call of one module, seen at its output or at its input."""
 
     path: str
+    """The name of the tap: the module's path, with `@input` behind it for the input."""
     module: nn.Module
-    output: Tensor
+    tensor: Tensor
+    """What the module returned, or was given."""
     version: int
-    """The tensor's in-place version when the module returned it."""
+    """The tensor's in-place version at that moment."""
     order: int
+    """When that was, a count."""
+    copied: bool = False
+    """A tap keeps a copy (see `overwrites_input`), which stays as it is whatever happens to the tensor."""
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """Equal for two calls that returned the same values: one memory, one version, one size."""
-        return (_memory(self.output), self.version, self.output.numel())
+        """Equal for two calls that saw the same values: one memory, one version, one size."""
+        return (_memory(self.tensor), self.version, self.tensor.numel())
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +57,17 @@ class DryRun:
     """Path -> last call, in the order in which the modules finished; single floating tensors only."""
     others: dict[str, str]
     """Path -> what the module returned, where that was not one floating tensor (e.g. "tuple")."""
+    inputs: dict[str, Call]
+    """Path of the module -> its input in its last call; single floating tensors only."""
+    other_inputs: dict[str, str]
+    """Path of the module -> its first positional argument, where that was not one floating tensor."""
     logits: Any
     dropped: frozenset[int]
     """Memories that an in-place dropout would overwrite in training (it does nothing in the dry run)."""
 
     def overwritten(self, call: Call) -> bool:
-        """True if something after the module changes its output in place, in this pass or in training."""
-        return call.output._version != call.version or _memory(call.output) in self.dropped
+        """True if a tap of the tensor would not keep its values: they change in place, in this pass or in training."""
+        return not call.copied and (call.tensor._version != call.version or _memory(call.tensor) in self.dropped)
 
 
 def dry_run(model: nn.Module, image_size: int, channels: int = 3) -> DryRun:
@@ -89,9 +101,16 @@ def describe(model: nn.Module) -> str:
     return str(getattr(model, "zoo_name", None) or type(model).__name__)
 
 
+def overwrites_input(module: nn.Module) -> bool:
+    """Whether a module says that it works in place, as nn.ReLU(inplace=True) does: a tap of its input is a copy."""
+    return bool(getattr(module, "inplace", False))
+
+
 def _forward(model: nn.Module, images: Tensor) -> DryRun:
     calls: dict[str, Call] = {}
     others: dict[str, str] = {}
+    inputs: dict[str, Call] = {}
+    other_inputs: dict[str, str] = {}
     dropped: set[int] = set()
     count = itertools.count()
 
@@ -102,10 +121,21 @@ def _forward(model: nn.Module, images: Tensor) -> DryRun:
             others.pop(path, None)
             if isinstance(output, Tensor) and output.is_floating_point():
                 calls[path] = Call(path, module, output, output._version, next(count))
-            elif isinstance(output, Tensor):
-                others[path] = f"a tensor of {output.dtype}"
             else:
-                others[path] = type(output).__name__
+                others[path] = _kind(output)
+
+        return hook
+
+    def record_input(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs.pop(path, None)
+            other_inputs.pop(path, None)
+            given = args[0] if args else None
+            if isinstance(given, Tensor) and given.is_floating_point():
+                copied = overwrites_input(module)
+                inputs[path] = Call(path + INPUT, module, given, given._version, next(count), copied)
+            else:
+                other_inputs[path] = f"{_kind(given)} as its first argument" if args else "no positional argument"
 
         return hook
 
@@ -116,6 +146,7 @@ def _forward(model: nn.Module, images: Tensor) -> DryRun:
     # Modules may have several names; each name counts.
     for path, module in model.named_modules(remove_duplicate=False):
         if path:
+            handles.append(module.register_forward_pre_hook(record_input(path)))
             handles.append(module.register_forward_hook(record(path)))
         if isinstance(module, _DropoutNd) and module.inplace and module.p > 0:
             handles.append(module.register_forward_pre_hook(note_dropout))
@@ -129,7 +160,11 @@ def _forward(model: nn.Module, images: Tensor) -> DryRun:
             handle.remove()
         for module, training in modes.items():
             module.training = training
-    return DryRun(images.shape[-1], calls, others, logits, frozenset(dropped))
+    return DryRun(images.shape[-1], calls, others, inputs, other_inputs, logits, frozenset(dropped))
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _on_meta(model: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.stages import default_taps
+from mimkd_ray.models.stages import before_activation, default_taps
 from mimkd_ray.models.taps import TapShape, find_shapes
 from mimkd_ray.models.zoo import build_model
 
@@ -29,7 +29,8 @@ def main(argv: Sequence[str], program: str) -> int:
 def layer_table(name: str, image_size: int | None, num_classes: int, every: bool) -> list[str]:
     """Lines of the table: path, kind, shape, kB (1000 bytes) per image at two bytes a value, default tap.
 
-    Unless `every`, only layers of depth 1, containers of depth 2 and default taps. Raises UserError.
+    Unless `every`, only layers of depth 1, containers of depth 2 and default taps. The last line says how inputs
+    are named, and which of them are the default taps before their activation. Raises UserError.
     """
     if image_size is not None and image_size < 1:
         raise UserError(f"--image-size {image_size}: expected at least 1 pixel")
@@ -75,6 +76,9 @@ def layer_table(name: str, image_size: int | None, num_classes: int, every: bool
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
+    before = [tap for name, tap in before_activation(model, side, list(marks)).items() if tap != name]
+    inputs = "LAYER@input is what a layer is given"
+    lines.append(f"{inputs}; default taps before their activation: {' '.join(before)}" if before else inputs)
     return lines
 
 

@@ -1,8 +1,12 @@
-"""Default taps: the stages of a network and its penultimate vector, found by watching a dry forward pass."""
+"""Default taps: the stages of a network and its penultimate vector, found by watching a dry forward pass.
+
+`default_taps` names them as the layers return them, `before_activation` the same features before their activation.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -10,9 +14,15 @@ from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _Av
 
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.dry_run import Call, DryRun, describe, dry_run
-from mimkd_ray.models.taps import TapShape, shape_of
+from mimkd_ray.models.taps import TapShape, shape_of, tap_shape
 
 _POOLING = (_AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd)
+_ACTIVATIONS = (
+    nn.ReLU, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Threshold, nn.Softplus, nn.Softsign, nn.Sigmoid, nn.Hardsigmoid,
+    nn.LogSigmoid, nn.Tanh,
+)  # fmt: skip
+"""Modules that change every value by itself. (ReLU6 is a Hardtanh.)"""
 LARGE_IMAGE = 64
 """From this side on, stages finer than a quarter of the image (stems before the first stage) are left out."""
 
@@ -68,6 +78,36 @@ def default_taps(model: nn.Module, image_size: int) -> Stages:
             f"{image_size}x{image_size}: name the taps, or use larger images"
         )
     return Stages(tuple(found.call.path for found in maps), _vector(run, body, usable) or maps[-1].call.path)
+
+
+def before_activation(model: nn.Module, image_size: int, names: Sequence[str]) -> dict[str, str]:
+    """The taps of the same features before their activation, by the names of the taps in `names`.
+
+    If what a layer returns is the output of an activation module, that module itself or one inside it, such as
+    `stage3.0.relu` of `stage3`, the tap is the input of that module, `stage3.0.relu@input`, of the same shape.
+    Otherwise it is the layer itself: its output is not activated (the stages of wide resnets and MobileNetV2,
+    a pooled vector), or it is activated by a function call, which is not seen (torch.nn.functional.relu). An
+    activation that works in place has such a tap too: `TappedModel` copies its input. The names are paths of
+    layers, such as those of `default_taps`; a tap of an input stays what it is. Raises UserError for a name
+    that cannot be tapped.
+    """
+    run = dry_run(model, image_size)
+    return {name: _before_activation(model, run, name) for name in names}
+
+
+def _before_activation(model: nn.Module, run: DryRun, name: str) -> str:
+    shape = tap_shape(model, run, name)
+    call = run.calls.get(name)
+    if call is None:
+        return name  # the input of a layer
+    for other in reversed(run.calls.values()):
+        if isinstance(other.module, _ACTIVATIONS) and other.key == call.key and other.path in run.inputs:
+            before = run.inputs[other.path]
+            found = _tappable(run, before)
+            # Reshaped behind the activation, it is no counterpart: a map in place of a vector.
+            if found is not None and replace(found, name=name) == shape:
+                return before.path
+    return name
 
 
 def _tappable(run: DryRun, call: Call) -> TapShape | None:

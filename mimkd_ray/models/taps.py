@@ -1,7 +1,9 @@
-"""Taps: reading the output of named layers of an unmodified network, and turning it into maps and vectors.
+"""Taps: reading the features of named layers of an unmodified network, and turning them into maps and vectors.
 
-`find_shapes` says what a layer returns without running data; `TappedModel` returns it next to the logits;
-`to_map` and `to_vector` undo the layouts that networks differ in (tokens, channels last).
+A tap is named by a module's path for its output, and by the path and `@input` for its input: `stage3.0.relu` is what
+that activation returns, `stage3.0.relu@input` what it is given. `find_shapes` says without data what a tap reads;
+`TappedModel` returns it next to the logits; `to_map` and `to_vector` undo the layouts that networks differ in
+(tokens, channels last).
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mimkd_ray.errors import UserError, nearest
-from mimkd_ray.models.dry_run import BATCH, Call, DryRun, describe, dry_run
+from mimkd_ray.models.dry_run import BATCH, INPUT, Call, DryRun, describe, dry_run, overwrites_input
 
 MOST_PREFIX_TOKENS = 16
 """Up to this many class and register tokens are recognised in front of a token grid."""
@@ -22,10 +25,10 @@ MOST_PREFIX_TOKENS = 16
 
 @dataclass(frozen=True)
 class TapShape:
-    """What a tapped layer returns for one image."""
+    """What a tap reads of one image."""
 
     name: str
-    """Module path of the layer."""
+    """Of the tap: the layer's module path, with `@input` behind it for the layer's input."""
     kind: Literal["vector", "map", "tokens"]
     """vector (B, C); map (B, C, H, W), or (B, H, W, C) if channels_last; tokens (B, prefix + H * W, C)."""
     channels: int
@@ -43,30 +46,32 @@ class TapShape:
 
     @property
     def values_per_image(self) -> int:
-        """Numbers that the layer returns per image, class and register tokens included."""
+        """Numbers that the tap reads per image, class and register tokens included."""
         return self.channels * (self.locations + self.prefix)
 
 
 def find_shapes(
     model: nn.Module, image_size: int, names: Iterable[str] | None = None, channels: int = 3
 ) -> dict[str, TapShape]:
-    """Shapes of the named layers' outputs (module path -> shape) for square images of `image_size` pixels.
+    """Shapes of taps by name, for square images of `image_size` pixels: PATH is a layer's output, PATH@input its input.
 
-    One dry forward in eval mode; the model is left as it was. Without `names`: every layer that can be
-    tapped, in the order in which they finish. A layer that is called several times counts with its last
-    call. Raises UserError for a name that does not exist, does not run, does not return one tensor of rank
-    2 to 4, or whose output is overwritten in place by what follows.
+    One dry forward in eval mode; the model is left as it was. Without `names`: the output of every layer that
+    can be tapped, in the order in which they finish. A layer that is called several times counts with its last
+    call. Raises UserError for a layer that does not exist or does not run, for an output or a first positional
+    argument that is not one tensor of rank 2 to 4, and for one that is overwritten in place afterwards, so that
+    a tap would hold other values. The input of an activation that itself works in place, such as the
+    nn.ReLU(inplace=True) of torchvision's networks, is fine: `TappedModel` keeps a copy of it.
     """
     run = dry_run(model, image_size, channels)
     if names is not None:
-        return {name: _checked(model, run, name) for name in names}
+        return {name: tap_shape(model, run, name) for name in names}
     shapes = {call.path: shape_of(call, run.side) for call in run.calls.values() if not run.overwritten(call)}
     return {path: shape for path, shape in shapes.items() if shape is not None}
 
 
 def shape_of(call: Call, side: int) -> TapShape | None:
-    """The shape of a dry call's output; None where it is no vector, map or token grid of square images."""
-    size = tuple(call.output.shape)
+    """The shape of a dry call's tensor; None where it is no vector, map or token grid of square images."""
+    size = tuple(call.tensor.shape)
     if size[:1] != (BATCH,):
         return None
     if len(size) == 2:
@@ -95,13 +100,34 @@ class _Keep:
         self.store[self.name] = output
 
 
-class TappedModel(nn.Module):
-    """An unmodified network whose forward also returns the outputs of named layers.
+class _KeepInput:
+    """A forward pre-hook that stores a module's first positional argument, or a copy of what the module overwrites."""
 
-    forward: images (B, 3, H, W) -> (logits (B, classes), {name: tap as the layer returned it}, in the order
-    of `names`). A tap is the layer's own tensor, not a copy: check names with `find_shapes` first, which
-    refuses layers whose output is overwritten later. A layer that is called several times yields its last
-    call.
+    def __init__(self, store: dict[str, Tensor], name: str) -> None:
+        self.store = store
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.store.pop(self.name, None)
+        if args and isinstance(args[0], Tensor):
+            self.store[self.name] = args[0].clone() if overwrites_input(module) else args[0]
+
+
+def _watch(module: nn.Module, store: dict[str, Tensor], name: str) -> RemovableHandle:
+    if layer_of(name) == name:
+        return module.register_forward_hook(_Keep(store, name))
+    return module.register_forward_pre_hook(_KeepInput(store, name))
+
+
+class TappedModel(nn.Module):
+    """An unmodified network whose forward also returns the outputs (PATH) and inputs (PATH@input) of named layers.
+
+    forward: images (B, 3, H, W) -> (logits (B, classes), {name: tap as the layer returned it, or was given it}, in
+    the order of `names`). A tap is the network's own tensor, not a copy: check names with `find_shapes` first,
+    which refuses what is overwritten later. The exception is the input of a layer with `inplace` set, such as
+    nn.ReLU(inplace=True): it would turn into the layer's output, so the tap is a copy, with its gradient; that
+    takes the memory of one more map and the time to copy it. A layer that is called several times yields its
+    last call.
 
     Hooks are set here, so construct it before torch.compile and DDP. `model` is the network itself: export
     its state_dict. `release()` takes the hooks off. Raises UserError for a name that the network does not
@@ -114,18 +140,20 @@ class TappedModel(nn.Module):
         self.names = tuple(dict.fromkeys(names))
         self._store: dict[str, Tensor] = {}
         modules = dict(model.named_modules(remove_duplicate=False))
-        for name in self.names:
-            if not name or name not in modules:
-                raise UserError(_unknown(model, name))
-        self._handles = [modules[name].register_forward_hook(_Keep(self._store, name)) for name in self.names]
+        for path in map(layer_of, self.names):
+            if not path or path not in modules:
+                raise UserError(_unknown(model, path))
+        self._handles = [_watch(modules[layer_of(name)], self._store, name) for name in self.names]
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Images (B, 3, H, W) -> logits (B, classes) and the taps by name."""
         self._store.clear()
         logits = self.model(images)
         if len(self._store) != len(self.names):
-            missing = [name for name in self.names if name not in self._store]
-            raise UserError(f"layer {missing[0]!r} of {describe(self.model)} did not run in this forward pass")
+            missing = next(name for name in self.names if name not in self._store)
+            path = layer_of(missing)
+            more = "" if path == missing else ", or was given no tensor as its first argument"
+            raise UserError(f"layer {path!r} of {describe(self.model)} did not run in this forward pass{more}")
         taps = {name: self._store[name] for name in self.names}
         # The store must not keep activations (and their graph) alive between steps.
         self._store.clear()
@@ -163,44 +191,63 @@ def to_vector(tap: Tensor, shape: TapShape) -> Tensor:
     return tap.mean(dim=(1, 2) if shape.channels_last else (2, 3))
 
 
-def _checked(model: nn.Module, run: DryRun, name: str) -> TapShape:
-    who = describe(model)
-    call = run.calls.get(name)
+def layer_of(tap: str) -> str:
+    """The module path in a tap's name: what is before `@input`, or all of it."""
+    return tap.removesuffix(INPUT)
+
+
+def tap_shape(model: nn.Module, run: DryRun, name: str) -> TapShape:
+    """The shape of a tap in a dry run of its model. Raises UserError as `find_shapes` does."""
+    who, path = describe(model), layer_of(name)
+    of_input = path != name
+    does, side = ("is given", "input") if of_input else ("returns", "output")
+    call = (run.inputs if of_input else run.calls).get(path)
     if call is None:
-        if name in run.others:
+        other = (run.other_inputs if of_input else run.others).get(path)
+        if other is not None:
+            instead = f"its output, {path!r}, or a layer inside it" if of_input else "a layer inside it"
             raise UserError(
-                f"layer {name!r} of {who} returns {run.others[name]}, and only a single floating tensor can "
-                f"be tapped: name a layer inside it, or the block around it"
+                f"layer {path!r} of {who} {does} {other}, and only a single floating tensor can "
+                f"be tapped: name {instead}, or the block around it"
             )
-        if name and name in dict(model.named_modules(remove_duplicate=False)):
+        if path and path in dict(model.named_modules(remove_duplicate=False)):
             raise UserError(
-                f"layer {name!r} of {who} exists, but is not called in a forward pass: "
+                f"layer {path!r} of {who} exists, but is not called in a forward pass: "
                 f"name a layer that is{_hint(model)}"
             )
-        raise UserError(_unknown(model, name))
+        raise UserError(_unknown(model, path))
     if run.overwritten(call):
         raise UserError(
-            f"layer {name!r} of {who}: what follows overwrites its output in place, so the tap would hold "
-            f"other values than the layer returned; {_instead(run, call)}"
+            f"layer {path!r} of {who}: what follows overwrites its {side} in place, so the tap would hold "
+            f"other values than the layer {'was given' if of_input else 'returned'}; {_instead(run, call, of_input)}"
         )
     shape = shape_of(call, run.side)
     if shape is None:
         raise UserError(
-            f"layer {name!r} of {who} returns a tensor of shape {tuple(call.output.shape)} for {BATCH} "
+            f"layer {path!r} of {who} {does} a tensor of shape {tuple(call.tensor.shape)} for {BATCH} "
             f"images of {run.side}x{run.side}: neither a vector, a map nor a square grid of tokens with "
             f"up to {MOST_PREFIX_TOKENS} tokens before it: name another layer{_hint(model)}"
         )
     return shape
 
 
-def _instead(run: DryRun, call: Call) -> str:
-    """The first later layer that returns the same tensor in its final state; else the block around."""
+def _instead(run: DryRun, call: Call, of_input: bool) -> str:
+    """What to tap in place of a tensor that is overwritten: the same values where a layer that works in place is given
+    them, and a later layer that returns the tensor in its final state; else what is nearest."""
+    path = layer_of(call.path)
+    same = next((other.path for other in run.inputs.values() if other.copied and other.key == call.key), None)
+    if same and of_input:
+        return f"name {same!r} instead, which keeps a copy of these values"
+    if of_input:
+        return f"name the layer's output, {path!r}, or a layer before it"
+    copy = f", or {same!r}, which keeps a copy of these values" if same else ""
     for other in run.calls.values():
-        same = other.output is call.output or other.output._base is call.output
-        if other.order > call.order and same and not run.overwritten(other):
-            return f"name {other.path!r} instead, which returns it afterwards"
-    block = call.path.rpartition(".")[0]
-    return f"name the block around it, {block!r}, or the activation after it" if block else "name the layer after it"
+        final = other.tensor is call.tensor or other.tensor._base is call.tensor
+        if other.order > call.order and final and not run.overwritten(other):
+            return f"name {other.path!r} instead, which returns it afterwards{copy}"
+    block = path.rpartition(".")[0]
+    around = f"the block around it, {block!r}, or the activation after it" if block else "the layer after it"
+    return f"name {around}{copy}"
 
 
 def _unknown(model: nn.Module, name: str) -> str:

@@ -19,6 +19,7 @@ from mimkd_ray.cache.reader import FeatureReader
 from mimkd_ray.data.dataset import Data
 from mimkd_ray.data.views import make_pipeline
 from mimkd_ray.errors import UserError
+from mimkd_ray.models.taps import layer_of
 from mimkd_ray.train.build import build_teacher, parameter_dtype, teacher_autocast, teacher_taps
 from mimkd_ray.train.calibrate import Sight, fit
 from mimkd_ray.train.coding import Coding, tap_entries
@@ -60,8 +61,9 @@ def entries_of(configs: Sequence[Config], network: nn.Module, num_classes: int) 
     cache = configs[0].cache
     entries = tap_entries(shapes, vectors, maps, cache)
     # A cache may hold more than this run reads: then any layer may have a codec.
-    named = {parse_rule(text)[0].partition(":")[0] for text in cache.codecs if cache.root}
-    others = [name for name, _ in network.named_modules() if name in named]
+    named = [parse_rule(text)[0].partition(":")[0] for text in cache.codecs if cache.root]
+    layers = {path for path, _ in network.named_modules() if path}
+    others = [name for name in named if layer_of(name) in layers]
     check_rules(cache, [*(entry.tap for entry in entries), *others])
     with_logits = any(own.loss.uses_logits for own in configs)
     return [*entries, logits_entry(num_classes, cache.logits)] if with_logits else entries

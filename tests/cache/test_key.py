@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,14 @@ def test_tap_kind_codec_and_calibration_count() -> None:
     entries = [
         MAP,
         replace(MAP, tap="layer4"),
+        replace(MAP, tap="layer3@input"),
         replace(MAP, kind="vector"),
         replace(MAP, shape=Shape(256, 7, 7)),
         replace(MAP, spec=CodecSpec("fp16")),
     ]
     keys = {key_of(parts_of(entry, ORIGIN, "c")) for entry in entries} | {key_of(parts_of(MAP, ORIGIN, "d"))}
-    assert len(keys) == 6
-    assert all(len(key) == 24 for key in keys)
+    assert len(keys) == 7
+    assert all(re.fullmatch("[0-9a-f]{24}", key) for key in keys), "in file names: no character of a tap's name"
     urls = {calibration_url("r", MAP, ORIGIN, rows) for rows in (1, 2)}
     assert len(urls) == 2, "a calibration depends on how many images it was fitted on"
 

@@ -14,7 +14,8 @@ from mimkd_ray.__main__ import main
 def _rows(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, list[str]]:
     assert main(["layers", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
-    return {line.split()[0]: line.split()[1:] for line in lines[2:]}
+    assert lines[-1].startswith("LAYER@input is what a layer is given")
+    return {line.split()[0]: line.split()[1:] for line in lines[2:-1]}
 
 
 def test_table_of_resnet18(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +32,16 @@ def test_table_of_resnet18(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert "layer1.0" in rows
     assert "layer1.0.conv1" not in rows
+
+
+def test_the_last_line_names_the_default_taps_before_their_activation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layers", "cifar/resnet14"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "LAYER@input is what a layer is given; default taps before their activation: "
+        "stage1.1.relu@input stage2.1.relu@input stage3.1.relu@input"
+    )
+    assert main(["layers", "cifar/wrn_16_2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "LAYER@input is what a layer is given"
 
 
 def test_all_and_sizes(capsys: pytest.CaptureFixture[str]) -> None:

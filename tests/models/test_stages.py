@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.stages import Stages, default_taps
-from mimkd_ray.models.taps import find_shapes
+from mimkd_ray.models.stages import Stages, before_activation, default_taps
+from mimkd_ray.models.taps import TappedModel, find_shapes
 from mimkd_ray.models.zoo import build_model
 
 # At 224 pixels. Maps as path:channels@side, L for channels last, +1 for a class token; then the vector.
@@ -136,3 +138,54 @@ def test_default_taps_are_never_overwritten_in_place() -> None:
 def test_no_map_at_all_is_a_user_error() -> None:
     with pytest.raises(UserError, match="no layer of Sequential returns a map larger than 1x1"):
         default_taps(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), 8)
+
+
+BEFORE = {
+    "cifar/resnet8": "stage1.0.relu@input stage2.0.relu@input stage3.0.relu@input pool",
+    "cifar/resnet8x4": "stage1.0.relu@input stage2.0.relu@input stage3.0.relu@input pool",
+    "cifar/vgg8": "stage1.3@input stage2.3@input stage3.3@input stage4.2@input pool",
+    "cifar/shufflenet_v1": "stage1.3.relu@input stage2.7.relu@input stage3.3.relu@input pool",
+    "cifar/wrn_16_2": "stage1 stage2 stage3 pool",  # not activated
+    "resnet18": "layer1.1.relu@input layer2.1.relu@input layer3.1.relu@input layer4.1.relu@input avgpool",
+    "efficientnet_b0": "features.2 features.3 features.5 features.8.2@input features.8.2@input",
+    "vgg11": "features.9@input features.14@input features.19@input classifier.4@input",
+    "googlenet": "conv3 inception3b inception4e inception5b avgpool",  # activated by a function call
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_stages_before_their_activation(name: str) -> None:
+    """Every tap has the stage's shape, and activated it is the stage."""
+    side = 64 if name in ("resnet18", "efficientnet_b0") else 32 if name.startswith("cifar/") else 224
+    with torch.device("meta"):
+        net = build_model(name, 10)
+    stages = default_taps(net, side)
+    names = [*stages.maps, stages.vector]
+    found = before_activation(net, side, names)
+    assert found == dict(zip(names, BEFORE[name].split(), strict=True))
+    one, two = find_shapes(net, side, names), find_shapes(net, side, found.values())
+    assert all(one[layer] == dataclasses.replace(two[tap], name=layer) for layer, tap in found.items())
+
+
+@pytest.mark.parametrize("name", ["cifar/resnet8", "cifar/resnet8x4", "cifar/shufflenet_v1", "resnet18"])
+def test_the_activation_of_what_is_before_it_is_the_stage(name: str) -> None:
+    torch.manual_seed(0)
+    net = build_model(name, 10).eval()
+    stages = default_taps(net, 64)
+    found = before_activation(net, 64, stages.maps)
+    with torch.no_grad():
+        _, taps = TappedModel(net, [*found, *found.values()])(torch.randn(1, 3, 64, 64))
+    for layer, tap in found.items():
+        assert (taps[tap] < 0).any()
+        assert torch.equal(taps[tap].relu(), taps[layer])
+
+
+def test_before_activation_of_other_layers() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, 1), nn.Hardswish(), nn.Sequential(nn.Tanh(), nn.Flatten()), nn.Linear(256, 2)
+    )
+    # The Tanh's output is flattened: before it is a map, behind it a vector.
+    expected = {"1": "1@input", "0": "0", "2": "2", "2.0": "2.0@input", "1@input": "1@input"}
+    assert before_activation(net, 16, list(expected)) == expected
+    with pytest.raises(UserError, match="layer '4' not found in Sequential"):
+        before_activation(net, 16, ["4"])

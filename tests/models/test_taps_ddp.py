@@ -23,13 +23,16 @@ class _Loss(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         # Batch norm in eval mode: the statistics of a micro-batch would not be those of the single process.
-        self.tapped = TappedModel(NETWORKS["resnet8_w4"](5).eval(), ["stage2", "pool"])
+        net = NETWORKS["resnet8_w4"](5).eval()
+        net.stage1[0].relu.inplace = True  # its input is tapped as a copy
+        self.tapped = TappedModel(net, ["stage2", "pool", "stage1.0.relu@input", "stage3.0.relu@input"])
         self.critic = nn.Linear(8, 3)
 
     def forward(self, images: Tensor) -> Tensor:
         logits, taps = self.tapped(images)
         local = self.critic(taps["stage2"].permute(0, 2, 3, 1)).square().mean()
-        return logits.square().mean() + local + taps["pool"].abs().mean()
+        given = taps["stage1.0.relu@input"].exp().mean() + taps["stage3.0.relu@input"].exp().mean()
+        return logits.square().mean() + local + taps["pool"].abs().mean() + given
 
 
 def _make() -> tuple[_Loss, Tensor]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from mimkd_ray.errors import UserError
@@ -17,6 +19,8 @@ from mimkd_ray.train.pairs import Pair, choose_pairs, parse_pair
         ("layer4:stage3", Pair("layer4", "stage3")),
         ("features.3.0:layer4:0.25", Pair("features.3.0", "layer4", 0.25)),
         ("a:b:1e-2", Pair("a", "b", 0.01)),
+        ("stage3.0.relu@input:layer4@input", Pair("stage3.0.relu@input", "layer4@input")),
+        ("stage3.0.relu@input:stage3.0.relu@input:0.5", Pair("stage3.0.relu@input", "stage3.0.relu@input", 0.5)),
     ],
 )
 def test_parse(text: str, pair: Pair) -> None:
@@ -64,12 +68,30 @@ def test_a_pairs_factor_multiplies_the_kinds_weight() -> None:
     assert (term.teacher_channels, term.student_channels) == (32, 64)
 
 
+def test_pairs_of_inputs() -> None:
+    teacher, student = build_model("cifar/resnet20", 10), build_model("resnet18", 10)
+    pairs = ("stage3.2.relu@input:layer2.1.relu@input:0.5", "stage3.2.relu:layer2")
+    config = LossConfig(global_weight=0, local_weight=0, feature_weight=0.5, feature_pairs=pairs)
+    plan = plan_taps(config, teacher, student, 32)
+    assert [(term.teacher, term.student, term.weight) for term in plan.terms] == [
+        ("stage3.2.relu@input", "layer2.1.relu@input", 0.25),
+        ("stage3.2.relu", "layer2", 0.5),
+    ]
+    assert [(term.teacher_channels, term.student_channels) for term in plan.terms] == [(64, 128), (64, 128)]
+    assert plan.student_taps() == ([], ["layer2.1.relu@input", "layer2"])
+    # MLflow takes letters, digits, "_", "-", ".", " ", ":" and "/" in a metric's name, and TensorBoard fewer.
+    assert plan.terms[0].name == "feature/stage3.2.relu.input-layer2.1.relu.input"
+    assert all(re.fullmatch(r"[-/\w.]+", term.name) for term in plan.terms)
+
+
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
         ({"feature_pairs": ("pool:stage3",)}, "needs a map, and teacher layer 'pool' gives a vector of 64"),
         ({"local_pairs": ("pool:pool",)}, "needs a map, and student layer 'pool' gives a vector of 64"),
         ({"feature_pairs": ("stage9:stage3",)}, "'stage9' not found"),
+        ({"feature_pairs": ("stage3:stag3@input",)}, "'stag3' not found"),
+        ({"feature_pairs": ("head@input:stage3",)}, "needs a map, and teacher layer 'head@input' gives a vector of 64"),
     ],
 )
 def test_impossible_layers_are_named(pairs: dict, message: str) -> None:
