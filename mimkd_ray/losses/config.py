@@ -68,6 +68,8 @@ class LossConfig:
     schedule: Literal["constant", "warmup", "rise", "fall"] = "constant"
     """The terms' weights over training. warmup: linearly from 0 over the first tenth. rise, fall: a half cosine, from 0
     or to 0."""
+    taps: Literal["after", "before"] = "after"
+    """Chosen stages are read after their last activation, or before it where it is a module of its own."""
     max_side: int = 14
     """Chosen student maps are at most so high and wide: a map of twice the side costs four times as much."""
     global_pairs: tuple[str, ...] = ()
@@ -76,7 +78,8 @@ class LossConfig:
     local_pairs: tuple[str, ...] = ()
     """Tap pairs of the local terms: a teacher's vector with a student's map; unset: the deepest map."""
     feature_pairs: tuple[str, ...] = ()
-    """Tap pairs of the feature terms, map with map; unset: the deepest stages of at most max_side."""
+    """Tap pairs of the feature terms, map with map; unset: the deepest stages of at most max_side. PATH@input is what
+    the layer is given."""
     ce_weight: float | None = None
     """Weight of the cross-entropy with the labels. Unset: the preset's for mimkd, else 1. `name` kd, and nothing beside
     it, multiplies it by 0.1: Hinton's KD is published as 0.1 cross-entropy + 0.9 KD."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from mimkd_ray.losses.mimkd import MIMKDLoss
 from mimkd_ray.losses.rivals import RivalPlan
 from mimkd_ray.losses.terms import LOGITS, Term
 from mimkd_ray.models.dry_run import dry_run
-from mimkd_ray.models.stages import Stages, default_taps
+from mimkd_ray.models.stages import Stages, before_activation, default_taps
 from mimkd_ray.models.taps import TapShape, find_shapes
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.coding import Coding, coded_term
@@ -80,11 +80,13 @@ def plan_taps(
     teacher_stages = student_stages = Stages((), "")
     if not all(pairs.values()) or reads_taps(loss):
         teacher_stages, student_stages = default_taps(teacher, image_size), default_taps(student, image_size)
-        stage_shapes = find_shapes(student, image_size, student_stages.maps)
+        of_teacher, of_student = (
+            _read_at(loss, network, image_size, stages)
+            for network, stages in ((teacher, teacher_stages), (student, student_stages))
+        )
+        stage_shapes = find_shapes(student, image_size, of_student.maps)
         for kind in kinds:
-            pairs[kind] = pairs[kind] or choose_pairs(
-                kind, teacher_stages, student_stages, stage_shapes, loss.max_side
-            )
+            pairs[kind] = pairs[kind] or choose_pairs(kind, of_teacher, of_student, stage_shapes, loss.max_side)
     of_rivals = pair_rivals(loss, teacher_stages, student_stages)
     named = [pair for kind_pairs in pairs.values() for pair in kind_pairs]
     named += [pair for rival in of_rivals for pair in (*rival.vectors, *rival.maps)]
@@ -95,6 +97,14 @@ def plan_taps(
         terms = [coded_term(term, teacher_shapes[term.teacher], cache) for term in terms]
     rivals = plan_rivals(of_rivals, teacher_shapes, student_shapes, cache)
     return TapPlan(tuple(terms), rivals, teacher_shapes, student_shapes)
+
+
+def _read_at(loss: LossConfig, model: nn.Module, image_size: int, stages: Stages) -> Stages:
+    """The stages as the terms read them: their outputs, or what their last activation is given."""
+    if loss.taps == "after":
+        return stages
+    before = before_activation(model, image_size, stages.maps)
+    return replace(stages, maps=tuple(before[name] for name in stages.maps))
 
 
 def _shapes(model: nn.Module, image_size: int, names: Sequence[str]) -> dict[str, TapShape]:

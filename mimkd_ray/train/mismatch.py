@@ -64,7 +64,7 @@ _OF_FEATURES = {
     "student": ("name",),
     "cache": ("root", "codecs", "logits", "taps", "precision", "calibration_rows"),
     "loss": (
-        *("name", "preset", "rival_pairs", "global_pairs", "local_pairs", "feature_pairs", "max_side"),
+        *("name", "preset", "rival_pairs", "global_pairs", "local_pairs", "feature_pairs", "taps", "max_side"),
         *("global_weight", "local_weight", "feature_weight", "kd_weight"),
     ),
     "train": ("seed", "precision"),

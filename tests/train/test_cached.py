@@ -115,6 +115,21 @@ def test_cached_is_live_up_to_rounding(tmp_path: Path, name: str, pipeline: str)
         assert found > 1e-4, "uint8 does round"
 
 
+def test_a_queue_is_the_same_cached_and_live(tmp_path: Path) -> None:
+    """Every step of the run, with negatives of the steps before: losses as near as fp16 features are."""
+    config = cached_config(
+        tmp_path / "cache",
+        cache={"codecs": ("maps=fp16", "vectors=fp16")},
+        loss={"preset": "best", "queue": 60, "kd_weight": 0.5},
+    )
+    build_here(config)
+    ours, theirs = walk(config, tmp_path / "a"), walk(live(config), tmp_path / "b")
+    assert ours["samples"] == theirs["samples"]
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=2e-3)
+    ceiling = float(ours["log"]["global/pool-pool/ceiling"])
+    assert ceiling == float(theirs["log"]["global/pool-pool/ceiling"]) > 3, "more candidates than a lane of 10 has"
+
+
 def test_top_logits_are_live_up_to_rounding(tmp_path: Path) -> None:
     """Every step of the run, cached, live beside the cache and without one; all logits are another loss."""
     exact = ("maps=fp32", "vectors=fp32")

@@ -82,10 +82,10 @@ def _workers(world: int, config: Config, run_dir: Path, stop: int) -> list[dict[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_a_resumed_run_equals_its_twin_bit_for_bit(tmp_path: Path, world: int) -> None:
+@pytest.mark.parametrize(("world", "preset"), [(2, "two_sided"), (3, "best"), (4, "two_sided")])
+def test_a_resumed_run_equals_its_twin_bit_for_bit(tmp_path: Path, world: int, preset: str) -> None:
     """Float32, saved mid-epoch, with running statistics of each worker's own and a moving average of the weights."""
-    config = _config("float32", global_weight=0.1, local_weight=0.1)
+    config = _config("float32", preset=preset, queue=200)
     whole = _workers(world, config, tmp_path / "whole", 11)
     first = _workers(world, config, tmp_path / "cut", 5)
     second = _workers(world, config, tmp_path / "cut", 11)
@@ -131,6 +131,18 @@ def test_any_number_of_workers_and_a_changing_one_train_one_model(tmp_path: Path
                 else:
                     assert torch.equal(found, seen["student"][key]), "buffers are the student's"
                     _assert_statistics(found, value, f"{name}, {key}")
+
+
+@pytest.mark.slow
+def test_a_queue_and_running_means_are_those_of_one_worker(tmp_path: Path) -> None:
+    """20 steps in float64 with a frozen side, a queue of some steps, same-class images left out; 3 -> 2 workers."""
+    config = _config("float64", preset="best", queue=150, local_weight=0.5)
+    alone = _attempt(LocalContext(torch.device("cpu")), config, str(tmp_path / "alone"), 20)
+    attempts = [_workers(world, config, tmp_path / "resized", stop) for world, stop in ((3, 9), (2, 20))]
+    losses = [loss for attempt in attempts for loss in attempt[0]["losses"]]
+    assert [line for attempt in attempts for line in attempt[0]["samples"]] == alone["samples"]
+    assert losses == pytest.approx(alone["losses"], rel=1e-8)
+    torch.testing.assert_close(attempts[-1][0]["weights"], alone["weights"], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.slow

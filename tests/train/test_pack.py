@@ -48,7 +48,7 @@ class Dropping(nn.Module):
 
 
 def variants(base: Config) -> list[Config]:
-    """Four students of one pack that differ in everything that may differ, and read three different sets of taps."""
+    """Five students of one pack that differ in everything that may differ, and read four different sets of taps."""
     return [
         base,
         replace(
@@ -82,6 +82,21 @@ def variants(base: Config) -> list[Config]:
                 feature_weight=0.0,
                 locations=9,
                 critic=CriticConfig(kind="concat", width=8),
+            ),
+        ),
+        replace(
+            base,
+            loss=replace(
+                base.loss,
+                preset="best",
+                negatives="queue",
+                queue=24,
+                global_pairs=("pool:pool", "logits:logits:0.5"),
+                soft_temperature=0.2,
+                symmetric=True,
+                hard_share=0.5,
+                schedule="warmup",
+                critic=CriticConfig(frozen_width=16),
             ),
         ),
     ]
@@ -157,7 +172,7 @@ def test_members_are_their_lone_twins_bit_for_bit(tmp_path: Path, kind: str) -> 
     for number, outcome in enumerate(outcomes):
         same(tmp_path / "pack" / str(number), tmp_path / "alone" / str(number))
         assert outcome == Outcome(result=json.loads((tmp_path / f"pack/{number}/result.json").read_text()))
-    assert len({json.dumps(lines(tmp_path / "pack" / str(number))) for number in range(4)}) == 4, "four students"
+    assert len({json.dumps(lines(tmp_path / "pack" / str(number))) for number in range(5)}) == 5, "five students"
 
 
 def test_the_teacher_runs_once_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,20 +41,20 @@ def test_chosen_stages_pair_from_the_deepest_and_leave_out_large_maps() -> None:
     teacher = Stages(("t1", "t2", "t3", "t4"), "tv")
     student = Stages(("s1", "s2", "s3"), "sv")
     shapes = {"s1": _shape("s1", 28), "s2": _shape("s2", 14), "s3": _shape("s3", 7)}
-    assert choose_pairs("feature", teacher, student, shapes) == [Pair("t3", "s2"), Pair("t4", "s3")]
-    assert choose_pairs("local", teacher, student, shapes) == [Pair("tv", "s3")]
-    assert choose_pairs("global", teacher, student, shapes) == [Pair("tv", "sv")]
+    assert choose_pairs("feature", teacher, student, shapes, 14) == [Pair("t3", "s2"), Pair("t4", "s3")]
+    assert choose_pairs("local", teacher, student, shapes, 14) == [Pair("tv", "s3")]
+    assert choose_pairs("global", teacher, student, shapes, 14) == [Pair("tv", "sv")]
 
 
 def test_nothing_to_pair_names_the_remedy() -> None:
     stages = Stages(("s1",), "sv")
     with pytest.raises(UserError, match=r"--loss\.feature-pairs .* or pass --loss\.feature-weight 0"):
-        choose_pairs("feature", stages, stages, {"s1": _shape("s1", 32)})
+        choose_pairs("feature", stages, stages, {"s1": _shape("s1", 32)}, 14)
 
 
 def test_plan_of_two_real_networks() -> None:
     teacher, student = build_model("cifar/resnet32x4", 10), build_model("cifar/resnet8x4", 10)
-    plan = plan_taps(LossConfig(local_weight=0.0), teacher, student, 32)
+    plan = plan_taps(LossConfig(preset="two_sided", local_weight=0.0), teacher, student, 32)
     assert [term.name for term in plan.terms] == ["global/pool-pool", "feature/stage3-stage3"]
     assert [(term.teacher_channels, term.student_channels) for term in plan.terms] == [(256, 256), (256, 256)]
     assert plan.teacher_taps() == (["pool"], ["stage3"])
@@ -66,6 +66,25 @@ def test_a_pairs_factor_multiplies_the_kinds_weight() -> None:
     (term,) = plan_taps(config, teacher, student, 32).terms
     assert term.weight == pytest.approx(0.1)
     assert (term.teacher_channels, term.student_channels) == (32, 64)
+
+
+def test_chosen_stages_can_be_read_before_their_activation() -> None:
+    teacher, student = build_model("cifar/resnet20", 10), build_model("cifar/resnet8", 10)
+    (term,) = plan_taps(LossConfig(global_weight=0, taps="before", max_side=8), teacher, student, 32).terms
+    assert (term.teacher, term.student) == ("stage3.2.relu@input", "stage3.0.relu@input")
+    wide = plan_taps(LossConfig(global_weight=0, max_side=16, pair_weights="shared"), teacher, student, 32)
+    assert [(term.student, term.weight) for term in wide.terms] == [("stage2", 1.5), ("stage3", 1.5)]
+
+
+def test_logits_are_a_tap_without_a_layer() -> None:
+    teacher, student = build_model("cifar/resnet20", 10), build_model("cifar/resnet8", 10)
+    config = LossConfig(feature_weight=0, global_pairs=("pool:pool", "logits:logits:0.5"))
+    plan = plan_taps(config, teacher, student, 32)
+    assert [(t.teacher, t.teacher_channels, t.student_channels) for t in plan.terms] == [("pool", 64, 64), ("logits", 10, 10)]
+    assert plan.teacher_taps() == (["pool"], [])
+    assert plan.student_taps() == (["pool"], [])
+    assert config.uses_logits
+    assert not LossConfig().uses_logits
 
 
 def test_pairs_of_inputs() -> None:
