@@ -24,6 +24,7 @@ import numpy as np
 
 from mimkd_ray.data.batches import FeatureSource
 from mimkd_ray.data.blocks import Blocks
+from mimkd_ray.data.cores import usable_cores
 from mimkd_ray.data.source import Source
 from mimkd_ray.data.store import BlockStore
 
@@ -197,7 +198,7 @@ def _walk(
             pending.popleft()
         return len(pending) < far.ahead
 
-    fetches = FETCHES if source.distant else max(1, min(FETCHES, (os.cpu_count() or 1) // CORES_A_FETCH))
+    fetches = FETCHES if source.distant else max(1, min(FETCHES, usable_cores() // CORES_A_FETCH))
     pool = ThreadPoolExecutor(fetches, thread_name_prefix="fetch")
     rows = (far.ahead + far.in_use) * source.blocks.num_rows / max(1, source.blocks.num_blocks)
     for number, positions in enumerate(batches):
