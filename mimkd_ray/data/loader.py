@@ -35,7 +35,6 @@ from mimkd_ray.data.batches import (
     ViewBatches,
 )
 from mimkd_ray.data.cores import usable_cores
-from mimkd_ray.data.direct_queue import direct_context
 from mimkd_ray.data.hand_over import in_thread
 from mimkd_ray.data.order import Order
 from mimkd_ray.data.read_ahead import AheadSource, Distance, ReadAhead, WithFeatures, distance
@@ -265,7 +264,6 @@ def _run(
         batch_size=None,
         sampler=Requests(keys, slots),
         num_workers=loader_workers,
-        multiprocessing_context=direct_context() if loader_workers else None,
         collate_fn=_unchanged,
         pin_memory=pin_memory and torch.accelerator.is_available(),
         worker_init_fn=_start_worker,
