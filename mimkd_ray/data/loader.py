@@ -37,6 +37,7 @@ from mimkd_ray.data.batches import (
 from mimkd_ray.data.cores import usable_cores
 from mimkd_ray.data.hand_over import in_thread
 from mimkd_ray.data.order import Order
+from mimkd_ray.data.processes import helper_context
 from mimkd_ray.data.read_ahead import AheadSource, Distance, ReadAhead, WithFeatures, distance
 from mimkd_ray.data.source import Source
 from mimkd_ray.data.transport import Answer, Answers, Requests, make_slots
@@ -264,6 +265,7 @@ def _run(
         batch_size=None,
         sampler=Requests(keys, slots),
         num_workers=loader_workers,
+        multiprocessing_context=helper_context() if loader_workers else None,
         collate_fn=_unchanged,
         pin_memory=pin_memory and torch.accelerator.is_available(),
         worker_init_fn=_start_worker,

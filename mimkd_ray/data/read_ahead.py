@@ -18,6 +18,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -25,6 +26,7 @@ import numpy as np
 from mimkd_ray.data.batches import FeatureSource
 from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.cores import usable_cores
+from mimkd_ray.data.processes import helper_context
 from mimkd_ray.data.source import Source
 from mimkd_ray.data.store import BlockStore
 
@@ -120,9 +122,9 @@ class ReadAhead:
         self._consumed: Any = multiprocessing.Value("q", 0, lock=False)
         self._stop = threading.Event()
         arguments = (source, batches, far, self._consumed)
-        self.process: multiprocessing.Process | None = None
+        self.process: BaseProcess | None = None
         if own_process:
-            self.process = multiprocessing.Process(
+            self.process = helper_context().Process(  # type: ignore[attr-defined]
                 target=_in_process, args=(*arguments, os.getpid()), name="read-ahead", daemon=True
             )
             self.process.start()
