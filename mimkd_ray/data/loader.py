@@ -17,7 +17,6 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,9 +34,10 @@ from mimkd_ray.data.batches import (
     TrainKeys,
     ViewBatches,
 )
-from mimkd_ray.data.direct_queue import direct_context
+from mimkd_ray.data.cores import usable_cores
 from mimkd_ray.data.hand_over import in_thread
 from mimkd_ray.data.order import Order
+from mimkd_ray.data.processes import helper_context
 from mimkd_ray.data.read_ahead import AheadSource, Distance, ReadAhead, WithFeatures, distance
 from mimkd_ray.data.source import Source
 from mimkd_ray.data.transport import Answer, Answers, Requests, make_slots
@@ -61,7 +61,6 @@ logger = logging.getLogger(__name__)
 PREFETCH = 4  # finished batches that wait per loader process
 HANDED_OVER = 2  # batches that are ready in the training process: taking one from the loader costs 0.6 ms
 SPARE_SLOTS = 4 + HANDED_OVER  # batches that the training process has in hand
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "share period" in microseconds, or "max period"
 WORKERS_PER_CPU = 4  # more loader processes than this times the cores is taken for a typing error
 
 
@@ -221,7 +220,7 @@ def resolve_loader_workers(loader_workers: int, source: Source) -> int:
     Raises UserError for a senseless number.
     """
     if loader_workers == -1:
-        return 0 if source.in_memory else max(1, _cores() // local_world_size() - 1)
+        return 0 if source.in_memory else max(1, usable_cores() // local_world_size() - 1)
     check_loader_workers(loader_workers)
     return loader_workers
 
@@ -235,16 +234,6 @@ def check_loader_workers(loader_workers: int) -> None:
             f"training process) to {WORKERS_PER_CPU * cores}, best about the cores per training worker, or -1 "
             "(automatic) (--data.loader-workers)"
         )
-
-
-def _cores() -> int:
-    """Return the cores that this process may use: by its affinity and, in a container, by its share of time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if QUOTA.is_file():
-        share, _, period = QUOTA.read_text().strip().partition(" ")
-        if share.isdecimal():
-            cores = min(cores, max(1, int(share) // int(period)))
-    return cores
 
 
 @dataclass(frozen=True)
@@ -276,7 +265,7 @@ def _run(
         batch_size=None,
         sampler=Requests(keys, slots),
         num_workers=loader_workers,
-        multiprocessing_context=direct_context() if loader_workers else None,
+        multiprocessing_context=helper_context() if loader_workers else None,
         collate_fn=_unchanged,
         pin_memory=pin_memory and torch.accelerator.is_available(),
         worker_init_fn=_start_worker,

@@ -4,9 +4,9 @@ A file is a shard, a row group is a block. Opening reads footers only. A prepare
 blocks of one size; each is read by one request, and its bytes are compared with the manifest's sha256 before
 anything is decoded. Of other files the row groups are taken as they are.
 
-Blocks go through the block store, so a row group is fetched once per node; on a local disk it stays where it is, and
-the store keeps where its rows lie. Without a store each process keeps the last blocks, and rows asked for from far more
-blocks than that cost a row group each, unless they are on a local disk.
+Blocks go through the block store, so a row group is fetched and decoded once per node; on a local disk uncompressed
+images stay where they are, and the store keeps where they lie. Without a store each process keeps the last blocks, and
+rows asked for from far more blocks than that cost a row group each, unless they are on a local disk.
 """
 
 from __future__ import annotations

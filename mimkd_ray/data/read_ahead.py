@@ -18,12 +18,15 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from mimkd_ray.data.batches import FeatureSource
 from mimkd_ray.data.blocks import Blocks
+from mimkd_ray.data.cores import usable_cores
+from mimkd_ray.data.processes import helper_context
 from mimkd_ray.data.source import Source
 from mimkd_ray.data.store import BlockStore
 
@@ -119,9 +122,9 @@ class ReadAhead:
         self._consumed: Any = multiprocessing.Value("q", 0, lock=False)
         self._stop = threading.Event()
         arguments = (source, batches, far, self._consumed)
-        self.process: multiprocessing.Process | None = None
+        self.process: BaseProcess | None = None
         if own_process:
-            self.process = multiprocessing.Process(
+            self.process = helper_context().Process(  # type: ignore[attr-defined]
                 target=_in_process, args=(*arguments, os.getpid()), name="read-ahead", daemon=True
             )
             self.process.start()
@@ -197,7 +200,7 @@ def _walk(
             pending.popleft()
         return len(pending) < far.ahead
 
-    fetches = FETCHES if source.distant else max(1, min(FETCHES, (os.cpu_count() or 1) // CORES_A_FETCH))
+    fetches = FETCHES if source.distant else max(1, min(FETCHES, usable_cores() // CORES_A_FETCH))
     pool = ThreadPoolExecutor(fetches, thread_name_prefix="fetch")
     rows = (far.ahead + far.in_use) * source.blocks.num_rows / max(1, source.blocks.num_blocks)
     for number, positions in enumerate(batches):

@@ -50,8 +50,10 @@ class Resident:
     damaged: dict[int, str]  # names of images that could not be decoded, by position; black here
 
     @classmethod
-    def load(cls, source: Source, transform: Transform, device: torch.device, loader_workers: int) -> Resident:
-        """Decode the set. ``loader_workers`` are those of DataConfig.
+    def load(
+        cls, source: Source, transform: Transform, device: torch.device, loader_workers: int, read_ahead: int = -1
+    ) -> Resident:
+        """Decode the set. ``loader_workers`` and ``read_ahead`` are those of DataConfig.
 
         Raises DamagedDataError for a damaged block, StorageError for an object that cannot be read.
         """
@@ -59,9 +61,8 @@ class Resident:
         keys = [Key(n, 0, part, 0) for n, part in enumerate(np.split(positions, positions[CHUNK::CHUNK]))]
         images, labels, ids = [], [], []
         damaged: dict[int, str] = {}
-        for key, batch in zip(
-            keys, view_batches(source, View(transform, 0), keys, loader_workers=loader_workers), strict=True
-        ):
+        batches = view_batches(source, View(transform, 0), keys, loader_workers=loader_workers, read_ahead=read_ahead)
+        for key, batch in zip(keys, batches, strict=True):
             images.append(batch.images_BCHW.to(device, memory_format=torch.channels_last))
             labels.append(batch.labels_B.to(device))
             ids.append(batch.ids_B.to(device))
@@ -113,12 +114,14 @@ class Resident:
 _loaded: WeakKeyDictionary[Source, tuple[Transform, Resident]] = WeakKeyDictionary()
 
 
-def resident(source: Source, transform: Transform, device: torch.device, loader_workers: int) -> Resident:
+def resident(
+    source: Source, transform: Transform, device: torch.device, loader_workers: int, read_ahead: int = -1
+) -> Resident:
     """Return the set on the device: loaded now (see `Resident.load`), or by a run before this one with this source and
     an equal transform."""
     by, known = _loaded.get(source, (None, None))
     if known is None or by != transform or known.images_NCHW.device != device:
-        known = Resident.load(source, transform, device, loader_workers)
+        known = Resident.load(source, transform, device, loader_workers, read_ahead)
         _loaded[source] = (transform, known)
     return known
 

@@ -1,8 +1,8 @@
 """One block as it is kept on this node: encoded images in a file, and where each of them lies.
 
-The bytes are those that were fetched and verified. They are in a file of the store, with the index behind them; or in
-place, in the data set's own file on a local disk, and then the store's file holds the index alone. Files are mapped: no
-call to the system and no copy for each image, and processes share the pages.
+The images are those of the bytes that were fetched and verified. They are in a file of the store, with the index behind
+them; or in place, in the data set's own file on a local disk, and then the store's file holds the index alone. Files
+are mapped: no call to the system and no copy for each image, and processes share the pages.
 
     file of the store:  images | offsets, lengths, labels (int64) | path of a file in place | trailer, checksum
 """
@@ -53,7 +53,7 @@ class StoredBlock:
     offsets: np.ndarray
     lengths: np.ndarray
     labels: np.ndarray
-    data: bytes | None = None
+    data: bytes | memoryview | None = None
     path: str = ""
     identity: Identity | None = None
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
-import multiprocessing
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.data.batches import Batches, Key, LaneBatch
+from mimkd_ray.data.processes import helper_context
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.storage import StorageError
 
@@ -61,7 +61,7 @@ class Slots:
 
 def make_slots(batches: Batches, count: int, batch_size: int) -> Slots | None:
     """Return slots for `count` batches of `batch_size` images; None where loader processes could not see them."""
-    if multiprocessing.get_start_method() != "fork":
+    if helper_context().get_start_method() != "fork":
         return None
     return Slots(count, batch_size * batches.image_bytes())
 

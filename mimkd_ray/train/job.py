@@ -134,6 +134,7 @@ def measure(model: nn.Module, config: Config, data: Data, context: Context) -> d
         world_size=context.world_size,
         batch_size=config.train.eval_batch or config.train.lane_batch,
         loader_workers=config.data.loader_workers,
+        read_ahead=config.data.read_ahead,
     )
     measured = accuracy(model, batches, normalize, config.data.max_damaged)
     return {"top1": measured.top1, "top5": measured.top5, "rows": measured.rows}

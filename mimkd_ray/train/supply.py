@@ -98,7 +98,13 @@ class Supply:
         """This worker's lanes of all remaining steps, on the device ahead of need."""
         if self.is_resident:
             return resident_batches(
-                resident(self.data.train, self.pipeline.train, self.context.device, self.config.data.loader_workers),
+                resident(
+                    self.data.train,
+                    self.pipeline.train,
+                    self.context.device,
+                    loader_workers=self.config.data.loader_workers,
+                    read_ahead=self.config.data.read_ahead,
+                ),
                 self.order,
                 views=self.config.data.views,
                 lanes=self.my_lanes,
@@ -138,6 +144,7 @@ class Supply:
             world_size=self.context.world_size,
             batch_size=batch_size,
             loader_workers=self.config.data.loader_workers,
+            read_ahead=self.config.data.read_ahead,
         )
         if not self.is_resident:
             return batches

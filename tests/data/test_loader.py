@@ -309,7 +309,7 @@ def test_batches_that_do_not_fit_travel_otherwise(source: Source, monkeypatch: p
 
 
 def test_automatic_loader_workers(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "_cores", lambda: 9)
+    monkeypatch.setattr(loader, "usable_cores", lambda: 9)
     assert resolve_loader_workers(-1, DigitsSource("val")) == 0
     for local, expected in (("1", 8), ("2", 3), ("20", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
@@ -318,16 +318,6 @@ def test_automatic_loader_workers(source: Source, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "none")
     with pytest.raises(UserError, match="LOCAL_WORLD_SIZE is 'none'"):
         resolve_loader_workers(-1, source)
-
-
-def test_cores_are_those_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
-    for text, expected in (("max 100000", 16), ("350000 100000", 3), ("50000 100000", 1)):
-        (tmp_path / "cpu.max").write_text(text)
-        monkeypatch.setattr(loader, "QUOTA", tmp_path / "cpu.max")
-        assert loader._cores() == expected
-    monkeypatch.setattr(loader, "QUOTA", tmp_path / "none")
-    assert loader._cores() == 16
 
 
 def test_batches_are_moved_one_ahead(source: Source) -> None:

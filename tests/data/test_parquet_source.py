@@ -19,6 +19,7 @@ from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.manifest import Manifest, Shard, content_digest, read_manifest
 from mimkd_ray.data.parquet import ParquetSource
 from mimkd_ray.data.store import BlockStore
+from mimkd_ray.data.stored_block import StoredBlock
 from mimkd_ray.errors import DamagedDataError, UserError
 
 
@@ -225,6 +226,25 @@ def test_the_rows_are_arrows(tmp_path: Path) -> None:
             rows = source.read([11, 3, 0, 7, 4])
             assert [row.image for row in rows] == [files[i] or b"" for i in (11, 3, 0, 7, 4)]
             assert [row.label for row in rows] == [11, 3, 0, 7, 4]
+
+
+def test_a_store_of_an_earlier_release_is_read_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It kept a row group as it came, and where its images lie in it."""
+    monkeypatch.setattr(parquet, "is_on_local_disk", lambda path: False)
+    store = BlockStore(tmp_path / "blocks")
+    source = _prepared(prepared_set(tmp_path / "set"), store)
+    url, _ = source.files[0]
+    (listed, *_) = source._listed
+    data = Path(url).read_bytes()[listed.offset : listed.offset + listed.length]
+    expected = [image or b"" for image in images(5)]
+    offsets = np.array([data.index(image) for image in expected])
+    lengths = np.array([len(image) for image in expected])
+    store.get(source._key(0), lambda: StoredBlock(offsets, lengths, np.arange(5) % 3, data=data))
+    (file,) = store.folder.glob("*.block")
+    assert file.read_bytes().startswith(data)
+    monkeypatch.setattr(ParquetSource, "_load", lambda *_: pytest.fail("it was read again"))
+    rows = source.read(range(5))
+    assert [(row.image, row.label) for row in rows] == [(image, i % 3) for i, image in enumerate(expected)]
 
 
 def test_a_shard_written_again_in_place(tmp_path: Path) -> None:

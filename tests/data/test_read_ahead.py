@@ -15,7 +15,7 @@ import torch
 from image_sets import prepared_set
 
 from mimkd_ray import storage
-from mimkd_ray.data import read_ahead
+from mimkd_ray.data import cores
 from mimkd_ray.data.blocks import Blocks
 from mimkd_ray.data.dataset import DataConfig, open_data
 from mimkd_ray.data.digits import DigitsSource
@@ -95,12 +95,26 @@ def test_where_all_blocks_are_known_batches_do_not_run_away() -> None:
     assert sorted(source.fetched) == [0, 1]
 
 
-@pytest.mark.parametrize(("distant", "cores", "most"), [(True, 2, 8), (False, 2, 1), (False, 64, 4), (False, 512, 8)])
+@pytest.mark.parametrize(
+    ("distant", "machine", "quota", "most"),
+    [
+        (True, 2, "max", 8),
+        (False, 2, "max", 1),
+        (False, 64, "max", 4),
+        (False, 512, "max", 8),
+        (False, 64, "3200000", 2),  # a container with 32 of the 64 cores
+        (False, 64, "200000", 1),
+        (True, 64, "200000", 8),  # waiting for a network takes no core
+    ],
+)
 def test_a_local_disk_leaves_the_cores_to_the_decoders(
-    distant: bool, cores: int, most: int, monkeypatch: pytest.MonkeyPatch
+    distant: bool, machine: int, quota: str, most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As many fetches at a time as hide a network's latency, or as a share of the cores verifies."""
-    monkeypatch.setattr(read_ahead.os, "cpu_count", lambda: cores)
+    """As many fetches at a time as hide a network's latency, or as a share of the usable cores verifies."""
+    monkeypatch.setattr(os, "cpu_count", lambda: machine)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(machine)))
+    (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+    monkeypatch.setattr(cores, "QUOTA", tmp_path / "cpu.max")
     source = Recorder()
     source.distant = distant
     lock, now, peak = threading.Lock(), [0], [0]

@@ -197,6 +197,24 @@ def test_random_resized_crops_are_torchvisions(height: int, width: int, size: in
     assert torch.equal(ours, theirs.apply(image, id, 0))
 
 
+def test_crops_are_those_of_earlier_releases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded when a NumPy generator gave the same numbers. Caches and checkpoints rely on them."""
+    crops: list[Crop] = []
+
+    def record(self: ResizedCropFlip, image: torch.Tensor, crop: Crop, out: torch.Tensor | None = None) -> torch.Tensor:
+        crops.append(crop)
+        return image
+
+    monkeypatch.setattr(ResizedCropFlip, "_take", record)
+    random = np.random.default_rng(0)
+    for height, width in random.integers(1, 600, (3000, 2)).tolist():
+        image = torch.empty((3, height, width), dtype=torch.uint8)
+        seed, id, view = random.integers(0, [2**63, 2**40, 1000]).tolist()
+        View(ResizedCropFlip(8), seed).apply(image, id, view)
+    assert crops[0] == (60, 58, 388, 298, False)
+    assert hashlib.sha256(repr([tuple(crop) for crop in crops]).encode()).hexdigest()[:16] == "ba1e239f056cc765"
+
+
 @pytest.mark.parametrize("shape", [(3, 400), (400, 3), (1, 1), (1, 64), (2, 2), (500, 375), (256, 340)])
 def test_extreme_random_resized_crops_are_torchvisions(shape: tuple[int, int]) -> None:
     from torchvision.transforms import v2

@@ -1,0 +1,22 @@
+"""The processor cores that this process may use: by its affinity and, in a container, by its share of time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "share period" in microseconds, or "max period"
+
+
+def usable_cores() -> int:
+    """Return the whole cores that this process may use, at least 1.
+
+    A machine's cores (`os.cpu_count`) are more than that in a container with a CPU quota: processes and threads beyond
+    the quota are stopped by the kernel for the rest of each period.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if QUOTA.is_file():
+        share, _, period = QUOTA.read_text().strip().partition(" ")
+        if share.isdecimal():
+            cores = min(cores, max(1, int(share) // int(period)))
+    return cores
