@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import signal
 import tempfile
@@ -27,6 +28,8 @@ from mimkd_ray.train.config import Config, from_dict, to_dict
 from mimkd_ray.train.context import GROUP_SECONDS, share_from_first
 from mimkd_ray.train.files import read_json, write_json
 from mimkd_ray.train.job import run_job
+
+logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 30.0
 """A report to Ray is a barrier that its controller polls every two seconds, so reports are rationed."""
@@ -64,11 +67,24 @@ class RayContext:
             threading.Thread(target=self._watch, args=(run_dir,), name="stop watch", daemon=True).start()
 
     def _watch(self, run_dir: str) -> None:
+        """Look for a stop request until there is one. A failed look is followed by the next one, whatever the error:
+        a thread that ended here would leave the job deaf to every later request."""
         url = storage.join(run_dir, STOP)
+        failing = False
         while not self._stopping:
             time.sleep(STOP_LOOK_SECONDS)
-            asked = read_json(url)
-            self._stopping = asked is not None and asked["launch_id"] in (self.launch_id, ANYBODY)
+            try:
+                asked = read_json(url)
+                self._stopping = asked is not None and asked["launch_id"] in (self.launch_id, ANYBODY)
+                failing = False
+            except Exception as error:
+                if not failing:
+                    text = " ".join(f"{type(error).__name__}: {error}".split())
+                    logger.warning(
+                        "cannot look for a stop request at %s, and try again every %g s: %s",
+                        *(url, STOP_LOOK_SECONDS, text),
+                    )
+                failing = True
 
     def stop_requested(self) -> bool:
         """Whether the driver was told to stop. The first worker knows."""
