@@ -46,7 +46,7 @@ ANYBODY = "*"
 """In that file: whichever launch it is."""
 
 INSIDE_READ_IN = "2.60."
-"""The Ray version whose inside launch/embedded.py and launch/elastic.py were written for."""
+"""The Ray version whose inside launch/elastic.py was written for."""
 
 
 class RayContext:
@@ -140,18 +140,12 @@ def worker(setup: dict[str, Any]) -> None:
             raise
 
 
-def trainer_class(own: bool, elastic: bool) -> type[TorchTrainer]:
-    """The trainer for the cluster at hand: with a Ray of our own, one that starts sooner; with a range of workers, one
-    that goes on sooner after a loss. Both reach below Ray's public surface."""
-    if ray.__version__.startswith(INSIDE_READ_IN):
-        if own:
-            from mimkd_ray.launch.embedded import EmbeddedTrainer
+def trainer_class(elastic: bool) -> type[TorchTrainer]:
+    """Return Ray's own trainer; for a range of workers, one that goes on sooner after a loss."""
+    if elastic and ray.__version__.startswith(INSIDE_READ_IN):
+        from mimkd_ray.launch.elastic import ElasticTrainer
 
-            return EmbeddedTrainer
-        if elastic:
-            from mimkd_ray.launch.elastic import ElasticTrainer
-
-            return ElasticTrainer
+        return ElasticTrainer
     return TorchTrainer
 
 
@@ -192,7 +186,7 @@ def fit_workers(config: Config, run_dir: str, own: bool) -> dict[str, Any]:
     scratch = tempfile.mkdtemp(prefix="mimkd-ray-")
     watch = LossWatch(scaling(config, own), config.launch.lost_minutes)
     try:
-        trainer = trainer_class(own, isinstance(watch.scaling.num_workers, tuple))(
+        trainer = trainer_class(isinstance(watch.scaling.num_workers, tuple))(
             worker,
             train_loop_config={
                 "config": to_dict(config),
