@@ -25,7 +25,7 @@ from mimkd_ray.launch.live_metrics import LiveMetrics
 from mimkd_ray.launch.placement import LossWatch, scaling
 from mimkd_ray.train import timeline
 from mimkd_ray.train.config import Config, from_dict, to_dict
-from mimkd_ray.train.context import GROUP_SECONDS, share_from_first
+from mimkd_ray.train.context import GROUP_SECONDS, Preemption, share_from_first
 from mimkd_ray.train.files import read_json, write_json
 from mimkd_ray.train.job import run_job
 
@@ -90,10 +90,16 @@ class RayContext:
         """Whether the driver was told to stop. The first worker knows."""
         return self._stopping
 
-    def preemption(self) -> str:
-        """The nodes of this job that their cloud is about to take away, as Ray hears of it."""
+    def preemption(self) -> Preemption | None:
+        """Return the nodes of this job that their cloud is about to take away, as Ray hears of it. A barrier."""
         info = ray.train.get_preemption_info() if self._joined else None
-        return "" if info is None else f"nodes {', '.join(info.preempted_node_ids)}, workers {info.preempted_ranks},"
+        if info is None:
+            return None
+        return Preemption(
+            nodes=tuple(info.preempted_node_ids),
+            ranks=tuple(info.preempted_ranks),
+            deadline=None if info.deadline_ms is None else info.deadline_ms / 1000,
+        )
 
     def observe(self, run_dir: str, values: Mapping[str, float]) -> None:
         """Export figures to Prometheus, where a cluster has one; the run goes by its directory's name."""

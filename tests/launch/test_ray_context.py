@@ -1,4 +1,4 @@
-"""The watch for a stop request in the first worker of Ray Train, without Ray."""
+"""What a worker of Ray Train hears of the world outside, stop requests and preemptions, without a cluster."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ pytest.importorskip("ray")
 from mimkd_ray import storage
 from mimkd_ray.launch import ray_train
 from mimkd_ray.storage import StorageError
+from mimkd_ray.train.context import Preemption
 from mimkd_ray.train.files import write_json
 
 LAUNCH = "this-launch"
@@ -29,12 +30,12 @@ class _FirstWorker:
         return 1
 
 
-def watching(monkeypatch: pytest.MonkeyPatch, run_dir: Path) -> ray_train.RayContext:
+def watching(monkeypatch: pytest.MonkeyPatch, run_dir: Path, joined: bool = False) -> ray_train.RayContext:
     """The context of the only worker of a job, which looks for a stop request a hundred times a second."""
     monkeypatch.setattr(ray_train, "STOP_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(ray_train.ray.train, "get_context", _FirstWorker)
     monkeypatch.setattr(ray_train.ray.train.torch, "get_device", lambda: torch.device("cpu"))
-    return ray_train.RayContext(LAUNCH, str(run_dir), joined=False)
+    return ray_train.RayContext(LAUNCH, str(run_dir), joined)
 
 
 def within(seconds: float, condition: Callable[[], Any]) -> bool:
@@ -93,3 +94,21 @@ def test_a_request_to_another_launch_is_not_ours(tmp_path: Path, monkeypatch: py
     assert not within(0.2, context.stop_requested)
     write_json(str(tmp_path / "stop.json"), {"launch_id": LAUNCH})
     assert within(10, context.stop_requested)
+
+
+def test_a_preemption_that_ray_hears_of_is_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a cluster of others'; in a Ray of our own nobody drains nodes, and Ray is not asked."""
+    from ray.train import PreemptionInfo
+
+    monkeypatch.setattr(ray_train, "LiveMetrics", object)
+    info: list[Any] = [None]
+    monkeypatch.setattr(ray_train.ray.train, "get_preemption_info", lambda: info[0])
+    joined, own = watching(monkeypatch, tmp_path, joined=True), watching(monkeypatch, tmp_path)
+    assert joined.preemption() is None
+    info[0] = PreemptionInfo(deadline_ms=1_700_000_000_500, preempted_node_to_ranks={"b": [2, 0], "a": [1]})
+    assert joined.preemption() == Preemption(nodes=("a", "b"), ranks=(0, 1, 2), deadline=1_700_000_000.5)
+    assert own.preemption() is None
+    info[0] = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [0]})
+    assert joined.preemption() == Preemption(nodes=("a",), ranks=(0,), deadline=None)
+    write_json(str(tmp_path / "stop.json"), {"launch_id": ray_train.ANYBODY})  # ends both threads
+    assert within(10, lambda: joined.stop_requested() and own.stop_requested())
