@@ -45,9 +45,6 @@ STOP, STOP_LOOK_SECONDS = "stop.json", 1.0
 ANYBODY = "*"
 """In that file: whichever launch it is."""
 
-INSIDE_READ_IN = "2.60."
-"""The Ray version whose inside launch/elastic.py was written for."""
-
 
 class RayContext:
     """One worker of Ray Train."""
@@ -146,12 +143,17 @@ def worker(setup: dict[str, Any]) -> None:
             raise
 
 
-def trainer_class(elastic: bool) -> type[TorchTrainer]:
-    """Return Ray's own trainer; for a range of workers, one that goes on sooner after a loss."""
-    if elastic and ray.__version__.startswith(INSIDE_READ_IN):
-        from mimkd_ray.launch.elastic import ElasticTrainer
+def trainer_class(ranged: bool) -> type[TorchTrainer]:
+    """Return Ray's own trainer; for a range of workers, launch/elastic.py's, which goes on sooner after a loss, unless
+    this Ray is another one than it was written for: that is logged."""
+    if ranged:
+        try:
+            from mimkd_ray.launch import elastic
 
-        return ElasticTrainer
+            elastic.check()
+            return elastic.ElasticTrainer
+        except ImportError as error:
+            logger.warning("after a lost node training goes on up to 40 s later than with ray 2.60: %s", error)
     return TorchTrainer
 
 
