@@ -108,7 +108,7 @@ def main() -> int:
         "highest_ratio": max(ratios),
         "start_over_bare": statistics.median(ratios),
     }
-    return finish("job_start", figures, {"start_over_bare": ("<=", 1.15)}, args.json)
+    return finish("job_start", figures, {"start_over_bare": ("<=", 1.25)}, args.json)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def main() -> int:
         targets |= dict.fromkeys(PAIRS, (">=", 0.97))
     if args.starts:
         figures |= start(args.starts, args.threads)
-        targets["start_over_hello"] = ("<=", 1.15)
+        targets["start_over_hello"] = ("<=", 1.25)
     return finish("ray_overhead", figures, targets, args.json)
 
 

@@ -1,16 +1,14 @@
 """The command line of jobs/: pick a recipe, override any field by its dotted name, run, and exit with a meaning.
 
 Exit status: 0 done, 1 the run failed, 2 bad input, 3 stopped by SIGTERM (training has saved then, and the same command
-goes on), 130 interrupted (Ctrl-C). Errors are one line on standard error.
+goes on), 130 interrupted (Ctrl-C). Errors are one line on standard error; of an unknown flag, or a value of the wrong
+type, tyro prints its own message there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import itertools
 import json
-import re
 import signal
 import sys
 import threading
@@ -60,6 +58,8 @@ def guarded(program: str, work: Callable[[], int], interrupted: str) -> int:
             return fail(f"{program}: asked to stop; {interrupted}", 3)
         if left.code == 0:  # Ray's handler of Ctrl-C
             return fail(f"{program}: interrupted; {interrupted}", 130)
+        if left.code == 2:  # tyro has printed what is wrong with the command line
+            return 2
         raise
 
 
@@ -99,7 +99,7 @@ def parse(recipes: Mapping[str, Callable[[], C]], default: str, argv: Sequence[s
             raise UserError("--config needs a JSON file, such as a run's config.json")
         base = read_config(arguments[at + 1], type(base))
         del arguments[at : at + 2]
-    config = override(base, arguments, f"{program} [{'|'.join(recipes)}] [--config FILE] [--print-config]", recipes)
+    config = override(base, arguments, program, recipes)
     if config is not None and only_print:
         print(json.dumps(to_dict(config), indent=2))
         return None
@@ -117,50 +117,29 @@ def read_config(path: str, kind: type[C]) -> C:
     return from_dict(kind, value)
 
 
-def override(base: C, arguments: list[str], usage: str, recipes: Mapping[str, Callable[[], Any]]) -> C | None:
+def override(base: C, arguments: list[str], program: str, recipes: Mapping[str, Callable[[], Any]]) -> C | None:
     """Apply ``--field.path value`` pairs to a config. None after --help."""
-    return from_flags(type(base), arguments, prog=usage, description=_describe(recipes), default=base)
+    return from_flags(type(base), arguments, prog=program, description=_describe(program, recipes), default=base)
 
 
 def from_flags(kind: type[T], arguments: Sequence[str], **options: Any) -> T | None:
-    """A dataclass from a command line, with tyro's ``options``; None after --help. Bad flags are a UserError."""
+    """Return a dataclass made from a command line, with tyro's ``options``; None after --help.
+
+    Raises SystemExit(2) for an unknown flag or a value of the wrong type, after tyro has printed its message.
+    """
     import tyro
 
     # tyro spells truth values True and False; people type true and false.
     arguments = [{"true": "True", "false": "False"}.get(argument, argument) for argument in arguments]
-    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, args=arguments, config=(tyro.conf.FlagConversionOff,), **options)
+        return tyro.cli(kind, args=arguments, config=(tyro.conf.FlagConversionOff,), **options)
     except SystemExit as stop:
-        if not stop.code:
-            return None
-        raise UserError(_one_line(errors.getvalue())) from None
+        if stop.code:
+            raise
+        return None
 
 
-def _describe(recipes: Mapping[str, Callable[[], Any]]) -> str:
+def _describe(program: str, recipes: Mapping[str, Callable[[], Any]]) -> str:
+    """The head of the help: what may stand before the flags, and the recipes."""
     lines = (f"  {name}: {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in recipes.items())
-    return "Recipes:\n" + "\n".join(lines)
-
-
-def _one_line(box: str) -> str:
-    """tyro's framed message as one line: its first paragraph, and the first flag that it proposes."""
-    # Without its title and frame; where standard output is not UTF-8 there is no frame, but a rule below the title.
-    rows = [row.strip("│╰╯ ") for row in box.splitlines()[1:]]
-    rows = list(itertools.dropwhile(_is_rule, rows))
-    first = " ".join(row for row in _until_rule(rows))
-    proposed = re.findall(r"--[a-z][\w.-]+", " ".join(rows[len(_until_rule(rows)) :]))
-    proposed = [flag for flag in proposed if flag not in first and flag != "--help"]
-    hint = f"; did you mean {proposed[0]}?" if proposed and first.startswith("Unrecognized") else ""
-    return f"{first}{hint} (--help lists every field)"
-
-
-def _until_rule(rows: list[str]) -> list[str]:
-    for at, row in enumerate(rows):
-        if _is_rule(row):
-            return rows[:at]
-    return rows
-
-
-def _is_rule(row: str) -> bool:
-    return len(row) > 2 and set(row) <= {"─", "-"}
+    return f"{program} [RECIPE] [--config FILE] [--print-config] [flags]\n\nRecipes:\n" + "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A trainer that goes on soon after nodes are lost.
+"""A trainer that goes on soon after nodes are lost: the only place that reaches below Ray's public surface.
 
 Ray Train learns of a lost worker before Ray's health checks give up its node, and restarts on what its
 AutoscalingCoordinator has reserved, which looks at the cluster only every 20 s. Until then the lost node counts as
@@ -6,12 +6,19 @@ there: the new worker group waits for it, up to RAY_TRAIN_WORKER_GROUP_START_TIM
 Here nothing starts while a node does not answer, and the coordinator looks before it does. Nor is a node counted that
 is being drained: Ray counts it as there until its end, and places nothing on it.
 
-This reaches below Ray's public surface, in places that were read in Ray 2.60; with any other `ray_train` uses the plain
-trainer, which goes on as well, later.
+Public settings alone do not keep a restart under 30 s. The health checks of nodes and workers and the start timeout
+have environment variables (cluster/*.yaml set them), `ScalingConfig.elastic_resize_monitor_interval_s` is for workers
+that run, and FailureConfig counts restarts; nothing sets the coordinator's 20 s, which come on top of the 14 s that a
+restart takes here, with up to one start timeout.
+
+What it waits for upstream: that Ray's ElasticScalingPolicy asks the coordinator to look (`recompute`) before a restart
+and leaves out nodes that are being drained. Then this file goes. It was read in Ray 2.60, to which pyproject.toml keeps
+Ray; :func:`check` raises with any other, and `ray_train` logs it and uses the plain trainer, which goes on later.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import socket
 import time
@@ -21,19 +28,63 @@ from typing import Any
 
 import ray
 from ray._private.state import state
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
 from ray.exceptions import RayError
+from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
-from ray.train.v2.api.config import ScalingConfig
 
 logger = logging.getLogger(__name__)
+
+READ_IN = "2.60."
+"""The Ray versions that this file was written for begin so."""
+
+RELIES_ON: tuple[tuple[object, tuple[str, ...]], ...] = (
+    (
+        ElasticScalingPolicy,
+        (
+            *("make_decision_for_non_running_worker_group", "make_decision_for_running_worker_group"),
+            *("_count_possible_workers", "_get_reserved_resources", "_autoscaling_coordinator"),
+        ),
+    ),
+    (TorchTrainer, ("fit", "_initialize_and_run_controller")),
+    (_AutoscalingCoordinatorActor, ("get_reserved_resources", "_tick")),
+    (state, ("get_draining_nodes",)),
+)
+"""Private parts that are used, replaced or called around here."""
 
 LOOK_SECONDS = 1.0  # between two looks: Ray Train asks again at once after each "not yet"
 ANSWER_SECONDS = 1.0  # for a node to take a connection
 COORDINATOR_SECONDS = 5.0  # for the coordinator to look at the cluster and answer
 SILENT_SECONDS = 20.0
 """How long nodes that do not answer are waited for. With the settings in cluster/, Ray gives them up earlier."""
+
+
+def check() -> None:
+    """Raise ImportError, which says why, if this Ray is not one that this file was written for."""
+    if not ray.__version__.startswith(READ_IN):
+        raise ImportError(f"ray is {ray.__version__}, and mimkd_ray/launch/elastic.py was written for {READ_IN}*")
+    missing = [
+        f"{getattr(owner, '__name__', type(owner).__name__)}.{name}"
+        for owner, names in RELIES_ON
+        for name in names
+        if not hasattr(owner, name)
+    ]
+    if (
+        not missing
+        and "recompute" not in inspect.signature(_AutoscalingCoordinatorActor.get_reserved_resources).parameters
+    ):
+        missing = ["_AutoscalingCoordinatorActor.get_reserved_resources(recompute=...)"]
+    if not missing:
+        policy = vars(ElasticScalingPolicy(ScalingConfig(num_workers=(1, 2))))
+        missing = [
+            f"ElasticScalingPolicy().{name}"
+            for name in ("_requester_id", "_latest_reserved_resources_query_time")
+            if name not in policy
+        ]
+    if missing:
+        raise ImportError(f"ray {ray.__version__} has no {', '.join(missing)}, which mimkd_ray/launch/elastic.py uses")
 
 
 class PromptPolicy(ElasticScalingPolicy):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from mimkd_ray.train import timeline
 from mimkd_ray.train.config import Config, LaunchConfig
-from mimkd_ray.train.context import GROUP_SECONDS, share_from_first
+from mimkd_ray.train.context import GROUP_SECONDS, Preemption, share_from_first
 from mimkd_ray.train.job import run_job
 
 
@@ -42,9 +42,9 @@ class LocalContext:
         """Whether SIGTERM has come."""
         return self._stopping
 
-    def preemption(self) -> str:
-        """Nobody gives notice here but by SIGTERM."""
-        return ""
+    def preemption(self) -> Preemption | None:
+        """Return None: batch systems announce the end of a process by SIGTERM alone."""
+        return None
 
 
 def pick_device(launch: LaunchConfig, local_rank: int) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import signal
 import tempfile
@@ -24,9 +25,11 @@ from mimkd_ray.launch.live_metrics import LiveMetrics
 from mimkd_ray.launch.placement import LossWatch, scaling
 from mimkd_ray.train import timeline
 from mimkd_ray.train.config import Config, from_dict, to_dict
-from mimkd_ray.train.context import GROUP_SECONDS, share_from_first
+from mimkd_ray.train.context import GROUP_SECONDS, Preemption, share_from_first
 from mimkd_ray.train.files import read_json, write_json
 from mimkd_ray.train.job import run_job
+
+logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 30.0
 """A report to Ray is a barrier that its controller polls every two seconds, so reports are rationed."""
@@ -41,9 +44,6 @@ STOP, STOP_LOOK_SECONDS = "stop.json", 1.0
 
 ANYBODY = "*"
 """In that file: whichever launch it is."""
-
-INSIDE_READ_IN = "2.60."
-"""The Ray version whose inside launch/embedded.py and launch/elastic.py were written for."""
 
 
 class RayContext:
@@ -64,20 +64,39 @@ class RayContext:
             threading.Thread(target=self._watch, args=(run_dir,), name="stop watch", daemon=True).start()
 
     def _watch(self, run_dir: str) -> None:
+        """Look for a stop request until there is one. A failed look is followed by the next one, whatever the error:
+        a thread that ended here would leave the job deaf to every later request."""
         url = storage.join(run_dir, STOP)
+        failing = False
         while not self._stopping:
             time.sleep(STOP_LOOK_SECONDS)
-            asked = read_json(url)
-            self._stopping = asked is not None and asked["launch_id"] in (self.launch_id, ANYBODY)
+            try:
+                asked = read_json(url)
+                self._stopping = asked is not None and asked["launch_id"] in (self.launch_id, ANYBODY)
+                failing = False
+            except Exception as error:
+                if not failing:
+                    text = " ".join(f"{type(error).__name__}: {error}".split())
+                    logger.warning(
+                        "cannot look for a stop request at %s, and try again every %g s: %s",
+                        *(url, STOP_LOOK_SECONDS, text),
+                    )
+                failing = True
 
     def stop_requested(self) -> bool:
         """Whether the driver was told to stop. The first worker knows."""
         return self._stopping
 
-    def preemption(self) -> str:
-        """The nodes of this job that their cloud is about to take away, as Ray hears of it."""
+    def preemption(self) -> Preemption | None:
+        """Return the nodes of this job that their cloud is about to take away, as Ray hears of it. A barrier."""
         info = ray.train.get_preemption_info() if self._joined else None
-        return "" if info is None else f"nodes {', '.join(info.preempted_node_ids)}, workers {info.preempted_ranks},"
+        if info is None:
+            return None
+        return Preemption(
+            nodes=tuple(info.preempted_node_ids),
+            ranks=tuple(info.preempted_ranks),
+            deadline=None if info.deadline_ms is None else info.deadline_ms / 1000,
+        )
 
     def observe(self, run_dir: str, values: Mapping[str, float]) -> None:
         """Export figures to Prometheus, where a cluster has one; the run goes by its directory's name."""
@@ -124,18 +143,17 @@ def worker(setup: dict[str, Any]) -> None:
             raise
 
 
-def trainer_class(own: bool, elastic: bool) -> type[TorchTrainer]:
-    """The trainer for the cluster at hand: with a Ray of our own, one that starts sooner; with a range of workers, one
-    that goes on sooner after a loss. Both reach below Ray's public surface."""
-    if ray.__version__.startswith(INSIDE_READ_IN):
-        if own:
-            from mimkd_ray.launch.embedded import EmbeddedTrainer
+def trainer_class(ranged: bool) -> type[TorchTrainer]:
+    """Return Ray's own trainer; for a range of workers, launch/elastic.py's, which goes on sooner after a loss, unless
+    this Ray is another one than it was written for: that is logged."""
+    if ranged:
+        try:
+            from mimkd_ray.launch import elastic
 
-            return EmbeddedTrainer
-        if elastic:
-            from mimkd_ray.launch.elastic import ElasticTrainer
-
-            return ElasticTrainer
+            elastic.check()
+            return elastic.ElasticTrainer
+        except ImportError as error:
+            logger.warning("after a lost node training goes on up to 40 s later than with ray 2.60: %s", error)
     return TorchTrainer
 
 
@@ -176,7 +194,7 @@ def fit_workers(config: Config, run_dir: str, own: bool) -> dict[str, Any]:
     scratch = tempfile.mkdtemp(prefix="mimkd-ray-")
     watch = LossWatch(scaling(config, own), config.launch.lost_minutes)
     try:
-        trainer = trainer_class(own, isinstance(watch.scaling.num_workers, tuple))(
+        trainer = trainer_class(isinstance(watch.scaling.num_workers, tuple))(
             worker,
             train_loop_config={
                 "config": to_dict(config),

@@ -22,7 +22,7 @@ from mimkd_ray.train import timeline
 from mimkd_ray.train.build import make_order
 from mimkd_ray.train.cached import open_cached
 from mimkd_ray.train.config import Config, from_dict, to_dict
-from mimkd_ray.train.context import Context
+from mimkd_ray.train.context import Context, Preemption
 from mimkd_ray.train.job import obtain_teacher
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.memory import is_out_of_memory
@@ -55,9 +55,9 @@ class TrialContext:
     def observe(self, run_dir: str, values: Mapping[str, float]) -> None:
         """A search shows its trials by what they report."""
 
-    def preemption(self) -> str:
-        """Trials save at every evaluation."""
-        return ""
+    def preemption(self) -> Preemption | None:
+        """Return None: trials save at every evaluation in any case."""
+        return None
 
 
 class Opened:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,18 @@ from torch import Tensor
 
 GROUP_SECONDS = 120
 """A worker that waits this long for the others in a collective gives up: one of them is gone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preemption:
+    """A notice that machines of this job are about to be taken away."""
+
+    nodes: tuple[str, ...]
+    """Their names, as the launcher knows them, sorted."""
+    ranks: tuple[int, ...]
+    """The workers on them."""
+    deadline: float | None = None
+    """When the first of them goes, in seconds since 1970; None if nobody said."""
 
 
 class Context(Protocol):
@@ -38,8 +51,9 @@ class Context(Protocol):
     def stop_requested(self) -> bool:
         """Whether somebody wants the job to save and end (SIGTERM). Asked often; one rank's yes is enough."""
 
-    def preemption(self) -> str:
-        """Names the machines that are about to be taken away; "" if none. All ranks call it together; may be slow."""
+    def preemption(self) -> Preemption | None:
+        """Return the machines that are about to be taken away, or None. All ranks call it together and get equal
+        answers; may be slow."""
 
 
 def is_distributed() -> bool:

@@ -17,7 +17,7 @@ from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
 from mimkd_ray.train import timeline
 from mimkd_ray.train.cached import open_cached
 from mimkd_ray.train.config import Config
-from mimkd_ray.train.context import Context, all_sum, barrier, share_from_first
+from mimkd_ray.train.context import Context, Preemption, all_sum, barrier, share_from_first
 from mimkd_ray.train.files import MetricsLog, read_json
 from mimkd_ray.train.metrics import Meter, Progress, say
 from mimkd_ray.train.rhythm import Rhythm
@@ -109,7 +109,7 @@ class Loop:
                 with self.meter.paused():
                     self.save(done)
             if decision.notice:
-                say(context, f"{decision.notice} will be taken away: saving at step {done}, and training on")
+                say(context, f"{_foretold(decision.notice)}: saving at step {done}, and training on")
             if decision.stop or decision.notice or (looks and self.commits):
                 for run in self.runs:
                     run.wait()
@@ -211,3 +211,9 @@ def summary(record: Mapping[str, Tensor]) -> str:
     parts = [f"loss {float(record['loss']):.3f}"]
     parts += [f"{key.removesuffix('/nats')} {float(v):.2f} nats" for key, v in record.items() if key.endswith("/nats")]
     return ", ".join(parts)
+
+
+def _foretold(notice: Preemption) -> str:
+    """Return a notice in words: which nodes, which workers, and in how many seconds if that is known."""
+    when = "" if notice.deadline is None else f" in {max(0, notice.deadline - time.time()):.0f} s"
+    return f"nodes {', '.join(notice.nodes)} with workers {', '.join(map(str, notice.ranks))} will be taken away{when}"

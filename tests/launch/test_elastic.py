@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import logging
 import socket
+import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,16 +16,93 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
-from jobs_here import ENVIRONMENT  # noqa: E402
+from jobs_here import ENVIRONMENT, ROOT  # noqa: E402
+from packaging.requirements import Requirement  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 from ray.train import ScalingConfig  # noqa: E402
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision  # noqa: E402
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy  # noqa: E402
 
-from mimkd_ray.launch import elastic  # noqa: E402
+import mimkd_ray.launch  # noqa: E402
+from mimkd_ray.launch import elastic, ray_train  # noqa: E402
 from mimkd_ray.launch.elastic import PromptPolicy  # noqa: E402
 
+AS_READ = {
+    "ElasticScalingPolicy.make_decision_for_non_running_worker_group": "e0a0292656e3abd2",
+    "ElasticScalingPolicy.make_decision_for_running_worker_group": "9bc8c63cc4ad8a1a",
+    "ElasticScalingPolicy._count_possible_workers": "9ea722d0fec7fb69",
+    "ElasticScalingPolicy._get_reserved_resources": "5bcd17e7fc8512d6",
+    "ScalingPolicy._autoscaling_coordinator": "f3e6972d32498721",
+    "DataParallelTrainer.fit": "5d2b8d40bfcb2069",
+    "DataParallelTrainer._initialize_and_run_controller": "ea57ec4498323973",
+    "_AutoscalingCoordinatorActor.get_reserved_resources": "1cf6f63ce800ed88",
+    "_AutoscalingCoordinatorActor._tick": "d451e322153d4fff",
+    "GlobalState.get_draining_nodes": "06237c8c5fb3f1ad",
+}
+"""The first half of the SHA-256 of each function's source, in the Ray that launch/elastic.py was read in."""
+
 WORKERS = ScalingConfig(num_workers=(1, 2), resources_per_worker={"CPU": 1})
+
+
+def test_what_was_read_in_ray_is_unchanged() -> None:
+    """With a new Ray: read these functions again, mend launch/elastic.py or remove it, then note the new digests."""
+    found = {}
+    for owner, names in elastic.RELIES_ON:
+        for name in names:
+            member = inspect.getattr_static(owner if isinstance(owner, type) else type(owner), name)
+            function = member.fget if isinstance(member, property) else member
+            found[function.__qualname__] = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+    assert found == AS_READ
+
+
+def test_the_dependency_range_is_the_rays_that_it_was_read_in() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (needs,) = (each for each in map(Requirement, project["dependencies"]) if each.name == "ray")
+    major, minor = map(int, elastic.READ_IN.rstrip(".").split("."))
+    assert needs.specifier.contains(f"{major}.{minor}.0")
+    assert needs.specifier.contains(f"{major}.{minor}.9")
+    assert not needs.specifier.contains(f"{major}.{minor - 1}.9")
+    assert not needs.specifier.contains(f"{major}.{minor + 1}.0")
+    assert not needs.specifier.contains(f"{major + 1}.0.0")
+
+
+def test_only_a_range_of_workers_gets_the_prompt_trainer(caplog: pytest.LogCaptureFixture) -> None:
+    assert ray_train.trainer_class(True) is elastic.ElasticTrainer
+    assert ray_train.trainer_class(False) is ray_train.TorchTrainer
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("version", "ray is 2.61.0, and mimkd_ray/launch/elastic.py was written for 2.60."),
+        ("method", "has no ElasticScalingPolicy._count_possible_workers"),
+        ("parameter", "has no _AutoscalingCoordinatorActor.get_reserved_resources(recompute=...)"),
+        ("attribute", "has no ElasticScalingPolicy()._latest_reserved_resources_query_time"),
+        ("module", "ray.train.v2._internal.execution.scaling_policy.elastic"),
+    ],
+)
+def test_with_another_ray_the_plain_trainer_is_used_and_one_line_says_so(
+    change: str, why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if change == "version":
+        monkeypatch.setattr(ray, "__version__", "2.61.0")
+    elif change == "method":
+        monkeypatch.delattr(ElasticScalingPolicy, "_count_possible_workers")
+    elif change == "parameter":
+        monkeypatch.setattr(elastic._AutoscalingCoordinatorActor, "get_reserved_resources", lambda self, requester: {})
+    elif change == "attribute":
+        monkeypatch.setattr(ElasticScalingPolicy, "__init__", lambda self, config: setattr(self, "_requester_id", ""))
+    else:
+        monkeypatch.setitem(sys.modules, ElasticScalingPolicy.__module__, None)
+        monkeypatch.delitem(sys.modules, elastic.__name__)
+        monkeypatch.delattr(mimkd_ray.launch, "elastic")
+    with caplog.at_level(logging.WARNING, ray_train.__name__):
+        assert ray_train.trainer_class(True) is ray_train.TorchTrainer
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert "after a lost node training goes on up to 40 s later" in said
+    assert why in said
+    assert "\n" not in said
 
 
 class Started:

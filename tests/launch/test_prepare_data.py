@@ -160,9 +160,6 @@ def test_what_the_user_must_mend_is_not_tried_again() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "x"], "--source"),
-        (["--source", "x", "--target", "y", "--sede", "1"], "did you mean --seed?"),
-        (["--source", "x", "--target", "y", "--seed", "one"], "--seed"),
         (["--source", "no such place", "--target", "y"], "no such place does not exist"),
         (["--source", "x", "--target", "y", "--shard-rows", "100"], "--shard-rows 100 is no multiple"),
         (["--source", "x", "--target", "y", "--workers", "-1"], "--workers -1: give 1 or more"),
@@ -175,6 +172,24 @@ def test_bad_input_is_one_line_and_status_two(
     captured = capsys.readouterr()
     assert len(captured.err.splitlines()) == 1
     assert message in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "x"], "--source"),
+        (["--source", "x", "--target", "y", "--sede", "1"], "--sede"),
+        (["--source", "x", "--target", "y", "--seed", "one"], "'one'"),
+    ],
+)
+def test_bad_flags_are_told_by_tyro_and_status_two(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "--help" in captured.err
     assert captured.out == ""
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import cpu
+from tiny_run import cpu, tiny_config
 
 from mimkd_ray.launch.local import LocalContext
-from mimkd_ray.train import rhythm
+from mimkd_ray.train import loop, rhythm
+from mimkd_ray.train.context import Preemption
 from mimkd_ray.train.files import RunConfig
+from mimkd_ray.train.job import run_job
 from mimkd_ray.train.rhythm import AGREE_STEPS, Rhythm
 
 
@@ -73,17 +76,38 @@ def test_workers_agree_rarely_when_steps_are_short(monkeypatch: pytest.MonkeyPat
 def test_a_notice_saves_once_per_set_of_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = _Clock(monkeypatch)
     context = cpu()
-    answers = {range(50): "", range(50, 100): "node a", range(100, 200): "nodes a, b"}
+    a = Preemption(nodes=("a",), ranks=(0, 1), deadline=5000.0)
+    sooner = Preemption(nodes=("a",), ranks=(0, 1), deadline=4000.0)
+    both = Preemption(nodes=("a", "b"), ranks=(0, 1, 2))
+    answers = {range(50): None, range(50, 75): a, range(75, 100): sooner, range(100, 200): both}
     asked = Rhythm(RunConfig(checkpoint_every=0), context, 10**6, 0)
     seen = []
     for done in range(1, 200):
         clock.now += 1.0
-        context.preemption = lambda done=done: next(a for steps, a in answers.items() if done in steps)  # type: ignore[method-assign]
+        context.preemption = lambda done=done: next(now for steps, now in answers.items() if done in steps)  # type: ignore[method-assign]
         decision = asked.after(done)
-        assert decision.save == bool(decision.notice)
+        assert decision.save == (decision.notice is not None)
         assert not decision.stop
         if decision.notice:
             seen.append((decision.notice, done))
-    assert [notice for notice, _ in seen] == ["node a", "nodes a, b"]
+    assert [notice for notice, _ in seen] == [a, both], "once per set, not again when a deadline moves"
     assert 50 <= seen[0][1] <= 54
     assert 100 <= seen[1][1] <= 104
+
+
+@pytest.mark.parametrize(("left", "when"), [(None, ""), (118.0, " in 118 s"), (-3.0, " in 0 s")])
+def test_a_notice_is_printed_and_saved_for(
+    left: float | None, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of three steps that is told of a node after the first one, and goes on to its end."""
+    notice = Preemption(nodes=("a1", "b2"), ranks=(0, 3), deadline=None if left is None else 5000.0 + left)
+    monkeypatch.setattr(rhythm, "NOTICE_SECONDS", 0.0)
+    monkeypatch.setattr(rhythm, "AGREE_SECONDS", 0.0)
+    monkeypatch.setattr(loop.time, "time", lambda: 5000.0)
+    context = cpu()
+    context.preemption = lambda: notice  # type: ignore[method-assign]
+    config = tiny_config(train={"epochs": 1}, run={"checkpoint_every": 0, "checkpoint_minutes": 0.0})
+    run_job(config, context, str(tmp_path))
+    said = [line for line in capsys.readouterr().out.splitlines() if "taken away" in line]
+    assert said == [f"nodes a1, b2 with workers 0, 3 will be taken away{when}: saving at step 1, and training on"]
+    assert list((tmp_path / "checkpoints").glob("step_00000001-*/committed.json"))
