@@ -114,6 +114,13 @@ class LossConfig:
                 f"{self.soft_temperature}, which must be finite and not negative"
             )
         self._check_objective()
+        for kind in ("global", "local", "feature"):
+            unset = getattr(self, f"{kind}_weight") is None and "mimkd" in self.name
+            if unset and getattr(self, f"{kind}_pairs") and not self.weight(kind):
+                raise UserError(
+                    f"loss.{kind}_pairs names pairs, and preset {self.preset} gives {kind} terms no weight: pass "
+                    f"--loss.{kind}-weight too"
+                )
         if len(set(self.name)) != len(self.name):
             raise UserError(f"loss.name is {' '.join(self.name)}: name each method once; weights make it stronger")
 

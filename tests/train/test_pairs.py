@@ -107,7 +107,7 @@ def test_pairs_of_inputs() -> None:
     ("pairs", "message"),
     [
         ({"feature_pairs": ("pool:stage3",)}, "needs a map, and teacher layer 'pool' gives a vector of 64"),
-        ({"local_pairs": ("pool:pool",)}, "needs a map, and student layer 'pool' gives a vector of 64"),
+        ({"local_pairs": ("pool:pool",), "local_weight": 0.1}, "needs a map, and student layer 'pool' gives a vector of 64"),
         ({"feature_pairs": ("stage9:stage3",)}, "'stage9' not found"),
         ({"feature_pairs": ("stage3:stag3@input",)}, "'stag3' not found"),
         ({"feature_pairs": ("head@input:stage3",)}, "needs a map, and teacher layer 'head@input' gives a vector of 64"),
