@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.mimkd import LossOutput, MIMKDLoss
 from mimkd_ray.models.taps import TappedModel, TapShape
+from mimkd_ray.seeds import derive
 from mimkd_ray.train.context import all_sum
 from mimkd_ray.train.teacher import canonical
 
@@ -179,7 +180,7 @@ def data_parallel(module: nn.Module) -> DistributedDataParallel:
 
 def seed_lane(seed: int, step: int, lane: int) -> None:
     """Seed the model's own random numbers (dropout and such) for one lane of one step."""
-    torch.manual_seed((seed * 1_000_003 + step) * 4_099 + lane)
+    torch.manual_seed(derive(seed, "lane", step, lane))
 
 
 def backward_lane(
