@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimkd_ray.data.dataset import DataConfig
 from mimkd_ray.data.loader import LaneBatch
-from mimkd_ray.errors import DamagedDataError
+from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
 from mimkd_ray.train.context import all_sum
 from mimkd_ray.train.step import Distiller, Normalizer
@@ -30,17 +31,26 @@ class Accuracy(NamedTuple):
     damaged: int
 
 
+def held_out_name(data: DataConfig) -> str:
+    """Name the held-out set of ``data``, for errors."""
+    if data.holdout:
+        return f"the held-out part of {data.root} (data.holdout {data.holdout} of split '{data.train_split}')"
+    return f"the validation set of {data.root} (data.val_split '{data.val_split}')"
+
+
 def accuracy(
     logits_of: Callable[[Tensor], Tensor],
     batches: Iterable[LaneBatch],
     normalize: Normalizer,
     max_damaged: float = 0.0,
+    name: str = "the held-out set",
 ) -> Accuracy:
     """Top-1, top-5 and cross-entropy over the batches of all ranks. Damaged images are left out and counted.
 
-    Raises DamagedDataError if their share exceeds ``max_damaged``, on all ranks alike.
+    ``name`` is the set's, for errors. Raises, on all ranks alike, DamagedDataError if the share of damaged images
+    exceeds ``max_damaged``, and UserError if no image is left.
     """
-    return accuracies([logits_of], batches, normalize, max_damaged)[0]
+    return accuracies([logits_of], batches, normalize, max_damaged, name)[0]
 
 
 @torch.no_grad()
@@ -49,12 +59,13 @@ def accuracies(
     batches: Iterable[LaneBatch],
     normalize: Normalizer,
     max_damaged: float = 0.0,
+    name: str = "the held-out set",
 ) -> list[Accuracy]:
     """:func:`accuracy` of several networks in one pass over the batches."""
     sums_N5 = torch.zeros(len(networks), 5, dtype=torch.float64, device=normalize.device)
-    names: list[str] = []
+    unreadable: list[str] = []
     for batch in batches:
-        names += batch.damaged
+        unreadable += batch.damaged
         sums_N5[:, 4] += len(batch.damaged)
         if not len(batch):
             continue
@@ -68,14 +79,19 @@ def accuracies(
             sums[1] += hit_BK.sum()
             sums[2] += F.cross_entropy(logits_BC, labels_B, reduction="sum")
             sums[3] += len(batch)
-    for name in names:
-        logger.warning("damaged held-out image left out: %s", name)
+    for image in unreadable:
+        logger.warning("damaged held-out image left out: %s", image)
     found = all_sum(sums_N5).tolist()
     rows, damaged = found[0][3:]
     if damaged > max_damaged * (rows + damaged):
         raise DamagedDataError(
-            f"{damaged:.0f} of {rows + damaged:.0f} held-out images cannot be decoded ({', '.join(names[:3])}); "
+            f"{damaged:.0f} of {rows + damaged:.0f} held-out images cannot be decoded ({', '.join(unreadable[:3])}); "
             f"data.max_damaged allows {max_damaged:.2%}: mend the data, or raise --data.max-damaged"
+        )
+    if not rows:
+        raise UserError(
+            f"{name} gave no images to evaluate on, and {damaged:.0f} that cannot be decoded: name another split with "
+            "--data.val-split, or hold out a part of the training rows with --data.holdout 0.1"
         )
     return [
         Accuracy(100 * top1 / rows, 100 * top5 / rows, ce / rows, int(rows), int(damaged))

@@ -19,7 +19,7 @@ from mimkd_ray.train.build import build_distiller, has_compiler
 from mimkd_ray.train.cached import Cached
 from mimkd_ray.train.config import Config, differences, refuse_changes, training_dict
 from mimkd_ray.train.context import Context, gather_by_rank, is_distributed, share_from_first
-from mimkd_ray.train.evaluate import accuracies, read_information
+from mimkd_ray.train.evaluate import accuracies, held_out_name, read_information
 from mimkd_ray.train.feed import Lane
 from mimkd_ray.train.memory import is_out_of_memory
 from mimkd_ray.train.metrics import say
@@ -274,7 +274,8 @@ def evaluate_together(sessions: Sequence[Session]) -> list[dict[str, Any]]:
         for network in networks:
             network.eval()
         batches = supply.held_out(train.eval_batch or train.lane_batch)
-        measured = accuracies(networks, batches, supply.normalize, supply.config.data.max_damaged)
+        images = supply.config.data
+        measured = accuracies(networks, batches, supply.normalize, images.max_damaged, held_out_name(images))
         for network, mode in zip(networks, training, strict=True):
             network.train(mode)
         values: list[dict[str, Any]] = [each._asdict() for each in measured]

@@ -8,11 +8,12 @@ import torch.distributed as dist
 from ranks import start_ranks
 from tiny_run import cpu, tiny_config, tiny_data
 
+from mimkd_ray.data.dataset import DataConfig
 from mimkd_ray.data.loader import LaneBatch, eval_batches
 from mimkd_ray.data.views import make_pipeline
-from mimkd_ray.errors import DamagedDataError
+from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.models.zoo import build_model
-from mimkd_ray.train.evaluate import accuracy
+from mimkd_ray.train.evaluate import accuracy, held_out_name
 from mimkd_ray.train.session import Session
 from mimkd_ray.train.step import Normalizer
 
@@ -54,6 +55,28 @@ def test_too_many_damaged_images_stop_the_run() -> None:
     with pytest.raises(DamagedDataError, match=r"2 of 10 .*x\.jpg"):
         accuracy(_logits, [_batch(8, ("x.jpg", "y.jpg"))], _normalizer(), max_damaged=0.1)
     assert accuracy(_logits, [_batch(8, ("x.jpg", "y.jpg"))], _normalizer(), max_damaged=0.2).damaged == 2
+
+
+@pytest.mark.parametrize("batches", [[], [_batch(0)], [_batch(0, ("x.jpg", "y.jpg"))]])
+def test_a_set_without_images_is_named_with_the_remedy(batches: list[LaneBatch]) -> None:
+    damaged = sum(len(batch.damaged) for batch in batches)
+    said = (
+        rf"validation set of data \(data.val_split 'test'\) gave no images.* {damaged} .*--data\.val-split.*--data\.ho"
+    )
+    name = held_out_name(DataConfig(root="data", val_split="test"))
+    with pytest.raises(UserError, match=said):
+        accuracy(_logits, batches, _normalizer(), max_damaged=1.0, name=name)
+
+
+def test_the_held_out_set_is_named_in_a_run() -> None:
+    """Of a holdout, all of whose images are damaged and may be so."""
+    config = tiny_config(data={"holdout": 0.1, "max_damaged": 1.0}, loss={"preset": "paper"})
+    session = Session(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    session.supply.held_out = lambda _: iter([_batch(0, ("x.jpg",))])  # type: ignore[method-assign]
+    with pytest.raises(
+        UserError, match=r"held-out part of digits \(data.holdout 0.1 of split 'train'\) gave no images"
+    ):
+        session.evaluate()
 
 
 def _rank(rank: int, world: int, folder: str) -> None:
