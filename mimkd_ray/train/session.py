@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -153,11 +154,15 @@ class Session:
             for buffer, of_student in zip(self.ema.module.buffers(), self.distiller.student.buffers(), strict=True):
                 buffer.copy_(of_student)
 
-    def exported(self) -> torch.nn.Module:
-        """The network that users get: the student, or its moving average."""
+    def tapped(self) -> TappedModel:
+        """The student, or its moving average, with its taps."""
         tapped = self.ema.module if self.ema is not None else self.distiller.student
         assert isinstance(tapped, TappedModel)
-        return tapped.model
+        return tapped
+
+    def exported(self) -> torch.nn.Module:
+        """The network that users get: the student, or its moving average."""
+        return self.tapped().model
 
     def weights(self) -> dict[str, Tensor]:
         """What is exported, on the CPU. Every worker calls it."""
@@ -269,13 +274,15 @@ def evaluate_together(sessions: Sequence[Session]) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         for session in sessions:
             stack.enter_context(session.settled())
-        networks = [session.exported() for session in sessions]
+        # With their taps: the network alone would leave those of its last batch in the hooks that are on it.
+        networks = [session.tapped() for session in sessions]
         training = [network.training for network in networks]
         for network in networks:
             network.eval()
         batches = supply.held_out(train.eval_batch or train.lane_batch)
         images = supply.config.data
-        measured = accuracies(networks, batches, supply.normalize, images.max_damaged, held_out_name(images))
+        logits = [partial(_logits, network) for network in networks]
+        measured = accuracies(logits, batches, supply.normalize, images.max_damaged, held_out_name(images))
         for network, mode in zip(networks, training, strict=True):
             network.train(mode)
         values: list[dict[str, Any]] = [each._asdict() for each in measured]
@@ -288,3 +295,7 @@ def evaluate_together(sessions: Sequence[Session]) -> list[dict[str, Any]]:
             for number, information in zip(readable, read, strict=True):
                 values[number] |= information
     return values
+
+
+def _logits(tapped: TappedModel, images_BCHW: Tensor) -> Tensor:
+    return tapped(images_BCHW)[0]

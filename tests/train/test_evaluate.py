@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,23 @@ def test_every_number_of_workers_measures_the_same(tmp_path: Path) -> None:
         assert other[1] == found[0][1]
         assert other[2] == pytest.approx(found[0][2], rel=1e-6)
         assert other[3] == found[0][3] == 450
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_an_evaluation_keeps_no_activations(ema_decay: float) -> None:
+    """Counted by weak references to what the tapped layers of the evaluated network return."""
+    config = tiny_config(train={"ema_decay": ema_decay, "information_rows": 0})
+    session = Session(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    layers = dict(session.exported().named_modules())
+    names = session.distiller.student.names
+    seen: list[weakref.ref[torch.Tensor]] = []
+    handles = [layers[name].register_forward_hook(lambda m, i, out: seen.append(weakref.ref(out))) for name in names]
+    session.evaluate()
+    assert len(seen) == 3 * len(names) > 0, "450 rows in batches of 150"
+    gc.collect()
+    assert not [ref for ref in seen if ref() is not None]
+    for handle in handles:
+        handle.remove()
 
 
 def test_information_is_read_over_all_pairs_in_evaluation_mode_and_leaves_no_trace() -> None:
