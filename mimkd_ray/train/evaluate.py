@@ -20,6 +20,10 @@ from mimkd_ray.train.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
+GRADIENT_IMAGES = 32
+"""Images of an evaluation that gradient norms are taken on: a reading scores all locations of a map, of which training
+has a few, and a graph keeps what every one of them made."""
+
 
 class Accuracy(NamedTuple):
     """Held-out figures. top-1 and top-5 in percent; top-5 is 100 for 5 classes and fewer."""
@@ -104,9 +108,10 @@ def read_information(
 ) -> list[dict[str, float]]:
     """Mutual information of every term of each student on held-out images, in nats, over all pairs of each batch.
 
-    Also, from each rank's first batch, the norm of each term's weighted gradient on the student's parameters: what
-    the terms pull with. Each student's is {"<term>/nats", "<term>/ceiling", "<term>/grad_norm", "ce/grad_norm", ...};
-    training modes and gradients are left as they were. After ``rows`` rows per worker the teacher need not run.
+    Also, from at most GRADIENT_IMAGES of each rank's first batch, the norm of each term's weighted gradient on the
+    student's parameters: what the terms pull with. Only these images have a graph. Each student's is {"<term>/nats",
+    "<term>/ceiling", "<term>/grad_norm", "ce/grad_norm", ...}; training modes and gradients are left as they were.
+    After ``rows`` rows per worker the teacher need not run.
     """
     readings = [_Reading(distiller) for distiller in distillers]
     read = 0
@@ -122,6 +127,15 @@ def read_information(
         if read >= rows:
             break
     return [reading.finish(normalize.device) for reading in readings]
+
+
+def _part(features: Features, rows: slice) -> Features:
+    """The features of some rows of a batch."""
+    return features._replace(
+        logits_BC=features.logits_BC[rows],
+        vectors={tap: value[rows] for tap, value in features.vectors.items()},
+        maps={tap: value[rows] for tap, value in features.maps.items()},
+    )
 
 
 class _Reading:
@@ -143,18 +157,25 @@ class _Reading:
 
     def add(self, images_BCHW: Tensor, labels_B: Tensor, ids_B: Tensor, features: Features) -> None:
         """Read a batch."""
-        with torch.set_grad_enabled(not self.begun):
-            output, _ = self.distiller.output(images_BCHW, labels_B, ids_B, features, reading=True)
         if not self.begun:
             self.begun = True
-            parameters = [p for p in self.distiller.student.parameters() if p.requires_grad]
-            for key in self.norms:
-                grads = torch.autograd.grad(output.terms[key], parameters, retain_graph=True, allow_unused=True)
-                squares = [g.double().square().sum() for g in grads if g is not None]
-                self._add(f"{key}/grad_norm", torch.stack(squares).sum().sqrt(), 1.0)
+            few = slice(GRADIENT_IMAGES)
+            self._add_norms(images_BCHW[few], labels_B[few], ids_B[few], _part(features, few))
+        with torch.no_grad():
+            output, _ = self.distiller.output(images_BCHW, labels_B, ids_B, features, reading=True)
         for name in self.names:
             for key in ("nats", "ceiling"):
                 self._add(f"{name}/{key}", output.log[f"{name}/{key}"], len(labels_B))
+
+    def _add_norms(self, images_BCHW: Tensor, labels_B: Tensor, ids_B: Tensor, features: Features) -> None:
+        """Take the norms of the gradients. The graph over all locations lives here alone."""
+        with torch.enable_grad():
+            output, _ = self.distiller.output(images_BCHW, labels_B, ids_B, features, reading=True)
+        parameters = [p for p in self.distiller.student.parameters() if p.requires_grad]
+        for key in self.norms:
+            grads = torch.autograd.grad(output.terms[key], parameters, retain_graph=True, allow_unused=True)
+            squares = [g.double().square().sum() for g in grads if g is not None]
+            self._add(f"{key}/grad_norm", torch.stack(squares).sum().sqrt(), 1.0)
 
     def finish(self, device: torch.device) -> dict[str, float]:
         """The means over all ranks."""

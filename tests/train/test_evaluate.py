@@ -15,7 +15,7 @@ from mimkd_ray.data.loader import LaneBatch, eval_batches
 from mimkd_ray.data.views import make_pipeline
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.models.zoo import build_model
-from mimkd_ray.train.evaluate import accuracy, held_out_name
+from mimkd_ray.train.evaluate import GRADIENT_IMAGES, accuracy, held_out_name
 from mimkd_ray.train.session import Session
 from mimkd_ray.train.step import Normalizer
 
@@ -126,10 +126,15 @@ def test_an_evaluation_keeps_no_activations(ema_decay: float) -> None:
 
 
 def test_information_is_read_over_all_pairs_in_evaluation_mode_and_leaves_no_trace() -> None:
-    config = tiny_config(loss={"preset": "paper"}, train={"lane_batch": 25})
+    config = tiny_config(loss={"preset": "paper"}, data={"subset": 100}, train={"lane_batch": 50})
     session = Session(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
     state = {name: value.clone() for name, value in session.distiller.state_dict().items()}
+    graphs: list[int] = []
+    layer = dict(session.exported().named_modules())["stage3"]
+    handle = layer.register_forward_hook(lambda m, i, out: graphs.append(len(out)) if out.requires_grad else None)
     values = session.evaluate()
+    handle.remove()
+    assert graphs == [GRADIENT_IMAGES] == [32], "no graph of the other images of the batch, nor of any other batch"
     assert session.distiller.training
     for name, value in session.distiller.state_dict().items():
         assert torch.equal(value, state[name]), name
@@ -139,7 +144,7 @@ def test_information_is_read_over_all_pairs_in_evaluation_mode_and_leaves_no_tra
     session.distiller.eval()
     total = torch.zeros(())
     assert session.teacher is not None
-    for batch in session.held_out(25):
+    for batch in session.held_out(50):
         images = session.normalize(batch.images_BCHW)
         with torch.no_grad():
             teacher = session.teacher.features(images).vectors["pool"]
@@ -151,4 +156,15 @@ def test_information_is_read_over_all_pairs_in_evaluation_mode_and_leaves_no_tra
             nats = scores.diagonal().mean() - off.logsumexp(0) + torch.tensor(float(len(off))).log()
             total += nats * len(batch)
     assert values["global/pool-pool/nats"] == pytest.approx(float(total) / 450, rel=1e-4)
-    assert values["feature/stage3-stage3/grad_norm"] > 0
+
+    # And the gradient of a term on the first 32 images, as a run of so few would have it.
+    first = next(session.held_out(32))
+    images = session.normalize(first.images_BCHW)
+    seen = session.teacher.features(images)
+    output, _ = session.distiller.output(images, first.labels_B, first.ids_B, seen, reading=True)
+    for name in ("ce", "feature/stage3-stage3"):
+        session.distiller.zero_grad()
+        output.terms[name].backward(retain_graph=True)
+        grads = [p.grad.flatten() for p in session.distiller.student.parameters() if p.grad is not None]
+        assert values[f"{name}/grad_norm"] == pytest.approx(float(torch.cat(grads).norm()), rel=1e-4)
+        assert values[f"{name}/grad_norm"] > 0
