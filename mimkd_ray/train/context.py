@@ -92,7 +92,7 @@ def ask_first(look: Callable[[], T]) -> T:
     answer, error = share_from_first((answer, error))
     if error is not None:
         raise error
-    return answer  # type: ignore[return-value]
+    return answer
 
 
 _side_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from mimkd_ray.data.loader import LaneBatch
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
 from mimkd_ray.train.context import all_sum
+from mimkd_ray.train.memory import K, each
 from mimkd_ray.train.step import Distiller, Normalizer
 from mimkd_ray.train.teacher import Teacher
 
@@ -54,19 +56,31 @@ def accuracy(
     ``name`` is the set's, for errors. Raises, on all ranks alike, DamagedDataError if the share of damaged images
     exceeds ``max_damaged``, and UserError if no image is left.
     """
-    return accuracies([logits_of], batches, normalize, max_damaged, name)[0]
+    return accuracies({0: logits_of}, batches, normalize, max_damaged, name)[0]
 
 
 @torch.no_grad()
 def accuracies(
-    networks: Sequence[Callable[[Tensor], Tensor]],
+    networks: Mapping[K, Callable[[Tensor], Tensor]],
     batches: Iterable[LaneBatch],
     normalize: Normalizer,
     max_damaged: float = 0.0,
     name: str = "the held-out set",
-) -> list[Accuracy]:
-    """:func:`accuracy` of several networks in one pass over the batches."""
+    failed: dict[K, str] | None = None,
+) -> dict[K, Accuracy]:
+    """:func:`accuracy` of several networks in one pass over the batches. ``failed``: see :func:`each`; for one rank."""
     sums_N5 = torch.zeros(len(networks), 5, dtype=torch.float64, device=normalize.device)
+    sums = dict(zip(networks, sums_N5, strict=True))
+
+    def add(key: K, images: Tensor, labels_B: Tensor) -> None:
+        logits_BC = networks[key](images).float()
+        best_BK = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
+        hit_BK = best_BK == labels_B.unsqueeze(1)
+        sums[key][0] += hit_BK[:, 0].sum()
+        sums[key][1] += hit_BK.sum()
+        sums[key][2] += F.cross_entropy(logits_BC, labels_B, reduction="sum")
+        sums[key][3] += len(labels_B)
+
     unreadable: list[str] = []
     for batch in batches:
         unreadable += batch.damaged
@@ -74,19 +88,14 @@ def accuracies(
         if not len(batch):
             continue
         labels_B = batch.labels_B.to(normalize.device, non_blocking=True)
-        images = normalize(batch.images_BCHW)
-        for sums, logits_of in zip(sums_N5, networks, strict=True):
-            logits_BC = logits_of(images).float()
-            best_BK = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
-            hit_BK = best_BK == labels_B.unsqueeze(1)
-            sums[0] += hit_BK[:, 0].sum()
-            sums[1] += hit_BK.sum()
-            sums[2] += F.cross_entropy(logits_BC, labels_B, reduction="sum")
-            sums[3] += len(batch)
+        each(networks, partial(add, images=normalize(batch.images_BCHW), labels_B=labels_B), failed)
     for image in unreadable:
         logger.warning("damaged held-out image left out: %s", image)
-    found = all_sum(sums_N5).tolist()
-    rows, damaged = found[0][3:]
+    all_sum(sums_N5)
+    found = {key: sums[key].tolist() for key in networks if key not in (failed or {})}
+    if not found:
+        return {}
+    rows, damaged = next(iter(found.values()))[3:]
     if damaged > max_damaged * (rows + damaged):
         raise DamagedDataError(
             f"{damaged:.0f} of {rows + damaged:.0f} held-out images cannot be decoded ({', '.join(unreadable[:3])}); "
@@ -97,23 +106,28 @@ def accuracies(
             f"{name} gave no images to evaluate on, and {damaged:.0f} that cannot be decoded: name another split with "
             "--data.val-split, or hold out a part of the training rows with --data.holdout 0.1"
         )
-    return [
-        Accuracy(100 * top1 / rows, 100 * top5 / rows, ce / rows, int(rows), int(damaged))
-        for top1, top5, ce, _, _ in found
-    ]
+    return {
+        key: Accuracy(100 * top1 / rows, 100 * top5 / rows, ce / rows, int(rows), int(damaged))
+        for key, (top1, top5, ce, _, _) in found.items()
+    }
 
 
 def read_information(
-    distillers: Sequence[Distiller], teacher: Teacher, batches: Iterable[LaneBatch], normalize: Normalizer, rows: int
-) -> list[dict[str, float]]:
+    distillers: Mapping[K, Distiller],
+    teacher: Teacher,
+    batches: Iterable[LaneBatch],
+    normalize: Normalizer,
+    rows: int,
+    failed: dict[K, str] | None = None,
+) -> dict[K, dict[str, float]]:
     """Mutual information of every term of each student on held-out images, in nats, over all pairs of each batch.
 
     Also, from at most GRADIENT_IMAGES of each rank's first batch, the norm of each term's weighted gradient on the
     student's parameters: what the terms pull with. Only these images have a graph. Each student's is {"<term>/nats",
     "<term>/ceiling", "<term>/grad_norm", "ce/grad_norm", ...}; training modes and gradients are left as they were.
-    After ``rows`` rows per worker the teacher need not run.
+    After ``rows`` rows per worker the teacher need not run. ``failed``: see :func:`each`; for one rank.
     """
-    readings = [_Reading(distiller) for distiller in distillers]
+    readings = {key: _Reading(distiller) for key, distiller in distillers.items()}
     read = 0
     for batch in batches:
         if len(batch) < 2:
@@ -121,12 +135,12 @@ def read_information(
         images = normalize(batch.images_BCHW)
         labels_B, ids_B = batch.labels_B.to(normalize.device), batch.ids_B.to(normalize.device)
         features = teacher.features(images)
-        for reading in readings:
-            reading.add(images, labels_B, ids_B, features)
+        seen = (images, labels_B, ids_B, features)
+        each(readings, lambda key, seen=seen: readings[key].add(*seen), failed)  # type: ignore[misc]
         read += len(batch)
         if read >= rows:
             break
-    return [reading.finish(normalize.device) for reading in readings]
+    return {key: reading.finish(normalize.device) for key, reading in readings.items() if key not in (failed or {})}
 
 
 def _part(features: Features, rows: slice) -> Features:
