@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -59,22 +60,25 @@ def under_torchrun() -> bool:
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def run_local(config: Config, run_dir: str) -> dict[str, Any]:
-    """Run the job here; under torchrun, as one rank of many."""
+@contextmanager
+def local_context(launch: LaunchConfig) -> Iterator[LocalContext]:
+    """A with-block in the process group that torchrun made, or in a plain process without one."""
     if not under_torchrun():
-        timeline.mark("worker")
-        context = LocalContext(pick_device(config.launch, 0))
-        context.stop_on_sigterm()
-        return run_job(config, context, run_dir)
-    device = pick_device(config.launch, int(os.environ["LOCAL_RANK"]))
+        yield LocalContext(pick_device(launch, 0))
+        return
+    device = pick_device(launch, int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=GROUP_SECONDS))
-    timeline.mark("worker")
     try:
         launch_id = share_from_first(uuid.uuid4().hex)
-        context = LocalContext(device, dist.get_rank(), dist.get_world_size(), launch_id)
-        context.stop_on_sigterm()
-        return run_job(config, context, run_dir)
+        yield LocalContext(device, dist.get_rank(), dist.get_world_size(), launch_id)
     finally:
         dist.destroy_process_group()
+
+
+def run_local(config: Config, context: LocalContext, run_dir: str) -> dict[str, Any]:
+    """Run the job here; under torchrun, as one rank of many."""
+    timeline.mark("worker")
+    context.stop_on_sigterm()
+    return run_job(config, context, run_dir)

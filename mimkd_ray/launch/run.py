@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from mimkd_ray import storage
+from mimkd_ray.errors import UserError
 from mimkd_ray.launch import environment
-from mimkd_ray.launch.local import run_local, under_torchrun
+from mimkd_ray.launch.local import local_context, run_local, under_torchrun
 from mimkd_ray.launch.table import result_table
 from mimkd_ray.train import timeline
 from mimkd_ray.train.config import Config, digest
+from mimkd_ray.train.context import ask_first
 from mimkd_ray.train.files import read_json
 from mimkd_ray.train.job import claim
 from mimkd_ray.train.preflight import preflight
@@ -42,32 +45,56 @@ def absolute(config: C) -> C:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Run ``config`` to its end and print its table. A finished run only prints it."""
+    """Run ``config`` to its end and print its table. A finished run only prints it.
+
+    Under torchrun every process calls it, and all follow what the first finds in the run directory.
+    """
     timeline.begin()
     timeline.mark("parsed")
     config = absolute(config)
-    first = int(os.environ.get("RANK", "0")) == 0 if under_torchrun() else True
     run_dir = run_directory(config)
-    if first and config.run.overwrite:
-        storage.remove_tree(run_dir)
-    finished = read_json(storage.join(run_dir, "result.json"))
+    if config.launch.backend == "local":
+        with local_context(config.launch) as context:
+            return _run(config, run_dir, context.rank == 0, lambda: run_local(config, context, run_dir))
+    if under_torchrun():
+        raise UserError(
+            "torchrun started this process, and launch.backend is ray, which starts workers by itself: pass "
+            "--launch.backend local, or start the job without torchrun"
+        )
+    return _run(config, run_dir, True, lambda: _run_on_ray(config, run_dir))
+
+
+def _run(config: Config, run_dir: str, first: bool, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the result of a finished run, or check the job and do the ``work``. ``first`` says who prints."""
+    finished = ask_first(lambda: _begin(config, run_dir))
     if finished is not None:
-        claim(config, run_dir)
         if first:
             print(result_table(finished))
             print(f"this run was finished before; --run.overwrite true does it again\nrun directory: {run_dir}")
         return finished
     preflight(config)
-    if first:
-        claim(config, run_dir)  # the first worker does it too, but another config should not cost a start of workers
+    # The first worker does it too, but another config should not cost a start of workers.
+    ask_first(lambda: claim(config, run_dir))
     timeline.mark("checked")
-    if config.launch.backend == "local":
-        result = run_local(config, run_dir)
-    else:
-        environment.prepare(config.launch.address)
-        from mimkd_ray.launch.ray_train import run_ray  # Ray takes seconds to import, and reads its environment then
-
-        result = run_ray(config, run_dir)
+    result = work()
     if first:
         print(f"\n{result_table(result)}\nrun directory: {run_dir}", flush=True)
     return result
+
+
+def _begin(config: Config, run_dir: str) -> dict[str, Any] | None:
+    """Delete an old run if ``run.overwrite`` says so, and return the result of a finished one. For one process alone:
+    another must not read what this one is about to delete."""
+    if config.run.overwrite:
+        storage.remove_tree(run_dir)
+    finished: dict[str, Any] | None = read_json(storage.join(run_dir, "result.json"))
+    if finished is not None:
+        claim(config, run_dir)
+    return finished
+
+
+def _run_on_ray(config: Config, run_dir: str) -> dict[str, Any]:
+    environment.prepare(config.launch.address)
+    from mimkd_ray.launch.ray_train import run_ray  # Ray takes seconds to import, and reads its environment then
+
+    return run_ray(config, run_dir)

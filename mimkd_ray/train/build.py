@@ -23,6 +23,7 @@ from mimkd_ray.models.dry_run import dry_run
 from mimkd_ray.models.stages import Stages, before_activation, default_taps
 from mimkd_ray.models.taps import TapShape, find_shapes
 from mimkd_ray.models.zoo import build_model
+from mimkd_ray.seeds import derive
 from mimkd_ray.train.coding import Coding, coded_term
 from mimkd_ray.train.config import Config, TrainConfig
 from mimkd_ray.train.pairs import Pair, build_terms, choose_pairs, configured_pairs
@@ -159,7 +160,7 @@ def place(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Mod
 
 def build_student(config: Config, num_classes: int) -> nn.Module:
     """The student at its start: a function of train.seed alone."""
-    torch.manual_seed(config.train.seed)
+    torch.manual_seed(derive(config.train.seed, "student"))
     return build_model(config.student.name, num_classes, config.student.weights, config.data.image_size)
 
 
@@ -176,7 +177,8 @@ def build_distiller(config: Config, data: Data, teacher: nn.Module | None, devic
     plan = TapPlan()
     if teacher is not None:
         plan = plan_taps(config.loss, teacher, student, config.data.image_size, config.cache)
-    torch.manual_seed(config.train.seed + 1)  # so that the critics' start does not depend on the student's size
+    # Seeded again, so that the critics' start does not depend on the student's size.
+    torch.manual_seed(derive(config.train.seed, "critics"))
     loss = MIMKDLoss(config.loss, plan.terms, plan.rivals, training_rows(config.loss, data.train))
     vectors, maps = plan.student_taps()
     autocast = autocast_dtype(config.train, device)
@@ -188,7 +190,7 @@ def build_distiller(config: Config, data: Data, teacher: nn.Module | None, devic
 
 def build_network(config: Config, num_classes: int, weights: str) -> nn.Module:
     """The teacher's network; a random one is the same for every worker, every restart and every builder of a cache."""
-    torch.manual_seed(config.train.seed + 2)
+    torch.manual_seed(derive(config.train.seed, "teacher"))
     return build_model(config.teacher.name, num_classes, weights, config.data.image_size)
 
 

@@ -20,6 +20,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.methods import RIVALS, Method
 from mimkd_ray.models.zoo import ModelConfig
+from mimkd_ray.seeds import SEEDS, check_seed
 from mimkd_ray.train.files import RunConfig
 from mimkd_ray.train.optim import OptimConfig
 from mimkd_ray.train.teacher import TeacherConfig
@@ -38,7 +39,7 @@ class TrainConfig:
     lane_batch: int = 64
     """Images in a lane; the global batch is lanes * lane_batch."""
     seed: int = 0
-    """Seeds the student's start, the order, the views and the model's random numbers."""
+    """Seeds the student's start, the order, the views and the model's random numbers: 0 to 2**64 - 1."""
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
     """Autocast of the networks; auto: bf16 on a GPU that has it, else float32. Losses always compute in float32."""
     channels_last: Literal["auto", "on", "off"] = "auto"
@@ -62,6 +63,7 @@ class TrainConfig:
                 f"train.epochs {self.epochs}, lanes {self.lanes} and log_every {self.log_every} must be at least 1; "
                 f"max_steps {self.max_steps} and eval_every {self.eval_every} not negative"
             )
+        check_seed("train.seed", self.seed)
         if self.lane_batch < 2:
             raise UserError(f"train.lane_batch is {self.lane_batch}: a lane needs 2 images, or it has no negatives")
         if self.information_rows < 0:
@@ -193,6 +195,11 @@ class Config:
             raise UserError(
                 f"loss.name has {' and '.join(banks)}, whose memory banks change within a step, and train.lanes is "
                 f"{self.train.lanes}: pass --train.lanes 1 --train.lane-batch {batch}"
+            )
+        if self.train.seed + self.compare.seeds > SEEDS:
+            raise UserError(
+                f"compare.seeds {self.compare.seeds} counts up from train.seed {self.train.seed}, past {SEEDS - 1}: "
+                "give a smaller train.seed"
             )
         most = self.launch.worker_range[1]
         if most > self.train.lanes:

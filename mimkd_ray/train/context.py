@@ -7,13 +7,18 @@ Train. The process group, where there is one, is set up by them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mimkd_ray.errors import UserError
+from mimkd_ray.storage import StorageError
+
+T = TypeVar("T")
 
 GROUP_SECONDS = 120
 """A worker that waits this long for the others in a collective gives up: one of them is gone."""
@@ -82,6 +87,26 @@ def share_from_first(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def ask_first(look: Callable[[], T]) -> T:
+    """Return on every rank what ``look()`` returns on rank 0 (small, picklable), where alone it is called.
+
+    Its UserError or StorageError is raised on every rank; after any other error rank 0 leaves the others waiting.
+    """
+    if not is_distributed():
+        return look()
+    answer: T | None = None
+    error: UserError | StorageError | None = None
+    if dist.get_rank() == 0:
+        try:
+            answer = look()
+        except (UserError, StorageError) as raised:
+            error = raised
+    answer, error = share_from_first((answer, error))
+    if error is not None:
+        raise error
+    return answer
 
 
 _side_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()

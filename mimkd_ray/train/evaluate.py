@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimkd_ray.data.dataset import DataConfig
 from mimkd_ray.data.loader import LaneBatch
-from mimkd_ray.errors import DamagedDataError
+from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
 from mimkd_ray.train.context import all_sum
+from mimkd_ray.train.memory import K, each
 from mimkd_ray.train.step import Distiller, Normalizer
 from mimkd_ray.train.teacher import Teacher
 
 logger = logging.getLogger(__name__)
+
+GRADIENT_IMAGES = 32
+"""Images of an evaluation that gradient norms are taken on: a reading scores all locations of a map, of which training
+has a few, and a graph keeps what every one of them made."""
 
 
 class Accuracy(NamedTuple):
@@ -30,69 +37,97 @@ class Accuracy(NamedTuple):
     damaged: int
 
 
+def held_out_name(data: DataConfig) -> str:
+    """Name the held-out set of ``data``, for errors."""
+    if data.holdout:
+        return f"the held-out part of {data.root} (data.holdout {data.holdout} of split '{data.train_split}')"
+    return f"the validation set of {data.root} (data.val_split '{data.val_split}')"
+
+
 def accuracy(
     logits_of: Callable[[Tensor], Tensor],
     batches: Iterable[LaneBatch],
     normalize: Normalizer,
     max_damaged: float = 0.0,
+    name: str = "the held-out set",
 ) -> Accuracy:
     """Top-1, top-5 and cross-entropy over the batches of all ranks. Damaged images are left out and counted.
 
-    Raises DamagedDataError if their share exceeds ``max_damaged``, on all ranks alike.
+    ``name`` is the set's, for errors. Raises, on all ranks alike, DamagedDataError if the share of damaged images
+    exceeds ``max_damaged``, and UserError if no image is left.
     """
-    return accuracies([logits_of], batches, normalize, max_damaged)[0]
+    return accuracies({0: logits_of}, batches, normalize, max_damaged, name)[0]
 
 
 @torch.no_grad()
 def accuracies(
-    networks: Sequence[Callable[[Tensor], Tensor]],
+    networks: Mapping[K, Callable[[Tensor], Tensor]],
     batches: Iterable[LaneBatch],
     normalize: Normalizer,
     max_damaged: float = 0.0,
-) -> list[Accuracy]:
-    """:func:`accuracy` of several networks in one pass over the batches."""
+    name: str = "the held-out set",
+    failed: dict[K, str] | None = None,
+) -> dict[K, Accuracy]:
+    """:func:`accuracy` of several networks in one pass over the batches. ``failed``: see :func:`each`; for one rank."""
     sums_N5 = torch.zeros(len(networks), 5, dtype=torch.float64, device=normalize.device)
-    names: list[str] = []
+    sums = dict(zip(networks, sums_N5, strict=True))
+
+    def add(key: K, images: Tensor, labels_B: Tensor) -> None:
+        logits_BC = networks[key](images).float()
+        best_BK = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
+        hit_BK = best_BK == labels_B.unsqueeze(1)
+        sums[key][0] += hit_BK[:, 0].sum()
+        sums[key][1] += hit_BK.sum()
+        sums[key][2] += F.cross_entropy(logits_BC, labels_B, reduction="sum")
+        sums[key][3] += len(labels_B)
+
+    unreadable: list[str] = []
     for batch in batches:
-        names += batch.damaged
+        unreadable += batch.damaged
         sums_N5[:, 4] += len(batch.damaged)
         if not len(batch):
             continue
         labels_B = batch.labels_B.to(normalize.device, non_blocking=True)
-        images = normalize(batch.images_BCHW)
-        for sums, logits_of in zip(sums_N5, networks, strict=True):
-            logits_BC = logits_of(images).float()
-            best_BK = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
-            hit_BK = best_BK == labels_B.unsqueeze(1)
-            sums[0] += hit_BK[:, 0].sum()
-            sums[1] += hit_BK.sum()
-            sums[2] += F.cross_entropy(logits_BC, labels_B, reduction="sum")
-            sums[3] += len(batch)
-    for name in names:
-        logger.warning("damaged held-out image left out: %s", name)
-    found = all_sum(sums_N5).tolist()
-    rows, damaged = found[0][3:]
+        each(networks, partial(add, images=normalize(batch.images_BCHW), labels_B=labels_B), failed)
+    for image in unreadable:
+        logger.warning("damaged held-out image left out: %s", image)
+    all_sum(sums_N5)
+    found = {key: sums[key].tolist() for key in networks if key not in (failed or {})}
+    if not found:
+        return {}
+    rows, damaged = next(iter(found.values()))[3:]
     if damaged > max_damaged * (rows + damaged):
         raise DamagedDataError(
-            f"{damaged:.0f} of {rows + damaged:.0f} held-out images cannot be decoded ({', '.join(names[:3])}); "
+            f"{damaged:.0f} of {rows + damaged:.0f} held-out images cannot be decoded ({', '.join(unreadable[:3])}); "
             f"data.max_damaged allows {max_damaged:.2%}: mend the data, or raise --data.max-damaged"
         )
-    return [
-        Accuracy(100 * top1 / rows, 100 * top5 / rows, ce / rows, int(rows), int(damaged))
-        for top1, top5, ce, _, _ in found
-    ]
+    if not rows:
+        raise UserError(
+            f"{name} gave no images to evaluate on, and {damaged:.0f} that cannot be decoded: name another split with "
+            "--data.val-split, or hold out a part of the training rows with --data.holdout 0.1"
+        )
+    return {
+        key: Accuracy(100 * top1 / rows, 100 * top5 / rows, ce / rows, int(rows), int(damaged))
+        for key, (top1, top5, ce, _, _) in found.items()
+    }
 
 
 def read_information(
-    distillers: Sequence[Distiller], teacher: Teacher, batches: Iterable[LaneBatch], normalize: Normalizer, rows: int
-) -> list[dict[str, float]]:
+    distillers: Mapping[K, Distiller],
+    teacher: Teacher,
+    batches: Iterable[LaneBatch],
+    normalize: Normalizer,
+    rows: int,
+    failed: dict[K, str] | None = None,
+) -> dict[K, dict[str, float]]:
     """Mutual information of every term of each student on held-out images, in nats, over all pairs of each batch.
 
-    Also, from each rank's first batch, the norm of each term's weighted gradient on the student's parameters: what
-    the terms pull with. Each student's is {"<term>/nats", "<term>/ceiling", "<term>/grad_norm", "ce/grad_norm", ...};
-    training modes and gradients are left as they were. After ``rows`` rows per worker the teacher need not run.
+    Also, from at most GRADIENT_IMAGES of each rank's first batch, the norm of each term's weighted gradient on the
+    student's parameters: what the terms pull with. Only these images have a graph. Each student's is {"<term>/nats",
+    "<term>/ceiling", "<term>/grad_norm", "ce/grad_norm", ...}; training modes and gradients are left as they were.
+    After ``rows`` rows per worker the teacher need not run. ``failed``: see :func:`each`; for one rank.
     """
-    readings = [_Reading(distiller) for distiller in distillers]
+    readings = {key: _Reading(distiller) for key, distiller in distillers.items()}
     read = 0
     for batch in batches:
         if len(batch) < 2:
@@ -100,12 +135,21 @@ def read_information(
         images = normalize(batch.images_BCHW)
         labels_B, ids_B = batch.labels_B.to(normalize.device), batch.ids_B.to(normalize.device)
         features = teacher.features(images)
-        for reading in readings:
-            reading.add(images, labels_B, ids_B, features)
+        seen = (images, labels_B, ids_B, features)
+        each(readings, lambda key, seen=seen: readings[key].add(*seen), failed)  # type: ignore[misc]
         read += len(batch)
         if read >= rows:
             break
-    return [reading.finish(normalize.device) for reading in readings]
+    return {key: reading.finish(normalize.device) for key, reading in readings.items() if key not in (failed or {})}
+
+
+def _part(features: Features, rows: slice) -> Features:
+    """The features of some rows of a batch."""
+    return features._replace(
+        logits_BC=features.logits_BC[rows],
+        vectors={tap: value[rows] for tap, value in features.vectors.items()},
+        maps={tap: value[rows] for tap, value in features.maps.items()},
+    )
 
 
 class _Reading:
@@ -131,18 +175,25 @@ class _Reading:
 
     def add(self, images_BCHW: Tensor, labels_B: Tensor, ids_B: Tensor, features: Features) -> None:
         """Read a batch."""
-        with torch.set_grad_enabled(not self.begun):
-            output, _ = self.distiller.output(images_BCHW, labels_B, ids_B, features, reading=True)
         if not self.begun:
             self.begun = True
-            parameters = [p for p in self.distiller.student.parameters() if p.requires_grad]
-            for key in self.norms:
-                grads = torch.autograd.grad(output.terms[key], parameters, retain_graph=True, allow_unused=True)
-                squares = [g.double().square().sum() for g in grads if g is not None]
-                self._add(f"{key}/grad_norm", torch.stack(squares).sum().sqrt(), 1.0)
+            few = slice(GRADIENT_IMAGES)
+            self._add_norms(images_BCHW[few], labels_B[few], ids_B[few], _part(features, few))
+        with torch.no_grad():
+            output, _ = self.distiller.output(images_BCHW, labels_B, ids_B, features, reading=True)
         for name in self.names:
             for key in self.read[name]:
                 self._add(f"{name}/{key}", output.log[f"{name}/{key}"], len(labels_B))
+
+    def _add_norms(self, images_BCHW: Tensor, labels_B: Tensor, ids_B: Tensor, features: Features) -> None:
+        """Take the norms of the gradients. The graph over all locations lives here alone."""
+        with torch.enable_grad():
+            output, _ = self.distiller.output(images_BCHW, labels_B, ids_B, features, reading=True)
+        parameters = [p for p in self.distiller.student.parameters() if p.requires_grad]
+        for key in self.norms:
+            grads = torch.autograd.grad(output.terms[key], parameters, retain_graph=True, allow_unused=True)
+            squares = [g.double().square().sum() for g in grads if g is not None]
+            self._add(f"{key}/grad_norm", torch.stack(squares).sum().sqrt(), 1.0)
 
     def finish(self, device: torch.device) -> dict[str, float]:
         """The means over all ranks."""

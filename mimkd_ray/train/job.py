@@ -26,7 +26,7 @@ from mimkd_ray.train.config import (
     training_part,
 )
 from mimkd_ray.train.context import Context, barrier, share_from_first
-from mimkd_ray.train.evaluate import accuracy
+from mimkd_ray.train.evaluate import accuracy, held_out_name
 from mimkd_ray.train.files import read_json, write_json
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.metrics import say
@@ -136,5 +136,5 @@ def measure(model: nn.Module, config: Config, data: Data, context: Context) -> d
         loader_workers=config.data.loader_workers,
         read_ahead=config.data.read_ahead,
     )
-    measured = accuracy(model, batches, normalize, config.data.max_damaged)
+    measured = accuracy(model, batches, normalize, config.data.max_damaged, held_out_name(config.data))
     return {"top1": measured.top1, "top5": measured.top5, "rows": measured.rows}

@@ -100,7 +100,7 @@ class Loop:
                 progress.update(done, partial(self.text, records))
             if looks and self.runs:
                 with self.meter.paused():
-                    held_out = self.evaluate()
+                    held_out = self.evaluate(done)
                 for run, figures in zip(self.runs, held_out, strict=True):
                     run.evaluated(done, epoch, figures)
             decision = rhythm.after(done, save=looks and self.commits)
@@ -111,8 +111,7 @@ class Loop:
             if decision.notice:
                 say(context, f"{_foretold(decision.notice)}: saving at step {done}, and training on")
             if decision.stop or decision.notice or (looks and self.commits):
-                for run in self.runs:
-                    run.wait()
+                self.wait(done)
             if last:
                 progress.close()
                 self.finish()
@@ -157,14 +156,19 @@ class Loop:
         """The latest metrics, for the bar."""
         return summary(records[self.runs[0]].log)
 
-    def evaluate(self) -> list[dict[str, Any]]:
-        """Held-out figures of every run."""
+    def evaluate(self, done: int) -> list[dict[str, Any]]:
+        """Held-out figures of every run after ``done`` steps. A pack's run may leave meanwhile, and has none."""
         return [run.session.evaluate() for run in self.runs]
 
     def save(self, done: int) -> None:
         """Checkpoint every run."""
         for run in self.runs:
             run.save(done)
+
+    def wait(self, done: int) -> None:
+        """Return when everything up to step ``done`` is committed."""
+        for run in self.runs:
+            run.wait()
 
     def told(self, done: int, epoch: int) -> None:
         """Tell of an evaluation, whose checkpoint, where one was due, is under way by now."""

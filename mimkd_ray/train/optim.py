@@ -27,7 +27,7 @@ class OptimConfig:
     weight_decay: float = 5e-4
     """Weight decay of weights; norms, biases and critic temperatures have none."""
     schedule: Literal["step", "cosine", "constant"] = "step"
-    """step: times gamma at each milestone. cosine: to min_lr at the last step."""
+    """step: times gamma at each milestone. cosine: falls to min_lr, which the last step has."""
     milestones: tuple[int, ...] = (150, 180, 210)
     """Epochs at which the step schedule drops."""
     gamma: float = 0.1
@@ -50,14 +50,19 @@ class OptimConfig:
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """The learning rate of a step: a pure function, so nothing of the schedule needs saving."""
+    """Return the learning rate of a step: a pure function, so nothing of the schedule needs saving.
+
+    The cosine begins at ``lr`` with the first step after the warm-up and has ``min_lr`` at the last step of all; where
+    that is the same step, it keeps ``lr``.
+    """
     epoch = step / steps_per_epoch
     if epoch < config.warmup_epochs:
         return config.lr * (step + 1) / math.ceil(config.warmup_epochs * steps_per_epoch)
     if config.schedule == "step":
         return config.lr * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
     if config.schedule == "cosine":
-        progress = (epoch - config.warmup_epochs) / max(epochs - config.warmup_epochs, 1e-9)
+        first, last = config.warmup_epochs * steps_per_epoch, epochs * steps_per_epoch - 1
+        progress = (step - first) / (last - first) if last > first else 0.0
         return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return config.lr
 

@@ -31,7 +31,7 @@ from mimkd_ray.train.context import Context
 from mimkd_ray.train.files import jsonable, read_json, read_metrics, write_json
 from mimkd_ray.train.job import claim
 from mimkd_ray.train.loop import Loop
-from mimkd_ray.train.memory import is_out_of_memory
+from mimkd_ray.train.memory import each, is_out_of_memory
 from mimkd_ray.train.metrics import say
 from mimkd_ray.train.run import Run
 from mimkd_ray.train.session import Session, StepRecord, evaluate_together
@@ -85,7 +85,7 @@ def train_pack(
     ``teacher`` is None where no member's loss needs one; ``extra`` (about the teacher, say) is added to every result.
     A member whose student or taps cannot be had ends with its UserError, before the first step.
     A step costs what the teacher and all students cost; one student's activations are held at a time. A member whose
-    loss is no number, or which finds no memory in a step, leaves; the others go on. With a
+    loss is no number, or which finds no memory in a step, an evaluation or a save, leaves; the others go on. With a
     ``judge`` a checkpoint is saved at every evaluation. Figures are told to the judge, not to ``context.report``.
     Raises UserError for members that do not go together, for a cache that lacks what they read, and for several
     workers; Interrupted when the job was asked to stop and has saved the state of all.
@@ -268,15 +268,31 @@ class _Pack(Loop):
         """The losses of all members."""
         return "loss " + ", ".join(f"{float(records[run].log['loss']):.3f}" for run in self.runs)
 
-    def evaluate(self) -> list[dict[str, Any]]:
+    def evaluate(self, done: int) -> list[dict[str, Any]]:
         """In one pass for all."""
-        return evaluate_together([run.session for run in self.runs])
+        failed: dict[Session, str] = {}
+        found = evaluate_together([run.session for run in self.runs], failed)
+        self._leave_for_memory(
+            {run: failed[run.session] for run in self.runs if run.session in failed}, "evaluation", done
+        )
+        return [found[run.session] for run in self.runs]
 
     def save(self, done: int) -> None:
         """A member removes its oldest checkpoint when it commits this one: by then all have the one before."""
-        for run in self.runs:
-            run.wait()
-        super().save(done)
+        self.wait(done)
+        failed: dict[Run, str] = {}
+        each(self.runs, lambda run: run.save(done), failed)
+        self._leave_for_memory(failed, "checkpoint", done)
+
+    def wait(self, done: int) -> None:
+        """A member whose last checkpoint found no memory leaves."""
+        failed: dict[Run, str] = {}
+        each(self.runs, lambda run: run.wait(), failed)
+        self._leave_for_memory(failed, "checkpoint", done)
+
+    def _leave_for_memory(self, failed: Mapping[Run, str], what: str, done: int) -> None:
+        for run, said in failed.items():
+            self.leave(run, MemberMemoryError(f"out of memory in the {what} after step {done}: {said}"))
 
     def told(self, done: int, epoch: int) -> None:
         """Say it, and ask the judge."""
@@ -309,5 +325,7 @@ class _Pack(Loop):
 
     def finish(self) -> None:
         """Write the results of those that came to the end."""
-        super().finish()
+        failed: dict[Run, str] = {}
+        self.results = each(self.runs, lambda run: run.finish(self.meter), failed)
+        self._leave_for_memory(failed, "export", self.total)
         self.outcomes |= {self.numbers[run]: Outcome(result=jsonable(told)) for run, told in self.results.items()}

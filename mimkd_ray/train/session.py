@@ -20,9 +20,9 @@ from mimkd_ray.train.build import build_distiller, has_compiler
 from mimkd_ray.train.cached import Cached
 from mimkd_ray.train.config import Config, differences, refuse_changes, training_dict
 from mimkd_ray.train.context import Context, gather_by_rank, gather_lanes, is_distributed, share_from_first
-from mimkd_ray.train.evaluate import accuracies, read_information
+from mimkd_ray.train.evaluate import accuracies, held_out_name, read_information
 from mimkd_ray.train.feed import Lane
-from mimkd_ray.train.memory import is_out_of_memory
+from mimkd_ray.train.memory import each
 from mimkd_ray.train.metrics import say
 from mimkd_ray.train.optim import build_optimizer, learning_rate
 from mimkd_ray.train.step import LaneNorms, backward_lane, data_parallel, seed_lane
@@ -156,11 +156,15 @@ class Session:
             for buffer, of_student in zip(self.ema.module.buffers(), self.distiller.student.buffers(), strict=True):
                 buffer.copy_(of_student)
 
-    def exported(self) -> torch.nn.Module:
-        """The network that users get: the student, or its moving average."""
+    def tapped(self) -> TappedModel:
+        """The student, or its moving average, with its taps."""
         tapped = self.ema.module if self.ema is not None else self.distiller.student
         assert isinstance(tapped, TappedModel)
-        return tapped.model
+        return tapped
+
+    def exported(self) -> torch.nn.Module:
+        """The network that users get: the student, or its moving average."""
+        return self.tapped().model
 
     def weights(self) -> dict[str, Tensor]:
         """What is exported, on the CPU. Every worker calls it."""
@@ -177,7 +181,7 @@ class Session:
     def evaluate(self) -> dict[str, Any]:
         """Held-out top-1, top-5, cross-entropy, and mutual information per term. Training goes on as if nobody had
         looked."""
-        return evaluate_together([self])[0]
+        return evaluate_together([self])[self]
 
     def save(self, step: int, writer: checkpoint.Writer | None) -> None:
         """Checkpoint after ``step`` steps. Every worker takes part; the first has the writer."""
@@ -238,55 +242,61 @@ def advance(
     """
     failed: dict[Session, str] = {}
 
-    def each(act: Callable[[Session], T]) -> dict[Session, T]:
-        done = {}
+    def all_do(act: Callable[[Session], T]) -> dict[Session, T]:
+        done: dict[Session, T] = {}
         for session in sessions:
-            if session in failed:
-                continue
-            try:
-                done[session] = act(session)
-            except Exception as error:
-                if not (spare and is_out_of_memory(error)):
-                    raise
-                # The text alone: the error's traceback holds what the step had allocated.
-                failed[session] = str(error) or type(error).__name__
-            if session in failed:
-                session.optimizer.zero_grad(set_to_none=True)
+            gone = len(failed)
+            done |= each([session], act, failed if spare else None)
+            if len(failed) > gone:
+                session.optimizer.zero_grad(set_to_none=True)  # the next one may need the room
         return done
 
-    each(lambda session: session.begin_step(step))
+    all_do(lambda session: session.begin_step(step))
     ids: list[Tensor] = []
     view = 0
     for lane in lanes:
-        each(lambda session, lane=lane: session.take(step, lane))  # type: ignore[misc]
+        all_do(lambda session, lane=lane: session.take(step, lane))  # type: ignore[misc]
         ids.append(lane.ids_B)
         view = lane.view
-    logs = each(lambda session: session.end_step())
+    logs = all_do(lambda session: session.end_step())
     return {session: StepRecord(log, ids, view) for session, log in logs.items()}, failed
 
 
-def evaluate_together(sessions: Sequence[Session]) -> list[dict[str, Any]]:
-    """:meth:`Session.evaluate` of sessions with one supply: images are decoded, and the teacher runs, once for all."""
+def evaluate_together(
+    sessions: Sequence[Session], failed: dict[Session, str] | None = None
+) -> dict[Session, dict[str, Any]]:
+    """:meth:`Session.evaluate` of sessions with one supply: images are decoded, and the teacher runs, once for all.
+
+    A session that finds no memory is added to ``failed`` with what the allocator said, and has no figures; None: its
+    error is raised.
+    """
     supply = sessions[0].supply
-    train = supply.config.train
+    train, images = supply.config.train, supply.config.data
     with ExitStack() as stack:
         for session in sessions:
             stack.enter_context(session.settled())
-        networks = [session.exported() for session in sessions]
-        training = [network.training for network in networks]
-        for network in networks:
+        # With their taps: the network alone would leave those of its last batch in the hooks that are on it.
+        networks = {session: session.tapped() for session in sessions}
+        training = {network: network.training for network in networks.values()}
+        for network in training:
             network.eval()
+        logits = {session: partial(_logits, network) for session, network in networks.items()}
         batches = supply.held_out(train.eval_batch or train.lane_batch)
-        measured = accuracies(networks, batches, supply.normalize, supply.config.data.max_damaged)
-        for network, mode in zip(networks, training, strict=True):
+        measured = accuracies(
+            logits, batches, supply.normalize, images.max_damaged, held_out_name(images), failed=failed
+        )
+        for network, mode in training.items():
             network.train(mode)
-        values: list[dict[str, Any]] = [each._asdict() for each in measured]
-        readable = [number for number, session in enumerate(sessions) if session.distiller.loss.plan]
+        values: dict[Session, dict[str, Any]] = {session: found._asdict() for session, found in measured.items()}
+        readable = {session: session.distiller for session in values if session.distiller.loss.plan}
         if supply.teacher is not None and readable and train.information_rows:
             # In batches of a lane, so that held-out nats have the ceiling of those in training.
             lanes = supply.held_out(train.lane_batch)
-            distillers = [sessions[number].distiller for number in readable]
-            read = read_information(distillers, supply.teacher, lanes, supply.normalize, train.information_rows)
-            for number, information in zip(readable, read, strict=True):
-                values[number] |= information
-    return values
+            read = read_information(readable, supply.teacher, lanes, supply.normalize, train.information_rows, failed)
+            for session, information in read.items():
+                values[session] |= information
+    return {session: found for session, found in values.items() if session not in (failed or {})}
+
+
+def _logits(tapped: TappedModel, images_BCHW: Tensor) -> Tensor:
+    return tapped(images_BCHW)[0]

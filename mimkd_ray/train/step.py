@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.mimkd import LossOutput, MIMKDLoss
 from mimkd_ray.models.taps import TappedModel, TapShape
+from mimkd_ray.seeds import derive
 from mimkd_ray.train.context import all_sum
 from mimkd_ray.train.teacher import canonical
 
@@ -158,28 +159,26 @@ class LaneNorms:
 
 
 def data_parallel(module: nn.Module) -> DistributedDataParallel:
-    """DDP whose arithmetic is the same after a restart, and that leaves buffers alone. Call it before ``compile``.
+    """Wrap ``module`` in DDP with the same arithmetic after a restart, buffers left alone. Call it before ``compile``.
 
-    DDP re-orders its buckets after the first backward of a process, and with three or more ranks the order decides how
-    sums are rounded: a resumed run would drift from an undisturbed one. So a first backward is rehearsed here, on a sum
-    of zeros, and every step of every start uses the order that comes of it (last parameters first, as in a real
-    backward). Batch-norm statistics belong to lanes and are averaged by :class:`LaneNorms`.
+    With find_unused_parameters a parameter may go without a gradient, always or in some steps (a layer that the
+    network has and does not use, a lane without a valid negative), and several workers then train as one does. DDP
+    also keeps the buckets that it made at the start. Otherwise it deals gradients to other buckets after the first
+    backward of a process, and with three or more ranks the place in a bucket decides how a sum is rounded: a resumed
+    run would drift from an undisturbed one. It costs a walk through the graph of a step's last lane and the sum of one
+    integer for each parameter. Where every parameter has a gradient, torch warns once that the option may be left out.
+
+    Batch-norm statistics belong to lanes and are averaged by :class:`LaneNorms`.
     """
     # torch 2.15 renames the option and warns about the old name.
     new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     options: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-    model = DistributedDataParallel(module, **options)
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    module.forward = lambda: torch.stack([0.0 * parameter.sum() for parameter in trained]).sum()
-    model().backward()
-    del module.forward  # the class's own is back
-    module.zero_grad(set_to_none=True)
-    return model
+    return DistributedDataParallel(module, find_unused_parameters=True, **options)
 
 
 def seed_lane(seed: int, step: int, lane: int) -> None:
     """Seed the model's own random numbers (dropout and such) for one lane of one step."""
-    torch.manual_seed((seed * 1_000_003 + step) * 4_099 + lane)
+    torch.manual_seed(derive(seed, "lane", step, lane))
 
 
 def backward_lane(

@@ -22,6 +22,7 @@ from mimkd_ray.data.views import View, make_pipeline
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
 from mimkd_ray.models.zoo import build_model
+from mimkd_ray.seeds import derive
 from mimkd_ray.train import cache_setup, cache_units
 from mimkd_ray.train.cache_build import build
 from mimkd_ray.train.cache_setup import Setup, shards_of
@@ -49,7 +50,7 @@ def test_features_are_the_teachers(tmp_path: Path) -> None:
     built = build_here(config)
     assert list(built.keys) == LABELS
     assert (built.rows, built.views, built.damaged) == (60, 2, 0)
-    torch.manual_seed(config.train.seed + 2)
+    torch.manual_seed(derive(config.train.seed, "teacher"))
     network = build_model("cifar/resnet8_w4", 10).eval()
     taps: dict[str, torch.Tensor] = {}
     modules = dict(network.named_modules())

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,11 +10,12 @@ import torch.distributed as dist
 from ranks import start_ranks
 from tiny_run import cpu, tiny_config, tiny_data
 
+from mimkd_ray.data.dataset import DataConfig
 from mimkd_ray.data.loader import LaneBatch, eval_batches
 from mimkd_ray.data.views import make_pipeline
-from mimkd_ray.errors import DamagedDataError
+from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.models.zoo import build_model
-from mimkd_ray.train.evaluate import accuracy
+from mimkd_ray.train.evaluate import GRADIENT_IMAGES, accuracy, held_out_name
 from mimkd_ray.train.session import Session
 from mimkd_ray.train.step import Normalizer
 
@@ -56,6 +59,28 @@ def test_too_many_damaged_images_stop_the_run() -> None:
     assert accuracy(_logits, [_batch(8, ("x.jpg", "y.jpg"))], _normalizer(), max_damaged=0.2).damaged == 2
 
 
+@pytest.mark.parametrize("batches", [[], [_batch(0)], [_batch(0, ("x.jpg", "y.jpg"))]])
+def test_a_set_without_images_is_named_with_the_remedy(batches: list[LaneBatch]) -> None:
+    damaged = sum(len(batch.damaged) for batch in batches)
+    said = (
+        rf"validation set of data \(data.val_split 'test'\) gave no images.* {damaged} .*--data\.val-split.*--data\.ho"
+    )
+    name = held_out_name(DataConfig(root="data", val_split="test"))
+    with pytest.raises(UserError, match=said):
+        accuracy(_logits, batches, _normalizer(), max_damaged=1.0, name=name)
+
+
+def test_the_held_out_set_is_named_in_a_run() -> None:
+    """Of a holdout, all of whose images are damaged and may be so."""
+    config = tiny_config(data={"holdout": 0.1, "max_damaged": 1.0}, loss={"preset": "paper"})
+    session = Session(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    session.supply.held_out = lambda _: iter([_batch(0, ("x.jpg",))])  # type: ignore[method-assign]
+    with pytest.raises(
+        UserError, match=r"held-out part of digits \(data.holdout 0.1 of split 'train'\) gave no images"
+    ):
+        session.evaluate()
+
+
 def _rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
@@ -83,11 +108,33 @@ def test_every_number_of_workers_measures_the_same(tmp_path: Path) -> None:
         assert other[3] == found[0][3] == 450
 
 
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_an_evaluation_keeps_no_activations(ema_decay: float) -> None:
+    """Counted by weak references to what the tapped layers of the evaluated network return."""
+    config = tiny_config(train={"ema_decay": ema_decay, "information_rows": 0})
+    session = Session(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    layers = dict(session.exported().named_modules())
+    names = session.distiller.student.names
+    seen: list[weakref.ref[torch.Tensor]] = []
+    handles = [layers[name].register_forward_hook(lambda m, i, out: seen.append(weakref.ref(out))) for name in names]
+    session.evaluate()
+    assert len(seen) == 3 * len(names) > 0, "450 rows in batches of 150"
+    gc.collect()
+    assert not [ref for ref in seen if ref() is not None]
+    for handle in handles:
+        handle.remove()
+
+
 def test_information_is_read_over_all_pairs_in_evaluation_mode_and_leaves_no_trace() -> None:
-    config = tiny_config(loss={"preset": "paper"}, train={"lane_batch": 25})
+    config = tiny_config(loss={"preset": "paper"}, data={"subset": 100}, train={"lane_batch": 50})
     session = Session(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
     state = {name: value.clone() for name, value in session.distiller.state_dict().items()}
+    graphs: list[int] = []
+    layer = dict(session.exported().named_modules())["stage3"]
+    handle = layer.register_forward_hook(lambda m, i, out: graphs.append(len(out)) if out.requires_grad else None)
     values = session.evaluate()
+    handle.remove()
+    assert graphs == [GRADIENT_IMAGES] == [32], "no graph of the other images of the batch, nor of any other batch"
     assert session.distiller.training
     for name, value in session.distiller.state_dict().items():
         assert torch.equal(value, state[name]), name
@@ -97,7 +144,7 @@ def test_information_is_read_over_all_pairs_in_evaluation_mode_and_leaves_no_tra
     session.distiller.eval()
     total = torch.zeros(())
     assert session.teacher is not None
-    for batch in session.held_out(25):
+    for batch in session.held_out(50):
         images = session.normalize(batch.images_BCHW)
         with torch.no_grad():
             teacher = session.teacher.features(images).vectors["pool"]
@@ -109,4 +156,15 @@ def test_information_is_read_over_all_pairs_in_evaluation_mode_and_leaves_no_tra
             nats = scores.diagonal().mean() - off.logsumexp(0) + torch.tensor(float(len(off))).log()
             total += nats * len(batch)
     assert values["global/pool-pool/nats"] == pytest.approx(float(total) / 450, rel=1e-4)
-    assert values["feature/stage3-stage3/grad_norm"] > 0
+
+    # And the gradient of a term on the first 32 images, as a run of so few would have it.
+    first = next(session.held_out(32))
+    images = session.normalize(first.images_BCHW)
+    seen = session.teacher.features(images)
+    output, _ = session.distiller.output(images, first.labels_B, first.ids_B, seen, reading=True)
+    for name in ("ce", "feature/stage3-stage3"):
+        session.distiller.zero_grad()
+        output.terms[name].backward(retain_graph=True)
+        grads = [p.grad.flatten() for p in session.distiller.student.parameters() if p.grad is not None]
+        assert values[f"{name}/grad_norm"] == pytest.approx(float(torch.cat(grads).norm()), rel=1e-4)
+        assert values[f"{name}/grad_norm"] > 0

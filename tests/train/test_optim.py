@@ -20,15 +20,30 @@ def test_step_schedule_is_torchs_multi_step() -> None:
         reference.step()
 
 
-def test_cosine_schedule_is_torchs_and_ends_at_min_lr() -> None:
+def test_cosine_schedule_is_torchs_and_has_min_lr_at_the_last_step() -> None:
+    """torch's is defined by the steps between its first and its last value."""
     config = OptimConfig(lr=0.2, schedule="cosine", min_lr=0.01)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
-    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10 * 5, eta_min=0.01)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10 * 5 - 1, eta_min=0.01)
     for step in range(50):
         assert learning_rate(config, step, 5, 10) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         optimizer.step()
         reference.step()
-    assert learning_rate(config, 50, 5, 10) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 1.0, 2.5, 0.7])
+@pytest.mark.parametrize("steps_per_epoch", [1, 5, 10, 1251])
+def test_the_last_step_of_a_cosine_has_min_lr_exactly(warmup: float, steps_per_epoch: int) -> None:
+    config = OptimConfig(lr=0.3, schedule="cosine", min_lr=0.007, warmup_epochs=warmup)
+    last = 4 * steps_per_epoch - 1
+    assert learning_rate(config, last, steps_per_epoch, 4) == 0.007
+    assert learning_rate(config, last - 1, steps_per_epoch, 4) > 0.007
+    assert learning_rate(config, last + 1, steps_per_epoch, 4) == 0.007, "it rises no more"
+
+
+def test_a_cosine_of_one_step_keeps_lr() -> None:
+    assert learning_rate(OptimConfig(lr=0.3, schedule="cosine"), 0, 1, 1) == 0.3
+    assert learning_rate(OptimConfig(lr=0.3, schedule="cosine", warmup_epochs=3), 3, 1, 4) == 0.3
 
 
 def test_warmup_rises_linearly_to_the_peak_and_the_cosine_starts_there() -> None:
@@ -36,7 +51,8 @@ def test_warmup_rises_linearly_to_the_peak_and_the_cosine_starts_there() -> None
     warm = [learning_rate(config, step, 5, 12) for step in range(10)]
     assert warm == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert learning_rate(config, 10, 5, 12) == pytest.approx(1.0)
-    assert learning_rate(config, 35, 5, 12) == pytest.approx(0.5)  # half of the ten epochs after warm-up
+    # Step 34.5 is in the middle of steps 10 to 59.
+    assert sum(learning_rate(config, step, 5, 12) for step in (34, 35)) / 2 == pytest.approx(0.5)
 
 
 def test_constant_schedule() -> None:
