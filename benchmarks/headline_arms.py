@@ -35,9 +35,7 @@ BASELINES: dict[str, LossConfig] = {
 """The student alone, KD, and what the default was in release 0.1."""
 
 SIDES: dict[str, LossConfig] = {
-    "linear_both_3": _loss(
-        **{**LANE, "global_weight": 3.0}, critic=CriticConfig(teacher="linear", student="linear")
-    ),
+    "linear_both_3": _loss(**{**LANE, "global_weight": 3.0}, critic=CriticConfig(teacher="linear", student="linear")),
     "frozen_3": _loss(**{**LANE, "global_weight": 3.0}),
     "frozen": _loss(**LANE),
     "queue_same_class_kept": _loss(**{**BASE, "same_class": "keep"}),

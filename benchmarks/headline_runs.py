@@ -72,7 +72,11 @@ def make_twin(source: Path, target: Path) -> None:
         elif seen[label] <= PER_CLASS + CHOOSE_PER_CLASS:
             choose.append(row)
     test = pq.read_table(sorted(source.glob("test-*.parquet"))[0]).slice(0, TEST_ROWS)
-    for split, table in (("train", whole.take(pa.array(train))), ("choose", whole.take(pa.array(choose))), ("test", test)):
+    for split, table in (
+        ("train", whole.take(pa.array(train))),
+        ("choose", whole.take(pa.array(choose))),
+        ("test", test),
+    ):
         pq.write_table(table, target / f"{split}-00000.parquet", row_group_size=500)
 
 
@@ -101,7 +105,9 @@ def twin(root: Path, teacher: str, student: str, epochs: int, seed: int) -> Conf
     )
 
 
-def protocol(pair: tuple[str, str], data: str, teacher: str, epochs: int, batch: int, seed: int, holdout: float) -> Config:
+def protocol(
+    pair: tuple[str, str], data: str, teacher: str, epochs: int, batch: int, seed: int, holdout: float
+) -> Config:
     """A run on all of CIFAR-100 with a live teacher and a cosine schedule."""
     base = cifar100("headline", *pair)
     return replace(

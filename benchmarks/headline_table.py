@@ -53,7 +53,11 @@ class Study:
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the table, in the order of the arms."""
-        key = "test" if any(f.get("test") is not None for runs in self.runs.values() for f in runs.values()) else "held_out"
+        key = (
+            "test"
+            if any(f.get("test") is not None for runs in self.runs.values() for f in runs.values())
+            else "held_out"
+        )
         header = ["arm", "seeds", "held-out %", "test %", *(f"- {other}" for other in AGAINST), "nats / ceiling", "s"]
         found = []
         for arm, runs in self.runs.items():
@@ -83,7 +87,13 @@ class Study:
 
     def write(self, file: Path, complete: bool) -> None:
         """Everything as JSON."""
-        value = {"name": self.name, "complete": complete, "runs": self.runs, "machine": machine(), "versions": versions()}
+        value = {
+            "name": self.name,
+            "complete": complete,
+            "runs": self.runs,
+            "machine": machine(),
+            "versions": versions(),
+        }
         file.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 

@@ -29,10 +29,11 @@ import torch
 from report import Targets, finish, parser, table
 from torch import Tensor, nn
 
-from mimkd_ray.losses.config import Kind, LossConfig
+from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.crd import CRD, NEGATIVES, TEMPERATURE, TrainingRows
 from mimkd_ray.losses.features import Features
-from mimkd_ray.losses.mimkd import MIMKDLoss, Term
+from mimkd_ray.losses.mimkd import MIMKDLoss
+from mimkd_ray.losses.presets import Kind
 from mimkd_ray.losses.rival import RivalTaps, Side, TapPair
 
 VECTOR = 512

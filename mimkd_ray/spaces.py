@@ -48,7 +48,7 @@ def temperature(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
 
 
 def bound(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
-    """The bound on mutual information, and its negatives: of the lane, of earlier steps, of the step, or from the cache."""
+    """The bound on mutual information, and where its negatives are from: lane, earlier steps, step or cache."""
     options: list[Negatives] = ["all", "rolled", "queue"]
     if config.cache.reads:
         options.append("cache")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mimkd_ray.losses.config import Kind
+from mimkd_ray.losses.presets import Kind
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES, SMALL_RATE
 from mimkd_ray.train.build import KINDS, plan_taps

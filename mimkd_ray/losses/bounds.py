@@ -49,8 +49,8 @@ class BoundValue(NamedTuple):
 
 
 Bound = Callable[[Tensor, Tensor, Tensor], BoundValue]
-"""(positive_LB, negative_LBK, valid_BK) -> BoundValue. ``valid_BK`` is False for pairs to leave out; it may also differ by
-location, (L, B, K)."""
+"""(positive_LB, negative_LBK, valid_BK) -> BoundValue. ``valid_BK`` is False for pairs to leave out; it may differ by
+location as well, (L, B, K)."""
 
 
 def _masked_mean(value_LBK: Tensor, valid_BK: Tensor) -> Tensor:

@@ -133,9 +133,13 @@ class LossConfig:
         }
         on = [f"loss.{name}" for name, is_on in asked.items() if is_on]
         if on and self.resolved_negatives == "rolled":
-            raise UserError(f"{on[0]} chooses among many negatives, and loss.negatives is rolled: pass --loss.negatives all")
+            raise UserError(
+                f"{on[0]} chooses among many negatives, and loss.negatives is rolled: pass --loss.negatives all"
+            )
         if (self.soft_temperature or self.symmetric) and self.resolved_bound != "infonce":
-            raise UserError(f"{on[0]} is a form of InfoNCE, and loss.bound is {self.resolved_bound}: pass --loss.bound infonce")
+            raise UserError(
+                f"{on[0]} is a form of InfoNCE, and loss.bound is {self.resolved_bound}: pass --loss.bound infonce"
+            )
         if (self.soft_temperature or self.hard_share < 1) and self.critic.kind != "dot":
             raise UserError(f"{on[0]} reads the teacher's cosines, which the {self.critic.kind} critic has none of")
         if self.feature_negatives == "all" and self.resolved_negatives == "rolled":

@@ -34,7 +34,8 @@ class CriticConfig:
     """dot: scaled cosine of two embeddings. concat: a small network on the joined features."""
     teacher: TeacherSide | None = None
     """What the dot critic may do to teacher features. frozen: nothing; they are centred by their running mean, and the
-    student is mapped into their space. linear: one linear layer. mlp: two layers and a shortcut. Unset: the preset's."""
+    student is mapped into their space. linear: one linear layer. mlp: two layers and a shortcut. Unset: the
+    preset's."""
     student: StudentSide | None = None
     """What maps student features to where they are compared. Unset: the preset's."""
     width: int = 128

@@ -8,8 +8,8 @@ Kinds of term, after arXiv 2110.15946 (the pairing of unequal shapes and the cri
 
 Of a large map each step scores an even grid of `locations`, elsewhere each time (locations.py).
 
-Memory: the scores of all pairs at every location would be B*K*L values. Locations are scored in chunks that are computed
-again in the backward pass, so a term holds O(L*(B+K)*d).
+Memory: the scores of all pairs at every location would be B*K*L values. Locations are scored in chunks that are
+computed again in the backward pass, so a term holds O(L*(B+K)*d).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mimkd_ray.losses.bounds import BOUNDS, BoundName, BoundValue, ceiling, infonce, soft_cross_entropy
-from mimkd_ray.losses.config import Kind
 from mimkd_ray.losses.critics import Critic
 from mimkd_ray.losses.features import Features, match_sizes
 from mimkd_ray.losses.locations import draw_locations, to_locations
 from mimkd_ray.losses.precision import full_precision
+from mimkd_ray.losses.presets import Kind
 
 LOGITS = "logits"
 """The name of a tap pair's side that reads a network's logits, as a vector."""
@@ -46,7 +46,7 @@ class Term:
 
     @property
     def name(self) -> str:
-        """ "feature/layer4-stage3": unique within a loss, and fit for a tag of TensorBoard and MLflow (which refuses @)."""
+        """ "feature/layer4-stage3": unique within a loss, and fit for a tag of TensorBoard and MLflow, which has no @."""
         return f"{self.kind}/{self.teacher}-{self.student}".replace("@", ".")
 
 
@@ -65,8 +65,8 @@ class Objective(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """The teacher's side of a term: reduced features (L or 1, K, C), of which the first B of each location belong to the
-    lane's images, vectors of earlier steps (M, C), and which of all of them are negatives of which image (B, K + M)."""
+    """The teacher's side of a term: reduced features (L or 1, K, C), of which the first B of each location belong to
+    the lane's images, vectors of earlier steps (M, C), and which of all are negatives of which image (B, K + M)."""
 
     reduced_LKC: Tensor
     valid_BK: Tensor
@@ -126,10 +126,7 @@ def score_term(
         scores_lBK = critic.all_pairs(student_lBd, teacher_lKd)
         if queue is not None:
             scores_lBK = torch.cat([scores_lBK, critic.queue_pairs(student_lBd, queue)], dim=2)  # type: ignore[arg-type]
-        if pooled:
-            positive_lB = critic.paired(student_lBd, own_lBd)
-        else:
-            positive_lB = scores_lBK.diagonal(dim1=1, dim2=2)
+        positive_lB = critic.paired(student_lBd, own_lBd) if pooled else scores_lBK.diagonal(dim1=1, dim2=2)
         similarity_lBK = reverse_lBB = None
         if objective.soft_temperature or objective.hard_share < 1:
             with torch.no_grad():
@@ -167,8 +164,8 @@ def _statistics(
 ) -> Tensor:
     """Rows loss, nats, mean u, mean v, each (L,). Only the loss carries a gradient.
 
-    ``similarity_LBK``: cosines of the teacher's features of each image and of the candidates. ``reverse_LBB``: scores of
-    each teacher feature (rows) with the lane's students.
+    ``similarity_LBK``: cosines of the teacher's features of each image and of the candidates. ``reverse_LBB``: scores
+    of each teacher feature (rows) with the lane's students.
     """
     used_BK = valid_BK
     if objective.hard_share < 1:
@@ -194,8 +191,8 @@ def _statistics(
 
 
 def hardest(similarity_LBK: Tensor, valid_BK: Tensor, share: float) -> Tensor:
-    """Of the valid negatives of each image the ``share`` that its teacher feature is most like: (L, B, K). At least one;
-    of equally similar ones all."""
+    """Return which of the valid negatives of each image are among the ``share`` that its teacher feature is most like:
+    (L, B, K). At least one; of equally similar ones all."""
     among_LBK = similarity_LBK.masked_fill(~valid_BK, -torch.inf)
     counts_B1 = (valid_BK.sum(1, keepdim=True) * share).ceil().long().clamp(min=1)
     ranked_LBK = among_LBK.sort(dim=2, descending=True).values
@@ -212,9 +209,10 @@ def _by_chunks(
 ) -> Tensor:
     """Apply ``score`` to chunks of locations and join the results; chunks are recomputed in the backward pass.
 
-    ``values`` are held for the scores of one image. The scores of a chunk are at most a quarter of the embeddings' size (or one location's, if that is more), since a
-    bound holds a handful of tensors of the scores' size. Where all scores together are at most half of the
-    embeddings' size nothing is to be saved and they are computed at once.
+    ``values`` are held for the scores of one image at one location. The scores of a chunk are at most a quarter of the
+    embeddings' size (or one location's, if that is more), since a bound holds a handful of tensors of the scores' size.
+    Where all scores together are at most half of the embeddings' size nothing is to be saved and they are computed at
+    once.
     """
     locations, _, width = student_LBd.shape
     if 2 * values <= width or locations == 1:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from mimkd_ray.losses.config import Kind
+from mimkd_ray.losses.presets import Kind
 from mimkd_ray.models.stages import Stages, default_taps
 from mimkd_ray.models.taps import find_shapes
 from mimkd_ray.models.zoo import build_model

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from mimkd_ray.errors import UserError, nearest
-from mimkd_ray.losses.config import Kind
+from mimkd_ray.losses.presets import Kind
 from mimkd_ray.search.trials import Value
 from mimkd_ray.train.config import Config
 

@@ -13,10 +13,11 @@ from mimkd_ray.cache.config import CacheConfig
 from mimkd_ray.data.dataset import Data
 from mimkd_ray.data.order import Order
 from mimkd_ray.data.source import Source, ids_of
-from mimkd_ray.losses.config import Kind, LossConfig
+from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.crd import TrainingRows
 from mimkd_ray.losses.methods import RIVALS
 from mimkd_ray.losses.mimkd import MIMKDLoss
+from mimkd_ray.losses.presets import Kind
 from mimkd_ray.losses.rivals import RivalPlan
 from mimkd_ray.losses.terms import LOGITS, Term
 from mimkd_ray.models.dry_run import dry_run

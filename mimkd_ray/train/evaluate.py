@@ -159,7 +159,9 @@ class _Reading:
         self.distiller, self.training = distiller, distiller.training
         distiller.eval()
         self.names = [term.name for term in distiller.loss.plan]
-        queued = {term.name for term in distiller.loss.plan if distiller.loss.queue is not None and term.kind != "feature"}
+        queued = {
+            term.name for term in distiller.loss.plan if distiller.loss.queue is not None and term.kind != "feature"
+        }
         self.read = {
             name: ("nats", "ceiling", *(("lane_nats", "lane_ceiling") if name in queued else ())) for name in self.names
         }

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.config import Kind, LossConfig
+from mimkd_ray.losses.config import LossConfig
+from mimkd_ray.losses.presets import Kind
 from mimkd_ray.losses.terms import Term
 from mimkd_ray.models.stages import Stages
 from mimkd_ray.models.taps import TapShape

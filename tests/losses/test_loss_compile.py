@@ -44,7 +44,9 @@ class Distilled(nn.Module):
 
 def make_module(width: int, kind: str = "dot", **fields) -> Distilled:
     torch.manual_seed(0)
-    return Distilled(LossConfig(**{"preset": "two_sided", "critic": CriticConfig(kind=kind, width=width)} | fields)).double()
+    return Distilled(
+        LossConfig(**{"preset": "two_sided", "critic": CriticConfig(kind=kind, width=width)} | fields)
+    ).double()
 
 
 def make_lane(seed: int) -> tuple[torch.Tensor, ...]:

@@ -240,7 +240,9 @@ def test_schedules_scale_the_terms_alone(schedule: str) -> None:
 
 
 def test_frozen_sides_have_nothing_to_learn_and_wide_ones_keep_angles() -> None:
-    critic = DotCritic(64, 5, CriticConfig(teacher="frozen", student="linear", frozen_width=32, learn_temperature=False))
+    critic = DotCritic(
+        64, 5, CriticConfig(teacher="frozen", student="linear", frozen_width=32, learn_temperature=False)
+    )
     assert not list(critic.teacher.parameters())
     assert {name for name, _ in critic.named_parameters()} == {"student.weight", "student.bias", "bias"}
     side = critic.teacher
@@ -306,7 +308,7 @@ class ExactCritic(DotCritic):
 
 
 def test_a_queue_reads_eight_nats_of_gaussians_and_a_lane_cannot() -> None:
-    """20 dimensions with rho = 0.7421 have 8 nats; the best critic is known, so only the candidates limit the reading."""
+    """20 dimensions with rho = 0.7421 have 8 nats; the best critic is known: only the candidates limit the reading."""
     d, rho, queue, lanes = 20, 0.7421, 16_384, 24
     torch.manual_seed(0)
     critic = ExactCritic(rho, d)
@@ -348,7 +350,10 @@ def test_mixed_labels_leave_no_class_out() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"soft_temperature": 0.1, "bound": "jsd"}, "loss.soft_temperature is a form of InfoNCE, and loss.bound is jsd"),
+        (
+            {"soft_temperature": 0.1, "bound": "jsd"},
+            "loss.soft_temperature is a form of InfoNCE, and loss.bound is jsd",
+        ),
         ({"symmetric": True, "preset": "paper"}, "loss.symmetric chooses among many negatives"),
         ({"hard_share": 0.0}, "loss.hard_share is 0.0"),
         ({"hard_share": 0.5, "critic": CriticConfig(kind="concat")}, "reads the teacher's cosines"),

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from mimkd_ray.losses.config import Kind, LossConfig
+from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.critics import CriticConfig
 from mimkd_ray.losses.features import Features, Others
 from mimkd_ray.losses.mimkd import MIMKDLoss
+from mimkd_ray.losses.presets import Kind
 from mimkd_ray.losses.terms import Term
 
 B, M, CT, CS = 4, 7, 5, 3

@@ -16,9 +16,9 @@ from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.kd import kd_loss
 from mimkd_ray.losses.methods import RIVALS, Method
 from mimkd_ray.losses.mimkd import MIMKDLoss
-from mimkd_ray.losses.terms import Term
 from mimkd_ray.losses.rival import RivalTaps
 from mimkd_ray.losses.rivals import RivalPlan
+from mimkd_ray.losses.terms import Term
 
 OWN_LOSS = [method for method in RIVALS if method != "kd"]
 TERM = Term(kind="global", teacher="tv", student="sv", weight=0.3, teacher_channels=6, student_channels=3)

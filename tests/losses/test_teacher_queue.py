@@ -37,7 +37,9 @@ def test_moves_with_the_loss_and_stays_in_half_precision() -> None:
     queue.double()
     assert queue.vectors("t").dtype == torch.float16
     assert queue.vectors("t")[0].tolist() == [1.5, -2.25]
-    assert queue.vectors("t")[1].tolist() == [65504.0, -65504.0], "what half precision cannot hold is its largest number"
+    assert queue.vectors("t")[1].tolist() == [65504.0, -65504.0], (
+        "what half precision cannot hold is its largest number"
+    )
     assert len(queue.vectors("t", 1)) == 1
     again = TeacherQueue(4, {"t": 2})
     again.load_state_dict(queue.state_dict())

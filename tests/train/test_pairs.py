@@ -80,7 +80,10 @@ def test_logits_are_a_tap_without_a_layer() -> None:
     teacher, student = build_model("cifar/resnet20", 10), build_model("cifar/resnet8", 10)
     config = LossConfig(feature_weight=0, global_pairs=("pool:pool", "logits:logits:0.5"))
     plan = plan_taps(config, teacher, student, 32)
-    assert [(t.teacher, t.teacher_channels, t.student_channels) for t in plan.terms] == [("pool", 64, 64), ("logits", 10, 10)]
+    assert [(t.teacher, t.teacher_channels, t.student_channels) for t in plan.terms] == [
+        ("pool", 64, 64),
+        ("logits", 10, 10),
+    ]
     assert plan.teacher_taps() == (["pool"], [])
     assert plan.student_taps() == (["pool"], [])
     assert config.uses_logits
@@ -107,7 +110,10 @@ def test_pairs_of_inputs() -> None:
     ("pairs", "message"),
     [
         ({"feature_pairs": ("pool:stage3",)}, "needs a map, and teacher layer 'pool' gives a vector of 64"),
-        ({"local_pairs": ("pool:pool",), "local_weight": 0.1}, "needs a map, and student layer 'pool' gives a vector of 64"),
+        (
+            {"local_pairs": ("pool:pool",), "local_weight": 0.1},
+            "needs a map, and student layer 'pool' gives a vector of 64",
+        ),
         ({"feature_pairs": ("stage9:stage3",)}, "'stage9' not found"),
         ({"feature_pairs": ("stage3:stag3@input",)}, "'stag3' not found"),
         ({"feature_pairs": ("head@input:stage3",)}, "needs a map, and teacher layer 'head@input' gives a vector of 64"),
