@@ -35,6 +35,7 @@ from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.mimkd import MIMKDLoss
 from mimkd_ray.losses.presets import Kind
 from mimkd_ray.losses.rival import RivalTaps, Side, TapPair
+from mimkd_ray.losses.terms import Term
 
 VECTOR = 512
 

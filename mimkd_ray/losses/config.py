@@ -159,13 +159,11 @@ class LossConfig:
     def resolved_critic(self) -> CriticConfig:
         """The critic in force."""
         own, preset = self.critic, PRESETS[self.preset]
-        learn = own.learn_temperature
-        sides = {"teacher": own.teacher or preset.teacher, "student": own.student or preset.student}
-        return replace(
-            own,
-            learn_temperature=preset.learn_temperature if learn is None else learn,
-            **(sides if own.kind == "dot" else {}),
-        )
+        if own.learn_temperature is None:
+            own = replace(own, learn_temperature=preset.learn_temperature)
+        if own.kind == "concat":
+            return own
+        return replace(own, teacher=own.teacher or preset.teacher, student=own.student or preset.student)
 
     @property
     def resolved_negatives(self) -> Negatives:

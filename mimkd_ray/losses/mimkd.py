@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.config import LossConfig, Negatives
+from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.crd import TrainingRows
 from mimkd_ray.losses.critics import Critic, build_critic
 from mimkd_ray.losses.features import Features, in_full_precision
 from mimkd_ray.losses.kd import kd_loss
 from mimkd_ray.losses.methods import RIVALS
 from mimkd_ray.losses.precision import full_precision
+from mimkd_ray.losses.presets import Negatives
 from mimkd_ray.losses.rivals import RivalPlan, build_rival
 from mimkd_ray.losses.sides import FrozenSide
 from mimkd_ray.losses.teacher_queue import NO_LABEL, TeacherQueue

@@ -64,8 +64,8 @@ class Projection(nn.Module):
 
 
 class Centred(NamedTuple):
-    """Many teacher vectors, centred and of unit length, without a copy of them: the vectors as they are, their mean, and
-    one over the length of each after centring."""
+    """Many teacher vectors, centred and of unit length, without a copy of them: the vectors as they are, their mean,
+    and one over the length of each after centring."""
 
     raw_Md: Tensor
     mean_d: Tensor

@@ -46,7 +46,7 @@ class Term:
 
     @property
     def name(self) -> str:
-        """ "feature/layer4-stage3": unique within a loss, and fit for a tag of TensorBoard and MLflow, which has no @."""
+        """ "feature/layer4-stage3": unique within a loss; TensorBoard and MLflow take it as a tag, which has no @."""
         return f"{self.kind}/{self.teacher}-{self.student}".replace("@", ".")
 
 
