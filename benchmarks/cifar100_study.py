@@ -24,31 +24,20 @@ import time
 from pathlib import Path
 
 import torch
+from deadline import Deadline
 from report import parser, refresh
 from study_arms import ABLATIONS, METHODS
 from study_plan import SHORT, Plan, by_protocol, short
 from study_table import Study
 
 from mimkd_ray.errors import Interrupted
-from mimkd_ray.launch.local import LocalContext, pick_device
+from mimkd_ray.launch.local import pick_device
 from mimkd_ray.recipes import CIFAR_RECIPES
 from mimkd_ray.train.config import LaunchConfig
 from mimkd_ray.train.job import run_job
 
 FIRST = "resnet32x4_resnet8x4"
 SHORT_METHODS = ("alone", "kd", "crd", "mimkd_paper", "mimkd", "mimkd_kd")
-
-
-class Deadline(LocalContext):
-    """A plain process that asks itself to stop at a time."""
-
-    def __init__(self, device: torch.device, at: float) -> None:
-        super().__init__(device)
-        self.at = at
-
-    def stop_requested(self) -> bool:
-        """Whether SIGTERM has come, or the time."""
-        return super().stop_requested() or time.monotonic() > self.at
 
 
 def options() -> argparse.Namespace:

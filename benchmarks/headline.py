@@ -23,15 +23,17 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from headline_arms import ARMS
+from headline_arms import ARMS, FIRST
 from headline_runs import Pack, cache_for, make_twin, protocol, train_together, twin
 from headline_table import Study
 from report import parser, refresh
 
 from mimkd_ray.errors import Interrupted
+from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.recipes import CIFAR_PAIRS
 
 
@@ -41,7 +43,7 @@ def options() -> argparse.Namespace:
     made.add_argument("--teacher", type=Path, required=True, metavar="FILE", help="the teacher's weights")
     made.add_argument("--root", type=Path, default=Path("runs/headline"), help="where runs are kept")
     made.add_argument("--small", action="store_true", help="the twin, for a CPU")
-    made.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    made.add_argument("--arms", nargs="+", choices=ARMS, default=[], help="(default: all of the twin, else eight)")
     made.add_argument("--seeds", type=int, default=0, help="students of each arm (default: 3 of the twin, else 1)")
     made.add_argument("--seed", type=int, default=0, help="the first seed")
     made.add_argument("--epochs", type=int, default=0, help="of a student (default: 30 of the twin, else 40)")
@@ -59,7 +61,8 @@ def options() -> argparse.Namespace:
 def packs(args: argparse.Namespace) -> Iterator[Pack]:
     """The packs in order: all arms of a seed before the next one's."""
     root, teacher = args.root.resolve(), str(args.teacher.resolve())
-    size = args.pack or (3 if args.small else len(args.arms))
+    arms = args.arms or list(ARMS if args.small else FIRST)
+    size = args.pack or (3 if args.small else len(arms))
     for seed in range(args.seed, args.seed + (args.seeds or (3 if args.small else 1))):
         if args.small:
             base = twin(root, teacher, args.student, args.epochs or 30, seed)
@@ -68,8 +71,10 @@ def packs(args: argparse.Namespace) -> Iterator[Pack]:
             pair = CIFAR_PAIRS[args.pair]
             base = protocol(pair, str(args.data), teacher, args.epochs or 40, args.batch, seed, args.holdout)
             name = f"{args.pair}-{args.epochs or 40}{'-choose' if args.holdout else ''}"
-        for first in range(0, len(args.arms), size):
-            losses = {arm: ARMS[arm] for arm in args.arms[first : first + size]}
+        for first in range(0, len(arms), size):
+            losses = {arm: ARMS[arm] for arm in arms[first : first + size]}
+            if not args.small:
+                losses = {arm: replace(loss, queue=LossConfig.queue) for arm, loss in losses.items()}
             yield Pack(name, base, losses, root)
 
 

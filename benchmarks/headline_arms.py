@@ -31,8 +31,9 @@ BASELINES: dict[str, LossConfig] = {
     "two_sided_fixed_temperature": _two_sided(learn_temperature=False),
     "two_sided_clamp_0.05": _two_sided(min_temperature=0.05),
     "two_sided_kd": replace(_two_sided(), kd_weight=0.9),
+    "crd": _loss(name=("crd",)),
 }
-"""The student alone, KD, and what the default was in release 0.1."""
+"""The student alone, KD, what the default was in release 0.1, and CRD."""
 
 SIDES: dict[str, LossConfig] = {
     "linear_both_3": _loss(**{**LANE, "global_weight": 3.0}, critic=CriticConfig(teacher="linear", student="linear")),
@@ -74,6 +75,10 @@ WITH_LOGITS: dict[str, LossConfig] = {
     "kd_0.9_ce_0.1": _loss(**BASE, kd_weight=0.9, ce_weight=0.1),
     "dkd": _loss(**BASE, name=("mimkd", "dkd"), rival_warmup=3.0),
     "dist": _loss(**BASE, name=("mimkd", "dist")),
+    "best": _loss(preset="best"),
 }
+
+FIRST = ("alone", "kd", "two_sided", "queue", "feature_3", "best", "feature_3_all_locations", "dist")
+"""The eight arms that a GPU trains first."""
 
 ARMS: dict[str, LossConfig] = BASELINES | SIDES | OPTIONS | TERMS | OVER_TIME | WITH_LOGITS

@@ -8,6 +8,7 @@ from typing import Any
 
 from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.methods import RIVALS
+from mimkd_ray.losses.presets import Kind
 from mimkd_ray.train.config import Config
 
 Change = Callable[[LossConfig], LossConfig]
@@ -20,11 +21,14 @@ def _set(**fields: Any) -> Change:
 METHODS: dict[str, Change] = {
     "alone": _set(name=()),
     "mimkd_paper": _set(preset="paper"),
-    "mimkd": _set(preset="accuracy"),
-    "mimkd_kd": _set(preset="accuracy", kd_weight=0.9),
+    "mimkd": _set(preset="two_sided"),
+    "mimkd_kd": _set(preset="two_sided", kd_weight=0.9),
+    "accuracy": _set(preset="accuracy"),
+    "best": _set(preset="best"),
     **{rival: _set(name=(rival,)) for rival in RIVALS},
 }
-"""The loss of each. mimkd_kd has the whole cross-entropy, as MIMKD has, and KD at its published 0.9."""
+"""The loss of each. mimkd is the default of release 0.1, with critics that learn on both sides; mimkd_kd has the whole
+cross-entropy, as that has, and KD at its published 0.9. accuracy and best are today's presets (headline.py)."""
 
 ABLATIONS: dict[str, Change] = {
     "feature_only": _set(global_weight=0.0, local_weight=0.0),
@@ -49,10 +53,9 @@ def tuned(config: Config, method: str, factor: float) -> Config:
     loss = config.loss
     if method == "alone":
         return replace(config, optim=replace(config.optim, lr=config.optim.lr * factor**0.5))
-    if method.startswith("mimkd"):
-        weights = {
-            f"{kind}_weight": getattr(loss, f"{kind}_weight") * factor for kind in ("global", "local", "feature")
-        }
+    if "mimkd" in loss.name:
+        kinds: tuple[Kind, ...] = ("global", "local", "feature")
+        weights = {f"{kind}_weight": loss.weight(kind) * factor for kind in kinds}
         return replace(config, loss=replace(loss, **weights))
     return replace(config, loss=replace(loss, rival_weight=loss.rival_weight * factor))
 

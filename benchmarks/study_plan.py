@@ -47,7 +47,7 @@ class Plan:
             data=replace(base.data, subset_seed=seed),
         )
         if method in ABLATIONS:
-            base = tuned(base, "mimkd", factor)
+            base = tuned(replace(base, loss=METHODS["mimkd"](base.loss)), "mimkd", factor)
             return replace(base, loss=ABLATIONS[method](base.loss))
         return tuned(replace(base, loss=METHODS[method](base.loss)), method, factor)
 

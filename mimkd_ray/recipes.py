@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from mimkd_ray.data.dataset import DataConfig
 from mimkd_ray.losses.config import LossConfig
-from mimkd_ray.losses.critics import CriticConfig
 from mimkd_ray.models.zoo import ModelConfig
 from mimkd_ray.train.config import CompareConfig, Config, LaunchConfig, TrainConfig
 from mimkd_ray.train.files import RunConfig
@@ -38,12 +37,7 @@ def demo() -> Config:
         data=DataConfig(root="digits", subset=200, pipeline="none"),
         teacher=TeacherConfig(name="cifar/resnet20", train=True, epochs=12, lr=0.1),
         student=ModelConfig(name="cifar/resnet8_w4"),
-        loss=LossConfig(
-            feature_weight=0.1,
-            local_pairs=("pool:stage3",),
-            feature_pairs=("stage3:stage3",),
-            critic=CriticConfig(width=64),
-        ),
+        loss=LossConfig(global_weight=1.0, feature_weight=0.3, feature_pairs=("stage3:stage3",), queue=1024),
         optim=OptimConfig(lr=0.2, schedule="cosine", warmup_epochs=5, weight_decay=5e-4),
         train=TrainConfig(epochs=60, lanes=2, lane_batch=25, eval_every=0),
         compare=CompareConfig(seeds=10, arms=("alone", "kd", "mimkd"), kd_weight=0.5),

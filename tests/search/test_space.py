@@ -125,7 +125,13 @@ def test_a_temperature_only_where_there_is_one() -> None:
     dot = _Fixed(**{"critic.temperature": 0.02})
     config = build(dot)  # type: ignore[arg-type]
     assert config.loss.critic.temperature == 0.02
-    assert dot.asked[2:] == ["critic.learn_temperature", "critic.temperature"]
+    assert dot.asked == [
+        "critic.kind",
+        "critic.teacher",
+        "critic.student",
+        "critic.learn_temperature",
+        "critic.temperature",
+    ]
 
 
 def test_no_pair_chosen_turns_feature_terms_off_and_asks_for_no_weight() -> None:
@@ -137,7 +143,7 @@ def test_no_pair_chosen_turns_feature_terms_off_and_asks_for_no_weight() -> None
     assert not any("feature_weight" in name for name in none.asked)
     one = build(_Fixed(**{"feature a:b": False, "global terms": False}))  # type: ignore[arg-type]
     assert one.loss.feature_pairs == ("c:d",)
-    assert (one.loss.global_weight, one.loss.feature_weight) == (0.0, 3.0)
+    assert (one.loss.global_weight, one.loss.feature_weight) == (0.0, 30.0)
 
 
 def test_a_student_alone_is_not_drawn() -> None:
@@ -146,7 +152,7 @@ def test_a_student_alone_is_not_drawn() -> None:
     build = compose([SPACES["taps"], SPACES["kd"], SPACES["weights"]], tiny_config(), Candidates((), ("v:b",), {}))
     alone = _Fixed(kd=False, **off)
     loss = build(alone).loss  # type: ignore[arg-type]
-    assert (loss.global_weight, loss.local_weight, loss.feature_weight) == (0.0, 3.0, 0.0)
+    assert (loss.global_weight, loss.local_weight, loss.feature_weight) == (0.0, 30.0, 0.0)
     assert alone.asked == ["kd", "global terms", "local_weight"]
     with_kd = build(_Fixed(kd=True, **off)).loss  # type: ignore[arg-type]
     assert (with_kd.uses_features, with_kd.kd_weight) == (False, 3.0)

@@ -69,3 +69,17 @@ def test_more_workers_than_lanes_is_refused_with_the_remedy() -> None:
     config = tiny_config()
     with pytest.raises(UserError, match=r"launch\.workers is 3 and train\.lanes 2.*--train\.lanes 3"):
         replace(config, launch=replace(config.launch, workers=3))
+
+
+def test_a_config_of_release_0_1_means_what_it_meant() -> None:
+    """Its preset `accuracy` had critics that learn on both sides, a learned temperature, and the lane's negatives."""
+    value = to_dict(tiny_config(loss={"preset": "accuracy", "global_weight": 0.1}))
+    assert from_dict(Config, value).loss.preset == "accuracy"
+    for name in ("teacher", "student", "frozen_width"):
+        del value["loss"]["critic"][name]
+    for name in ("queue", "same_class", "hard_share", "soft_temperature", "symmetric", "schedule", "pair_weights"):
+        del value["loss"][name]
+    loss = from_dict(Config, value).loss
+    critic = loss.resolved_critic
+    assert (critic.teacher, critic.student, critic.learn_temperature) == ("mlp", "mlp", True)
+    assert (loss.resolved_negatives, loss.resolved_same_class, loss.weight("global")) == ("all", "keep", 0.1)
