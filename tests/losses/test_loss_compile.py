@@ -79,6 +79,7 @@ def gradients_of(module: Distilled, call, lane) -> dict[str, torch.Tensor]:
         pytest.param(8, {"preset": "paper"}, id="rolled"),
         pytest.param(8, {"bound": "jsd", "kind": "concat"}, id="concat"),
         pytest.param(8, {"locations": 2}, id="locations"),
+        pytest.param(8, {"preset": "best", "queue": 16, "soft_temperature": 0.2, "hard_share": 0.5}, id="queue"),
     ],
 )
 def test_compiles_without_a_graph_break(width, fields):
