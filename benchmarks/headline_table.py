@@ -58,7 +58,7 @@ class Study:
             if any(f.get("test") is not None for runs in self.runs.values() for f in runs.values())
             else "held_out"
         )
-        header = ["arm", "seeds", "held-out %", "test %", *(f"- {other}" for other in AGAINST), "nats / ceiling", "s"]
+        header = ["arm", "seeds", "held-out %", "test %", *(f"- {other}" for other in AGAINST), "nats / ceiling"]
         found = []
         for arm, runs in self.runs.items():
             held_out, test = self.top1(arm, "held_out"), self.top1(arm, "test")
@@ -70,7 +70,6 @@ class Study:
                     _spread(test.values()),
                     *(self.difference(arm, other, key) for other in AGAINST),
                     _nats(runs),
-                    f"{statistics.mean(facts['seconds'] for facts in runs.values()):.0f}",
                 ]
             )
         return header, found
@@ -103,18 +102,25 @@ def _facts(pack: Pack, arm: str, result: dict[str, Any]) -> dict[str, Any]:
     test = read_json(str(folder / "test.json"))
     held_out = result["student"]["top1"]
     chooses = pack.base.data.val_split == "choose" or pack.base.data.holdout > 0
+    trained = read_metrics(str(folder), "train")
     curve = [
-        {key: value for key, value in line.items() if isinstance(value, int | float)}
+        {key: value for key, value in line.items() if isinstance(value, int | float)} | _scales(trained, line["step"])
         for line in read_metrics(str(folder), "eval")
     ]
     return {
         "held_out": held_out if chooses else None,
         "test": test["top1"] if test is not None else None if chooses else held_out,
-        "seconds": result["seconds"] / len(pack.losses),
+        "pack_seconds": result["seconds"],
         "epochs": result["epochs"],
         "loss": asdict(pack.losses[arm]),
         "curve": curve,
     }
+
+
+def _scales(trained: Sequence[dict[str, Any]], step: int) -> dict[str, float]:
+    """One over the temperature of every term, as last logged before a step."""
+    before = [line for line in trained if line["step"] <= step]
+    return {key: value for key, value in before[-1].items() if key.endswith("/scale")} if before else {}
 
 
 def _spread(values: Iterable[float]) -> str:

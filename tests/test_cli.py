@@ -115,6 +115,7 @@ BAD: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "class count": (("--data.num-classes", "5"), ("labels up to 9", "5 classes", "--data.num-classes 10")),
     "network": (("--student.name", "cifar/resnet9"), ("cifar/resnet9", "did you mean")),
     "layer": (("--loss.feature-pairs", "stage9:stage3"), ("'stage9'", "cifar/resnet20", "mimkd_ray layers")),
+    "queue": (("--loss.queue", "9000000"), ("loss.queue is 9000000", "64 MiB", "--loss.queue")),
     "vector for a map": (("--loss.feature-pairs", "head:stage3"), ("head:stage3", "needs a map", "vector of 10")),
     "pair": (("--loss.feature-pairs", "stage3"), ("tap pair 'stage3'", "teacher_layer:student_layer")),
     "workers": (("--launch.workers", "3"), ("launch.workers is 3", "train.lanes 2", "--train.lanes 3")),

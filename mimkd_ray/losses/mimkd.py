@@ -71,6 +71,19 @@ def valid_pairs(ids_B: Tensor, negatives: Negatives) -> Tensor:
     return (ids_B != ids_B.roll(1)).unsqueeze(1)
 
 
+def queue_channels(config: LossConfig, terms: Sequence[Term]) -> dict[str, int]:
+    """Channels of the vectors that a queue of these terms keeps, by tap: those of global and local terms, after the
+    fixed part of their critic. Empty where there is no queue."""
+    if config.resolved_negatives != "queue":
+        return {}
+    frozen = config.resolved_critic.teacher == "frozen"
+    return {
+        term.teacher: min(term.teacher_channels, config.critic.frozen_width) if frozen else term.teacher_channels
+        for term in terms
+        if term.kind != "feature"
+    }
+
+
 class MIMKDLoss(nn.Module):
     """The loss of one student, with the critics of its terms, the queue of teacher vectors, and the rivals.
 
@@ -105,7 +118,8 @@ class MIMKDLoss(nn.Module):
         self.critics = nn.ModuleList(
             build_critic(critic, term.teacher_channels, term.student_channels) for term in terms
         )
-        self.queue = self._make_queue() if self.negatives == "queue" else None
+        channels = queue_channels(config, terms)
+        self.queue = TeacherQueue(config.queue, channels) if channels else None
         self.methods = tuple(plan.method for plan in rivals)
         self.rivals = nn.ModuleList(build_rival(plan, rows) for plan in rivals)
         self.lanes: list[_Lane] = []
@@ -114,15 +128,6 @@ class MIMKDLoss(nn.Module):
         self.register_buffer("warmth", torch.ones(()), persistent=False)
         self.strength: Tensor
         self.register_buffer("strength", torch.ones(()), persistent=False)
-
-    def _make_queue(self) -> TeacherQueue | None:
-        """The queue of the taps that global and local terms read, after the fixed part of their critics."""
-        channels = {}
-        for term, critic in zip(self.plan, self.critics, strict=True):
-            if term.kind != "feature":
-                side = critic.teacher
-                channels[term.teacher] = side.width if isinstance(side, FrozenSide) else term.teacher_channels
-        return TeacherQueue(self.config.queue, channels) if channels else None
 
     def begin_step(self, epoch: float, progress: float = 0.0) -> None:
         """Set what depends on the step. ``epoch``: passes over the data until now; ``progress``: share of training that

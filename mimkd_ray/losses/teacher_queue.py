@@ -38,13 +38,7 @@ class TeacherQueue(nn.Module):
     def __init__(self, size: int, channels: Mapping[str, int]) -> None:
         """``channels`` of the vectors by tap. Raises UserError for a queue of more than 64 MiB."""
         super().__init__()
-        row_bytes = 2 * sum(channels.values())
-        if size * row_bytes > MOST_BYTES:
-            raise UserError(
-                f"loss.queue is {size} and the vectors have {' + '.join(map(str, channels.values()))} channels: "
-                f"{size * row_bytes / 2**20:.0f} MiB, which every checkpoint would hold; pass --loss.queue "
-                f"{MOST_BYTES // row_bytes} or less (64 MiB)"
-            )
+        check_size(size, channels)
         self.size = size
         self.buffer_of = {tap: f"vectors{number}" for number, tap in enumerate(channels)}
         for tap, count in channels.items():
@@ -75,3 +69,14 @@ class TeacherQueue(nn.Module):
         self.ids_Q.index_copy_(0, places_N, ids_N[dropped:])
         self.labels_Q.index_copy_(0, places_N, labels_N[dropped:])
         self.pushed += len(ids_N)
+
+
+def check_size(size: int, channels: Mapping[str, int]) -> None:
+    """Raise UserError for a queue of so many vectors that its size is more than 64 MiB. ``channels`` by tap."""
+    row_bytes = 2 * sum(channels.values())
+    if size * row_bytes > MOST_BYTES:
+        raise UserError(
+            f"loss.queue is {size} and the vectors have {' + '.join(map(str, channels.values()))} channels: "
+            f"{size * row_bytes / 2**20:.0f} MiB, which every checkpoint would hold; pass --loss.queue "
+            f"{MOST_BYTES // row_bytes} or less (64 MiB)"
+        )

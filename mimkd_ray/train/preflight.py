@@ -13,6 +13,8 @@ from mimkd_ray.cache.codec import needs_calibration
 from mimkd_ray.cache.key import calibration_url, logits_entry
 from mimkd_ray.data.dataset import Data, open_data
 from mimkd_ray.errors import UserError
+from mimkd_ray.losses.mimkd import queue_channels
+from mimkd_ray.losses.teacher_queue import check_size
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.build import build_network, make_order, plan_taps
 from mimkd_ray.train.cached import entries_of, origin_of, parts_of_run, what_is_missing
@@ -23,7 +25,8 @@ NO_FILE = ("random", "published")
 
 
 def preflight(config: Config) -> None:
-    """Raise UserError for missing data, wrong class counts, impossible layers, weights and caches that do not fit.
+    """Raise UserError for missing data, wrong class counts, impossible layers, queues that are too large, weights and
+    caches that do not fit.
 
     Reads listings, footers and weights; builds the networks without memory (on the meta device) and runs them dry.
     Published weights may not be on this machine: a cache of theirs is looked at by the workers alone.
@@ -42,7 +45,8 @@ def preflight(config: Config) -> None:
     if not needs_teacher(config):
         return
     for run in first_runs(config):
-        plan_taps(run.loss, teacher, student, config.data.image_size, config.cache)
+        plan = plan_taps(run.loss, teacher, student, config.data.image_size, config.cache)
+        check_size(run.loss.queue, queue_channels(run.loss, plan.terms))
     logits_entry(data.num_classes, config.cache.logits)
     reads = config.cache.reads and not config.teacher.train and config.teacher.weights != "published"
     if reads or config.teacher.weights not in NO_FILE:
