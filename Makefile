@@ -1,7 +1,7 @@
 # make demo   the main job on data that ships with a dependency: teacher, student alone, student distilled
 # make test   the whole test suite
 # make lint   ruff (lint, format) and mypy
-# make bench  every benchmark; refreshes benchmarks/results/ and the README's table
+# make bench  every benchmark; refreshes benchmarks/results/ and the table of benchmarks/README.md
 # make clean  remove what the commands above made
 SHELL := /bin/sh
 PYTHON ?= python3

@@ -55,7 +55,7 @@ def options() -> argparse.Namespace:
     made.add_argument("--epochs", type=int, default=0, help="of a student (default: 10, or the protocol's)")
     made.add_argument("--rows", type=int, default=4000, help="training images of the short study")
     made.add_argument("--minutes", type=float, default=0.0, help="end after so many with status 3; 0: at the end")
-    made.add_argument("--readme", action="store_true", help="put the table into README.md, once all runs are finished")
+    made.add_argument("--readme", action="store_true", help="refresh the table of benchmarks/README.md at the end")
     return made.parse_args()
 
 
@@ -92,7 +92,7 @@ def main() -> int:
     print(study.text(), flush=True)
     study.write(args.json, complete=status == 0)
     if args.readme and status == 0:
-        refresh(Path(__file__).resolve().parents[1] / "README.md", "cifar100", study.markdown())
+        refresh(Path(__file__).resolve().with_name("README.md"), "cifar100", study.markdown())
     return status
 
 

@@ -1,4 +1,4 @@
-"""Runs every benchmark, keeps what it measured in benchmarks/results/, and refreshes the table of README.md.
+"""Runs every benchmark, keeps what it measured in benchmarks/results/, and refreshes the table of its README.md.
 
 A benchmark is a script of this folder that ends with one line of JSON (see report.py). On a machine with a CUDA
 device its results are kept under a name of their own, so that those of a CPU stay.
@@ -22,7 +22,7 @@ NAMES = (
 )
 
 FOLDER = Path(__file__).resolve().parent
-README = FOLDER.parent / "README.md"
+README = FOLDER / "README.md"
 
 
 def run(script: Path) -> tuple[int, dict[str, Any] | None]:

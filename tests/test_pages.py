@@ -1,0 +1,69 @@
+"""The pages for people: links and files that exist, flags that the command lines have, an example that runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.search.config import SearchJob
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]
+FOLDERS = ("mimkd_ray", "jobs", "benchmarks", "tests", "docs", "cluster")
+
+
+@pytest.fixture(params=PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def page(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+def test_links_resolve(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+    assert set(missing) == set()
+
+
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = re.findall(rf"\b((?:{'|'.join(FOLDERS)})/[\w./-]*\w\.\w+)", page.read_text())
+    assert {name for name in named if "NAME" not in name and not (ROOT / name).exists()} == set()
+
+
+def test_flags_exist(page: Path) -> None:
+    known = {name.replace("_", "-") for name in dotted(SearchJob())}
+    flags = re.findall(r"--([a-z]+(?:\.[a-z][a-z_-]*[a-z])+)", page.read_text())
+    assert {flag.replace("_", "-") for flag in flags} - known == set()
+
+
+def dotted(config: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all fields of a config."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from dotted(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def test_the_own_loop_of_the_readme_runs() -> None:
+    found = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert found
+    torch.manual_seed(0)
+    student = build_model("resnet18", 10)
+    before = {name: value.clone() for name, value in student.named_parameters()}
+    names: dict[str, Any] = {
+        "teacher": build_model("resnet34", 10),
+        "student": student,
+        "batches": [(torch.randn(4, 3, 32, 32), torch.arange(4), torch.arange(4) + 4 * step) for step in range(2)],
+    }
+    exec(found[1], names)
+    assert torch.isfinite(names["output"].total)
+    assert set(names["output"].terms) == {"ce", "global/avgpool-avgpool", "feature/layer4-layer4"}
+    assert all(not torch.equal(value, before[name]) for name, value in student.named_parameters())
+    assert int(names["loss"].queue.filled_Q.sum()) == 8, "both steps' vectors are in the queue"
