@@ -8,7 +8,6 @@ from typing import Any
 
 from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.methods import RIVALS
-from mimkd_ray.losses.presets import Kind
 from mimkd_ray.train.config import Config
 
 Change = Callable[[LossConfig], LossConfig]
@@ -54,9 +53,15 @@ def tuned(config: Config, method: str, factor: float) -> Config:
     if method == "alone":
         return replace(config, optim=replace(config.optim, lr=config.optim.lr * factor**0.5))
     if "mimkd" in loss.name:
-        kinds: tuple[Kind, ...] = ("global", "local", "feature")
-        weights = {f"{kind}_weight": loss.weight(kind) * factor for kind in kinds}
-        return replace(config, loss=replace(loss, **weights))
+        return replace(
+            config,
+            loss=replace(
+                loss,
+                global_weight=loss.weight("global") * factor,
+                local_weight=loss.weight("local") * factor,
+                feature_weight=loss.weight("feature") * factor,
+            ),
+        )
     return replace(config, loss=replace(loss, rival_weight=loss.rival_weight * factor))
 
 
