@@ -37,7 +37,7 @@ def demo() -> Config:
         data=DataConfig(root="digits", subset=200, pipeline="none"),
         teacher=TeacherConfig(name="cifar/resnet20", train=True, epochs=12, lr=0.1),
         student=ModelConfig(name="cifar/resnet8_w4"),
-        loss=LossConfig(global_weight=0.1, feature_weight=0.0, queue=1024),
+        loss=LossConfig(global_weight=0.1, feature_weight=0.1, feature_pairs=("stage3:stage3",), queue=1024),
         optim=OptimConfig(lr=0.2, schedule="cosine", warmup_epochs=5, weight_decay=5e-4),
         train=TrainConfig(epochs=60, lanes=2, lane_batch=25, eval_every=0),
         compare=CompareConfig(seeds=10, arms=("alone", "kd", "mimkd"), kd_weight=0.5),

@@ -45,7 +45,9 @@ def unlucky(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
     """Some trials cannot be trained: one asks for more memory than there is, one has a loss that explodes."""
     fate = suggest.choice("fate", ("fine", "huge", "wild"))
     if fate == "huge":
-        return replace(config, loss=replace(config.loss, critic=replace(config.loss.critic, width=200_000)))
+        return replace(
+            config, loss=replace(config.loss, critic=replace(config.loss.critic, teacher="mlp", width=200_000))
+        )
     if fate == "wild":
         return replace(config, optim=replace(config.optim, lr=1e30))
     return config

@@ -22,7 +22,7 @@ from mimkd_ray.train.rival_taps import pair_rivals
 
 def plan(*name: str, cache: CacheConfig | None = None, **fields) -> TapPlan:
     teacher, student = build_model("cifar/resnet50", 10), build_model("cifar/shufflenet_v2", 10)
-    return plan_taps(LossConfig(name=name, **fields), teacher, student, 32, cache or CacheConfig())
+    return plan_taps(LossConfig(name=name, preset="two_sided", **fields), teacher, student, 32, cache or CacheConfig())
 
 
 def maps_of(found: TapPlan) -> list[list[tuple]]:
