@@ -177,7 +177,7 @@ def forwarded_stop(run_dir: str, launch_id: str) -> Iterator[None]:
 
 def run_ray(config: Config, run_dir: str) -> dict[str, Any]:
     """Run the job on Ray Train workers, of a cluster or of a Ray of our own, and return its result."""
-    own = connect(config.launch.address, "--launch.address", ignore_reinit_error=True)
+    own = connect(config.launch.address, "--launch.address", state_api=True, ignore_reinit_error=True)
     timeline.mark("connected")
     try:
         return fit_workers(config, run_dir, own)
