@@ -1,7 +1,7 @@
 """What a preset of the loss stands for where the config says nothing else.
 
-`accuracy` and `best` were chosen on held-out training images (docs/accuracy.md), `paper` is our reading of arXiv
-2110.15946, and `two_sided` is what release 0.1 had as its default.
+`accuracy` and `best` won on held-out training images of a small CPU study (docs/accuracy.md), `paper` is our reading of
+arXiv 2110.15946, and `two_sided` is what release 0.1 had as its default.
 """
 
 from __future__ import annotations
