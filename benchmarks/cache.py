@@ -34,28 +34,28 @@ from image_set import Encoded
 from PIL import Image
 from report import finish, parser, table
 
-from mimkd_ray.cache.calibration import Fitter
-from mimkd_ray.cache.codec import Codec, Shape, coded_shape, needs_calibration, parse_spec
-from mimkd_ray.cache.config import CacheConfig
-from mimkd_ray.cache.manifest import Error, ViewManifest, publish
-from mimkd_ray.cache.reader import FeatureReader
-from mimkd_ray.cache.writer import write_shard
-from mimkd_ray.data.dataset import DataConfig, open_data
-from mimkd_ray.data.loader import LaneBatch
-from mimkd_ray.data.store import BlockStore
-from mimkd_ray.launch.local import LocalContext
-from mimkd_ray.losses.config import LossConfig
+from mimkd_ray.cache_build.build_cache import build
+from mimkd_ray.cache_build.build_setup import Setup
+from mimkd_ray.cache_build.build_units import in_process
+from mimkd_ray.config.cache import CacheConfig
+from mimkd_ray.config.config import Config, TrainConfig
+from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.data.loading.loader import LaneBatch
+from mimkd_ray.data.sources.data_set import DataConfig, open_data
+from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.losses.features import Features
 from mimkd_ray.models.zoo import ModelConfig
 from mimkd_ray.recipes import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
+from mimkd_ray.teacher_cache.calibration import Fitter
+from mimkd_ray.teacher_cache.codec import Codec, Shape, coded_shape, needs_calibration, parse_spec
+from mimkd_ray.teacher_cache.feature_manifest import Error, ViewManifest, publish
+from mimkd_ray.teacher_cache.reader import FeatureReader
+from mimkd_ray.teacher_cache.writer import write_shard
 from mimkd_ray.train.build import build_network
-from mimkd_ray.train.cache_build import build
-from mimkd_ray.train.cache_setup import Setup
-from mimkd_ray.train.cache_units import in_process
-from mimkd_ray.train.cached import open_cached
-from mimkd_ray.train.calibrate import sample_keys
-from mimkd_ray.train.config import Config, TrainConfig
-from mimkd_ray.train.session import Session
+from mimkd_ray.train.from_cache.cached_teacher import open_cached
+from mimkd_ray.train.from_cache.fit_codecs import sample_keys
+from mimkd_ray.train.local_context import LocalContext
+from mimkd_ray.train.student import Session
 from mimkd_ray.train.teacher import TeacherConfig
 
 CODECS = ("fp32", "fp16", "bf16", "uint8", "pool4,fp16", "pool4,uint8", "pool4,pca256,uint8")

@@ -35,24 +35,24 @@ from report import finish, parser, table
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mimkd_ray.cache.config import CacheConfig
-from mimkd_ray.data.dataset import DataConfig, open_data
-from mimkd_ray.data.loader import LaneBatch
-from mimkd_ray.launch.local import LocalContext
-from mimkd_ray.losses.config import LossConfig
+from mimkd_ray.cache_build.build_cache import build
+from mimkd_ray.cache_build.build_setup import Setup
+from mimkd_ray.cache_build.build_units import in_process
+from mimkd_ray.config.cache import CacheConfig
+from mimkd_ray.config.config import Config, TrainConfig
+from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.data.loading.loader import LaneBatch
+from mimkd_ray.data.sources.data_set import DataConfig, open_data
 from mimkd_ray.losses.features import Features
 from mimkd_ray.models.zoo import ModelConfig
 from mimkd_ray.recipes import CIFAR_MEAN, CIFAR_STD
+from mimkd_ray.taps.tap_codecs import by_label
 from mimkd_ray.train.build import build_network
-from mimkd_ray.train.cache_build import build
-from mimkd_ray.train.cache_setup import Setup
-from mimkd_ray.train.cache_units import in_process
-from mimkd_ray.train.cached import open_cached
-from mimkd_ray.train.coding import by_label
-from mimkd_ray.train.config import Config, TrainConfig
+from mimkd_ray.train.from_cache.cached_teacher import open_cached
+from mimkd_ray.train.local_context import LocalContext
 from mimkd_ray.train.optim import OptimConfig
-from mimkd_ray.train.session import Session
 from mimkd_ray.train.step import backward_lane
+from mimkd_ray.train.student import Session
 from mimkd_ray.train.teacher import TeacherConfig
 
 TEACHER, STUDENT = "cifar/resnet20", "cifar/resnet8"

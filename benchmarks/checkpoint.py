@@ -23,7 +23,7 @@ from report import finish, parser, table
 from sessions import batches, make_session
 
 from mimkd_ray import storage
-from mimkd_ray.train import checkpoint
+from mimkd_ray.train.records import checkpoint
 
 
 def main() -> int:

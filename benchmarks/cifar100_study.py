@@ -30,11 +30,11 @@ from study_arms import ABLATIONS, METHODS
 from study_plan import SHORT, Plan, by_protocol, short
 from study_table import Study
 
+from mimkd_ray.config.config import LaunchConfig
 from mimkd_ray.errors import Interrupted
-from mimkd_ray.launch.local import pick_device
 from mimkd_ray.recipes import CIFAR_RECIPES
-from mimkd_ray.train.config import LaunchConfig
-from mimkd_ray.train.job import run_job
+from mimkd_ray.train.local_context import pick_device
+from mimkd_ray.train.worker import run_job
 
 FIRST = "resnet32x4_resnet8x4"
 SHORT_METHODS = ("alone", "kd", "crd", "mimkd_paper", "mimkd", "mimkd_kd")

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from mimkd_ray.launch.local import LocalContext
+from mimkd_ray.train.local_context import LocalContext
 
 
 class Deadline(LocalContext):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from mimkd_ray.losses.config import LossConfig
+from mimkd_ray.config.loss import LossConfig
 from mimkd_ray.losses.critics import CriticConfig
 
 Change = Callable[[LossConfig], LossConfig]

@@ -28,12 +28,12 @@ from children import in_child, tree
 from image_set import SIZE, add_options, images
 from report import finish, parser, table
 
-from mimkd_ray.data.blocks import Blocks
-from mimkd_ray.data.loader import train_batches
-from mimkd_ray.data.order import Order
-from mimkd_ray.data.source import Row
-from mimkd_ray.data.transforms import ResizedCropFlip
-from mimkd_ray.data.views import View
+from mimkd_ray.data.augment.transforms import ResizedCropFlip
+from mimkd_ray.data.augment.views import View
+from mimkd_ray.data.loading.loader import train_batches
+from mimkd_ray.data.order.blocks import Blocks
+from mimkd_ray.data.order.sample_order import Order
+from mimkd_ray.data.sources.source import Row
 
 ROWS = {"1.28 million": 1_281_167, "1 billion": 1_000_000_000}
 STEPS = (0, 1_000_000)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from mimkd_ray.data.transforms import ResizedCropFlip, from_bytes
+from mimkd_ray.data.augment.transforms import ResizedCropFlip, from_bytes
 
 SHARDS = 16  # tar files: more than loader processes
 CHUNK = 2**24  # bytes of a file of MDS and LitData: several for each loader process

@@ -29,12 +29,12 @@ import torch
 from report import Targets, finish, parser, table
 from torch import Tensor, nn
 
-from mimkd_ray.losses.config import LossConfig
-from mimkd_ray.losses.crd import CRD, NEGATIVES, TEMPERATURE, TrainingRows
+from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config.loss_presets import Kind
+from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
-from mimkd_ray.losses.mimkd import MIMKDLoss
-from mimkd_ray.losses.presets import Kind
-from mimkd_ray.losses.rival import RivalTaps, Side, TapPair
+from mimkd_ray.losses.methods.base import RivalTaps, Side, TapPair
+from mimkd_ray.losses.methods.crd import CRD, NEGATIVES, TEMPERATURE, TrainingRows
 from mimkd_ray.losses.terms import Term
 
 VECTOR = 512

@@ -19,7 +19,7 @@ from report import finish, parser, table
 from torch import Tensor
 
 from mimkd_ray.losses.bounds import BOUNDS, BoundName, ceiling
-from mimkd_ray.losses.mimkd import valid_pairs
+from mimkd_ray.losses.distillation import valid_pairs
 
 HIDDEN, EMBED = 256, 32
 BATCH, FRESH = 128, 2048

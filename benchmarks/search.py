@@ -46,15 +46,15 @@ from ray_overhead import seconds_by_stage
 from report import finish, parser, table
 from search_tiny import environment, tiny
 
-from mimkd_ray.cache.config import CacheConfig
+from mimkd_ray.config.cache import CacheConfig
+from mimkd_ray.config.config import Config, LaunchConfig, from_dict, to_dict
+from mimkd_ray.config.search import SearchConfig, SearchJob, search_job
 from mimkd_ray.recipes import CIFAR_RECIPES
-from mimkd_ray.search.config import SearchConfig, SearchJob, search_job
-from mimkd_ray.search.ledger import Planned
-from mimkd_ray.search.search import Search
-from mimkd_ray.search.space import find_spaces
-from mimkd_ray.spaces import SPACES
-from mimkd_ray.train.config import Config, LaunchConfig, from_dict, to_dict
-from mimkd_ray.train.files import RunConfig
+from mimkd_ray.search.driver import Search
+from mimkd_ray.search.spaces import SPACES
+from mimkd_ray.search.suggest import find_spaces
+from mimkd_ray.search.trial_folders import Planned
+from mimkd_ray.train.records.run_dir import RunConfig
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 ARMS = ("jobs_live", "tune_cache", "pack_live", "pack_cache", "plain", "jobs_cache")
@@ -241,7 +241,7 @@ def imports() -> float:
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import mimkd_ray.launch.trial_actor"], env=environment(), check=True)
+        subprocess.run([sys.executable, "-c", "import mimkd_ray.on_ray.trial_actor"], env=environment(), check=True)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 

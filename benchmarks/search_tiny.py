@@ -19,10 +19,10 @@ from typing import NamedTuple
 from children import tree
 from report import table
 
-from mimkd_ray.launch.environment import EMBEDDED
+from mimkd_ray.config.config import to_dict
+from mimkd_ray.config.search import SearchConfig, search_job
+from mimkd_ray.on_ray.environment import EMBEDDED
 from mimkd_ray.recipes import demo
-from mimkd_ray.search.config import SearchConfig, search_job
-from mimkd_ray.train.config import to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 POINTS = 20

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from mimkd_ray.data.dataset import open_data
-from mimkd_ray.data.loader import LaneBatch
-from mimkd_ray.launch.local import LocalContext
+from mimkd_ray.data.loading.loader import LaneBatch
+from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import IMAGENET_RECIPES
-from mimkd_ray.train.session import Session
+from mimkd_ray.train.local_context import LocalContext
+from mimkd_ray.train.student import Session
 
 
 def make_session(teacher: str, student: str, lanes: int, lane_batch: int, size: int, device: torch.device) -> Session:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from mimkd_ray.losses.config import LossConfig
-from mimkd_ray.losses.methods import RIVALS
-from mimkd_ray.train.config import Config
+from mimkd_ray.config.config import Config
+from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.losses.methods.registry import RIVALS
 
 Change = Callable[[LossConfig], LossConfig]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from study_arms import ABLATIONS, FACTORS, METHODS, tuned
 
+from mimkd_ray.config.config import Config, LaunchConfig
 from mimkd_ray.recipes import CIFAR_RECIPES, cifar100
-from mimkd_ray.train.config import Config, LaunchConfig
-from mimkd_ray.train.files import RunConfig, read_json
-from mimkd_ray.train.job import teacher_config
+from mimkd_ray.train.records.run_dir import RunConfig, read_json
+from mimkd_ray.train.worker import teacher_config
 
 SHORT = "resnet20_resnet8"
 HOLDOUT = 0.1

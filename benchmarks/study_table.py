@@ -13,7 +13,7 @@ from study_arms import ABLATIONS, PUBLISHED
 from study_plan import Plan
 
 from mimkd_ray.train.compare import paired
-from mimkd_ray.train.files import read_json
+from mimkd_ray.train.records.run_dir import read_json
 
 Figures = dict[str, Any]
 

@@ -9,7 +9,7 @@ ray job submit --working-dir . -- python jobs/prepare_data.py --source s3://buck
 
 import sys
 
-from mimkd_ray.launch.prepare import main
+from mimkd_ray.cli.prepare_data import main
 
 if __name__ == "__main__":
     sys.exit(main())

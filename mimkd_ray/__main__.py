@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from mimkd_ray.cli import guarded
+from mimkd_ray.cli.common import guarded
 
 COMMANDS = {
-    "doctor": ("mimkd_ray.launch.doctor", "check a machine or a cluster before money is spent"),
-    "layers": ("mimkd_ray.models.layers", "list the layers of a network that can be tapped, and the default taps"),
+    "doctor": ("mimkd_ray.cli.doctor", "check a machine or a cluster before money is spent"),
+    "layers": ("mimkd_ray.cli.layers", "list the layers of a network that can be tapped, and the default taps"),
 }
 """Their modules, imported when they are asked for: each has ``main(argv, program)``, which returns the status."""
 

@@ -14,14 +14,17 @@ from xdist.scheduler import LoadScopeScheduling
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
 
+WITH_RAY = ("on_ray", "cli")
+"""Folders of tests that start a Ray."""
+
 
 class Dealer(LoadScopeScheduling):
-    """Deals whole files, as their fixtures are dear. Those of launch/ go to one process: two Rays would starve each
-    other."""
+    """Deals whole files, as their fixtures are dear. Those that start a Ray (WITH_RAY) go to one process: two
+    Rays would starve each other."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "launch" if "/launch/" in file else file
+        return "ray" if file.split("/")[-2] in WITH_RAY else file
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -31,9 +34,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Dealer:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under pytest-xdist launch/ begins first, because it takes longest."""
+    """Under pytest-xdist the files that start a Ray begin first, because they take longest."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: item.path.parent.name != "launch")
+        items.sort(key=lambda item: item.path.parent.name not in WITH_RAY)
 
 
 @pytest.fixture(scope="session")

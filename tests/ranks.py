@@ -12,6 +12,12 @@ import torch.multiprocessing as mp
 def start_ranks(function: Callable[..., None], arguments: tuple[Any, ...], world: int) -> None:
     """Call ``function(rank, *arguments)`` in ``world`` fresh processes, and raise what any of them raises."""
     multiprocessing.set_forkserver_preload(
-        ["mimkd_ray.train.session", "mimkd_ray.train.loop", "mimkd_ray.launch.local", "torch._dynamo", "torchvision"]
+        [
+            "mimkd_ray.train.student",
+            "mimkd_ray.train.loop",
+            "mimkd_ray.train.local_context",
+            "torch._dynamo",
+            "torchvision",
+        ]
     )
     mp.start_processes(function, arguments, nprocs=world, start_method="forkserver")

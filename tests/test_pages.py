@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from mimkd_ray.config.search import SearchJob
 from mimkd_ray.models.zoo import build_model
-from mimkd_ray.search.config import SearchJob
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mimkd_ray.losses.presets import Kind
+from mimkd_ray.config.config import Config, digest, from_dict, to_dict
+from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES, SMALL_RATE
 from mimkd_ray.train.build import KINDS, plan_taps
-from mimkd_ray.train.config import Config, digest, from_dict, to_dict
 from mimkd_ray.train.optim import learning_rate
 
 RECIPES = {**IMAGENET_RECIPES, **CIFAR_RECIPES}

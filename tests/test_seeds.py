@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from tiny_run import run_tiny, tiny_config
 
+from mimkd_ray.config.config import CompareConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.seeds import SEEDS, derive
-from mimkd_ray.train.config import CompareConfig
 
 
 def test_a_derived_seed_is_a_digest_of_its_arguments_for_ever() -> None:

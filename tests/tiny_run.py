@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from mimkd_ray.data.dataset import DataConfig, open_data
-from mimkd_ray.launch.local import LocalContext
-from mimkd_ray.losses.config import LossConfig
+from mimkd_ray.config.config import Config, LaunchConfig, TrainConfig
+from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.data.sources.data_set import DataConfig, open_data
 from mimkd_ray.losses.critics import CriticConfig
 from mimkd_ray.models.zoo import ModelConfig
-from mimkd_ray.train.config import Config, LaunchConfig, TrainConfig
-from mimkd_ray.train.files import RunConfig
-from mimkd_ray.train.job import run_job
+from mimkd_ray.train.local_context import LocalContext
 from mimkd_ray.train.optim import OptimConfig
+from mimkd_ray.train.records.run_dir import RunConfig
 from mimkd_ray.train.teacher import TeacherConfig
+from mimkd_ray.train.worker import run_job
 
 
 def tiny_config(**sections: dict[str, Any]) -> Config:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mimkd_ray
 from mimkd_ray.doctor.outcome import Outcome, Status
-from mimkd_ray.train.report import versions
+from mimkd_ray.versions import versions
 
 SHM = "/dev/shm"
 SMALL_SHM_BYTES = 10**9

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from mimkd_ray import storage
-from mimkd_ray.data import decode as decoding
-from mimkd_ray.data.local_disk import is_on_local_disk
-from mimkd_ray.data.store import BlockStore
+from mimkd_ray.data.augment import decode as decoding
+from mimkd_ray.data.store.block_store import BlockStore
+from mimkd_ray.data.store.local_disk import is_on_local_disk
 from mimkd_ray.doctor.outcome import Outcome, Status, redacted
 from mimkd_ray.errors import UserError
 

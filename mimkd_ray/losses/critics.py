@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.sides import Centred, FrozenSide, Pointwise, Projection
+from mimkd_ray.losses.critic_sides import Centred, FrozenSide, Pointwise, Projection
 
 TeacherSide = Literal["frozen", "linear", "mlp"]
 StudentSide = Literal["linear", "mlp"]

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.losses.bounds import BOUNDS, BoundName, BoundValue, ceiling, infonce, soft_cross_entropy
 from mimkd_ray.losses.critics import Critic
 from mimkd_ray.losses.features import Features, match_sizes
 from mimkd_ray.losses.locations import draw_locations, to_locations
 from mimkd_ray.losses.precision import full_precision
-from mimkd_ray.losses.presets import Kind
 
 LOGITS = "logits"
 """The name of a tap pair's side that reads a network's logits, as a vector."""

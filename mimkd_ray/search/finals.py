@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from mimkd_ray import storage
-from mimkd_ray.search.ledger import Ended, Planned
-from mimkd_ray.search.search import Search, final_config
+from mimkd_ray.config.config import Config, from_dict, to_dict
+from mimkd_ray.search.driver import Search, final_config
+from mimkd_ray.search.trial_folders import Ended, Planned
 from mimkd_ray.search.trials import Final, direction
-from mimkd_ray.train.config import Config, from_dict, to_dict
-from mimkd_ray.train.files import read_json, write_json
+from mimkd_ray.train.records.run_dir import read_json, write_json
 
 
 class Finals:

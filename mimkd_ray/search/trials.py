@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeGuard, get_args
 
 from mimkd_ray import storage
 from mimkd_ray.errors import DamagedDataError, UserError, nearest
-from mimkd_ray.train.files import jsonable
+from mimkd_ray.train.records.run_dir import jsonable
 
 State = Literal["running", "completed", "stopped", "failed"]
 Value = float | int | str | bool

@@ -9,26 +9,26 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from mimkd_ray.cache.config import CacheConfig
-from mimkd_ray.data.dataset import Data
-from mimkd_ray.data.order import Order
-from mimkd_ray.data.source import Source, ids_of
-from mimkd_ray.losses.config import LossConfig
-from mimkd_ray.losses.crd import TrainingRows
-from mimkd_ray.losses.methods import RIVALS
-from mimkd_ray.losses.mimkd import MIMKDLoss
-from mimkd_ray.losses.presets import Kind
-from mimkd_ray.losses.rivals import RivalPlan
+from mimkd_ray.config.cache import CacheConfig
+from mimkd_ray.config.config import Config, TrainConfig
+from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config.loss_presets import Kind
+from mimkd_ray.data.order.sample_order import Order
+from mimkd_ray.data.sources.data_set import Data
+from mimkd_ray.data.sources.source import Source, ids_of
+from mimkd_ray.losses.distillation import MIMKDLoss
+from mimkd_ray.losses.methods.build_method import RivalPlan
+from mimkd_ray.losses.methods.crd import TrainingRows
+from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.losses.terms import LOGITS, Term
-from mimkd_ray.models.dry_run import dry_run
-from mimkd_ray.models.stages import Stages, before_activation, default_taps
-from mimkd_ray.models.taps import TapShape, find_shapes
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.seeds import derive
-from mimkd_ray.train.coding import Coding, coded_term
-from mimkd_ray.train.config import Config, TrainConfig
-from mimkd_ray.train.pairs import Pair, build_terms, choose_pairs, configured_pairs
-from mimkd_ray.train.rival_taps import pair_rivals, plan_rivals, reads_taps
+from mimkd_ray.taps.default_stages import Stages, before_activation, default_taps
+from mimkd_ray.taps.pairing import Pair, build_terms, choose_pairs, configured_pairs
+from mimkd_ray.taps.rival_pairing import pair_rivals, plan_rivals, reads_taps
+from mimkd_ray.taps.tap_codecs import Coding, coded_term
+from mimkd_ray.taps.tapped_model import TapShape, find_shapes
+from mimkd_ray.taps.tracing import dry_run
 from mimkd_ray.train.step import Distiller
 from mimkd_ray.train.teacher import Teacher
 

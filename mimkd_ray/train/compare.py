@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 
 from mimkd_ray import storage
-from mimkd_ray.data.dataset import Data, open_data
-from mimkd_ray.train.config import Arm, CompareConfig, Config, digest
-from mimkd_ray.train.context import Context, barrier
-from mimkd_ray.train.files import read_json, write_json
+from mimkd_ray.config.config import Arm, CompareConfig, Config, digest
+from mimkd_ray.data.sources.data_set import Data, open_data
+from mimkd_ray.train.distributed import Context, barrier
 from mimkd_ray.train.loop import train
-from mimkd_ray.train.metrics import say
-from mimkd_ray.train.report import versions
+from mimkd_ray.train.records.metrics import say
+from mimkd_ray.train.records.run_dir import read_json, write_json
+from mimkd_ray.versions import versions
 
 
 def arm_config(config: Config, arm: Arm, seed: int) -> Config:

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimkd_ray.data.dataset import DataConfig
-from mimkd_ray.data.loader import LaneBatch
+from mimkd_ray.data.loading.loader import LaneBatch
+from mimkd_ray.data.sources.data_set import DataConfig
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
-from mimkd_ray.train.context import all_sum
-from mimkd_ray.train.memory import K, each
+from mimkd_ray.train.distributed import all_sum
+from mimkd_ray.train.out_of_memory import K, each
 from mimkd_ray.train.step import Distiller, Normalizer
 from mimkd_ray.train.teacher import Teacher
 

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from mimkd_ray import storage
-from mimkd_ray.data.dataset import Data
-from mimkd_ray.data.loader import LaneBatch
+from mimkd_ray.config.config import Config
+from mimkd_ray.data.loading.loader import LaneBatch
+from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
-from mimkd_ray.train import timeline
-from mimkd_ray.train.cached import open_cached
-from mimkd_ray.train.config import Config
-from mimkd_ray.train.context import Context, Preemption, all_sum, barrier, share_from_first
-from mimkd_ray.train.files import MetricsLog, read_json
-from mimkd_ray.train.metrics import Meter, Progress, say
-from mimkd_ray.train.rhythm import Rhythm
-from mimkd_ray.train.run import Run
-from mimkd_ray.train.session import Session, StepRecord, advance
+from mimkd_ray.train.distributed import Context, Preemption, all_sum, barrier, share_from_first
+from mimkd_ray.train.from_cache.cached_teacher import open_cached
+from mimkd_ray.train.records import start_times
+from mimkd_ray.train.records.metrics import Meter, Progress, say
+from mimkd_ray.train.records.run_dir import MetricsLog, read_json
+from mimkd_ray.train.records.run_record import Run
+from mimkd_ray.train.records.save_and_stop import Rhythm
+from mimkd_ray.train.student import Session, StepRecord, advance
 
 
 def train(
@@ -45,7 +45,7 @@ def train(
         return finished
     began = time.perf_counter()
     cached = open_cached(config, data, teacher, context, run_dir)
-    timeline.mark("cache")
+    start_times.mark("cache")
     session = Session(config, data, teacher, context, cached)
     start = session.resume(run_dir)
     resumed = time.perf_counter() - began
@@ -87,7 +87,7 @@ class Loop:
         progress = Progress(context, self.label, self.start, self.total, self.global_batch, self.quiet)
         rhythm = Rhythm(self.config.run, context, self.steps_per_epoch, self.start)
         batches = self.supply.batches(self.start)
-        timeline.mark("built")
+        start_times.mark("built")
         for step in range(self.start, self.total):
             records = self._step(step, batches)
             done, last = step + 1, step + 1 == self.total
@@ -134,7 +134,7 @@ class Loop:
             self.leave(run, MemberMemoryError(f"out of memory in step {step + 1}: {failed[run.session]}"))
         self._still_finite(lambda run: run.guard.add(step, records[run].log, records[run].ids))
         self.meter.step()
-        timeline.mark("first_step")
+        start_times.mark("first_step")
         done = step + 1
         for run in self.runs:
             if done % self.config.train.log_every == 0 or done == self.total:

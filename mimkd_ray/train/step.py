@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from mimkd_ray.losses.distillation import LossOutput, MIMKDLoss
 from mimkd_ray.losses.features import Features
-from mimkd_ray.losses.mimkd import LossOutput, MIMKDLoss
-from mimkd_ray.models.taps import TappedModel, TapShape
 from mimkd_ray.seeds import derive
-from mimkd_ray.train.context import all_sum
+from mimkd_ray.taps.tapped_model import TappedModel, TapShape
+from mimkd_ray.train.distributed import all_sum
 from mimkd_ray.train.teacher import canonical
 
 

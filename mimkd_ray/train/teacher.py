@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.features import Features
-from mimkd_ray.models.taps import TappedModel, TapShape, to_map, to_vector
-from mimkd_ray.train.coding import Coding
+from mimkd_ray.taps.tap_codecs import Coding
+from mimkd_ray.taps.tapped_model import TappedModel, TapShape, to_map, to_vector
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from headline_arms import ARMS
 from headline_runs import Pack, make_twin, protocol, twin
 from headline_table import Study
 
-from mimkd_ray.train.pack import check_members
+from mimkd_ray.train.packed import check_members
 
 
 def test_every_arm_is_a_loss_of_its_own_and_all_fit_one_pack(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 from image_sets import encode, pixels
 from prepare_sets import config
 
-from mimkd_ray.data import block_reader
-from mimkd_ray.data.prepare import prepare
+from mimkd_ray.data.prepare.make_shards import prepare
+from mimkd_ray.data.store import block_reader
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mimkd_ray.data.manifest import Block, Manifest, Shard, content_digest, write_manifest
+from mimkd_ray.data.sources.shard_manifest import Block, Manifest, Shard, content_digest, write_manifest
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 

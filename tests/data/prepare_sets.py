@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from mimkd_ray import storage
-from mimkd_ray.data.manifest import Manifest
-from mimkd_ray.data.prepare import PrepareConfig, Unit
-from mimkd_ray.data.prepare_units import Done
+from mimkd_ray.data.prepare.make_shards import PrepareConfig, Unit
+from mimkd_ray.data.prepare.work_units import Done
+from mimkd_ray.data.sources.shard_manifest import Manifest
 
 
 def config(source: Path, target: Path, **more: Any) -> PrepareConfig:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mimkd_ray import remote, storage
-from mimkd_ray.data.decode import jpeg_size
+from mimkd_ray.data.augment.decode import jpeg_size
 from mimkd_ray.doctor.places import OBJECT_BYTES, check_decode, check_disk, check_storage, leave_mark, photograph
 
 

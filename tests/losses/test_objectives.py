@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
+from mimkd_ray.config.loss import LossConfig
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.config import LossConfig
+from mimkd_ray.losses.critic_sides import FrozenSide
 from mimkd_ray.losses.critics import CriticConfig, DotCritic
+from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
-from mimkd_ray.losses.mimkd import MIMKDLoss
-from mimkd_ray.losses.sides import FrozenSide
 from mimkd_ray.losses.terms import Candidates, Objective, Term, hardest, score_term
 
 B, CT, CS, SIDE = 5, 6, 4, 2

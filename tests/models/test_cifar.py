@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mimkd_ray.models.cifar import NETWORKS, TAPS
-from mimkd_ray.models.stages import default_taps
-from mimkd_ray.models.taps import find_shapes
+from mimkd_ray.taps.default_stages import default_taps
+from mimkd_ray.taps.tapped_model import find_shapes
 
 # Parameters with 100 classes, as published with the CRD benchmark and the papers that use it.
 PUBLISHED = {

@@ -215,7 +215,7 @@ def test_config_refuses_empty_names() -> None:
 
 
 def test_importing_the_package_imports_neither_torchvision_nor_ray() -> None:
-    modules = "mimkd_ray.models.zoo, mimkd_ray.models.cifar, mimkd_ray.models.stages, mimkd_ray.models.taps"
+    modules = "mimkd_ray.models.zoo, mimkd_ray.models.cifar, mimkd_ray.taps.default_stages, mimkd_ray.taps.tapped_model"
     code = f"import sys, {modules}; print(sorted({{'ray', 'torchvision', 'timm'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -8,11 +8,11 @@ from typing import Any
 
 from tiny_run import tiny_config
 
-from mimkd_ray.search.config import SearchConfig, SearchJob, search_job
-from mimkd_ray.search.search import Search
-from mimkd_ray.search.space import Candidates, Suggest, find_spaces
-from mimkd_ray.spaces import SPACES
-from mimkd_ray.train.config import Config
+from mimkd_ray.config.config import Config
+from mimkd_ray.config.search import SearchConfig, SearchJob, search_job
+from mimkd_ray.search.driver import Search
+from mimkd_ray.search.spaces import SPACES
+from mimkd_ray.search.suggest import Candidates, Suggest, find_spaces
 
 
 def tiny_job(folder: Path | str, sections: dict[str, dict[str, Any]] | None = None, **search: Any) -> SearchJob:

@@ -12,8 +12,8 @@ from tiny_run import cpu, run_tiny, tiny_config, tiny_data
 from mimkd_ray.errors import NonFiniteLossError, UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train import loop
-from mimkd_ray.train.job import run_job
-from mimkd_ray.train.session import Session
+from mimkd_ray.train.student import Session
+from mimkd_ray.train.worker import run_job
 
 
 def _metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -180,7 +180,7 @@ def test_compiled_training_without_graph_breaks_equals_eager() -> None:
 def test_compilation_without_a_compiler_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mimkd_ray.train.session.has_compiler", lambda: False)
+    monkeypatch.setattr("mimkd_ray.train.student.has_compiler", lambda: False)
     Session(tiny_config(train={"compile": "on"}), tiny_data(), None, cpu())
     assert capsys.readouterr().out.splitlines() == [
         "compilation is off: no C++ compiler (c++, g++ or clang++) was found"

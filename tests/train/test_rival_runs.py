@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from tiny_cache import build_here, cached_config
 from tiny_run import cpu, tiny_config
 
-from mimkd_ray.data.dataset import open_data
-from mimkd_ray.losses.methods import RIVALS, Method
+from mimkd_ray.config.config import Config
+from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.losses.methods.registry import RIVALS, Method
 from mimkd_ray.train.build import build_network
-from mimkd_ray.train.config import Config
 from mimkd_ray.train.loop import train
-from mimkd_ray.train.pack import Member, train_pack
-from mimkd_ray.train.session import Session
+from mimkd_ray.train.packed import Member, train_pack
+from mimkd_ray.train.student import Session
 
 METHODS: list[tuple[Method, ...]] = [*((method,) for method in RIVALS), ("mimkd", "crd", "review")]
 IDS = ["+".join(name) for name in METHODS]

@@ -12,10 +12,10 @@ from ranks import start_ranks
 from tiny_run import tiny_config, tiny_data
 from torch import Tensor, nn
 
-from mimkd_ray.launch.local import LocalContext
+from mimkd_ray.config.config import Config
 from mimkd_ray.models.zoo import ModelConfig, build_model
-from mimkd_ray.train.config import Config
-from mimkd_ray.train.session import Session
+from mimkd_ray.train.local_context import LocalContext
+from mimkd_ray.train.student import Session
 
 STEPS = 5
 

@@ -1,0 +1,129 @@
+"""Building a cache: which features are missing, having them made unit by unit, and publishing what is complete.
+
+A unit that was done for some entries is done for the others alone. When all units of a view are there, its manifests
+are published: readers see nothing before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mimkd_ray import storage
+from mimkd_ray.cache_build.build_setup import CalibrationUnit, Runner, Setup, ShardUnit
+from mimkd_ray.config.config import Config
+from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.teacher_cache import feature_manifest
+from mimkd_ray.teacher_cache.feature_manifest import ViewManifest, committed, views_there
+from mimkd_ray.teacher_cache.keys import publish_key
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished cache."""
+
+    keys: dict[str, str]
+    """By label."""
+    rows: int
+    views: int
+    bytes: int
+    """Of all features of these keys and views."""
+    damaged: int
+
+
+def build(setup: Setup, run: Runner) -> Built:
+    """Make what is missing of the cache that ``setup`` describes. Killed at any moment and started again, it goes on.
+
+    The device of ``setup`` must be of the builders' kind. Raises UserError, DamagedDataError for
+    more damaged images than ``data.max_damaged`` allows, StorageError.
+    """
+    config = setup.config
+    root, views = config.cache.root, config.data.views
+    unfitted = tuple(label for label, data in setup.calibrations().items() if data is None)
+    if unfitted:
+        sample = CalibrationUnit(unfitted, config.cache.calibration_rows)
+        for _ in run([sample], f"fitting the codecs of {', '.join(unfitted)}"):
+            pass
+    found = setup.calibrations()
+    lacking = [label for label, data in found.items() if data is None]
+    if lacking:
+        raise UserError(
+            f"the calibrations of {', '.join(lacking)} are not to be seen in {root}: on several nodes the cache must "
+            "be in a folder or at a URL that all of them see, such as s3://bucket/cache"
+        )
+    keys = {label: publish_key(root, parts) for label, parts in setup.parts(found).items()}
+    finished = {label: views_there(root, key) for label, key in keys.items()}
+    units: list[ShardUnit] = []
+    for view in range(views):
+        units += _missing(root, setup, {label: keys[label] for label in keys if view not in finished[label]}, view)
+    left = [sum(unit.view == view for unit in units) for view in range(views)]
+    published = set()
+
+    def publish(view: int) -> None:
+        published.add(view)
+        for label, key in keys.items():
+            if view not in finished[label]:
+                _publish(root, setup, key, label, view)
+
+    for view in range(views):
+        if not left[view]:
+            publish(view)
+    if units:
+        whole = len(setup.shards) * views
+        done = set()
+        for number, _ in run(units, f"caching features ({len(units):,} of {whole:,} units to do)"):
+            if number in done:
+                continue  # Ray had a task done again whose process died
+            done.add(number)
+            view = units[number].view
+            left[view] -= 1
+            if not left[view]:
+                publish(view)
+    assert len(published) == views, f"{len(published)} of {views} views were published"
+    return _summary(root, keys, config)
+
+
+def _missing(root: str, setup: Setup, keys: Mapping[str, str], view: int) -> list[ShardUnit]:
+    """The units of a view that lack some of these labels."""
+    if not keys:
+        return []
+    done = {label: committed(root, key, view) for label, key in keys.items()}
+    units = []
+    for first, counts in setup.shards:
+        labels = tuple(label for label in keys if (first, sum(counts)) not in done[label])
+        if labels:
+            units.append(ShardUnit(view, first, counts, labels))
+    return units
+
+
+def _publish(root: str, setup: Setup, key: str, label: str, view: int) -> None:
+    if storage.exists(feature_manifest.manifest_url(root, key, view)):
+        return  # another builder was first, and what it did not choose may be gone already
+    records = committed(root, key, view)
+    wanted = [(first, sum(counts)) for first, counts in setup.shards]
+    lacking = [place for place in wanted if place not in records]
+    if lacking:
+        raise UserError(
+            f"{len(lacking)} of {len(wanted)} shards of {label}, view {view}, are not to be seen in {root}: on several "
+            "nodes the cache must be in a folder or at a URL that all of them see, such as s3://bucket/cache; if "
+            "they do, somebody removed files: give the command again"
+        )
+    entry = next(entry for entry in setup.entries if entry.label == label)
+    made = ViewManifest(key=key, view=view, row_bytes=entry.row_bytes, shards=tuple(records[place] for place in wanted))
+    limit = setup.config.data.max_damaged
+    if len(made.damaged) > limit * made.rows:
+        raise DamagedDataError(
+            f"{len(made.damaged):,} of {made.rows:,} images cannot be decoded, more than the allowed share of "
+            f"{limit:g}, such as image {int(made.damaged[0])}; repair the data, or allow more with --data.max-damaged"
+        )
+    feature_manifest.publish(root, made)
+
+
+def _summary(root: str, keys: Mapping[str, str], config: Config) -> Built:
+    size = rows = damaged = 0
+    for label, key in keys.items():
+        for view in range(config.data.views):
+            made = feature_manifest.read_manifest(root, key, view)
+            assert made is not None, f"the manifest of {label}, view {view}, was published and is gone"
+            size, rows, damaged = size + made.bytes, made.rows, len(made.damaged)
+    return Built(dict(keys), rows, config.data.views, size, damaged)

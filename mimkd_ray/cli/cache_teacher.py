@@ -1,0 +1,147 @@
+"""The command line of jobs/cache_teacher.py: plan and build a cache, on a cluster or here; look after caches.
+
+Exit status: 0 done, 1 the job failed (or `verify` found damage), 2 bad input, 3 stopped (SIGTERM), 130 interrupted.
+Errors are one line on standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mimkd_ray.cache_build.build_cache import Built, build
+from mimkd_ray.cache_build.build_setup import Runner, Setup, Unit
+from mimkd_ray.cache_build.build_units import in_process
+from mimkd_ray.cache_build.measured_plan import measured_plan
+from mimkd_ray.cli import common
+from mimkd_ray.cli.training import absolute
+from mimkd_ray.config.config import Config
+from mimkd_ray.data.prepare.unit_progress import Progress
+from mimkd_ray.data.prepare.work_units import Done
+from mimkd_ray.on_ray import environment
+from mimkd_ray.teacher_cache import admin
+from mimkd_ray.train.local_context import pick_device
+
+ADMIN = ("ls", "verify", "gc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RootConfig:
+    """Where caches are."""
+
+    root: str = ""
+    """Folder or URL that holds them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdminJob:
+    """ls: list caches. verify: compare every object with its manifest. gc: find what no manifest lists."""
+
+    cache: RootConfig = field(default_factory=RootConfig)
+    mend: bool = False
+    """verify: remove what is damaged, so that the next build makes it anew."""
+    delete: bool = False
+    """gc: remove what it finds."""
+    hours: float = 24.0
+    """gc: what belongs to no finished view may be a build in progress, and goes only when it is so old."""
+
+
+def main(recipes: Mapping[str, Callable[[], Config]], argv: Sequence[str] | None = None) -> int:
+    """``cache_teacher.py [build|plan] [RECIPE] [--field.path value ...]`` or ``ls|verify|gc --cache.root URL``."""
+    program = sys.argv[0]
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments and arguments[0] in ("build", "plan", *ADMIN) else "build"
+
+    def work() -> int:
+        if command in ADMIN:
+            return look_after(command, arguments, f"{program} {command}")
+        config = common.parse(recipes, next(iter(recipes)), arguments, f"{program} [build|plan|{'|'.join(ADMIN)}]")
+        if config is not None:
+            make(absolute(config), only_plan=command == "plan")
+        return 0
+
+    return common.guarded(program, work, "the same command goes on from what is finished")
+
+
+def look_after(command: str, arguments: Sequence[str], program: str) -> int:
+    """Run ls, verify or gc; return the exit status."""
+    job = common.from_flags(AdminJob, arguments, prog=program)
+    if job is None:
+        return 0
+    found = admin.Verified()
+    lines = {
+        "ls": lambda: admin.ls(job.cache.root),
+        "verify": lambda: admin.verify(job.cache.root, job.mend, found),
+        "gc": lambda: admin.gc(job.cache.root, job.hours, job.delete),
+    }[command]()
+    for line in lines:
+        print(line, flush=True)
+    if command == "verify":
+        hint = (
+            "; give the build command again" if job.mend else "; --mend true removes them, and a build makes them anew"
+        )
+        print(
+            f"{found.objects:,} objects, {found.bytes / 1e6:,.1f} MB: {found.damaged:,} damaged or gone"
+            f"{hint if found.damaged else ''}"
+        )
+    return 1 if found.damaged and not job.mend else 0
+
+
+def make(config: Config, only_plan: bool = False) -> Built | None:
+    """Print the plan and build the cache: with Ray, or (launch.backend local) in this process."""
+    if config.launch.backend == "local":
+        setup = Setup(config, pick_device(config.launch, 0))
+        print(measured_plan(setup).text(), flush=True)
+        return None if only_plan else finish(setup, in_process(setup))
+    environment.prepare(config.launch.address)
+    from mimkd_ray.on_ray import cache_actors  # Ray takes seconds to import, and reads its environment then
+    from mimkd_ray.on_ray.cluster import connect
+
+    own = connect(config.launch.address, "--launch.address", log_to_driver=False)
+    try:
+        cluster = cache_actors.Cluster(config)
+        print(cluster.plan(), flush=True)
+        return None if only_plan else finish(cluster.setup(), cluster.run)
+    finally:
+        if own:
+            import ray
+
+            ray.shutdown()
+
+
+def finish(setup: Setup, run: Runner) -> Built:
+    """Build with progress, and say what there is now."""
+
+    def shown(units: Sequence[Unit], title: str) -> Iterator[tuple[int, Done]]:
+        progress = Images(title, units)
+        with progress:
+            for number, done in run(units, title):
+                progress.count(done)
+                yield number, done
+
+    built = build(setup, shown)
+    print(
+        f"{setup.config.cache.root}: {built.rows:,} images x {built.views} views, {built.bytes / 1e6:,.1f} MB; "
+        f"{f'{built.damaged} damaged images have no features' if built.damaged else 'no damaged images'}\n"
+        + "\n".join(f"  {label}: {key}" for label, key in built.keys.items()),
+        flush=True,
+    )
+    return built
+
+
+class Images(Progress):
+    """Progress by images, with the megabytes that were written."""
+
+    def __init__(self, title: str, units: Sequence[Unit]) -> None:
+        super().__init__(title, sum(unit.rows for unit in units))
+        self.written = 0
+
+    def count(self, done: Done) -> None:
+        """Count a finished unit."""
+        self.written += done.bytes
+        self.add(Done(done.rows, done.rows))
+
+    def text(self, now: float) -> str:
+        """Return "12,000 images, 43 %, 850 images/s, 2 min left, 130 MB written"."""
+        return f"{super().text(now)}, {self.written / 1e6:,.0f} MB written"

@@ -1,0 +1,145 @@
+"""The command line of jobs/: pick a recipe, override any field by its dotted name, run, and exit with a meaning.
+
+Exit status: 0 done, 1 the run failed, 2 bad input, 3 stopped by SIGTERM (training has saved then, and the same command
+goes on), 130 interrupted (Ctrl-C). Errors are one line on standard error; of an unknown flag, or a value of the wrong
+type, tyro prints its own message there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from mimkd_ray import storage
+from mimkd_ray.config.config import Config, from_dict, to_dict
+from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError, nearest
+
+Recipe = Callable[[], Config]
+C = TypeVar("C", bound=Config)
+T = TypeVar("T")
+
+
+def main(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str] | None = None) -> int:
+    """Run a job: ``JOB [RECIPE] [--config FILE] [--print-config] [--field.path value ...]``. Returns the status."""
+    program = sys.argv[0]
+
+    def work() -> int:
+        config = parse(recipes, default, sys.argv[1:] if argv is None else argv, program)
+        if config is not None:
+            from mimkd_ray.cli.training import run  # after the command line is known to be good
+
+            run(config)
+        return 0
+
+    return guarded(program, work, "the same command goes on from the last checkpoint")
+
+
+def guarded(program: str, work: Callable[[], int], interrupted: str) -> int:
+    """Return the status of ``work()``, or that of its error, which is printed as one line; `interrupted` is what to
+    say of Ctrl-C, and of a SIGTERM that nobody takes for a request to save."""
+    try:
+        with sigterm_exits():
+            return work()
+    except UserError as error:
+        return fail(f"{program}: {error}", 2)
+    except (DamagedDataError, NonFiniteLossError, storage.StorageError) as error:
+        return fail(f"{program}: {error}", 1)
+    except Interrupted as error:
+        return fail(f"{program}: {error}; the same command goes on from there", 3)
+    except KeyboardInterrupt:
+        return fail(f"{program}: interrupted; {interrupted}", 130)
+    except SystemExit as left:
+        if left.code == signal.SIGTERM:
+            return fail(f"{program}: asked to stop; {interrupted}", 3)
+        if left.code == 0:  # Ray's handler of Ctrl-C
+            return fail(f"{program}: interrupted; {interrupted}", 130)
+        if left.code == 2:  # tyro has printed what is wrong with the command line
+            return 2
+        raise
+
+
+@contextlib.contextmanager
+def sigterm_exits() -> Iterator[None]:
+    """A with-block in which SIGTERM raises SystemExit with the signal's number, as it does from ``ray.init`` on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def fail(text: str, status: int) -> int:
+    """Print an error as one line on standard error; return the exit status."""
+    print(" ".join(text.split()), file=sys.stderr, flush=True)
+    return status
+
+
+def parse(recipes: Mapping[str, Callable[[], C]], default: str, argv: Sequence[str], program: str) -> C | None:
+    """The config that a command line asks for; None if it only asked to print something."""
+    arguments = list(argv)
+    name = default
+    if arguments and not arguments[0].startswith("-"):
+        name = arguments.pop(0)
+        if name not in recipes:
+            raise UserError(f"unknown recipe {name!r}{nearest(name, recipes)} (recipes: {', '.join(recipes)})")
+    only_print = "--print-config" in arguments
+    arguments = [argument for argument in arguments if argument != "--print-config"]
+    base = recipes[name]()
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 == len(arguments):
+            raise UserError("--config needs a JSON file, such as a run's config.json")
+        base = read_config(arguments[at + 1], type(base))
+        del arguments[at : at + 2]
+    config = override(base, arguments, program, recipes)
+    if config is not None and only_print:
+        print(json.dumps(to_dict(config), indent=2))
+        return None
+    return config
+
+
+def read_config(path: str, kind: type[C]) -> C:
+    """A config from a JSON file (path or URL)."""
+    if not storage.exists(path):
+        raise UserError(f"--config {path}: there is no such file")
+    try:
+        value = json.loads(storage.read_bytes(path))
+    except ValueError as error:
+        raise UserError(f"--config {path} is not JSON: {error}") from None
+    return from_dict(kind, value)
+
+
+def override(base: C, arguments: list[str], program: str, recipes: Mapping[str, Callable[[], Any]]) -> C | None:
+    """Apply ``--field.path value`` pairs to a config. None after --help."""
+    return from_flags(type(base), arguments, prog=program, description=_describe(program, recipes), default=base)
+
+
+def from_flags(kind: type[T], arguments: Sequence[str], **options: Any) -> T | None:
+    """Return a dataclass made from a command line, with tyro's ``options``; None after --help.
+
+    Raises SystemExit(2) for an unknown flag or a value of the wrong type, after tyro has printed its message.
+    """
+    import tyro
+
+    # tyro spells truth values True and False; people type true and false.
+    arguments = [{"true": "True", "false": "False"}.get(argument, argument) for argument in arguments]
+    try:
+        return tyro.cli(kind, args=arguments, config=(tyro.conf.FlagConversionOff,), **options)
+    except SystemExit as stop:
+        if stop.code:
+            raise
+        return None
+
+
+def _describe(program: str, recipes: Mapping[str, Callable[[], Any]]) -> str:
+    """The head of the help: what may stand before the flags, and the recipes."""
+    lines = (f"  {name}: {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in recipes.items())
+    return f"{program} [RECIPE] [--config FILE] [--print-config] [flags]\n\nRecipes:\n" + "\n".join(lines)

@@ -1,0 +1,78 @@
+"""`python -m mimkd_ray doctor`: the checks of mimkd_ray/doctor on every node of a cluster, or on this machine.
+
+Exit status: 0 nothing failed (there may be warnings), 1 a check failed, 2 bad input. What it needs of a cluster is one
+process a node that reserves nothing, and for the all-reduce a GPU on each node where all have them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from mimkd_ray import storage
+from mimkd_ray.cli import common
+from mimkd_ray.data.sources.data_set import DataConfig
+from mimkd_ray.doctor.outcome import lines
+from mimkd_ray.errors import UserError
+from mimkd_ray.on_ray import environment
+from mimkd_ray.train.records.run_dir import write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Check a machine or a cluster before money is spent: one line a check, with its figures and the remedy."""
+
+    address: str = ""
+    """Ray cluster to check, host:port of its head or `auto`; unset: RAY_ADDRESS, else this machine alone."""
+    root: tuple[str, ...] = ()
+    """Folders or URLs where data, caches and runs are to be: every node writes, reads and deletes an object there."""
+    store: str = ""
+    """Folder of the block store on each node, as --data.store; unset: among the temporary files."""
+    store_gb: float = DataConfig().store_gb
+    """Size of the block store, as --data.store-gb."""
+    workers: int = 0
+    """Processes that sum a tensor, dealt over the nodes; 0: one a node."""
+    wait_seconds: float = 180.0
+    """How long the nodes may take for an answer."""
+    json: str = ""
+    """File or URL to write the result to as well."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or self.store_gb < 0 or self.wait_seconds <= 0:
+            raise UserError(
+                f"--workers {self.workers} and --store-gb {self.store_gb} must not be negative, and --wait-seconds "
+                f"{self.wait_seconds} must be above 0"
+            )
+
+
+def main(argv: Sequence[str], program: str) -> int:
+    """Check what a command line asks for; returns the exit status."""
+    config = common.from_flags(DoctorConfig, argv, prog=program)
+    return 0 if config is None else doctor(config)
+
+
+def doctor(config: DoctorConfig) -> int:
+    """Check, print the lines, and return the exit status."""
+    config = _absolute(config)
+    environment.prepare(config.address)
+    from mimkd_ray.on_ray import check_nodes  # Ray takes seconds to import, and reads its environment then
+
+    outcomes = check_nodes.cluster(config)
+    counts = {status: sum(outcome.status == status for outcome in outcomes) for status in ("pass", "warn", "fail")}
+    for line in lines(outcomes):
+        print(line)
+    print(f"{counts['pass']} passed, {counts['warn']} warnings, {counts['fail']} failed", flush=True)
+    if config.json:
+        checks = [asdict(outcome) for outcome in outcomes]
+        write_json(config.json, {"ok": not counts["fail"], **counts, "checks": checks})
+    return 1 if counts["fail"] else 0
+
+
+def _absolute(config: DoctorConfig) -> DoctorConfig:
+    """Local paths made absolute: Ray's workers start in folders of their own."""
+
+    def full(path: str) -> str:
+        return path if not path or storage.is_remote(path) else os.path.abspath(storage.local_path(path))
+
+    return replace(config, root=tuple(map(full, config.root)), store=full(config.store))

@@ -1,0 +1,80 @@
+"""Everything that can be known to be wrong before workers are started, and paid for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from mimkd_ray import storage
+from mimkd_ray.config.config import Config
+from mimkd_ray.data.sources.data_set import Data, open_data
+from mimkd_ray.errors import UserError
+from mimkd_ray.losses.distillation import queue_channels
+from mimkd_ray.losses.teacher_queue import check_size
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.teacher_cache import calibration
+from mimkd_ray.teacher_cache.codec import needs_calibration
+from mimkd_ray.teacher_cache.keys import calibration_url, logits_entry
+from mimkd_ray.train.build import build_network, make_order, plan_taps
+from mimkd_ray.train.from_cache.cached_teacher import entries_of, origin_of, parts_of_run, what_is_missing
+from mimkd_ray.train.worker import first_runs, needs_teacher
+
+NO_FILE = ("random", "published")
+
+
+def preflight(config: Config) -> None:
+    """Raise UserError for missing data, wrong class counts, impossible layers, queues that are too large, weights and
+    caches that do not fit.
+
+    Reads listings, footers and weights; builds the networks without memory (on the meta device) and runs them dry.
+    Published weights may not be on this machine: a cache of theirs is looked at by the workers alone.
+    """
+    data = open_data(config.data)
+    make_order(config, data.train)
+    for weights in (config.teacher.weights, config.student.weights):
+        if weights not in NO_FILE and not storage.exists(weights):
+            raise UserError(f"there is no weights file {weights}")
+    with torch.device("meta"):
+        student = build_model(config.student.name, data.num_classes, "random", config.data.image_size)
+        if needs_teacher(config):
+            teacher = build_model(config.teacher.name, data.num_classes, "random", config.data.image_size)
+    if config.student.weights not in NO_FILE:
+        build_model(config.student.name, data.num_classes, config.student.weights, config.data.image_size)
+    if not needs_teacher(config):
+        return
+    for run in first_runs(config):
+        plan = plan_taps(run.loss, teacher, student, config.data.image_size, config.cache)
+        check_size(run.loss.queue, queue_channels(run.loss, plan.terms))
+    logits_entry(data.num_classes, config.cache.logits)
+    reads = config.cache.reads and not config.teacher.train and config.teacher.weights != "published"
+    if reads or config.teacher.weights not in NO_FILE:
+        network = build_network(config, data.num_classes, config.teacher.weights)
+        for run in first_runs(config) if reads else ():
+            if run.loss.uses_teacher:
+                check_cache(run, data, network)
+
+
+def check_cache(config: Config, data: Data, network: nn.Module) -> None:
+    """Raise UserError for a cache that no worker of ``config`` could use, whatever its device; DamagedDataError.
+
+    Reads what decides it: calibrations, listings and, if something is missing, every key. Hashes the weights.
+    """
+    entries = entries_of([config], network, data.num_classes)
+    fitted = [entry for entry in entries if needs_calibration(entry.spec, entry.shape)]
+    root, rows = config.cache.root, config.cache.calibration_rows
+    here = origin_of(config, data, network, torch.device("cpu"))
+    # Where `auto` decides, a worker's GPU may do bf16, which is not known before it starts.
+    unknown = config.cache.precision == config.train.precision == "auto" and config.launch.gpu != "off"
+    problems = []
+    for origin in (here, replace(here, precision="bf16")) if unknown else (here,):
+        urls = {entry.label: calibration_url(root, entry, origin, rows) for entry in fitted}
+        found = {label: calibration.read(url) for label, url in urls.items()}
+        for label, value in found.items():
+            if value is not None:
+                calibration.from_bytes(value, urls[label])
+        unfitted = [label for label, value in found.items() if value is None]
+        problems.append(what_is_missing([config], parts_of_run(entries, origin, found), unfitted))
+    if all(problems):
+        raise UserError(problems[0])

@@ -1,0 +1,80 @@
+"""The command line of jobs/prepare_data.py, and the data preparation that it starts.
+
+Exit status: 0 done, 1 the run failed, 2 bad input, 3 stopped (SIGTERM), 130 interrupted. Errors are one
+line on standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mimkd_ray.cli import common
+from mimkd_ray.data.prepare.make_shards import PrepareConfig, Unit, prepare
+from mimkd_ray.data.prepare.work_units import Done
+from mimkd_ray.data.sources.shard_manifest import Manifest
+from mimkd_ray.errors import UserError
+from mimkd_ray.on_ray import environment
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareJob(PrepareConfig):
+    """Make a prepared data set: shuffled shards of equal blocks. Killed and started again, it goes on where it was."""
+
+    address: str = ""
+    """Ray cluster to work on, host:port of its head or `auto`; unset: RAY_ADDRESS, else a Ray of this process's own."""
+    workers: int = 0
+    """Units at a time, each of which takes a CPU and 1 to 2 GB of memory; 0 = one per CPU of the cluster."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers < 0:
+            raise UserError(f"--workers {self.workers}: give 1 or more, or 0 for one per CPU")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job for a command line; return the exit status."""
+    program = sys.argv[0]
+
+    def work() -> int:
+        job = common.from_flags(PrepareJob, sys.argv[1:] if argv is None else argv, prog=program)
+        if job is not None:
+            print(summary(prepare_with_ray(job), job.target), flush=True)
+        return 0
+
+    return common.guarded(program, work, "the same command goes on from what is finished")
+
+
+def prepare_with_ray(job: PrepareJob) -> Manifest:
+    """Prepare a split on a cluster, or on a Ray of our own, which starts when there is work and ends with it."""
+    own: list[bool] = []  # one entry once Ray is connected
+
+    def run(units: Sequence[Unit], title: str) -> Iterator[Done]:
+        environment.prepare(job.address)
+        from mimkd_ray.on_ray import data_units  # Ray takes seconds to import, and reads its environment then
+        from mimkd_ray.on_ray.cluster import connect
+
+        if not own:
+            own.append(connect(job.address, "--address", log_to_driver=False))
+        return data_units.run_units(units, title, job.workers)
+
+    try:
+        return prepare(job, run)
+    finally:
+        if own == [True]:
+            import ray
+
+            ray.shutdown()
+
+
+def summary(manifest: Manifest, target: str) -> str:
+    """Return what a user wants to know of a finished split, in two lines."""
+    total = sum(shard.bytes for shard in manifest.shards)
+    blocks = sum(len(shard.blocks) for shard in manifest.shards)
+    left_out = f"{manifest.damaged:,} damaged images left out (see {manifest.split}.damaged.json)"
+    return (
+        f"{target}: split '{manifest.split}' holds {manifest.rows:,} images of {len(manifest.classes):,} classes, "
+        f"{total / 1e6:,.1f} MB in {len(manifest.shards):,} shards and {blocks:,} blocks of {manifest.block_rows}\n"
+        f"{left_out if manifest.damaged else 'no damaged images'}; digest {manifest.digest}"
+    )

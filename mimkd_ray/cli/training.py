@@ -1,0 +1,100 @@
+"""Run a config: name its directory, check it, hand it to a launcher, show the result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from mimkd_ray import storage
+from mimkd_ray.cli.preflight import preflight
+from mimkd_ray.cli.result_table import result_table
+from mimkd_ray.config.config import Config, digest
+from mimkd_ray.errors import UserError
+from mimkd_ray.on_ray import environment
+from mimkd_ray.train.distributed import ask_first
+from mimkd_ray.train.local_context import local_context, run_local, under_torchrun
+from mimkd_ray.train.records import start_times
+from mimkd_ray.train.records.run_dir import read_json
+from mimkd_ray.train.worker import claim
+
+C = TypeVar("C", bound=Config)
+
+
+def run_directory(config: Config) -> str:
+    """URL or absolute path of the run. The default name holds a digest of what is trained: the same command finds
+    its run again, another configuration gets another directory."""
+    return storage.join(config.run.root, config.run.name or f"{config.recipe}-{digest(config)[:8]}")
+
+
+def absolute(config: C) -> C:
+    """Local paths made absolute: Ray's workers start in folders of their own."""
+
+    def full(path: str, *names: str) -> str:
+        return path if path in names or storage.is_remote(path) else os.path.abspath(path)
+
+    return replace(
+        config,
+        data=replace(config.data, root=full(config.data.root, "digits"), store=full(config.data.store, "")),
+        teacher=replace(config.teacher, weights=full(config.teacher.weights, "random", "published")),
+        student=replace(config.student, weights=full(config.student.weights, "random", "published")),
+        cache=replace(config.cache, root=full(config.cache.root, "")),
+        run=replace(config.run, root=full(config.run.root)),
+    )
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run ``config`` to its end and print its table. A finished run only prints it.
+
+    Under torchrun every process calls it, and all follow what the first finds in the run directory.
+    """
+    start_times.begin()
+    start_times.mark("parsed")
+    config = absolute(config)
+    run_dir = run_directory(config)
+    if config.launch.backend == "local":
+        with local_context(config.launch) as context:
+            return _run(config, run_dir, context.rank == 0, lambda: run_local(config, context, run_dir))
+    if under_torchrun():
+        raise UserError(
+            "torchrun started this process, and launch.backend is ray, which starts workers by itself: pass "
+            "--launch.backend local, or start the job without torchrun"
+        )
+    return _run(config, run_dir, True, lambda: _run_on_ray(config, run_dir))
+
+
+def _run(config: Config, run_dir: str, first: bool, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the result of a finished run, or check the job and do the ``work``. ``first`` says who prints."""
+    finished = ask_first(lambda: _begin(config, run_dir))
+    if finished is not None:
+        if first:
+            print(result_table(finished))
+            print(f"this run was finished before; --run.overwrite true does it again\nrun directory: {run_dir}")
+        return finished
+    preflight(config)
+    # The first worker does it too, but another config should not cost a start of workers.
+    ask_first(lambda: claim(config, run_dir))
+    start_times.mark("checked")
+    result = work()
+    if first:
+        print(f"\n{result_table(result)}\nrun directory: {run_dir}", flush=True)
+    return result
+
+
+def _begin(config: Config, run_dir: str) -> dict[str, Any] | None:
+    """Delete an old run if ``run.overwrite`` says so, and return the result of a finished one. For one process alone:
+    another must not read what this one is about to delete."""
+    if config.run.overwrite:
+        storage.remove_tree(run_dir)
+    finished: dict[str, Any] | None = read_json(storage.join(run_dir, "result.json"))
+    if finished is not None:
+        claim(config, run_dir)
+    return finished
+
+
+def _run_on_ray(config: Config, run_dir: str) -> dict[str, Any]:
+    environment.prepare(config.launch.address)
+    from mimkd_ray.on_ray.train_workers import run_ray  # Ray takes seconds to import, and reads its environment then
+
+    return run_ray(config, run_dir)

@@ -1,0 +1,228 @@
+"""What a student minimises: the kinds of term, their weights, and what they read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from mimkd_ray.config.loss_presets import PRESETS, Kind, Negatives, PresetName, SameClass
+from mimkd_ray.errors import UserError
+from mimkd_ray.losses.bounds import BoundName
+from mimkd_ray.losses.critics import CriticConfig
+from mimkd_ray.losses.methods.registry import KD_CE_WEIGHT, RIVALS, Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Kinds of term, their weights, and who the negatives are. What is unset is the preset's (presets.py)."""
+
+    name: tuple[Method, ...] = ("mimkd",)
+    """Methods whose losses are added to the cross-entropy: mimkd, or a rival by its published formula and weight, or
+    several. None: cross-entropy alone, and KD where kd_weight is set. Without mimkd no mutual-information term is on,
+    whatever the weights of its terms."""
+    rival_weight: float = 1.0
+    """Factor on the published weights of the rivals in `name`."""
+    rival_pairs: tuple[str, ...] = ()
+    """Tap pairs "teacher:student" of all rivals that read maps, from shallow to deep; unset: stages, deepest with
+    deepest, as many as the rival reads."""
+    rival_warmup: float = 20.0
+    """Epochs over which dkd and review rise to their weights, as published; 0: at once. Other losses have full weight
+    from the start."""
+    preset: PresetName = "accuracy"
+    """accuracy: what won without the teacher's logits; frozen teacher side, queue. best: that with Hinton's KD. paper:
+    Jensen-Shannon with one rolled negative, critics that learn on both sides. two_sided: InfoNCE over the lane with
+    such critics, the default of release 0.1."""
+    bound: BoundName | None = None
+    """Lower bound on mutual information; unset: the preset's."""
+    negatives: Negatives | None = None
+    """all: every other image of the lane. rolled: the one before. queue: for terms of teacher vectors those of the lane
+    and the teacher vectors of earlier steps. step: for such terms every other image of the whole step (teacher vectors
+    are gathered from all workers). cache: for such terms the others of the lane, and cache.negatives random images of
+    the training set, whose vectors come from the cache. Unset: the preset's."""
+    queue: int = 16_384
+    """Teacher vectors of earlier steps that `negatives` queue keeps, on each worker and in checkpoints; up to 64 MiB. A
+    local term of L locations takes 1/L of them, so that it costs what a global term does."""
+    same_class: SameClass | None = None
+    """keep: images of one class are negatives of each other. leave_out: they are not, where classes are known (with
+    mixing they are not). Held-out mutual information is read with them. Unset: the preset's."""
+    hard_share: float = 1.0
+    """Share of the negatives that is used: for each image those whose teacher features are most like its own."""
+    feature_negatives: Literal["same", "all"] = "same"
+    """Negatives of a feature term: the other images at the same location, or at all locations."""
+    soft_temperature: float = 0.0
+    """Temperature at which the teacher's own similarities are the target over the candidates; 0: the target is the
+    positive alone. InfoNCE with a dot critic only."""
+    symmetric: bool = False
+    """Average InfoNCE with its other direction, in which a teacher's feature picks its student among the lane's."""
+    locations: int | None = None
+    """Of a map with more locations, as many are scored in a step, on an even grid that is elsewhere at every step; 0:
+    always all. Unset: the preset's. Mutual information is read over all of them."""
+    global_weight: float | None = None
+    """Weight of each global term (teacher vector, student vector). 0 turns the kind off. Unset: the preset's."""
+    local_weight: float | None = None
+    """Weight of each local term (teacher vector, every location of a student map). Unset: the preset's."""
+    feature_weight: float | None = None
+    """Weight of each feature term (teacher map, student map, location by location). Unset: the preset's."""
+    pair_weights: Literal["each", "shared"] = "each"
+    """each: every pair of taps has its kind's weight. shared: the kind's weight is divided by its number of pairs."""
+    schedule: Literal["constant", "warmup", "rise", "fall"] = "constant"
+    """The terms' weights over training. warmup: linearly from 0 over the first tenth. rise, fall: a half cosine, from 0
+    or to 0."""
+    taps: Literal["after", "before"] = "after"
+    """Chosen stages are read after their last activation, or before it where it is a module of its own."""
+    max_side: int = 14
+    """Chosen student maps are at most so high and wide: a map of twice the side costs four times as much."""
+    global_pairs: tuple[str, ...] = ()
+    """Tap pairs "teacher:student" or "teacher:student:weight" (multiplies the kind's weight); unset: chosen. The tap
+    "logits" is the network's logits."""
+    local_pairs: tuple[str, ...] = ()
+    """Tap pairs of the local terms: a teacher's vector with a student's map; unset: the deepest map."""
+    feature_pairs: tuple[str, ...] = ()
+    """Tap pairs of the feature terms, map with map; unset: the deepest stages of at most max_side. PATH@input is what
+    the layer is given."""
+    ce_weight: float | None = None
+    """Weight of the cross-entropy with the labels. Unset: the preset's for mimkd, else 1. `name` kd, and nothing beside
+    it, multiplies it by 0.1: Hinton's KD is published as 0.1 cross-entropy + 0.9 KD."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy."""
+    kd_weight: float | None = None
+    """Weight of Hinton's KD on the logits, beside any `name`; kd in `name` adds its 0.9. Unset: the preset's for mimkd,
+    else 0."""
+    kd_temperature: float = 4.0
+    """Temperature of Hinton's KD."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """The critic of every term (each pair has its own weights)."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_weight", "local_weight", "feature_weight", "ce_weight", "kd_weight", "rival_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise UserError(f"loss.{name} is {value}; it must be finite and not negative")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"loss.label_smoothing is {self.label_smoothing}; it must lie in [0, 1)")
+        if self.locations is not None and self.locations < 0:
+            raise UserError(f"loss.locations is {self.locations}; it must be at least 1, or 0 for all")
+        if self.kd_temperature <= 0:
+            raise UserError(f"loss.kd_temperature is {self.kd_temperature}; it must be positive")
+        if not 0 <= self.rival_warmup < float("inf"):
+            raise UserError(f"loss.rival_warmup is {self.rival_warmup}; it must be finite and not negative")
+        if self.queue < 1 or self.max_side < 1:
+            raise UserError(f"loss.queue is {self.queue} and max_side {self.max_side}; they must be at least 1")
+        if not 0 < self.hard_share <= 1 or not 0 <= self.soft_temperature < float("inf"):
+            raise UserError(
+                f"loss.hard_share is {self.hard_share}, which must lie in (0, 1], and soft_temperature "
+                f"{self.soft_temperature}, which must be finite and not negative"
+            )
+        self._check_objective()
+        for kind in ("global", "local", "feature"):
+            unset = getattr(self, f"{kind}_weight") is None and "mimkd" in self.name
+            if unset and getattr(self, f"{kind}_pairs") and not self.weight(kind):
+                raise UserError(
+                    f"loss.{kind}_pairs names pairs, and preset {self.preset} gives {kind} terms no weight: pass "
+                    f"--loss.{kind}-weight too"
+                )
+        if len(set(self.name)) != len(self.name):
+            raise UserError(f"loss.name is {' '.join(self.name)}: name each method once; weights make it stronger")
+
+    def _check_objective(self) -> None:
+        """Raise UserError for options that need another bound, critic or choice of negatives."""
+        asked = {
+            "soft_temperature": bool(self.soft_temperature),
+            "symmetric": self.symmetric,
+            "hard_share": self.hard_share < 1,
+        }
+        on = [f"loss.{name}" for name, is_on in asked.items() if is_on]
+        if on and self.resolved_negatives == "rolled":
+            raise UserError(
+                f"{on[0]} chooses among many negatives, and loss.negatives is rolled: pass --loss.negatives all"
+            )
+        if (self.soft_temperature or self.symmetric) and self.resolved_bound != "infonce":
+            raise UserError(
+                f"{on[0]} is a form of InfoNCE, and loss.bound is {self.resolved_bound}: pass --loss.bound infonce"
+            )
+        if (self.soft_temperature or self.hard_share < 1) and self.critic.kind != "dot":
+            raise UserError(f"{on[0]} reads the teacher's cosines, which the {self.critic.kind} critic has none of")
+        if self.feature_negatives == "all" and self.resolved_negatives == "rolled":
+            raise UserError("loss.feature_negatives is all, and loss.negatives is rolled: pass --loss.negatives all")
+
+    @property
+    def resolved_bound(self) -> BoundName:
+        """The bound in force."""
+        return self.bound or PRESETS[self.preset].bound
+
+    @property
+    def resolved_same_class(self) -> SameClass:
+        """What becomes of images of the same class, in force."""
+        return self.same_class or PRESETS[self.preset].same_class
+
+    @property
+    def resolved_critic(self) -> CriticConfig:
+        """The critic in force."""
+        own, preset = self.critic, PRESETS[self.preset]
+        if own.learn_temperature is None:
+            own = replace(own, learn_temperature=preset.learn_temperature)
+        if own.kind == "concat":
+            return own
+        return replace(own, teacher=own.teacher or preset.teacher, student=own.student or preset.student)
+
+    @property
+    def resolved_negatives(self) -> Negatives:
+        """The negatives in force."""
+        return self.negatives or PRESETS[self.preset].negatives
+
+    @property
+    def resolved_locations(self) -> int:
+        """The most locations of a map that a step scores, in force; 0: all."""
+        return PRESETS[self.preset].locations if self.locations is None else self.locations
+
+    @property
+    def resolved_ce_weight(self) -> float:
+        """The weight of the cross-entropy in force."""
+        weight = self.ce_weight
+        if weight is None:
+            weight = PRESETS[self.preset].ce_weight if "mimkd" in self.name else 1.0
+        return weight * (KD_CE_WEIGHT if self.name == ("kd",) else 1.0)
+
+    @property
+    def resolved_kd_weight(self) -> float:
+        """The weight of Hinton's KD in force."""
+        weight = self.kd_weight
+        if weight is None:
+            weight = PRESETS[self.preset].kd_weight if "mimkd" in self.name else 0.0
+        return weight + (self.weight_of("kd") if "kd" in self.name else 0.0)
+
+    @property
+    def rivals(self) -> tuple[Method, ...]:
+        """The methods in force that are losses of their own: neither MIMKD nor KD."""
+        return tuple(method for method in RIVALS if method in self.name and method != "kd" and self.rival_weight > 0)
+
+    def weight_of(self, rival: Method) -> float:
+        """The weight of a rival."""
+        return self.rival_weight * RIVALS[rival].weight
+
+    def weight(self, kind: Kind) -> float:
+        """The weight of one kind of mutual-information term."""
+        if "mimkd" not in self.name:
+            return 0.0
+        own = {"global": self.global_weight, "local": self.local_weight, "feature": self.feature_weight}[kind]
+        return PRESETS[self.preset].weights[kind] if own is None else own
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether any mutual-information term is on."""
+        return self.weight("global") + self.weight("local") + self.weight("feature") > 0
+
+    @property
+    def uses_logits(self) -> bool:
+        """Whether anything reads the teacher's logits."""
+        terms = (*self.global_pairs, *self.local_pairs) if self.uses_features else ()
+        return (
+            self.resolved_kd_weight > 0
+            or any(RIVALS[rival].logits for rival in self.rivals)
+            or any(pair.startswith("logits:") for pair in terms)
+        )
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether any term needs the teacher at all."""
+        return self.uses_features or self.uses_logits or bool(self.rivals)

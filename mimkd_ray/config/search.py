@@ -1,0 +1,113 @@
+"""What a search is: its space, its algorithm, its budget, and how its trials run and are judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from mimkd_ray.config.config import Config
+from mimkd_ray.errors import UserError
+
+Metric = Literal["top1", "cross_entropy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """A search for the best critic, taps, bound, negatives, weights and learning rate of a teacher and a student."""
+
+    space: tuple[str, ...] = ("temperature", "taps", "weights")
+    """What is searched: names of mimkd_ray/search/spaces.py, or package.module:function."""
+    algorithm: Literal["tpe", "random", "grid"] = "tpe"
+    """tpe: Optuna's tree-structured Parzen estimator. random: independent draws. grid: every combination of `points`
+    values of each number, in order."""
+    points: int = 4
+    """grid: values of each number, evenly spaced (on the number's own scale)."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """asha: asynchronous successive halving stops the trials that are behind. none: every trial runs to its end."""
+    grace: int = 1
+    """asha: epochs that every trial gets at least."""
+    reduction: int = 3
+    """asha: one in so many trials goes on past each rung (grace, grace * reduction, ... epochs)."""
+    metric: Metric = "top1"
+    """What is optimised, on the held-out part of the training set."""
+    trials: int = 24
+    """Configurations to try; 0: as many as the other budgets allow."""
+    hours: float = 0.0
+    """Hours after which no trial begins and the running ones end at their next evaluation; 0: no limit. Time before a
+    restart counts."""
+    gpu_hours: float = 0.0
+    """The same for the sum over trials of GPUs times hours; 0: no limit."""
+    holdout: float = 0.1
+    """Share of the training rows, of each class, on which trials are scored; the validation set is never looked at."""
+    epochs: int = 0
+    """Epochs of a trial, with its schedule; 0: those of the recipe. best.json has the recipe's."""
+    pack: int = 1
+    """Students that are trained in one process on the same batches and the same teacher pass."""
+    workers: int = 1
+    """Workers of a trial. One: a process of its own, with a share of a node. More: a Ray Train run on so many."""
+    concurrent: int = 0
+    """Trials (packs) at a time; 0: as many as the cluster has room for. More makes an autoscaler add nodes."""
+    cpus_per_trial: float = 0.0
+    """CPUs of a trial of one worker; 0: 1 on CPU, and with a GPU its share of the CPUs."""
+    gpus_per_trial: float = 0.0
+    """GPUs of a trial of one worker, such as 0.25; 0: 1 if the cluster has any and launch.gpu allows."""
+    retries: int = 2
+    """How often a trial whose worker or node was lost goes on from its last checkpoint."""
+    finalists: int = 3
+    """Best configurations that are trained again from new seeds; 0: none, the best trial is the outcome."""
+    seeds: int = 3
+    """Seeds of each finalist."""
+    loggers: tuple[Literal["mlflow", "wandb"], ...] = ()
+    """Loggers of Ray Tune that get every evaluation too, where their package is installed."""
+    seed: int = 0
+    """Seed of the algorithm."""
+
+    def __post_init__(self) -> None:
+        if not self.space:
+            raise UserError("search.space is empty: name what to search, such as --search.space temperature taps")
+        if not (self.trials or self.hours or self.gpu_hours):
+            raise UserError("search.trials, hours and gpu_hours are all 0: the search would never end; give one")
+        negative = [f.name for f in fields(self) if isinstance(v := getattr(self, f.name), int | float) and v < 0]
+        if negative:
+            raise UserError(f"search.{negative[0]} is {getattr(self, negative[0])}; it must not be negative")
+        if min(self.points, self.grace, self.pack) < 1 or self.reduction < 2:
+            raise UserError(
+                f"search.points {self.points}, grace {self.grace} and pack {self.pack} must be at least 1, and "
+                f"reduction {self.reduction} at least 2"
+            )
+        if self.workers < 1 or (self.workers > 1 and self.pack > 1):
+            raise UserError(
+                f"search.workers is {self.workers} and search.pack {self.pack}: give at least 1 worker, and only 1 to "
+                "packs, which train in one process"
+            )
+        if self.finalists and not self.seeds:
+            raise UserError("search.seeds is 0: give the seeds of each finalist, or pass --search.finalists 0")
+        if not 0 <= self.holdout < 1:
+            raise UserError(f"search.holdout is {self.holdout}: give a share above 0 and below 1, such as 0.1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchJob(Config):
+    """A recipe with a search: everything that its trials share, and what they may differ in."""
+
+    search: SearchConfig = field(default_factory=SearchConfig)
+    """The search."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.data.holdout and not self.search.holdout:
+            raise UserError(
+                "search.holdout and data.holdout are 0: trials are scored on a part of the training set, never on the "
+                "validation set; pass --search.holdout 0.1"
+            )
+        if self.search.workers > self.train.lanes:
+            raise UserError(
+                f"search.workers is {self.search.workers} and train.lanes {self.train.lanes}: a worker needs a lane of "
+                f"its own; pass --train.lanes {self.search.workers}"
+            )
+
+
+def search_job(config: Config, **changes: Any) -> SearchJob:
+    """A recipe's config as the start of a search."""
+    own = {f.name: getattr(config, f.name) for f in fields(Config)}
+    return SearchJob(**(own | changes))

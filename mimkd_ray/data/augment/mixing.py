@@ -1,0 +1,102 @@
+"""mixup and CutMix of a batch, replayable: what is mixed is a pure function of (seed, step, lane).
+
+Each image is mixed with its neighbour in the batch, and so are the labels. Not for use with cached teacher features:
+features of a mix are no mix of features.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimkd_ray.data.order import permutations
+from mimkd_ray.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """How batches are mixed; by default they are not."""
+
+    mixup_alpha: float = 0.0
+    """mixup's share of the image itself is drawn from Beta(alpha, alpha); 0 = no mixup. ImageNet: 0.2."""
+    cutmix_alpha: float = 0.0
+    """The same of CutMix, where it is the share of the area; 0 = no CutMix. ImageNet: 1.0."""
+    probability: float = 1.0
+    """Share of the batches that are mixed."""
+    switch_probability: float = 0.5
+    """Where both are on: share of the mixed batches that get CutMix."""
+
+    def __post_init__(self) -> None:
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            alpha = getattr(self, name)
+            if not (math.isfinite(alpha) and alpha >= 0):
+                raise UserError(f"{name} = {alpha}: give 0 (off) or a positive number, such as 0.2 or 1")
+        for name in ("probability", "switch_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} = {getattr(self, name)}: give a share from 0 to 1")
+
+    @property
+    def active(self) -> bool:
+        """Whether any batch is mixed."""
+        return self.probability > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
+
+
+class Mix(NamedTuple):
+    """What is done to one batch. `own` is each image's share of its own mix; `box` the part replaced, or None."""
+
+    own: float
+    box: tuple[int, int, int, int] | None  # left, top, right, bottom, in pixels; None is mixup
+
+
+def draw_mix(config: MixConfig, seed: int, step: int, lane: int, height: int, width: int) -> Mix | None:
+    """Return what happens to this batch of images (height, width), None if nothing. Host only, 35 us."""
+    if not config.active:
+        return None
+    key = permutations.raw(2, seed, "batch mixing", step, lane)
+    draw = np.random.RandomState(
+        np.random.Philox(key=key)
+    )  # NumPy has frozen its distributions, Generator's it may change
+    mixed, switched = draw.random_sample(2)
+    if mixed >= config.probability:
+        return None
+    if config.cutmix_alpha == 0 or (config.mixup_alpha > 0 and switched >= config.switch_probability):
+        return Mix(draw.beta(config.mixup_alpha, config.mixup_alpha), None)
+    other = 1 - draw.beta(config.cutmix_alpha, config.cutmix_alpha)
+    x, y = (int(place * side) for place, side in zip(draw.random_sample(2), (width, height), strict=True))
+    half_width, half_height = (int(0.5 * math.sqrt(other) * side) for side in (width, height))
+    left, right = max(x - half_width, 0), min(x + half_width, width)
+    top, bottom = max(y - half_height, 0), min(y + half_height, height)
+    return Mix(1 - (right - left) * (bottom - top) / (width * height), (left, top, right, bottom))
+
+
+def mix(
+    images_BCHW: Tensor,
+    labels_B: Tensor,
+    num_classes: int,
+    config: MixConfig,
+    seed: int,
+    step: int,
+    lane: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the mixed floating-point images and the labels_BC, float32, whose rows sum to 1.
+
+    Image b is mixed with image b - 1 (the first with the last), as by torchvision v2's MixUp and CutMix. The images
+    come back as they are where nothing is mixed. On any device without waiting for it; one copy of the images: 26 ms
+    for 64 float32 images of 224 x 224 on one core with mixup (torchvision 47 ms), 6 ms with CutMix.
+    """
+    labels_BC = torch.nn.functional.one_hot(labels_B, num_classes).float()
+    what = draw_mix(config, seed, step, lane, *images_BCHW.shape[2:])
+    if what is None:
+        return images_BCHW, labels_BC
+    labels_BC = labels_BC.roll(1, 0).mul_(1 - what.own).add_(labels_BC, alpha=what.own)
+    if what.box is None:
+        return images_BCHW.roll(1, 0).mul_(1 - what.own).add_(images_BCHW, alpha=what.own), labels_BC
+    left, top, right, bottom = what.box
+    mixed_BCHW = images_BCHW.clone()
+    mixed_BCHW[:, :, top:bottom, left:right] = images_BCHW[:, :, top:bottom, left:right].roll(1, 0)
+    return mixed_BCHW, labels_BC

@@ -1,0 +1,163 @@
+"""The named augmentation pipelines, and any other by import path."""
+
+from __future__ import annotations
+
+import importlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimkd_ray.data.augment.batch_views import BatchTransform, CropFlip
+from mimkd_ray.data.augment.transforms import CentreCrop, FitSize, OnPillow, ResizedCropFlip, Then, Transform
+from mimkd_ray.errors import UserError, nearest
+
+
+class Pipeline(NamedTuple):
+    """The transforms of one image in training and in evaluation, and one of whole training batches.
+
+    `eval` draws no random numbers. `batch` comes after `train`, on the device that the batch is on.
+    """
+
+    train: Transform
+    eval: Transform
+    batch: BatchTransform | None = None
+
+
+def make_pipeline(name: str, image_size: int) -> Pipeline:
+    """Build a pipeline of uint8 images, `image_size` squared: one of PIPELINES, or "package.module:function".
+
+    The function gets `image_size` and returns a transform (evaluation is then ImageNet's centre crop) or a pair for
+    training and evaluation; transforms take and give uint8 (3, H, W), as torchvision v2's do. They may draw from
+    torch's, Python's and NumPy's global generators. Raises UserError.
+    """
+    check_pipeline_name(name)
+    if ":" in name:
+        return _imported(name, image_size)
+    return PIPELINES[name](image_size)
+
+
+def check_pipeline_name(name: str, field: str = "pipeline") -> None:
+    """Raise UserError, naming `field`, if there is no such pipeline. Imports only what a name with a colon asks for."""
+    if ":" in name:
+        _function(name)
+    elif name not in PIPELINES:
+        raise UserError(
+            f"{field} '{name}' is unknown{nearest(name, PIPELINES)}; there are: {', '.join(PIPELINES)}, and any "
+            "function of yours by its import path, 'package.module:function'"
+        )
+
+
+def _imagenet(size: int, augment: str = "") -> Pipeline:
+    crop = ResizedCropFlip(size)
+    return Pipeline(Then(crop, _augment(augment)) if augment else crop, CentreCrop(size))
+
+
+def _cifar(size: int, augment: str = "") -> Pipeline:
+    fit = FitSize(size)
+    return Pipeline(Then(fit, _augment(augment)) if augment else fit, fit, CropFlip(padding=4, flip=True))
+
+
+def _augment(name: str) -> Transform:
+    from torchvision.transforms import v2  # takes longer to import than a short run's decoding
+
+    return OnPillow(getattr(v2, name)())
+
+
+def _digits(size: int) -> Pipeline:
+    return Pipeline(FitSize(size), FitSize(size), CropFlip(padding=1, flip=False))
+
+
+def _none(size: int) -> Pipeline:
+    return Pipeline(FitSize(size), FitSize(size))
+
+
+PIPELINES: dict[str, Callable[[int], Pipeline]] = {
+    "imagenet": _imagenet,
+    "imagenet_ta": partial(_imagenet, augment="TrivialAugmentWide"),
+    "imagenet_ra": partial(_imagenet, augment="RandAugment"),
+    "cifar": _cifar,
+    "cifar_ta": partial(_cifar, augment="TrivialAugmentWide"),
+    "digits": _digits,
+    "none": _none,
+}
+"""TrivialAugment and RandAugment have torchvision's defaults. They are applied to the image of final size; `cifar_ta`
+before crop and flip, which are done for the whole batch."""
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"pipeline '{name}': cannot import '{module_name}': {error}; put its folder on PYTHONPATH, or ship it with "
+            "the job's working directory"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(
+            f"pipeline '{name}': {module_name} has no function '{function_name}'{nearest(function_name, there)}"
+        )
+    return function
+
+
+def _imported(name: str, size: int) -> Pipeline:
+    made = _function(name)(size)
+    pair = made if isinstance(made, tuple) else (made, CentreCrop(size))
+    if len(pair) != 2 or not all(map(callable, pair)):
+        kinds = ", ".join(type(part).__name__ for part in pair)
+        raise UserError(
+            f"pipeline '{name}' returned ({kinds}); it must return a transform, or a pair of transforms for training "
+            "and evaluation"
+        )
+    return Pipeline(_Checked(_Reseeded(pair[0]), name, size), _Checked(pair[1], name, size))
+
+
+@dataclass(frozen=True)
+class _Reseeded:
+    """Seeds Python's and NumPy's generators as torch's was, and puts them back: 60 us.
+
+    torchvision v2 draws from torch's alone (all of its transforms, version 0.29); a function of a user's may not.
+    """
+
+    transform: Transform
+
+    def __call__(self, image: Tensor) -> Tensor:
+        seed = torch.initial_seed() % 2**32  # what `View` has seeded torch's generator with
+        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # others' global generator
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            return self.transform(image)
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """Raises UserError for a result that cannot be put into a batch."""
+
+    transform: Transform
+    name: str
+    size: int
+
+    def __call__(self, image: Tensor) -> Tensor:
+        result = self.transform(image)
+        if not isinstance(result, Tensor):
+            raise UserError(f"pipeline '{self.name}' gave {type(result).__name__}; it must give a uint8 tensor")
+        shape = (3, self.size, self.size)
+        if result.dtype != torch.uint8 or result.shape != shape:
+            raise UserError(
+                f"pipeline '{self.name}' gave {result.dtype} {tuple(result.shape)} for an image of "
+                f"{tuple(image.shape)}; it must give torch.uint8 {shape}: leave casts and normalisation out (they are "
+                "done on the device) and end with the size"
+            )
+        return result

@@ -1,0 +1,351 @@
+"""One batch: its rows are read, decoded, viewed and stacked. Runs in loader processes.
+
+What a batch holds depends on (source, order, view, step, lane) only, never on who makes it.
+
+A damaged image does not stop a run: it is named in `LaneBatch.damaged`, and in training its place is taken by
+the nearest intact image of the batch (the id repeats, so losses do not take the copies for negatives of each
+other). In evaluation it is left out. `DamageCounter` ends the run when there are too many.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimkd_ray.data.augment.views import DamagedImageError, Transform, View, decode, generator_kept
+from mimkd_ray.data.order.blocks import Blocks
+from mimkd_ray.data.order.sample_order import Order, view_number
+from mimkd_ray.data.sources.source import Row, Source
+from mimkd_ray.data.store.block_store import BlockStore
+from mimkd_ray.errors import DamagedDataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class LaneBatch:
+    """The images of one lane of one step (in evaluation: of one batch; lane and view are 0)."""
+
+    step: int
+    lane: int
+    images_BCHW: Tensor  # uint8; channels last in memory where the pipeline leaves images so
+    labels_B: Tensor  # int64
+    ids_B: Tensor  # int64
+    view: int
+    damaged: tuple[str, ...]  # names of images that could not be decoded
+    features: Mapping[str, Tensor] = field(default_factory=dict)  # cached rows (B, bytes), uint8, by label
+
+    def __len__(self) -> int:
+        return len(self.labels_B)
+
+    def pin_memory(self, device: Any = None) -> LaneBatch:
+        """Return the batch in page-locked memory (the data loader calls this)."""
+        return self.each_tensor(lambda tensor: tensor.pin_memory())
+
+    def each_tensor(self, change: Callable[[Tensor], Tensor]) -> LaneBatch:
+        """Return the batch with `change(tensor)` in the place of each tensor."""
+        return replace(
+            self,
+            images_BCHW=change(self.images_BCHW),
+            labels_B=change(self.labels_B),
+            ids_B=change(self.ids_B),
+            features={label: change(rows) for label, rows in self.features.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Key:
+    """What to make: a whole batch is one unit of work for a loader process."""
+
+    step: int
+    lane: int
+    positions: np.ndarray
+    view: int
+
+
+@dataclass(frozen=True)
+class TrainKeys:
+    """The batches of steps start_step..stop_step-1 and these lanes, by (step, lane as given)."""
+
+    order: Order
+    views: int
+    lanes: tuple[int, ...]
+    start_step: int
+    stop_step: int
+
+    def __len__(self) -> int:
+        return max(0, self.stop_step - self.start_step) * len(self.lanes)
+
+    def __iter__(self) -> Iterator[Key]:
+        for step in range(self.start_step, self.stop_step):
+            view = view_number(self.order.seed, self.order.epoch_of(step), self.views)
+            for lane in self.lanes:
+                yield Key(step, lane, self.order.positions(step, lane), view)
+
+
+class FeatureSource(Protocol):
+    """Cached features of the training set, by position."""
+
+    def read(self, view: int, positions: np.ndarray, ids: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Return {label: rows (B, bytes), uint8}. Raises DamagedDataError if the ids are not those of the positions."""
+        ...
+
+    @property
+    def store(self) -> BlockStore | None:
+        """Where they are kept once they are read."""
+        ...
+
+    @property
+    def distant(self) -> bool:
+        """Whether fetching them waits for a network."""
+        ...
+
+    def block_bytes(self, blocks: Blocks) -> int:
+        """Return the mean bytes of features that belong to one of the training set's blocks."""
+        ...
+
+    def fetch(self, view: int, first: int, stop: int) -> bool:
+        """See to it that the features of positions first..stop-1 are in the store; say whether they are."""
+        ...
+
+
+class Batches(Protocol):
+    """Makes batches, in a loader process."""
+
+    @property
+    def source(self) -> Source:
+        """Where the images are read from."""
+        ...
+
+    def image_bytes(self) -> int:
+        """Return the size of one image of a batch."""
+        ...
+
+    def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch | str:
+        """Return the batch; its images in `memory` (bytes), if they fit; or the name of its one, damaged image."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainBatches:
+    """Makes training batches of constant size; runs in loader processes."""
+
+    source: Source
+    view: View
+    features: FeatureSource | None = None
+
+    def image_bytes(self) -> int:
+        """Return the size of one image of a batch."""
+        return self.view.apply(_BLANK, 0, 0).numel()
+
+    def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch:
+        """Return the batch; its images in `memory` (bytes), if they fit."""
+
+        def transform(row: Row, out: Tensor | None) -> Tensor:
+            return self.view.replay(row.image, row.id, key.view, out)
+
+        with generator_kept():
+            made = _decode_all(self.source, key, transform, memory)
+        if made.damaged:
+            made = made.chosen(nearest_intact(made.places, len(key.positions)))
+        batch = made.batch(key)
+        if self.features is None:
+            return batch
+        found = self.features.read(key.view, key.positions[made.places], batch.ids_B.numpy())
+        return replace(batch, features={label: torch.from_numpy(rows) for label, rows in found.items()})
+
+
+@dataclass(frozen=True)
+class ViewBatches:
+    """Makes batches of a view in which every row has its place, for caching; runs in loader processes.
+
+    A damaged image is black, and its label is -1.
+    """
+
+    source: Source
+    view: View
+
+    def image_bytes(self) -> int:
+        """Return the size of one image of a batch."""
+        return self.view.apply(_BLANK, 0, 0).numel()
+
+    def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch:
+        """Return the batch; its images in `memory` (bytes), if they fit."""
+        damaged: list[str] = []
+        intact: list[bool] = []
+        black = torch.zeros_like(self.view.apply(_BLANK, 0, 0))
+
+        def transform(row: Row, out: Tensor | None) -> Tensor:
+            try:
+                image = self.view.replay(row.image, row.id, key.view, out)
+            except DamagedImageError as error:
+                damaged.append(f"{row.name} ({error})")
+                image = black
+            intact.append(image is not black)
+            return image
+
+        with generator_kept():
+            batch = _decode_all(self.source, key, transform, memory).batch(key)
+        labels_B = torch.where(torch.tensor(intact), batch.labels_B, -1)
+        return replace(batch, labels_B=labels_B, damaged=tuple(damaged))
+
+
+@dataclass(frozen=True)
+class EvalBatches:
+    """Makes evaluation batches, without damaged images; runs in loader processes."""
+
+    source: Source
+    transform: Transform
+
+    def image_bytes(self) -> int:
+        """Return the size of one image of a batch."""
+        return self.transform(_BLANK).numel()
+
+    def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch | str:
+        """Return the batch, its images in `memory` (bytes), if they fit; or the name of its one, damaged image."""
+        try:
+            return _decode_all(self.source, key, lambda row, _: self.transform(decode(row.image)), memory).batch(key)
+        except _AllDamagedError as error:
+            if len(key.positions) > 1:
+                raise
+            # A slice may end in a batch of one: if damaged, that is one image, and no sign of a broken set.
+            return error.names[0]
+
+
+def nearest_intact(places: Sequence[int], count: int) -> list[int]:
+    """Return for each of `count` places which of the intact `places` is the nearest; of two equally near ones the
+    lower."""
+    return [min(range(len(places)), key=lambda i: abs(places[i] - place)) for place in range(count)]
+
+
+_BLANK = torch.full((3, 256, 256), 128, dtype=torch.uint8)
+_NONE = torch.empty(0)
+
+
+class _AllDamagedError(DamagedDataError):
+    """A batch without an intact image."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(
+            f"none of the {len(names)} images of a batch can be decoded: {_first_three(names)}; repair the data"
+        )
+        self.names = tuple(names)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DamagedDataError, (str(self),)  # as which it travels to the training process
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """The intact images of a batch, their places in it, labels and ids, and the names of the damaged ones."""
+
+    images_BCHW: Tensor
+    places: list[int]
+    labels: list[int]
+    ids: list[int]
+    damaged: tuple[str, ...]
+
+    def chosen(self, which: list[int]) -> _Decoded:
+        """Return these of the images, in this order."""
+        places, labels, ids = ([of_all[i] for i in which] for of_all in (self.places, self.labels, self.ids))
+        return _Decoded(self.images_BCHW[which], places, labels, ids, self.damaged)
+
+    def batch(self, key: Key) -> LaneBatch:
+        labels, ids = torch.tensor([self.labels, self.ids], dtype=torch.int64)
+        return LaneBatch(key.step, key.lane, self.images_BCHW, labels, ids, key.view, self.damaged)
+
+
+def _decode_all(
+    source: Source, key: Key, transform: Callable[[Row, Tensor | None], Tensor], memory: Tensor | None
+) -> _Decoded:
+    """Return the transformed images of the key's rows that are intact, in `memory`, if they fit.
+
+    `transform` takes a row and its image's place in the batch, where it may put the result; None for the first one.
+
+    Each image goes to its place at once, as it lies, mostly channels last: keeping all results would cost 50 us an
+    image for fresh memory, and another layout 60 us. Raises _AllDamagedError if no image is intact.
+    """
+    images_BCHW: Tensor | None = None
+    rooms: Iterator[Tensor] = iter(())  # one for each image; all made in one call, which saves 1 us an image
+    out: Tensor | None = None
+    made = _Decoded(_NONE, [], [], [], ())
+    damaged = []
+    for place, row in enumerate(source.read(key.positions.tolist())):
+        try:
+            image = transform(row, out)
+        except DamagedImageError as error:
+            damaged.append(f"{row.name} ({error})")
+            continue
+        if images_BCHW is None:
+            images_BCHW = _room_for(len(key.positions), image, memory)
+            rooms = iter(images_BCHW.unbind())
+            out = next(rooms)
+        assert out is not None
+        if image is not out:
+            out.copy_(image)
+        out = next(rooms, None)
+        made.places.append(place)
+        made.labels.append(row.label)
+        made.ids.append(row.id)
+    if images_BCHW is None:
+        raise _AllDamagedError(damaged)
+    return replace(made, images_BCHW=images_BCHW[: len(made.places)], damaged=tuple(damaged))
+
+
+def _room_for(count: int, image: Tensor, memory: Tensor | None) -> Tensor:
+    """Return a tensor for `count` images that lie in memory as this one does."""
+    size = count * image.numel()
+    if memory is None or size > len(memory):
+        memory = torch.empty(size, dtype=torch.uint8)
+    channels, height, width = image.shape
+    if image.is_contiguous():
+        return memory[:size].view(count, channels, height, width)
+    return memory[:size].view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+class DamageCounter:
+    """Counts damaged images against a limit: `max_share` of the `rows` this worker reads in an epoch.
+
+    Each damaged image is logged once. The count begins anew after `rows` rows, about an epoch: over many
+    epochs one worker comes across the damaged images of all, which must not be held against its own share.
+    """
+
+    def __init__(self, max_share: float, rows: int) -> None:
+        self.max_share = max_share
+        self.rows = rows
+        self._logged: set[str] = set()
+        self._counted: dict[str, None] = {}  # in the order met
+        self._seen = 0
+
+    @property
+    def damaged(self) -> int:
+        """Distinct damaged images met so far."""
+        return len(self._logged)
+
+    def add(self, batch: LaneBatch) -> None:
+        """Count the batch's damaged images. Raises DamagedDataError when there are too many."""
+        if self._seen >= self.rows:
+            self._seen = 0
+            self._counted.clear()
+        self._seen += len(batch)
+        for name in batch.damaged:
+            if name not in self._logged:
+                self._logged.add(name)
+                logger.warning("damaged image, left out: %s", name)
+            self._counted[name] = None
+        if len(self._counted) > self.max_share * self.rows:
+            raise DamagedDataError(
+                f"{len(self._counted):,} of {self.rows:,} images cannot be decoded, more than the allowed "
+                f"share of {self.max_share:g}: {_first_three(list(self._counted))}; repair the data, or "
+                "allow more with --data.max-damaged"
+            )
+
+
+def _first_three(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

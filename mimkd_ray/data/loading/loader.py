@@ -1,0 +1,304 @@
+"""From an order to batches, in this process or in loader processes, and on to the device.
+
+    order  ->  keys (step, lane, positions)  ->  loader processes: read, decode, view, stack  ->  a thread: batches in
+    the order of keys, ready when they are asked for
+         `->  read-ahead: blocks into the node's store, before the loader processes need them
+
+A whole batch is one unit of work for a loader process. Processes, not threads: views draw from torch's default
+generator, of which a process has one. Training batches come by (step, lane) over the whole rest of a run, so loader
+processes are started once and live through epochs.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from mimkd_ray.data.augment.views import Transform, View
+from mimkd_ray.data.loading.batches import (
+    Batches,
+    DamageCounter,
+    EvalBatches,
+    FeatureSource,
+    Key,
+    LaneBatch,
+    TrainBatches,
+    TrainKeys,
+    ViewBatches,
+)
+from mimkd_ray.data.loading.cpu_quota import usable_cores
+from mimkd_ray.data.loading.helper_processes import helper_context
+from mimkd_ray.data.loading.prefetch_thread import in_thread
+from mimkd_ray.data.loading.read_ahead import AheadSource, Distance, ReadAhead, WithFeatures, distance
+from mimkd_ray.data.loading.shared_memory import Answer, Answers, Requests, make_slots
+from mimkd_ray.data.order.sample_order import Order
+from mimkd_ray.data.sources.source import Source
+from mimkd_ray.errors import UserError
+
+__all__ = [
+    "DamageCounter",
+    "LaneBatch",
+    "check_loader_workers",
+    "eval_batches",
+    "local_world_size",
+    "resolve_loader_workers",
+    "to_device",
+    "train_batches",
+    "view_batches",
+]
+
+logger = logging.getLogger(__name__)
+
+PREFETCH = 4  # finished batches that wait per loader process
+HANDED_OVER = 2  # batches that are ready in the training process: taking one from the loader costs 0.6 ms
+SPARE_SLOTS = 4 + HANDED_OVER  # batches that the training process has in hand
+WORKERS_PER_CPU = 4  # more loader processes than this times the cores is taken for a typing error
+
+
+def train_batches(
+    source: Source,
+    order: Order,
+    view: View,
+    *,
+    views: int,
+    lanes: Sequence[int],
+    start_step: int,
+    stop_step: int,
+    loader_workers: int = 0,
+    read_ahead: int = -1,
+    pin_memory: bool = False,
+    features: FeatureSource | None = None,
+) -> Iterator[LaneBatch]:
+    """Yield the batches of steps start_step..stop_step-1 and the given lanes, by (step, lane as given).
+
+    `views` is the number of views of a sample (0: a new one each epoch); the schedule follows `order.seed`,
+    the pixels `view.seed`. `loader_workers` and `read_ahead` are those of DataConfig. `features`, which need a number
+    of views, are read and read ahead with the images. Raises UserError for a
+    senseless `loader_workers`, DamagedDataError for a batch without intact image or a damaged block,
+    StorageError for an object that cannot be read.
+    """
+    workers = resolve_loader_workers(loader_workers, source)
+    keys = TrainKeys(order, views, tuple(lanes), start_step, stop_step)
+    ahead: AheadSource = source if features is None else WithFeatures(source, features, views)
+    far = distance(
+        ahead,
+        read_ahead,
+        window=order.window,
+        lanes=len(keys.lanes),
+        lane_batch=order.lane_batch,
+        local_workers=local_world_size(),
+    )
+    return _run(TrainBatches(source, view, features), keys, order.lane_batch, workers, ahead, far, pin_memory)
+
+
+def view_batches(
+    source: Source,
+    view: View,
+    keys: Sequence[Key],
+    *,
+    loader_workers: int = 0,
+    read_ahead: int = -1,
+    pin_memory: bool = False,
+) -> Iterator[LaneBatch]:
+    """Yield the batches of `keys`, in which every row has its place, damaged ones too (`ViewBatches`): for caching."""
+    workers = resolve_loader_workers(loader_workers, source)
+    most = max((len(key.positions) for key in keys), default=1)
+    far = distance(source, read_ahead, window=1, lanes=1, lane_batch=most, local_workers=local_world_size())
+    return _run(ViewBatches(source, view), list(keys), most, workers, source, far, pin_memory)
+
+
+def eval_batches(
+    source: Source,
+    transform: Transform,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int,
+    loader_workers: int = 0,
+    read_ahead: int = -1,
+    pin_memory: bool = False,
+) -> Iterator[LaneBatch]:
+    """Yield this rank's contiguous slice of the set in batches; all slices together have each row once.
+
+    The last batch is smaller; a rank may get no row at all. `step` counts the batches. Damaged images are
+    left out. Raises UserError for senseless sizes, DamagedDataError if no image of a batch is intact
+    (a batch of one is left out).
+    """
+    workers = resolve_loader_workers(loader_workers, source)
+    if batch_size < 1:
+        raise UserError(f"evaluation batch size {batch_size}: give 1 or more")
+    start, stop = (source.num_rows * r // world_size for r in (rank, rank + 1))
+    keys = [
+        Key(step, 0, np.arange(first, min(first + batch_size, stop)), 0)
+        for step, first in enumerate(range(start, stop, batch_size))
+    ]
+    far = distance(source, read_ahead, window=1, lanes=1, lane_batch=batch_size, local_workers=local_world_size())
+    return _run(EvalBatches(source, transform), keys, batch_size, workers, source, far, pin_memory)
+
+
+def to_device(batches: Iterable[LaneBatch], device: torch.device) -> Iterator[LaneBatch]:
+    """Yield the batches on `device`, each one copied while the one before it is in use; still uint8.
+
+    On CUDA a batch is copied from page-locked memory on a stream of its own. On the CPU batches are handed through.
+    An error of the loader is raised after the batch before it was handed over.
+    """
+    if device.type == "cpu":
+        yield from batches
+        return
+    copy = (
+        _cuda_copy(device) if device.type == "cuda" else lambda batch: _Copy(batch.each_tensor(lambda t: t.to(device)))
+    )
+    iterator = iter(batches)
+    ahead: _Copy | None = None
+    while True:
+        try:
+            batch = next(iterator, None)
+        except Exception:
+            if ahead is not None:
+                yield ahead.wait()
+            raise
+        started = None if batch is None else copy(batch)
+        if ahead is not None:
+            yield ahead.wait()
+        if started is None:
+            return
+        ahead = started
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A batch on its way to the device; `done` marks its arrival on a CUDA stream."""
+
+    batch: LaneBatch
+    done: torch.cuda.Event | None = None
+
+    def wait(self) -> LaneBatch:
+        """Make the current stream wait for the copy, not the caller; return the batch."""
+        if self.done is not None:
+            stream = torch.cuda.current_stream(self.batch.images_BCHW.device)
+            stream.wait_event(self.done)
+            # Its memory belongs to the side stream, which must not use it again before this one is done with it.
+            batch = self.batch
+            for tensor in (batch.images_BCHW, batch.labels_B, batch.ids_B, *batch.features.values()):
+                tensor.record_stream(stream)
+        return self.batch
+
+
+def _cuda_copy(device: torch.device) -> Callable[[LaneBatch], _Copy]:
+    stream = torch.cuda.Stream(device)
+
+    def copy(batch: LaneBatch) -> _Copy:
+        pinned = batch.each_tensor(lambda tensor: tensor if tensor.is_pinned() else tensor.pin_memory())
+        with torch.cuda.stream(stream):
+            moved = pinned.each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
+            return _Copy(moved, stream.record_event())
+
+    return copy
+
+
+def local_world_size() -> int:
+    """Return the training workers on this machine, as the launcher says in LOCAL_WORLD_SIZE; at least 1."""
+    value = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise UserError(f"LOCAL_WORLD_SIZE is '{value}' in the environment: give the training workers of this machine")
+    return int(value)
+
+
+def resolve_loader_workers(loader_workers: int, source: Source) -> int:
+    """Return the number of loader processes; none for a set in memory, else by default one per core of this worker's
+    share of the machine but one, which is for the training process and for reading ahead.
+
+    Raises UserError for a senseless number.
+    """
+    if loader_workers == -1:
+        return 0 if source.in_memory else max(1, usable_cores() // local_world_size() - 1)
+    check_loader_workers(loader_workers)
+    return loader_workers
+
+
+def check_loader_workers(loader_workers: int) -> None:
+    """Raise UserError for a negative number of loader processes, or one far beyond this machine's cores."""
+    cores = os.cpu_count() or 1
+    if not 0 <= loader_workers <= WORKERS_PER_CPU * cores:
+        raise UserError(
+            f"loader_workers = {loader_workers}: this machine has {cores} cores; give 0 (decode in the "
+            f"training process) to {WORKERS_PER_CPU * cores}, best about the cores per training worker, or -1 "
+            "(automatic) (--data.loader-workers)"
+        )
+
+
+@dataclass(frozen=True)
+class _PositionsOf:
+    keys: TrainKeys | list[Key]
+    ahead: AheadSource
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        if isinstance(self.ahead, WithFeatures):
+            return (self.ahead.places(key.positions, key.view) for key in self.keys)
+        return (key.positions for key in self.keys)
+
+
+def _run(
+    batches: Batches,
+    keys: TrainKeys | list[Key],
+    batch_size: int,
+    loader_workers: int,
+    ahead: AheadSource,
+    far: Distance | None,
+    pin_memory: bool,
+) -> Iterator[LaneBatch]:
+    if not len(keys):
+        return
+    reader = ReadAhead(ahead, _PositionsOf(keys, ahead), far, loader_workers > 0) if far else None
+    slots = make_slots(batches, PREFETCH * loader_workers + SPARE_SLOTS, batch_size) if loader_workers else None
+    loader: DataLoader[Any] = DataLoader(
+        Answers(batches, slots),  # type: ignore[arg-type]  # any object with __getitem__ serves
+        batch_size=None,
+        sampler=Requests(keys, slots),
+        num_workers=loader_workers,
+        multiprocessing_context=helper_context() if loader_workers else None,
+        collate_fn=_unchanged,
+        pin_memory=pin_memory and torch.accelerator.is_available(),
+        worker_init_fn=_start_worker,
+        prefetch_factor=PREFETCH if loader_workers else None,
+        generator=torch.Generator(),  # its own: the loader's draw would move the training process's generator
+    )
+    try:
+        # Made here, not in the thread: processes are forked now, while no other thread can hold a lock.
+        made = _opened(iter(loader), reader)
+        yield from in_thread(made, HANDED_OVER) if loader_workers else made
+    finally:
+        if reader is not None:
+            reader.close()
+
+
+def _opened(answers: Iterator[Answer], reader: ReadAhead | None) -> Iterator[LaneBatch]:
+    for number, answer in enumerate(answers, start=1):
+        if reader is not None:
+            reader.consumed(number)
+        made = answer.open()
+        if isinstance(made, Exception):
+            raise made
+        if isinstance(made, str):
+            logger.warning("damaged image, left out: %s", made)
+            continue
+        yield made
+
+
+def _unchanged(answer: Any) -> Any:
+    return answer
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)  # processes share the cores; threads in each would fight for them
+    gc.freeze()  # what was there before the fork is never garbage here, and need not be looked through again
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the training process decides

@@ -1,0 +1,141 @@
+"""A small set that lives on the device: decoded once, no loader processes, and a batch is a gather of rows.
+
+For sets such as CIFAR (50,000 images of 32 x 32: 154 MB), whose steps are shorter on a GPU than decoding and handing
+over their batches. The per-image part of the pipeline must draw no random numbers, because it is done once (it is the
+fit to the image size in `cifar`, `digits` and `none`); crop and flip are done for the batch, as always. Batches are
+those of the ordinary loader, bit for bit, damaged images included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimkd_ray.data.augment.transforms import Transform, can_be_resident
+from mimkd_ray.data.augment.views import View
+from mimkd_ray.data.loading.batches import FeatureSource, Key, LaneBatch, TrainKeys, nearest_intact
+from mimkd_ray.data.loading.loader import view_batches
+from mimkd_ray.data.order.sample_order import Order
+from mimkd_ray.data.sources.data_set import DataConfig
+from mimkd_ray.data.sources.source import Source
+from mimkd_ray.errors import DamagedDataError
+
+CHUNK = 512  # images that are decoded as one batch when the set is loaded
+MEMORY_SHARE = 8  # one part in so many of a GPU's memory may be taken without being asked for
+
+
+def keeps_on_device(config: DataConfig, transform: Transform, rows: int, device: torch.device) -> bool:
+    """Return whether a training set of so many rows is kept on the device, by `data.resident`."""
+    if config.resident != "auto":
+        return config.resident == "on"
+    if device.type != "cuda" or not can_be_resident(transform):
+        return False
+    room = torch.cuda.get_device_properties(device).total_memory
+    return rows * 3 * config.image_size**2 * MEMORY_SHARE <= room
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """All rows of a set by position, on the device."""
+
+    images_NCHW: Tensor  # uint8, channels last in memory
+    labels_N: Tensor  # int64
+    ids_N: Tensor  # int64
+    damaged: dict[int, str]  # names of images that could not be decoded, by position; black here
+
+    @classmethod
+    def load(
+        cls, source: Source, transform: Transform, device: torch.device, loader_workers: int, read_ahead: int = -1
+    ) -> Resident:
+        """Decode the set. ``loader_workers`` and ``read_ahead`` are those of DataConfig.
+
+        Raises DamagedDataError for a damaged block, StorageError for an object that cannot be read.
+        """
+        positions = np.arange(source.num_rows)
+        keys = [Key(n, 0, part, 0) for n, part in enumerate(np.split(positions, positions[CHUNK::CHUNK]))]
+        images, labels, ids = [], [], []
+        damaged: dict[int, str] = {}
+        batches = view_batches(source, View(transform, 0), keys, loader_workers=loader_workers, read_ahead=read_ahead)
+        for key, batch in zip(keys, batches, strict=True):
+            images.append(batch.images_BCHW.to(device, memory_format=torch.channels_last))
+            labels.append(batch.labels_B.to(device))
+            ids.append(batch.ids_B.to(device))
+            bad = key.positions[(batch.labels_B < 0).numpy()].tolist()
+            damaged |= dict(zip(bad, batch.damaged, strict=True))
+        whole = torch.cat(images).contiguous(memory_format=torch.channels_last)
+        return cls(whole, torch.cat(labels), torch.cat(ids), damaged)
+
+    def batch(self, key: Key, features: FeatureSource | None = None) -> LaneBatch:
+        """Return the batch of a key, on the device. Cached features are read here, in this process.
+
+        The place of a damaged image is taken by the nearest intact one. Raises DamagedDataError if none is intact.
+        """
+        device = self.images_NCHW.device
+        positions, names = self._intact(key.positions)
+        rows_B = torch.from_numpy(positions).to(device, non_blocking=True)
+        images_BCHW = self.images_NCHW[rows_B].contiguous(memory_format=torch.channels_last)
+        found = features.read(key.view, positions, self.ids[positions]) if features is not None else {}
+        return LaneBatch(
+            key.step,
+            key.lane,
+            images_BCHW,
+            self.labels_N[rows_B],
+            self.ids_N[rows_B],
+            key.view,
+            names,
+            {label: torch.from_numpy(rows).to(device, non_blocking=True) for label, rows in found.items()},
+        )
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """All ids, for what is read on the host."""
+        return self.ids_N.cpu().numpy()
+
+    def _intact(self, positions: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+        """The positions with damaged ones replaced, and the names of those."""
+        names = tuple(self.damaged[each] for each in positions.tolist() if each in self.damaged) if self.damaged else ()
+        if not names:
+            return np.ascontiguousarray(positions), ()
+        places = [place for place, each in enumerate(positions.tolist()) if each not in self.damaged]
+        if not places:
+            raise DamagedDataError(
+                f"none of the {len(positions)} images of a batch can be decoded, {names[0]} among them; repair the data"
+            )
+        return positions[places][nearest_intact(places, len(positions))], names
+
+
+# For the next run of a process with the same set: what it was decoded by, and the set.
+_loaded: WeakKeyDictionary[Source, tuple[Transform, Resident]] = WeakKeyDictionary()
+
+
+def resident(
+    source: Source, transform: Transform, device: torch.device, loader_workers: int, read_ahead: int = -1
+) -> Resident:
+    """Return the set on the device: loaded now (see `Resident.load`), or by a run before this one with this source and
+    an equal transform."""
+    by, known = _loaded.get(source, (None, None))
+    if known is None or by != transform or known.images_NCHW.device != device:
+        known = Resident.load(source, transform, device, loader_workers, read_ahead)
+        _loaded[source] = (transform, known)
+    return known
+
+
+def resident_batches(
+    resident: Resident,
+    order: Order,
+    *,
+    views: int,
+    lanes: Sequence[int],
+    start_step: int,
+    stop_step: int,
+    features: FeatureSource | None = None,
+) -> Iterator[LaneBatch]:
+    """Yield what loader.train_batches would, from the device's memory."""
+    for key in TrainKeys(order, views, tuple(lanes), start_step, stop_step):
+        yield resident.batch(key, features)

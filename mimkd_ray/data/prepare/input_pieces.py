@@ -1,0 +1,217 @@
+"""What data preparation reads: a source, cut into pieces that can be read anywhere and independently of each other.
+
+A piece is small enough for the memory of one task (about 1,000 images) and is read whole. Class folders and
+Hugging Face Parquet are here; the official ImageNet archives are in archives.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from mimkd_ray import storage
+from mimkd_ray.data.sources.folders import SUFFIXES
+from mimkd_ray.data.sources.parquet import ParquetSource
+from mimkd_ray.data.sources.source import digest_of
+from mimkd_ray.errors import DamagedDataError, UserError, nearest
+
+PIECE_ROWS = 1000
+PIECES = 64  # a small source is cut finer, down to MIN_PIECE_ROWS, so that there is work for all
+MIN_PIECE_ROWS = 16
+THREADS = 16  # requests at a time: listings, footers, and files of a piece in an object store
+
+
+class Sample(NamedTuple):
+    """One image as the source has it: an encoded file, or `b""` where there is none."""
+
+    label: int
+    name: str
+    image: bytes
+
+
+class Piece(Protocol):
+    """Some rows of a source. Picklable."""
+
+    @property
+    def bytes(self) -> int:
+        """About how much is read: for progress and the need of disk space."""
+        ...
+
+    def samples(self) -> list[Sample]:
+        """Read all rows, in the source's order. Raises UserError, DamagedDataError or StorageError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One split of a source. `pieces` lie one behind the other in the order of its rows."""
+
+    classes: tuple[str, ...]
+    digest: str
+    """Changes with any file's name or size; reads no image."""
+    pieces: tuple[Piece, ...]
+    labels: tuple[np.ndarray, ...] | None
+    """Labels of each piece's rows, int64; None where every piece is one whole class, whose rows nobody has counted."""
+
+
+def rows_per_piece(rows: int) -> int:
+    """Return how many rows a piece of a source of `rows` rows has, at most or about."""
+    return min(PIECE_ROWS, max(MIN_PIECE_ROWS, rows // PIECES))
+
+
+def read_files(urls: Sequence[str]) -> list[bytes]:
+    """Return the content of files, in order; from an object store many at a time. A missing file is a UserError."""
+
+    def read(url: str) -> bytes:
+        try:
+            return storage.read_bytes(url)
+        except FileNotFoundError:
+            raise UserError(f"{url} was there when the source was listed, and is gone; put it back") from None
+
+    if not urls or not storage.is_remote(urls[0]):
+        return [read(url) for url in urls]
+    with ThreadPoolExecutor(THREADS) as pool:  # waiting, not work
+        return list(pool.map(read, urls))
+
+
+@dataclass(frozen=True)
+class FolderPiece:
+    """Files of class folders: `files` are paths below `root`, `<class>/<image>`."""
+
+    root: str
+    files: tuple[str, ...]
+    labels: tuple[int, ...]
+    bytes: int
+
+    def samples(self) -> list[Sample]:
+        """Read every file."""
+        images = read_files([storage.join(self.root, file) for file in self.files])
+        return [Sample(*row) for row in zip(self.labels, self.files, images, strict=True)]
+
+
+def open_folders(root: str, classes: tuple[str, ...] | None) -> Origin:
+    """List the class folders below `root`. `classes` are the training set's, if they are known.
+
+    Raises UserError for folders without images or of unknown classes. One listing a folder.
+    """
+    folders = [url for url in storage.list_dirs(root) if not _name(url).startswith(".")]
+    names = [_name(url) for url in folders]
+    classes = classes or tuple(names)
+    unknown = [name for name in names if name not in set(classes)]
+    if unknown:
+        raise UserError(
+            f"{root}: {len(unknown)} class folder(s) are not among the {len(classes)} training classes, the first is "
+            f"'{unknown[0]}'{nearest(unknown[0], classes)}; rename or remove them"
+        )
+    with ThreadPoolExecutor(THREADS) as pool:
+        listings = list(pool.map(_images, folders))
+    empty = [name for name, images in zip(names, listings, strict=True) if not images]
+    if empty or not names:
+        raise UserError(
+            f"{root}: {len(empty)} of {len(names)} class folders hold no image ({', '.join(SUFFIXES)})"
+            + (f", the first is '{empty[0]}'; add images or remove them" if empty else "; expected <class>/<image>")
+        )
+    number = {name: label for label, name in enumerate(classes)}
+    rows = [
+        (f"{name}/{file}", number[name], size)
+        for name, images in zip(names, listings, strict=True)
+        for file, size in images.items()
+    ]
+    step = rows_per_piece(len(rows))
+    pieces = []
+    for start in range(0, len(rows), step):
+        files, labels, sizes = zip(*rows[start : start + step], strict=True)
+        pieces.append(FolderPiece(root, files, labels, sum(sizes)))
+    return Origin(
+        classes, digest_of("folders", classes, rows), tuple(pieces), tuple(np.array(p.labels, np.int64) for p in pieces)
+    )
+
+
+def _images(folder: str) -> dict[str, int]:
+    found = {_name(url): size for url, size in storage.list_sizes(folder).items()}
+    return {n: size for n, size in found.items() if n.lower().endswith(SUFFIXES) and not n.startswith(".")}
+
+
+def _name(url: str) -> str:
+    return url.rstrip("/").rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class ParquetPiece:
+    """Neighbouring row groups of one Parquet file; `first_row` is the first one's number in the file."""
+
+    url: str
+    file_bytes: int
+    row_groups: tuple[int, ...]
+    first_row: int
+    bytes: int
+
+    def samples(self) -> list[Sample]:
+        """Read the row groups, each with one request or a few."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with (
+                storage.open_file(self.url, self.file_bytes) as opened,
+                pq.ParquetFile(opened, pre_buffer=True) as file,
+            ):
+                table = file.read_row_groups(list(self.row_groups), columns=["image", "label"], use_threads=False)
+        except FileNotFoundError:
+            raise UserError(f"{self.url} was there when the source was listed, and is gone; put it back") from None
+        except storage.StorageError:
+            raise  # not the file's content
+        except (pa.ArrowException, OSError) as error:
+            raise DamagedDataError(
+                f"{self.url}: row groups {self.row_groups[0]} to {self.row_groups[-1]} cannot be read "
+                f"({error}); copy the file again"
+            ) from error
+        samples = []
+        for number, (image, label) in enumerate(
+            zip(table["image"].to_pylist(), table["label"].to_pylist(), strict=True)
+        ):
+            value = image if isinstance(image, dict) else {"bytes": image}
+            name = value.get("path") or f"{_name(self.url)} row {self.first_row + number}"
+            samples.append(Sample(label, name, value["bytes"] or b""))
+        return samples
+
+
+def open_parquet(files: dict[str, int]) -> Origin:
+    """Open Parquet files given as {URL: bytes}. Reads footers and label columns.
+
+    Raises UserError for files that are no image sets or disagree, and for labels without a class.
+    """
+    source = ParquetSource(files)
+    labels = source.labels()
+    if labels.min() < 0 or labels.max() >= len(source.classes):
+        raise UserError(
+            f"{next(iter(files))}: labels go from {labels.min()} to {labels.max()}, and {len(source.classes)} classes "
+            "are named; sets with hidden labels cannot be prepared"
+        )
+    with ThreadPoolExecutor(THREADS) as pool:
+        groups = list(pool.map(lambda file: _row_groups(*file), files.items()))
+    step = rows_per_piece(source.num_rows)
+    pieces, counts = [], []
+    for (url, size), of_file in zip(files.items(), groups, strict=True):
+        taken: list[int] = []
+        first_row = row = held = 0
+        for group, (rows, num_bytes) in enumerate(of_file):
+            taken.append(group)
+            row, held = row + rows, held + num_bytes
+            if row - first_row >= step or group + 1 == len(of_file):
+                pieces.append(ParquetPiece(url, size, tuple(taken), first_row, held))
+                counts.append(row - first_row)
+                taken, first_row, held = [], row, 0
+    return Origin(source.classes, source.digest, tuple(pieces), tuple(np.split(labels, np.cumsum(counts)[:-1])))
+
+
+def _row_groups(url: str, size: int) -> list[tuple[int, int]]:
+    import pyarrow.parquet as pq
+
+    with storage.open_file(url, size) as opened, pq.ParquetFile(opened) as file:
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        return [(group.num_rows, group.total_byte_size) for group in groups]

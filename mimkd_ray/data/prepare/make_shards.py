@@ -1,0 +1,329 @@
+"""Make a prepared set: shards of equal blocks, shuffled once so that every block holds all classes alike.
+
+`prepare` lists the source, cuts it into pieces, and has two kinds of units done by whoever it is given (Ray Data on
+all nodes, or this process): pieces become parts, parts become shards (prepare_units.py). Then it writes the
+manifest and removes the parts. What is committed is not done again, so a run that was killed goes on
+where it was, and ends with the same bytes as one that was not.
+
+    TARGET/<split>-00000-of-00012.parquet   the shards
+    TARGET/<split>.damaged.json             [name, reason] of every image that was left out
+    TARGET/<split>.manifest.json            written last
+    TARGET/.prepare-<split>/                parts and sidecars, while it is being made
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mimkd_ray import storage
+from mimkd_ray.data.prepare.archives import ARCHIVES, open_archives
+from mimkd_ray.data.prepare.input_pieces import THREADS, Origin, open_folders, open_parquet
+from mimkd_ray.data.prepare.shuffle_plan import plan_shards, row_keys
+from mimkd_ray.data.prepare.work_units import (
+    Done,
+    Index,
+    PartUnit,
+    ShardUnit,
+    blob_url,
+    not_shared,
+    read_index,
+    read_sidecar,
+)
+from mimkd_ray.data.sources.shard_manifest import Manifest, Shard, content_digest, read_manifest, write_manifest
+from mimkd_ray.errors import DamagedDataError, UserError
+
+Unit = PartUnit | ShardUnit
+Runner = Callable[[Sequence[Unit], str], Iterator[Done]]
+"""Does the units, in any order and anywhere, and yields what each did. The text says what is going on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Which images become a prepared set, and how."""
+
+    source: str
+    """Folder or URL that holds the split: <split>-*.parquet or data/<split>-*.parquet (Hugging Face), class folders
+    <split>/<class>/<image>, or the official ImageNet archives (ILSVRC2012_img_train.tar, ...)."""
+    target: str
+    """Folder or URL of the prepared set; several splits go to the same one."""
+    split: str = "train"
+    """Name of the split, there and here."""
+    seed: int = 0
+    """Seed of the shuffle."""
+    block_rows: int = 256
+    """Images in a block, the unit of reading."""
+    shard_rows: int = 0
+    """Images in a file, a multiple of block-rows; 0 = about 256 MB."""
+    short_side: int = 0
+    """Shrink images to this short side in pixels and encode them as JPEG; 0 = keep every file as it is. Images that
+    are not larger are kept as they are."""
+    quality: int = 90
+    """JPEG quality of images that are shrunk."""
+
+    def __post_init__(self) -> None:
+        if not self.source or not self.target:
+            raise UserError("--source and --target are needed: a folder or a URL such as s3://bucket/imagenet")
+        if not self.split or "/" in self.split or self.split.startswith("."):
+            raise UserError(f"--split '{self.split}' is no name; give train, validation or the like")
+        if self.short_side < 0:
+            raise UserError(f"--short-side {self.short_side}: give 1 pixel or more, or 0 to keep every file as it is")
+        if self.block_rows < 1:
+            raise UserError(f"--block-rows {self.block_rows}: give 1 or more")
+        if self.shard_rows < 0 or self.shard_rows % self.block_rows:
+            near = max(1, self.shard_rows // self.block_rows) * self.block_rows
+            raise UserError(
+                f"--shard-rows {self.shard_rows} is no multiple of --block-rows {self.block_rows}; {near} is"
+            )
+        if not 1 <= self.quality <= 95:
+            raise UserError(f"--quality {self.quality}: JPEG quality goes from 1 to 95")
+        if f"{absolute(self.target)}/".startswith(f"{absolute(self.source)}/"):
+            raise UserError(f"--target {self.target} lies in --source {self.source}; give a place outside it")
+
+
+def absolute(url: str) -> str:
+    """Return `url` without a slash at its end; a local path as an absolute one, for processes that start elsewhere."""
+    return url.rstrip("/") if storage.is_remote(url) else os.path.abspath(storage.local_path(url))
+
+
+def in_process(units: Sequence[Unit], title: str) -> Iterator[Done]:
+    """Do the units here, one after the other: a `Runner`."""
+    return (unit() for unit in units)
+
+
+def prepare(config: PrepareConfig, run: Runner = in_process) -> Manifest:
+    """Make the prepared split and return its manifest; a finished one is returned as it is.
+
+    Raises UserError for bad input (before any work), for a target that was begun with other settings, and for a
+    full disk; DamagedDataError for files that cannot be read; StorageError.
+    """
+    config = replace(config, source=absolute(config.source), target=absolute(config.target))
+    work = storage.join(config.target, f".prepare-{config.split}")
+    finished = _finished(config)
+    if finished is not None:
+        storage.remove_tree(work)  # a kill may have come before this
+        return finished
+    if not storage.exists(config.source):
+        raise UserError(f"--source {config.source} does not exist; give a folder or a URL such as s3://bucket/imagenet")
+    origin = open_origin(config.source, config.split)
+    settings = _claim(config, origin, work)
+    indices = _make_parts(config, origin, work, run)
+    damaged = [entry for index in indices for entry in index.damaged]
+    if not any(index.keys for index in indices):
+        raise UserError(
+            f"--source {config.source}: none of the {len(damaged):,} images of split '{config.split}' can be decoded"
+            + (f"; the first is {damaged[0][0]}: {damaged[0][1]}" if damaged else "")
+        )
+    shards = _make_shards(config, origin, indices, work, run)
+    text = json.dumps(damaged, indent=1, ensure_ascii=False)
+    storage.write_bytes(storage.join(config.target, f"{config.split}.damaged.json"), text.encode("utf-8", "replace"))
+    manifest = Manifest(
+        split=config.split,
+        rows=sum(shard.rows for shard in shards),
+        block_rows=config.block_rows,
+        classes=origin.classes,
+        digest=content_digest(origin.classes, shards),
+        damaged=len(damaged),
+        settings=settings,
+        shards=shards,
+    )
+    write_manifest(config.target, manifest)
+    storage.remove_tree(work)
+    return manifest
+
+
+def _finished(config: PrepareConfig) -> Manifest | None:
+    """The manifest of a finished split, if its settings are these; its source may be gone by now."""
+    manifest = read_manifest(config.target, config.split)
+    if manifest is not None:
+        origin = open_origin(config.source, config.split) if storage.exists(config.source) else None
+        _compare(config, manifest.settings, _settings(config, origin), "holds")
+    return manifest
+
+
+def _claim(config: PrepareConfig, origin: Origin, work: str) -> dict[str, Any]:
+    """Begin the split, or go on with it if its settings are these. Returns the settings that it was begun with."""
+    url = storage.join(work, "settings.json")
+    settings = _settings(config, origin)
+    begun: dict[str, Any] = {}
+    if storage.exists(url):
+        try:
+            begun = dict(json.loads(storage.read_bytes(url)))
+        except ValueError as error:
+            raise DamagedDataError(f"{url} is damaged ({error}); remove {work} and start anew") from error
+        _compare(config, begun, settings, "was begun with")
+    else:
+        _refuse_strangers(config)
+    _check_space(config, origin, work)
+    if not begun:
+        storage.write_bytes(url, json.dumps(settings, indent=1).encode())
+    return begun or settings
+
+
+def open_origin(source: str, split: str) -> Origin:
+    """Find `split` in folder `source` and cut it into pieces: archives, else Parquet files, else class folders.
+
+    Lists files, and reads footers, label columns and headers; no image. Raises UserError for an unknown layout.
+    """
+    archives = open_archives(source, split)
+    if archives is not None:
+        return archives
+    files, folders = storage.list_sizes(source), [url.rpartition("/")[2] for url in storage.list_dirs(source)]
+    listings = [files]
+    if "data" in folders:  # where the Hugging Face hub keeps them
+        listings.append(storage.list_sizes(storage.join(source, "data")))
+    for listing in listings:
+        shards = {url: size for url, size in listing.items() if _is_shard(url, split)}
+        if shards:
+            return open_parquet(shards)
+    if split in folders:
+        folder = storage.join(source, split)
+        shards = storage.list_sizes(folder, ".parquet")
+        if shards:
+            return open_parquet(shards)
+        # The classes of a set are those of its training images: others may lack some.
+        whole = "train" in folders and split != "train"
+        train = storage.list_dirs(storage.join(source, "train")) if whole else []
+        names = (url.rpartition("/")[2] for url in train)
+        return open_folders(folder, tuple(name for name in names if not name.startswith(".")) or None)
+    found = [*(f"{name}/" for name in folders), *(url.rpartition("/")[2] for url in files)]
+    raise UserError(
+        f"--source {source} has no split '{split}': expected {split}-*.parquet (here or in data/), class folders "
+        f"{split}/<class>/<image>, or the official archive {ARCHIVES.get(split, 'of ImageNet')}; found "
+        f"{', '.join(found[:8]) or 'nothing'}{f' and {len(found) - 8} more' if len(found) > 8 else ''}; name it with "
+        "--split"
+    )
+
+
+def _is_shard(url: str, split: str) -> bool:
+    return url.endswith(".parquet") and url.rpartition("/")[2].startswith((f"{split}-", f"{split}."))
+
+
+def _settings(config: PrepareConfig, origin: Origin | None) -> dict[str, Any]:
+    """What decides the bytes of the result, and where they come from."""
+    return {
+        "source": config.source,
+        **({"source_digest": origin.digest} if origin else {}),
+        "seed": config.seed,
+        "block_rows": config.block_rows,
+        "shard_rows": config.shard_rows,
+        "short_side": config.short_side,
+        "quality": config.quality if config.short_side else 0,
+    }
+
+
+def _compare(config: PrepareConfig, old: dict[str, Any], new: dict[str, Any], verb: str) -> None:
+    """Refuse other settings than those of the target. The place of the source may change; its content may not."""
+    differing = [
+        f"{name} {old.get(name)} (now {value})"
+        for name, value in new.items()
+        if name != "source" and old.get(name) != value
+    ]
+    if differing:
+        raise UserError(
+            f"--target {config.target}: split '{config.split}' {verb} {', '.join(differing)}; use the same "
+            "settings and source, another --target, or remove that split there (its files and "
+            f".prepare-{config.split})"
+        )
+
+
+def _refuse_strangers(config: PrepareConfig) -> None:
+    strangers = [url for url in storage.list_files(config.target) if _is_shard(url, config.split)]
+    if strangers:
+        raise UserError(
+            f"--target {config.target} holds {len(strangers)} Parquet file(s) of split '{config.split}' from "
+            f"elsewhere, such as {strangers[0].rpartition('/')[2]}; remove them or give another --target"
+        )
+
+
+def _check_space(config: PrepareConfig, origin: Origin, work: str) -> None:
+    """Refuse a local target without room: parts and shards are there at the same time."""
+    if storage.is_remote(config.target):
+        return
+    there = storage.list_sizes(work) | {
+        u: n for u, n in storage.list_sizes(config.target).items() if _is_shard(u, config.split)
+    }
+    source = sum(piece.bytes for piece in origin.pieces)
+    # What is shrunk is mostly less than half of it; how much, nobody knows before.
+    need = (source if config.short_side else 2 * source) - sum(there.values())
+    place = storage.local_path(config.target)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if need > free:
+        raise UserError(
+            f"--target {config.target} needs about {need / 1e9:,.1f} GB and its disk has {free / 1e9:,.1f} GB free: "
+            f"the source's {source / 1e9:,.1f} GB are there twice until the set is finished; make room, or give "
+            "another --target"
+        )
+
+
+def _make_parts(config: PrepareConfig, origin: Origin, work: str, run: Runner) -> list[Index]:
+    """Have the missing parts made; return the index of every part."""
+    sizes = storage.list_sizes(work)
+
+    def read(number: int) -> Index | None:
+        index = read_index(work, number)
+        whole = index is not None and sizes.get(blob_url(work, number)) == sum(index.lengths)
+        return index if whole else None
+
+    keys = row_keys(origin, config.seed)
+    begun = [number for number in range(len(origin.pieces)) if f"{blob_url(work, number)}" in sizes]
+    with ThreadPoolExecutor(THREADS) as pool:
+        indices = dict(zip(begun, pool.map(read, begun), strict=True))
+        missing = [number for number in range(len(origin.pieces)) if indices.get(number) is None]
+        units = [
+            PartUnit(number, origin.pieces[number], keys[number], config.seed, config.short_side, config.quality, work)
+            for number in missing
+        ]
+        _run_all(run, units, f"checking images ({len(units):,} of {len(origin.pieces):,} parts to do)")
+        sizes = storage.list_sizes(work)
+        indices |= dict(zip(missing, pool.map(read, missing), strict=True))
+    found = [indices[number] for number in range(len(origin.pieces))]
+    complete = [index for index in found if index is not None]
+    if len(complete) < len(found):
+        raise UserError(f"{len(found) - len(complete)} of {len(found)} parts are not to be seen: {not_shared(work)}")
+    return complete
+
+
+def _run_all(run: Runner, units: Sequence[Unit], title: str) -> None:
+    if units:
+        for _ in run(units, title):
+            pass
+
+
+def _make_shards(
+    config: PrepareConfig, origin: Origin, indices: list[Index], work: str, run: Runner
+) -> tuple[Shard, ...]:
+    """Have the missing shards made; return what is known of every shard."""
+    units = plan_shards(
+        indices=indices,
+        split=config.split,
+        block_rows=config.block_rows,
+        shard_rows=config.shard_rows,
+        classes=origin.classes,
+        target=config.target,
+        work=work,
+    )
+    sizes = storage.list_sizes(config.target)
+
+    def read(unit: ShardUnit) -> Shard | None:
+        shard = read_sidecar(work, unit.number)
+        whole = shard is not None and sizes.get(storage.join(config.target, unit.file)) == shard.bytes
+        return shard if whole else None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        shards = dict(zip(range(len(units)), pool.map(read, units), strict=True))
+        missing = [unit for unit in units if shards[unit.number] is None]
+        _run_all(run, missing, f"writing shards ({len(missing):,} of {len(units):,} to do)")
+        sizes = storage.list_sizes(config.target)
+        shards |= {unit.number: shard for unit, shard in zip(missing, pool.map(read, missing), strict=True)}
+    complete = tuple(shard for shard in shards.values() if shard is not None)
+    if len(complete) < len(units):
+        raise UserError(f"{len(units) - len(complete)} of {len(units)} shards are not to be seen: {not_shared(work)}")
+    return complete

@@ -1,0 +1,322 @@
+"""The two kinds of work of data preparation. Each unit is restartable, and commits by one atomic write at its end.
+
+1. `make_part`: read a piece of the source, decode every image to check it, shrink it if asked, and write a *part*:
+   a blob of records sorted by the rows' random keys, and then its index, which commits it.
+2. `make_shard`: gather the rows of a shard, which lie in one byte range of every part, write the Parquet file, and then
+   its sidecar (what the manifest says of it), which commits it.
+
+A unit done twice writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mimkd_ray import storage
+from mimkd_ray.data.augment.decode import DamagedImageError, decode
+from mimkd_ray.data.order.permutations import permutation, raw
+from mimkd_ray.data.prepare.input_pieces import THREADS, Piece
+from mimkd_ray.data.sources.shard_manifest import Block, Shard
+from mimkd_ray.errors import DamagedDataError, UserError
+
+# A record is a header, the name, the image: key, label, bytes of name, bytes of image; crc32 of all but itself.
+_FIELDS = struct.Struct("<dqIQ")
+_CRC = struct.Struct("<I")
+
+
+class Done(NamedTuple):
+    """What a finished unit did: rows that it wrote, and bytes of the source that are done with."""
+
+    rows: int
+    bytes: int
+
+
+def class_keys(count: int, seed: int, label: int) -> np.ndarray:
+    """Return the random keys of a class's rows, in the source's order: float64 in [0, 1], one in each [i, i+1) / count.
+
+    Sorting all rows of a set by key spreads every class evenly. With N rows and C classes, of which this one has
+    n rows: below any key t lie n*t rows of it, give or take less than 1, so B neighbouring rows hold B * n / N of
+    it, give or take less than 2 + 2 * n * C / N (4 where classes are equal), for certain; most often less than 1.
+    """
+    rank = permutation(count, seed, "prepare rank", label)
+    inside = (raw(count, seed, "prepare place", label) >> np.uint64(11)) * 2.0**-53
+    return (rank + inside) / max(count, 1)
+
+
+@dataclass(frozen=True)
+class PartUnit:
+    """A piece of the source to be made a part."""
+
+    number: int
+    piece: Piece
+    keys: np.ndarray | None
+    """Key of each row; None for a piece that is a whole class, whose rows are counted when it is read."""
+    seed: int
+    short_side: int
+    quality: int
+    work: str
+    """Folder or URL of parts and sidecars."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes to read."""
+        return self.piece.bytes
+
+    def __call__(self) -> Done:
+        """Do it."""
+        return make_part(self)
+
+
+@dataclass(frozen=True)
+class ShardUnit:
+    """Rows `first_id` .. `first_id + rows - 1` of the prepared set, to be made a shard."""
+
+    number: int
+    file: str
+    first_id: int
+    rows: int
+    block_rows: int
+    ranges: tuple[tuple[int, int, int], ...]
+    """(part, start, stop) of bytes, in the order of parts."""
+    classes: tuple[str, ...]
+    target: str
+    work: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes to gather."""
+        return sum(stop - start for _, start, stop in self.ranges)
+
+    def __call__(self) -> Done:
+        """Do it."""
+        return make_shard(self)
+
+
+class Index(NamedTuple):
+    """What a finished part holds: its rows' keys and record lengths in the blob's order, and what was left out."""
+
+    keys: list[float]
+    lengths: list[int]
+    damaged: list[list[str]]
+    """[name, reason] of each image that could not be decoded, in the source's order."""
+
+
+def blob_url(work: str, part: int) -> str:
+    """Return where the records of a part are."""
+    return storage.join(work, f"part-{part:05d}.blob")
+
+
+def index_url(work: str, part: int) -> str:
+    """Return where the index of a part is: it is there when the part is finished."""
+    return storage.join(work, f"part-{part:05d}.json")
+
+
+def sidecar_url(work: str, shard: int) -> str:
+    """Return where the sidecar of a shard is: it is there when the shard is finished."""
+    return storage.join(work, f"shard-{shard:05d}.json")
+
+
+def make_part(unit: PartUnit) -> Done:
+    """Write a part and commit it. Holds the piece twice in memory."""
+    samples = unit.piece.samples()
+    keys = class_keys(len(samples), unit.seed, samples[0].label) if unit.keys is None else unit.keys
+    records: list[tuple[float, bytes]] = []
+    damaged: list[list[str]] = []
+    for key, sample in zip(keys.tolist(), samples, strict=True):
+        try:
+            image = checked(sample.image, unit.short_side, unit.quality)
+        except DamagedImageError as error:
+            damaged.append([sample.name, str(error)])
+        else:
+            records.append((key, _pack(key, sample.label, sample.name, image)))
+    records.sort(key=lambda record: record[0])
+    blob = b"".join(record for _, record in records)
+    index = Index([key for key, _ in records], [len(record) for _, record in records], damaged)
+    storage.write_bytes(blob_url(unit.work, unit.number), blob)
+    storage.write_bytes(index_url(unit.work, unit.number), json.dumps(index._asdict()).encode())
+    return Done(len(records), unit.piece.bytes)
+
+
+def checked(image: bytes, short_side: int, quality: int) -> bytes:
+    """Decode `image` fully; return it as it is, or as a JPEG whose short side is `short_side` if it is larger.
+
+    Shrinks with antialiasing, bilinear as torchvision's Resize, whose rounding it follows. Raises DamagedImageError.
+    """
+    pixels_CHW = decode(image)
+    height, width = pixels_CHW.shape[1:]
+    if not 0 < short_side < min(height, width):
+        return image
+    from PIL import Image
+
+    size = (max(short_side, short_side * width // height), max(short_side, short_side * height // width))
+    out = io.BytesIO()
+    picture = Image.fromarray(pixels_CHW.permute(1, 2, 0).contiguous().numpy())
+    picture.resize(size, Image.Resampling.BILINEAR).save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def make_shard(unit: ShardUnit) -> Done:
+    """Write a shard and commit it. Holds its bytes twice in memory, and one block a third time.
+
+    Raises DamagedDataError if a part is not as it was written.
+    """
+    rows = [row for _, row in sorted(_gather(unit), key=lambda pair: pair[0])]
+    if len(rows) != unit.rows:
+        raise DamagedDataError(f"{unit.file}: the parts in {unit.work} hold {len(rows)} of its {unit.rows} rows")
+    data = _write_parquet(unit, rows)
+    rows.clear()
+    shard = _describe(unit.file, data)
+    storage.write_bytes(storage.join(unit.target, unit.file), data)
+    storage.write_bytes(sidecar_url(unit.work, unit.number), json.dumps(shard).encode())
+    return Done(unit.rows, unit.bytes)
+
+
+class _Row(NamedTuple):
+    label: int
+    name: str
+    image: memoryview
+
+
+def _pack(key: float, label: int, name: str, image: bytes) -> bytes:
+    encoded = name.encode("utf-8", "replace")  # names of local files may hold any bytes
+    fields = _FIELDS.pack(key, label, len(encoded), len(image))
+    return b"".join((fields, _CRC.pack(_crc(fields, encoded, image)), encoded, image))
+
+
+def _crc(*parts: Any) -> int:
+    value = 0
+    for part in parts:
+        value = zlib.crc32(part, value)
+    return value
+
+
+def _gather(unit: ShardUnit) -> Iterator[tuple[float, _Row]]:
+    """Read the shard's range of every part; rows in the order of parts."""
+
+    def read(place: tuple[int, int, int]) -> bytes:
+        part, start, stop = place
+        try:
+            # A reader asks for what is read and no more, so any length that is not too short will do.
+            with storage.open_file(blob_url(unit.work, part), stop) as file:
+                file.seek(start)
+                return file.read(stop - start)
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename} is gone: {not_shared(unit.work)}") from None
+
+    if storage.is_remote(unit.work):
+        with ThreadPoolExecutor(THREADS) as pool:
+            chunks = list(pool.map(read, unit.ranges))
+    else:
+        chunks = list(map(read, unit.ranges))
+    for (part, start, _), chunk in zip(unit.ranges, chunks, strict=True):
+        view, at = memoryview(chunk), 0
+        while at < len(view):
+            try:
+                key, label, name_bytes, image_bytes = _FIELDS.unpack_from(view, at)
+                (crc,) = _CRC.unpack_from(view, at + _FIELDS.size)
+                name_at = at + _FIELDS.size + _CRC.size
+                image_at = name_at + name_bytes
+                stop = image_at + image_bytes
+                if stop > len(view) or crc != _crc(
+                    view[at : at + _FIELDS.size], view[name_at:image_at], view[image_at:stop]
+                ):
+                    raise ValueError
+            except (struct.error, ValueError):
+                raise DamagedDataError(
+                    f"{blob_url(unit.work, part)} has changed since it was written, at byte {start + at:,}; remove "
+                    f"{index_url(unit.work, part)} and start again: this part is made anew"
+                ) from None
+            yield key, _Row(label, bytes(view[name_at:image_at]).decode(), view[image_at:stop])
+            at = stop
+
+
+def not_shared(work: str) -> str:
+    """Return what to do where one node does not see what another one wrote."""
+    return f"on several nodes --target must be a folder or URL that all of them see, such as s3://bucket/set ({work})"
+
+
+def schema(classes: tuple[str, ...]) -> Any:
+    """Return the Arrow schema of a shard, with class names in the form of Hugging Face datasets."""
+    import pyarrow as pa
+
+    features = {
+        "image": {"_type": "Image"},
+        "label": {"names": list(classes), "_type": "ClassLabel"},
+        "id": {"dtype": "int64", "_type": "Value"},
+    }
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    fields = [("image", image), ("label", pa.int64()), ("id", pa.int64())]
+    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def _write_parquet(unit: ShardUnit, rows: list[_Row]) -> bytes:
+    """Return the file. Statistics on image bytes would cost a third of the speed of reading, and help nobody."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    columns = schema(unit.classes)
+    options: dict[str, Any] = {"compression": "NONE", "use_dictionary": False, "write_statistics": ["label", "id"]}
+    with pq.ParquetWriter(sink, columns, **options) as writer:
+        for start in range(0, unit.rows, unit.block_rows):
+            block = rows[start : start + unit.block_rows]
+            image = pa.StructArray.from_arrays(
+                [
+                    pa.array([bytes(row.image) for row in block], pa.binary()),
+                    pa.array([row.name for row in block], pa.string()),
+                ],
+                fields=list(columns.field("image").type),
+            )
+            label = pa.array([row.label for row in block], pa.int64())
+            ids = pa.array(range(unit.first_id + start, unit.first_id + start + len(block)), pa.int64())
+            writer.write_table(pa.table([image, label, ids], schema=columns), row_group_size=len(block))
+    return sink.getvalue().to_pybytes()
+
+
+def _describe(file: str, data: bytes) -> Shard:
+    """Read the footer of a file back: its blocks, each with the bytes from its first column chunk to its last."""
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(io.BytesIO(data))
+    blocks = []
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunks = [group.column(column) for column in range(group.num_columns)]
+        start = min(chunk.data_page_offset for chunk in chunks)  # without dictionaries the first page is a data page
+        stop = max(chunk.data_page_offset + chunk.total_compressed_size for chunk in chunks)
+        sha256 = hashlib.sha256(memoryview(data)[start:stop]).hexdigest()
+        blocks.append(Block(start, stop - start, group.num_rows, sha256))
+    return Shard(file, metadata.num_rows, len(data), hashlib.sha256(data).hexdigest(), tuple(blocks))
+
+
+def _read_commit(url: str, build: Callable[[Any], Any]) -> Any:
+    """Return `build(the JSON at url)`; None if there is none, or if it is damaged: then its unit is done again."""
+    try:
+        return build(json.loads(storage.read_bytes(url)))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def read_index(work: str, part: int) -> Index | None:
+    """Return the index of a part; None if the part is not finished."""
+    return _read_commit(index_url(work, part), lambda value: Index(**value))
+
+
+def read_sidecar(work: str, shard: int) -> Shard | None:
+    """Return what is known of a shard; None if it is not finished."""
+
+    def build(value: list[Any]) -> Shard:
+        shard = Shard(*value)
+        return shard._replace(blocks=tuple(Block(*block) for block in shard.blocks))
+
+    return _read_commit(sidecar_url(work, shard), build)

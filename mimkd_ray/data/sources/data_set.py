@@ -1,0 +1,292 @@
+"""From a configuration to the training and validation set."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mimkd_ray import storage
+from mimkd_ray.data.augment.transforms import can_be_resident
+from mimkd_ray.data.augment.views import check_pipeline_name, make_pipeline
+from mimkd_ray.data.sources.digits import DigitsSource
+from mimkd_ray.data.sources.folders import FolderSource
+from mimkd_ray.data.sources.parquet import ParquetSource
+from mimkd_ray.data.sources.shard_manifest import MANIFEST_SUFFIX, read_manifest
+from mimkd_ray.data.sources.source import Source, SubsetSource, digest_of, stratified_split
+from mimkd_ray.data.store.block_reader import CACHE_BYTES
+from mimkd_ray.data.store.block_store import BlockStore
+from mimkd_ray.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+VAL_ALIASES = ("validation", "val", "valid", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, in which order, under which augmentation."""
+
+    root: str = "digits"
+    """`digits` (built in), a local folder, or an fsspec URL, holding Parquet files or class folders."""
+    train_split: str = "train"
+    """Name of the training split: `train-*.parquet`, or a folder `train/`."""
+    val_split: str = "auto"
+    """Name of the validation split; `auto` is the first of validation, val, valid, test that exists."""
+    holdout: float = 0.0
+    """Share of the training rows, of each class, that serves as validation set instead of `val_split`."""
+    subset: int = 0
+    """Train on this many rows, equally many of each class, drawn after the holdout; 0 = all."""
+    split_seed: int = 0
+    """Seed of `holdout`."""
+    subset_seed: int = 0
+    """Seed of `subset`; apart from `split_seed`, so that several subsets share one held-out set."""
+    num_classes: int = 0
+    """Number of classes; 0 = as the data says."""
+    pipeline: str = "digits"
+    """Augmentation: imagenet, imagenet_ta, cifar, digits or none."""
+    image_size: int = 8
+    """Height and width that the networks see, in pixels."""
+    mean: tuple[float, float, float] = (0.305, 0.305, 0.305)
+    """Mean of each colour channel, of values in 0..1."""
+    std: tuple[float, float, float] = (0.376, 0.376, 0.376)
+    """Standard deviation of each colour channel, of values in 0..1."""
+    views: int = 0
+    """Distinct augmented views of each image; 0 = a new one every epoch."""
+    view_seed: int = -1
+    """Seed of the views; -1: train.seed. Runs with different seeds share one cache where this is the same."""
+    window: int | Literal["full"] = "full"
+    """Shuffle rows inside this many blocks (row groups); `full` = one permutation of all rows."""
+    store: str = ""
+    """Folder on each node where blocks are kept once they are read, for all its processes; unset: a folder of this
+    user's among the machine's temporary files."""
+    store_gb: float = 8.0
+    """Size of the block store in GB; 0 = none, every process reads and keeps row groups by itself."""
+    read_ahead: int = -1
+    """Blocks per lane that are fetched into the store ahead of need, beyond those in use; -1 = another window of them
+    as far as the store has room, 0 = none."""
+    loader_workers: int = -1
+    """Decoding processes per training worker; -1 = one less than its share of this machine's cores, at least one (none
+    for a set in memory, such as the digits), 0 = decode in the training process."""
+    resident: Literal["auto", "on", "off"] = "auto"
+    """Keep training and held-out images decoded in the device's memory: no loader processes. For pipelines of which
+    only the batch part draws random numbers (cifar, digits, none); auto: on a GPU of which the training set takes an
+    eighth at most."""
+    max_damaged: float = 0.001
+    """Share of images that may be damaged before the run stops."""
+
+    def __post_init__(self) -> None:
+        if not self.root:
+            raise UserError("data.root is empty; give 'digits', a folder or a URL")
+        if not 0 <= self.holdout < 1:
+            raise UserError(f"data.holdout = {self.holdout}: give a share of at least 0 and below 1, such as 0.1")
+        if not 0 <= self.max_damaged <= 1:
+            raise UserError(f"data.max_damaged = {self.max_damaged}: give a share from 0 to 1, such as 0.001")
+        for name in ("subset", "num_classes", "views"):
+            if getattr(self, name) < 0:
+                raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more")
+        for name in ("loader_workers", "read_ahead", "view_seed"):
+            if getattr(self, name) < -1:
+                raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more, or -1 (automatic)")
+        if self.window != "full" and not (isinstance(self.window, int) and self.window >= 1):
+            raise UserError(
+                f"data.window = {self.window}: give 'full' (one permutation of all rows) or 1 block or more"
+            )
+        if not 0 <= self.store_gb < math.inf:
+            raise UserError(f"data.store_gb = {self.store_gb}: give a size in GB, or 0 for no store")
+        check_pipeline_name(self.pipeline)
+        if self.resident == "on" and not can_be_resident(make_pipeline(self.pipeline, self.image_size).train):
+            raise UserError(
+                f"data.resident is on, and pipeline '{self.pipeline}' draws random numbers for each image, which is "
+                "decoded anew for each view: pass --data.resident off, or a pipeline such as cifar"
+            )
+        if self.image_size < 1:
+            raise UserError(f"data.image_size = {self.image_size}: give the height and width in pixels")
+        if not all(map(math.isfinite, self.mean)) or not all(s > 0 and math.isfinite(s) for s in self.std):
+            raise UserError(
+                f"data.mean = {self.mean}, data.std = {self.std}: give finite means and positive deviations "
+                "of values in 0..1"
+            )
+
+    @property
+    def window_blocks(self) -> int:
+        """`window` as `Order` takes it: a number of blocks, or 0 for one permutation of all rows."""
+        return 0 if self.window == "full" else self.window
+
+    def make_store(self) -> BlockStore | None:
+        """Return the block store, None for `store_gb` = 0. Makes no folder yet."""
+        return BlockStore(self.store, int(self.store_gb * 1e9)) if self.store_gb else None
+
+
+@dataclass(frozen=True)
+class Data:
+    """An opened data set."""
+
+    train: Source
+    val: Source
+    classes: tuple[str, ...]
+    num_classes: int
+    digest: str
+    whole: Source
+    """What a teacher cache is of: the training rows together with those that `holdout` takes from them."""
+    kept: np.ndarray | None = None
+    """Positions of the training rows within the whole, sorted; None: all of it."""
+
+
+def open_data(config: DataConfig) -> Data:
+    """Open both splits: listings and Parquet footers only (with `holdout` or `subset` also the labels).
+
+    Raises UserError for a missing place or split, or for labels beyond the classes.
+    """
+    root = _Digits() if config.root == "digits" else _Root(config.root, config.make_store())
+    train = root.open(config.train_split, None)
+    if train is None:
+        raise UserError(
+            f"{config.root} has no training split '{config.train_split}': expected "
+            f"{config.train_split}-*.parquet or class folders {config.train_split}/<class>/<image>; found "
+            f"{root.found()}; name it with --data.train-split"
+        )
+    classes, whole, kept = train.classes, train, None
+    if config.holdout > 0:
+        rest, held = stratified_split(train.labels(), float(config.holdout), config.split_seed)
+        if not len(held) or not len(rest):
+            raise UserError(
+                f"data.holdout = {config.holdout} of {train.num_rows:,} training rows leaves {len(rest):,} "
+                f"to train on and {len(held):,} to validate on; change the share"
+            )
+        val: Source = SubsetSource(train, held)
+        train, kept = SubsetSource(train, rest), rest
+    else:
+        val = _open_val(config, root, train)
+    if config.subset:
+        if config.subset > train.num_rows:
+            raise UserError(f"data.subset = {config.subset:,}, but there are {train.num_rows:,} training rows")
+        train = SubsetSource(train, stratified_split(train.labels(), config.subset, config.subset_seed)[1])
+        whole, kept = train, None
+    num_classes = config.num_classes or len(classes)
+    for role, source in (("training", train), ("validation", val)):
+        low, high = source.label_range()
+        if low < 0:
+            raise UserError(
+                f"{config.root}: the {role} set has labels down to {low}, as sets with hidden labels have; "
+                "choose another split with --data.val-split or --data.train-split"
+            )
+        if high >= num_classes:
+            raise UserError(
+                f"{config.root}: the {role} set has labels up to {high}, but there are {num_classes} "
+                f"classes; set --data.num-classes {high + 1} or more, or leave it 0"
+            )
+    _warn_of_slow_order(config, train)
+    digest = digest_of("data", train.digest, val.digest, num_classes)
+    return Data(train, val, classes, num_classes, digest, whole, kept)
+
+
+def _warn_of_slow_order(config: DataConfig, train: Source) -> None:
+    """Log a warning if the blocks that the order has in use at a time do not fit where they are kept."""
+    if not train.block_bytes:
+        return  # rows are read one by one from where they are
+    room, place, remedy = (
+        (int(config.store_gb * 1e9), "the block store holds", "make the store larger with --data.store-gb")
+        if train.store
+        else (CACHE_BYTES, "a process keeps", "use a block store with --data.store-gb")
+    )
+    blocks = min(config.window_blocks or train.blocks.num_blocks, train.blocks.num_blocks)
+    if blocks * train.block_bytes > room:
+        logger.warning(
+            "%s: data.window = %s has %d blocks of %.1f MB in use at a time, %.0f MB in all (with a window: for each "
+            "lane on a node), and %s %.0f MB: most reads will cost a whole block; %s, or set --data.window below %d",
+            config.root,
+            config.window,
+            blocks,
+            train.block_bytes / 1e6,
+            blocks * train.block_bytes / 1e6,
+            place,
+            room / 1e6,
+            remedy,
+            max(2, room // train.block_bytes),
+        )
+
+
+def _open_val(config: DataConfig, root: _Root | _Digits, train: Source) -> Source:
+    if config.val_split == config.train_split:
+        return train
+    names = VAL_ALIASES if config.val_split == "auto" else (config.val_split,)
+    for name in names:
+        val = root.open(name, train.classes)
+        if val is not None:
+            return val
+    raise UserError(
+        f"{config.root} has no validation split ({', '.join(names)}); found {root.found()}; name it with "
+        "--data.val-split, or use --data.holdout 0.1 (a tenth of the training rows), or --data.val-split "
+        f"{config.train_split} (the training rows themselves: only to try things out)"
+    )
+
+
+class _Digits:
+    def open(self, split: str, classes: tuple[str, ...] | None) -> Source | None:
+        role = "val" if split in VAL_ALIASES else split
+        return DigitsSource(role) if role in ("train", "val") else None
+
+    def found(self) -> str:
+        return "train, val"
+
+
+class _Root:
+    """A folder with splits: `[data/]<split>-*.parquet`, `<split>/*.parquet` or `<split>/<class>/<image>`.
+
+    A split that has a `<split>.manifest.json` is a prepared one.
+    """
+
+    def __init__(self, url: str, store: BlockStore | None) -> None:
+        self.url = url
+        self.store = store
+        listing = storage.list_entries(url)
+        self.files = {file: entry for file, entry in listing.items() if file.endswith(".parquet")}
+        self.manifests = {file for file in listing if file.endswith(MANIFEST_SUFFIX)}
+        self.dirs = {place.rpartition("/")[2]: place for place in storage.list_dirs(url)}
+        if not self.files and not self.dirs:
+            if not storage.exists(url):
+                raise UserError(f"data.root {url} does not exist; give 'digits', a folder or a URL such as s3://...")
+            raise UserError(f"data.root {url} holds neither Parquet files nor folders; give the folder of the splits")
+        if "data" in self.dirs:  # where the Hugging Face hub keeps them
+            self.files |= storage.list_entries(self.dirs["data"], ".parquet")
+
+    def open(self, split: str, classes: tuple[str, ...] | None) -> Source | None:
+        """Return the split, or None if it is not here. `classes` are those of the training set, if known."""
+        prefixes = (f"{split}-", f"{split}.")
+        files = {u: n for u, n in self.files.items() if u.rpartition("/")[2].startswith(prefixes)}
+        if not files and split in self.dirs:
+            files = storage.list_entries(self.dirs[split], ".parquet")
+            if not files:
+                return FolderSource(self.dirs[split], classes, self.store)
+        manifest = None
+        if storage.join(self.url, split + MANIFEST_SUFFIX) in self.manifests:
+            manifest = read_manifest(self.url, split)
+        if not files and manifest is None:
+            return None
+        source = ParquetSource(
+            {url: entry.size for url, entry in files.items()},
+            manifest=manifest,
+            versions={url: entry.version for url, entry in files.items()},
+            store=self.store,
+        )
+        if classes and source.classes != classes and not (_numbered(classes) or _numbered(source.classes)):
+            first = next((p for p in zip(classes, source.classes, strict=False) if p[0] != p[1]), None)
+            raise UserError(
+                f"{self.url}: split '{split}' names {len(source.classes)} classes and the training split "
+                f"{len(classes)}"
+                + (f", the first difference is '{first[1]}' for '{first[0]}'" if first else "")
+                + "; the labels of both must mean the same"
+            )
+        return source
+
+    def found(self) -> str:
+        names = [url.rpartition("/")[2] for url in self.files] + [f"{name}/" for name in self.dirs]
+        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _numbered(classes: tuple[str, ...]) -> bool:
+    return classes == tuple(map(str, range(len(classes))))

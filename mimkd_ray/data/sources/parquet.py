@@ -1,0 +1,273 @@
+"""Image data sets in Parquet: `image: struct<bytes, path>` (Hugging Face) or binary, `label: int64`.
+
+A file is a shard, a row group is a block. Opening reads footers only. A prepared set (`data/manifest.py`) has
+blocks of one size; each is read by one request, and its bytes are compared with the manifest's sha256 before
+anything is decoded. Of other files the row groups are taken as they are.
+
+Blocks go through the block store, so a row group is fetched and decoded once per node; on a local disk uncompressed
+images stay where they are, and the store keeps where they lie. Without a store each process keeps the last blocks, and
+rows asked for from far more blocks than that cost a row group each, unless they are on a local disk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mimkd_ray import storage
+from mimkd_ray.data.order.blocks import Blocks
+from mimkd_ray.data.sources.row_groups import chunk_span, label_array, open_parquet, read_row_group
+from mimkd_ray.data.sources.shard_manifest import Block, Manifest, Shard
+from mimkd_ray.data.sources.source import Row, digest_of
+from mimkd_ray.data.store.block_reader import BlockReader
+from mimkd_ray.data.store.block_store import BlockStore
+from mimkd_ray.data.store.local_disk import is_on_local_disk
+from mimkd_ray.data.store.stored_block import StoredBlock
+from mimkd_ray.errors import UserError
+
+FOOTER_THREADS = 16
+KEPT_PLACES = 2**16  # of blocks, some 250 bytes each; found in 3 us
+INDEX_BYTES = 24  # that the store keeps of a row which is read in place
+
+
+class _Footer(NamedTuple):
+    row_groups: tuple[tuple[int, int, int], ...]  # (rows, first byte, byte behind the last one) of each
+    label_range: tuple[int, int] | None  # None: no statistics
+    classes: tuple[str, ...]  # () if the file does not name them
+    image_column: str  # "image.bytes", or "image" for a plain binary column
+
+
+class _Place(NamedTuple):
+    """Of a block: how it is found, its file's name, and the position of that file's first row."""
+
+    key: str
+    name: str
+    first: int
+
+
+class ParquetSource:
+    """The rows of Parquet files, one file behind the other in the order given; id = row number = position."""
+
+    def __init__(
+        self,
+        files: Mapping[str, int],
+        *,
+        manifest: Manifest | None = None,
+        versions: Mapping[str, str] | None = None,
+        store: BlockStore | None = None,
+    ) -> None:
+        """`files` maps each URL to its size in bytes, as from `storage.list_sizes`.
+
+        With a `manifest` its shards are the files, in its order, and `files` is what they are checked against.
+        `versions` (of `storage.Entry`) tell files of one name and size apart in the store.
+
+        Raises UserError for a file that is not Parquet, lacks columns, or disagrees with the others about
+        classes, and for a manifest that does not fit the files.
+        """
+        if manifest is not None:
+            files = _listed_shards(files, manifest)
+        self.files: tuple[tuple[str, int], ...] = tuple(files.items())
+        self.store: BlockStore | None = store
+        self.in_memory: bool = False
+        first = next(iter(files), "")
+        self.in_place: bool = not storage.is_remote(first) and is_on_local_disk(storage.local_path(first))
+        self._versions = tuple((versions or {}).get(url, "") for url in files)
+        with ThreadPoolExecutor(min(FOOTER_THREADS, max(1, len(self.files)))) as pool:
+            footers = list(pool.map(lambda file: _read_footer(*file), self.files))
+        self._image_columns = tuple(f.image_column for f in footers)
+        self._ranges = tuple(f.label_range for f in footers)
+        row_groups = tuple(rows for f in footers for rows, _, _ in f.row_groups)
+        self.blocks: Blocks = Blocks.of(row_groups)
+        # Block b is row group b - _file_block[f] of file f, the last one with _file_block[f] <= b.
+        self._file_block = np.cumsum([0, *(len(f.row_groups) for f in footers)])
+        self.num_bytes = sum(size for _, size in self.files)
+        self.num_rows: int = self.blocks.num_rows
+        if self.num_rows == 0:
+            raise UserError(f"{self.files[0][0]}: the {len(self.files)} Parquet file(s) of this split hold no rows")
+        self._places: dict[int, _Place] = {}
+        self._listed: tuple[Block, ...] = ()
+        if manifest is None:
+            self.classes: tuple[str, ...] = self._agree_on_classes(footers)
+            names = [(_base(url), size) for url, size in self.files]
+            self.digest: str = digest_of("parquet", names, row_groups, self.classes)
+        else:
+            for (url, _), footer, shard in zip(self.files, footers, manifest.shards, strict=True):
+                _check_row_groups(url, footer, shard)
+            self._listed = tuple(block for shard in manifest.shards for block in shard.blocks)
+            self.blocks = Blocks.uniform(manifest.rows, manifest.block_rows)
+            self.classes = manifest.classes
+            self.digest = manifest.digest
+
+    @property
+    def distant(self) -> bool:
+        """Whether blocks are copied to the store, from object storage or a network file system."""
+        return not self.in_place
+
+    @property
+    def block_bytes(self) -> int:
+        """Mean size of a block in the store: of a row group, or where that is read in place, of its index."""
+        size = INDEX_BYTES * self.num_rows if self.in_place else self.num_bytes
+        return size // self.blocks.num_blocks
+
+    def labels(self) -> np.ndarray:
+        """Return all labels (int64). Reads the label column of every file."""
+        with ThreadPoolExecutor(min(FOOTER_THREADS, len(self.files))) as pool:
+            columns = list(pool.map(lambda file: _read_labels(*file), self.files))
+        return np.concatenate(columns)
+
+    def label_range(self) -> tuple[int, int]:
+        """Return the smallest and largest label, from the footers' statistics where there are any."""
+        known = [r for r in self._ranges if r is not None]
+        if len(known) < len(self._ranges):
+            labels = self.labels()
+            return int(labels.min()), int(labels.max())
+        return min(low for low, _ in known), max(high for _, high in known)
+
+    def read(self, positions: Sequence[int]) -> list[Row]:
+        """Return the rows at `positions`, in order. Raises DamagedDataError for an unreadable row group."""
+        blocks, insides = self.blocks.locate(positions)
+        reader = BlockReader(self.store)
+        rows = []
+        for position, block, inside in zip(positions, blocks.tolist(), insides.tolist(), strict=True):
+            key, name, first = self._places.get(block) or self._place(block)
+            image, label = reader.row(key, partial(self._load, block), inside)
+            rows.append(Row(int(position), label, image, f"{name} row {position - first}"))
+        return rows
+
+    def fetch(self, block: int) -> bool:
+        """See to it that the row group is in the store; say whether it is (False: no store, or no room)."""
+        return self.store is not None and self.store.fetch(self._key(block), partial(self._load, block))
+
+    def _file(self, block: int) -> int:
+        return int(np.searchsorted(self._file_block, block, side="right")) - 1
+
+    def _place(self, block: int) -> _Place:
+        """Return what rows of the block need, and keep it: a batch may touch as many blocks as it has rows."""
+        file = self._file(block)
+        first = self.blocks.start(int(self._file_block[file]))
+        if len(self._places) >= KEPT_PLACES:
+            self._places.clear()
+        place = self._places[block] = _Place(self._key(block), _base(self.files[file][0]), first)
+        return place
+
+    def _key(self, block: int) -> str:
+        file = self._file(block)
+        url, size = self.files[file]
+        if self._listed:
+            place = f" {url}" if self.in_place else ""
+            return f"{self._listed[block].sha256} {self.blocks.start(block)}{place}"  # its ids are checked, too
+        return digest_of(url, size, self._versions[file], block - int(self._file_block[file]))
+
+    def _load(self, block: int) -> StoredBlock:
+        file = self._file(block)
+        group, column = block - int(self._file_block[file]), self._image_columns[file]
+        listed = self._listed[block] if self._listed else None
+        return read_row_group(*self.files[file], group, column, listed, self.blocks.start(block), self.in_place)
+
+    def _agree_on_classes(self, footers: list[_Footer]) -> tuple[str, ...]:
+        first = footers[0].classes
+        for (url, _), footer in zip(self.files, footers, strict=True):
+            if footer.classes != first:
+                raise UserError(
+                    f"{url} names {len(footer.classes)} classes and {self.files[0][0]} names {len(first)}, "
+                    "or others: the files of one split must agree; remove the file that does not belong to it"
+                )
+        return first or tuple(map(str, range(self.label_range()[1] + 1)))
+
+
+def _base(url: str) -> str:
+    return url.rpartition("/")[2]
+
+
+_COPY_AGAIN = "copy the prepared set again as a whole, or prepare it anew"
+
+
+def _listed_shards(files: Mapping[str, int], manifest: Manifest) -> dict[str, int]:
+    """Return {URL: bytes} of the manifest's shards. Raises UserError for one that is missing or of another size."""
+    listed = {_base(url): (url, size) for url, size in files.items()}
+    found = {}
+    for shard in manifest.shards:
+        if shard.file not in listed:
+            raise UserError(
+                f"{shard.file} is missing: the manifest of split '{manifest.split}' names {len(manifest.shards)} "
+                f"files, and {len(listed)} are there; {_COPY_AGAIN}"
+            )
+        url, size = listed[shard.file]
+        if size != shard.bytes:
+            raise UserError(f"{url} has {size:,} bytes, and its manifest says {shard.bytes:,}; {_COPY_AGAIN}")
+        found[url] = size
+    return found
+
+
+def _check_row_groups(url: str, footer: _Footer, shard: Shard) -> None:
+    """Raise UserError if the file's own row groups are not those of the manifest."""
+    rows = sum(rows for rows, _, _ in footer.row_groups)
+    if len(footer.row_groups) != len(shard.blocks) or rows != shard.rows:
+        raise UserError(
+            f"{url} holds {rows:,} rows in {len(footer.row_groups)} row groups, and its manifest says {shard.rows:,} "
+            f"in {len(shard.blocks)}; {_COPY_AGAIN}"
+        )
+    for group, ((rows, start, end), block) in enumerate(zip(footer.row_groups, shard.blocks, strict=True)):
+        if rows != block.rows or start < block.offset or end > block.offset + block.length:
+            raise UserError(
+                f"{url}: row group {group} holds {rows:,} rows in bytes {start:,} to {end:,}, and its manifest says "
+                f"{block.rows:,} rows in {block.offset:,} to {block.offset + block.length:,}; {_COPY_AGAIN}"
+            )
+
+
+def _read_footer(url: str, size: int) -> _Footer:
+    with open_parquet(url, size) as file:
+        metadata = file.metadata
+        schema = file.schema_arrow
+        if "image" not in schema.names or "label" not in schema.names:
+            raise UserError(
+                f"{url}: columns 'image' and 'label' are needed, found {', '.join(schema.names) or 'none'}; "
+                "rename them or convert the data set"
+            )
+        paths = [metadata.schema.column(i).path for i in range(len(metadata.schema))]
+        if "label" not in paths:
+            raise UserError(f"{url}: column 'label' must be an integer; it is {schema.field('label').type}")
+        image_column = "image.bytes" if "image.bytes" in paths else "image"
+        if image_column not in paths or metadata.schema.column(paths.index(image_column)).physical_type != "BYTE_ARRAY":
+            raise UserError(
+                f"{url}: column 'image' must be a struct with a binary field 'bytes', or binary; it is "
+                f"{schema.field('image').type}"
+            )
+        if metadata.schema.column(paths.index("label")).physical_type not in ("INT32", "INT64"):
+            raise UserError(f"{url}: column 'label' must be an integer; it is {schema.field('label').type}")
+        groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+        ranges = [_statistics(group.column(paths.index("label"))) for group in groups if group.num_rows]
+        known = [r for r in ranges if r is not None]
+        whole = (min(r[0] for r in known), max(r[1] for r in known)) if known and len(known) == len(ranges) else None
+        row_groups = tuple((group.num_rows, *_span(group)) for group in groups)
+        return _Footer(row_groups, whole, _class_names(schema.metadata), image_column)
+
+
+def _span(group: Any) -> tuple[int, int]:
+    """Return (first byte, byte behind the last one) of a row group's columns."""
+    spans = [chunk_span(group.column(i)) for i in range(group.num_columns)]
+    return min(start for start, _ in spans), max(stop for _, stop in spans)
+
+
+def _statistics(column: Any) -> tuple[int, int] | None:
+    if not column.is_stats_set or not column.statistics.has_min_max:
+        return None
+    return int(column.statistics.min), int(column.statistics.max)
+
+
+def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
+    try:
+        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"]["label"]["names"]
+        return tuple(map(str, names))
+    except (KeyError, TypeError, ValueError):
+        return ()  # the names are a courtesy of the format: numbers do as well
+
+
+def _read_labels(url: str, size: int) -> np.ndarray:
+    with open_parquet(url, size) as file:
+        return label_array(file.read(columns=["label"], use_threads=False).column("label"), url)

@@ -1,0 +1,223 @@
+"""One row group of a Parquet file: read by one request, verified where its digest is known, its rows found.
+
+Arrow decodes the row group. Where its images lie in the file as they are (uncompressed, which is how prepared sets and
+most image sets are written), and the file is on a local disk, the images stay there and only their places are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from mimkd_ray import storage
+from mimkd_ray.data.sources.shard_manifest import Block
+from mimkd_ray.data.store.stored_block import Identity, StoredBlock
+from mimkd_ray.errors import DamagedDataError, UserError
+
+KEPT_FOOTERS = 64  # parsed, per process
+HEAD_BYTES = 64  # of an image, by which it is looked for
+MAX_GAP = 1 << 16  # bytes of other columns that may lie between those wanted: one request costs more than they do
+
+
+def read_row_group(
+    url: str, size: int, group: int, image_column: str, listed: Block | None, first_id: int, in_place: bool
+) -> StoredBlock:
+    """Return row group `group` of the file at `url` (`size` bytes); `in_place`: its images stay in the file, if they
+    lie there uncompressed.
+
+    `listed` is the row group in the manifest of a prepared set: its bytes must have that digest, and its ids count from
+    `first_id` on. Raises DamagedDataError for what is gone, cut short, changed or unreadable, UserError for rows
+    without a label, StorageError.
+    """
+    import pyarrow as pa
+
+    try:
+        return _read(url, size, group, image_column, listed, first_id, in_place)
+    except FileNotFoundError as error:
+        raise DamagedDataError(f"{url} is gone: it was there when the set was opened; put it back") from error
+    except storage.StorageError:
+        raise  # not the file's content
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DamagedDataError(f"{url}: row group {group} cannot be read ({error}); copy the file again") from error
+
+
+def _read(
+    url: str, size: int, group: int, image_column: str, listed: Block | None, first_id: int, in_place: bool
+) -> StoredBlock:
+    import pyarrow.parquet as pq
+
+    metadata = read_metadata(url, size)
+    numbers = ["label"] if listed is None else ["label", "id"]
+    chunks = {metadata.row_group(group).column(i).path_in_schema: i for i in range(metadata.num_columns)}
+    spans = [chunk_span(metadata.row_group(group).column(chunks[name])) for name in (image_column, *numbers)]
+    start, stop = min(first for first, _ in spans), max(end for _, end in spans)
+    if listed is not None:
+        start, stop = listed.offset, listed.offset + listed.length
+    elif stop - start > sum(end - first for first, end in spans) + MAX_GAP:
+        with open_parquet(url, size, metadata) as file:
+            return _decoded(file.read_row_group(group, columns=[image_column, "label"], use_threads=False), url, group)
+    # Before the bytes: if the file is written again in between, its identity is another one, and it is read again.
+    identity = Identity.of(os.stat(storage.local_path(url))) if in_place else None
+    data = _range(url, group, start, stop - start, listed)
+    with pq.ParquetFile(_Part(data, start, size), metadata=metadata) as file:
+        table = file.read_row_group(group, columns=[image_column, *numbers], use_threads=False)
+    if listed is not None:
+        _check_ids(_integers(table.column("id")), url, group, first_id)
+    block = _decoded(table, url, group)
+    places = find_images(data, block) if in_place else None
+    if places is None:
+        return block
+    path = os.path.abspath(storage.local_path(url))
+    return StoredBlock(places + start, block.lengths, block.labels, path=path, identity=identity)
+
+
+def _range(url: str, group: int, offset: int, length: int, listed: Block | None) -> bytes:
+    """Return these bytes of the file: all of them, and the right ones as far as that is known."""
+    data = storage.read_range(url, offset, length)
+    if len(data) < length:
+        raise DamagedDataError(
+            f"{url} is cut short: {len(data):,} of the {length:,} bytes of row group {group} at byte "
+            f"{offset:,} are there; copy the file again"
+        )
+    digest = hashlib.sha256(data).hexdigest() if listed is not None else ""
+    if listed is not None and digest != listed.sha256:
+        raise DamagedDataError(
+            f"{url}: row group {group} is damaged: its {length:,} bytes have the sha256 {digest[:12]}..., and "
+            f"the manifest says {listed.sha256[:12]}...; copy the file again"
+        )
+    return data
+
+
+def _check_ids(ids: np.ndarray, url: str, group: int, first_id: int) -> None:
+    if not np.array_equal(ids, np.arange(first_id, first_id + len(ids))):
+        raise DamagedDataError(
+            f"{url}: row group {group} has the ids {ids[0]:,} to {ids[-1]:,}, and its place in the manifest says "
+            f"{first_id:,} to {first_id + len(ids) - 1:,}: the set is mixed up; copy the prepared set again as "
+            "a whole, or prepare it anew"
+        )
+
+
+def _decoded(table: Any, url: str, group: int) -> StoredBlock:
+    """Return the images that Arrow has decoded, in its memory; a missing one is empty, and counts as damaged when it is
+    viewed."""
+    import pyarrow as pa
+
+    (column,) = table.select(["image"]).flatten().columns  # of a struct its only field that was read
+    images = column.cast(pa.large_binary()).combine_chunks()
+    if images.null_count:
+        images = images.fill_null(b"")
+    _, offsets, values = images.buffers()
+    ends = np.frombuffer(offsets, np.int64)[images.offset : images.offset + len(images) + 1]
+    data = memoryview(values).cast("B") if values is not None else b""
+    labels = label_array(table.column("label"), f"{url} (row group {group})")
+    return StoredBlock(ends[:-1], np.diff(ends), labels, data=data)
+
+
+def find_images(data: bytes, block: StoredBlock) -> np.ndarray | None:
+    """Return where the images of `block` lie in `data` (int64), one behind the other; None if one is not found.
+
+    `data` is the row group that `block` was decoded from. What is found is compared byte by byte, so that it does not
+    matter how Parquet lays out its pages. 40 us for an image of 100 kB.
+    """
+    images, found, at = memoryview(block.data or b""), [], 0
+    for offset, length in zip(block.offsets.tolist(), block.lengths.tolist(), strict=True):
+        image = images[offset : offset + length]
+        # `find` prepares for the needle that it is given: 300 us for a whole image.
+        head = image[:HEAD_BYTES]
+        at = data.find(head, at)
+        while at >= 0 and not data.startswith(image, at):
+            at = data.find(head, at + 1)
+        if at < 0:
+            return None
+        found.append(at)
+        at += length
+    return np.array(found, dtype=np.int64)
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, in memory, at its own place: the rest of the file is not to be read."""
+
+    def __init__(self, data: bytes, offset: int, size: int) -> None:
+        self._data = memoryview(data)
+        self._offset = offset
+        self._size = size
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        return self._place
+
+    def read(self, size: int | None = -1) -> bytes:
+        start = self._place - self._offset
+        stop = len(self._data) if size is None or size < 0 else start + size
+        if start < 0 or stop > len(self._data):
+            raise OSError(f"bytes {start + self._offset} to {stop + self._offset} are outside the row group")
+        self._place = stop + self._offset
+        return bytes(self._data[start:stop])
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        view[:] = self.read(len(view))
+        return len(view)
+
+
+@lru_cache(maxsize=KEPT_FOOTERS)
+def read_metadata(url: str, size: int) -> Any:
+    """Return the file's footer, as pyarrow has it; this process keeps the last ones."""
+    with open_parquet(url, size) as file:
+        return file.metadata
+
+
+def open_parquet(url: str, size: int, metadata: Any = None) -> Any:
+    """Open a Parquet file of `size` bytes. Raises UserError for a file that cannot be read or is none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if storage.is_remote(url):
+            # pre_buffer joins the ranges of a row group into few requests.
+            return pq.ParquetFile(storage.open_file(url, size), metadata=metadata, pre_buffer=True)
+        # Plain reads: a memory map of a file that is cut short kills the process instead of raising.
+        return pq.ParquetFile(str(storage.local_path(url)), metadata=metadata, pre_buffer=False)
+    except PermissionError as error:
+        raise UserError(f"cannot read {url}: {error}; check the permissions") from error
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{url} ({size:,} bytes) is not a readable Parquet file: {error}; copy it again") from error
+
+
+def chunk_span(column: Any) -> tuple[int, int]:
+    """Return (first byte, byte behind the last one) of a column chunk."""
+    start = column.data_page_offset
+    if column.dictionary_page_offset is not None:
+        start = min(start, column.dictionary_page_offset)
+    return start, start + column.total_compressed_size
+
+
+def label_array(column: Any, url: str) -> np.ndarray:
+    """Return the labels as int64. Raises UserError for rows without one."""
+    if column.null_count:
+        raise UserError(f"{url}: {column.null_count:,} of {len(column):,} rows have no label; remove them")
+    return _integers(column)
+
+
+def _integers(column: Any) -> np.ndarray:
+    """Return a column without nulls as int64, perhaps not writable."""
+    import pyarrow as pa
+
+    # Arrow's to_numpy imports pandas, if it is installed: 0.9 s of the first block, in every process that loads one.
+    numbers = np.from_dlpack(column.combine_chunks()) if pa.types.is_integer(column.type) else column.to_numpy()
+    return numbers.astype(np.int64, copy=False)

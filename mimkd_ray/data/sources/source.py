@@ -1,0 +1,190 @@
+"""What a data set is to the rest of the program: rows with stable ids, in blocks, read by position.
+
+Two words that are easy to mix up:
+
+* **position**: 0 .. num_rows-1 within one source. `read` takes positions, `blocks` and `labels()` are in their
+order.
+* **id**: the row's number in the data set at rest. It names the sample for ever: views and cached features
+hang on it.
+
+For a source that shows a whole split, position and id are the same number. A subset renumbers positions,
+never ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from mimkd_ray.data.augment.decode import Encoded
+from mimkd_ray.data.order.blocks import Blocks
+from mimkd_ray.data.order.permutations import permutation, raw
+from mimkd_ray.data.store.block_store import BlockStore
+from mimkd_ray.errors import UserError
+
+
+class Row(NamedTuple):
+    """One sample as stored: `image` is an encoded file, perhaps a part of a mapped one, or (H, W, 3) uint8; `name` says
+    where."""
+
+    id: int
+    label: int
+    image: Encoded | np.ndarray
+    name: str
+
+
+class Source(Protocol):
+    """One split of a data set. Cheap to open, picklable, and safe to use in forked processes."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; the label is the index."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        ...
+
+    @property
+    def blocks(self) -> Blocks:
+        """The blocks (units of reading), in the order of positions."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """A cheap identity from names, sizes and row counts; it does not look at the content of images."""
+        ...
+
+    def labels(self) -> np.ndarray:
+        """Return all labels, int64, by position. May read the label column of every block."""
+        ...
+
+    def label_range(self) -> tuple[int, int]:
+        """Return bounds (smallest, largest) of the labels, without reading image data."""
+        ...
+
+    def read(self, positions: Sequence[int]) -> list[Row]:
+        """Return the rows at `positions`, in that order."""
+        ...
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether rows are held in memory, decoded: a loader process would cost more than it gives."""
+        ...
+
+    @property
+    def store(self) -> BlockStore | None:
+        """Where blocks are kept once they are read; None: rows are read from where they are."""
+        ...
+
+    @property
+    def block_bytes(self) -> int:
+        """Mean size of a block at rest, in bytes; 0 where there is no store."""
+        ...
+
+    @property
+    def distant(self) -> bool:
+        """Whether fetching a block waits for a network, and does not only verify what lies on this machine's disk."""
+        ...
+
+    def fetch(self, block: int) -> bool:
+        """See to it that the block is in the store; say whether it is. Raises what `read` would."""
+        ...
+
+
+class SubsetSource:
+    """The rows of `parent` at the given sorted, distinct positions.
+
+    Positions are renumbered from 0; `Row.id` stays the parent's, so views and caches of a sample do not
+    change. A block is what is left of the parent's block; empty ones are dropped.
+    """
+
+    def __init__(self, parent: Source, positions: Sequence[int] | np.ndarray) -> None:
+        kept = np.asarray(positions, dtype=np.int64)
+        if len(kept) and (kept[0] < 0 or kept[-1] >= parent.num_rows or np.any(np.diff(kept) <= 0)):
+            raise ValueError("positions must be sorted, distinct and within the parent")
+        self.parent = parent
+        self.kept = kept
+        self._parent_block, counts = np.unique(parent.blocks.locate(kept)[0], return_counts=True)
+        self.blocks: Blocks = Blocks.of(counts)
+        self.classes: tuple[str, ...] = parent.classes
+        self.num_rows: int = len(kept)
+        self.digest: str = digest_of("subset", parent.digest, hashlib.sha256(kept.tobytes()).hexdigest())
+        self.in_memory: bool = parent.in_memory
+        self.store: BlockStore | None = parent.store
+        self.block_bytes: int = parent.block_bytes
+        self.distant: bool = parent.distant
+
+    def labels(self) -> np.ndarray:
+        """Return the labels of the kept rows, int64."""
+        return self.parent.labels()[self.kept]
+
+    def label_range(self) -> tuple[int, int]:
+        """Return the parent's bounds."""
+        return self.parent.label_range()
+
+    def read(self, positions: Sequence[int]) -> list[Row]:
+        """Return the rows at `positions` of this subset (0..num_rows-1), with the parent's ids."""
+        return self.parent.read([int(self.kept[p]) for p in positions])
+
+    def fetch(self, block: int) -> bool:
+        """Fetch the parent's whole block, which this subset's `block` is a part of."""
+        return self.parent.fetch(int(self._parent_block[block]))
+
+
+def ids_of(source: Source) -> np.ndarray:
+    """Return the ids of all rows by position: int64, rising. Reads nothing."""
+    if isinstance(source, SubsetSource):
+        return ids_of(source.parent)[source.kept]
+    return np.arange(source.num_rows, dtype=np.int64)
+
+
+def stratified_split(labels: np.ndarray, share_or_count: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Choose rows class by class; return (rest, chosen), both sorted positions, int64.
+
+    A float in (0, 1) chooses that share of every class. An int chooses so many rows, the same number of each
+    class as far as classes have them. A remainder goes to classes by keyed random numbers. Raises UserError
+    for too many.
+    """
+    sizes = np.bincount(labels) if len(labels) else np.zeros(1, dtype=np.int64)
+    if isinstance(share_or_count, float):
+        count = round(share_or_count * len(labels))
+        quota = np.floor(sizes * share_or_count).astype(np.int64)
+        remainder = sizes * share_or_count - quota
+    else:
+        count = share_or_count
+        quota = _equal_quota(sizes, count)
+        remainder = np.zeros(len(sizes))
+    if not 0 <= count <= len(labels):
+        raise UserError(f"cannot choose {count:,} rows of a set of {len(labels):,}")
+    # One more row for some classes makes up the count: those with the largest remainder, ties by chance.
+    order = np.lexsort((raw(len(sizes), seed, "split classes"), -remainder))
+    open_classes = order[quota[order] < sizes[order]]
+    quota[open_classes[: max(0, count - int(quota.sum()))]] += 1
+
+    # Rank each row among its class in a keyed shuffle, and take the first `quota` of each class.
+    shuffled = permutation(len(labels), seed, "split rows")
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    starts = np.cumsum(sizes) - sizes
+    rank = np.arange(len(labels)) - np.repeat(starts, sizes)
+    taken = np.zeros(len(labels), dtype=bool)
+    taken[by_class] = rank < np.repeat(quota, sizes)
+    return np.flatnonzero(~taken), np.flatnonzero(taken)
+
+
+def _equal_quota(sizes: np.ndarray, count: int) -> np.ndarray:
+    """Return min(size, level) per class for the largest whole level whose sum is at most `count`."""
+    low, high = 0, int(sizes.max(initial=0))
+    while low < high:
+        level = (low + high + 1) // 2
+        low, high = (level, high) if np.minimum(sizes, level).sum() <= count else (low, level - 1)
+    return np.minimum(sizes, low).astype(np.int64)
+
+
+def digest_of(*parts: object) -> str:
+    """Return 16 hex digits over the parts' reprs, in order."""
+    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:16]

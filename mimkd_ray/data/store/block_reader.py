@@ -1,0 +1,143 @@
+"""Rows out of blocks, one at a time, wherever the blocks are kept.
+
+Each process keeps what it knows of the blocks that it used last (`CACHE_BYTES`): where rows lie or, without a store,
+the rows themselves. And it keeps the files that it used last mapped (`MAPPED_FILES`).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections import OrderedDict
+
+from mimkd_ray.data.store.block_store import BlockStore, Load
+from mimkd_ray.data.store.stored_block import ChangedFileError, StoredBlock
+from mimkd_ray.errors import DamagedDataError
+
+CACHE_BYTES = 256 * 2**20  # of blocks that a process keeps
+MAPPED_FILES = 256  # each of which takes a file descriptor
+TOUCH_S = 1.0  # between two notes in the store that a block is in use: 5 us of path, system call and journal
+TRIES = 3  # to read a row from a file that changes
+
+
+class BlockReader:
+    """Reads the rows of a batch; what is asked for once of a block serves for all of its rows."""
+
+    def __init__(self, store: BlockStore | None) -> None:
+        self.store = store
+        self._open: dict[str, tuple[StoredBlock, memoryview]] = {}
+
+    def row(self, key: str, load: Load, row: int) -> tuple[memoryview, int]:
+        """Return the encoded image and the label of a row of block `key`, which `load()` makes if need be.
+
+        The image is where it is kept: nothing is copied. Raises what `load` does, and DamagedDataError for a file that
+        is written again and again.
+        """
+        found = self._open.get(key)
+        if found is None:
+            found = self._open[key] = self._find(key, load)
+        block, images = found
+        where, label = block.row(row)
+        return images[where], label
+
+    def _find(self, key: str, load: Load) -> tuple[StoredBlock, memoryview]:
+        for _ in range(TRIES):
+            block = read_block(self.store, key, load)
+            try:
+                return block, block.images(_kept().mapped)
+            except ChangedFileError as error:
+                changed = error
+            # Removed to make room, or written again: what is there now is verified anew.
+            _kept().drop(key)
+            if self.store is not None:
+                self.store.discard(key)
+        raise DamagedDataError(f"{changed}, {TRIES} times in a row: leave the data alone while they are trained on")
+
+
+def read_block(store: BlockStore | None, key: str, load: Load) -> StoredBlock:
+    """Return block `key`: from this process's memory, from the store, or from `load()`."""
+    kept = _kept()
+    block = kept.find(key)
+    if block is None:
+        block = load() if store is None else store.get(key, load)
+        kept.keep(key, block)
+    elif store is not None and kept.note_use(key):
+        store.touch(key)
+    return block
+
+
+class _KeptBlocks:
+    """The blocks that this process used last."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.bytes = 0
+        self._lock = threading.Lock()
+        self._blocks: OrderedDict[str, StoredBlock] = OrderedDict()
+        self._noted: dict[str, float] = {}  # when the store was told last that a block is in use
+        self._mapped: OrderedDict[str, memoryview] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def find(self, key: str) -> StoredBlock | None:
+        with self._lock:
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
+            return self._blocks.get(key)
+
+    def note_use(self, key: str) -> bool:
+        """Say whether the store should be told that the block is in use: not if it was within TOUCH_S."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._noted.get(key, 0.0) <= TOUCH_S:
+                return False
+            self._noted[key] = now
+            return True
+
+    def keep(self, key: str, block: StoredBlock) -> None:
+        with self._lock:
+            if key in self._blocks:
+                return
+            self._blocks[key] = block
+            self._noted[key] = time.monotonic()
+            self.bytes += block.held_bytes
+            while self.bytes > CACHE_BYTES and len(self._blocks) > 1:
+                oldest, dropped = self._blocks.popitem(last=False)
+                self._noted.pop(oldest, None)
+                self.bytes -= dropped.held_bytes
+
+    def drop(self, key: str) -> None:
+        with self._lock:
+            block = self._blocks.pop(key, None)
+            self._noted.pop(key, None)
+            if block is not None:
+                self.bytes -= block.held_bytes
+                self._mapped.pop(block.path, None)
+
+    def mapped(self, path: str) -> memoryview:
+        """Return the content of a file; it lasts as long as anybody uses it, also without its name."""
+        with self._lock:
+            if path not in self._mapped:
+                try:
+                    with open(path, "rb") as file:
+                        self._mapped[path] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                except (FileNotFoundError, ValueError) as error:  # ValueError: it is empty
+                    raise ChangedFileError(f"{path} is gone, or empty") from error
+            self._mapped.move_to_end(path)
+            while len(self._mapped) > MAPPED_FILES:
+                self._mapped.popitem(last=False)
+            return self._mapped[path]
+
+
+_blocks = _KeptBlocks()
+
+
+def _kept() -> _KeptBlocks:
+    """Return this process's blocks: a forked child must not wait for a lock that its parent held."""
+    global _blocks
+    if _blocks.pid != os.getpid():
+        _blocks = _KeptBlocks()
+    return _blocks

@@ -1,0 +1,260 @@
+"""A bounded folder of blocks on this node's disk, shared by all of its processes.
+
+A block lies there as one file (`stored_block.py`) named by a digest of its content, or of what its content is read
+from. Whoever needs a block that is missing takes the block's lock, reads and verifies it, writes a temporary file and
+renames it; the others wait for the lock and find it. Of a block that is read in place, from a data set on a local disk,
+the store keeps only where its rows lie, and that they were verified. The least recently used files go when the folder
+is full.
+
+Nothing waits for the disk: after a power cut, which may lose what a renamed file holds, the store begins anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import logging
+import multiprocessing
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from multiprocessing.context import get_spawning_popen
+from pathlib import Path
+from typing import Any
+
+from mimkd_ray.data.store.stored_block import StoredBlock, read_stored
+from mimkd_ray.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LOCKS = 256  # lock files; blocks that share one wait for each other, which costs a little time and nothing else
+SUFFIX = ".block"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of Linux: another one after each start of the machine
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+Load = Callable[[], StoredBlock]
+
+
+class BlockStore:
+    """Blocks in `folder`, at most `max_bytes` of them (a little more while several processes write).
+
+    Picklable; the folder is made on first use, for this user alone. Raises UserError (on first use) for a folder
+    that cannot be made or belongs to someone else.
+    """
+
+    def __init__(self, folder: str | Path = "", max_bytes: int = 8 * 10**9) -> None:
+        self.folder = Path(folder or default_folder()).expanduser()
+        self.max_bytes = max_bytes
+        self._ready = False
+        self._counted = False
+        self._warned = False
+        self._uses: Any = multiprocessing.Array("q", 2, lock=False)  # blocks that a fetch found here, and all others
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Memory is shared with processes that this one starts. Elsewhere it may be another machine's folder.
+        uses = self._uses if get_spawning_popen() is not None else None
+        return {**self.__dict__, "_ready": False, "_counted": False, "_uses": uses}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._uses is None:
+            self._uses = multiprocessing.Array("q", 2, lock=False)
+
+    def hit_rate(self) -> float | None:
+        """Share of the blocks fetched so far that were here, by this process and those it started; None: of none."""
+        found, others = self._uses
+        return found / (found + others) if found + others else None
+
+    def _count(self, which: int) -> None:
+        self._uses[which] += 1  # without a lock, which no other kind of process could share: a count may get lost
+
+    def get(self, key: str, load: Load) -> StoredBlock:
+        """Return block `key`; if it is not here, `load()` makes it once.
+
+        Any error of `load` is passed on, and the next caller tries again. When the disk is full even after the
+        store has given up half of its blocks, the block is handed over from memory, with one warning.
+        """
+        block = self._open(key)
+        if block is not None:
+            return block
+        with locked(self.folder / f"lock-{int(_name(key)[:4], 16) % LOCKS}"):
+            block = self._open(key)
+            if block is not None:
+                return block
+            block = load()
+            return block.at(self._path(key)) if self._keep(key, block) else block
+
+    def fetch(self, key: str, load: Load) -> bool:
+        """See to it that block `key` is here; say whether it is (False: there is no room for it)."""
+        self.prepare()
+        if self.touch(key):
+            self._count(0)
+            return True
+        self._count(1)
+        self.get(key, load)
+        return self._path(key).exists()
+
+    def touch(self, key: str) -> bool:
+        """Mark block `key` as used just now; say whether it is here."""
+        try:
+            os.utime(self._path(key))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def discard(self, key: str) -> None:
+        """Forget block `key`: what it was verified as is not what is there now."""
+        self._path(key).unlink(missing_ok=True)
+
+    def prepare(self) -> None:
+        """Make the folder, once; empty it after a restart of the machine. Raises UserError for one that cannot be."""
+        if self._ready and self.folder.is_dir():  # cleaners of temporary folders come at any time
+            return
+        remedy = "choose another folder with --data.store, or none with --data.store-gb 0"
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = self.folder.lstat()
+        except OSError as error:
+            raise UserError(f"the block store {self.folder} cannot be made: {error}; {remedy}") from error
+        if not stat.S_ISDIR(status.st_mode):
+            raise UserError(f"the block store {self.folder} is a link or a file, not a folder; {remedy}")
+        if status.st_uid != os.getuid():
+            raise UserError(
+                f"the block store {self.folder} belongs to user {status.st_uid}, and this is user {os.getuid()}: "
+                f"what others can write is not trained on; {remedy}"
+            )
+        if status.st_mode & 0o022:
+            raise UserError(
+                f"the block store {self.folder} can be written by others (mode {status.st_mode & 0o777:o}): what "
+                f"others can write is not trained on; chmod 700 it, or {remedy}"
+            )
+        self._begin_anew_after_a_restart()
+        self._ready = True
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{_name(key)}{SUFFIX}"
+
+    def _open(self, key: str) -> StoredBlock | None:
+        """Return the block, or None if it is not here. A damaged file is removed."""
+        self.prepare()
+        path = self._path(key)
+        try:
+            block = read_stored(path)
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        except (ValueError, OSError) as error:
+            logger.warning("%s is damaged (%s): it is fetched anew", path, error)
+            path.unlink(missing_ok=True)
+            return None
+        return block
+
+    def _keep(self, key: str, block: StoredBlock) -> bool:
+        """Write the block; say whether that was possible. Holds the block's lock."""
+        path, part = self._path(key), self.folder / f"{_name(key)}.part"
+        needed = block.file_bytes()
+        for last_try in (False, True):
+            try:
+                if needed > self.max_bytes:
+                    raise OSError(errno.ENOSPC, f"a block of {needed:,} bytes is larger than the store")
+                self._reserve(needed, give_up_half=last_try)
+                block.write(part, durable=not _boot_id())
+                part.replace(path)
+                return True
+            except OSError as error:
+                part.unlink(missing_ok=True)
+                if last_try or error.errno not in _FULL or needed > self.max_bytes:
+                    self._warn(needed, error)
+                    return False
+        raise AssertionError("unreachable")
+
+    def _warn(self, needed: int, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            free = os.statvfs(self.folder)
+            logger.warning(
+                "%s: a block of %.1f MB cannot be kept (%s; the disk has %.1f MB free, the store may hold %.1f MB): "
+                "blocks are handed over from memory, and each process reads them by itself, which is slower; free "
+                "some space, or choose another folder with --data.store or a size with --data.store-gb",
+                self.folder,
+                needed / 1e6,
+                error,
+                free.f_bavail * free.f_frsize / 1e6,
+                self.max_bytes / 1e6,
+            )
+
+    def _reserve(self, needed: int, give_up_half: bool) -> None:
+        """Make room for `needed` bytes and count them as used."""
+        with locked(self.folder / "usage") as usage:
+            # The count drifts when processes are killed; each process's first block and each eviction set it right.
+            used = int(os.pread(usage, 32, 0) or 0)
+            if not self._counted or give_up_half or used + needed > self.max_bytes:
+                used = self._evict(self.max_bytes - needed, give_up_half)
+                self._counted = True
+            os.pwrite(usage, b"%032d" % (used + needed), 0)
+
+    def _evict(self, limit: int, give_up_half: bool) -> int:
+        """Remove the files opened longest ago until `limit` bytes are left; return what is left."""
+        found = []
+        for entry in os.scandir(self.folder):
+            if entry.name.endswith((SUFFIX, ".part")):
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat()
+                    found.append((status.st_mtime_ns, status.st_size, entry.path))
+        used = sum(size for _, size, _ in found)
+        if give_up_half:
+            limit = min(limit, used // 2)
+        elif used > limit:
+            limit -= limit // 16  # a little more than needed: this listing should be rare
+        for _, size, path in sorted(found):
+            if used <= limit:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            used -= size
+        return used
+
+    def _begin_anew_after_a_restart(self) -> None:
+        """Empty a store that was filled before the machine was started last."""
+        boot = _boot_id()
+        if not boot:
+            return  # blocks are written durably then
+        mark = self.folder / "boot"
+        with locked(self.folder / "usage"):
+            if mark.is_file() and mark.read_text() == boot:
+                return
+            for entry in os.scandir(self.folder):
+                if entry.name.endswith((SUFFIX, ".part")):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(entry.path)
+            mark.write_text(boot)
+
+
+def default_folder() -> Path:
+    """Return this user's store below the machine's folder for temporary files."""
+    return Path(tempfile.gettempdir()) / f"mimkd-ray-blocks-{os.getuid()}"
+
+
+def _boot_id() -> str:
+    """Return the name of this start of the machine; "" where the system has none."""
+    return BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ""
+
+
+def _name(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:40]
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Hold the lock of the file, made if missing, against all processes and threads of this machine."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+    finally:
+        # Unlocked by name: a process that was forked meanwhile holds the file open, and the lock with it.
+        fcntl.flock(file, fcntl.LOCK_UN)
+        os.close(file)

@@ -1,0 +1,292 @@
+"""The MIMKD loss: cross-entropy plus lower bounds on the mutual information of teacher and student features.
+
+    loss = CE + kd_weight * T^2 KL(teacher_T || student_T) + sum over terms of weight * (-bound) + rivals
+
+A positive pair comes from one image. Negatives pair a student with the teacher of *another image*: at the same location
+the image before it in the lane (``rolled``) or every other image of the lane (``all``); for terms of teacher vectors
+also every image of all lanes of the step (``step``), vectors of earlier steps (``queue``), or random images of the
+training set (``cache``). Pairs of equal ids are left out, and, where asked, pairs of equal classes. What a term reads
+and how it is scored is told in terms.py. Everything is computed in float32 with autocast off; no gradient reaches the
+teacher.
+
+Rivals (rivals.py) are losses of other methods, which `loss.name` adds or puts in the place of the terms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config.loss_presets import Negatives
+from mimkd_ray.errors import UserError
+from mimkd_ray.losses.critic_sides import FrozenSide
+from mimkd_ray.losses.critics import Critic, build_critic
+from mimkd_ray.losses.features import Features, in_full_precision
+from mimkd_ray.losses.methods.build_method import RivalPlan, build_rival
+from mimkd_ray.losses.methods.crd import TrainingRows
+from mimkd_ray.losses.methods.kd import kd_loss
+from mimkd_ray.losses.methods.registry import RIVALS
+from mimkd_ray.losses.precision import full_precision
+from mimkd_ray.losses.teacher_queue import NO_LABEL, TeacherQueue
+from mimkd_ray.losses.terms import Candidates, Objective, Term, inputs_of, score_term, vector_of
+
+WARMUP_SHARE = 0.1
+"""Share of training over which terms of schedule `warmup` rise."""
+
+Gather = Callable[[Tensor], Tensor]
+"""(this worker's lanes, ...) -> (all lanes of the step, ...), in the order of lanes."""
+
+
+class LossOutput(NamedTuple):
+    """The loss and what it consists of."""
+
+    total: Tensor
+    """Scalar to minimise."""
+    terms: dict[str, Tensor]
+    """Weighted parts with their gradient; they sum to total."""
+    log: dict[str, Tensor]
+    """Detached scalars: ce, kd, rival/<method>, and per term loss, nats, ceiling, scale, bias, mean_u, mean_v."""
+
+
+class _Lane(NamedTuple):
+    """What a lane leaves for the end of the step: reduced teacher vectors by tap, ids, class numbers (-1 where mixed),
+    and the mean teacher feature of each critic with a frozen side."""
+
+    vectors: dict[str, Tensor]
+    ids_B: Tensor
+    labels_B: Tensor
+    means: list[Tensor]
+
+
+def valid_pairs(ids_B: Tensor, negatives: Negatives) -> Tensor:
+    """Which negatives of the lane count: (B, 1) for rolled, else (B, B), never the diagonal. Equal ids never count."""
+    if negatives != "rolled":
+        return ids_B.unsqueeze(1) != ids_B.unsqueeze(0)
+    return (ids_B != ids_B.roll(1)).unsqueeze(1)
+
+
+def queue_channels(config: LossConfig, terms: Sequence[Term]) -> dict[str, int]:
+    """Channels of the vectors that a queue of these terms keeps, by tap: those of global and local terms, after the
+    fixed part of their critic. Empty where there is no queue."""
+    if config.resolved_negatives != "queue":
+        return {}
+    frozen = config.resolved_critic.teacher == "frozen"
+    return {
+        term.teacher: min(term.teacher_channels, config.critic.frozen_width) if frozen else term.teacher_channels
+        for term in terms
+        if term.kind != "feature"
+    }
+
+
+class MIMKDLoss(nn.Module):
+    """The loss of one student, with the critics of its terms, the queue of teacher vectors, and the rivals.
+
+    ``forward(teacher, student, labels_B, ids_B)`` returns a :class:`LossOutput`; ``teacher`` may be None when the
+    config uses no teacher. ``labels_B`` are class numbers, or (B, classes) probabilities of mixed images.
+    ``reading=True`` reads every bound over all pairs of the lane and all locations whatever it trains with, and leaves
+    the rivals out; where there is a queue it reads with that too, and the lane's own reading is ``lane_nats``.
+    A lane of one image has no negative and is an error.
+
+    Training calls :meth:`observe` with every lane and :meth:`after_step` after the optimiser's step.
+    """
+
+    def __init__(
+        self,
+        config: LossConfig,
+        terms: Sequence[Term],
+        rivals: Sequence[RivalPlan] = (),
+        rows: TrainingRows | None = None,
+    ) -> None:
+        """``rows``: of the training set, for a rival with a bank."""
+        super().__init__()
+        self.config = config
+        self.plan = tuple(terms)
+        if len({term.name for term in terms}) != len(terms):
+            raise UserError(f"a tap pair stands twice in the loss: {', '.join(term.name for term in terms)}")
+        self.bound = config.resolved_bound
+        self.negatives: Negatives = config.resolved_negatives
+        self.objective = Objective(
+            self.bound, self.negatives == "rolled", config.soft_temperature, config.symmetric, config.hard_share
+        )
+        critic = config.resolved_critic
+        self.critics = nn.ModuleList(
+            build_critic(critic, term.teacher_channels, term.student_channels) for term in terms
+        )
+        channels = queue_channels(config, terms)
+        self.queue = TeacherQueue(config.queue, channels) if channels else None
+        self.methods = tuple(plan.method for plan in rivals)
+        self.rivals = nn.ModuleList(build_rival(plan, rows) for plan in rivals)
+        self.lanes: list[_Lane] = []
+        # Tensors, so that a compiled loss is not compiled anew every step; they follow from the step, like the rate.
+        self.warmth: Tensor
+        self.register_buffer("warmth", torch.ones(()), persistent=False)
+        self.strength: Tensor
+        self.register_buffer("strength", torch.ones(()), persistent=False)
+
+    def begin_step(self, epoch: float, progress: float = 0.0) -> None:
+        """Set what depends on the step. ``epoch``: passes over the data until now; ``progress``: share of training that
+        is done.
+
+        As published the weight of rivals that warm up rises once an epoch, and the first one has its share already."""
+        if self.config.rival_warmup and any(RIVALS[method].warms_up for method in self.methods):
+            self.warmth.fill_(min(1.0, (math.floor(epoch) + 1) / self.config.rival_warmup))
+        if self.config.schedule == "warmup":
+            self.strength.fill_(min(1.0, progress / WARMUP_SHARE))
+        elif self.config.schedule != "constant":
+            fall = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+            self.strength.fill_(fall if self.config.schedule == "fall" else 1 - fall)
+
+    @torch.no_grad()
+    def observe(self, teacher: Features | None, labels_B: Tensor, ids_B: Tensor) -> None:
+        """Take note of a lane that was trained on, for the queue and the means of frozen sides. Memory: the lane's
+        vectors until :meth:`after_step`."""
+        frozen = [critic for critic in self.critics if isinstance(critic.teacher, FrozenSide)]
+        if teacher is None or (self.queue is None and not frozen):
+            return
+        vectors: dict[str, Tensor] = {}
+        means: list[Tensor] = []
+        for term, critic in zip(self.plan, self.critics, strict=True):
+            if term.kind == "feature":
+                if isinstance(critic.teacher, FrozenSide):
+                    map_BCHW = full_precision(teacher.maps[term.teacher])
+                    means.append(critic.reduce_teacher(map_BCHW.mean((0, 2, 3))))  # type: ignore[operator]
+                continue
+            if term.teacher not in vectors:
+                raw_BC = full_precision(vector_of(teacher, term.teacher))
+                vectors[term.teacher] = critic.reduce_teacher(raw_BC)  # type: ignore[operator]
+            if isinstance(critic.teacher, FrozenSide):
+                means.append(vectors[term.teacher].mean(0))
+        if labels_B.is_floating_point():
+            labels_B = torch.full_like(ids_B, NO_LABEL)
+        self.lanes.append(_Lane(vectors if self.queue is not None else {}, ids_B, labels_B, means))
+
+    @torch.no_grad()
+    def after_step(self, gather: Gather | None = None) -> None:
+        """Bring learned temperatures back to their limits, and take the step's lanes into the queue and the means of
+        frozen sides. Call after every optimiser step; ``gather`` brings all workers' lanes together, where there are
+        several."""
+        for critic in self.critics:
+            critic.constrain_()  # type: ignore[operator]
+        lanes, self.lanes = self.lanes, []
+        if not lanes:
+            return
+
+        def all_lanes(values: Sequence[Tensor]) -> Tensor:
+            own_KX = torch.stack(list(values))
+            return own_KX if gather is None else gather(own_KX)
+
+        frozen = [critic.teacher for critic in self.critics if isinstance(critic.teacher, FrozenSide)]
+        if frozen:
+            means_LX = all_lanes([torch.cat(lane.means) for lane in lanes])
+            images = len(means_LX) * len(lanes[0].ids_B)
+            widths = [side.width for side in frozen]
+            for side, mean_d in zip(frozen, means_LX.mean(0).split(widths), strict=True):
+                side.update(mean_d, images)
+        if self.queue is not None:
+            vectors = {tap: all_lanes([lane.vectors[tap] for lane in lanes]).flatten(0, 1) for tap in lanes[0].vectors}
+            ids_N = all_lanes([lane.ids_B for lane in lanes]).flatten()
+            self.queue.push(vectors, ids_N, all_lanes([lane.labels_B for lane in lanes]).flatten())
+
+    def forward(
+        self,
+        teacher: Features | None,
+        student: Features,
+        labels_B: Tensor,
+        ids_B: Tensor,
+        reading: bool = False,
+    ) -> LossOutput:
+        config = self.config
+        parts: dict[str, Tensor] = {}
+        log: dict[str, Tensor] = {}
+        with torch.autocast(labels_B.device.type, enabled=False):
+            student = in_full_precision(student)
+            if labels_B.is_floating_point():
+                labels_B = labels_B.to(student.logits_BC.dtype)
+            ce = F.cross_entropy(student.logits_BC, labels_B, label_smoothing=config.label_smoothing)
+            parts["ce"] = config.resolved_ce_weight * ce
+            log["ce"] = ce.detach()
+            if config.resolved_kd_weight:
+                assert teacher is not None, "KD has a weight and no teacher was given"
+                kd = kd_loss(student.logits_BC, teacher.logits_BC, config.kd_temperature)
+                parts["kd"] = config.resolved_kd_weight * kd
+                log["kd"] = kd.detach()
+            if self.plan:
+                assert teacher is not None, "the loss has mutual-information terms and no teacher was given"
+                if len(labels_B) < 2:
+                    raise ValueError("a lane of 1 image has no negatives: a mutual-information term needs 2 or more")
+                for term, critic in zip(self.plan, self.critics, strict=True):
+                    score = self._read if reading else self._train
+                    loss, stats = score(term, critic, teacher, student, labels_B, ids_B)  # type: ignore[arg-type]
+                    parts[term.name] = term.weight * self.strength * loss
+                    log[f"{term.name}/loss"] = loss.detach()
+                    log.update({f"{term.name}/{key}": value for key, value in stats.items()})
+            for method, rival in zip(self.methods, self.rivals, strict=True) if not reading else ():
+                assert teacher is not None, "the loss has rivals and no teacher was given"
+                loss = rival(teacher, student, labels_B, ids_B)
+                weight = config.weight_of(method) * (self.warmth if RIVALS[method].warms_up else 1.0)
+                parts[f"rival/{method}"] = weight * loss
+                log[f"rival/{method}"] = loss.detach()
+        total = torch.stack(list(parts.values())).sum()
+        log["loss"] = total.detach()
+        return LossOutput(total, parts, log)
+
+    def _train(
+        self, term: Term, critic: Critic, teacher: Features, student: Features, labels_B: Tensor, ids_B: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and statistics of a term over what it trains with."""
+        teacher_LBC, student_LBC = inputs_of(term, teacher, student, self.config.resolved_locations)
+        classes_B = labels_B if self.config.resolved_same_class == "leave_out" and labels_B.dim() == 1 else None
+        valid_BK = valid_pairs(ids_B, self.negatives)
+        if classes_B is not None:
+            valid_BK = valid_BK & valid_pairs(classes_B, self.negatives)
+        reduced_LBC = critic.reduce_teacher(teacher_LBC)
+        candidates = Candidates(reduced_LBC, valid_BK)
+        if term.kind != "feature":
+            if teacher.others is not None:
+                more_MC = full_precision(teacher.others.vectors[term.teacher].detach())
+                valid_BM = ids_B.unsqueeze(1) != teacher.others.ids_M.unsqueeze(0)
+                candidates = _joined(candidates, critic.reduce_teacher(more_MC), valid_BM)
+            if self.queue is not None:
+                count = max(1, self.queue.size // len(student_LBC))
+                valid_BM = self.queue.filled_Q[:count] & (ids_B.unsqueeze(1) != self.queue.ids_Q[:count])
+                if classes_B is not None:
+                    valid_BM &= classes_B.unsqueeze(1) != self.queue.labels_Q[:count]
+                candidates = _queued(candidates, self.queue.vectors(term.teacher, count), valid_BM)
+        everywhere = self.config.feature_negatives == "all"
+        return score_term(critic, self.objective, candidates, student_LBC, everywhere)
+
+    def _read(
+        self, term: Term, critic: Critic, teacher: Features, student: Features, labels_B: Tensor, ids_B: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and statistics of a term over all pairs of the lane and all locations, and with the queue, if any.
+        Held-out images are in no queue."""
+        teacher_LBC, student_LBC = inputs_of(term, teacher, student, 0)
+        candidates = Candidates(critic.reduce_teacher(teacher_LBC), valid_pairs(ids_B, "all"))
+        loss, stats = score_term(critic, Objective(self.bound), candidates, student_LBC)
+        if self.queue is None or term.kind == "feature":
+            return loss, stats
+        count = max(1, self.queue.size // len(student_LBC))
+        valid_BM = self.queue.filled_Q[:count].expand(len(ids_B), -1)
+        candidates = _queued(candidates, self.queue.vectors(term.teacher, count), valid_BM)
+        lane = {"lane_nats": stats["nats"], "lane_ceiling": stats["ceiling"]}
+        loss, stats = score_term(critic, Objective(self.bound), candidates, student_LBC)
+        return loss, stats | lane
+
+
+def _queued(candidates: Candidates, vectors_MC: Tensor, valid_BM: Tensor) -> Candidates:
+    """Candidates of one location with vectors of earlier steps as negatives."""
+    valid_BK = torch.cat([candidates.valid_BK, valid_BM], dim=1)
+    return candidates._replace(valid_BK=valid_BK, queued_MC=vectors_MC.to(candidates.reduced_LKC.dtype))
+
+
+def _joined(candidates: Candidates, more_MC: Tensor, valid_BM: Tensor) -> Candidates:
+    """Candidates of one location with more reduced teacher vectors as negatives."""
+    own_1KC, valid_BK, _ = candidates
+    more_1MC = more_MC.to(own_1KC.dtype).unsqueeze(0)
+    return Candidates(torch.cat([own_1KC, more_1MC], dim=1), torch.cat([valid_BK, valid_BM], dim=1))

@@ -1,0 +1,162 @@
+"""Building a cache on all nodes: a pool of actors, each with a teacher on its GPU or its share of the CPUs.
+
+Ray Data hands units to actors, grows and shrinks their number within `cache.workers`, and has a unit done again when
+its process or node dies. What travels through Ray is a description of the unit and a line of what became of it: images
+are decoded by loader processes of the actor's own, and features go from the actor to the storage.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+import ray.data
+import torch
+
+from mimkd_ray.cache_build.build_setup import Setup, Unit
+from mimkd_ray.cache_build.build_units import Builder
+from mimkd_ray.cache_build.measured_plan import measured_plan
+from mimkd_ray.config.config import Config, from_dict, to_dict
+from mimkd_ray.data.prepare.work_units import Done
+from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.on_ray.data_units import ERRORS, RETRY_WAITS_S, quiet_and_patient
+from mimkd_ray.on_ray.node_capacity import Capacity
+from mimkd_ray.storage import StorageError
+from mimkd_ray.train.build import teacher_autocast
+
+UNITS_PER_CALL = 4
+"""Units that an actor is given at a time: while one is computed the next is decoded and the last are written."""
+
+CPUS_PER_BUILDER = 2
+
+
+class Cluster:
+    """The Ray that is connected, as builders see it."""
+
+    def __init__(self, config: Config) -> None:
+        """Decide who builds. Raises UserError where that does not fit the cluster, or the config is no good."""
+        has = Capacity.of_cluster()
+        launch = config.launch
+        self.gpu = launch.gpu == "on" or (launch.gpu == "auto" and has.gpus > 0)
+        fewest, most = config.cache.worker_range
+        automatic = has.cpus_per_gpu() if self.gpu else min(CPUS_PER_BUILDER, has.most_cpus(1))
+        self.cpus = launch.cpus_per_worker or automatic
+        there = has.room(self.cpus, int(self.gpu))
+        self.fewest, self.most = (fewest, most) if most else (max(1, there), max(1, there))
+        if self.fewest > there or there < 1:
+            raise UserError(
+                f"{self.fewest} builders with {self.cpus} CPUs{' and 1 GPU' if self.gpu else ''} each do not fit: the "
+                f"cluster has {has.cpus} CPUs and {has.gpus} GPUs on {len(has.nodes)} nodes; pass --cache.workers "
+                f"{max(1, there)}, or fewer --launch.cpus-per-worker"
+            )
+        in_memory = open_data(config.data).train.in_memory
+        if config.data.loader_workers == -1 and not in_memory:
+            config = replace(config, data=replace(config.data, loader_workers=self.cpus))
+        if config.cache.precision == "auto" and self.gpu:
+            name = ray.get(ray.remote(num_cpus=0, num_gpus=1)(_precision).remote(to_dict(config)))
+            config = replace(config, cache=replace(config.cache, precision=name))
+        self.config = config
+
+    def setup(self) -> Setup:
+        """What is to be built, for the driver, which needs no GPU."""
+        return Setup(self.config, torch.device("cpu"))
+
+    def plan(self) -> str:
+        """The plan, measured on a builder's device. Raises UserError for a config that nothing can be cached for."""
+        task = ray.remote(num_cpus=self.cpus, num_gpus=int(self.gpu), max_retries=0)(_plan)
+        answer = ray.get(task.remote(to_dict(self.config), self.cpus))
+        if answer["error"]:
+            raise ERRORS[answer["error"]](answer["message"])
+        return str(answer["message"])
+
+    def run(self, units: Sequence[Unit], title: str) -> Iterator[tuple[int, Done]]:
+        """Do the units: a `Runner`. Raises a unit's UserError, DamagedDataError or StorageError."""
+        quiet_and_patient()
+        rows = [{"number": number, "unit": ray.cloudpickle.dumps(unit)} for number, unit in enumerate(units)]
+        calls = -(-len(rows) // UNITS_PER_CALL)
+        workers = min(self.most, calls)
+        done = ray.data.from_items(rows, override_num_blocks=calls).map_batches(
+            BuildActor,
+            batch_size=None,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(min_size=min(self.fewest, workers), max_size=workers),
+            fn_constructor_args=(to_dict(self.config), self.cpus),
+            num_cpus=self.cpus,
+            num_gpus=int(self.gpu),
+        )
+        for row in done.iter_rows():
+            if row["error"]:
+                raise ERRORS[row["error"]](row["message"])
+            yield int(row["number"]), Done(int(row["rows"]), int(row["bytes"]))
+
+
+class BuildActor:
+    """One builder."""
+
+    def __init__(self, config: dict[str, Any], cpus: int) -> None:
+        self.builder: Builder | None = None
+        self.failed: Exception | None = None
+        try:
+            self.builder = Builder(_setup(config, cpus))
+        except tuple(ERRORS.values()) as error:
+            self.failed = error  # an actor that cannot be made would be made again for ever
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
+        """Do the units of a batch, and say of each what became of it. A failure of storage is waited for."""
+        left = {
+            int(number): ray.cloudpickle.loads(unit)
+            for number, unit in zip(batch["number"], batch["unit"], strict=True)
+        }
+        if self.builder is None:
+            yield _answer(-1, self.failed)
+            return
+        for wait in (*RETRY_WAITS_S, None):
+            numbers = list(left)
+            try:
+                for place, done in self.builder.run(list(left.values())):
+                    del left[numbers[place]]
+                    yield _answer(numbers[place], None, done)
+                return
+            except StorageError as error:
+                if wait is None:
+                    yield _answer(-1, StorageError(f"{error}; start again when it answers: what is finished stays"))
+                    return
+                time.sleep(wait)
+            except (UserError, DamagedDataError) as error:
+                yield _answer(-1, error)
+                return
+
+
+def _answer(number: int, error: Exception | None, done: Done = Done(0, 0)) -> dict[str, list[Any]]:  # noqa: B008
+    kind = type(error).__name__ if error is not None else ""
+    return {
+        "number": [number],
+        "error": [kind],
+        "message": [str(error or "")],
+        "rows": [done.rows],
+        "bytes": [done.bytes],
+    }
+
+
+def _setup(config: dict[str, Any], cpus: int) -> Setup:
+    torch.set_num_threads(cpus)  # the same in every builder: sums may depend on it
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    return Setup(from_dict(Config, config), torch.device("cuda" if ray.get_gpu_ids() else "cpu"))
+
+
+def _plan(config: dict[str, Any], cpus: int) -> dict[str, str]:
+    try:
+        return {"error": "", "message": measured_plan(_setup(config, cpus)).text()}
+    except tuple(ERRORS.values()) as error:
+        return {"error": type(error).__name__, "message": str(error)}
+
+
+def _precision(config: dict[str, Any]) -> str:
+    """What `auto` means on a builder's GPU."""
+    autocast = teacher_autocast(from_dict(Config, config), torch.device("cuda"))
+    return "float32" if autocast is None else "bf16"

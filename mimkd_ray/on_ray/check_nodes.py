@@ -1,0 +1,236 @@
+"""The checks of mimkd_ray/doctor on every node of a Ray cluster, with an end to every wait."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mimkd_ray import storage
+from mimkd_ray.doctor import facts, link, places
+from mimkd_ray.doctor.outcome import Outcome, redacted
+from mimkd_ray.errors import UserError
+from mimkd_ray.on_ray.cluster import connect
+
+if TYPE_CHECKING:
+    from mimkd_ray.cli.doctor import DoctorConfig
+
+SEES_ALL_GPUS = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+"""Ray hides GPUs from processes that have not reserved them."""
+
+CLOCK_TRIES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A node as Ray lists it."""
+
+    ray_id: str
+    name: str
+    """Its address; of several nodes at one address, as in tests, with the beginning of Ray's name for it."""
+    cpus: int
+    gpus: int
+    object_store_bytes: int
+
+
+class Examiner:
+    """What runs on a node, as an actor without reservations."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    def facts(self) -> facts.NodeFacts:
+        """What the node says of itself."""
+        return facts.look(self.node.name, self.node.gpus, self.node.object_store_bytes)
+
+    def time(self) -> float:
+        """Its Unix time."""
+        return time.time()
+
+    def leave_mark(self, folder: str) -> str:
+        """See places.leave_mark."""
+        return places.leave_mark(folder)
+
+    def storage(self, root: str, folder: str) -> Outcome:
+        """See places.check_storage."""
+        return places.check_storage(self.node.name, root, folder)
+
+    def remove(self, folder: str) -> None:
+        """Remove what the check of storage has left."""
+        with suppress(OSError, UserError):  # it has been reported by then
+            storage.remove_tree(folder)
+
+    def disk(self, folder: str, gigabytes: float) -> Outcome:
+        """See places.check_disk."""
+        return places.check_disk(self.node.name, folder, gigabytes)
+
+    def decode(self) -> Outcome:
+        """See places.check_decode."""
+        return places.check_decode(self.node.name, self.node.cpus)
+
+
+class Rank:
+    """A rank of the all-reduce, as an actor; in a process of its own."""
+
+    def open_store(self) -> tuple[str, int]:
+        """Open the meeting point here; its host and port."""
+        host = ray.util.get_node_ip_address()
+        self.store, port = link.open_store(host)
+        return host, port
+
+    def measure(self, host: str, port: int, rank: int, world: int, backend: link.Backend) -> link.LinkSpeed:
+        """See link.measure."""
+        try:
+            store = self.store if rank == 0 else link.join_store(host, port)
+        except RuntimeError as error:
+            return link.LinkSpeed(error=f"{host}:{port} does not answer: {str(error).splitlines()[0]}")
+        return link.measure(store, rank, world, backend)
+
+
+def cluster(config: DoctorConfig) -> list[Outcome]:
+    """Check the cluster that the config names, or a Ray of this process's own. Raises UserError if none answers."""
+    own = connect(config.address, "--address", ignore_reinit_error=True, log_to_driver=False)
+    try:
+        return _Visit(config, _nodes()).outcomes()
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def _nodes() -> list[Node]:
+    """The nodes that are alive."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    addresses = [node["NodeManagerAddress"] for node in alive]
+    return [
+        Node(
+            ray_id=node["NodeID"],
+            name=address if addresses.count(address) == 1 else f"{address} {node['NodeID'][:6]}",
+            cpus=int(node["Resources"].get("CPU", 0)),
+            gpus=int(node["Resources"].get("GPU", 0)),
+            object_store_bytes=int(node["Resources"].get("object_store_memory", 0)),
+        )
+        for node, address in zip(alive, addresses, strict=True)
+    ]
+
+
+class _Visit:
+    """One examiner on each node, and what they say. A node that does not answer is left out from then on."""
+
+    def __init__(self, config: DoctorConfig, nodes: Sequence[Node]) -> None:
+        self.config = config
+        self.silent: list[Outcome] = []
+        kind = ray.remote(num_cpus=0, max_restarts=0)(Examiner)
+        self.examiners = {
+            node: kind.options(scheduling_strategy=_on(node), runtime_env=SEES_ALL_GPUS).remote(node) for node in nodes
+        }
+
+    def outcomes(self) -> list[Outcome]:
+        """All checks, in the order in which they are shown."""
+        config = self.config
+        known = self._ask("nodes", lambda examiner: examiner.facts.remote())
+        if not known:
+            return self.silent
+        everybody = list(known.values())
+        found = [facts.check_versions(everybody), facts.check_gpus(everybody), facts.check_authentication(everybody)]
+        found += self._clocks()
+        found += [facts.check_memory(each) for each in everybody]
+        found += self._ask("disk", lambda examiner: examiner.disk.remote(config.store, config.store_gb)).values()
+        found += self._ask("decode", lambda examiner: examiner.decode.remote()).values()
+        for root in config.root:
+            found += self._storage(root)
+        found.append(self._all_reduce())
+        return [*found, *self.silent]
+
+    def _ask(self, check: str, question: Callable[[Any], Any]) -> dict[Node, Any]:
+        """Ask all examiners at the same time. Who fails to answer in time is reported, and not asked again."""
+        asked = {node: question(examiner) for node, examiner in self.examiners.items()}
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=self.config.wait_seconds)
+        answers = {}
+        for node, answer in asked.items():
+            try:
+                answers[node] = ray.get(answer, timeout=0)
+            except RayError as error:  # a timeout is one of them
+                self._lost(check, node, error)
+        return answers
+
+    def _clocks(self) -> list[Outcome]:
+        """Each node's clock against this process's, and how far that is known: from the quickest of a few answers."""
+        found = []
+        for node, examiner in list(self.examiners.items()):
+            best = (0.0, float("inf"))
+            try:
+                for _ in range(CLOCK_TRIES):
+                    asked = time.time()
+                    there = ray.get(examiner.time.remote(), timeout=self.config.wait_seconds)
+                    half = (time.time() - asked) / 2
+                    if half < best[1]:
+                        best = (there - asked - half, half)
+            except RayError as error:
+                self._lost("clock", node, error)
+                continue
+            found.append(facts.check_clock(node.name, *best))
+        return found
+
+    def _lost(self, check: str, node: Node, error: RayError, about: str = "") -> None:
+        """A node said nothing in time, or its process died."""
+        del self.examiners[node]
+        seconds = self.config.wait_seconds
+        what = f"no answer in {seconds:g} s" if isinstance(error, TimeoutError) else str(error).strip().splitlines()[0]
+        text = redacted(f"{about + ': ' if about else ''}{what} ({type(error).__name__})")
+        remedy = "look at the node's logs in Ray's dashboard; a longer --wait-seconds, if it is only slow"
+        self.silent.append(Outcome(check=check, status="fail", node=node.name, text=text, remedy=remedy))
+
+    def _storage(self, root: str) -> list[Outcome]:
+        """The first node leaves a mark that all others must see; then each does its own reading and writing."""
+        folder = storage.join(root, f"doctor-{uuid.uuid4().hex}")
+        if not self.examiners:
+            return []
+        node, first = next(iter(self.examiners.items()))
+        try:
+            error = ray.get(first.leave_mark.remote(folder), timeout=self.config.wait_seconds)
+        except RayError as lost:
+            self._lost("storage", node, lost, root)
+            return []
+        if error:
+            remedy = (
+                "check the place, the endpoint, the credentials of this node, and that its policy allows the prefix"
+            )
+            return [Outcome(check="storage", status="fail", node=node.name, text=error, remedy=remedy)]
+        found = self._ask("storage", lambda examiner: examiner.storage.remote(root, folder))
+        if node in self.examiners:
+            with suppress(RayError):  # what is left then has been reported
+                ray.get(first.remove.remote(folder), timeout=self.config.wait_seconds)
+        return list(found.values())
+
+    def _all_reduce(self) -> Outcome:
+        """One rank a node, or as many as are asked for, dealt over the nodes."""
+        nodes = list(self.examiners)
+        world = max(self.config.workers, len(nodes))
+        if world < 2:
+            return link.not_measured("one node and fewer than two workers (--workers 2 measures between processes)")
+        backend: link.Backend = "nccl" if all(node.gpus >= -(-world // len(nodes)) for node in nodes) else "gloo"
+        where = f"{len(nodes)} nodes" if len(nodes) > 1 else "processes of one node"
+        kind = ray.remote(num_cpus=0, num_gpus=1 if backend == "nccl" else 0)(Rank)
+        ranks = [kind.options(scheduling_strategy=_on(nodes[rank % len(nodes)])).remote() for rank in range(world)]
+        try:
+            host, port = ray.get(ranks[0].open_store.remote(), timeout=self.config.wait_seconds)
+            answers = [rank.measure.remote(host, port, number, world, backend) for number, rank in enumerate(ranks)]
+            return link.check_all_reduce(ray.get(answers, timeout=self.config.wait_seconds), backend, where)
+        except RayError as error:
+            text = f"{backend} over {where}: no answer in {self.config.wait_seconds:g} s ({type(error).__name__})"
+            remedy = "are the GPUs taken by another job? else open all ports between the nodes"
+            return Outcome(check="all-reduce", status="fail", text=text, remedy=remedy)
+        finally:
+            for rank in ranks:
+                ray.kill(rank)
+
+
+def _on(node: Node) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node.ray_id, soft=False)

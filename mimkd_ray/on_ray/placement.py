@@ -1,0 +1,129 @@
+"""How many workers, with what each, and how long to wait where the cluster has too little."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray.train import ScalingConfig
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from mimkd_ray.config.config import Config
+from mimkd_ray.errors import UserError
+from mimkd_ray.on_ray.node_capacity import Capacity
+
+LOOK_SECONDS = 5.0
+
+
+def scaling(config: Config, own: bool) -> ScalingConfig:
+    """Workers and what each reserves, from what the cluster has. Too little is a UserError: Ray would wait for ever.
+
+    A range of workers is elastic in a cluster that others may change; in a Ray of our own it is the most that fit.
+    """
+    deadline = time.monotonic() + 60 * config.launch.wait_minutes
+    asked = False
+    with ExitStack() as demand:
+        while True:
+            try:
+                return _fit(config, own, Capacity.of_cluster())
+            except UserError as error:
+                left = deadline - time.monotonic()
+                if own or left <= 0:
+                    raise
+                print(f"waiting up to {left / 60:.0f} more minutes for nodes: {error}", flush=True)
+                if not asked:
+                    demand.enter_context(_asked_for_nodes(config))
+                    asked = True
+                time.sleep(LOOK_SECONDS)
+
+
+def _fit(config: Config, own: bool, has: Capacity) -> ScalingConfig:
+    launch, cpus, gpus = config.launch, has.cpus, has.gpus
+    use_gpu = launch.gpu == "on" or (launch.gpu == "auto" and gpus > 0)
+    there = gpus if use_gpu else cpus
+    fewest, most = launch.worker_range
+    if most == 0:
+        fewest = most = max(1, min(config.train.lanes, there))
+    elastic = fewest < most and not own
+    workers = fewest if elastic else max(fewest, min(most, there))
+    if use_gpu:
+        # Not config.data.loader_workers alone: -1 is automatic, and then a GPU gets its share of the CPUs.
+        wanted = 1 + config.data.loader_workers if config.data.loader_workers >= 0 else cpus
+        each = launch.cpus_per_worker or max(1, min(wanted, has.cpus_per_gpu()))
+    else:
+        each = launch.cpus_per_worker or has.most_cpus(min(most, there) if elastic else workers)
+    if workers > has.room(each, int(use_gpu)):
+        kind = "GPUs" if use_gpu else "CPUs"
+        raise UserError(
+            f"{workers} workers with {each} CPUs{' and 1 GPU' if use_gpu else ''} each do not fit: the cluster has "
+            f"{cpus} CPUs and {gpus} GPUs on {len(has.nodes)} nodes; pass --launch.workers "
+            f"{max(1, min(config.train.lanes, has.room(each, int(use_gpu))))}, fewer "
+            f"--launch.cpus-per-worker, or add nodes with {kind} (--launch.wait-minutes waits for an autoscaler)"
+        )
+    resources = {"CPU": each, **({"GPU": 1} if use_gpu else {})}
+    return ScalingConfig(
+        num_workers=(fewest, most) if elastic else workers,
+        use_gpu=use_gpu,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=launch.resize_seconds,
+    )
+
+
+@contextmanager
+def _asked_for_nodes(config: Config) -> Iterator[None]:
+    """A with-block in which an autoscaler sees that the fewest workers are wanted.
+
+    By a placement group, which goes with this process however it ends. What `ray.autoscaler.sdk.request_resources` asks
+    for outlives it: the nodes of a job that was stopped as it waited would come, and be kept up and paid for.
+    """
+    bundle = {"CPU": config.launch.cpus_per_worker or 1, **({"GPU": 1} if config.launch.gpu == "on" else {})}
+    group = placement_group([bundle] * max(1, config.launch.worker_range[0]))
+    try:
+        yield
+    finally:
+        remove_placement_group(group)
+
+
+@dataclass
+class LossWatch:
+    """Ends a job whose nodes are gone for good: Ray Train would wait for them for ever.
+
+    A with-block around ``fit()``: it interrupts the main thread, which Ray Train takes for Ctrl-C, once the cluster has
+    had too little for the fewest workers for ``minutes``. ``gave_up`` then says so.
+    """
+
+    scaling: ScalingConfig
+    minutes: float
+    gave_up: str = ""
+
+    def __enter__(self) -> LossWatch:
+        self._over = threading.Event()
+        threading.Thread(target=self._watch, name="loss watch", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        workers = self.scaling.num_workers
+        fewest = workers[0] if isinstance(workers, tuple) else workers
+        needs = {name: fewest * amount for name, amount in (self.scaling.resources_per_worker or {}).items()}
+        enough = time.monotonic()
+        while not self._over.wait(LOOK_SECONDS):
+            has = ray.cluster_resources()
+            if all(has.get(name, 0) >= amount for name, amount in needs.items()):
+                enough = time.monotonic()
+            elif time.monotonic() - enough > 60 * self.minutes:
+                found = {name: has.get(name, 0) for name in needs}
+                self.gave_up = (
+                    f"nodes were lost, and for {self.minutes:g} minutes the cluster had only {found} of the {needs} "
+                    f"that {fewest} workers need: add nodes and give it again: it goes on from the last "
+                    "checkpoint; or pass a range of workers, such as --launch.workers 1..8"
+                )
+                _thread.interrupt_main()
+                return

@@ -1,0 +1,249 @@
+"""The loop under Ray Train: one worker group, restarted by Ray, resumed by the run's own checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, TrainingFailedError, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from mimkd_ray import storage
+from mimkd_ray.config.config import Config, from_dict, to_dict
+from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError
+from mimkd_ray.on_ray.cluster import connect
+from mimkd_ray.on_ray.placement import LossWatch, scaling
+from mimkd_ray.on_ray.prometheus import LiveMetrics
+from mimkd_ray.train.distributed import GROUP_SECONDS, Preemption, share_from_first
+from mimkd_ray.train.records import start_times
+from mimkd_ray.train.records.run_dir import read_json, write_json
+from mimkd_ray.train.worker import run_job
+
+logger = logging.getLogger(__name__)
+
+REPORT_SECONDS = 30.0
+"""A report to Ray is a barrier that its controller polls every two seconds, so reports are rationed."""
+
+ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (UserError, DamagedDataError, NonFiniteLossError, Interrupted, storage.StorageError)
+}
+"""Errors that a restart cannot mend; they travel to the driver by name."""
+
+STOP, STOP_LOOK_SECONDS = "stop.json", 1.0
+"""The file that asks the workers of a launch to save and end, and how often the first of them looks for it."""
+
+ANYBODY = "*"
+"""In that file: whichever launch it is."""
+
+
+class RayContext:
+    """One worker of Ray Train."""
+
+    reports_are_final = False
+
+    def __init__(self, launch_id: str, run_dir: str, joined: bool) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self.launch_id = launch_id
+        self._reported = time.monotonic()
+        self._joined = joined
+        self._stopping = False
+        self._live = LiveMetrics() if joined and self.rank == 0 else None
+        if self.rank == 0:
+            threading.Thread(target=self._watch, args=(run_dir,), name="stop watch", daemon=True).start()
+
+    def _watch(self, run_dir: str) -> None:
+        """Look for a stop request until there is one. A failed look is followed by the next one, whatever the error:
+        a thread that ended here would leave the job deaf to every later request."""
+        url = storage.join(run_dir, STOP)
+        failing = False
+        while not self._stopping:
+            time.sleep(STOP_LOOK_SECONDS)
+            try:
+                asked = read_json(url)
+                self._stopping = asked is not None and asked["launch_id"] in (self.launch_id, ANYBODY)
+                failing = False
+            except Exception as error:
+                if not failing:
+                    text = " ".join(f"{type(error).__name__}: {error}".split())
+                    logger.warning(
+                        "cannot look for a stop request at %s, and try again every %g s: %s",
+                        *(url, STOP_LOOK_SECONDS, text),
+                    )
+                failing = True
+
+    def stop_requested(self) -> bool:
+        """Whether the driver was told to stop. The first worker knows."""
+        return self._stopping
+
+    def preemption(self) -> Preemption | None:
+        """Return the nodes of this job that their cloud is about to take away, as Ray hears of it. A barrier."""
+        info = ray.train.get_preemption_info() if self._joined else None
+        if info is None:
+            return None
+        return Preemption(
+            nodes=tuple(info.preempted_node_ids),
+            ranks=tuple(info.preempted_ranks),
+            deadline=None if info.deadline_ms is None else info.deadline_ms / 1000,
+        )
+
+    def observe(self, run_dir: str, values: Mapping[str, float]) -> None:
+        """Export figures to Prometheus, where a cluster has one; the run goes by its directory's name."""
+        if self._live is not None:
+            self._live.show(run_dir.rstrip("/").rpartition("/")[2], values)
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Show metrics in Ray's dashboard; all ranks agree on when."""
+        due = share_from_first(time.monotonic() - self._reported > REPORT_SECONDS)
+        if due:
+            ray.train.report(dict(metrics))
+            self._reported = time.monotonic()
+
+
+class EndAtOnce(UserCallback):
+    """Ends the job at the first error that a restart cannot mend.
+
+    Ray Train would restart the workers for any error of theirs, as often as `max_failures` says; an error of a callback
+    in its controller ends the run.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        """Called in the controller, after a worker has raised."""
+        for error in worker_exceptions.values():
+            if isinstance(error, tuple(ERRORS.values())):
+                raise error
+
+
+def worker(setup: dict[str, Any]) -> None:
+    """What each Ray worker runs. An error that a restart cannot mend is left in the run directory for the driver."""
+    start_times.begin(setup["timeline"])
+    start_times.mark("worker")
+    context = RayContext(setup["launch_id"], setup["run_dir"], setup["joined"])
+    url = storage.join(setup["run_dir"], "error.json")
+    earlier = read_json(url)
+    if earlier is not None and earlier["launch_id"] == context.launch_id:
+        return  # a worker was killed as it left the error, and this is the restart: end, so that the driver can tell
+    try:
+        run_job(from_dict(Config, setup["config"]), context, setup["run_dir"])
+    except tuple(ERRORS.values()) as error:
+        with suppress(UserError, storage.StorageError):  # where the disk is full, the error below has to do
+            write_json(url, {"launch_id": context.launch_id, "kind": type(error).__name__, "message": str(error)})
+        if not isinstance(error, Interrupted):  # all workers end together then, and nothing has failed
+            raise
+
+
+def trainer_class(ranged: bool) -> type[TorchTrainer]:
+    """Return Ray's own trainer; for a range of workers, launch/elastic.py's, which goes on sooner after a loss, unless
+    this Ray is another one than it was written for: that is logged."""
+    if ranged:
+        try:
+            from mimkd_ray.on_ray import elastic
+
+            elastic.check()
+            return elastic.ElasticTrainer
+        except ImportError as error:
+            logger.warning("after a lost node training goes on up to 40 s later than with ray 2.60: %s", error)
+    return TorchTrainer
+
+
+@contextmanager
+def forwarded_stop(run_dir: str, launch_id: str) -> Iterator[None]:
+    """A with-block in which SIGTERM asks the workers to save and end, by a file in the run directory."""
+
+    def ask() -> None:
+        write_json(storage.join(run_dir, STOP), {"launch_id": launch_id})
+
+    def on_signal(*_: object) -> None:
+        print("stopping: the workers are asked to save and end", flush=True)
+        threading.Thread(target=ask, name="stop").start()  # storage may wait; a signal handler must not
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_ray(config: Config, run_dir: str) -> dict[str, Any]:
+    """Run the job on Ray Train workers, of a cluster or of a Ray of our own, and return its result."""
+    own = connect(config.launch.address, "--launch.address", state_api=True, ignore_reinit_error=True)
+    start_times.mark("connected")
+    try:
+        return fit_workers(config, run_dir, own)
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def fit_workers(config: Config, run_dir: str, own: bool) -> dict[str, Any]:
+    """The same within a Ray that is there; ``own``: whether it is our own. Beside the main thread nobody listens for
+    SIGTERM, and nobody gives up on nodes that are lost."""
+    launch_id = uuid.uuid4().hex
+    # Ray wants a place for its own snapshot. Ours are the only checkpoints, so it is thrown away.
+    scratch = tempfile.mkdtemp(prefix="mimkd-ray-")
+    watch = LossWatch(scaling(config, own), config.launch.lost_minutes)
+    try:
+        trainer = trainer_class(isinstance(watch.scaling.num_workers, tuple))(
+            worker,
+            train_loop_config={
+                "config": to_dict(config),
+                "run_dir": run_dir,
+                "launch_id": launch_id,
+                "joined": not own,
+                "timeline": start_times.marks(),
+            },
+            scaling_config=watch.scaling,
+            torch_config=TorchConfig(timeout_s=GROUP_SECONDS),
+            run_config=RunConfig(
+                name=launch_id,
+                storage_path=scratch,
+                callbacks=[EndAtOnce()],
+                failure_config=FailureConfig(
+                    max_failures=config.launch.max_failures,
+                    max_preemption_failures=config.launch.max_preemptions,
+                ),
+            ),
+        )
+        with ExitStack() as stack:
+            if threading.current_thread() is threading.main_thread():
+                stack.enter_context(forwarded_stop(run_dir, launch_id))
+                stack.enter_context(watch)
+            trainer.fit()
+    except TrainingFailedError as error:
+        _raise_known(run_dir, launch_id)
+        cause = getattr(error, "controller_failure", None)  # what EndAtOnce raised
+        if isinstance(cause, Exception) and type(cause).__name__ in ERRORS:
+            raise cause from None
+        raise
+    except (SystemExit, KeyboardInterrupt):  # Ray's handler of Ctrl-C exits, and with status 0
+        if watch.gave_up:
+            raise UserError(watch.gave_up) from None
+        raise KeyboardInterrupt from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    _raise_known(run_dir, launch_id)
+    result = read_json(storage.join(run_dir, "result.json"))
+    if result is None:
+        raise UserError(
+            f"the workers ended without a result in {run_dir}: on several nodes --run.root must be a folder or URL "
+            "that all of them see, such as s3://bucket/runs"
+        )
+    return result
+
+
+def _raise_known(run_dir: str, launch_id: str) -> None:
+    """Raise the error that a worker of this launch left behind, if any."""
+    error = read_json(storage.join(run_dir, "error.json"))
+    if error is not None and error["launch_id"] == launch_id:
+        raise ERRORS[error["kind"]](error["message"])

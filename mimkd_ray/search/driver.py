@@ -1,0 +1,241 @@
+"""A search as its driver sees it: which trial comes next, who should stop, what is over, and what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from mimkd_ray import storage
+from mimkd_ray.config.config import CompareConfig, Config, differences, refuse_changes, to_dict, training_part
+from mimkd_ray.config.search import SearchJob
+from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.search.optuna_study import Study
+from mimkd_ray.search.suggest import Space, Suggest, compose
+from mimkd_ray.search.tap_candidates import find_candidates, widest
+from mimkd_ray.search.trial_folders import Ended, Ledger, Planned, point_of, with_point
+from mimkd_ray.search.trials import Trial, ranked, write_trials
+from mimkd_ray.train.records.run_dir import RunConfig, read_json, write_json
+
+MAY_CHANGE = ("trials", "hours", "gpu_hours", "concurrent", "retries", "finalists", "seeds", "loggers")
+"""Of the search's config, what may differ when it goes on: budgets and how it runs."""
+
+
+def trial_config(job: SearchJob) -> Config:
+    """What all trials share: the recipe with a held-out part, views of one seed, and the trial's length, to which a
+    step schedule and its warm-up are shortened."""
+    config = plain(job)
+    epochs = job.search.epochs or config.train.epochs
+    share = epochs / config.train.epochs
+    milestones = {round(epoch * share) for epoch in config.optim.milestones}  # some may fall together
+    optim = replace(
+        config.optim,
+        milestones=tuple(sorted(milestones - {0})),
+        warmup_epochs=config.optim.warmup_epochs * share,
+    )
+    return replace(
+        config,
+        data=replace(config.data, holdout=config.data.holdout or job.search.holdout, view_seed=config.view_seed),
+        train=replace(config.train, epochs=epochs, eval_every=config.train.eval_every or 1),
+        optim=optim if share != 1 else config.optim,
+        launch=replace(config.launch, workers=job.search.workers),
+        run=RunConfig(keep_checkpoints=2, checkpoint_minutes=config.run.checkpoint_minutes, keep_best=True),
+    )
+
+
+def final_config(job: SearchJob, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that `jobs/` train with: what the search chose, with the recipe's own data, length and schedule, in a
+    directory of its own.
+
+    ``chosen`` is a trial's config; of it, whatever differs from what all trials share is the choice.
+    """
+    own = plain(job)
+    own = replace(own, run=replace(own.run, name="", overwrite=False))  # those are the search's
+    return _with_changes(to_dict(own), to_dict(trial_config(job)), chosen)
+
+
+def plain(job: SearchJob) -> Config:
+    """The job without its search."""
+    return Config(**{f.name: getattr(job, f.name) for f in dataclasses.fields(Config)} | {"compare": CompareConfig()})
+
+
+def _with_changes(target: Mapping[str, Any], shared: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    changed = dict(target)
+    for key, value in chosen.items():
+        if isinstance(value, Mapping):
+            changed[key] = _with_changes(target[key], shared[key], value)
+        elif value != shared[key]:
+            changed[key] = value
+    return changed
+
+
+class Search:
+    """The state of a search, rebuilt from its folder at each start. Used by one thread of one process, the driver."""
+
+    def __init__(self, job: SearchJob, folder: str, spaces: list[Space]) -> None:
+        """Raises UserError where the folder holds a search that differs in more than its budget."""
+        self.job, self.config, self.folder = job, job.search, folder
+        self.base = trial_config(job)
+        self.candidates = find_candidates(self.base, open_data(self.base.data).num_classes)
+        self.build: Callable[[Suggest], Config] = compose(spaces, self.base, self.candidates)
+        claim(job, folder)
+        self.ledger = Ledger(folder)
+        known, self.packs = self.ledger.read(self.config.metric)
+        self.trials: dict[int, Trial] = {trial.number: trial for trial in known}
+        self.study = Study(self.config, self.build, known)
+        self._unfinished = self._packs_to_finish()
+        self._clock = read_json(storage.join(folder, "clock.json")) or {"seconds": 0.0, "gpu_seconds": 0.0}
+        self._began = time.monotonic()
+        self._running: dict[int, float] = {}
+
+    def widest(self) -> Config:
+        """A config that reads all of the teacher that any trial may read."""
+        return widest(self.build, self.candidates)
+
+    def _packs_to_finish(self) -> list[list[int]]:
+        """The packs that have unfinished trials, with all their members."""
+        open_packs = {self.packs[number] for number, trial in self.trials.items() if trial.state == "running"}
+        return [[number for number, pack in self.packs.items() if pack == first] for first in sorted(open_packs)]
+
+    def place(self, number: int) -> str:
+        """The run directory of a trial."""
+        return self.ledger.place(number)
+
+    def label(self, number: int) -> str:
+        """How a trial is called where it is shown."""
+        return f"trial {number}"
+
+    # What runs
+
+    def next(self) -> list[Planned]:
+        """The next trial, or pack of trials; empty if there is none any more. Unfinished ones come first, as soon as
+        the budget allows anything at all."""
+        if self.over_budget():
+            return []
+        if self._unfinished:
+            numbers = self._unfinished.pop(0)
+            return self._start([self._planned(number) for number in numbers])
+        count = self.config.pack
+        if self.config.trials:
+            count = min(count, self.config.trials - len(self.trials))
+        first = len(self.trials)
+        planned: list[Planned] = []
+        for number in range(first, first + count):
+            asked = self.study.ask(number)
+            if asked is None:
+                break
+            planned.append(Planned(number, first, asked.params, to_dict(asked.config)))
+        for each in planned:
+            self.ledger.begin(each)
+            self.packs[each.number] = first
+            self.trials[each.number] = Trial(
+                number=each.number, state="running", params=each.params, config=each.config
+            )
+        return self._start(planned)
+
+    def _planned(self, number: int) -> Planned:
+        trial = self.trials[number]
+        return Planned(number, self.packs[number], trial.params, trial.config)
+
+    def _start(self, planned: list[Planned]) -> list[Planned]:
+        self._running |= {each.number: time.monotonic() for each in planned}
+        return planned
+
+    def spent(self) -> tuple[float, float]:
+        """Hours of the search, and GPU-hours of its finished trials, over all its starts."""
+        seconds = self._clock["seconds"] + time.monotonic() - self._began
+        return seconds / 3600, self._clock["gpu_seconds"] / 3600
+
+    def over_budget(self) -> str:
+        """What is used up, in words; "" while nothing is."""
+        hours, gpu_hours = self.spent()
+        for name, limit, used in (("hours", self.config.hours, hours), ("gpu_hours", self.config.gpu_hours, gpu_hours)):
+            if limit and used >= limit:
+                return f"the budget is used up: {used:.2f} of {limit:g} {name}"
+        return ""
+
+    def heard(self, number: int, figures: Mapping[str, Any], alone: bool = True) -> Ended | None:
+        """Hear of an evaluation. How the trial is to end if it is to stop: it is behind, or the budget is used up.
+
+        ``alone``: False in a pack, which halves by itself.
+        """
+        trial = self.trials[number]
+        if trial.state != "running":
+            return None  # it was asked to stop, and some of its workers were still at it
+        point = point_of(figures)
+        again = any(old.epoch == point.epoch for old in trial.curve)
+        trial = self.trials[number] = with_point(trial, point, self.config.metric)
+        behind = not again and self.study.report(number, point.epoch, getattr(point, self.config.metric))
+        if behind and alone:
+            return Ended(state="stopped", kind="early", reason=self.behind(number))
+        over = self.over_budget()
+        return Ended(state="stopped", kind="budget", reason=over) if over else None
+
+    def behind(self, number: int) -> str:
+        """Why a trial is stopped early, in words."""
+        trial, metric = self.trials[number], self.config.metric
+        point = trial.curve[-1]
+        return (
+            f"{metric} {getattr(point, metric):.4g} at epoch {point.epoch}: one trial in {self.config.reduction} goes "
+            "on past this rung"
+        )
+
+    def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> bool:
+        """Hear of a trial's end; whether it is news. A trial of several workers ends twice, as it is asked to stop and
+        when it has, and the members of a pack that goes on after a kill may have ended before it."""
+        trial = self.trials[number]
+        began = self._running.pop(number, None)
+        if trial.state != "running":
+            return False
+        if not ended.seconds and began is not None:
+            ended = replace(ended, seconds=time.monotonic() - began)
+        if ended.state == "completed" and trial.score is None:
+            ended = replace(ended, state="failed", kind="non-finite", reason=f"no finite {self.config.metric}")
+        self.ledger.end(number, ended)
+        self.trials[number] = replace(
+            trial, state=ended.state, kind=ended.kind, reason=ended.reason, seconds=ended.seconds
+        )
+        self.study.tell(number, ended.state, trial.score)
+        members = sum(pack == self.packs[number] for pack in self.packs.values())
+        self._clock["gpu_seconds"] += ended.seconds * gpus / members
+        hours, _ = self.spent()
+        write_json(storage.join(self.folder, "clock.json"), self._clock | {"seconds": hours * 3600})
+        return True
+
+    # What came of it
+
+    def ranked(self) -> list[Trial]:
+        """Trials that one can train with, best first."""
+        return ranked(list(self.trials.values()), self.config.metric)
+
+    def publish(self) -> None:
+        """Write trials.parquet, and best.json where there is a trial to train with."""
+        write_trials(storage.join(self.folder, "trials.parquet"), list(self.trials.values()), self.config.metric)
+        best = self.ranked()
+        if best:
+            write_json(storage.join(self.folder, "best.json"), final_config(self.job, best[0].config))
+
+
+def claim(job: SearchJob, folder: str) -> None:
+    """Write the search's config.json, or refuse a folder that was begun with another search."""
+    url = storage.join(folder, "config.json")
+    now = to_dict(job)
+    old = read_json(url)
+    if old is not None:
+        refuse_changes(folder, differences(_lasting(old), _lasting(now)))
+    write_json(url, now)
+
+
+def _lasting(value: Mapping[str, Any]) -> dict[str, Any]:
+    kept = training_part({name: fields for name, fields in value.items() if name != "search"})
+    search = {name: item for name, item in value["search"].items() if name not in MAY_CHANGE}
+    return json.loads(json.dumps(kept | {"search": search}))
+
+
+def search_digest(job: SearchJob) -> str:
+    """Hex digest of what a search is: it names its folder, so that the same command finds it again."""
+    return hashlib.sha256(json.dumps(_lasting(to_dict(job)), sort_keys=True).encode()).hexdigest()

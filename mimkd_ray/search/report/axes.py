@@ -1,0 +1,96 @@
+"""Axes of parameters: linear, logarithmic where the values span decades, or categories."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeGuard
+
+from mimkd_ray.search.report.wording import value_text
+from mimkd_ray.search.trials import Trial, Value
+
+LOG_SPAN, LOG_SPAN_OF_FEW = 30.0, 8.0
+"""Positive values whose largest is so many times the smallest are drawn on a logarithmic axis; less is enough for a
+few different ones, such as widths of 64, 128, 256 and 512."""
+
+FEW = 6
+"""Up to so many different numbers each have a tick of their own."""
+
+SMALLEST, LARGEST = 1e-100, 1e100
+"""Browsers cannot draw an axis over numbers that come close to the ends of what a double holds."""
+
+
+def can_draw(value: float | None) -> TypeGuard[float]:
+    """Whether a number is there, finite, and of a size that no axis breaks on."""
+    return value is not None and (value == 0 or SMALLEST <= abs(value) <= LARGEST)
+
+
+def spans_decades(values: Sequence[float]) -> bool:
+    """Whether numbers that can be drawn belong on a logarithmic axis."""
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    least = LOG_SPAN_OF_FEW if 2 < len(set(values)) <= FEW else LOG_SPAN
+    return low > 0 and math.log10(high) - math.log10(low) >= math.log10(least)
+
+
+def value_of(trial: Trial, name: str) -> Value | None:
+    """Return the value that a trial had of a parameter; None if it had none, or a number that no axis can show."""
+    value = trial.params.get(name)
+    return None if isinstance(value, int | float) and not can_draw(value) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Maps the values of a parameter to 0..1."""
+
+    log: bool
+    """Numbers are placed by their logarithms."""
+    low: float
+    """The smallest number, or 0."""
+    high: float
+    """The largest number, or the last category's index."""
+    categories: tuple[str, ...]
+    """Texts of the categories in their order; () for numbers."""
+    ticks: tuple[float, ...]
+    """Numbers, or indices of categories, that get a label."""
+
+    @classmethod
+    def of(cls, values: Sequence[Value], allow_log: bool = True) -> Scale:
+        """Return the scale of a parameter from all its values; numbers that can be drawn; at least one."""
+        numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if len(numbers) < len(values):
+            # Values of different types cannot be ordered: by type first. Those that read alike are one category.
+            names = tuple(dict.fromkeys(value_text(v) for v in sorted(values, key=lambda v: (type(v).__name__, v))))
+            return cls(
+                log=False, low=0, high=len(names) - 1, categories=names, ticks=tuple(map(float, range(len(names))))
+            )
+        low, high, log = min(numbers), max(numbers), allow_log and spans_decades(numbers)
+        distinct = sorted(set(numbers))
+        if len(distinct) <= FEW:
+            ticks = distinct
+        elif log:
+            decades = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+            step = max(1, len(decades) // FEW)
+            ticks = [10.0**n for n in decades[::step]]
+            ends = math.log10(low), math.log10(high)
+            room = (ends[1] - ends[0]) / 12  # no decade so close to an end that their labels touch
+            ticks = [low, *(t for t in ticks if ends[0] + room < math.log10(t) < ends[1] - room), high]
+        else:
+            ticks = [low + (high - low) * part / 4 for part in range(5)]
+        return cls(log=log, low=low, high=high, categories=(), ticks=tuple(ticks))
+
+    def number(self, value: Value) -> float:
+        """Return a number as it is, and a category's index."""
+        return float(self.categories.index(value_text(value)) if self.categories else value)
+
+    def place(self, number: float) -> float:
+        """Return where a number (or an index) lies: 0 for the lowest, 1 for the highest, 0.5 if there is but one."""
+        low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
+        at = math.log10(number) if self.log else number
+        return (at - low) / (high - low) if high > low else 0.5
+
+    def label(self, tick: float) -> str:
+        """Return the text of a tick."""
+        if self.categories:
+            return self.categories[int(tick)]
+        return f"{tick:.0f}" if abs(tick) < 1e6 and tick == round(tick) else f"{tick:.3g}"

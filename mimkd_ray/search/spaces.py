@@ -1,0 +1,141 @@
+"""Named search spaces, beside the recipes: what `jobs/search.py --search.space NAME ...` may search.
+
+They are asked in the order of `SPACES`, so that later ones see what earlier ones chose: the temperature is asked for
+only where the critic has one, and the weight of a kind of term only where the kind is on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from mimkd_ray.config.config import Config
+from mimkd_ray.config.loss_presets import Negatives, SameClass
+from mimkd_ray.losses.bounds import BOUNDS
+from mimkd_ray.losses.critics import StudentSide, TeacherSide
+from mimkd_ray.search.suggest import Candidates, Space, Suggest
+from mimkd_ray.train.build import KINDS
+
+
+def _loss(config: Config, **changes: Any) -> Config:
+    return replace(config, loss=replace(config.loss, **changes))
+
+
+def critic(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """The critic's kind, what its sides may learn, and their width."""
+    kinds: tuple[Literal["dot", "concat"], ...] = ("dot", "concat")
+    kind = suggest.choice("critic.kind", kinds)
+    own = replace(config.loss.critic, kind=kind, teacher=None, student=None)
+    if kind == "dot":
+        teachers: tuple[TeacherSide, ...] = ("frozen", "linear", "mlp")
+        students: tuple[StudentSide, ...] = ("linear", "mlp")
+        own = replace(own, teacher=suggest.choice("critic.teacher", teachers))
+        own = replace(own, student=suggest.choice("critic.student", students))
+    if kind == "concat" or own.teacher != "frozen" or own.student == "mlp":
+        own = replace(own, width=suggest.choice("critic.width", (32, 64, 128, 256)))
+    return _loss(config, critic=own)
+
+
+def temperature(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """The dot critic's temperature, 0.02 to 1, fixed or as the start of a learned one."""
+    own = config.loss.critic
+    if own.kind != "dot":
+        return config
+    learn = suggest.choice("critic.learn_temperature", (True, False))
+    value = suggest.number("critic.temperature", 0.02, 1.0, log=True)
+    lowest = min(own.min_temperature, value)
+    return _loss(config, critic=replace(own, temperature=value, learn_temperature=learn, min_temperature=lowest))
+
+
+def bound(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """The bound on mutual information, and where its negatives are from: lane, earlier steps, step or cache."""
+    options: list[Negatives] = ["all", "rolled", "queue"]
+    if config.cache.reads:
+        options.append("cache")
+    elif config.train.lanes > 1:
+        options.append("step")
+    name = suggest.choice("bound", tuple(BOUNDS))
+    return _loss(config, bound=name, negatives=suggest.choice("negatives", options))
+
+
+def taps(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """Any subset of the candidate pairs of the feature terms; the map of the local term."""
+    chosen = tuple(pair for pair in pairs.feature if suggest.choice(f"feature {pair}", (True, False)))
+    config = _loss(config, feature_pairs=chosen) if chosen else _loss(config, feature_weight=0.0)
+    if config.loss.weight("local") and len(pairs.local) > 1:
+        config = _loss(config, local_pairs=(suggest.choice("local", pairs.local),))
+    return config
+
+
+def kd(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """Hinton's KD beside the terms: its weight, 0.03 to 3, and temperature, or none."""
+    if not suggest.choice("kd", (True, False)):
+        return _loss(config, kd_weight=0.0)
+    weight = suggest.number("kd_weight", 0.03, 3.0, log=True)
+    return _loss(config, kd_weight=weight, kd_temperature=suggest.number("kd_temperature", 1.0, 8.0, log=True))
+
+
+def negatives(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """Which negatives count: those of the same class, hard ones alone, those at other locations."""
+    same: tuple[SameClass, ...] = ("keep", "leave_out")
+    where: tuple[Literal["same", "all"], ...] = ("same", "all")
+    config = _loss(config, same_class=suggest.choice("same_class", same))
+    if config.loss.resolved_negatives == "rolled":
+        return config
+    if config.loss.weight("feature"):
+        config = _loss(config, feature_negatives=suggest.choice("feature_negatives", where))
+    if config.loss.critic.kind == "dot":
+        config = _loss(config, hard_share=suggest.choice("hard_share", (1.0, 0.5, 0.25, 0.1)))
+    return config
+
+
+def target(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """What InfoNCE aims at: the positive or the teacher's similarities (0.05 to 0.5), in one or both directions."""
+    own = config.loss
+    if own.resolved_bound != "infonce" or own.resolved_negatives == "rolled":
+        return config
+    config = _loss(config, symmetric=suggest.choice("symmetric", (False, True)))
+    if own.critic.kind == "dot" and suggest.choice("soft targets", (False, True)):
+        config = _loss(config, soft_temperature=suggest.number("soft_temperature", 0.05, 0.5, log=True))
+    return config
+
+
+def weights(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """The weight of each kind of term, 0.01 to 30, or none. Feature terms are off where no pair was chosen.
+
+    The last kind is on where nothing else reads the teacher: a student alone would tell a search nothing new."""
+    kinds = [kind for kind in KINDS if config.loss.weight(kind)]
+    config = _loss(config, **dict.fromkeys((f"{kind}_weight" for kind in kinds), 0.0))
+    for kind in kinds:
+        needed = kind == kinds[-1] and not config.loss.uses_teacher
+        if needed or suggest.choice(f"{kind} terms", (True, False)):
+            name = f"{kind}_weight"
+            config = _loss(config, **{name: suggest.number(name, 0.01, 30.0, log=True)})
+    return config
+
+
+def rival(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """The factor on the published weights of the rivals in `loss.name`, 0.1 to 10."""
+    if not config.loss.rivals and "kd" not in config.loss.name:
+        return config
+    return _loss(config, rival_weight=suggest.number("rival_weight", 0.1, 10.0, log=True))
+
+
+def rate(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """The learning rate, from a quarter to four times the recipe's."""
+    lr = config.optim.lr
+    return replace(config, optim=replace(config.optim, lr=suggest.number("lr", lr / 4, lr * 4, log=True)))
+
+
+SPACES: dict[str, Space] = {
+    "critic": critic,
+    "temperature": temperature,
+    "bound": bound,
+    "taps": taps,
+    "negatives": negatives,
+    "target": target,
+    "kd": kd,
+    "weights": weights,
+    "rival": rival,
+    "rate": rate,
+}

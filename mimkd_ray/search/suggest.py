@@ -1,0 +1,123 @@
+"""Search spaces: functions that turn a base config into a trial's, asking for every value that may differ.
+
+    def temperature(suggest: Suggest, config: Config, taps: Candidates) -> Config:
+        value = suggest.number("critic.temperature", 0.02, 1.0, log=True)
+        return replace(config, loss=replace(config.loss, critic=replace(config.loss.critic, temperature=value)))
+
+A value that is asked for under a condition exists only in the trials that meet it. One function serves every algorithm:
+random draws and Optuna answer the questions, and a grid answers them in every possible way.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from mimkd_ray.config.config import Config
+from mimkd_ray.config.loss_presets import Kind
+from mimkd_ray.errors import UserError, nearest
+from mimkd_ray.search.trials import Value
+
+V = TypeVar("V", bound=Value)
+
+
+class Suggest(Protocol):
+    """Answers a space's questions."""
+
+    def number(self, name: str, low: float, high: float, log: bool = False) -> float:
+        """A number in [low, high]; ``log``: evenly by factors."""
+
+    def choice(self, name: str, options: Sequence[V]) -> V:
+        """One of ``options``."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Tap pairs "teacher:student" that a search may choose from, shallow to deep."""
+
+    feature: tuple[str, ...]
+    """Map with map."""
+    local: tuple[str, ...]
+    """Teacher's vector with a student's map."""
+    default: Mapping[Kind, tuple[str, ...]]
+    """What a loss without configured pairs would read, by kind of term."""
+
+
+Space = Callable[[Suggest, Config, Candidates], Config]
+
+
+def find_spaces(names: Sequence[str], known: Mapping[str, Space]) -> list[Space]:
+    """The functions of these names; "package.module:function" is imported. Known ones come in the order of ``known``,
+    which lets the conditions of one depend on an earlier one. Raises UserError for a name that is neither."""
+    found = []
+    for name in names:
+        module, _, function = name.partition(":")
+        if function:
+            try:
+                found.append(getattr(importlib.import_module(module), function))
+            except (ImportError, AttributeError) as error:
+                raise UserError(f"search.space {name!r} cannot be imported: {error}") from None
+        elif name not in known:
+            raise UserError(f"search.space {name!r} is unknown{nearest(name, known)} (spaces: {', '.join(known)})")
+    return [known[name] for name in known if name in names] + found
+
+
+def compose(spaces: Sequence[Space], base: Config, candidates: Candidates) -> Callable[[Suggest], Config]:
+    """One function that asks all questions of all spaces, in order."""
+
+    def build(suggest: Suggest) -> Config:
+        config = base
+        for space in spaces:
+            config = space(suggest, config, candidates)
+        return config
+
+    return build
+
+
+def grid_values(low: float, high: float, points: int, log: bool) -> list[float]:
+    """``points`` numbers from low to high, evenly spaced (by factors if ``log``)."""
+    if points == 1:
+        return [math.sqrt(low * high) if log else (low + high) / 2]
+    shares = [at / (points - 1) for at in range(points)]
+    middle = [low * (high / low) ** share if log else low + (high - low) * share for share in shares[1:-1]]
+    return [low, *middle, high]
+
+
+class _Path:
+    """Answers questions along one path of the tree of all answers, and remembers it."""
+
+    def __init__(self, path: Sequence[int], points: int) -> None:
+        self.path, self.points = list(path), points
+        self.sizes: list[int] = []
+        self.params: dict[str, Value] = {}
+
+    def choice(self, name: str, options: Sequence[V]) -> V:
+        if name in self.params:
+            return self.params[name]  # type: ignore[return-value]
+        at = len(self.sizes)
+        if at == len(self.path):
+            self.path.append(0)
+        self.sizes.append(len(options))
+        self.params[name] = options[self.path[at]]
+        return options[self.path[at]]
+
+    def number(self, name: str, low: float, high: float, log: bool = False) -> float:
+        return self.choice(name, grid_values(low, high, self.points, log))
+
+
+def grid(build: Callable[[Suggest], Config], points: int) -> Iterator[dict[str, Value]]:
+    """Every combination of answers, conditions followed: the last question changes fastest."""
+    path: list[int] = []
+    while True:
+        walk = _Path(path, points)
+        build(walk)
+        yield walk.params
+        path = walk.path
+        while path and path[-1] + 1 == walk.sizes[len(path) - 1]:
+            path.pop()
+        if not path:
+            return
+        path[-1] += 1

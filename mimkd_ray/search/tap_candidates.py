@@ -1,0 +1,98 @@
+"""Tap pairs that a search may choose from, and what any of its trials may read of the teacher."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from mimkd_ray.config.config import Config
+from mimkd_ray.config.loss_presets import Kind
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.search.suggest import Candidates, Suggest
+from mimkd_ray.search.trials import Value
+from mimkd_ray.taps.default_stages import Stages, default_taps
+from mimkd_ray.taps.pairing import choose_pairs
+from mimkd_ray.taps.tapped_model import find_shapes
+from mimkd_ray.train.build import KINDS
+
+MAX_SIDE = 16
+"""Student maps are at most 16x16: a 32x32 map costs sixteen times an 8x8 one."""
+
+DRAWS = 512
+"""Random trials that are looked at to see what a search may read."""
+
+V = TypeVar("V", bound=Value)
+
+
+def find_candidates(config: Config, num_classes: int) -> Candidates:
+    """The candidate pairs of teacher and student: those that the config names, else their stages, deepest with deepest
+    and with those one stage apart, where the student's map is at most 16x16. Builds both without memory."""
+    with torch.device("meta"):
+        teacher = build_model(config.teacher.name, num_classes, "random", config.data.image_size)
+        student = build_model(config.student.name, num_classes, "random", config.data.image_size)
+    teacher_stages = default_taps(teacher, config.data.image_size)
+    student_stages = default_taps(student, config.data.image_size)
+    shapes = find_shapes(student, config.data.image_size, student_stages.maps)
+    small = [name for name in student_stages.maps if max(shapes[name].height, shapes[name].width) <= MAX_SIDE]
+    default: dict[Kind, tuple[str, ...]] = {
+        kind: tuple(
+            f"{pair.teacher}:{pair.student}"
+            for pair in choose_pairs(kind, teacher_stages, student_stages, shapes, config.loss.max_side)
+        )
+        for kind in KINDS
+    }
+    return Candidates(
+        feature=config.loss.feature_pairs or near_pairs(teacher_stages, small),
+        local=config.loss.local_pairs or tuple(f"{teacher_stages.vector}:{name}" for name in small),
+        default=default,
+    )
+
+
+def near_pairs(teacher: Stages, student_maps: Sequence[str]) -> tuple[str, ...]:
+    """Pairs of maps, counted from the deepest, that are at most one stage apart; shallow ones first."""
+    return tuple(
+        f"{teacher_map}:{student_map}"
+        for up_t, teacher_map in list(enumerate(reversed(teacher.maps)))[::-1]
+        for up_s, student_map in list(enumerate(reversed(student_maps)))[::-1]
+        if abs(up_t - up_s) <= 1
+    )
+
+
+class _Draw:
+    """Random answers."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def number(self, name: str, low: float, high: float, log: bool = False) -> float:
+        return low if self.random.random() < 0.5 else high
+
+    def choice(self, name: str, options: Sequence[V]) -> V:
+        return self.random.choice(options)
+
+
+def widest(build: Callable[[Suggest], Config], candidates: Candidates) -> Config:
+    """A config that reads all that any trial may read of the teacher: of many random trials the union of kinds, pairs
+    and logits. What a cache needs for it, it needs for the search."""
+    draws = [build(_Draw(seed)) for seed in range(DRAWS)]
+    found: dict[str, object] = {
+        "kd_weight": max(draw.loss.resolved_kd_weight for draw in draws),
+        "name": tuple(dict.fromkeys(method for draw in draws for method in draw.loss.name)),
+    }
+    for kind in KINDS:
+        weight = max(draw.loss.weight(kind) for draw in draws)
+        pairs = dict.fromkeys(
+            pair
+            for draw in draws
+            if draw.loss.weight(kind)
+            for pair in getattr(draw.loss, f"{kind}_pairs") or candidates.default[kind]
+        )
+        found |= {f"{kind}_weight": weight, f"{kind}_pairs": tuple(pairs)}
+    negatives = {draw.loss.resolved_negatives for draw in draws}
+    first = draws[0].loss
+    chosen = "cache" if "cache" in negatives else first.resolved_negatives
+    return replace(draws[0], loss=replace(first, **found, negatives=chosen))  # type: ignore[arg-type]

@@ -1,0 +1,233 @@
+"""How a feature becomes the bytes of a row, and comes back: pool, project, round.
+
+    tap (B, C, H, W) or (B, C)  ->  average-pooled to a side  ->  centred and projected on K principal components
+    ->  stored as uint8 with a range per channel, or as fp16, bf16 or fp32
+
+The first two steps (`apply`) belong to a run, cached or live: its loss reads pooled components. Only the last one
+separates cached features from live ones, by rounding. Rows lie channels last, (h, w, K), as the critics read maps.
+Logits are stored whole, or as the largest ones and the mass of the others (top_logits.py).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimkd_ray.errors import UserError
+from mimkd_ray.teacher_cache.top_logits import TopLogits
+
+VERSION = 1
+"""Of the bytes of a row; part of every cache's key."""
+
+Kind = Literal["uint8", "fp16", "bf16", "fp32"]
+DTYPES: dict[Kind, torch.dtype] = {
+    "uint8": torch.uint8,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+}
+
+_PART = re.compile(r"(?P<what>pool|pca)(?P<most>[1-9]\d*)")
+_TOP = re.compile(r"top([1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class CodecSpec:
+    """What a codec does, without its numbers."""
+
+    kind: Kind
+    pool: int = 0
+    """Average-pool a map to at most so many rows and columns; 0: leave it."""
+    pca: int = 0
+    """Keep at most so many principal components of the channels; 0: keep the channels."""
+    top: int = 0
+    """Of logits, keep so many, the largest, and the mass of the others; 0: keep all."""
+
+    def __str__(self) -> str:
+        if self.top:
+            return f"top{self.top}"
+        parts = [f"pool{self.pool}"] * bool(self.pool) + [f"pca{self.pca}"] * bool(self.pca)
+        return ",".join([*parts, self.kind])
+
+
+DEFAULT_MAP, DEFAULT_VECTOR = CodecSpec("uint8", pool=4, pca=256), CodecSpec("fp16")
+"""At most 4,096 bytes of a map, whatever its size. Measured errors: benchmarks/cache.py."""
+
+
+def parse_spec(text: str) -> CodecSpec:
+    """Parse "pool4,pca256,uint8": the last part is the stored type, the others may be left out. Raises UserError."""
+    *steps, kind = text.split(",")
+    found: dict[str, int] = {}
+    for step in steps:
+        match = _PART.fullmatch(step)
+        if match is None or match["what"] in found or (match["what"] == "pool" and found):
+            raise _unreadable(text)
+        found[match["what"]] = int(match["most"])
+    if kind not in DTYPES:
+        raise _unreadable(text)
+    return CodecSpec(kind, **found)
+
+
+def parse_logits(text: str) -> CodecSpec:
+    """Parse how logits are stored: "fp16", "bf16" or "fp32", or "top32". Raises UserError."""
+    match = _TOP.fullmatch(text)
+    if match:
+        return CodecSpec("fp16", top=int(match[1]))
+    if text in DTYPES and text != "uint8":
+        return CodecSpec(text)
+    raise UserError(
+        f"cache.logits {text!r} cannot be read: give fp16, bf16 or fp32 for all logits, or topK for the K largest and "
+        "the mass of the others, K being 1 or more, such as top32"
+    )
+
+
+def _unreadable(text: str) -> UserError:
+    return UserError(
+        f"codec {text!r} cannot be read: give [poolSIDE,][pcaCHANNELS,]TYPE with TYPE one of {', '.join(DTYPES)}, "
+        "such as pool4,pca256,uint8 or fp16"
+    )
+
+
+class Shape(NamedTuple):
+    """A feature of one image: a map, or a vector, which has height and width 0."""
+
+    channels: int
+    height: int = 0
+    width: int = 0
+
+    @property
+    def is_map(self) -> bool:
+        """Whether it has locations."""
+        return self.height > 0
+
+    @property
+    def locations(self) -> int:
+        """Places of the map; 1 for a vector."""
+        return max(1, self.height * self.width)
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """The numbers of a codec, fitted on a sample of the training set (calibration.py). Float32, on any device."""
+
+    mean_C: Tensor | None
+    """Subtracted before the projection; None: no projection."""
+    components_KC: Tensor | None
+    """Orthonormal rows, by falling variance."""
+    low_K: Tensor | None
+    """What a stored 0 means, per channel; None: not uint8."""
+    step_K: Tensor | None
+    """Between two stored values."""
+    retained: float
+    """Share of the variance that the components keep; 1 without a projection."""
+    rows: int
+    """Images that it was fitted on."""
+
+
+def coded_shape(spec: CodecSpec, shape: Shape) -> Shape:
+    """Return the shape of the coded feature: what the loss reads. Raises UserError for the pooling of a vector."""
+    channels = min(spec.pca, shape.channels) if spec.pca else shape.channels
+    if not shape.is_map:
+        if spec.pool:
+            raise UserError(f"codec {spec} pools, and a vector of {shape.channels} channels has no locations")
+        return Shape(channels)
+    side = spec.pool or max(shape.height, shape.width)
+    return Shape(channels, min(side, shape.height), min(side, shape.width))
+
+
+def projects(spec: CodecSpec, shape: Shape) -> bool:
+    """Whether principal components are taken: not if there are no more channels than asked for."""
+    return 0 < spec.pca < shape.channels
+
+
+def needs_calibration(spec: CodecSpec, shape: Shape) -> bool:
+    """Whether the codec has numbers to be fitted."""
+    return spec.kind == "uint8" or projects(spec, shape)
+
+
+def pool(feature: Tensor, shape: Shape) -> Tensor:
+    """Average-pool (B, C, H, W) to `shape`'s height and width; a vector, or a map of that size, is itself."""
+    if not shape.is_map or feature.shape[2:] == (shape.height, shape.width):
+        return feature
+    return F.adaptive_avg_pool2d(feature, (shape.height, shape.width))
+
+
+def channels_last(feature: Tensor) -> Tensor:
+    """Return (B, C, H, W) as (B, H, W, C), a view; (B, C) as it is."""
+    return feature.permute(0, 2, 3, 1) if feature.dim() == 4 else feature
+
+
+def row_bytes(spec: CodecSpec, shape: Shape) -> int:
+    """Return the bytes of a stored row."""
+    if spec.top:
+        return TopLogits(spec.top, shape.channels).row_bytes
+    coded = coded_shape(spec, shape)
+    return coded.channels * coded.locations * DTYPES[spec.kind].itemsize
+
+
+def make_codec(
+    spec: CodecSpec, shape: Shape, calibration: Calibration | None, device: torch.device
+) -> Codec | TopLogits:
+    """Return what applies, packs and decodes a feature of this shape on the device."""
+    return TopLogits(spec.top, shape.channels) if spec.top else Codec(spec, shape, calibration, device)
+
+
+class Codec:
+    """One tap's codec, on one device. `calibration` may be None where `needs_calibration` says no."""
+
+    def __init__(self, spec: CodecSpec, shape: Shape, calibration: Calibration | None, device: torch.device) -> None:
+        self.spec, self.shape, self.coded = spec, shape, coded_shape(spec, shape)
+        self.kind = spec.kind
+        self.row_bytes = row_bytes(spec, shape)
+        self._weight_CK = self._bias_K = None
+        if calibration is not None and calibration.mean_C is not None and calibration.components_KC is not None:
+            mean_C, components_KC = calibration.mean_C.to(device), calibration.components_KC.to(device)
+            self._weight_CK = components_KC.T.contiguous()
+            # In float64: the bias is a sum of C products, and an error in it would be one of every row.
+            self._bias_K = -(components_KC.double() @ mean_C.double()).float()
+        self._range: tuple[Tensor, Tensor] | None = None
+        if calibration is not None and calibration.low_K is not None and calibration.step_K is not None:
+            self._range = calibration.low_K.to(device), calibration.step_K.to(device)
+
+    def apply(self, feature: Tensor) -> Tensor:
+        """Pool and project: (B, C, H, W) -> (B, K, h, w), (B, C) -> (B, K). float32 (float64 stays), autocast off."""
+        with torch.autocast(feature.device.type, enabled=False):
+            feature = feature if feature.dtype == torch.float64 else feature.float()
+            pooled = channels_last(pool(feature, self.coded))
+            if self._weight_CK is None or self._bias_K is None:
+                return self._as_map(pooled)
+            rows_NC = pooled.reshape(-1, self.shape.channels)
+            rows_NK = torch.addmm(self._bias_K.to(feature.dtype), rows_NC, self._weight_CK.to(feature.dtype))
+            return self._as_map(rows_NK.view(*pooled.shape[:-1], -1))
+
+    def pack(self, coded: Tensor) -> Tensor:
+        """Return the rows (B, row_bytes), uint8, of what `apply` gave."""
+        values = channels_last(coded)
+        if self.kind == "uint8":
+            assert self._range is not None, "uint8 without its calibration"
+            low_K, step_K = self._range
+            return ((values - low_K) / step_K).round_().clamp_(0, 255).to(torch.uint8).flatten(1)
+        return values.to(DTYPES[self.kind]).contiguous().flatten(1).view(torch.uint8)
+
+    def encode(self, feature: Tensor) -> Tensor:
+        """Return the rows (B, row_bytes), uint8, of a batch of taps."""
+        return self.pack(self.apply(feature))
+
+    def decode(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return (B, K, h, w), channels last in memory, or (B, K), from rows (B, row_bytes). uint8: one fused
+        multiply-add."""
+        size = (self.coded.height, self.coded.width) if self.coded.is_map else ()
+        values = rows.view(DTYPES[self.kind]).view(len(rows), *size, self.coded.channels)
+        if self.kind != "uint8":
+            return self._as_map(values.to(dtype))
+        assert self._range is not None, "uint8 without its calibration"
+        low_K, step_K = self._range
+        return self._as_map(torch.addcmul(low_K.to(dtype), values, step_K.to(dtype)))
+
+    def _as_map(self, values: Tensor) -> Tensor:
+        return values.permute(0, 3, 1, 2) if self.coded.is_map else values

@@ -1,0 +1,183 @@
+"""What a cached feature depends on, and the key that says so.
+
+Each tap has a key of its own, so that taps, codecs and views are added without touching what is there, and a run reads
+only the taps that it uses. The key is a digest of named parts, which lie beside the features in clear: where nothing
+fits, a run says which part differs from the nearest cache.
+
+    ROOT/<key>/key.json                          the parts
+    ROOT/<key>/view-00003/...                    features and commit records of a view (manifest.py)
+    ROOT/<key>/view-00003.manifest.json          chooses among them; written last, create-once
+    ROOT/calibrations/<key>.safetensors          the numbers of codecs (calibration.py), create-once
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from mimkd_ray import storage
+from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.teacher_cache.codec import VERSION as CODEC_VERSION
+from mimkd_ray.teacher_cache.codec import CodecSpec, Shape, parse_logits, row_bytes
+from mimkd_ray.teacher_cache.pixel_digests import PIXELS
+
+FORMAT = 1
+"""Version of files and manifests."""
+
+LOGITS = "logits"
+THREADS = 16
+CALIBRATIONS = "calibrations"
+
+EntryKind = Literal["map", "vector", "logits", "pixels"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that is cached of every image and view: a tap as map or as vector, the logits, or the pixels."""
+
+    tap: str
+    kind: EntryKind
+    shape: Shape
+    spec: CodecSpec
+
+    @property
+    def label(self) -> str:
+        """ "layer3:map", "fc:vector", "logits" or "pixels": unique within a run."""
+        return f"{self.tap}:{self.kind}" if self.kind in ("map", "vector") else self.tap
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a stored row."""
+        return row_bytes(self.spec, self.shape)
+
+
+def logits_entry(classes: int, stored: str) -> Entry:
+    """The teacher's logits, stored as `cache.logits` says. Raises UserError where it keeps as many as there are."""
+    spec = parse_logits(stored)
+    if spec.top >= classes:
+        raise UserError(
+            f"cache.logits is {spec}, and there are {classes} classes: keep fewer, such as --cache.logits "
+            f"top{max(1, classes // 4)}, or all of them, --cache.logits fp16"
+        )
+    return Entry(LOGITS, "logits", Shape(classes), spec)
+
+
+def pixels_entry(bytes_of_row: int) -> Entry:
+    """Digests of the views' pixels: no teacher is in their key."""
+    return Entry(PIXELS, "pixels", Shape(bytes_of_row), CodecSpec("uint8"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What decides features beside the tap: the teacher and the pixels that it saw."""
+
+    teacher: str
+    """Its name."""
+    weights: str
+    """sha256 of its weights."""
+    precision: str
+    """float32, bf16 (autocast) or float64."""
+    pipeline: str
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    view_seed: int
+    data: str
+    """Digest of the training set as opened."""
+
+
+def parts_of(entry: Entry, origin: Origin, calibration: str = "") -> dict[str, Any]:
+    """Return the named parts of an entry's key; `calibration` is the digest of its codec's numbers."""
+    seen = asdict(origin)
+    if entry.kind == "pixels":
+        seen = {name: seen[name] for name in ("pipeline", "image_size", "view_seed", "data")}
+    tap = {"tap": entry.tap, "kind": entry.kind, "shape": list(entry.shape)}
+    codec = {"codec": str(entry.spec), "codec_version": CODEC_VERSION, "calibration": calibration}
+    return json.loads(json.dumps({"format": FORMAT, **tap, **codec, **seen}))
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """Return the key of these parts: 24 hex digits."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def calibration_url(root: str, entry: Entry, origin: Origin, rows: int) -> str:
+    """Return where the numbers of an entry's codec are, fitted on `rows` images of the training set."""
+    return storage.join(root, CALIBRATIONS, key_of({**parts_of(entry, origin), "rows": rows}) + ".safetensors")
+
+
+def publish_key(root: str, parts: Mapping[str, Any]) -> str:
+    """See to it that the parts lie in clear beside the features; return the key."""
+    key = key_of(parts)
+    url = storage.join(root, key, "key.json")
+    if not storage.exists(url):
+        storage.create_once(url, (json.dumps(parts, indent=1) + "\n").encode())
+    return key
+
+
+def read_keys(root: str) -> dict[str, dict[str, Any]]:
+    """Return {key: parts} of every cache below `root`. One request each. Raises DamagedDataError."""
+
+    def read(folder: str) -> dict[str, Any] | None:
+        url = storage.join(folder, "key.json")
+        try:
+            parts = json.loads(storage.read_bytes(url, small=True))
+        except FileNotFoundError:
+            return None  # not one of ours, or just begun
+        except ValueError as error:
+            raise DamagedDataError(f"{url} is damaged ({error}): remove its folder, and build it again") from error
+        if not isinstance(parts, dict) or key_of(parts) != folder.rpartition("/")[2]:
+            raise DamagedDataError(f"{url} does not belong to its folder: remove the folder, and build it again")
+        return parts
+
+    folders = [url for url in storage.list_dirs(root) if url.rpartition("/")[2] != CALIBRATIONS]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(read, folders))
+    return {url.rpartition("/")[2]: parts for url, parts in zip(folders, found, strict=True) if parts is not None}
+
+
+_WORDS = {
+    "format": "format",
+    "shape": "shape of the tap",
+    "codec": "codec (--cache.codecs)",
+    "codec_version": "version of the codec",
+    "calibration": "calibration of the codec (--cache.calibration-rows)",
+    "teacher": "teacher (--teacher.name)",
+    "weights": "teacher's weights (--teacher.weights)",
+    "precision": "teacher's precision (--cache.precision)",
+    "pipeline": "view pipeline (--data.pipeline)",
+    "image_size": "image size (--data.image-size)",
+    "mean": "mean (--data.mean)",
+    "std": "deviation (--data.std)",
+    "view_seed": "seed of the views (--data.view-seed)",
+    "data": "data set (--data.root, its split, holdout or subset)",
+}
+
+
+def difference(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """Return "the part that differs: what is there, not what is wanted" for each. A calibration that differs because
+    something else does is not listed."""
+    differing = [name for name in _WORDS if wanted.get(name) != there.get(name)]
+    if len(differing) > 1 and "calibration" in differing:
+        differing.remove("calibration")
+    words = {**_WORDS, "codec": "codec (--cache.logits)"} if wanted.get("kind") == "logits" else _WORDS
+    return [f"{words[name]}: {_short(there.get(name))}, {_not(wanted.get(name))}" for name in differing]
+
+
+def nearest_key(wanted: Mapping[str, Any], keys: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return the key of the same tap and kind with the fewest differing parts; None if the tap is not cached."""
+    same = {key: p for key, p in keys.items() if (p.get("tap"), p.get("kind")) == (wanted["tap"], wanted["kind"])}
+    return min(same, key=lambda key: (len(difference(wanted, same[key])), key), default=None)
+
+
+def _not(value: Any) -> str:
+    return f"not {_short(value)}" if value != "" else "and this run's has not been fitted there"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 else text

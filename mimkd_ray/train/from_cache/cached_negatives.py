@@ -1,0 +1,47 @@
+"""Negatives from the cache: teacher vectors of random images of the training set, without a word between workers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimkd_ray.config.config import Config
+from mimkd_ray.data.order.permutations import raw
+from mimkd_ray.errors import UserError
+from mimkd_ray.teacher_cache.mapped_vectors import COLUMN_VIEW, open_column
+from mimkd_ray.teacher_cache.reader import FeatureReader
+
+
+class CachedNegatives:
+    """Draws for each lane of each step. What is drawn depends on (seed, step, lane) only, never on who carries it."""
+
+    def __init__(self, config: Config, reader: FeatureReader) -> None:
+        """Collects the vectors that the loss reads on this node, where no process has yet."""
+        labels = [label for label in reader.used if label.endswith(":vector")]
+        if not labels:
+            raise UserError(
+                "loss.negatives is cache, and no term reads a teacher's vector: turn a global or local term on, or "
+                "pass --loss.negatives all"
+            )
+        folder = reader.store.folder if reader.store is not None else None
+        self.columns = {
+            label: open_column(reader.root, reader.manifest(label, COLUMN_VIEW), folder) for label in labels
+        }
+        self.seed, self.count = config.train.seed, config.cache.negatives
+        self.rows, self.kept = reader.rows, reader.kept
+        self.damaged = reader.manifest(labels[0], COLUMN_VIEW).damaged
+
+    def draw(self, step: int, lane: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+        """Return {label: rows (M, row_bytes)} as they are stored, and ids_M, on the device. Images that could not be
+        decoded are left out."""
+        among = np.uint64(self.rows if self.kept is None else len(self.kept))
+        positions = np.sort(raw(self.count, self.seed, "negatives", step, lane) % among).astype(np.int64)
+        if self.kept is not None:  # images that are held out give no negatives
+            positions = self.kept[positions]
+        ids = next(iter(self.columns.values())).ids_N[positions]
+        if len(self.damaged):
+            sound = ~np.isin(ids, self.damaged)
+            positions, ids = positions[sound], ids[sound]
+        rows = {label: torch.from_numpy(column.rows_NB[positions]).to(device) for label, column in self.columns.items()}
+        return rows, torch.from_numpy(ids).to(device)

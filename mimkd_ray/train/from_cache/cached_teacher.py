@@ -1,0 +1,148 @@
+"""The cache as a training run sees it: the codecs that its features go through, and the features themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mimkd_ray.config.cache import check_rules, parse_rule
+from mimkd_ray.config.config import Config
+from mimkd_ray.data.augment.views import make_pipeline
+from mimkd_ray.data.sources.data_set import Data
+from mimkd_ray.errors import UserError
+from mimkd_ray.taps.tap_codecs import Coding, tap_entries
+from mimkd_ray.taps.tapped_model import layer_of
+from mimkd_ray.teacher_cache import calibration
+from mimkd_ray.teacher_cache.codec import needs_calibration
+from mimkd_ray.teacher_cache.feature_manifest import views_there
+from mimkd_ray.teacher_cache.keys import Entry, Origin, calibration_url, key_of, logits_entry, parts_of, pixels_entry
+from mimkd_ray.teacher_cache.pixel_digests import PIXELS, ROW_BYTES
+from mimkd_ray.teacher_cache.reader import FeatureReader
+from mimkd_ray.train.build import build_teacher, parameter_dtype, teacher_autocast, teacher_taps
+from mimkd_ray.train.distributed import Context, barrier, share_from_first
+from mimkd_ray.train.from_cache.fit_codecs import Sight, fit
+from mimkd_ray.train.from_cache.missing_features import Wanted, explain
+from mimkd_ray.train.teacher import weights_digest
+
+
+@dataclass(frozen=True)
+class Cached:
+    """The codecs of a run, and its features where they are read from a cache."""
+
+    coding: Coding
+    reader: FeatureReader | None
+
+
+def origin_of(config: Config, data: Data, network: nn.Module, device: torch.device) -> Origin:
+    """What the features of this run depend on beside the tap. Hashes the weights: 1 s per GB."""
+    autocast = teacher_autocast(config, device)
+    plain = "float64" if parameter_dtype(config.train) == torch.float64 else "float32"
+    return Origin(
+        teacher=config.teacher.name,
+        weights=weights_digest(network),
+        precision="bf16" if autocast is not None else plain,
+        pipeline=config.data.pipeline,
+        image_size=config.data.image_size,
+        mean=config.data.mean,
+        std=config.data.std,
+        view_seed=config.view_seed,
+        data=data.whole.digest,
+    )
+
+
+def entries_of(configs: Sequence[Config], network: nn.Module, num_classes: int) -> list[Entry]:
+    """The entries that the losses of ``configs`` read: one, or those of a pack, which share the cache. Raises UserError
+    for a codec of no tap."""
+    shapes, vectors, maps = teacher_taps(configs, network, num_classes)
+    cache = configs[0].cache
+    entries = tap_entries(shapes, vectors, maps, cache)
+    # A cache may hold more than this run reads: then any layer may have a codec.
+    named = [parse_rule(text)[0].partition(":")[0] for text in cache.codecs if cache.root]
+    layers = {path for path, _ in network.named_modules() if path}
+    others = [name for name in named if layer_of(name) in layers]
+    check_rules(cache, [*(entry.tap for entry in entries), *others])
+    with_logits = any(own.loss.uses_logits for own in configs)
+    return [*entries, logits_entry(num_classes, cache.logits)] if with_logits else entries
+
+
+def parts_of_run(
+    entries: Sequence[Entry], origin: Origin, calibrations: Mapping[str, bytes | None]
+) -> dict[str, dict[str, Any]]:
+    """The key parts of what a run reads, the pixels' too, by label."""
+    digests = {label: calibration.digest(value) for label, value in calibrations.items() if value is not None}
+    return {e.label: parts_of(e, origin, digests.get(e.label, "")) for e in [*entries, pixels_entry(ROW_BYTES)]}
+
+
+def open_cached(
+    config: Config,
+    data: Data,
+    network: nn.Module | None,
+    context: Context,
+    run_dir: str,
+    others: Sequence[Config] = (),
+) -> Cached | None:
+    """The codecs and features of a run; None where the config asks for neither. All workers call it together.
+
+    A run with codecs and no cache fits them itself, and keeps the numbers in its directory. ``others`` are the configs
+    of more students of a pack, which read the same cache. Raises UserError where the cache lacks what is needed, naming
+    what differs.
+    """
+    if network is None or not config.cache.codes:
+        return None
+    configs = [config, *others]
+    entries = entries_of(configs, network, data.num_classes)
+    origin = origin_of(config, data, network, context.device)
+    place = config.cache.root or run_dir
+    fitted = [entry for entry in entries if needs_calibration(entry.spec, entry.shape)]
+    urls = {entry.label: calibration_url(place, entry, origin, config.cache.calibration_rows) for entry in fitted}
+    there = {label: calibration.read(url) for label, url in urls.items()} if context.rank == 0 else None
+    known = share_from_first(there)
+    missing = [entry for entry in fitted if known[entry.label] is None]
+    if missing and not config.cache.reads:
+        # Every worker does the same work: waiting for one of them could outlast a collective's patience.
+        teacher = build_teacher(configs, network, data.num_classes, context.device)
+        pipeline = make_pipeline(config.data.pipeline, config.data.image_size)
+        made = fit(Sight(config, data, pipeline, teacher, context.device), missing)
+        teacher.tapped.release()
+        if context.rank == 0:
+            made = {label: calibration.publish(urls[label], value) for label, value in made.items()}
+        known |= share_from_first(made)
+    numbers = {label: calibration.from_bytes(value, urls[label]) for label, value in known.items() if value}
+    reader = None
+    if config.cache.reads:
+        parts = parts_of_run(entries, origin, known)
+        reader = open_reader(configs, data, context, parts, [entry.label for entry in missing])
+    return Cached(Coding(entries, numbers, context.device, parameter_dtype(config.train)), reader)
+
+
+def open_reader(
+    configs: Sequence[Config],
+    data: Data,
+    context: Context,
+    parts: Mapping[str, dict[str, Any]],
+    unfitted: Sequence[str],
+) -> FeatureReader:
+    """The reader of the entries with these key parts. Raises UserError for views that are not there."""
+    config = configs[0]
+    problem = share_from_first(what_is_missing(configs, parts, unfitted) if context.rank == 0 else "")
+    if problem:
+        raise UserError(problem)
+    barrier()
+    keys = {label: key_of(each) for label, each in parts.items()}
+    used = [label for label in keys if label != PIXELS]
+    store = data.train.store or config.data.make_store()
+    return FeatureReader(config.cache.root, keys, data.whole.num_rows, store, used, data.kept)
+
+
+def what_is_missing(configs: Sequence[Config], parts: Mapping[str, dict[str, Any]], unfitted: Sequence[str]) -> str:
+    """Why the cache does not hold these entries in all views of the run; "" if it does. One listing an entry."""
+    root, views = configs[0].cache.root, set(range(configs[0].data.views))
+    wanted = [
+        Wanted(label, each, sorted(views if label in unfitted else views - views_there(root, key_of(each))))
+        for label, each in parts.items()
+    ]
+    return explain(configs, [w for w in wanted if w.missing])

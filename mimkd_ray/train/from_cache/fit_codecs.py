@@ -1,0 +1,84 @@
+"""Fits the codecs of a run on a sample of its training set, once for all runs and builders that share the place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimkd_ray.config.config import Config
+from mimkd_ray.data.augment.views import Pipeline, View
+from mimkd_ray.data.loading.batches import Key, LaneBatch
+from mimkd_ray.data.loading.loader import to_device, view_batches
+from mimkd_ray.data.order.permutations import Permutation
+from mimkd_ray.data.sources.data_set import Data
+from mimkd_ray.losses.features import Features
+from mimkd_ray.taps.tap_codecs import by_label
+from mimkd_ray.teacher_cache import calibration
+from mimkd_ray.teacher_cache.calibration import Fitter
+from mimkd_ray.teacher_cache.keys import Entry
+from mimkd_ray.train.build import parameter_dtype, uses_channels_last
+from mimkd_ray.train.step import Normalizer
+from mimkd_ray.train.teacher import Teacher
+
+
+class Sight:
+    """What a teacher sees and says of rows in a view, outside of training: for calibrations and for building caches."""
+
+    def __init__(self, config: Config, data: Data, pipeline: Pipeline, teacher: Teacher, device: torch.device) -> None:
+        self.config, self.source, self.pipeline, self.teacher = config, data.whole, pipeline, teacher
+        self.device = device
+        self.normalize = Normalizer(
+            config.data.mean,
+            config.data.std,
+            device,
+            parameter_dtype(config.train),
+            uses_channels_last(config.train, device),
+        )
+
+    def batches(self, keys: Sequence[Key]) -> Iterator[LaneBatch]:
+        """The batches of ``keys`` on the device, decoded ahead by loader processes."""
+        found = view_batches(
+            self.source,
+            View(self.pipeline.train, self.config.view_seed),
+            keys,
+            loader_workers=self.config.data.loader_workers,
+            read_ahead=self.config.data.read_ahead,
+            pin_memory=self.device.type == "cuda",
+        )
+        return to_device(found, self.device)
+
+    def look(self, batch: LaneBatch) -> tuple[Tensor, Features]:
+        """The finished uint8 pixels of a batch, and the teacher's features."""
+        images = batch.images_BCHW
+        if self.pipeline.batch is not None:
+            images = self.pipeline.batch(images, batch.ids_B, batch.view, self.config.view_seed)
+        return images, self.teacher.features(self.normalize(images))
+
+
+def sample_keys(rows: int, count: int, seed: int, batch: int) -> list[Key]:
+    """Batches of `count` random rows of `rows`, in the order of positions, in their first view; where there are fewer
+    rows, all of them in as many views as it takes. It does not depend on how many views are cached."""
+    keys: list[Key] = []
+    for view, start in enumerate(range(0, count, rows)):
+        chosen = np.sort(Permutation(rows, seed, "calibration", view).at(np.arange(min(rows, count - start))))
+        keys += [Key(0, 0, part, view) for part in np.split(chosen, range(batch, len(chosen), batch))]
+    return keys
+
+
+def fit(sight: Sight, entries: Sequence[Entry]) -> dict[str, bytes]:
+    """Return the calibrations of entries by label, as files. ``sight`` has a teacher without codecs.
+
+    Damaged images are left out. Runs the teacher on ``cache.calibration_rows`` images (or views of images).
+    """
+    cache = sight.config.cache
+    keys = sample_keys(sight.source.num_rows, cache.calibration_rows, sight.config.view_seed, cache.batch)
+    fitters = {entry.label: Fitter(entry.spec, entry.shape, cache.calibration_rows, sight.device) for entry in entries}
+    for batch in sight.batches(keys):
+        features = by_label(sight.look(batch)[1])
+        intact = batch.labels_B >= 0
+        for label, fitter in fitters.items():
+            fitter.add(features[label][intact])
+    return {label: calibration.to_bytes(fitter.finish()) for label, fitter in fitters.items()}

@@ -1,0 +1,84 @@
+"""The loop in this process, or in the process group that torchrun made."""
+
+from __future__ import annotations
+
+import os
+import signal
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mimkd_ray.config.config import Config, LaunchConfig
+from mimkd_ray.train.distributed import GROUP_SECONDS, Preemption, share_from_first
+from mimkd_ray.train.records import start_times
+from mimkd_ray.train.worker import run_job
+
+
+class LocalContext:
+    """A plain process, or one rank of torchrun. It has no dashboard to report to."""
+
+    reports_are_final = False
+
+    def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1, launch_id: str = "") -> None:
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.launch_id = launch_id or uuid.uuid4().hex
+        self._stopping = False
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Nobody listens: metrics.jsonl and TensorBoard have it all."""
+
+    def observe(self, run_dir: str, values: Mapping[str, float]) -> None:
+        """Nor is there a Prometheus."""
+
+    def stop_on_sigterm(self) -> None:
+        """Take SIGTERM for a request to save and end. For the main thread."""
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stopping", True))
+
+    def stop_requested(self) -> bool:
+        """Whether SIGTERM has come."""
+        return self._stopping
+
+    def preemption(self) -> Preemption | None:
+        """Return None: batch systems announce the end of a process by SIGTERM alone."""
+        return None
+
+
+def pick_device(launch: LaunchConfig, local_rank: int) -> torch.device:
+    """The GPU of this process, or the CPU."""
+    if launch.gpu == "on" or (launch.gpu == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def local_context(launch: LaunchConfig) -> Iterator[LocalContext]:
+    """A with-block in the process group that torchrun made, or in a plain process without one."""
+    if not under_torchrun():
+        yield LocalContext(pick_device(launch, 0))
+        return
+    device = pick_device(launch, int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=GROUP_SECONDS))
+    try:
+        launch_id = share_from_first(uuid.uuid4().hex)
+        yield LocalContext(device, dist.get_rank(), dist.get_world_size(), launch_id)
+    finally:
+        dist.destroy_process_group()
+
+
+def run_local(config: Config, context: LocalContext, run_dir: str) -> dict[str, Any]:
+    """Run the job here; under torchrun, as one rank of many."""
+    start_times.mark("worker")
+    context.stop_on_sigterm()
+    return run_job(config, context, run_dir)

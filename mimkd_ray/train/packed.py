@@ -1,0 +1,331 @@
+"""A pack: several students with configurations of their own, trained in one process on the same batches and the same
+teacher pass, each as if it were alone.
+
+For a search without a cache: decoding and the teacher cost once what K runs would each pay for. Members share what
+feeds them (data, mixing, cache, teacher, lanes, length, seed); loss, optimiser, student and moving average are their
+own. On the CPU a member's weights and metrics equal those of its lone run bit for bit.
+
+Each member has a run directory like a lone run's. Members are saved at the same steps and go on from the newest one
+that all of them have. One that is finished, was stopped or has failed says so in result.json, stopped.json or
+failed.json, and is not trained again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mimkd_ray import storage
+from mimkd_ray.config.config import Config, differences, to_dict
+from mimkd_ray.data.sources.data_set import Data
+from mimkd_ray.errors import MemberMemoryError, NonFiniteLossError, UserError
+from mimkd_ray.train.build import build_student, teacher_plan
+from mimkd_ray.train.distributed import Context
+from mimkd_ray.train.from_cache.cached_teacher import open_cached
+from mimkd_ray.train.inputs import Supply
+from mimkd_ray.train.loop import Loop
+from mimkd_ray.train.out_of_memory import each, is_out_of_memory
+from mimkd_ray.train.records import checkpoint, start_times
+from mimkd_ray.train.records.metrics import say
+from mimkd_ray.train.records.run_dir import jsonable, read_json, read_metrics, write_json
+from mimkd_ray.train.records.run_record import Run
+from mimkd_ray.train.student import Session, StepRecord, evaluate_together
+from mimkd_ray.train.worker import claim
+
+RESULT, STOPPED, FAILED = "result.json", "stopped.json", "failed.json"
+
+FEWEST_CHECKPOINTS = 2
+"""That a member keeps: a kill may come when some have committed a step and others only the one before."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One student of a pack."""
+
+    config: Config
+    run_dir: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a member ended: exactly one of the three."""
+
+    result: dict[str, Any] | None = None
+    """What result.json says of a finished member."""
+    error: Exception | None = None
+    """What ended this member alone; the others went on."""
+    stopped: int | None = None
+    """The epoch at which the judge stopped it."""
+
+
+Judge = Callable[[int, Mapping[int, Mapping[str, Any]]], Collection[int]]
+"""(epoch, held-out figures by index of member) -> indices of members to stop. Called after an evaluation, once all that
+belongs to it is committed.
+
+After a restart it is called again for the evaluation that the pack goes on from: a kill may have come before its
+verdict was carried out. The figures are then again those of all members that took part, so that a judge which decides
+by its arguments alone decides the same. Members that have ended since may be named; nothing happens to them."""
+
+
+def train_pack(
+    members: Sequence[Member],
+    data: Data,
+    teacher: nn.Module | None,
+    context: Context,
+    judge: Judge | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> list[Outcome]:
+    """Train all members to their ends. Returns their outcomes, in order.
+
+    ``teacher`` is None where no member's loss needs one; ``extra`` (about the teacher, say) is added to every result.
+    A member whose student or taps cannot be had ends with its UserError, before the first step.
+    A step costs what the teacher and all students cost; one student's activations are held at a time. A member whose
+    loss is no number, or which finds no memory in a step, an evaluation or a save, leaves; the others go on. With a
+    ``judge`` a checkpoint is saved at every evaluation. Figures are told to the judge, not to ``context.report``.
+    Raises UserError for members that do not go together, for a cache that lacks what they read, and for several
+    workers; Interrupted when the job was asked to stop and has saved the state of all.
+    """
+    if context.world_size != 1:
+        raise UserError(f"a pack is trained by one worker, and there are {context.world_size}: pass --launch.workers 1")
+    check_members(members)
+    outcomes = {number: read_outcome(member.run_dir) for number, member in enumerate(members)}
+    for number, member in enumerate(members):
+        if outcomes[number] is None:
+            outcomes[number] = _cannot_be_built(member.config, data, teacher)
+    going = [number for number, outcome in outcomes.items() if outcome is None]
+    if going:
+        supply, pack, lost = _open(members, going, data, teacher, context, judge, extra or {})
+        try:
+            if pack is not None:
+                pack.go()
+                outcomes |= pack.outcomes
+        finally:
+            supply.close()
+        outcomes |= lost
+    return [outcome for outcome in outcomes.values() if outcome is not None]
+
+
+def shared_part(config: Config) -> dict[str, Any]:
+    """Of a config, in JSON form, what all members of a pack have in common."""
+    value = to_dict(config)
+    shared = {section: value[section] for section in ("data", "mix", "cache", "teacher", "train", "run")}
+    del shared["train"]["ema_decay"]
+    shared["run"] = {name: item for name, item in value["run"].items() if name.startswith("checkpoint_")}
+    return shared
+
+
+def check_members(members: Sequence[Member]) -> None:
+    """Raise UserError for members that cannot be trained together, or whose directories were begun otherwise."""
+    if not members:
+        raise UserError("a pack of no members: give at least one")
+    first = shared_part(members[0].config)
+    found: dict[str, list[str]] = {}
+    for number, member in enumerate(members[1:], start=1):
+        for difference in differences(first, shared_part(member.config)):
+            found.setdefault(difference, []).append(str(number))
+    if found:
+        listed = "; ".join(f"{difference} (members 0 -> {', '.join(who)})" for difference, who in found.items())
+        raise UserError(
+            f"members of a pack train on the same batches and the same teacher pass, and differ in {listed}: put them "
+            "in different packs"
+        )
+    asked: dict[str, list[str]] = {}
+    for number, member in enumerate(members):
+        if member.config.loss.uses_teacher:
+            asked.setdefault(member.config.loss.resolved_negatives, []).append(str(number))
+    if {"step", "cache"} <= asked.keys():
+        raise UserError(
+            f"loss.negatives is step for members {', '.join(asked['step'])} of the pack and cache for members "
+            f"{', '.join(asked['cache'])}: put them in different packs"
+        )
+    if len({member.run_dir for member in members}) != len(members):
+        raise UserError(f"two members of a pack have one directory: {', '.join(member.run_dir for member in members)}")
+    for member in members:
+        claim(member.config, member.run_dir)
+
+
+def read_outcome(run_dir: str) -> Outcome | None:
+    """How the member with this directory ended; None if it has not."""
+    result = read_json(storage.join(run_dir, RESULT))
+    if result is not None:
+        return Outcome(result=result)
+    stopped = read_json(storage.join(run_dir, STOPPED))
+    if stopped is not None:
+        return Outcome(stopped=stopped["epoch"])
+    failed = read_json(storage.join(run_dir, FAILED))
+    return None if failed is None else Outcome(error=_ERRORS[failed["kind"]](failed["message"]))
+
+
+def _cannot_be_built(config: Config, data: Data, teacher: nn.Module | None) -> Outcome | None:
+    """The outcome of a member whose student or taps are wrong; None if they are right."""
+    try:
+        if teacher is not None and config.loss.uses_teacher:
+            teacher_plan(config, teacher, data.num_classes)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                build_student(config, data.num_classes)
+    except UserError as error:
+        return Outcome(error=error)
+    return None
+
+
+_ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (NonFiniteLossError, MemberMemoryError)}
+"""What ends a member alone, by the name in failed.json."""
+
+
+def _open(
+    members: Sequence[Member],
+    going: Sequence[int],
+    data: Data,
+    teacher: nn.Module | None,
+    context: Context,
+    judge: Judge | None,
+    extra: Mapping[str, Any],
+) -> tuple[Supply, _Pack | None, dict[int, Outcome]]:
+    """What feeds the members that are ``going``, their pack at the newest step that they share, and the outcomes of
+    those for which there was no memory. No pack where that is all of them."""
+    began = time.perf_counter()
+    configs = [members[number].config for number in going]
+    places = [members[number].run_dir for number in going]
+    readers = [config for config in configs if config.loss.uses_teacher]
+    network = teacher if readers else None
+    # What is fitted without a cache is kept with the first member, whoever goes on.
+    cached = open_cached(readers[0], data, network, context, members[0].run_dir, readers[1:]) if readers else None
+    start_times.mark("cache")
+    supply = Supply(readers or configs, data, network, context, cached)
+    start, contents = checkpoint.newest_shared(places)
+    sessions: dict[int, Session] = {}
+    lost: dict[int, Outcome] = {}
+    for at, (number, config, place) in enumerate(zip(going, configs, places, strict=True)):
+        try:
+            session = Session(config, data, network if config.loss.uses_teacher else None, context, supply=supply)
+            if contents:
+                session.restore(place, contents[at])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            lost[number] = _fail(place, MemberMemoryError(f"out of memory before the first step: {error}"))
+            continue
+        checkpoint.drop_after(place, start)
+        sessions[number] = session
+    if not sessions:
+        return supply, None, lost
+    if start:
+        seconds = time.perf_counter() - began
+        say(context, f"resumed {len(sessions)} members from step {start} of {', '.join(places)} in {seconds:.1f} s")
+    runs = {
+        number: Run(session, members[number].run_dir, start, began, extra, FEWEST_CHECKPOINTS)
+        for number, session in sessions.items()
+    }
+    told = {number: told_before(member.run_dir) for number, member in enumerate(members)} if judge is not None else {}
+    return supply, _Pack(runs, judge, told), lost
+
+
+def _fail(run_dir: str, error: NonFiniteLossError | MemberMemoryError) -> Outcome:
+    """Write down what ended a member alone."""
+    write_json(storage.join(run_dir, FAILED), {"kind": type(error).__name__, "message": str(error)})
+    return Outcome(error=error)
+
+
+def told_before(run_dir: str) -> dict[int, dict[str, Any]]:
+    """Held-out figures of the evaluations that the run's metrics.jsonl tells of, by step."""
+    return {
+        line["step"]: {key: value for key, value in line.items() if key not in ("kind", "step", "epoch")}
+        for line in read_metrics(run_dir, "eval")
+    }
+
+
+class _Pack(Loop):
+    """The loop with several students, of which some may leave before the end."""
+
+    spares = True
+
+    def __init__(
+        self, runs: Mapping[int, Run], judge: Judge | None, told_before: Mapping[int, Mapping[int, Mapping[str, Any]]]
+    ) -> None:
+        """``runs`` by index of member. ``told_before``: figures of earlier starts, by index of any member and step."""
+        super().__init__(list(runs.values()), f"pack of {len(runs)}", commits=judge is not None)
+        self.numbers = {run: number for number, run in runs.items()}
+        self.judge, self.told_before = judge, told_before
+        self.outcomes: dict[int, Outcome] = {}
+
+    def go(self) -> None:
+        """Train to the end, which leaves ``outcomes``."""
+        at_start = {number: told[self.start] for number, told in self.told_before.items() if self.start in told}
+        if at_start:
+            self._judge(self.start, self.start // self.steps_per_epoch, at_start)
+        going = {self.numbers[run] for run in self.runs}
+        self.told_before = {number: told for number, told in self.told_before.items() if number not in going}
+        if self.runs:
+            super().go()
+
+    def text(self, records: Mapping[Run, StepRecord]) -> str:
+        """The losses of all members."""
+        return "loss " + ", ".join(f"{float(records[run].log['loss']):.3f}" for run in self.runs)
+
+    def evaluate(self, done: int) -> list[dict[str, Any]]:
+        """In one pass for all."""
+        failed: dict[Session, str] = {}
+        found = evaluate_together([run.session for run in self.runs], failed)
+        self._leave_for_memory(
+            {run: failed[run.session] for run in self.runs if run.session in failed}, "evaluation", done
+        )
+        return [found[run.session] for run in self.runs]
+
+    def save(self, done: int) -> None:
+        """A member removes its oldest checkpoint when it commits this one: by then all have the one before."""
+        self.wait(done)
+        failed: dict[Run, str] = {}
+        each(self.runs, lambda run: run.save(done), failed)
+        self._leave_for_memory(failed, "checkpoint", done)
+
+    def wait(self, done: int) -> None:
+        """A member whose last checkpoint found no memory leaves."""
+        failed: dict[Run, str] = {}
+        each(self.runs, lambda run: run.wait(), failed)
+        self._leave_for_memory(failed, "checkpoint", done)
+
+    def _leave_for_memory(self, failed: Mapping[Run, str], what: str, done: int) -> None:
+        for run, said in failed.items():
+            self.leave(run, MemberMemoryError(f"out of memory in the {what} after step {done}: {said}"))
+
+    def told(self, done: int, epoch: int) -> None:
+        """Say it, and ask the judge."""
+        tops = ", ".join(f"{run.held_out['top1']:.2f}" for run in self.runs)
+        say(self.context, f"{self.label}: epoch {epoch}, held-out top-1 {tops} %")
+        figures = {number: told[done] for number, told in self.told_before.items() if done in told}
+        self._judge(done, epoch, figures | {self.numbers[run]: jsonable(run.held_out) for run in self.runs})
+
+    def _judge(self, done: int, epoch: int, figures: Mapping[int, Mapping[str, Any]]) -> None:
+        """Carry out the judge's verdict. At the end all members have finished, and it only hears of it."""
+        stop = set(self.judge(epoch, figures)) if self.judge is not None else set()
+        for run in list(self.runs):
+            number = self.numbers[run]
+            if number in stop and number not in self.outcomes:
+                say(self.context, f"member {number} of the {self.label} ({run.run_dir}) is stopped at epoch {epoch}")
+                run.close()  # the file comes last: what it says is then all committed
+                write_json(storage.join(run.run_dir, STOPPED), {"epoch": epoch, "step": done})
+                self._end(run, Outcome(stopped=epoch))
+
+    def leave(self, run: Run, error: NonFiniteLossError | MemberMemoryError) -> None:
+        """The others go on without it."""
+        say(self.context, f"member {self.numbers[run]} of the {self.label} ({run.run_dir}) leaves: {error}")
+        run.close()
+        self._end(run, _fail(run.run_dir, error))
+
+    def _end(self, run: Run, outcome: Outcome) -> None:
+        """A member has ended before the others."""
+        self.runs.remove(run)
+        self.outcomes[self.numbers.pop(run)] = outcome
+
+    def finish(self) -> None:
+        """Write the results of those that came to the end."""
+        failed: dict[Run, str] = {}
+        self.results = each(self.runs, lambda run: run.finish(self.meter), failed)
+        self._leave_for_memory(failed, "export", self.total)
+        self.outcomes |= {self.numbers[run]: Outcome(result=jsonable(told)) for run, told in self.results.items()}

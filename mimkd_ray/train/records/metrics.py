@@ -1,0 +1,141 @@
+"""What a user sees while training runs: progress, and an early stop when the loss is no longer a number."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mimkd_ray.errors import NonFiniteLossError
+from mimkd_ray.train.distributed import Context
+
+BAR_SECONDS, LINE_SECONDS = 0.5, 10.0
+"""Metrics beside the bar are renewed, and without a terminal a plain line is printed, at most this often."""
+
+WARM_STEPS = 5
+"""Steps that images/s leave out: allocation, autotuning, compilation."""
+
+
+def say(context: Context, text: str) -> None:
+    """Print one line, from the first worker only."""
+    if context.rank == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss"""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+class Progress:
+    """A bar with images/s and time left on a terminal, plain lines elsewhere, nothing from other workers.
+
+    The text of the latest metrics is asked for only when it is shown: reading a number waits for the GPU.
+    """
+
+    def __init__(self, context: Context, label: str, start: int, total: int, batch: int, quiet: bool = False) -> None:
+        self.label, self.total, self.batch = label, total, batch
+        self.shown = context.rank == 0 and not quiet
+        self.terminal = self.shown and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=start, desc=label, unit="step", disable=not self.terminal)
+        self.every = BAR_SECONDS if self.terminal else LINE_SECONDS
+        self.start, self.began = start, time.perf_counter()
+        self.next_text = self.began + self.every
+
+    def update(self, step: int, text: Callable[[], str]) -> None:
+        """Tell that ``step`` steps are done; ``text()`` is the latest metrics."""
+        now = time.perf_counter()
+        if self.shown and (now >= self.next_text or step == self.total):
+            self.next_text = now + self.every
+            rate = (step - self.start) * self.batch / max(now - self.began, 1e-9)
+            if self.terminal:
+                self.bar.set_postfix_str(f"{rate:.0f} images/s {text()}", refresh=False)
+            else:
+                left = clock((self.total - step) * self.batch / max(rate, 1e-9))
+                line = f"{self.label}: step {step}/{self.total}, {rate:.0f} images/s, {left} left, {text()}"
+                print(line, flush=True)
+        self.bar.update(1)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.bar.close()
+
+
+class FiniteGuard:
+    """Stops the run when a loss is NaN or infinite, naming the step, the terms and the sample ids.
+
+    On a GPU a step's loss is looked at one step later, when it is there without waiting; ``check_all`` looks at once
+    and comes before every checkpoint, so none holds a broken student.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.lag = 1 if device.type == "cuda" else 0
+        self.pending: list[tuple[int, Mapping[str, Tensor], list[Tensor]]] = []
+
+    def add(self, step: int, log: Mapping[str, Tensor], ids: list[Tensor]) -> None:
+        """Take note of a step's breakdown and sample ids."""
+        self.pending.append((step, log, ids))
+        while len(self.pending) > self.lag:
+            self._check(*self.pending.pop(0))
+
+    def check_all(self) -> None:
+        """Look at everything noted so far."""
+        while self.pending:
+            self._check(*self.pending.pop(0))
+
+    @staticmethod
+    def _check(step: int, log: Mapping[str, Tensor], ids: list[Tensor]) -> None:
+        if bool(torch.isfinite(log["loss"])):
+            return
+        parts = {key: float(value) for key, value in log.items() if key in ("ce", "kd") or key.endswith("/loss")}
+        broken = [key for key, value in parts.items() if not torch.isfinite(torch.tensor(value))]
+        sample = [i for lane in ids for i in lane.tolist()]
+        raise NonFiniteLossError(
+            f"the loss is {float(log['loss'])} at step {step}; not finite: {', '.join(broken) or 'only their sum'} "
+            f"(of {', '.join(f'{key} {value:.4g}' for key, value in parts.items())}); sample ids "
+            f"{', '.join(map(str, sample[:64]))}{' ...' if len(sample) > 64 else ''}: lower --optim.lr or the term's "
+            "weight, or pass --optim.clip-norm 5; the last checkpoint is intact"
+        )
+
+
+class Meter:
+    """Images per second of training alone: without the first steps, evaluations and checkpoints."""
+
+    def __init__(self, device: torch.device, batch: int) -> None:
+        self.device, self.batch = device, batch
+        self.steps = 0
+        self.began = time.perf_counter()
+        self.idle = 0.0
+        self.warm_seconds = 0.0
+
+    def elapsed(self) -> float:
+        """Seconds of training so far."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - self.began - self.idle
+
+    def step(self) -> None:
+        """Count a step."""
+        self.steps += 1
+        if self.steps == WARM_STEPS:
+            self.warm_seconds = self.elapsed()
+
+    def rate(self) -> float:
+        """Images of all workers per second."""
+        if self.steps <= WARM_STEPS:
+            return self.steps * self.batch / max(self.elapsed(), 1e-9)
+        return (self.steps - WARM_STEPS) * self.batch / max(self.elapsed() - self.warm_seconds, 1e-9)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A with-block whose time does not count."""
+        began = time.perf_counter()
+        yield
+        self.idle += time.perf_counter() - began

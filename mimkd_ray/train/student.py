@@ -1,0 +1,302 @@
+"""What a student in training is: networks, optimiser and statistics; how it takes a step and is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from mimkd_ray.config.config import Config, differences, refuse_changes, training_dict
+from mimkd_ray.data.loading.loader import LaneBatch
+from mimkd_ray.data.sources.data_set import Data
+from mimkd_ray.losses.features import Features
+from mimkd_ray.taps.tapped_model import TappedModel
+from mimkd_ray.train.build import build_distiller, has_compiler
+from mimkd_ray.train.distributed import Context, gather_by_rank, gather_lanes, is_distributed, share_from_first
+from mimkd_ray.train.evaluate import accuracies, held_out_name, read_information
+from mimkd_ray.train.from_cache.cached_teacher import Cached
+from mimkd_ray.train.input_lanes import Lane
+from mimkd_ray.train.inputs import Supply
+from mimkd_ray.train.optim import build_optimizer, learning_rate
+from mimkd_ray.train.out_of_memory import each
+from mimkd_ray.train.records import checkpoint
+from mimkd_ray.train.records.metrics import say
+from mimkd_ray.train.step import LaneNorms, backward_lane, data_parallel, seed_lane
+
+T = TypeVar("T")
+
+GRAPHS = 64
+"""Students (and lane sizes) that one process compiles; torch's own limit is 8."""
+
+
+class StepRecord(NamedTuple):
+    """What a step was: the mean breakdown of this worker's lanes, their sample ids, and the view."""
+
+    log: dict[str, Tensor]
+    ids: list[Tensor]
+    view: int
+
+
+class Session:
+    """One student in one worker: ``step()`` advances it, ``evaluate()`` looks at it, ``save()`` is for a restart.
+
+    What feeds it is a :class:`Supply`: its own, or that of a pack, whose sessions are advanced together.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: Data,
+        teacher: torch.nn.Module | None,
+        context: Context,
+        cached: Cached | None = None,
+        supply: Supply | None = None,
+    ) -> None:
+        """``cached``: codecs and, where the run reads a cache, its features (train/cached.py). ``supply``: that of the
+        pack; the student's own is made of ``cached`` otherwise."""
+        self.config, self.data, self.context = config, data, context
+        train, device = config.train, context.device
+        self.supply = supply if supply is not None else Supply([config], data, teacher, context, cached)
+        self.order, self.total_steps, self.my_lanes = self.supply.order, self.supply.total_steps, self.supply.my_lanes
+        self.normalize, self.teacher, self.feed = self.supply.normalize, self.supply.teacher, self.supply.feed
+        self.distiller = build_distiller(config, data, teacher, device)
+        self.ema = (
+            AveragedModel(self.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
+            if train.ema_decay
+            else None
+        )
+        self.optimizer = build_optimizer(config.optim, self.distiller)
+        self.norms = LaneNorms(self.distiller, len(self.my_lanes), train.lanes)
+        self.model = data_parallel(self.distiller) if is_distributed() else self.distiller
+        self._logs: list[dict[str, Tensor]] = []
+        self._compile()
+
+    def _compile(self) -> None:
+        mode = self.config.train.compile
+        if mode == "off" or (mode == "auto" and self.context.device.type != "cuda"):
+            return
+        if not has_compiler():
+            say(self.context, "compilation is off: no C++ compiler (c++, g++ or clang++) was found")
+            return
+        # The graph holds recomputed chunks (a higher-order operator), which DDP's graph splitter refuses.
+        torch._dynamo.config.optimize_ddp = False
+        # Students of one process share the code of forward, and each has a graph: past the limit they would not be
+        # compiled at all.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+        self.distiller.compile()
+        if self.teacher is not None:
+            self.teacher.tapped.compile()
+
+    def batches(self, start_step: int) -> Iterator[LaneBatch]:
+        """This worker's lanes of all remaining steps, on the device ahead of need."""
+        return self.supply.batches(start_step)
+
+    def step(self, step: int, batches: Iterator[LaneBatch]) -> StepRecord:
+        """One optimiser step over this worker's lanes."""
+        records, _ = advance([self], step, self.feed.step(step, self.my_lanes, batches))
+        return records[self]
+
+    def begin_step(self, step: int) -> None:
+        """Be ready for the lanes of a step."""
+        epoch = step / self.order.steps_per_epoch
+        self.distiller.loss.begin_step(epoch, epoch / self.config.train.epochs)
+        lr = learning_rate(self.config.optim, step, self.order.steps_per_epoch, self.config.train.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        self.norms.begin_step()
+        self._logs = []
+
+    def take(self, step: int, lane: Lane) -> None:
+        """Forward and backward of one lane."""
+        seed_lane(self.config.train.seed, step, lane.number)
+        weight = self.context.world_size / self.config.train.lanes
+        last = lane.number == self.my_lanes[-1]
+        features = self._asked(lane.teacher)
+        self._logs.append(
+            backward_lane(self.model, lane.images_BCHW, lane.labels_B, lane.ids_B, features, weight, last)
+        )
+        self.distiller.loss.observe(features, lane.labels_B, lane.ids_B)
+        self.norms.end_lane()
+
+    def _asked(self, features: Features | None) -> Features | None:
+        """Of what the teacher says to all students of a pack, what this one asks for."""
+        loss = self.config.loss
+        if features is None or not loss.uses_teacher:
+            return None
+        return features if loss.resolved_negatives in ("step", "cache") else features._replace(others=None)
+
+    def end_step(self) -> dict[str, Tensor]:
+        """Update the weights. Returns the mean breakdown of the lanes."""
+        self.norms.end_step()
+        if self.config.optim.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.distiller.parameters(), self.config.optim.clip_norm)
+        self.optimizer.step()
+        self.distiller.loss.after_step(partial(gather_lanes, lanes=self.config.train.lanes))
+        if self.ema is not None:
+            self.ema.update_parameters(self.distiller.student)
+        return {key: torch.stack([log[key] for log in self._logs]).mean() for key in self._logs[0]}
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """A with-block in which batch-norm statistics are those of all workers. Every worker enters it."""
+        with self.norms.averaged():
+            self._ema_follows()
+            yield
+        self._ema_follows()
+
+    def _ema_follows(self) -> None:
+        """The moving average has no statistics of its own: it shows the student's."""
+        if self.ema is not None:
+            for buffer, of_student in zip(self.ema.module.buffers(), self.distiller.student.buffers(), strict=True):
+                buffer.copy_(of_student)
+
+    def tapped(self) -> TappedModel:
+        """The student, or its moving average, with its taps."""
+        tapped = self.ema.module if self.ema is not None else self.distiller.student
+        assert isinstance(tapped, TappedModel)
+        return tapped
+
+    def exported(self) -> torch.nn.Module:
+        """The network that users get: the student, or its moving average."""
+        return self.tapped().model
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is exported, on the CPU. Every worker calls it."""
+        with self.settled():
+            return {
+                name: value.detach().to("cpu", copy=True).contiguous()
+                for name, value in self.exported().state_dict().items()
+            }
+
+    def held_out(self, batch_size: int) -> Iterator[LaneBatch]:
+        """This worker's slice of the held-out rows."""
+        return self.supply.held_out(batch_size)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Held-out top-1, top-5, cross-entropy, and mutual information per term. Training goes on as if nobody had
+        looked."""
+        return evaluate_together([self])[self]
+
+    def save(self, step: int, writer: checkpoint.Writer | None) -> None:
+        """Checkpoint after ``step`` steps. Every worker takes part; the first has the writer."""
+        own_statistics = gather_by_rank(self.norms.flat().cpu())
+        with self.settled():
+            if writer is not None:
+                writer.save(step, self.state(step, own_statistics))
+
+    def state(self, step: int, own_statistics: list[Tensor]) -> dict[str, Any]:
+        """Everything a restart needs. The order, the views and the model's random numbers follow from the step.
+
+        Batch-norm statistics are in it twice: averaged over workers, for any number of them, and each worker's own,
+        with which the same number of workers goes on bit for bit.
+        """
+        return {
+            "step": step,
+            "config": training_dict(self.config),
+            "data": self.data.digest,
+            "distiller": self.distiller.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "own_statistics": own_statistics,
+        }
+
+    def resume(self, run_dir: str) -> int:
+        """Load the newest checkpoint of the run, if any. Returns the step to go on from (0 at the start)."""
+        # The first worker chooses: a straggler of an earlier start may commit another one meanwhile.
+        found = checkpoint.newest(run_dir) if self.context.rank == 0 else None
+        folder = share_from_first(found[0] if found else None)
+        if folder is None:
+            return 0
+        return self.restore(run_dir, found[1] if found else checkpoint.read(folder))
+
+    def restore(self, run_dir: str, content: bytes) -> int:
+        """Take over the state in a checkpoint of the run. Returns the step to go on from."""
+        state = checkpoint.parse(content, self.context.device)
+        changed = differences(state["config"], training_dict(self.config))
+        if state["data"] != self.data.digest:
+            changed.append(f"the data set's digest: {state['data'][:12]} -> {self.data.digest[:12]}")
+        refuse_changes(run_dir, changed)
+        self.distiller.load_state_dict(state["distiller"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        if len(state["own_statistics"]) == self.context.world_size:
+            self.norms.load(state["own_statistics"][self.context.rank])
+            self._ema_follows()
+        return int(state["step"])
+
+
+def advance(
+    sessions: Sequence[Session], step: int, lanes: Iterable[Lane], spare: bool = False
+) -> tuple[dict[Session, StepRecord], dict[Session, str]]:
+    """One optimiser step of every session, on the same lanes. One student's activations are held at a time.
+
+    With ``spare`` a session that finds no memory gives up its own and has no record; what the allocator said stands in
+    the second result, and the others have their step.
+    """
+    failed: dict[Session, str] = {}
+
+    def all_do(act: Callable[[Session], T]) -> dict[Session, T]:
+        done: dict[Session, T] = {}
+        for session in sessions:
+            gone = len(failed)
+            done |= each([session], act, failed if spare else None)
+            if len(failed) > gone:
+                session.optimizer.zero_grad(set_to_none=True)  # the next one may need the room
+        return done
+
+    all_do(lambda session: session.begin_step(step))
+    ids: list[Tensor] = []
+    view = 0
+    for lane in lanes:
+        all_do(lambda session, lane=lane: session.take(step, lane))  # type: ignore[misc]
+        ids.append(lane.ids_B)
+        view = lane.view
+    logs = all_do(lambda session: session.end_step())
+    return {session: StepRecord(log, ids, view) for session, log in logs.items()}, failed
+
+
+def evaluate_together(
+    sessions: Sequence[Session], failed: dict[Session, str] | None = None
+) -> dict[Session, dict[str, Any]]:
+    """:meth:`Session.evaluate` of sessions with one supply: images are decoded, and the teacher runs, once for all.
+
+    A session that finds no memory is added to ``failed`` with what the allocator said, and has no figures; None: its
+    error is raised.
+    """
+    supply = sessions[0].supply
+    train, images = supply.config.train, supply.config.data
+    with ExitStack() as stack:
+        for session in sessions:
+            stack.enter_context(session.settled())
+        # With their taps: the network alone would leave those of its last batch in the hooks that are on it.
+        networks = {session: session.tapped() for session in sessions}
+        training = {network: network.training for network in networks.values()}
+        for network in training:
+            network.eval()
+        logits = {session: partial(_logits, network) for session, network in networks.items()}
+        batches = supply.held_out(train.eval_batch or train.lane_batch)
+        measured = accuracies(
+            logits, batches, supply.normalize, images.max_damaged, held_out_name(images), failed=failed
+        )
+        for network, mode in training.items():
+            network.train(mode)
+        values: dict[Session, dict[str, Any]] = {session: found._asdict() for session, found in measured.items()}
+        readable = {session: session.distiller for session in values if session.distiller.loss.plan}
+        if supply.teacher is not None and readable and train.information_rows:
+            # In batches of a lane, so that held-out nats have the ceiling of those in training.
+            lanes = supply.held_out(train.lane_batch)
+            read = read_information(readable, supply.teacher, lanes, supply.normalize, train.information_rows, failed)
+            for session, information in read.items():
+                values[session] |= information
+    return {session: found for session, found in values.items() if session not in (failed or {})}
+
+
+def _logits(tapped: TappedModel, images_BCHW: Tensor) -> Tensor:
+    return tapped(images_BCHW)[0]

@@ -1,0 +1,140 @@
+"""A whole job in one worker: data, teacher (trained or loaded, and checked), then one run or a comparison."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from mimkd_ray import storage
+from mimkd_ray.config.config import (
+    CompareConfig,
+    Config,
+    differences,
+    refuse_changes,
+    to_dict,
+    training_dict,
+    training_part,
+)
+from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.data.augment.views import make_pipeline
+from mimkd_ray.data.loading.loader import eval_batches
+from mimkd_ray.data.sources.data_set import Data, open_data
+from mimkd_ray.models.zoo import ModelConfig
+from mimkd_ray.train.build import build_network, parameter_dtype, place, uses_channels_last
+from mimkd_ray.train.compare import arm_config, compare
+from mimkd_ray.train.distributed import Context, barrier, share_from_first
+from mimkd_ray.train.evaluate import accuracy, held_out_name
+from mimkd_ray.train.loop import train
+from mimkd_ray.train.records import start_times
+from mimkd_ray.train.records.metrics import say
+from mimkd_ray.train.records.run_dir import read_json, write_json
+from mimkd_ray.train.step import Normalizer
+from mimkd_ray.train.teacher import check_accuracy, weights_digest
+
+NO_TEACHER = LossConfig(name=())
+"""Cross-entropy alone."""
+
+
+def run_job(config: Config, context: Context, run_dir: str) -> dict[str, Any]:
+    """Do what ``config`` says in ``run_dir`` and return the result. Every worker calls this."""
+    if context.rank == 0:
+        claim(config, run_dir)
+    barrier()
+    finished = share_from_first(read_json(storage.join(run_dir, "result.json")) if context.rank == 0 else None)
+    if finished is not None:
+        return finished
+    data = open_data(config.data)
+    start_times.mark("data")
+    teacher, facts = obtain_teacher(config, data, context, run_dir)
+    start_times.mark("teacher")
+    if config.compare.seeds:
+        return compare(config, data, teacher, facts, context, run_dir)
+    return train(config, data, teacher, context, run_dir, facts)
+
+
+def claim(config: Config, run_dir: str) -> None:
+    """Write the run's config.json, or refuse a directory that was begun with another training configuration."""
+    url = storage.join(run_dir, "config.json")
+    old = read_json(url)
+    if old is not None:
+        refuse_changes(run_dir, differences(training_part(old), training_dict(config)))
+    write_json(url, to_dict(config))
+
+
+def first_runs(config: Config) -> list[Config]:
+    """The single run of the job, or those of a comparison's first seed."""
+    return [arm_config(config, arm, 0) for arm in config.compare.arms] if config.compare.seeds else [config]
+
+
+def needs_teacher(config: Config) -> bool:
+    """Whether any arm of the job uses a teacher."""
+    return any(run.loss.uses_teacher for run in first_runs(config))
+
+
+def teacher_config(config: Config) -> Config:
+    """The run that trains the teacher: the job's own, with the teacher as student, labels only, all training rows."""
+    teacher = config.teacher
+    return replace(
+        config,
+        recipe=f"{config.recipe} teacher",
+        student=ModelConfig(name=teacher.name),
+        loss=replace(NO_TEACHER, label_smoothing=config.loss.label_smoothing),
+        data=replace(config.data, subset=0),
+        optim=replace(config.optim, lr=teacher.lr or config.optim.lr),
+        train=replace(config.train, epochs=teacher.epochs or config.train.epochs),
+        compare=CompareConfig(),
+    )
+
+
+def obtain_teacher(
+    config: Config, data: Data, context: Context, run_dir: str
+) -> tuple[nn.Module | None, dict[str, Any]]:
+    """The teacher's network, trained first where the config says so, and the facts of its check on held-out images.
+
+    The check is made once and kept in teacher.json: a restart must be quick. Raises UserError if the teacher falls
+    short of ``teacher.expect_top1``.
+    """
+    if not needs_teacher(config):
+        return None, {}
+    teacher = config.teacher
+    weights = teacher.weights
+    if teacher.train:
+        folder = storage.join(run_dir, "teacher")
+        own = teacher_config(config)
+        train(own, open_data(own.data), None, context, folder)
+        weights = storage.join(folder, "student.safetensors")
+    model = build_network(config, data.num_classes, weights)
+    digest = weights_digest(model)
+    place(model, config.train, context.device).eval().requires_grad_(False)
+    url = storage.join(run_dir, "teacher.json")
+    known = share_from_first(read_json(url) if context.rank == 0 else None)
+    if known is None or (known["sha256"], known["data"]) != (digest, data.digest):
+        known = {"name": teacher.name, "weights": weights, **measure(model, config, data, context)}
+        known |= {"sha256": digest, "data": data.digest}
+        if context.rank == 0:
+            write_json(url, known)
+    say(
+        context,
+        f"teacher {teacher.name} ({weights}): top-1 {known['top1']:.2f} % on {known['rows']} held-out images",
+    )
+    check_accuracy(teacher, known["top1"], known["rows"])
+    return model, {"teacher": known}
+
+
+def measure(model: nn.Module, config: Config, data: Data, context: Context) -> dict[str, Any]:
+    """Held-out top-1 and top-5 of a network, in percent, over all workers."""
+    layout = uses_channels_last(config.train, context.device)
+    normalize = Normalizer(config.data.mean, config.data.std, context.device, parameter_dtype(config.train), layout)
+    batches = eval_batches(
+        data.val,
+        make_pipeline(config.data.pipeline, config.data.image_size).eval,
+        rank=context.rank,
+        world_size=context.world_size,
+        batch_size=config.train.eval_batch or config.train.lane_batch,
+        loader_workers=config.data.loader_workers,
+        read_ahead=config.data.read_ahead,
+    )
+    measured = accuracy(model, batches, normalize, config.data.max_damaged, held_out_name(config.data))
+    return {"top1": measured.top1, "top5": measured.top5, "rows": measured.rows}

@@ -1,0 +1,82 @@
+"""A finished run begun anew, or only looked at, by two processes as torchrun starts them: the first one decides."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import start_ranks
+from tiny_run import tiny_config
+
+from mimkd_ray import storage
+from mimkd_ray.cli import training
+from mimkd_ray.config.config import Config
+from mimkd_ray.errors import UserError
+from mimkd_ray.train import local_context
+from mimkd_ray.train.records.run_dir import RunConfig
+
+
+def _rank(rank: int, world: int, port: int, config: Config, folder: str) -> None:
+    """One process of torchrun, with its environment. Leaves the result or the words of a UserError in the folder."""
+    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    local_context.GROUP_SECONDS = 60  # a process that waits for one which is gone fails sooner
+    remove_tree = storage.remove_tree
+
+    def removed_late(url: str) -> None:
+        time.sleep(1)  # in which the other process would read what is there still
+        remove_tree(url)
+
+    storage.remove_tree = removed_late
+    try:
+        found: Any = training.run(config)
+    except UserError as error:
+        found = str(error)
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
+
+
+def _both(config: Config, folder: Path) -> list[Any]:
+    """What two processes got."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder.mkdir()
+    start_ranks(_rank, (2, port, config, str(folder)), 2)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_processes_overwrite_look_at_and_refuse_a_finished_run(tmp_path: Path) -> None:
+    config = tiny_config(
+        run={"root": str(tmp_path / "runs"), "name": "one"}, train={"max_steps": 2}, launch={"gpu": "off"}
+    )
+    result = tmp_path / "runs" / "one" / "result.json"
+    first = _both(config, tmp_path / "first")
+    assert first[0] == first[1] == json.loads(result.read_text())
+    assert (first[0]["workers"], first[0]["steps"]) == (2, 2)
+
+    anew = _both(replace(config, run=replace(config.run, overwrite=True)), tmp_path / "anew")
+    assert anew[0] == anew[1] == json.loads(result.read_text())
+    assert anew[0]["timeline"]["first_step"] > first[0]["timeline"]["first_step"], "it was trained again"
+    assert anew[0]["student"] == first[0]["student"]
+
+    written = result.stat().st_mtime_ns
+    assert _both(config, tmp_path / "looked") == anew
+    assert result.stat().st_mtime_ns == written
+
+    refused = _both(replace(config, optim=replace(config.optim, lr=0.1)), tmp_path / "refused")
+    assert refused[0] == refused[1]
+    assert "optim.lr: 0.05 -> 0.1" in refused[0]
+
+
+def test_torchrun_and_ray_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = replace(tiny_config(launch={"backend": "ray"}), run=RunConfig(root=str(tmp_path)))
+    with pytest.raises(UserError, match=r"launch\.backend is ray.*--launch\.backend local"):
+        training.run(config)

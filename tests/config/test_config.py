@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from tiny_run import tiny_config
+
+from mimkd_ray.config.config import Config, differences, digest, from_dict, to_dict, training_dict
+from mimkd_ray.errors import UserError
+
+
+def test_json_round_trip_keeps_every_field() -> None:
+    config = tiny_config(loss={"bound": "smile", "local_pairs": ("a:b", "c:d:0.5")}, train={"ema_decay": 0.99})
+    assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_unknown_name_is_refused_with_its_place() -> None:
+    value = to_dict(tiny_config())
+    value["loss"]["critic"]["widht"] = 3
+    with pytest.raises(UserError, match=r"widht.*critic"):
+        from_dict(Config, value)
+
+
+def test_wrong_type_is_refused_with_its_place() -> None:
+    value = to_dict(tiny_config())
+    value["train"]["epochs"] = "many"
+    with pytest.raises(UserError, match=r"epochs"):
+        from_dict(Config, value)
+
+
+def test_wrong_choice_is_refused() -> None:
+    value = to_dict(tiny_config())
+    value["loss"]["bound"] = "nce"
+    with pytest.raises(UserError, match=r"bound"):
+        from_dict(Config, value)
+
+
+def test_a_validation_error_keeps_its_own_words() -> None:
+    value = to_dict(tiny_config())
+    value["train"]["lane_batch"] = 1
+    with pytest.raises(UserError, match="a lane needs 2 images"):
+        from_dict(Config, value)
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "same"),
+    [
+        ("run", {"root": "elsewhere"}, True),
+        ("launch", {"workers": 1}, True),
+        ("train", {"log_every": 7}, True),
+        ("data", {"loader_workers": 2}, True),
+        ("train", {"seed": 1}, False),
+        ("loss", {"feature_weight": 0.5}, False),
+        ("data", {"subset": 100}, False),
+        ("teacher", {"weights": "elsewhere.safetensors"}, False),
+    ],
+)
+def test_digest_changes_exactly_with_what_is_trained(section: str, fields: dict, same: bool) -> None:
+    assert (digest(tiny_config()) == digest(tiny_config(**{section: fields}))) is same
+
+
+def test_differences_name_the_fields_and_both_values() -> None:
+    old, new = training_dict(tiny_config()), training_dict(tiny_config(train={"seed": 5}, optim={"lr": 0.1}))
+    assert differences(old, new) == ["optim.lr: 0.05 -> 0.1", "train.seed: 0 -> 5"]
+
+
+def test_more_workers_than_lanes_is_refused_with_the_remedy() -> None:
+    config = tiny_config()
+    with pytest.raises(UserError, match=r"launch\.workers is 3 and train\.lanes 2.*--train\.lanes 3"):
+        replace(config, launch=replace(config.launch, workers=3))
+
+
+def test_a_config_of_release_0_1_means_what_it_meant() -> None:
+    """Its preset `accuracy` had critics that learn on both sides, a learned temperature, and the lane's negatives."""
+    value = to_dict(tiny_config(loss={"preset": "accuracy", "global_weight": 0.1}))
+    assert from_dict(Config, value).loss.preset == "accuracy"
+    for name in ("teacher", "student", "frozen_width"):
+        del value["loss"]["critic"][name]
+    for name in ("queue", "same_class", "hard_share", "soft_temperature", "symmetric", "schedule", "pair_weights"):
+        del value["loss"][name]
+    loss = from_dict(Config, value).loss
+    critic = loss.resolved_critic
+    assert (critic.teacher, critic.student, critic.learn_temperature) == ("mlp", "mlp", True)
+    assert (loss.resolved_negatives, loss.resolved_same_class, loss.weight("global")) == ("all", "keep", 0.1)

@@ -1,0 +1,213 @@
+"""Storage functions and Parquet against an S3 server."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_sets import folder_set, parquet_set, prepared_set
+
+from mimkd_ray import remote, storage
+from mimkd_ray.data.augment.views import FitSize, View
+from mimkd_ray.data.loading.loader import eval_batches, train_batches
+from mimkd_ray.data.order.sample_order import Order
+from mimkd_ray.data.sources.data_set import DataConfig, open_data
+from mimkd_ray.data.store import block_reader, block_store
+from mimkd_ray.errors import DamagedDataError, UserError
+
+
+def test_storage_functions(bucket: str, tmp_path: Path) -> None:
+    folder = storage.join(bucket, "runs/a")
+    assert not storage.exists(folder)
+    assert storage.list_files(folder) == []
+    for name in ("b.bin", "a.bin", "sub/c.bin"):
+        storage.write_bytes(storage.join(folder, name), name.encode())
+    assert storage.exists(folder)
+    assert storage.list_files(folder, ".bin") == [f"{folder}/a.bin", f"{folder}/b.bin"]
+    assert storage.list_dirs(folder) == [f"{folder}/sub"]
+    assert storage.list_dirs(bucket) == [f"{bucket}/runs"]
+    assert storage.read_bytes(f"{folder}/a.bin") == b"a.bin"
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        storage.read_bytes(f"{folder}/nothing")
+    storage.write_bytes(f"{folder}/a.bin", b"longer than before")
+    assert storage.size(f"{folder}/a.bin") == 18
+    (tmp_path / "up.bin").write_bytes(bytes(100_000))
+    storage.upload(tmp_path / "up.bin", f"{folder}/up.bin")
+    assert storage.list_sizes(folder, "up.bin") == {f"{folder}/up.bin": 100_000}
+    storage.remove_tree(folder)
+    assert not storage.exists(folder)
+    storage.remove_tree(folder)
+
+
+def test_create_once(bucket: str) -> None:
+    url = f"{bucket}/x/once.json"
+    assert storage.create_once(url, b"first")
+    assert not storage.create_once(url, b"second")
+    assert storage.read_bytes(url) == b"first"
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(10):
+            place = f"{bucket}/race/{number}"
+            won = list(pool.map(partial(storage.create_once, place), [bytes([rank]) for rank in range(8)]))
+            assert sum(won) == 1
+            assert storage.read_bytes(place) == bytes([won.index(True)])
+
+
+def test_create_once_whose_first_answer_was_lost(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fs = remote.filesystem(bucket)
+    put = fs.pipe_file
+    lost = [ConnectionResetError("the answer was lost")]
+
+    def put_and_lose_the_answer(*args: Any, **options: Any) -> None:
+        put(*args, **options)
+        if lost:
+            raise lost.pop()
+
+    monkeypatch.setattr(fs, "pipe_file", put_and_lose_the_answer)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    assert storage.create_once(f"{bucket}/x", b"ours")
+    assert not lost
+    monkeypatch.setattr(fs, "pipe_file", put)
+    assert not storage.create_once(f"{bucket}/x", b"ours"), "the same bytes, but another's"
+
+
+def test_create_once_on_a_store_that_does_not_name_the_condition(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ceph and MinIO may answer: status 412 is all there is, which s3fs takes for an invalid argument."""
+    from botocore.exceptions import ClientError
+
+    storage.write_bytes(f"{bucket}/x", b"another's")
+
+    def refuse(*args: Any, **options: Any) -> None:
+        answer = {"Error": {"Code": "PreconditionFailed"}, "ResponseMetadata": {"HTTPStatusCode": 412}}
+        raise OSError(errno.EINVAL, "PreconditionFailed") from ClientError(answer, "PutObject")
+
+    monkeypatch.setattr(remote.filesystem(bucket), "pipe_file", refuse)
+    assert not storage.create_once(f"{bucket}/x", b"ours")
+
+
+def test_folder_marker_is_no_file(bucket: str) -> None:
+    import boto3
+
+    boto3.client("s3").put_object(Bucket=bucket.removeprefix("s3://"), Key="x/", Body=b"")
+    storage.write_bytes(f"{bucket}/x/a", b"1")
+    assert storage.list_files(f"{bucket}/x") == [f"{bucket}/x/a"]
+
+
+def test_changes_by_others_are_seen(bucket: str) -> None:
+    import boto3
+
+    storage.write_bytes(f"{bucket}/x/a", b"1")
+    assert len(storage.list_files(f"{bucket}/x")) == 1
+    boto3.client("s3").put_object(Bucket=bucket.removeprefix("s3://"), Key="x/b", Body=b"22")
+    assert storage.list_sizes(f"{bucket}/x") == {f"{bucket}/x/a": 1, f"{bucket}/x/b": 2}
+    assert storage.exists(f"{bucket}/x/b")
+
+
+def test_missing_bucket(bucket: str) -> None:
+    assert storage.list_files("s3://no-such-bucket-here/x") == []
+    with pytest.raises(UserError, match="does not exist"):
+        open_data(DataConfig(root="s3://no-such-bucket-here/x"))
+
+
+def test_reader_survives_pickling(bucket: str) -> None:
+    storage.write_bytes(f"{bucket}/x", bytes(range(100)))
+    file = pickle.loads(pickle.dumps(storage.open_file(f"{bucket}/x")))  # noqa: S301
+    file.seek(90)
+    assert file.read() == bytes(range(90, 100))
+
+
+def _read_in_child(url: str, queue: Any) -> None:
+    queue.put(storage.read_bytes(url))
+
+
+def test_read_after_fork(bucket: str) -> None:
+    storage.write_bytes(f"{bucket}/x", b"shared")  # the parent's event loop runs from here on
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_read_in_child, args=(f"{bucket}/x", queue))
+    child.start()
+    assert queue.get(timeout=30) == b"shared"
+    child.join(30)
+    assert child.exitcode == 0
+    assert storage.read_bytes(f"{bucket}/x") == b"shared"
+
+
+LAYOUTS = {"parquet": parquet_set, "folders": folder_set, "prepared": prepared_set}
+
+
+def _upload(local: Path, url: str) -> None:
+    for path in sorted(p for p in local.rglob("*") if p.is_file()):
+        storage.upload(path, storage.join(url, str(path.relative_to(local))))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_data_set(bucket: str, tmp_path: Path, layout: str) -> None:
+    local = LAYOUTS[layout](tmp_path / "set")
+    _upload(local, f"{bucket}/set")
+    there = open_data(DataConfig(root=f"{bucket}/set"))
+    here = open_data(DataConfig(root=str(local)))
+    assert there.digest == here.digest
+    ids = [5, 0, 11, 3]
+    assert [r[:3] for r in there.train.read(ids)] == [r[:3] for r in here.train.read(ids)]
+    np.testing.assert_array_equal(there.train.labels(), here.train.labels())
+    # Loader processes are forked from a process that has talked to the store.
+    batches = list(eval_batches(there.val, FitSize(8), batch_size=4, loader_workers=2))
+    assert sum(len(b) for b in batches) == here.val.num_rows
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_reads_each_block_once(
+    bucket: str, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _upload(LAYOUTS[layout](tmp_path / "set"), f"{bucket}/set")
+    data = open_data(DataConfig(root=f"{bucket}/set"))
+    order = Order(data.train.blocks, 2, 3, seed=1, window=2)
+    options: dict[str, Any] = {"views": 1, "lanes": [0, 1], "start_step": 0, "stop_step": 12}
+    there = list(train_batches(data.train, order, View(FitSize(8), 1), loader_workers=2, **options))
+    assert len(there) == 24
+    # From here on the blocks are in this node's store: no request is made any more.
+    monkeypatch.setattr(block_reader, "_blocks", block_reader._KeptBlocks())
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    again = list(train_batches(data.train, order, View(FitSize(8), 1), loader_workers=0, **options))
+    for a, b in zip(there, again, strict=True):
+        assert torch.equal(a.ids_B, b.ids_B)
+        assert torch.equal(a.images_BCHW, b.images_BCHW)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_object_that_goes_away(bucket: str, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _upload(LAYOUTS[layout](tmp_path / "set"), f"{bucket}/set")
+    train = open_data(DataConfig(root=f"{bucket}/set")).train
+    first = train.read([0])[0].name if layout == "folders" else storage.list_files(f"{bucket}/set", ".parquet")[0]
+    storage.remove_tree(first)
+    monkeypatch.setattr(block_reader, "_blocks", block_reader._KeptBlocks())
+    storage.remove_tree(str(block_store.default_folder()))
+    with pytest.raises(DamagedDataError, match=f"{first} is gone"):
+        train.read([0])
+
+
+def test_an_object_that_is_written_again_is_read_again(bucket: str, tmp_path: Path) -> None:
+    _upload(folder_set(tmp_path / "set"), f"{bucket}/set")
+    row = open_data(DataConfig(root=f"{bucket}/set")).train.read([0])[0]
+    storage.write_bytes(row.name, b"x" * len(row.image))
+    assert open_data(DataConfig(root=f"{bucket}/set")).train.read([0])[0].image == b"x" * len(row.image)
+
+
+def test_a_damaged_object_is_not_trained_on(bucket: str, tmp_path: Path) -> None:
+    root = prepared_set(tmp_path / "set")
+    _upload(root, f"{bucket}/set")
+    shard = "train-00000-of-00003.parquet"
+    data = bytearray((root / shard).read_bytes())
+    data[20] ^= 1
+    storage.write_bytes(f"{bucket}/set/{shard}", bytes(data))
+    train = open_data(DataConfig(root=f"{bucket}/set")).train
+    with pytest.raises(DamagedDataError, match=rf"{shard}: row group 0 is damaged"):
+        train.read([0])
+    assert train.read([5])[0].id == 5

@@ -1,0 +1,135 @@
+"""Jobs of these tests as processes: started, watched, killed with all that they started."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+JOB = str(ROOT / "jobs" / "imagenet.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"} | {"RAY_ADDRESS": ""}
+
+
+# Four epochs of five steps: a random teacher, MIMKD's three kinds of term, two lanes, a metrics line per step.
+SMALL = (
+    *("--compare.seeds", "0", "--teacher.train", "false", "--teacher.name", "cifar/resnet8", "--data.subset", "160"),
+    *("--train.lanes", "2", "--train.lane-batch", "16", "--train.epochs", "4", "--train.log-every", "1"),
+    *("--train.eval-batch", "150", "--train.eval-every", "2", "--train.precision", "float64"),
+    *("--loss.global-weight", "0.1", "--loss.local-weight", "0.1", "--loss.critic.width", "16"),
+    *("--optim.warmup-epochs", "0", "--run.checkpoint-every", "1", "--run.name", "small"),
+)
+
+
+def small(root: Path, *more: str) -> list[str]:
+    """Arguments of the small job in `root`/small."""
+    return ["demo", *SMALL, "--run.root", str(root), *more]
+
+
+def torchrun(processes: int) -> tuple[str, ...]:
+    """The interpreter and arguments that start so many processes on this machine."""
+    return (
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
+        *("--master-addr", "127.0.0.1", "--master-port", "0"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
+    )
+
+
+def run(arguments: list[str], status: int = 0) -> str:
+    """Run a job to its end; what it printed."""
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def tree(root: int) -> list[int]:
+    """A process and all below it. Ray's daemons and workers are in groups of their own, and would end a short job in
+    the second that they take to notice that its driver is gone."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [root]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
+
+
+def kill(pids: list[int]) -> None:
+    """SIGKILL all of them."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # a child of one that was killed before it
+            os.kill(pid, signal.SIGKILL)
+
+
+def processes(root: int, title: str) -> list[int]:
+    """Processes below ``root`` to which Ray has given a title that begins so."""
+    found = []
+    for pid in tree(root):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if (Path("/proc") / str(pid) / "cmdline").read_bytes().startswith(f"ray::{title}".encode()):
+                found.append(pid)
+    return found
+
+
+def train_workers(root: int) -> list[int]:
+    """Processes below ``root`` in which Ray Train trains."""
+    return processes(root, "RayTrainWorker")
+
+
+class Job:
+    """A job in the background whose output goes to a file."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        self.log = log
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                arguments, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True
+            )
+
+    def wait_until(self, condition: Callable[[], Any], seconds: float = 200) -> None:
+        """Until the condition holds; the job must be running till then."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"it ended too soon:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.01)
+
+    def end(self, seconds: float = 200) -> int:
+        """Its exit status, when it ends by itself."""
+        return self.process.wait(seconds)
+
+    def kill(self) -> None:
+        """SIGKILL it and every process that it started."""
+        kill(tree(self.process.pid))
+        self.process.wait()
+
+
+def run_and_kill(arguments: list[str], when: Callable[[], bool], log: Path) -> None:
+    """Start a job, and SIGKILL it and every process that it started once ``when`` holds."""
+    job = Job(arguments, log)
+    job.wait_until(when)
+    job.kill()
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """A file of JSON lines; none yet is none. A line that is being written does not count."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+
+
+def result(run_dir: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
+    return value
+
+
+def weights(run_dir: Path) -> bytes:
+    return (run_dir / "student.safetensors").read_bytes()

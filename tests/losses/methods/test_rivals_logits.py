@@ -1,0 +1,106 @@
+"""DKD and DIST against loops over images and classes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from rival_checks import BATCH, CLASSES, IDS, LABELS, Arrays, both, build, check, softmax, taps
+
+from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.methods.kd import kd_loss
+
+
+def slow_dkd(teacher: Arrays, student: Arrays) -> float:
+    total = 0.0
+    for image in range(BATCH):
+        label = int(LABELS[image])
+        q, p = softmax(teacher.logits[image] / 4), softmax(student.logits[image] / 4)
+        target = q[label] * math.log(q[label] / p[label])
+        target += (1 - q[label]) * math.log((1 - q[label]) / (1 - p[label]))
+        others = 0.0
+        for cls in range(CLASSES):
+            if cls != label:
+                among_q, among_p = q[cls] / (1 - q[label]), p[cls] / (1 - p[label])
+                others += among_q * math.log(among_q / among_p)
+        total += 16 * (1.0 * target + 8.0 * others) / BATCH
+    return total
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def slow_dist(teacher: Arrays, student: Arrays) -> float:
+    q = np.stack([softmax(row / 4) for row in teacher.logits])
+    p = np.stack([softmax(row / 4) for row in student.logits])
+    inter = 1 - np.mean([correlation(p[image], q[image]) for image in range(BATCH)])
+    intra = 1 - np.mean([correlation(p[:, cls], q[:, cls]) for cls in range(CLASSES)])
+    return 16 * (2 * inter + 2 * intra)
+
+
+@pytest.fixture
+def no_eps(monkeypatch) -> None:
+    """DIST's EPS is of the loss and not of the formula."""
+    monkeypatch.setattr("mimkd_ray.losses.methods.dist.EPS", 0.0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_dkd(seed: int) -> None:
+    check(build("dkd", taps()), slow_dkd, *both(seed))
+
+
+@pytest.mark.usefixtures("no_eps")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_dist(seed: int) -> None:
+    check(build("dist", taps()), slow_dist, *both(seed))
+
+
+def test_dkd_is_kd_where_its_factor_is_put_back(monkeypatch) -> None:
+    teacher, student = both()
+    monkeypatch.setattr("mimkd_ray.losses.methods.dkd.BETA", 0.0)
+    target = build("dkd", taps())(teacher, student, LABELS, IDS)
+    monkeypatch.setattr("mimkd_ray.losses.methods.dkd.BETA", 1.0)
+    total = 0.0
+    for image in range(BATCH):
+        one = [Features(value.logits_BC[image : image + 1], value.vectors, value.maps) for value in (teacher, student)]
+        label = LABELS[image : image + 1]
+        both_parts = build("dkd", taps())(*one, label, IDS[image : image + 1])
+        with monkeypatch.context() as patch:
+            patch.setattr("mimkd_ray.losses.methods.dkd.BETA", 0.0)
+            first = build("dkd", taps())(*one, label, IDS[image : image + 1])
+        others_share = 1 - (one[0].logits_BC / 4).softmax(1)[0, label]
+        total += (first + others_share * (both_parts - first)).item() / BATCH
+    assert target.item() > 0
+    assert total == pytest.approx(kd_loss(student.logits_BC, teacher.logits_BC, 4.0).item(), rel=1e-9)
+
+
+@pytest.mark.usefixtures("no_eps")
+def test_dist_asks_for_linear_relations_alone() -> None:
+    teacher, _ = both()
+    chances = (teacher.logits_BC / 4).softmax(1)
+    mixed = 4 * (0.3 * chances + 0.7 / CLASSES).log()  # of every image the same mix of its chances and even ones
+    student = Features(mixed, {}, {})
+    assert build("dist", taps())(teacher, student, LABELS, IDS).item() == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.usefixtures("no_eps")
+@pytest.mark.parametrize("method", ["dkd", "dist"])
+def test_nothing_is_left_at_equality(method) -> None:
+    teacher, _ = both()
+    student = teacher._replace(logits_BC=teacher.logits_BC.detach() + 3.0)  # a constant changes no softmax
+    assert build(method, taps())(teacher, student, LABELS, IDS).item() == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("method", ["dkd", "dist"])
+def test_extreme_logits_stay_finite(method) -> None:
+    logits = torch.full((BATCH, CLASSES), -500.0)
+    logits[torch.arange(BATCH), LABELS] = 500.0
+    student = (-logits).requires_grad_()
+    loss = build(method, taps())(Features(logits, {}, {}), Features(student, {}, {}), LABELS, IDS)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()

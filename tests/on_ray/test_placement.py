@@ -1,0 +1,167 @@
+"""How many workers a cluster gets asked for, without one: resources are given by the test."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from ray.train import ScalingConfig
+
+from mimkd_ray.config.config import Config, from_dict, to_dict
+from mimkd_ray.errors import UserError
+from mimkd_ray.on_ray import node_capacity, placement
+from mimkd_ray.on_ray.node_capacity import Capacity
+from mimkd_ray.on_ray.placement import LossWatch, scaling
+from mimkd_ray.recipes import IMAGENET_RECIPES
+
+
+def _config(lanes: int = 8, **launch: Any) -> Config:
+    base = IMAGENET_RECIPES["demo"]()
+    return replace(
+        base, train=replace(base.train, lanes=lanes), launch=replace(base.launch, **{"workers": 0, **launch})
+    )
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What the cluster has; a test changes it."""
+    has: dict[str, float] = {"CPU": 16}
+    monkeypatch.setattr(placement.ray, "cluster_resources", lambda: dict(has))
+    node = {"Alive": True, "Resources": has}
+    monkeypatch.setattr(node_capacity.ray, "nodes", lambda: [node, {"Alive": False, "Resources": {"CPU": 99.0}}])
+    return has
+
+
+def test_by_default_as_many_as_there_are_lanes_or_cpus(cluster: dict[str, float]) -> None:
+    assert scaling(_config(), own=True).num_workers == 8
+    assert scaling(_config(), own=True).resources_per_worker == {"CPU": 2}
+    cluster["CPU"] = 3
+    assert scaling(_config(), own=False).num_workers == 3
+
+
+def test_a_gpu_each_and_its_share_of_the_cpus(cluster: dict[str, float]) -> None:
+    cluster["GPU"] = 4
+    made = scaling(_config(), own=False)
+    assert (made.num_workers, made.use_gpu, made.resources_per_worker) == (4, True, {"CPU": 4, "GPU": 1})
+
+
+def test_a_range_is_elastic_in_a_cluster_and_the_most_that_fit_at_home(cluster: dict[str, float]) -> None:
+    made = scaling(_config(workers="2..8", resize_seconds=7), own=False)
+    assert made.num_workers == (2, 8)
+    assert made.elastic_resize_monitor_interval_s == 7
+    assert scaling(_config(workers="2..8"), own=True).num_workers == 8
+    cluster["CPU"] = 5
+    assert scaling(_config(workers="2..8"), own=True).num_workers == 5
+    assert scaling(_config(workers="2..8"), own=False).num_workers == (2, 8), "the others may still come"
+    cluster["CPU"] = 1
+    with pytest.raises(
+        UserError, match="2 workers with 1 CPUs each do not fit: the cluster has 1 CPUs and 0 GPUs on 1 nodes"
+    ):
+        scaling(_config(workers="2..8"), own=False)
+
+
+def nodes_of(monkeypatch: pytest.MonkeyPatch, *nodes: tuple[int, int]) -> None:
+    monkeypatch.setattr(placement.Capacity, "of_cluster", classmethod(lambda _: Capacity(nodes)))
+
+
+def test_a_worker_has_no_more_cpus_than_a_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes_of(monkeypatch, (0, 0), (2, 0), (6, 0))
+    assert scaling(_config(workers=2), own=False).resources_per_worker == {"CPU": 3}, "both on the larger"
+    assert scaling(_config(workers=4), own=False).resources_per_worker == {"CPU": 2}
+    nodes_of(monkeypatch, (3, 0), (3, 0))
+    with pytest.raises(UserError, match=r"3 workers with 2 CPUs each do not fit.* 6 CPUs .*on 2 nodes.*workers 2,"):
+        scaling(_config(workers=3, cpus_per_worker=2), own=False)
+
+
+def test_cpus_of_nodes_without_gpus_are_not_for_workers_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes_of(monkeypatch, (4, 1), (8, 1), (64, 0))
+    made = scaling(_config(), own=False)
+    assert (made.num_workers, made.resources_per_worker) == (2, {"CPU": 4, "GPU": 1})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cpus", "gpu", "room"),
+    [
+        (((1, 0), (1, 0), (1, 0)), 2, 0, 0),
+        (((5, 0), (4, 0)), 2, 0, 4),
+        (((8, 2), (8, 0)), 2, 1, 2),
+        (((8, 2),), 0.5, 0.3, 6),
+        (((16, 3), (16, 1)), 1, 2, 1),
+        (((1, 0),), 0.1, 0, 10),
+    ],
+)
+def test_room_is_counted_by_node(nodes: tuple[tuple[int, int], ...], cpus: float, gpu: float, room: int) -> None:
+    assert Capacity(nodes).room(cpus, gpu) == room
+
+
+@pytest.mark.parametrize("workers", ["8..2", "0..4", "-1", "two", "1..2..3", "2.."])
+def test_senseless_numbers_of_workers(workers: str) -> None:
+    with pytest.raises(UserError, match="give a number, or a range such as"):
+        _config(workers=workers)
+
+
+def test_a_range_needs_a_lane_for_its_largest_number() -> None:
+    with pytest.raises(UserError, match=r"pass --train\.lanes 9"):
+        _config(workers="2..9")
+
+
+def test_a_range_survives_json() -> None:
+    for workers in (3, "2..8"):
+        assert from_dict(Config, to_dict(_config(workers=workers))).launch.workers == workers
+
+
+def test_waiting_for_an_autoscaler_ends_when_nodes_come(
+    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster["CPU"] = 0
+    groups: list[Any] = []
+    monkeypatch.setattr(placement, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(placement, "placement_group", lambda bundles: groups.append(bundles) or bundles)
+    monkeypatch.setattr(placement, "remove_placement_group", groups.remove)
+    seen: list[Any] = []
+    threading.Timer(0.2, lambda: (seen.extend(groups), cluster.update(CPU=4))).start()
+    assert scaling(_config(workers="2", wait_minutes=1), own=False).num_workers == 2
+    assert seen == [[{"CPU": 1}] * 2], "asked for once, while it waits"
+    assert not groups, "and no longer"
+    assert "waiting up to 1 more minutes for nodes: 2 workers" in capsys.readouterr().out
+
+
+def wait_long() -> None:
+    """Ten seconds; an interrupt is seen at the end of a sleep."""
+    for _ in range(1000):
+        time.sleep(0.01)
+
+
+def test_a_wait_that_was_in_vain_asks_for_nothing_any_more(
+    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[Any] = []
+    monkeypatch.setattr(placement, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(placement, "placement_group", lambda bundles: groups.append(bundles) or bundles)
+    monkeypatch.setattr(placement, "remove_placement_group", groups.remove)
+    cluster["CPU"] = 0
+    with pytest.raises(UserError, match="2 workers with 1 CPUs each do not fit"):
+        scaling(_config(workers="2", wait_minutes=0.1 / 60), own=False)
+    assert not groups
+
+
+def test_nodes_that_stay_away_end_the_job_with_numbers(
+    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(placement, "LOOK_SECONDS", 0.02)
+    # As Ray Train does. A shell starts what it puts in the background with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    needed = ScalingConfig(num_workers=(2, 8), resources_per_worker={"CPU": 2})
+    cluster["CPU"] = 3
+    with pytest.raises(KeyboardInterrupt), LossWatch(needed, minutes=0.3 / 60) as watch:
+        wait_long()
+    assert "had only {'CPU': 3} of the {'CPU': 4} that 2 workers need" in watch.gave_up
+    cluster["CPU"] = 4
+    with LossWatch(needed, minutes=0.1 / 60) as watch:
+        time.sleep(0.5)
+    assert not watch.gave_up

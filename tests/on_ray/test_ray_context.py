@@ -1,0 +1,114 @@
+"""What a worker of Ray Train hears of the world outside, stop requests and preemptions, without a cluster."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("ray")
+
+from mimkd_ray import storage
+from mimkd_ray.on_ray import train_workers
+from mimkd_ray.storage import StorageError
+from mimkd_ray.train.distributed import Preemption
+from mimkd_ray.train.records.run_dir import write_json
+
+LAUNCH = "this-launch"
+
+
+class _FirstWorker:
+    def get_world_rank(self) -> int:
+        return 0
+
+    def get_world_size(self) -> int:
+        return 1
+
+
+def watching(monkeypatch: pytest.MonkeyPatch, run_dir: Path, joined: bool = False) -> train_workers.RayContext:
+    """The context of the only worker of a job, which looks for a stop request a hundred times a second."""
+    monkeypatch.setattr(train_workers, "STOP_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(train_workers.ray.train, "get_context", _FirstWorker)
+    monkeypatch.setattr(train_workers.ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    return train_workers.RayContext(LAUNCH, str(run_dir), joined)
+
+
+def within(seconds: float, condition: Callable[[], Any]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return bool(condition())
+
+
+def test_a_stop_request_is_heeded_after_storage_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Five looks of which the first, and the third and fourth in a row fail: one line for each row of failures."""
+    answers = ["fails", "works", "fails", "fails", "works"]
+    looks: list[str] = []
+    exists = storage.exists
+
+    def failing(url: str) -> bool:
+        assert url == str(tmp_path / "stop.json")
+        looks.append(url)
+        if len(looks) <= len(answers) and answers[len(looks) - 1] == "fails":
+            raise StorageError(f"{url}: the store answers 503\nslow down (look {len(looks)})")
+        return exists(url)
+
+    monkeypatch.setattr(storage, "exists", failing)
+    with caplog.at_level(logging.WARNING):
+        context = watching(monkeypatch, tmp_path)
+        assert within(10, lambda: len(looks) > len(answers)), "the watch has ended with an error"
+        assert not context.stop_requested()
+        write_json(str(tmp_path / "stop.json"), {"launch_id": LAUNCH})
+        assert within(10, context.stop_requested)
+    said = [record.getMessage() for record in caplog.records if record.name == train_workers.__name__]
+    assert ["look 1" in said[0], "look 3" in said[1], len(said)] == [True, True, 2]
+    for line in said:
+        assert "\n" not in line
+        assert "StorageError" in line
+        assert "the store answers 503 slow down" in line
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"launch": "x"}'])
+def test_a_file_that_is_no_request_does_not_end_the_watch(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "stop.json"
+    file.write_text(content)
+    context = watching(monkeypatch, tmp_path)
+    assert within(10, lambda: "cannot look for a stop request" in caplog.text)
+    assert not context.stop_requested()
+    write_json(str(file), {"launch_id": train_workers.ANYBODY})
+    assert within(10, context.stop_requested)
+
+
+def test_a_request_to_another_launch_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(str(tmp_path / "stop.json"), {"launch_id": "an earlier launch"})
+    context = watching(monkeypatch, tmp_path)
+    assert not within(0.2, context.stop_requested)
+    write_json(str(tmp_path / "stop.json"), {"launch_id": LAUNCH})
+    assert within(10, context.stop_requested)
+
+
+def test_a_preemption_that_ray_hears_of_is_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a cluster of others'; in a Ray of our own nobody drains nodes, and Ray is not asked."""
+    from ray.train import PreemptionInfo
+
+    monkeypatch.setattr(train_workers, "LiveMetrics", object)
+    info: list[Any] = [None]
+    monkeypatch.setattr(train_workers.ray.train, "get_preemption_info", lambda: info[0])
+    joined, own = watching(monkeypatch, tmp_path, joined=True), watching(monkeypatch, tmp_path)
+    assert joined.preemption() is None
+    info[0] = PreemptionInfo(deadline_ms=1_700_000_000_500, preempted_node_to_ranks={"b": [2, 0], "a": [1]})
+    assert joined.preemption() == Preemption(nodes=("a", "b"), ranks=(0, 1, 2), deadline=1_700_000_000.5)
+    assert own.preemption() is None
+    info[0] = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [0]})
+    assert joined.preemption() == Preemption(nodes=("a",), ranks=(0,), deadline=None)
+    write_json(str(tmp_path / "stop.json"), {"launch_id": train_workers.ANYBODY})  # ends both threads
+    assert within(10, lambda: joined.stop_requested() and own.stop_requested())

@@ -1,0 +1,212 @@
+"""Search spaces: every answer of a grid, conditions, names, and the spaces that come with the package."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_run import tiny_config
+from tiny_search import width
+
+from mimkd_ray.cli.preflight import preflight
+from mimkd_ray.config.config import Config
+from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.errors import UserError
+from mimkd_ray.search.spaces import SPACES
+from mimkd_ray.search.suggest import Candidates, Suggest, compose, find_spaces, grid, grid_values
+from mimkd_ray.search.tap_candidates import _Draw, find_candidates, near_pairs, widest
+from mimkd_ray.taps.default_stages import Stages
+from mimkd_ray.train.build import plan_taps
+
+NONE = Candidates((), (), {})
+
+
+def test_a_grid_is_the_product_of_its_choices() -> None:
+    def build(suggest: Suggest) -> Config:
+        suggest.choice("a", (1, 2, 3))
+        suggest.choice("b", ("x", "y"))
+        suggest.number("c", 1.0, 100.0, log=True)
+        return Config()
+
+    found = [tuple(params.values()) for params in grid(build, 3)]
+    assert found == list(itertools.product((1, 2, 3), ("x", "y"), (1.0, pytest.approx(10.0), 100.0)))
+
+
+def test_a_grid_follows_conditions() -> None:
+    """A tree of unequal depth, against its leaves by hand."""
+
+    def build(suggest: Suggest) -> Config:
+        if suggest.choice("on", (True, False)):
+            if suggest.choice("kind", ("p", "q")) == "q":
+                suggest.choice("deep", (1, 2))
+            suggest.choice("kind", ("p", "q"))  # asked again: the same answer, and no new branch
+        return Config()
+
+    assert list(grid(build, 2)) == [
+        {"on": True, "kind": "p"},
+        {"on": True, "kind": "q", "deep": 1},
+        {"on": True, "kind": "q", "deep": 2},
+        {"on": False},
+    ]
+
+
+@given(low=st.floats(1e-3, 10), factor=st.floats(1.01, 1e3), points=st.integers(2, 9), log=st.booleans())
+def test_grid_values_are_even_and_reach_the_ends(low: float, factor: float, points: int, log: bool) -> None:
+    values = grid_values(low, low * factor, points, log)
+    assert (values[0], values[-1], len(values)) == (low, low * factor, points)
+    on_scale = [math.log(value) if log else value for value in values]
+    steps = [b - a for a, b in itertools.pairwise(on_scale)]
+    assert steps == pytest.approx([steps[0]] * len(steps), rel=1e-6, abs=1e-12)
+
+
+def test_spaces_are_found_in_the_order_in_which_they_depend() -> None:
+    names = ["weights", "tiny_search:width", "taps", "temperature"]
+    assert find_spaces(names, SPACES) == [SPACES["temperature"], SPACES["taps"], SPACES["weights"], width]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tempreature", r"'tempreature' is unknown; did you mean 'temperature'.*spaces: critic, temperature, bound"),
+        ("no.such.module:f", r"'no.such.module:f' cannot be imported: No module named 'no'"),
+        ("tiny_search:nothing", r"has no attribute 'nothing'"),
+    ],
+)
+def test_a_space_that_is_not_there(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_spaces([name], SPACES)
+
+
+def test_candidates_are_stages_at_most_one_apart() -> None:
+    teacher, student = Stages(("t1", "t2", "t3"), "t"), ("s2", "s3")
+    assert near_pairs(teacher, student) == ("t1:s2", "t2:s2", "t2:s3", "t3:s2", "t3:s3")
+    assert len(near_pairs(Stages(("a",), "v"), ("b",))) == 1
+
+
+def test_candidates_of_two_networks() -> None:
+    found = find_candidates(tiny_config(loss={"feature_pairs": ()}), 10)
+    near = "stage1:stage1 stage1:stage2 stage2:stage1 stage2:stage2 stage2:stage3 stage3:stage2 stage3:stage3"
+    assert found.feature == tuple(near.split()), "all but those two stages apart"
+    assert found.local == ("pool:stage1", "pool:stage2", "pool:stage3")
+    assert found.default["global"] == ("pool:pool",)
+    named = find_candidates(tiny_config(), 10)
+    assert named.feature == ("stage3:stage3",), "pairs that the config names are the candidates"
+
+
+class _Fixed:
+    """Answers with given values, and notes what was asked."""
+
+    def __init__(self, **answers: object) -> None:
+        self.answers, self.asked = answers, list[str]()
+
+    def number(self, name: str, low: float, high: float, log: bool = False) -> float:
+        self.asked.append(name)
+        value = self.answers.get(name, high)
+        assert low <= value <= high  # type: ignore[operator]
+        return value  # type: ignore[return-value]
+
+    def choice(self, name: str, options: Sequence) -> object:
+        self.asked.append(name)
+        value = self.answers.get(name, options[0])
+        assert value in options
+        return value
+
+
+def test_a_temperature_only_where_there_is_one() -> None:
+    build = compose([SPACES["critic"], SPACES["temperature"]], tiny_config(), NONE)
+    concat = _Fixed(**{"critic.kind": "concat"})
+    assert build(concat).loss.critic.kind == "concat"  # type: ignore[arg-type]
+    assert concat.asked == ["critic.kind", "critic.width"]
+    dot = _Fixed(**{"critic.temperature": 0.02})
+    config = build(dot)  # type: ignore[arg-type]
+    assert config.loss.critic.temperature == 0.02
+    assert dot.asked == [
+        "critic.kind",
+        "critic.teacher",
+        "critic.student",
+        "critic.learn_temperature",
+        "critic.temperature",
+    ]
+
+
+def test_no_pair_chosen_turns_feature_terms_off_and_asks_for_no_weight() -> None:
+    pairs = Candidates(("a:b", "c:d"), ("v:b",), {})
+    build = compose([SPACES["taps"], SPACES["weights"]], tiny_config(), pairs)
+    none = _Fixed(**{"feature a:b": False, "feature c:d": False})
+    config = build(none)  # type: ignore[arg-type]
+    assert config.loss.feature_weight == 0
+    assert not any("feature_weight" in name for name in none.asked)
+    one = build(_Fixed(**{"feature a:b": False, "global terms": False}))  # type: ignore[arg-type]
+    assert one.loss.feature_pairs == ("c:d",)
+    assert (one.loss.global_weight, one.loss.feature_weight) == (0.0, 30.0)
+
+
+def test_a_student_alone_is_not_drawn() -> None:
+    """With every answer no, the last kind is on without a question, unless KD reads the teacher."""
+    off = {f"{kind} terms": False for kind in ("global", "local", "feature")}
+    build = compose([SPACES["taps"], SPACES["kd"], SPACES["weights"]], tiny_config(), Candidates((), ("v:b",), {}))
+    alone = _Fixed(kd=False, **off)
+    loss = build(alone).loss  # type: ignore[arg-type]
+    assert (loss.global_weight, loss.local_weight, loss.feature_weight) == (0.0, 30.0, 0.0)
+    assert alone.asked == ["kd", "global terms", "local_weight"]
+    with_kd = build(_Fixed(kd=True, **off)).loss  # type: ignore[arg-type]
+    assert (with_kd.uses_features, with_kd.kd_weight) == (False, 3.0)
+
+
+def test_a_rivals_factor_only_where_there_is_one() -> None:
+    none = _Fixed()
+    assert compose([SPACES["rival"]], tiny_config(), NONE)(none) == tiny_config()  # type: ignore[arg-type]
+    assert none.asked == []
+    for name in ("kd", "rkd"):
+        base = tiny_config(loss={"name": ("mimkd", name)})
+        config = compose([SPACES["rival"]], base, NONE)(_Fixed(rival_weight=0.2))  # type: ignore[arg-type]
+        assert config.loss.weight_of(name) == pytest.approx(0.2 * base.loss.weight_of(name))
+
+
+def test_the_widest_config_names_all_methods_that_are_drawn() -> None:
+    base = tiny_config(loss={"name": (), "feature_pairs": ()})
+
+    def method(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+        name = suggest.choice("method", ("dist", "sp", "mimkd"))
+        return replace(config, loss=replace(config.loss, name=(name,)))  # type: ignore[arg-type]
+
+    candidates = find_candidates(base, 10)
+    wide = widest(compose([method], base, candidates), candidates)
+    assert set(wide.loss.name) == {"dist", "sp", "mimkd"}
+    assert wide.loss.weight("feature")
+    assert wide.loss.feature_pairs == candidates.default["feature"]
+
+
+def test_whatever_is_drawn_can_be_trained() -> None:
+    """All spaces together: every config is valid, its taps exist, and the widest one covers them."""
+    base = tiny_config(loss={"feature_pairs": ()})
+    candidates = find_candidates(base, open_data(base.data).num_classes)
+    build = compose(list(SPACES.values()), base, candidates)
+    wide = widest(build, candidates)
+    assert wide.loss.kd_weight
+    for seed in range(12):
+        config = build(_Draw(seed))
+        assert config.loss.uses_teacher
+        preflight(config)
+        for kind in ("global", "local", "feature"):
+            if config.loss.weight(kind):
+                own = getattr(config.loss, f"{kind}_pairs") or candidates.default[kind]
+                assert set(own) <= set(getattr(wide.loss, f"{kind}_pairs"))
+                assert wide.loss.weight(kind)
+
+
+def test_the_default_pairs_are_those_of_training() -> None:
+    from mimkd_ray.models.zoo import build_model
+
+    base = tiny_config(loss={"feature_pairs": ()})
+    candidates = find_candidates(base, 10)
+    networks = [build_model(name, 10, "random", 32) for name in (base.teacher.name, base.student.name)]
+    plan = plan_taps(base.loss, networks[0], networks[1], base.data.image_size)
+    for kind in ("global", "local", "feature"):
+        own = tuple(f"{term.teacher}:{term.student}" for term in plan.terms if term.kind == kind)
+        assert candidates.default[kind] == own

@@ -1,0 +1,435 @@
+"""Training from a cache: the same as with a live teacher, up to the codec's rounding; and what is refused."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny_cache import build_here, cached_config
+from tiny_run import cpu
+
+from mimkd_ray import storage
+from mimkd_ray.cli.cache_teacher import main
+from mimkd_ray.cli.preflight import preflight
+from mimkd_ray.config.config import Config, LaunchConfig, digest
+from mimkd_ray.data.augment.views import View
+from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.losses.features import Features
+from mimkd_ray.train.build import build_network
+from mimkd_ray.train.from_cache.cached_teacher import open_cached
+from mimkd_ray.train.student import Session
+from mimkd_ray.train.worker import run_job
+
+STEPS = 4
+
+
+def live(config: Config) -> Config:
+    """The same run with the teacher at work."""
+    return replace(config, cache=replace(config.cache, live=True))
+
+
+def walk(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Some steps over both epochs: what each lane was fed, the losses, and the first gradient."""
+    data = open_data(config.data)
+    network = build_network(config, data.num_classes, config.teacher.weights)
+    cached = open_cached(config, data, network, cpu(), str(run_dir))
+    session = Session(config, data, network, cpu(), cached)
+    seen: dict[str, Any] = {"features": [], "losses": [], "samples": []}
+    real = session.feed.step
+
+    def step(*arguments: Any) -> Any:
+        for lane in real(*arguments):
+            seen["features"].append(lane.teacher)
+            seen["samples"].append((lane.number, lane.view, lane.ids_B.tolist()))
+            yield lane
+
+    session.feed.step = step  # type: ignore[method-assign]
+    batches = session.batches(0)
+    for number in range(STEPS):
+        record = session.step(number, batches)
+        seen["losses"].append(float(record.log["loss"]))
+        seen["log"] = record.log
+        if number == 0:
+            seen["gradient"] = torch.cat([p.grad.flatten() for p in session.distiller.parameters()])
+    return seen
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def worst_difference(ours: list[Features], theirs: list[Features]) -> float:
+    """Largest relative difference of any feature of any lane."""
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.vectors.keys() == b.vectors.keys()
+        assert a.maps.keys() == b.maps.keys()
+        pairs = [(a.logits_BC, b.logits_BC)]
+        pairs += [(a.vectors[tap], b.vectors[tap]) for tap in a.vectors] + [(a.maps[t], b.maps[t]) for t in a.maps]
+        for ours_B, theirs_B in pairs:
+            assert ours_B.shape == theirs_B.shape
+            worst = max(worst, relative(ours_B, theirs_B))
+    return worst
+
+
+CODECS = {
+    "fp32": (("maps=fp32", "vectors=fp32"), 1e-5, 1e-5),
+    "fp16": (("maps=fp16", "vectors=fp16"), 1e-3, 1e-3),
+    "pca": (("maps=pool4,pca8,fp32", "vectors=pca8,fp32"), 1e-5, 1e-5),
+    "uint8": (("maps=pool4,pca8,uint8", "vectors=fp16"), 0.03, 0.03),
+}
+"""Codecs, and the relative errors that they allow of features (and loss), and of the gradient."""
+
+
+@pytest.mark.parametrize("pipeline", ["digits", "none"])
+@pytest.mark.parametrize("name", CODECS)
+def test_cached_is_live_up_to_rounding(tmp_path: Path, name: str, pipeline: str) -> None:
+    """The same samples and views; features, first loss and first gradient as near as the codec rounds."""
+    codecs, tolerance, of_gradient = CODECS[name]
+    kd = 0.0 if name in ("fp32", "pca") else 0.5  # logits are fp16 whatever the codec
+    config = cached_config(
+        tmp_path / "cache",
+        cache={"codecs": codecs, "calibration_rows": 600},
+        data={"pipeline": pipeline},
+        loss={"kd_weight": kd},
+    )
+    build_here(config)
+    ours, theirs = walk(config, tmp_path / "a"), walk(live(config), tmp_path / "b")
+    assert ours["samples"] == theirs["samples"]
+    assert {view for _, view, _ in ours["samples"]} == {0, 1}, "both views"
+    if not kd:
+        assert not ours["features"][0].logits_BC.numel(), "logits that nobody uses are not read"
+        for seen in (ours, theirs):
+            seen["features"] = [f._replace(logits_BC=torch.ones(1)) for f in seen["features"]]
+    found = worst_difference(ours["features"], theirs["features"])
+    assert found < tolerance
+    assert ours["losses"][0] == pytest.approx(theirs["losses"][0], rel=tolerance)
+    assert relative(ours["gradient"], theirs["gradient"]) < of_gradient
+    if name == "uint8":
+        assert found > 1e-4, "uint8 does round"
+
+
+def test_a_queue_is_the_same_cached_and_live(tmp_path: Path) -> None:
+    """Every step of the run, with negatives of the steps before: losses as near as fp16 features are."""
+    config = cached_config(
+        tmp_path / "cache",
+        cache={"codecs": ("maps=fp16", "vectors=fp16")},
+        loss={"preset": "best", "queue": 60, "kd_weight": 0.5},
+    )
+    build_here(config)
+    ours, theirs = walk(config, tmp_path / "a"), walk(live(config), tmp_path / "b")
+    assert ours["samples"] == theirs["samples"]
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=2e-3)
+    ceiling = float(ours["log"]["global/pool-pool/ceiling"])
+    assert ceiling == float(theirs["log"]["global/pool-pool/ceiling"]) > 3, "more candidates than a lane of 10 has"
+
+
+def test_top_logits_are_live_up_to_rounding(tmp_path: Path) -> None:
+    """Every step of the run, cached, live beside the cache and without one; all logits are another loss."""
+    exact = ("maps=fp32", "vectors=fp32")
+    config = cached_config(tmp_path / "cache", cache={"logits": "top3", "codecs": exact}, loss={"kd_weight": 1.0})
+    build_here(config)
+    ours, theirs = walk(config, tmp_path / "a"), walk(live(config), tmp_path / "b")
+    assert ours["samples"] == theirs["samples"]
+    logits = [(a.logits_BC, b.logits_BC) for a, b in zip(ours["features"], theirs["features"], strict=True)]
+    assert all(b.sort(1).values[:, :7].std(1).max() < 1e-5 for _, b in logits), "seven of ten are equal"
+    assert 0 < max(relative(a, b) for a, b in logits) < 1e-3
+    assert float(ours["log"]["kd"]) == pytest.approx(float(theirs["log"]["kd"]), rel=1e-3)
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
+    assert relative(ours["gradient"], theirs["gradient"]) < 1e-3
+    alone = replace(config, cache=replace(config.cache, root=""))
+    assert walk(alone, tmp_path / "c")["losses"] == theirs["losses"]
+    whole = walk(live(replace(config, cache=replace(config.cache, logits="fp16"))), tmp_path / "d")
+    assert float(whole["log"]["kd"]) != pytest.approx(float(theirs["log"]["kd"]), rel=0.01)
+
+
+def test_the_teacher_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = cached_config(tmp_path / "cache", cache={"canary": 0.0})
+    build_here(config)
+
+    def features(*_: Any) -> Features:
+        raise AssertionError("the teacher ran")
+
+    monkeypatch.setattr("mimkd_ray.train.teacher.Teacher.features", features)
+    assert len(walk(config, tmp_path / "run")["losses"]) == STEPS
+
+
+@pytest.mark.parametrize("loader_workers", [0, 2])
+def test_a_held_out_share_reads_the_same_cache(tmp_path: Path, loader_workers: int) -> None:
+    """A search holds rows out, and the run that follows does not: the teacher has run once for both."""
+    whole = cached_config(tmp_path / "cache", cache={"codecs": ("maps=fp32", "vectors=fp32")})
+    keys = build_here(whole).keys
+    part = replace(whole, data=replace(whole.data, subset=0, holdout=0.9, loader_workers=loader_workers))
+    whole_of_part = replace(part, data=replace(part.data, holdout=0.0))
+    assert build_here(part).keys == build_here(whole_of_part).keys != keys
+    cached, at_work = walk(part, tmp_path / "a"), walk(live(part), tmp_path / "b")
+    assert cached["samples"] == at_work["samples"]
+    assert worst_difference(cached["features"], at_work["features"]) < 1e-3  # logits are fp16
+
+
+def test_a_run_of_one_tap_reads_one_tap_of_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that the storage gave out, by entry: those of the one tap, each once, and nothing of the other three, of
+    the logits and of the pixels."""
+    folder, taps = tmp_path / "cache", ("stage1", "stage2")
+    off = {"canary": 0.0, "taps": taps}
+    config = cached_config(folder, cache=off, data={"store": str(tmp_path / "store")}, loss={"kd_weight": 0.0})
+    built = build_here(config)
+    assert {"pool:vector", "stage1:map", "stage2:map", "stage3:map"} < built.keys.keys()
+    given: dict[str, int] = {}
+    real = storage.read_range
+
+    def read_range(url: str, offset: int, length: int) -> bytes:
+        data = real(url, offset, length)
+        key = Path(url).relative_to(folder).parts[0]
+        given[key] = given.get(key, 0) + len(data)
+        return data
+
+    monkeypatch.setattr(storage, "read_range", read_range)
+    one = replace(config.loss, global_weight=0.0, local_weight=0.0)
+    walk(replace(config, loss=one), tmp_path / "run")
+    used = built.keys["stage3:map"]
+    assert given.keys() == {used}
+    files = (folder / used).rglob("*.parquet")
+    groups = [pq.ParquetFile(file).metadata for file in files]
+    sizes = [g.row_group(n).total_byte_size for g in groups for n in range(g.num_row_groups)]
+    assert given[used] == sum(sizes)
+
+
+def test_loader_processes_bring_the_same_features(tmp_path: Path) -> None:
+    """Two loader processes, shared slots, read-ahead into a store, from digits that have none of their own."""
+    config = cached_config(tmp_path / "cache", data={"store": str(tmp_path / "store")})
+    build_here(config)
+    plain = walk(config, tmp_path / "run")
+    processes = walk(replace(config, data=replace(config.data, loader_workers=2)), tmp_path / "run")
+    assert worst_difference(processes["features"], plain["features"]) == 0
+    assert processes["losses"] == plain["losses"]
+    assert list((tmp_path / "store").glob("*")), "features went through the store"
+
+
+def test_a_live_run_with_codecs_fits_its_own(tmp_path: Path) -> None:
+    """Without a cache: calibrated in the run's directory, once, and equal to a cache's."""
+    codecs = ("maps=pool4,pca8,uint8",)
+    config = cached_config(tmp_path / "cache", cache={"codecs": codecs})
+    build_here(config)
+    alone = replace(config, cache=replace(config.cache, root=""))
+    first = walk(alone, tmp_path / "run")
+    (made,) = (tmp_path / "run" / "calibrations").glob("*")
+    (shared,) = (tmp_path / "cache" / "calibrations").glob("*")
+    assert made.read_bytes() == shared.read_bytes()
+    written = made.stat().st_mtime_ns
+    assert walk(alone, tmp_path / "run")["losses"] == first["losses"]
+    assert made.stat().st_mtime_ns == written
+    assert first["losses"] == walk(live(config), tmp_path / "other")["losses"]
+
+
+def test_a_whole_job(tmp_path: Path) -> None:
+    """With evaluation, which reads mutual information from the live teacher, and resumed by its result."""
+    config = cached_config(tmp_path / "cache")
+    build_here(config)
+    result = run_job(config, cpu(), str(tmp_path / "run"))
+    assert result["steps"] == 6
+    assert result["nats"]["feature/stage3-stage3"]["nats"] is not None
+    assert run_job(config, cpu(), str(tmp_path / "run")) == result
+
+
+def test_seeds_of_a_comparison_share_one_cache(tmp_path: Path) -> None:
+    config = cached_config(
+        tmp_path / "cache",
+        data={"holdout": 0.9, "subset": 0},
+        compare={"seeds": 2, "arms": ("alone", "mimkd")},
+        train={"epochs": 1, "lane_batch": 20},
+        cache={"shard_rows": 100},
+    )
+    build_here(config)
+    result = run_job(config, cpu(), str(tmp_path / "run"))
+    assert len(result["compare"]["mimkd"]["top1"]) == 2
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "views": ({"data": {"views": 3}}, r"view 2 is missing, 2 are there \(--data.views\)"),
+    "seed": ({"train": {"seed": 5}, "data": {"view_seed": 3}}, r"seed of the views \(--data.view-seed\): 0, not 3"),
+    "pipeline": ({"data": {"pipeline": "none"}}, r"view pipeline \(--data.pipeline\): digits, not none"),
+    "data": ({"data": {"subset": 70}}, r"data set \(--data.root, its split, holdout or subset\)"),
+    "codec": ({"cache": {"codecs": ("stage3=fp16",)}}, r"codec \(--cache.codecs\): pool4,pca256,uint8, not fp16"),
+    "logits": (
+        {"cache": {"logits": "top3"}},
+        r"run: logits: the nearest one there has another codec \(--cache.logits\): fp16, not top3\. Build .*"
+        r"--cache.logits top3",
+    ),
+    "precision": ({"cache": {"precision": "bf16"}}, r"precision \(--cache.precision\): float32, not bf16"),
+    "teacher": ({"teacher": {"name": "cifar/resnet8"}}, r"teacher \(--teacher.name\): cifar/resnet8_w4, not"),
+    "more views": ({"data": {"views": 4}}, r"pixels: views 2, 3 are missing, 2 are there"),
+    "calibration": (
+        {"cache": {"calibration_rows": 50}},
+        r"calibration of the codec \(--cache.calibration-rows\): [0-9a-f]{16}, and this run's has not been fitted",
+    ),
+    "tap": (
+        {"loss": {"feature_pairs": ("stage2:stage3",)}},
+        r"stage2:map: this tap is not cached; there are logits, pool \(vector\), stage3 \(map\)\. Build",
+    ),
+    "mean": ({"data": {"mean": (0.5, 0.5, 0.5)}}, r"mean \(--data.mean\): \[0.305, 0.305, 0.305\], not \[0.5,"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_mismatch_names_what_differs(tmp_path: Path, what: str) -> None:
+    sections, message = REFUSED[what]
+    build_here(cached_config(tmp_path / "cache"))
+    config = cached_config(tmp_path / "cache", **sections)
+    with pytest.raises(UserError, match=message) as caught:
+        walk(config, tmp_path / "run")
+    said = str(caught.value)
+    with pytest.raises(UserError) as before:
+        preflight(config)
+    assert str(before.value) == said, "known before any worker starts"
+    assert said.startswith(f"the cache {tmp_path / 'cache'} does not fit this run: ")
+    assert f"python jobs/cache_teacher.py custom --data.subset {sections.get('data', {}).get('subset', 60)}" in said
+
+
+def test_a_cache_that_fits_passes_before_workers_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run and a comparison; and where workers may have another device, a cache that only they could use."""
+    config = cached_config(tmp_path / "cache")
+    build_here(config)
+    preflight(config)
+    preflight(replace(config, compare=replace(config.compare, seeds=2)))
+    of_gpu = replace(config, cache=replace(config.cache, root=str(tmp_path / "bf16"), precision="bf16"))
+    build_here(of_gpu)
+    preflight(replace(of_gpu, cache=replace(of_gpu.cache, precision="auto")))
+    on_cpu = replace(config, cache=replace(config.cache, root=of_gpu.cache.root), launch=LaunchConfig(gpu="off"))
+    with pytest.raises(UserError, match=r"teacher's precision \(--cache.precision\): bf16, not float32"):
+        preflight(on_cpu)
+    with pytest.raises(UserError, match="top10, and there are 10 classes"):
+        preflight(replace(config, cache=replace(config.cache, logits="top10", live=True)))
+    published = replace(config, teacher=replace(config.teacher, weights="published"))
+    monkeypatch.setattr("mimkd_ray.cli.preflight.build_network", None)
+    preflight(published)
+
+
+def test_a_codec_of_no_tap(tmp_path: Path) -> None:
+    """Refused with a cache too; a codec of a layer that only other runs read is none of this run's business."""
+    build_here(cached_config(tmp_path / "cache"))
+    for wrong in ("stge3=fp16", "logits=fp32"):
+        config = cached_config(tmp_path / "cache", cache={"codecs": (wrong,)})
+        for own in (config, live(config)):
+            with pytest.raises(
+                UserError, match=r"there is no tap '.*; there are maps, .* \(logits have --cache.logits\)"
+            ):
+                walk(own, tmp_path / "run")
+    preflight(cached_config(tmp_path / "cache", cache={"codecs": ("stage2:map=fp16", "stage1=bf16")}))
+
+
+def test_a_calibration_that_is_damaged(tmp_path: Path) -> None:
+    config = cached_config(tmp_path / "cache")
+    build_here(config)
+    (file,) = (tmp_path / "cache" / "calibrations").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    for read in (preflight, lambda own: walk(own, tmp_path / "run")):
+        with pytest.raises(
+            DamagedDataError, match=r"\.safetensors \(100 bytes\) is no calibration .*; put it back from"
+        ):
+            read(config)
+
+
+def test_weights_are_told_apart(tmp_path: Path) -> None:
+    build_here(cached_config(tmp_path / "cache", data={"view_seed": 0}))
+    config = cached_config(tmp_path / "cache", data={"view_seed": 0}, train={"seed": 5})  # another random teacher
+    with pytest.raises(
+        UserError, match=r"teacher's weights \(--teacher.weights\): [0-9a-f]{12}\.\.\., not [0-9a-f]{12}"
+    ):
+        walk(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"views": 0}}, "data.views is 0, a new view every epoch"),
+        ({"mix": {"mixup_alpha": 0.2}}, "features of a mixed image are no mix of features"),
+        ({"cache": {"codecs": ("stage3",)}}, "is not TAP=CODEC"),
+        ({"cache": {"logits": "top0"}}, "cache.logits 'top0' cannot be read"),
+        ({"cache": {"tolerance": 0.0}}, "cache.tolerance 0.0"),
+        ({"cache": {"workers": "3..1"}}, "cache.workers is '3..1'"),
+        ({"cache": {"batch": 0}}, "cache.batch is 0"),
+    ],
+)
+def test_senseless_configs(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cached_config(tmp_path, **sections)
+
+
+def test_mixing_is_legal_with_a_live_teacher(tmp_path: Path) -> None:
+    cached_config(tmp_path, mix={"mixup_alpha": 0.2}, cache={"live": True})
+
+
+def test_what_building_alone_reads_is_not_in_a_runs_digest(tmp_path: Path) -> None:
+    config = cached_config(tmp_path)
+    assert digest(config) == digest(cached_config(tmp_path, cache={"batch": 5, "shard_rows": 7, "workers": 3}))
+    assert digest(config) != digest(cached_config(tmp_path, cache={"codecs": ("maps=fp16",)}))
+
+
+def test_the_canary_looks_and_finds_nothing(tmp_path: Path) -> None:
+    """The first lane, one keyed lane of six in each epoch, and no more."""
+    config = cached_config(tmp_path / "cache", cache={"calibration_rows": 600})
+    build_here(config)
+    data = open_data(config.data)
+    network = build_network(config, data.num_classes, config.teacher.weights)
+    cached = open_cached(config, data, network, cpu(), str(tmp_path / "run"))
+    session = Session(config, data, network, cpu(), cached)
+    check = session.feed.check
+    batches = session.batches(0)
+    for step in range(session.total_steps):
+        session.step(step, batches)
+    assert 2 <= check.looked <= 3
+    assert set(check.relative) == {"pool:vector", "stage3:map", "logits"}
+    assert 0 < check.relative["stage3:map"] < 0.02
+
+
+def test_drift_of_the_teacher_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library whose arithmetic has changed: the weights are the same, and the features are not."""
+    config = cached_config(tmp_path / "cache")
+    build_here(config)
+    real = torch.nn.functional.relu
+    monkeypatch.setattr(torch.nn.functional, "relu", lambda x, inplace=False: real(x) + 0.05)
+    with pytest.raises(DamagedDataError, match=r"step 0, lane 0, view \d: cached features of .* differ from those"):
+        walk(config, tmp_path / "run")
+
+
+def test_another_decoder_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = cached_config(tmp_path / "cache")
+    build_here(config)
+    real = View.replay
+    monkeypatch.setattr(View, "replay", lambda *a: (real(*a).float() * 0.8).byte())
+    with pytest.raises(DamagedDataError, match=r"step 0, lane 0, view \d: image \d+ has other pixels than when"):
+        walk(config, tmp_path / "run")
+
+
+def test_the_command_that_is_named_builds_what_is_missing(tmp_path: Path) -> None:
+    config = cached_config(
+        tmp_path / "cache",
+        data={"views": 3, "mean": (0.5, 0.25, 0.5)},
+        cache={"codecs": ("stage3=pool1,uint8", "vectors=bf16")},
+        loss={"global_weight": 0.0},
+        train={"seed": 4},
+    )
+    with pytest.raises(UserError, match=r"stage3:map, logits, pixels: nothing is cached there yet\. Build") as caught:
+        walk(config, tmp_path / "run")
+    _, _, command = str(caught.value).partition("Build what is missing with: ")
+    python, job, *arguments = shlex.split(command)
+    assert (python, job) == ("python", "jobs/cache_teacher.py")
+    assert main({"custom": Config}, [*arguments, "--launch.backend", "local"]) == 0
+    assert len(walk(config, tmp_path / "run")["losses"]) == STEPS
+
+
+def test_a_set_on_the_device_brings_the_same_features(tmp_path: Path) -> None:
+    config = cached_config(tmp_path / "cache")
+    build_here(config)
+    plain = walk(config, tmp_path / "run")
+    resident = walk(replace(config, data=replace(config.data, resident="on")), tmp_path / "run")
+    assert worst_difference(resident["features"], plain["features"]) == 0
+    assert resident["samples"] == plain["samples"]
+    assert resident["losses"] == plain["losses"]

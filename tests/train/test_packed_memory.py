@@ -1,0 +1,134 @@
+"""A pack of which a member finds no memory: it leaves, and the others go on as if alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_packed import Dropping, alone, pack, quick, same
+from torch import Tensor
+
+from mimkd_ray.errors import MemberMemoryError
+from mimkd_ray.losses.critics import CriticConfig
+from mimkd_ray.train.student import Session
+
+
+class Hungry(Dropping):
+    """A student that asks for 32 TB in its third step of one lane."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.steps = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.steps += self.training
+        if self.steps > 2:
+            torch.empty(2**45, dtype=torch.uint8)
+        return super().forward(images)
+
+
+def test_a_member_without_memory_leaves_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One while it trains, one before that: by real allocations."""
+    configs = quick()
+    one = replace(configs[0], student=replace(configs[0].student, name="test_pack_memory:Hungry"))
+    wide = replace(configs[0], loss=replace(configs[0].loss, critic=CriticConfig(width=2**21)))
+    outcomes = pack([*configs, one, wide], tmp_path / "pack")
+    for number, when in ((len(configs), "in step 3"), (len(configs) + 1, "before the first step")):
+        error = outcomes[number].error
+        assert isinstance(error, MemberMemoryError)
+        assert f"out of memory {when}: " in str(error)
+        assert "can't allocate memory" in str(error)
+    assert not (tmp_path / "pack" / str(len(configs) + 1) / "metrics.jsonl").exists()
+    alone(configs, tmp_path / "alone")
+    for number in range(len(configs)):
+        same(tmp_path / "pack" / str(number), tmp_path / "alone" / str(number))
+
+    both = pack([one, wide], tmp_path / "none")
+    assert all(isinstance(outcome.error, MemberMemoryError) for outcome in both)
+    monkeypatch.setattr(Session, "begin_step", lambda *_: pytest.fail("trained again"))
+    again = pack([one, wide], tmp_path / "none")
+    assert [str(outcome.error) for outcome in again] == [str(outcome.error) for outcome in both]
+
+
+class _Counting(Dropping):
+    """A student that counts its training steps of one lane, and what asks for 32 TB."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.steps = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.steps += self.training
+        return super().forward(images)
+
+    def ask(self) -> None:
+        torch.empty(2**45, dtype=torch.uint8)
+
+
+class HungryLook(_Counting):
+    """Finds no memory for accuracy in its second evaluation, in batches of 150."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training and self.steps >= 12 and len(images) > 10:
+            self.ask()
+        return super().forward(images)
+
+
+class HungryReading(_Counting):
+    """Finds no memory when mutual information is read, in batches of a lane."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training and self.steps and len(images) == 10:
+            self.ask()
+        return super().forward(images)
+
+
+class HungrySave(_Counting):
+    """Finds no memory for its second checkpoint."""
+
+    def state_dict(self, *arguments: Any, **named: Any) -> Any:
+        if self.steps >= 12:
+            self.ask()
+        return super().state_dict(*arguments, **named)
+
+
+class HungryExport(_Counting):
+    """Finds no memory for student.safetensors."""
+
+    def state_dict(self, *arguments: Any, **named: Any) -> Any:
+        if self.steps >= 24:
+            self.ask()
+        return super().state_dict(*arguments, **named)
+
+
+def test_a_member_without_memory_to_be_evaluated_or_saved_leaves_alone(tmp_path: Path) -> None:
+    """Four epochs of six steps, each with an evaluation and a checkpoint; by real allocations."""
+    configs = quick()
+    hungry = {
+        HungryLook: "in the evaluation after step 12",
+        HungryReading: "in the evaluation after step 6",
+        HungrySave: "in the checkpoint after step 12",
+        HungryExport: "in the export after step 24",
+    }
+    names = [f"test_pack_memory:{kind.__name__}" for kind in hungry]
+    asking = [replace(configs[0], student=replace(configs[0].student, name=name)) for name in names]
+    outcomes = pack([*asking, *configs], tmp_path / "pack")
+    for outcome, when in zip(outcomes, hungry.values(), strict=False):
+        assert isinstance(outcome.error, MemberMemoryError)
+        assert f"out of memory {when}: " in str(outcome.error)
+        assert "can't allocate memory" in str(outcome.error)
+    alone(configs, tmp_path / "alone")
+    for number in range(len(configs)):
+        same(tmp_path / "pack" / str(len(hungry) + number), tmp_path / "alone" / str(number))
+
+    one = pack(asking[1:2], tmp_path / "one")  # nobody is left after its first evaluation
+    assert str(one[0].error) == str(outcomes[1].error)
+
+
+def test_a_lone_run_without_memory_to_be_evaluated_ends_with_the_allocators_words(tmp_path: Path) -> None:
+    config = replace(quick()[0], student=replace(quick()[0].student, name="test_pack_memory:HungryLook"))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        alone([config], tmp_path)

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_run import cpu, run_tiny, tiny_config
+
+from mimkd_ray.cli.preflight import preflight
+from mimkd_ray.config.config import CompareConfig
+from mimkd_ray.errors import UserError
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train.compare import arm_config, paired
+from mimkd_ray.train.worker import obtain_teacher, run_job, teacher_config
+
+
+def test_a_teacher_is_trained_on_all_rows_with_labels_only_and_used(tmp_path: Path) -> None:
+    result = run_tiny(tmp_path, teacher={"train": True, "epochs": 1}, train={"lane_batch": 30})
+    own = json.loads((tmp_path / "teacher/result.json").read_text())
+    assert own["steps"] == 1347 // 60  # all training rows, not the subset of 60
+    assert own["nats"] == {}
+    assert result["teacher"]["top1"] == pytest.approx(own["student"]["top1"])
+    assert result["teacher"]["weights"] == str(tmp_path / "teacher" / "student.safetensors")
+
+
+def test_the_teachers_own_schedule(tmp_path: Path) -> None:
+    own = teacher_config(tiny_config(teacher={"train": True, "epochs": 7, "lr": 0.3}, loss={"label_smoothing": 0.1}))
+    assert (own.train.epochs, own.optim.lr, own.loss.label_smoothing) == (7, 0.3, 0.1)
+    assert not own.loss.uses_teacher
+    assert own.student.name == "cifar/resnet8"
+
+
+def test_a_teacher_below_expectation_stops_the_run_before_training(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"reaches \d+\.\d\d % top-1 on 450 .* 95\.00 % was expected"):
+        run_tiny(tmp_path, teacher={"expect_top1": 95.0})
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_weights_from_a_file_are_the_teacher(tmp_path: Path) -> None:
+    network = build_model("cifar/resnet8", 10)
+    save_file(network.state_dict(), tmp_path / "teacher.safetensors")
+    config = tiny_config(teacher={"weights": str(tmp_path / "teacher.safetensors")})
+    from mimkd_ray.data.sources.data_set import open_data
+
+    model, facts = obtain_teacher(config, open_data(config.data), cpu(), str(tmp_path / "run"))
+    assert model is not None
+    for name, value in load_file(tmp_path / "teacher.safetensors").items():
+        assert torch.equal(model.state_dict()[name], value)
+    assert len(facts["teacher"]["sha256"]) == 64
+
+
+def test_a_random_teacher_is_the_same_after_a_restart(tmp_path: Path) -> None:
+    config = tiny_config()
+    from mimkd_ray.data.sources.data_set import open_data
+
+    data = open_data(config.data)
+    digests = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        digests.append(obtain_teacher(config, data, cpu(), str(tmp_path))[1]["teacher"]["sha256"])
+    assert digests[0] == digests[1]
+
+
+def test_a_comparison_pairs_its_arms_and_can_be_taken_up_again(tmp_path: Path) -> None:
+    config = replace(tiny_config(), compare=CompareConfig(seeds=2, arms=("alone", "kd", "mimkd")))
+    result = run_job(config, cpu(), str(tmp_path))
+    tops = {
+        arm: [
+            json.loads((tmp_path / f"{arm}-seed{seed:02d}/result.json").read_text())["student"]["top1"]
+            for seed in (0, 1)
+        ]
+        for arm in ("alone", "kd", "mimkd")
+    }
+    for arm, value in result["compare"].items():
+        assert value["top1"] == tops[arm]
+        assert value["mean"] == pytest.approx(statistics.fmean(tops[arm]))
+    a, b = (m - n for m, n in zip(tops["mimkd"], tops["alone"], strict=True))
+    against = result["compare"]["mimkd"]["against_alone"]
+    assert against["mean"] == pytest.approx((a + b) / 2)
+    assert against["standard_error"] == pytest.approx(abs(a - b) / 2)  # sd / sqrt(2) of two differences
+    assert "against_alone" not in result["compare"]["alone"]
+    assert set(result["compare"]["mimkd"]["nats"]) >= {"feature/stage3-stage3"}
+
+    # Killed before its end: one run and the summary are missing; the others are not trained again.
+    (tmp_path / "result.json").unlink()
+    (tmp_path / "mimkd-seed01/result.json").unlink()
+    kept = (tmp_path / "alone-seed00/student.safetensors").stat().st_mtime_ns
+    again = run_job(config, cpu(), str(tmp_path))
+    assert again["compare"]["mimkd"]["top1"] == result["compare"]["mimkd"]["top1"]
+    assert (tmp_path / "alone-seed00/student.safetensors").stat().st_mtime_ns == kept
+
+
+def test_arms_of_a_seed_differ_in_their_loss_alone() -> None:
+    config = replace(tiny_config(), compare=CompareConfig(seeds=3, kd_weight=0.7))
+    alone, kd, mimkd = (arm_config(config, arm, 2) for arm in ("alone", "kd", "mimkd"))
+    assert not alone.loss.uses_teacher
+    assert (kd.loss.kd_weight, kd.loss.uses_features) == (0.7, False)
+    assert mimkd.loss == config.loss
+    rkd = arm_config(config, "rkd", 2)
+    assert rkd.loss == replace(config.loss, name=("rkd",))
+    assert alone.data == kd.data == mimkd.data
+    assert alone.train == kd.train == mimkd.train
+    assert alone.data.subset_seed == 2
+    assert alone.data.split_seed == config.data.split_seed
+
+
+def test_paired_statistics() -> None:
+    value = paired([1.0, 3.0, -1.0, 1.0])
+    assert value["mean"] == pytest.approx(1.0)
+    assert value["standard_error"] == pytest.approx((8 / 3) ** 0.5 / 2)
+    assert (value["wins"], value["of"]) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"root": "no/such/folder"}}, "no/such/folder"),
+        ({"teacher": {"weights": "no/such.safetensors"}}, r"no weights file no/such\.safetensors"),
+        ({"teacher": {"name": "resnet999"}}, "resnet999"),
+        ({"loss": {"feature_pairs": ("stage4:stage3",)}}, "'stage4' not found"),
+        ({"train": {"lane_batch": 50}}, "60 rows, and one step needs 100"),
+    ],
+)
+def test_preflight_finds_it_before_any_worker(sections: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        preflight(tiny_config(**sections))
+
+
+def test_preflight_finds_weights_of_another_class_count(tmp_path: Path) -> None:
+    save_file(build_model("cifar/resnet8", 100).state_dict(), tmp_path / "hundred.safetensors")
+    with pytest.raises(UserError, match=r"100 classes.*10"):
+        preflight(tiny_config(teacher={"weights": str(tmp_path / "hundred.safetensors")}))
+
+
+def test_preflight_passes_a_good_config() -> None:
+    preflight(tiny_config())
