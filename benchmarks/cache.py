@@ -37,17 +37,15 @@ from report import finish, parser, table
 from mimkd_ray.cache_build.build_cache import build
 from mimkd_ray.cache_build.build_setup import Setup
 from mimkd_ray.cache_build.build_units import in_process
-from mimkd_ray.config.cache import CacheConfig
-from mimkd_ray.config.config import Config, TrainConfig
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import CacheConfig, Config, DataConfig, LossConfig, ModelConfig, TeacherConfig, TrainConfig
+from mimkd_ray.config.codec_spec import parse_spec
 from mimkd_ray.data.loading.loader import LaneBatch
-from mimkd_ray.data.sources.data_set import DataConfig, open_data
+from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.losses.features import Features
-from mimkd_ray.models.zoo import ModelConfig
 from mimkd_ray.recipes import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
 from mimkd_ray.teacher_cache.calibration import Fitter
-from mimkd_ray.teacher_cache.codec import Codec, Shape, coded_shape, needs_calibration, parse_spec
+from mimkd_ray.teacher_cache.codec import Codec, Shape, coded_shape, needs_calibration
 from mimkd_ray.teacher_cache.feature_manifest import Error, ViewManifest, publish
 from mimkd_ray.teacher_cache.reader import FeatureReader
 from mimkd_ray.teacher_cache.writer import write_shard
@@ -56,7 +54,6 @@ from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.from_cache.fit_codecs import sample_keys
 from mimkd_ray.train.local_context import LocalContext
 from mimkd_ray.train.student import Session
-from mimkd_ray.train.teacher import TeacherConfig
 
 CODECS = ("fp32", "fp16", "bf16", "uint8", "pool4,fp16", "pool4,uint8", "pool4,pca256,uint8")
 READ_ROWS, READ_BYTES, READ_BLOCK = 65_536, 4096, 256

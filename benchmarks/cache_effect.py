@@ -38,22 +38,26 @@ from torch import Tensor
 from mimkd_ray.cache_build.build_cache import build
 from mimkd_ray.cache_build.build_setup import Setup
 from mimkd_ray.cache_build.build_units import in_process
-from mimkd_ray.config.cache import CacheConfig
-from mimkd_ray.config.config import Config, TrainConfig
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import (
+    CacheConfig,
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from mimkd_ray.data.loading.loader import LaneBatch
-from mimkd_ray.data.sources.data_set import DataConfig, open_data
+from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.features import Features
-from mimkd_ray.models.zoo import ModelConfig
 from mimkd_ray.recipes import CIFAR_MEAN, CIFAR_STD
 from mimkd_ray.taps.tap_codecs import by_label
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.local_context import LocalContext
-from mimkd_ray.train.optim import OptimConfig
 from mimkd_ray.train.step import backward_lane
 from mimkd_ray.train.student import Session
-from mimkd_ray.train.teacher import TeacherConfig
 
 TEACHER, STUDENT = "cifar/resnet20", "cifar/resnet8"
 LANE_BATCH = 64

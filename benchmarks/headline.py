@@ -32,7 +32,7 @@ from headline_runs import Pack, cache_for, make_twin, protocol, train_together, 
 from headline_table import Study
 from report import parser, refresh
 
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import LossConfig
 from mimkd_ray.errors import Interrupted
 from mimkd_ray.recipes import CIFAR_PAIRS
 

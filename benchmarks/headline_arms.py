@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from mimkd_ray.config.loss import LossConfig
-from mimkd_ray.losses.critics import CriticConfig
+from mimkd_ray.config import CriticConfig, LossConfig
 
 Change = Callable[[LossConfig], LossConfig]
 

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mimkd_ray.config import DataConfig, PrepareConfig
 from mimkd_ray.data.augment.transforms import ResizedCropFlip, from_bytes
-from mimkd_ray.data.prepare.make_shards import PrepareConfig, prepare
-from mimkd_ray.data.sources.data_set import DataConfig, open_data
+from mimkd_ray.data.prepare.make_shards import prepare
+from mimkd_ray.data.sources.data_set import open_data
 
 SIZE = 224  # pixels that the networks see
 CLASSES = 10  # of the generated images

@@ -37,11 +37,12 @@ from loader_peers import PEERS, Peer, Setting, count
 from report import Targets, finish, parser, table
 from s3_here import BUCKET, s3_server
 
+from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.transforms import ResizedCropFlip
 from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.loading.loader import train_batches
 from mimkd_ray.data.order.sample_order import Order
-from mimkd_ray.data.sources.data_set import DataConfig, open_data
+from mimkd_ray.data.sources.data_set import open_data
 
 BATCH = 64
 BLOCK_ROWS = 128

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import CriticConfig, LossConfig
 from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.losses import terms as terms_module
-from mimkd_ray.losses.critics import CriticConfig, DotCritic
+from mimkd_ray.losses.critics import DotCritic
 from mimkd_ray.losses.distillation import MIMKDLoss, valid_pairs
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.terms import Candidates, Objective, Term, score_term

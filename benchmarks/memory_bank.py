@@ -29,7 +29,7 @@ import torch
 from report import Targets, finish, parser, table
 from torch import Tensor, nn
 
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import LossConfig
 from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features

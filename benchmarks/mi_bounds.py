@@ -18,7 +18,8 @@ import torch
 from report import finish, parser, table
 from torch import Tensor
 
-from mimkd_ray.losses.bounds import BOUNDS, BoundName, ceiling
+from mimkd_ray.config.loss_presets import BoundName
+from mimkd_ray.losses.bounds import BOUNDS, ceiling
 from mimkd_ray.losses.distillation import valid_pairs
 
 HIDDEN, EMBED = 256, 32

@@ -46,15 +46,14 @@ from ray_overhead import seconds_by_stage
 from report import finish, parser, table
 from search_tiny import environment, tiny
 
-from mimkd_ray.config.cache import CacheConfig
-from mimkd_ray.config.config import Config, LaunchConfig, from_dict, to_dict
-from mimkd_ray.config.search import SearchConfig, SearchJob, search_job
+from mimkd_ray.config import CacheConfig, Config, LaunchConfig, RunConfig, SearchConfig, SearchJob
+from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.config.search import search_job
 from mimkd_ray.recipes import CIFAR_RECIPES
 from mimkd_ray.search.driver import Search
 from mimkd_ray.search.spaces import SPACES
 from mimkd_ray.search.suggest import find_spaces
 from mimkd_ray.search.trial_folders import Planned
-from mimkd_ray.train.records.run_dir import RunConfig
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 ARMS = ("jobs_live", "tune_cache", "pack_live", "pack_cache", "plain", "jobs_cache")

@@ -19,8 +19,9 @@ from typing import NamedTuple
 from children import tree
 from report import table
 
-from mimkd_ray.config.config import to_dict
-from mimkd_ray.config.search import SearchConfig, search_job
+from mimkd_ray.config import SearchConfig
+from mimkd_ray.config.json_form import to_dict
+from mimkd_ray.config.search import search_job
 from mimkd_ray.on_ray.environment import EMBEDDED
 from mimkd_ray.recipes import demo
 

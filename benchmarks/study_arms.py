@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from mimkd_ray.config.config import Config
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import Config, LossConfig
 from mimkd_ray.losses.methods.registry import RIVALS
 
 Change = Callable[[LossConfig], LossConfig]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from study_arms import ABLATIONS, FACTORS, METHODS, tuned
 
-from mimkd_ray.config.config import Config, LaunchConfig
+from mimkd_ray.config import Config, LaunchConfig, RunConfig
 from mimkd_ray.recipes import CIFAR_RECIPES, cifar100
-from mimkd_ray.train.records.run_dir import RunConfig, read_json
+from mimkd_ray.train.records.run_dir import read_json
 from mimkd_ray.train.worker import teacher_config
 
 SHORT = "resnet20_resnet8"

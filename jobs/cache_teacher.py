@@ -11,7 +11,7 @@ python jobs/cache_teacher.py gc --cache.root s3://bucket/cache --delete true
 import sys
 
 from mimkd_ray.cli.cache_teacher import main
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config
 from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES
 
 if __name__ == "__main__":

@@ -9,13 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from mimkd_ray.config.config import CompareConfig, Config, LaunchConfig, TrainConfig
-from mimkd_ray.config.loss import LossConfig
-from mimkd_ray.data.sources.data_set import DataConfig
-from mimkd_ray.models.zoo import ModelConfig
-from mimkd_ray.train.optim import OptimConfig
-from mimkd_ray.train.records.run_dir import RunConfig
-from mimkd_ray.train.teacher import TeacherConfig
+from mimkd_ray.config import (
+    CompareConfig,
+    Config,
+    DataConfig,
+    LaunchConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import shutil
 import uuid
 from collections.abc import Callable
@@ -44,6 +45,11 @@ def is_remote(url: str) -> bool:
 def local_path(url: str) -> Path:
     """Return the path of a place on this machine (`~` and `file://` resolved)."""
     return Path(url.removeprefix("file://")).expanduser()
+
+
+def absolute(url: str) -> str:
+    """Return `url` without a slash at its end; a local path as an absolute one, for processes that start elsewhere."""
+    return url.rstrip("/") if is_remote(url) else os.path.abspath(local_path(url))
 
 
 def join(url: str, *parts: str) -> str:

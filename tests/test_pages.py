@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mimkd_ray.config.search import SearchJob
+from mimkd_ray.config import SearchJob
 from mimkd_ray.models.zoo import build_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_run import run_tiny, tiny_config
 
-from mimkd_ray.config.config import CompareConfig
+from mimkd_ray.config import CompareConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.seeds import SEEDS, derive
 

@@ -11,7 +11,7 @@ from tiny_run import tiny_config
 from mimkd_ray.cache_build.build_cache import Built, build
 from mimkd_ray.cache_build.build_setup import Setup
 from mimkd_ray.cache_build.build_units import in_process
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config
 
 CPU = torch.device("cpu")
 

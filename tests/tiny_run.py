@@ -9,15 +9,20 @@ from typing import Any
 
 import torch
 
-from mimkd_ray.config.config import Config, LaunchConfig, TrainConfig
-from mimkd_ray.config.loss import LossConfig
-from mimkd_ray.data.sources.data_set import DataConfig, open_data
-from mimkd_ray.losses.critics import CriticConfig
-from mimkd_ray.models.zoo import ModelConfig
+from mimkd_ray.config import (
+    Config,
+    CriticConfig,
+    DataConfig,
+    LaunchConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.train.local_context import LocalContext
-from mimkd_ray.train.optim import OptimConfig
-from mimkd_ray.train.records.run_dir import RunConfig
-from mimkd_ray.train.teacher import TeacherConfig
 from mimkd_ray.train.worker import run_job
 
 

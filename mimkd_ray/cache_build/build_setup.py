@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mimkd_ray.config import Config
 from mimkd_ray.config.cache import check_rules
-from mimkd_ray.config.config import Config
 from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.prepare.work_units import Done

@@ -16,7 +16,7 @@ from mimkd_ray.cache_build.build_units import in_process
 from mimkd_ray.cache_build.measured_plan import measured_plan
 from mimkd_ray.cli import common
 from mimkd_ray.cli.training import absolute
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config
 from mimkd_ray.data.prepare.unit_progress import Progress
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.on_ray import environment

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from mimkd_ray import storage
-from mimkd_ray.config.config import Config, from_dict, to_dict
+from mimkd_ray.config import Config
+from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError, nearest
 
 Recipe = Callable[[], Config]

@@ -8,42 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 from mimkd_ray import storage
 from mimkd_ray.cli import common
-from mimkd_ray.data.sources.data_set import DataConfig
+from mimkd_ray.config import DoctorConfig
 from mimkd_ray.doctor.outcome import lines
-from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray import environment
 from mimkd_ray.train.records.run_dir import write_json
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
-    """Check a machine or a cluster before money is spent: one line a check, with its figures and the remedy."""
-
-    address: str = ""
-    """Ray cluster to check, host:port of its head or `auto`; unset: RAY_ADDRESS, else this machine alone."""
-    root: tuple[str, ...] = ()
-    """Folders or URLs where data, caches and runs are to be: every node writes, reads and deletes an object there."""
-    store: str = ""
-    """Folder of the block store on each node, as --data.store; unset: among the temporary files."""
-    store_gb: float = DataConfig().store_gb
-    """Size of the block store, as --data.store-gb."""
-    workers: int = 0
-    """Processes that sum a tensor, dealt over the nodes; 0: one a node."""
-    wait_seconds: float = 180.0
-    """How long the nodes may take for an answer."""
-    json: str = ""
-    """File or URL to write the result to as well."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 0 or self.store_gb < 0 or self.wait_seconds <= 0:
-            raise UserError(
-                f"--workers {self.workers} and --store-gb {self.store_gb} must not be negative, and --wait-seconds "
-                f"{self.wait_seconds} must be above 0"
-            )
 
 
 def main(argv: Sequence[str], program: str) -> int:

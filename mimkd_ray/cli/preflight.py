@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mimkd_ray import storage
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.distillation import queue_channels

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mimkd_ray.cli import common
-from mimkd_ray.data.prepare.make_shards import PrepareConfig, Unit, prepare
+from mimkd_ray.config import PrepareConfig
+from mimkd_ray.data.prepare.make_shards import Unit, prepare
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.data.sources.shard_manifest import Manifest
 from mimkd_ray.errors import UserError

@@ -15,8 +15,8 @@ from mimkd_ray import storage
 from mimkd_ray.cli import common
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.training import absolute
-from mimkd_ray.config.config import Config
-from mimkd_ray.config.search import SearchJob, search_job
+from mimkd_ray.config import Config, SearchJob
+from mimkd_ray.config.search import search_job
 from mimkd_ray.errors import Interrupted
 from mimkd_ray.on_ray import environment
 from mimkd_ray.search.driver import Search, search_digest

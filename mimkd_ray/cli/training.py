@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from mimkd_ray import storage
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.result_table import result_table
-from mimkd_ray.config.config import Config, digest
+from mimkd_ray.config import Config
+from mimkd_ray.config.digest import digest
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray import environment
 from mimkd_ray.train.distributed import ask_first

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from mimkd_ray.config.codec_spec import DEFAULT_MAP, DEFAULT_VECTOR, CodecSpec, parse_logits, parse_spec
 from mimkd_ray.errors import UserError, nearest
-from mimkd_ray.teacher_cache.codec import DEFAULT_MAP, DEFAULT_VECTOR, CodecSpec, parse_logits, parse_spec
 
 MAPS, VECTORS = "maps", "vectors"
 """Names in `codecs` for all maps and all vectors."""

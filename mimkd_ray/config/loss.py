@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from mimkd_ray.config.loss_presets import PRESETS, Kind, Negatives, PresetName, SameClass
+from mimkd_ray.config.critic import CriticConfig
+from mimkd_ray.config.loss_presets import PRESETS, BoundName, Kind, Negatives, PresetName, SameClass
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.bounds import BoundName
-from mimkd_ray.losses.critics import CriticConfig
 from mimkd_ray.losses.methods.registry import KD_CE_WEIGHT, RIVALS, Method
 
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from mimkd_ray.losses.bounds import BoundName
-from mimkd_ray.losses.critics import StudentSide, TeacherSide
+from mimkd_ray.config.critic import StudentSide, TeacherSide
 
+BoundName = Literal["infonce", "jsd", "dv", "nwj", "smile"]
 Negatives = Literal["all", "rolled", "queue", "step", "cache"]
 Kind = Literal["global", "local", "feature"]
 SameClass = Literal["keep", "leave_out"]

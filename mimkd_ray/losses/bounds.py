@@ -26,13 +26,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BoundName = Literal["infonce", "jsd", "dv", "nwj", "smile"]
+from mimkd_ray.config.loss_presets import BoundName
 
 SMILE_CLIP = 5.0
 """SMILE clips the scores of negatives to [-5, 5] when it reads."""

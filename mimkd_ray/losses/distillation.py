@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import LossConfig
 from mimkd_ray.config.loss_presets import Negatives
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.critic_sides import FrozenSide

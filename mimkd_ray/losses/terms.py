@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mimkd_ray.config.loss_presets import Kind
-from mimkd_ray.losses.bounds import BOUNDS, BoundName, BoundValue, ceiling, infonce, soft_cross_entropy
+from mimkd_ray.config.loss_presets import BoundName, Kind
+from mimkd_ray.losses.bounds import BOUNDS, BoundValue, ceiling, infonce, soft_cross_entropy
 from mimkd_ray.losses.critics import Critic
 from mimkd_ray.losses.features import Features, match_sizes
 from mimkd_ray.losses.locations import draw_locations, to_locations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -15,22 +14,6 @@ from mimkd_ray.models.weights import class_mismatch, load_weights
 
 _AUX = ("aux1.", "aux2.", "AuxLogits.")
 _WITH_AUX = ("googlenet", "inception_v3")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which network, and where its weights come from."""
-
-    name: str
-    """torchvision name (resnet34), cifar/NAME, timm/NAME, or package.module:function."""
-    weights: str = "random"
-    """random, published, or a .safetensors, .pt, .pth or .bin file (local or any fsspec URL)."""
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without importing anything."""
-        for field in ("name", "weights"):
-            if not getattr(self, field).strip():
-                raise UserError(f"model {field} is empty: pass e.g. name 'resnet34', weights 'random'")
 
 
 def model_names() -> list[str]:

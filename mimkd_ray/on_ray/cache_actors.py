@@ -20,7 +20,8 @@ import torch
 from mimkd_ray.cache_build.build_setup import Setup, Unit
 from mimkd_ray.cache_build.build_units import Builder
 from mimkd_ray.cache_build.measured_plan import measured_plan
-from mimkd_ray.config.config import Config, from_dict, to_dict
+from mimkd_ray.config import Config
+from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import DamagedDataError, UserError

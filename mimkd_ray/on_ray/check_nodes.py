@@ -20,7 +20,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray.cluster import connect
 
 if TYPE_CHECKING:
-    from mimkd_ray.cli.doctor import DoctorConfig
+    from mimkd_ray.config import DoctorConfig
 
 SEES_ALL_GPUS = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
 """Ray hides GPUs from processes that have not reserved them."""

@@ -13,7 +13,7 @@ import ray
 from ray.train import ScalingConfig
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray.node_capacity import Capacity
 

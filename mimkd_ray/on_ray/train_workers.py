@@ -19,7 +19,8 @@ from ray.train import FailureConfig, RunConfig, TrainingFailedError, UserCallbac
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mimkd_ray import storage
-from mimkd_ray.config.config import Config, from_dict, to_dict
+from mimkd_ray.config import Config
+from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError
 from mimkd_ray.on_ray.cluster import connect
 from mimkd_ray.on_ray.placement import LossWatch, scaling

@@ -14,8 +14,8 @@ import torch
 from ray import tune
 
 from mimkd_ray import storage
-from mimkd_ray.config.config import Config, from_dict
-from mimkd_ray.config.search import SearchConfig
+from mimkd_ray.config import Config, SearchConfig
+from mimkd_ray.config.json_form import from_dict
 from mimkd_ray.errors import Interrupted
 from mimkd_ray.search.run_trials import explain, prepare, run_trials
 from mimkd_ray.search.trial_folders import Ended, Planned

@@ -23,8 +23,8 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from mimkd_ray.config.config import Config, to_dict
-from mimkd_ray.config.search import SearchJob
+from mimkd_ray.config import Config, SearchJob
+from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray.node_capacity import Capacity
 from mimkd_ray.on_ray.trial_actor import ask_to_stop, payload, prepare_remotely, trainable

@@ -11,15 +11,16 @@ from dataclasses import replace
 from typing import Any
 
 from mimkd_ray import storage
-from mimkd_ray.config.config import CompareConfig, Config, differences, refuse_changes, to_dict, training_part
-from mimkd_ray.config.search import SearchJob
+from mimkd_ray.config import CompareConfig, Config, RunConfig, SearchJob
+from mimkd_ray.config.digest import differences, refuse_changes, training_part
+from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.search.optuna_study import Study
 from mimkd_ray.search.suggest import Space, Suggest, compose
 from mimkd_ray.search.tap_candidates import find_candidates, widest
 from mimkd_ray.search.trial_folders import Ended, Ledger, Planned, point_of, with_point
 from mimkd_ray.search.trials import Trial, ranked, write_trials
-from mimkd_ray.train.records.run_dir import RunConfig, read_json, write_json
+from mimkd_ray.train.records.run_dir import read_json, write_json
 
 MAY_CHANGE = ("trials", "hours", "gpu_hours", "concurrent", "retries", "finalists", "seeds", "loggers")
 """Of the search's config, what may differ when it goes on: budgets and how it runs."""

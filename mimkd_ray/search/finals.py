@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from mimkd_ray import storage
-from mimkd_ray.config.config import Config, from_dict, to_dict
+from mimkd_ray.config import Config
+from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.search.driver import Search, final_config
 from mimkd_ray.search.trial_folders import Ended, Planned
 from mimkd_ray.search.trials import Final, direction

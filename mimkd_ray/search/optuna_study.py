@@ -10,8 +10,7 @@ from typing import NamedTuple, TypeVar
 import optuna
 from optuna.trial import TrialState
 
-from mimkd_ray.config.config import Config
-from mimkd_ray.config.search import SearchConfig
+from mimkd_ray.config import Config, SearchConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.suggest import Suggest, grid, grid_values
 from mimkd_ray.search.trials import Trial, Value, direction

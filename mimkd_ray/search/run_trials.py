@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from mimkd_ray import storage
-from mimkd_ray.config.config import Config, from_dict, to_dict
-from mimkd_ray.config.search import SearchConfig
+from mimkd_ray.config import Config, SearchConfig
+from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import Interrupted, NonFiniteLossError
 from mimkd_ray.search.optuna_study import halving

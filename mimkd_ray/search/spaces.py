@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config
+from mimkd_ray.config.critic import StudentSide, TeacherSide
 from mimkd_ray.config.loss_presets import Negatives, SameClass
 from mimkd_ray.losses.bounds import BOUNDS
-from mimkd_ray.losses.critics import StudentSide, TeacherSide
 from mimkd_ray.search.suggest import Candidates, Space, Suggest
 from mimkd_ray.train.build import KINDS
 

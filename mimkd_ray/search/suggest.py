@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config
 from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.search.trials import Value

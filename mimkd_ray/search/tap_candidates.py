@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config
 from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.search.suggest import Candidates, Suggest

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import LossConfig
 from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.terms import Term

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from mimkd_ray.config.cache import CacheConfig
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import CacheConfig, LossConfig
+from mimkd_ray.config.codec_spec import parse_logits
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.methods.base import RivalTaps, Side, TapPair
 from mimkd_ray.losses.methods.build_method import RivalPlan
@@ -15,7 +15,7 @@ from mimkd_ray.taps.default_stages import Stages
 from mimkd_ray.taps.pairing import Pair, parse_pair
 from mimkd_ray.taps.tap_codecs import tap_entry
 from mimkd_ray.taps.tapped_model import TapShape
-from mimkd_ray.teacher_cache.codec import coded_shape, parse_logits
+from mimkd_ray.teacher_cache.codec import coded_shape
 
 
 class RivalPairs(NamedTuple):

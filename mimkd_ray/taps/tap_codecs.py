@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mimkd_ray.config.cache import CacheConfig, codec_of
+from mimkd_ray.config import CacheConfig
+from mimkd_ray.config.cache import codec_of
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.terms import LOGITS as LOGITS_TAP
 from mimkd_ray.losses.terms import Term

@@ -19,8 +19,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mimkd_ray import storage
+from mimkd_ray.config.codec_spec import CodecSpec
 from mimkd_ray.errors import DamagedDataError
-from mimkd_ray.teacher_cache.codec import Calibration, CodecSpec, Shape, channels_last, coded_shape, pool, projects
+from mimkd_ray.teacher_cache.codec import Calibration, Shape, channels_last, coded_shape, pool, projects
 
 KEPT_VALUES = 2**24
 """Numbers kept for the choice of ranges: 64 MiB."""

@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mimkd_ray import storage
+from mimkd_ray.config.codec_spec import CodecSpec, parse_logits
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.teacher_cache.codec import VERSION as CODEC_VERSION
-from mimkd_ray.teacher_cache.codec import CodecSpec, Shape, parse_logits, row_bytes
+from mimkd_ray.teacher_cache.codec import Shape, row_bytes
 from mimkd_ray.teacher_cache.pixel_digests import PIXELS
 
 FORMAT = 1

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from mimkd_ray.config.cache import CacheConfig
-from mimkd_ray.config.config import Config, TrainConfig
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import CacheConfig, Config, LossConfig, TrainConfig
 from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.data_set import Data

@@ -11,7 +11,9 @@ from typing import Any
 from torch import nn
 
 from mimkd_ray import storage
-from mimkd_ray.config.config import Arm, CompareConfig, Config, digest
+from mimkd_ray.config import CompareConfig, Config
+from mimkd_ray.config.compare import Arm
+from mimkd_ray.config.digest import digest
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.train.distributed import Context, barrier
 from mimkd_ray.train.loop import train

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimkd_ray.config import DataConfig
 from mimkd_ray.data.loading.loader import LaneBatch
-from mimkd_ray.data.sources.data_set import DataConfig
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
 from mimkd_ray.train.distributed import all_sum

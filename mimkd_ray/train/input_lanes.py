@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config
 from mimkd_ray.data.augment.batch_views import BatchTransform
 from mimkd_ray.data.augment.mixing import mix
 from mimkd_ray.data.loading.loader import DamageCounter, LaneBatch

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config
 from mimkd_ray.data.augment.views import View, make_pipeline
 from mimkd_ray.data.loading.loader import DamageCounter, LaneBatch, eval_batches, to_device, train_batches
 from mimkd_ray.data.loading.resident import keeps_on_device, resident, resident_batches

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mimkd_ray.config.config import Config, LaunchConfig
+from mimkd_ray.config import Config, LaunchConfig
 from mimkd_ray.train.distributed import GROUP_SECONDS, Preemption, share_from_first
 from mimkd_ray.train.records import start_times
 from mimkd_ray.train.worker import run_job

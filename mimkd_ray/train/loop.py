@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mimkd_ray import storage
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config
 from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mimkd_ray.config.config import Config, differences, refuse_changes, training_dict
+from mimkd_ray.config import Config
+from mimkd_ray.config.digest import differences, refuse_changes, training_dict
 from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.losses.features import Features

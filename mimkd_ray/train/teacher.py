@@ -4,43 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from mimkd_ray.config import TeacherConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.features import Features
 from mimkd_ray.taps.tap_codecs import Coding
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape, to_map, to_vector
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """The strong network, and what is expected of it."""
-
-    name: str = "cifar/resnet20"
-    """torchvision name, cifar/NAME, timm/NAME or package.module:function."""
-    weights: str = "random"
-    """random, published, or a .safetensors or .pth file (path or URL)."""
-    train: bool = False
-    """Train the teacher first, on the same data with labels only; a finished one is used again."""
-    epochs: int = 0
-    """Epochs of that training; 0: those of the student."""
-    lr: float = 0.0
-    """Peak learning rate of that training; 0: that of the student."""
-    expect_top1: float = 0.0
-    """Top-1 in percent that the teacher must reach on held-out images before training starts; 0: unknown."""
-    tolerance: float = 2.0
-    """Points by which it may fall short of expect_top1."""
-
-    def __post_init__(self) -> None:
-        if self.train and self.weights not in ("random", ""):
-            raise UserError(
-                f"teacher.train is true and teacher.weights is {self.weights!r}: either train the teacher or load it"
-            )
-        if not 0 <= self.expect_top1 <= 100:
-            raise UserError(f"teacher.expect_top1 is {self.expect_top1}; it is a percentage")
 
 
 def canonical(

@@ -8,20 +8,12 @@ from typing import Any
 from torch import nn
 
 from mimkd_ray import storage
-from mimkd_ray.config.config import (
-    CompareConfig,
-    Config,
-    differences,
-    refuse_changes,
-    to_dict,
-    training_dict,
-    training_part,
-)
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import CompareConfig, Config, LossConfig, ModelConfig
+from mimkd_ray.config.digest import differences, refuse_changes, training_dict, training_part
+from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.loading.loader import eval_batches
 from mimkd_ray.data.sources.data_set import Data, open_data
-from mimkd_ray.models.zoo import ModelConfig
 from mimkd_ray.train.build import build_network, parameter_dtype, place, uses_channels_last
 from mimkd_ray.train.compare import arm_config, compare
 from mimkd_ray.train.distributed import Context, barrier, share_from_first

@@ -16,7 +16,7 @@ from mimkd_ray.cache_build.build_setup import Setup
 from mimkd_ray.cache_build.build_units import in_process
 from mimkd_ray.cli import common
 from mimkd_ray.cli.cache_teacher import main
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config
 
 FLAGS = [
     *("custom", "--data.views", "3", "--teacher.name", "cifar/resnet8", "--loss.feature-pairs", "stage3:stage3"),

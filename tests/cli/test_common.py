@@ -16,7 +16,8 @@ import pytest
 from safetensors.torch import save_file
 
 from mimkd_ray.cli import common
-from mimkd_ray.config.config import Config, from_dict, to_dict
+from mimkd_ray.config import Config
+from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES, demo

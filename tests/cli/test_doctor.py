@@ -12,7 +12,7 @@ from jobs_here import ENVIRONMENT, run
 from ray.cluster_utils import Cluster
 
 from mimkd_ray.__main__ import main
-from mimkd_ray.cli.doctor import DoctorConfig
+from mimkd_ray.config import DoctorConfig
 from mimkd_ray.doctor.outcome import lines
 from mimkd_ray.on_ray import check_nodes
 

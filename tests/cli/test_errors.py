@@ -13,7 +13,7 @@ import pytest
 from jobs_here import ENVIRONMENT, ROOT, small
 
 from mimkd_ray.cli import common, training
-from mimkd_ray.config.config import to_dict
+from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError
 from mimkd_ray.on_ray import train_workers
 from mimkd_ray.recipes import IMAGENET_RECIPES

@@ -16,10 +16,9 @@ from tiny_run import tiny_config
 
 from mimkd_ray import storage
 from mimkd_ray.cli import training
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config, RunConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.train import local_context
-from mimkd_ray.train.records.run_dir import RunConfig
 
 
 def _rank(rank: int, world: int, port: int, config: Config, folder: str) -> None:

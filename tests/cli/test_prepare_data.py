@@ -16,7 +16,8 @@ from jobs_here import ENVIRONMENT, run_and_kill
 from PIL import Image
 
 from mimkd_ray.cli import prepare_data as command_line
-from mimkd_ray.data.prepare.make_shards import PrepareConfig, prepare
+from mimkd_ray.config import PrepareConfig
+from mimkd_ray.data.prepare.make_shards import prepare
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.data.sources.shard_manifest import read_manifest
 from mimkd_ray.errors import DamagedDataError, UserError

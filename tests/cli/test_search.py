@@ -15,8 +15,9 @@ import torch
 from jobs_here import ENVIRONMENT, JOB, ROOT, Job, kill, processes, read_lines, run
 
 from mimkd_ray.cli.search import main
-from mimkd_ray.config.config import Config, from_dict, to_dict
-from mimkd_ray.config.search import SearchConfig, search_job
+from mimkd_ray.config import Config, SearchConfig
+from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.config.search import search_job
 from mimkd_ray.errors import UserError
 from mimkd_ray.recipes import demo
 from mimkd_ray.search.run_trials import run_trials

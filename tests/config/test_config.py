@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 from tiny_run import tiny_config
 
-from mimkd_ray.config.config import Config, differences, digest, from_dict, to_dict, training_dict
+from mimkd_ray.config import Config
+from mimkd_ray.config.digest import differences, digest, training_dict
+from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.errors import UserError
 
 

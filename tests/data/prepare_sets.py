@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from mimkd_ray import storage
-from mimkd_ray.data.prepare.make_shards import PrepareConfig, Unit
+from mimkd_ray.config import PrepareConfig
+from mimkd_ray.data.prepare.make_shards import Unit
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.data.sources.shard_manifest import Manifest
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mimkd_ray.config import CriticConfig
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.critics import ConcatCritic, CriticConfig, DotCritic, Pointwise, Projection, build_critic
+from mimkd_ray.losses.critics import ConcatCritic, DotCritic, Pointwise, Projection, build_critic
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import CriticConfig, LossConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses import terms as terms_module
 from mimkd_ray.losses.bounds import BOUNDS, SMILE_CLIP
-from mimkd_ray.losses.critics import CriticConfig, build_critic
+from mimkd_ray.losses.critics import build_critic
 from mimkd_ray.losses.distillation import MIMKDLoss, valid_pairs
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.terms import Candidates, Objective, Term, score_term

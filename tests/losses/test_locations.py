@@ -7,10 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import CriticConfig, LossConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses import locations
-from mimkd_ray.losses.critics import CriticConfig
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.locations import draw_locations, even, to_locations

@@ -11,8 +11,7 @@ from ranks import start_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mimkd_ray.config.loss import LossConfig
-from mimkd_ray.losses.critics import CriticConfig
+from mimkd_ray.config import CriticConfig, LossConfig
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.terms import Term

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from mimkd_ray.config import CriticConfig
 from mimkd_ray.losses import terms
-from mimkd_ray.losses.critics import CriticConfig, DotCritic
+from mimkd_ray.losses.critics import DotCritic
 from mimkd_ray.losses.distillation import valid_pairs
 from mimkd_ray.losses.terms import Candidates, Objective, score_term
 

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import CriticConfig, LossConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.critic_sides import FrozenSide
-from mimkd_ray.losses.critics import CriticConfig, DotCritic
+from mimkd_ray.losses.critics import DotCritic
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.terms import Candidates, Objective, Term, hardest, score_term

@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import CriticConfig, LossConfig
 from mimkd_ray.config.loss_presets import Kind
-from mimkd_ray.losses.critics import CriticConfig
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features, Others
 from mimkd_ray.losses.terms import Term

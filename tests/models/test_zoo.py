@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from mimkd_ray.config import ModelConfig
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.zoo import ModelConfig, build_model, model_names
+from mimkd_ray.models.zoo import build_model, model_names
 
 STUDENT = "cifar/resnet8_w4"
 

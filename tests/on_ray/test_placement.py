@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from ray.train import ScalingConfig
 
-from mimkd_ray.config.config import Config, from_dict, to_dict
+from mimkd_ray.config import Config
+from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray import node_capacity, placement
 from mimkd_ray.on_ray.node_capacity import Capacity

@@ -17,7 +17,8 @@ from jobs_here import torchrun as torchrun_here
 from safetensors.torch import load_file
 
 from mimkd_ray.cli import common
-from mimkd_ray.config.config import Config, from_dict
+from mimkd_ray.config import Config
+from mimkd_ray.config.json_form import from_dict
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import IMAGENET_RECIPES
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tiny_search import figures, tiny_job, tiny_search
 
-from mimkd_ray.config.config import Config, from_dict, to_dict
-from mimkd_ray.config.search import SearchConfig
+from mimkd_ray.config import Config, SearchConfig
+from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.driver import Search, claim, final_config, trial_config
 from mimkd_ray.search.finals import Finals

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import tiny_config
 
-from mimkd_ray.config.config import Config
-from mimkd_ray.config.search import SearchConfig
+from mimkd_ray.config import Config, SearchConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.optuna_study import Study, halving, is_rung
 from mimkd_ray.search.suggest import Suggest

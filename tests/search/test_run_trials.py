@@ -12,8 +12,8 @@ import torch
 from tiny_run import cpu
 from tiny_search import tiny_job
 
-from mimkd_ray.config.config import Config, to_dict
-from mimkd_ray.config.search import SearchJob
+from mimkd_ray.config import Config, SearchJob
+from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.search.driver import trial_config
 from mimkd_ray.search.run_trials import explain, prepare, run_trials

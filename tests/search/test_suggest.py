@@ -14,7 +14,7 @@ from tiny_run import tiny_config
 from tiny_search import width
 
 from mimkd_ray.cli.preflight import preflight
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.spaces import SPACES

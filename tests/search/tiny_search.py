@@ -8,8 +8,8 @@ from typing import Any
 
 from tiny_run import tiny_config
 
-from mimkd_ray.config.config import Config
-from mimkd_ray.config.search import SearchConfig, SearchJob, search_job
+from mimkd_ray.config import Config, SearchConfig, SearchJob
+from mimkd_ray.config.search import search_job
 from mimkd_ray.search.driver import Search
 from mimkd_ray.search.spaces import SPACES
 from mimkd_ray.search.suggest import Candidates, Suggest, find_spaces

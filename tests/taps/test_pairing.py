@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import LossConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.taps.default_stages import Stages

@@ -9,8 +9,7 @@ import pytest
 from tiny_run import tiny_config
 
 from mimkd_ray.cli.preflight import preflight
-from mimkd_ray.config.cache import CacheConfig
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import CacheConfig, LossConfig
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.source import SubsetSource, ids_of
 from mimkd_ray.errors import UserError

@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_codec import CPU, MAP, VECTOR, features
 
+from mimkd_ray.config.codec_spec import parse_spec
 from mimkd_ray.errors import DamagedDataError
 from mimkd_ray.teacher_cache import calibration as module
 from mimkd_ray.teacher_cache.calibration import Fitter, Moments, from_bytes, principal, publish, ranges, read, to_bytes
-from mimkd_ray.teacher_cache.codec import parse_spec
 
 
 def test_moments_are_those_of_all_rows_together() -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from mimkd_ray.config.cache import CacheConfig, check_rules, codec_of
+from mimkd_ray.config import CacheConfig
+from mimkd_ray.config.cache import check_rules, codec_of
+from mimkd_ray.config.codec_spec import CodecSpec, parse_spec
 from mimkd_ray.errors import DamagedDataError, UserError
-from mimkd_ray.teacher_cache.codec import CodecSpec, Shape, parse_spec
+from mimkd_ray.teacher_cache.codec import Shape
 from mimkd_ray.teacher_cache.keys import (
     Entry,
     Origin,

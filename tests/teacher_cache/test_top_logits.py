@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mimkd_ray.config.codec_spec import CodecSpec, parse_logits
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.methods.kd import kd_loss
-from mimkd_ray.teacher_cache.codec import CodecSpec, Shape, make_codec, parse_logits, row_bytes
+from mimkd_ray.teacher_cache.codec import Shape, make_codec, row_bytes
 from mimkd_ray.teacher_cache.keys import logits_entry
 from mimkd_ray.teacher_cache.top_logits import TopLogits
 

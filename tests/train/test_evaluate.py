@@ -10,9 +10,9 @@ import torch.distributed as dist
 from ranks import start_ranks
 from tiny_run import cpu, tiny_config, tiny_data
 
+from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.loading.loader import LaneBatch, eval_batches
-from mimkd_ray.data.sources.data_set import DataConfig
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.evaluate import GRADIENT_IMAGES, accuracy, held_out_name

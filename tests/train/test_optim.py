@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from mimkd_ray.config import OptimConfig
 from mimkd_ray.errors import UserError
-from mimkd_ray.train.optim import OptimConfig, build_optimizer, learning_rate
+from mimkd_ray.train.optim import build_optimizer, learning_rate
 
 
 def test_step_schedule_is_torchs_multi_step() -> None:

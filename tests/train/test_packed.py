@@ -18,10 +18,9 @@ from tiny_cache import build_here, cached_config
 from tiny_run import cpu, tiny_config, wait_for_checkpoints
 from torch import Tensor, nn
 
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config, CriticConfig
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import Interrupted, NonFiniteLossError, UserError
-from mimkd_ray.losses.critics import CriticConfig
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.packed import Member, Outcome, train_pack

@@ -11,8 +11,8 @@ import torch
 from test_packed import Dropping, alone, pack, quick, same
 from torch import Tensor
 
+from mimkd_ray.config import CriticConfig
 from mimkd_ray.errors import MemberMemoryError
-from mimkd_ray.losses.critics import CriticConfig
 from mimkd_ray.train.student import Session
 
 

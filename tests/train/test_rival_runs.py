@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_cache import build_here, cached_config
 from tiny_run import cpu, tiny_config
 
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.methods.registry import RIVALS, Method
 from mimkd_ray.train.build import build_network

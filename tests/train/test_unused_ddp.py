@@ -12,8 +12,8 @@ from ranks import start_ranks
 from tiny_run import tiny_config, tiny_data
 from torch import Tensor, nn
 
-from mimkd_ray.config.config import Config
-from mimkd_ray.models.zoo import ModelConfig, build_model
+from mimkd_ray.config import Config, ModelConfig
+from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.local_context import LocalContext
 from mimkd_ray.train.student import Session
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import cpu, run_tiny, tiny_config
 
 from mimkd_ray.cli.preflight import preflight
-from mimkd_ray.config.config import CompareConfig
+from mimkd_ray.config import CompareConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.compare import arm_config, paired

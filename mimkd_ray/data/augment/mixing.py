@@ -7,43 +7,14 @@ features of a mix are no mix of features.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mimkd_ray.config import MixConfig
 from mimkd_ray.data.order import permutations
-from mimkd_ray.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixConfig:
-    """How batches are mixed; by default they are not."""
-
-    mixup_alpha: float = 0.0
-    """mixup's share of the image itself is drawn from Beta(alpha, alpha); 0 = no mixup. ImageNet: 0.2."""
-    cutmix_alpha: float = 0.0
-    """The same of CutMix, where it is the share of the area; 0 = no CutMix. ImageNet: 1.0."""
-    probability: float = 1.0
-    """Share of the batches that are mixed."""
-    switch_probability: float = 0.5
-    """Where both are on: share of the mixed batches that get CutMix."""
-
-    def __post_init__(self) -> None:
-        for name in ("mixup_alpha", "cutmix_alpha"):
-            alpha = getattr(self, name)
-            if not (math.isfinite(alpha) and alpha >= 0):
-                raise UserError(f"{name} = {alpha}: give 0 (off) or a positive number, such as 0.2 or 1")
-        for name in ("probability", "switch_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} = {getattr(self, name)}: give a share from 0 to 1")
-
-    @property
-    def active(self) -> bool:
-        """Whether any batch is mixed."""
-        return self.probability > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
 
 
 class Mix(NamedTuple):

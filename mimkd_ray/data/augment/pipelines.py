@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mimkd_ray.config.pipeline_name import check_pipeline_name, pipeline_function
 from mimkd_ray.data.augment.batch_views import BatchTransform, CropFlip
 from mimkd_ray.data.augment.transforms import CentreCrop, FitSize, OnPillow, ResizedCropFlip, Then, Transform
-from mimkd_ray.errors import UserError, nearest
+from mimkd_ray.errors import UserError
 
 
 class Pipeline(NamedTuple):
@@ -40,17 +40,6 @@ def make_pipeline(name: str, image_size: int) -> Pipeline:
     if ":" in name:
         return _imported(name, image_size)
     return PIPELINES[name](image_size)
-
-
-def check_pipeline_name(name: str, field: str = "pipeline") -> None:
-    """Raise UserError, naming `field`, if there is no such pipeline. Imports only what a name with a colon asks for."""
-    if ":" in name:
-        _function(name)
-    elif name not in PIPELINES:
-        raise UserError(
-            f"{field} '{name}' is unknown{nearest(name, PIPELINES)}; there are: {', '.join(PIPELINES)}, and any "
-            "function of yours by its import path, 'package.module:function'"
-        )
 
 
 def _imagenet(size: int, augment: str = "") -> Pipeline:
@@ -90,26 +79,8 @@ PIPELINES: dict[str, Callable[[int], Pipeline]] = {
 before crop and flip, which are done for the whole batch."""
 
 
-def _function(name: str) -> Callable[..., Any]:
-    module_name, _, function_name = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise UserError(
-            f"pipeline '{name}': cannot import '{module_name}': {error}; put its folder on PYTHONPATH, or ship it with "
-            "the job's working directory"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(
-            f"pipeline '{name}': {module_name} has no function '{function_name}'{nearest(function_name, there)}"
-        )
-    return function
-
-
 def _imported(name: str, size: int) -> Pipeline:
-    made = _function(name)(size)
+    made = pipeline_function(name)(size)
     pair = made if isinstance(made, tuple) else (made, CentreCrop(size))
     if len(pair) != 2 or not all(map(callable, pair)):
         kinds = ", ".join(type(part).__name__ for part in pair)

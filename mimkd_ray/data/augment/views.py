@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mimkd_ray.data.augment.batch_views import BatchTransform
 from mimkd_ray.data.augment.decode import DamagedImageError, Encoded, decode
-from mimkd_ray.data.augment.pipelines import PIPELINES, Pipeline, check_pipeline_name, make_pipeline
+from mimkd_ray.data.augment.pipelines import PIPELINES, Pipeline, make_pipeline
 from mimkd_ray.data.augment.transforms import CentreCrop, FitSize, ResizedCropFlip, Transform, from_bytes
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "ResizedCropFlip",
     "Transform",
     "View",
-    "check_pipeline_name",
     "decode",
     "generator_kept",
     "hash32",

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.transforms import Transform, can_be_resident
 from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.loading.batches import FeatureSource, Key, LaneBatch, TrainKeys, nearest_intact
 from mimkd_ray.data.loading.loader import view_batches
 from mimkd_ray.data.order.sample_order import Order
-from mimkd_ray.data.sources.data_set import DataConfig
 from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import DamagedDataError
 

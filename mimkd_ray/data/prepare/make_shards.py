@@ -14,14 +14,14 @@ where it was, and ends with the same bytes as one that was not.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from mimkd_ray import storage
+from mimkd_ray.config import PrepareConfig
 from mimkd_ray.data.prepare.archives import ARCHIVES, open_archives
 from mimkd_ray.data.prepare.input_pieces import THREADS, Origin, open_folders, open_parquet
 from mimkd_ray.data.prepare.shuffle_plan import plan_shards, row_keys
@@ -43,54 +43,6 @@ Runner = Callable[[Sequence[Unit], str], Iterator[Done]]
 """Does the units, in any order and anywhere, and yields what each did. The text says what is going on."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """Which images become a prepared set, and how."""
-
-    source: str
-    """Folder or URL that holds the split: <split>-*.parquet or data/<split>-*.parquet (Hugging Face), class folders
-    <split>/<class>/<image>, or the official ImageNet archives (ILSVRC2012_img_train.tar, ...)."""
-    target: str
-    """Folder or URL of the prepared set; several splits go to the same one."""
-    split: str = "train"
-    """Name of the split, there and here."""
-    seed: int = 0
-    """Seed of the shuffle."""
-    block_rows: int = 256
-    """Images in a block, the unit of reading."""
-    shard_rows: int = 0
-    """Images in a file, a multiple of block-rows; 0 = about 256 MB."""
-    short_side: int = 0
-    """Shrink images to this short side in pixels and encode them as JPEG; 0 = keep every file as it is. Images that
-    are not larger are kept as they are."""
-    quality: int = 90
-    """JPEG quality of images that are shrunk."""
-
-    def __post_init__(self) -> None:
-        if not self.source or not self.target:
-            raise UserError("--source and --target are needed: a folder or a URL such as s3://bucket/imagenet")
-        if not self.split or "/" in self.split or self.split.startswith("."):
-            raise UserError(f"--split '{self.split}' is no name; give train, validation or the like")
-        if self.short_side < 0:
-            raise UserError(f"--short-side {self.short_side}: give 1 pixel or more, or 0 to keep every file as it is")
-        if self.block_rows < 1:
-            raise UserError(f"--block-rows {self.block_rows}: give 1 or more")
-        if self.shard_rows < 0 or self.shard_rows % self.block_rows:
-            near = max(1, self.shard_rows // self.block_rows) * self.block_rows
-            raise UserError(
-                f"--shard-rows {self.shard_rows} is no multiple of --block-rows {self.block_rows}; {near} is"
-            )
-        if not 1 <= self.quality <= 95:
-            raise UserError(f"--quality {self.quality}: JPEG quality goes from 1 to 95")
-        if f"{absolute(self.target)}/".startswith(f"{absolute(self.source)}/"):
-            raise UserError(f"--target {self.target} lies in --source {self.source}; give a place outside it")
-
-
-def absolute(url: str) -> str:
-    """Return `url` without a slash at its end; a local path as an absolute one, for processes that start elsewhere."""
-    return url.rstrip("/") if storage.is_remote(url) else os.path.abspath(storage.local_path(url))
-
-
 def in_process(units: Sequence[Unit], title: str) -> Iterator[Done]:
     """Do the units here, one after the other: a `Runner`."""
     return (unit() for unit in units)
@@ -102,7 +54,7 @@ def prepare(config: PrepareConfig, run: Runner = in_process) -> Manifest:
     Raises UserError for bad input (before any work), for a target that was begun with other settings, and for a
     full disk; DamagedDataError for files that cannot be read; StorageError.
     """
-    config = replace(config, source=absolute(config.source), target=absolute(config.target))
+    config = replace(config, source=storage.absolute(config.source), target=storage.absolute(config.target))
     work = storage.join(config.target, f".prepare-{config.split}")
     finished = _finished(config)
     if finished is not None:

@@ -3,122 +3,26 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from mimkd_ray import storage
+from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.transforms import can_be_resident
-from mimkd_ray.data.augment.views import check_pipeline_name, make_pipeline
+from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.sources.digits import DigitsSource
 from mimkd_ray.data.sources.folders import FolderSource
 from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.sources.shard_manifest import MANIFEST_SUFFIX, read_manifest
 from mimkd_ray.data.sources.source import Source, SubsetSource, digest_of, stratified_split
 from mimkd_ray.data.store.block_reader import CACHE_BYTES
-from mimkd_ray.data.store.block_store import BlockStore
+from mimkd_ray.data.store.block_store import BlockStore, open_store
 from mimkd_ray.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 VAL_ALIASES = ("validation", "val", "valid", "test")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which images, in which order, under which augmentation."""
-
-    root: str = "digits"
-    """`digits` (built in), a local folder, or an fsspec URL, holding Parquet files or class folders."""
-    train_split: str = "train"
-    """Name of the training split: `train-*.parquet`, or a folder `train/`."""
-    val_split: str = "auto"
-    """Name of the validation split; `auto` is the first of validation, val, valid, test that exists."""
-    holdout: float = 0.0
-    """Share of the training rows, of each class, that serves as validation set instead of `val_split`."""
-    subset: int = 0
-    """Train on this many rows, equally many of each class, drawn after the holdout; 0 = all."""
-    split_seed: int = 0
-    """Seed of `holdout`."""
-    subset_seed: int = 0
-    """Seed of `subset`; apart from `split_seed`, so that several subsets share one held-out set."""
-    num_classes: int = 0
-    """Number of classes; 0 = as the data says."""
-    pipeline: str = "digits"
-    """Augmentation: imagenet, imagenet_ta, cifar, digits or none."""
-    image_size: int = 8
-    """Height and width that the networks see, in pixels."""
-    mean: tuple[float, float, float] = (0.305, 0.305, 0.305)
-    """Mean of each colour channel, of values in 0..1."""
-    std: tuple[float, float, float] = (0.376, 0.376, 0.376)
-    """Standard deviation of each colour channel, of values in 0..1."""
-    views: int = 0
-    """Distinct augmented views of each image; 0 = a new one every epoch."""
-    view_seed: int = -1
-    """Seed of the views; -1: train.seed. Runs with different seeds share one cache where this is the same."""
-    window: int | Literal["full"] = "full"
-    """Shuffle rows inside this many blocks (row groups); `full` = one permutation of all rows."""
-    store: str = ""
-    """Folder on each node where blocks are kept once they are read, for all its processes; unset: a folder of this
-    user's among the machine's temporary files."""
-    store_gb: float = 8.0
-    """Size of the block store in GB; 0 = none, every process reads and keeps row groups by itself."""
-    read_ahead: int = -1
-    """Blocks per lane that are fetched into the store ahead of need, beyond those in use; -1 = another window of them
-    as far as the store has room, 0 = none."""
-    loader_workers: int = -1
-    """Decoding processes per training worker; -1 = one less than its share of this machine's cores, at least one (none
-    for a set in memory, such as the digits), 0 = decode in the training process."""
-    resident: Literal["auto", "on", "off"] = "auto"
-    """Keep training and held-out images decoded in the device's memory: no loader processes. For pipelines of which
-    only the batch part draws random numbers (cifar, digits, none); auto: on a GPU of which the training set takes an
-    eighth at most."""
-    max_damaged: float = 0.001
-    """Share of images that may be damaged before the run stops."""
-
-    def __post_init__(self) -> None:
-        if not self.root:
-            raise UserError("data.root is empty; give 'digits', a folder or a URL")
-        if not 0 <= self.holdout < 1:
-            raise UserError(f"data.holdout = {self.holdout}: give a share of at least 0 and below 1, such as 0.1")
-        if not 0 <= self.max_damaged <= 1:
-            raise UserError(f"data.max_damaged = {self.max_damaged}: give a share from 0 to 1, such as 0.001")
-        for name in ("subset", "num_classes", "views"):
-            if getattr(self, name) < 0:
-                raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more")
-        for name in ("loader_workers", "read_ahead", "view_seed"):
-            if getattr(self, name) < -1:
-                raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more, or -1 (automatic)")
-        if self.window != "full" and not (isinstance(self.window, int) and self.window >= 1):
-            raise UserError(
-                f"data.window = {self.window}: give 'full' (one permutation of all rows) or 1 block or more"
-            )
-        if not 0 <= self.store_gb < math.inf:
-            raise UserError(f"data.store_gb = {self.store_gb}: give a size in GB, or 0 for no store")
-        check_pipeline_name(self.pipeline)
-        if self.resident == "on" and not can_be_resident(make_pipeline(self.pipeline, self.image_size).train):
-            raise UserError(
-                f"data.resident is on, and pipeline '{self.pipeline}' draws random numbers for each image, which is "
-                "decoded anew for each view: pass --data.resident off, or a pipeline such as cifar"
-            )
-        if self.image_size < 1:
-            raise UserError(f"data.image_size = {self.image_size}: give the height and width in pixels")
-        if not all(map(math.isfinite, self.mean)) or not all(s > 0 and math.isfinite(s) for s in self.std):
-            raise UserError(
-                f"data.mean = {self.mean}, data.std = {self.std}: give finite means and positive deviations "
-                "of values in 0..1"
-            )
-
-    @property
-    def window_blocks(self) -> int:
-        """`window` as `Order` takes it: a number of blocks, or 0 for one permutation of all rows."""
-        return 0 if self.window == "full" else self.window
-
-    def make_store(self) -> BlockStore | None:
-        """Return the block store, None for `store_gb` = 0. Makes no folder yet."""
-        return BlockStore(self.store, int(self.store_gb * 1e9)) if self.store_gb else None
 
 
 @dataclass(frozen=True)
@@ -139,9 +43,15 @@ class Data:
 def open_data(config: DataConfig) -> Data:
     """Open both splits: listings and Parquet footers only (with `holdout` or `subset` also the labels).
 
-    Raises UserError for a missing place or split, or for labels beyond the classes.
+    Raises UserError for a missing place or split, for labels beyond the classes, and for a pipeline whose images cannot
+    stay on the device where the config wants that.
     """
-    root = _Digits() if config.root == "digits" else _Root(config.root, config.make_store())
+    if config.resident == "on" and not can_be_resident(make_pipeline(config.pipeline, config.image_size).train):
+        raise UserError(
+            f"data.resident is on, and pipeline '{config.pipeline}' draws random numbers for each image, which is "
+            "decoded anew for each view: pass --data.resident off, or a pipeline such as cifar"
+        )
+    root = _Digits() if config.root == "digits" else _Root(config.root, open_store(config))
     train = root.open(config.train_split, None)
     if train is None:
         raise UserError(

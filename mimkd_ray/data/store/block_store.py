@@ -25,6 +25,7 @@ from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any
 
+from mimkd_ray.config import DataConfig
 from mimkd_ray.data.store.stored_block import StoredBlock, read_stored
 from mimkd_ray.errors import UserError
 
@@ -258,3 +259,8 @@ def locked(path: Path) -> Iterator[int]:
         # Unlocked by name: a process that was forked meanwhile holds the file open, and the lock with it.
         fcntl.flock(file, fcntl.LOCK_UN)
         os.close(file)
+
+
+def open_store(config: DataConfig) -> BlockStore | None:
+    """Return the block store of a run, None for `data.store_gb` 0. Makes no folder yet."""
+    return BlockStore(config.store, int(config.store_gb * 1e9)) if config.store_gb else None

@@ -1,4 +1,7 @@
-"""The methods that `loss.name` may name: what each reads of the two networks, and the weight of its publication.
+"""The methods that `loss.name` may name: the one place to add one, with its file in this folder.
+
+An entry tells what the method reads of the two networks, and the weight of its publication. Nothing is imported here,
+so that a config can be checked without any loss.
 
 Weights are those of the benchmark by the authors of CRD (arXiv 1910.10699), which the field's CIFAR-100 tables go back
 to, and of the method's own paper where it is newer (DKD, DIST, ReviewKD). CC's is neither: the benchmark has another
@@ -20,6 +23,8 @@ Method = Literal["mimkd", "kd", "fitnet", "at", "sp", "cc", "vid", "rkd", "pkt",
 class Published:
     """What is known of a rival before any network is."""
 
+    loss: str
+    """Its file in this folder and its class there. KD's is a function, and has no taps of its own."""
     weight: float
     """Of its publication; `loss.rival_weight` multiplies it."""
     logits: bool = False
@@ -40,17 +45,17 @@ KD_CE_WEIGHT = 0.1
 """Weight of the cross-entropy beside KD alone."""
 
 RIVALS: dict[Method, Published] = {
-    "kd": Published(weight=0.9, logits=True),
-    "fitnet": Published(weight=100.0, maps="second"),
-    "at": Published(weight=1000.0, maps="all"),
-    "sp": Published(weight=3000.0, maps="deepest"),
-    "cc": Published(weight=100.0, vectors=True),
-    "vid": Published(weight=1.0, maps="all"),
-    "rkd": Published(weight=1.0, vectors=True),
-    "pkt": Published(weight=30_000.0, vectors=True),
-    "crd": Published(weight=0.8, vectors=True, one_class=True, bank=True),
-    "dkd": Published(weight=1.0, logits=True, warms_up=True, one_class=True),
-    "dist": Published(weight=1.0, logits=True),
-    "review": Published(weight=1.0, vectors=True, maps="all", warms_up=True),
+    "kd": Published(loss="kd:kd_loss", weight=0.9, logits=True),
+    "fitnet": Published(loss="fitnet:FitNet", weight=100.0, maps="second"),
+    "at": Published(loss="at:AT", weight=1000.0, maps="all"),
+    "sp": Published(loss="sp:SP", weight=3000.0, maps="deepest"),
+    "cc": Published(loss="cc:CC", weight=100.0, vectors=True),
+    "vid": Published(loss="vid:VID", weight=1.0, maps="all"),
+    "rkd": Published(loss="rkd:RKD", weight=1.0, vectors=True),
+    "pkt": Published(loss="pkt:PKT", weight=30_000.0, vectors=True),
+    "crd": Published(loss="crd:CRD", weight=0.8, vectors=True, one_class=True, bank=True),
+    "dkd": Published(loss="dkd:DKD", weight=1.0, logits=True, warms_up=True, one_class=True),
+    "dist": Published(loss="dist:DIST", weight=1.0, logits=True),
+    "review": Published(loss="review:ReviewKD", weight=1.0, vectors=True, maps="all", warms_up=True),
 }
 """In the order in which losses are added."""

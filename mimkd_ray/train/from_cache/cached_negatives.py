@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config
 from mimkd_ray.data.order.permutations import raw
 from mimkd_ray.errors import UserError
 from mimkd_ray.teacher_cache.mapped_vectors import COLUMN_VIEW, open_column

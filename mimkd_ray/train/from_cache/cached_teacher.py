@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from mimkd_ray.config import Config
 from mimkd_ray.config.cache import check_rules, parse_rule
-from mimkd_ray.config.config import Config
 from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.sources.data_set import Data
+from mimkd_ray.data.store.block_store import open_store
 from mimkd_ray.errors import UserError
 from mimkd_ray.taps.tap_codecs import Coding, tap_entries
 from mimkd_ray.taps.tapped_model import layer_of
@@ -134,7 +135,7 @@ def open_reader(
     barrier()
     keys = {label: key_of(each) for label, each in parts.items()}
     used = [label for label in keys if label != PIXELS]
-    store = data.train.store or config.data.make_store()
+    store = data.train.store or open_store(config.data)
     return FeatureReader(config.cache.root, keys, data.whole.num_rows, store, used, data.kept)
 
 

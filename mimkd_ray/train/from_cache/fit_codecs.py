@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config
 from mimkd_ray.data.augment.views import Pipeline, View
 from mimkd_ray.data.loading.batches import Key, LaneBatch
 from mimkd_ray.data.loading.loader import to_device, view_batches

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mimkd_ray.config.config import Config
+from mimkd_ray.config import Config
 from mimkd_ray.teacher_cache.feature_manifest import views_there
 from mimkd_ray.teacher_cache.keys import difference, key_of, nearest_key, read_keys
 from mimkd_ray.teacher_cache.pixel_digests import PIXELS

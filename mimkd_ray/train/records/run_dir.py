@@ -11,48 +11,13 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
 from mimkd_ray import storage
-from mimkd_ray.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Where a run's results go, and how often it can be resumed from."""
-
-    root: str = "runs"
-    """Folder or URL that holds run directories."""
-    name: str = ""
-    """Name of the run's directory; unset: the recipe and a digest of what decides the training."""
-    overwrite: bool = False
-    """Delete what the directory holds and start anew, instead of resuming or repeating the result."""
-    checkpoint_every: int = 1
-    """Epochs between two checkpoints; 0: not by epochs."""
-    checkpoint_steps: int = 0
-    """Steps between two checkpoints; 0: not by steps."""
-    checkpoint_minutes: float = 10.0
-    """Minutes after which one is written at the latest; 0: not by time. A stop or a notice writes one in any case."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
-    keep_best: bool = False
-    """Keep the student of the best evaluation so far as well: best.safetensors and, with its figures, best.json."""
-    tensorboard: bool = True
-    """Write TensorBoard event files."""
-    log_samples: bool = False
-    """Write samples.jsonl: step, lane, view and sample ids of everything that is trained on."""
-
-    def __post_init__(self) -> None:
-        if min(self.checkpoint_every, self.checkpoint_steps, self.checkpoint_minutes) < 0 or self.keep_checkpoints < 1:
-            raise UserError(
-                f"run.checkpoint_every {self.checkpoint_every}, checkpoint_steps {self.checkpoint_steps} and "
-                f"checkpoint_minutes {self.checkpoint_minutes} must not be negative, and keep_checkpoints "
-                f"{self.keep_checkpoints} at least 1"
-            )
+from mimkd_ray.config import RunConfig
 
 
 def jsonable(value: Any) -> Any:

@@ -11,7 +11,8 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from mimkd_ray import storage
-from mimkd_ray.config.config import digest, to_dict
+from mimkd_ray.config.digest import digest
+from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.train.distributed import all_sum, barrier, gather_lanes, share_from_first
 from mimkd_ray.train.records import checkpoint, start_times
 from mimkd_ray.train.records.metrics import FiniteGuard, Meter

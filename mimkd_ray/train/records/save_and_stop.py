@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mimkd_ray.config import RunConfig
 from mimkd_ray.train.distributed import Context, Preemption, all_max
-from mimkd_ray.train.records.run_dir import RunConfig
 
 AGREE_SECONDS = 1.0
 """Workers agree about this often: a stop or a notice is acted upon within a step or about this time."""

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
-from mimkd_ray.data.augment.mixing import Mix, MixConfig, draw_mix, mix
+from mimkd_ray.config import MixConfig
+from mimkd_ray.data.augment.mixing import Mix, draw_mix, mix
 from mimkd_ray.errors import UserError
 
 BOTH = MixConfig(mixup_alpha=0.4, cutmix_alpha=1.0)

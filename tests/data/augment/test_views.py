@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_sets import SHARED, encode, pixels
 
+from mimkd_ray.config.pipeline_name import PIPELINE_NAMES, check_pipeline_name
 from mimkd_ray.data.augment.transforms import (
     SHRINKS,
     CentreCrop,
@@ -25,15 +26,7 @@ from mimkd_ray.data.augment.transforms import (
     Then,
     resize,
 )
-from mimkd_ray.data.augment.views import (
-    PIPELINES,
-    DamagedImageError,
-    View,
-    check_pipeline_name,
-    decode,
-    hash32,
-    make_pipeline,
-)
+from mimkd_ray.data.augment.views import PIPELINES, DamagedImageError, View, decode, hash32, make_pipeline
 from mimkd_ray.errors import UserError
 
 MINE = "my_pipelines"  # a module that the tests write
@@ -426,6 +419,10 @@ def test_unknown_pipelines(name: str, message: str) -> None:
         make_pipeline(name, SIZE)
     with pytest.raises(UserError, match=message):
         check_pipeline_name(name)
+
+
+def test_the_config_knows_the_names_of_all_pipelines() -> None:
+    assert tuple(PIPELINES) == PIPELINE_NAMES
 
 
 @pytest.mark.usefixtures("mine")

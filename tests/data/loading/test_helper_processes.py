@@ -13,13 +13,14 @@ import pytest
 import torch
 from image_sets import prepared_set
 
+from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.views import FitSize, View
 from mimkd_ray.data.loading import shared_memory
 from mimkd_ray.data.loading.helper_processes import helper_context
 from mimkd_ray.data.loading.loader import train_batches
 from mimkd_ray.data.loading.read_ahead import PARENT_POLL_S
 from mimkd_ray.data.order.sample_order import Order
-from mimkd_ray.data.sources.data_set import DataConfig, open_data
+from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.source import Source
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")

@@ -12,6 +12,7 @@ import torch
 from image_sets import encode, images, parquet_set, pixels, write_parquet
 
 from mimkd_ray import storage
+from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.views import View, decode, make_pipeline
 from mimkd_ray.data.loading import loader, shared_memory
 from mimkd_ray.data.loading.loader import (
@@ -23,7 +24,7 @@ from mimkd_ray.data.loading.loader import (
     train_batches,
 )
 from mimkd_ray.data.order.sample_order import Order, view_number
-from mimkd_ray.data.sources.data_set import DataConfig, open_data
+from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.digits import DigitsSource
 from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.sources.source import Source

@@ -15,13 +15,14 @@ import torch
 from image_sets import prepared_set
 
 from mimkd_ray import storage
+from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.views import FitSize, View
 from mimkd_ray.data.loading import cpu_quota
 from mimkd_ray.data.loading.loader import train_batches
 from mimkd_ray.data.loading.read_ahead import Distance, ReadAhead, distance
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.sample_order import Order
-from mimkd_ray.data.sources.data_set import DataConfig, open_data
+from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.digits import DigitsSource
 from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.store.block_store import BlockStore

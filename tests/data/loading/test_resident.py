@@ -8,11 +8,12 @@ import pytest
 import torch
 from image_sets import images, parquet_set, write_parquet
 
+from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.views import View, make_pipeline
 from mimkd_ray.data.loading.loader import LaneBatch, train_batches
 from mimkd_ray.data.loading.resident import Resident, keeps_on_device, resident, resident_batches
 from mimkd_ray.data.order.sample_order import Order
-from mimkd_ray.data.sources.data_set import DataConfig, open_data
+from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import DamagedDataError, UserError
@@ -103,4 +104,4 @@ def test_when_a_set_is_kept_there() -> None:
 
 def test_a_pipeline_that_draws_for_each_image_is_refused() -> None:
     with pytest.raises(UserError, match="pipeline 'imagenet' draws random numbers for each image"):
-        DataConfig(pipeline="imagenet", resident="on")
+        open_data(DataConfig(pipeline="imagenet", resident="on"))

@@ -18,9 +18,10 @@ from PIL import Image
 from prepare_sets import Killed, Killer, config, files, table
 
 from mimkd_ray import storage
-from mimkd_ray.data.prepare.make_shards import PrepareConfig, prepare
+from mimkd_ray.config import DataConfig, PrepareConfig
+from mimkd_ray.data.prepare.make_shards import prepare
 from mimkd_ray.data.prepare.work_units import checked, class_keys
-from mimkd_ray.data.sources.data_set import DataConfig, open_data
+from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.shard_manifest import read_manifest
 
 

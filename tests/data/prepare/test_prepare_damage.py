@@ -15,8 +15,9 @@ from image_sets import SHARED, images, parquet_set, write_parquet
 from prepare_sets import WRITES, Killed, Killer, Writes, config, files, table
 
 from mimkd_ray import local_files, storage
+from mimkd_ray.config import PrepareConfig
 from mimkd_ray.data.prepare import make_shards as module
-from mimkd_ray.data.prepare.make_shards import PrepareConfig, Unit, in_process, prepare
+from mimkd_ray.data.prepare.make_shards import Unit, in_process, prepare
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.errors import DamagedDataError, UserError
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from image_sets import SHARED, encode, folder_set, images, parquet_set, pixels, prepared_set, write_parquet
 
+from mimkd_ray.config import DataConfig
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.sources import data_set, parquet
-from mimkd_ray.data.sources.data_set import Data, DataConfig, open_data
+from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import UserError
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from rival_checks import IDS, LABELS, ROWS, both, build, leaves, taps
 
-from mimkd_ray.config.loss import LossConfig
+from mimkd_ray.config import LossConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features

@@ -16,7 +16,8 @@ from tiny_run import cpu
 from mimkd_ray import storage
 from mimkd_ray.cli.cache_teacher import main
 from mimkd_ray.cli.preflight import preflight
-from mimkd_ray.config.config import Config, LaunchConfig, digest
+from mimkd_ray.config import Config, LaunchConfig
+from mimkd_ray.config.digest import digest
 from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import DamagedDataError, UserError

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from mimkd_ray import local_files, storage
+from mimkd_ray.config import RunConfig
 from mimkd_ray.errors import UserError
-from mimkd_ray.train.records.run_dir import MetricsLog, RunConfig, read_json, write_json
+from mimkd_ray.train.records.run_dir import MetricsLog, read_json, write_json
 
 
 def _lines(path: Path) -> list[dict]:

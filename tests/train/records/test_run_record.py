@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tiny_cache import build_here, cached_config
 from tiny_run import cpu, tiny_config, tiny_data, wait_for_checkpoints
 
-from mimkd_ray.config.config import Config, digest
+from mimkd_ray.config import Config
+from mimkd_ray.config.digest import digest
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.build import build_network

@@ -1,0 +1,96 @@
+"""Section `data`: which images, in which order, under which augmentation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from mimkd_ray.config.pipeline_name import check_pipeline_name
+from mimkd_ray.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, in which order, under which augmentation."""
+
+    root: str = "digits"
+    """`digits` (built in), a local folder, or an fsspec URL, holding Parquet files or class folders."""
+    train_split: str = "train"
+    """Name of the training split: `train-*.parquet`, or a folder `train/`."""
+    val_split: str = "auto"
+    """Name of the validation split; `auto` is the first of validation, val, valid, test that exists."""
+    holdout: float = 0.0
+    """Share of the training rows, of each class, that serves as validation set instead of `val_split`."""
+    subset: int = 0
+    """Train on this many rows, equally many of each class, drawn after the holdout; 0 = all."""
+    split_seed: int = 0
+    """Seed of `holdout`."""
+    subset_seed: int = 0
+    """Seed of `subset`; apart from `split_seed`, so that several subsets share one held-out set."""
+    num_classes: int = 0
+    """Number of classes; 0 = as the data says."""
+    pipeline: str = "digits"
+    """Augmentation: imagenet, imagenet_ta, cifar, digits or none."""
+    image_size: int = 8
+    """Height and width that the networks see, in pixels."""
+    mean: tuple[float, float, float] = (0.305, 0.305, 0.305)
+    """Mean of each colour channel, of values in 0..1."""
+    std: tuple[float, float, float] = (0.376, 0.376, 0.376)
+    """Standard deviation of each colour channel, of values in 0..1."""
+    views: int = 0
+    """Distinct augmented views of each image; 0 = a new one every epoch."""
+    view_seed: int = -1
+    """Seed of the views; -1: train.seed. Runs with different seeds share one cache where this is the same."""
+    window: int | Literal["full"] = "full"
+    """Shuffle rows inside this many blocks (row groups); `full` = one permutation of all rows."""
+    store: str = ""
+    """Folder on each node where blocks are kept once they are read, for all its processes; unset: a folder of this
+    user's among the machine's temporary files."""
+    store_gb: float = 8.0
+    """Size of the block store in GB; 0 = none, every process reads and keeps row groups by itself."""
+    read_ahead: int = -1
+    """Blocks per lane that are fetched into the store ahead of need, beyond those in use; -1 = another window of them
+    as far as the store has room, 0 = none."""
+    loader_workers: int = -1
+    """Decoding processes per training worker; -1 = one less than its share of this machine's cores, at least one (none
+    for a set in memory, such as the digits), 0 = decode in the training process."""
+    resident: Literal["auto", "on", "off"] = "auto"
+    """Keep training and held-out images decoded in the device's memory: no loader processes. For pipelines of which
+    only the batch part draws random numbers (cifar, digits, none); auto: on a GPU of which the training set takes an
+    eighth at most."""
+    max_damaged: float = 0.001
+    """Share of images that may be damaged before the run stops."""
+
+    def __post_init__(self) -> None:
+        if not self.root:
+            raise UserError("data.root is empty; give 'digits', a folder or a URL")
+        if not 0 <= self.holdout < 1:
+            raise UserError(f"data.holdout = {self.holdout}: give a share of at least 0 and below 1, such as 0.1")
+        if not 0 <= self.max_damaged <= 1:
+            raise UserError(f"data.max_damaged = {self.max_damaged}: give a share from 0 to 1, such as 0.001")
+        for name in ("subset", "num_classes", "views"):
+            if getattr(self, name) < 0:
+                raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more")
+        for name in ("loader_workers", "read_ahead", "view_seed"):
+            if getattr(self, name) < -1:
+                raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more, or -1 (automatic)")
+        if self.window != "full" and not (isinstance(self.window, int) and self.window >= 1):
+            raise UserError(
+                f"data.window = {self.window}: give 'full' (one permutation of all rows) or 1 block or more"
+            )
+        if not 0 <= self.store_gb < math.inf:
+            raise UserError(f"data.store_gb = {self.store_gb}: give a size in GB, or 0 for no store")
+        check_pipeline_name(self.pipeline)
+        if self.image_size < 1:
+            raise UserError(f"data.image_size = {self.image_size}: give the height and width in pixels")
+        if not all(map(math.isfinite, self.mean)) or not all(s > 0 and math.isfinite(s) for s in self.std):
+            raise UserError(
+                f"data.mean = {self.mean}, data.std = {self.std}: give finite means and positive deviations "
+                "of values in 0..1"
+            )
+
+    @property
+    def window_blocks(self) -> int:
+        """`window` as `Order` takes it: a number of blocks, or 0 for one permutation of all rows."""
+        return 0 if self.window == "full" else self.window

@@ -1,0 +1,57 @@
+"""The JSON form of a config, and the way back from it: unknown names and wrong types are errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import cattrs
+import cattrs.strategies
+from cattrs.gen import make_dict_structure_fn
+
+from mimkd_ray.errors import UserError
+
+T = TypeVar("T")
+
+_converter = cattrs.Converter(forbid_extra_keys=True)
+
+cattrs.strategies.configure_union_passthrough(int | float | str | None, _converter)
+
+_converter.register_structure_hook_factory(
+    dataclasses.is_dataclass,
+    lambda cls: make_dict_structure_fn(cls, _converter, _cattrs_forbid_extra_keys=True),
+)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON form of a config."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(kind: type[T], value: Mapping[str, Any]) -> T:
+    """Build a config from its JSON form; an unknown name or a wrong type is a :class:`UserError`.
+
+    A config of release 0.1 means what it meant then."""
+    value = _of_this_release(value)
+    try:
+        return _converter.structure(value, kind)
+    except cattrs.BaseValidationError as error:
+        user_errors = [e for e in _leaves(error) if isinstance(e, UserError)]
+        if user_errors:
+            raise user_errors[0] from None
+        raise UserError("; ".join(cattrs.transform_error(error, path="config"))) from None
+
+
+def _of_this_release(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with the names of this release. The preset `accuracy` of release 0.1 is `two_sided` now."""
+    loss = value.get("loss", {})
+    if loss.get("preset") == "accuracy" and "teacher" not in loss.get("critic", {"teacher": None}):
+        return {**value, "loss": {**loss, "preset": "two_sided"}}
+    return value
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    inner = getattr(error, "exceptions", None)
+    return [leaf for child in inner for leaf in _leaves(child)] if inner else [error]

@@ -1,0 +1,54 @@
+"""Section `launch`: who runs the loop, on how many workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mimkd_ray.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """Who runs the loop, on how many workers."""
+
+    backend: Literal["ray", "local"] = "ray"
+    """ray: Ray Train. local: this process, or the process group that torchrun made."""
+    workers: int | str = 0
+    """Training workers; 0: as many as the cluster has GPUs (else CPUs) for, at most `train.lanes`; 2..8: any number in
+    that range, as nodes come and go."""
+    cpus_per_worker: int = 0
+    """CPUs that a worker reserves; 0: an equal share on CPU, and 1 + data.loader_workers with a GPU."""
+    gpu: Literal["auto", "on", "off"] = "auto"
+    """Whether a worker takes a GPU; auto: if the cluster has any."""
+    address: str = ""
+    """Address of a running Ray cluster; unset: RAY_ADDRESS, else a Ray of this process's own."""
+    max_failures: int = 3
+    """How often Ray restarts a failed worker group; each restart goes on from the last checkpoint."""
+    max_preemptions: int = -1
+    """How often Ray restarts it because a node was taken away with notice; -1: always."""
+    resize_seconds: float = 60.0
+    """With a range of workers: seconds between two looks for more nodes. A resize is a restart from a checkpoint."""
+    wait_minutes: float = 0.0
+    """How long to wait at the start for resources that a joined cluster lacks: an autoscaler may bring them."""
+    lost_minutes: float = 30.0
+    """Give up when nodes for the fewest workers have been gone for so long."""
+
+    def __post_init__(self) -> None:
+        fewest, most = self.worker_range
+        if not 0 <= fewest <= most or (fewest == 0 and most > 0):
+            raise UserError(f"launch.workers is {self.workers!r}: give a number, or a range such as 2..8")
+        if min(self.cpus_per_worker, self.max_failures, self.resize_seconds, self.wait_minutes, self.lost_minutes) < 0:
+            raise UserError(
+                f"launch.cpus_per_worker {self.cpus_per_worker}, max_failures {self.max_failures}, resize_seconds "
+                f"{self.resize_seconds}, wait_minutes {self.wait_minutes} and lost_minutes {self.lost_minutes} must "
+                "not be negative"
+            )
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers; (0, 0) where the launcher chooses."""
+        parts = str(self.workers).split("..")
+        if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
+            raise UserError(f"launch.workers is {self.workers!r}: give a number, or a range such as 2..8")
+        return int(parts[0]), int(parts[-1])

@@ -1,0 +1,45 @@
+"""Section `optim`: the optimiser of student and critics, and its schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mimkd_ray.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimiser of student and critics and its schedule."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """sgd (momentum) or adamw."""
+    lr: float = 0.05
+    """Peak learning rate, for the whole global batch."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    nesterov: bool = False
+    """Nesterov momentum for sgd."""
+    weight_decay: float = 5e-4
+    """Weight decay of weights; norms, biases and critic temperatures have none."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """step: times gamma at each milestone. cosine: falls to min_lr, which the last step has."""
+    milestones: tuple[int, ...] = (150, 180, 210)
+    """Epochs at which the step schedule drops."""
+    gamma: float = 0.1
+    """Factor of each drop."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up from 0."""
+    min_lr: float = 0.0
+    """Last learning rate of the cosine schedule."""
+    clip_norm: float = 0.0
+    """Clip the gradient's global L2 norm to this; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.weight_decay < 0 or self.warmup_epochs < 0 or self.clip_norm < 0:
+            raise UserError(
+                f"optim.lr {self.lr} must be positive; weight_decay {self.weight_decay}, "
+                f"warmup_epochs {self.warmup_epochs} and clip_norm {self.clip_norm} not negative"
+            )
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise UserError(f"optim.milestones {self.milestones} must rise")

@@ -1,0 +1,51 @@
+"""The fields of a data preparation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mimkd_ray import storage
+from mimkd_ray.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Which images become a prepared set, and how."""
+
+    source: str
+    """Folder or URL that holds the split: <split>-*.parquet or data/<split>-*.parquet (Hugging Face), class folders
+    <split>/<class>/<image>, or the official ImageNet archives (ILSVRC2012_img_train.tar, ...)."""
+    target: str
+    """Folder or URL of the prepared set; several splits go to the same one."""
+    split: str = "train"
+    """Name of the split, there and here."""
+    seed: int = 0
+    """Seed of the shuffle."""
+    block_rows: int = 256
+    """Images in a block, the unit of reading."""
+    shard_rows: int = 0
+    """Images in a file, a multiple of block-rows; 0 = about 256 MB."""
+    short_side: int = 0
+    """Shrink images to this short side in pixels and encode them as JPEG; 0 = keep every file as it is. Images that
+    are not larger are kept as they are."""
+    quality: int = 90
+    """JPEG quality of images that are shrunk."""
+
+    def __post_init__(self) -> None:
+        if not self.source or not self.target:
+            raise UserError("--source and --target are needed: a folder or a URL such as s3://bucket/imagenet")
+        if not self.split or "/" in self.split or self.split.startswith("."):
+            raise UserError(f"--split '{self.split}' is no name; give train, validation or the like")
+        if self.short_side < 0:
+            raise UserError(f"--short-side {self.short_side}: give 1 pixel or more, or 0 to keep every file as it is")
+        if self.block_rows < 1:
+            raise UserError(f"--block-rows {self.block_rows}: give 1 or more")
+        if self.shard_rows < 0 or self.shard_rows % self.block_rows:
+            near = max(1, self.shard_rows // self.block_rows) * self.block_rows
+            raise UserError(
+                f"--shard-rows {self.shard_rows} is no multiple of --block-rows {self.block_rows}; {near} is"
+            )
+        if not 1 <= self.quality <= 95:
+            raise UserError(f"--quality {self.quality}: JPEG quality goes from 1 to 95")
+        if f"{storage.absolute(self.target)}/".startswith(f"{storage.absolute(self.source)}/"):
+            raise UserError(f"--target {self.target} lies in --source {self.source}; give a place outside it")

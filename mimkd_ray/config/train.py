@@ -1,0 +1,55 @@
+"""Section `train`: length, batch, precision and rhythm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mimkd_ray.errors import UserError
+from mimkd_ray.seeds import check_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batch, precision and rhythm of training."""
+
+    epochs: int = 240
+    """Passes over the training rows."""
+    max_steps: int = 0
+    """Stop after this many steps (for a trial run; the schedule stays that of `epochs`); 0 trains to the end."""
+    lanes: int = 1
+    """Fixed slices of each global batch: batch norm and negatives see one lane, whatever the number of workers."""
+    lane_batch: int = 64
+    """Images in a lane; the global batch is lanes * lane_batch."""
+    seed: int = 0
+    """Seeds the student's start, the order, the views and the model's random numbers: 0 to 2**64 - 1."""
+    precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
+    """Autocast of the networks; auto: bf16 on a GPU that has it, else float32. Losses always compute in float32."""
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Memory layout of images and kernels; auto: channels-last, except for float64 on a CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: on a GPU where a C++ compiler is found."""
+    ema_decay: float = 0.0
+    """Keep an exponential moving average of the student with this decay, and evaluate and export it; 0 is off."""
+    log_every: int = 50
+    """Steps between two lines of metrics."""
+    eval_every: int = 1
+    """Epochs between two evaluations; 0 evaluates at the end only."""
+    eval_batch: int = 0
+    """Images in an evaluation batch; 0: the lane's."""
+    information_rows: int = 2048
+    """Held-out rows per worker on which mutual information is read at an evaluation; 0: it is not read."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.max_steps < 0 or self.lanes < 1 or self.log_every < 1 or self.eval_every < 0:
+            raise UserError(
+                f"train.epochs {self.epochs}, lanes {self.lanes} and log_every {self.log_every} must be at least 1; "
+                f"max_steps {self.max_steps} and eval_every {self.eval_every} not negative"
+            )
+        check_seed("train.seed", self.seed)
+        if self.lane_batch < 2:
+            raise UserError(f"train.lane_batch is {self.lane_batch}: a lane needs 2 images, or it has no negatives")
+        if self.information_rows < 0:
+            raise UserError(f"train.information_rows is {self.information_rows}: give 0 (not read) or more")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"train.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
