@@ -1,6 +1,6 @@
 # make demo   the main job on data that ships with a dependency: teacher, student alone, student distilled
 # make test   the whole test suite
-# make lint   ruff (lint, format) and mypy
+# make lint   ruff (lint, format), mypy, and how rooms import each other
 # make bench  every benchmark; refreshes benchmarks/results/ and the table of benchmarks/README.md
 # make clean  remove what the commands above made
 SHELL := /bin/sh
@@ -29,6 +29,7 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	.venv/bin/lint-imports --no-cache
 
 bench: setup
 	$(PY) benchmarks/run_all.py

@@ -37,6 +37,7 @@ from report import finish, parser, table
 from mimkd_ray.cache_build.build_cache import build
 from mimkd_ray.cache_build.build_setup import Setup
 from mimkd_ray.cache_build.build_units import in_process
+from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import CacheConfig, Config, DataConfig, LossConfig, ModelConfig, TeacherConfig, TrainConfig
 from mimkd_ray.config.codec_spec import parse_spec
 from mimkd_ray.data.loading.loader import LaneBatch
@@ -52,7 +53,6 @@ from mimkd_ray.teacher_cache.writer import write_shard
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.from_cache.fit_codecs import sample_keys
-from mimkd_ray.train.local_context import LocalContext
 from mimkd_ray.train.student import Session
 
 CODECS = ("fp32", "fp16", "bf16", "uint8", "pool4,fp16", "pool4,uint8", "pool4,pca256,uint8")

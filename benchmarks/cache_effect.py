@@ -38,6 +38,7 @@ from torch import Tensor
 from mimkd_ray.cache_build.build_cache import build
 from mimkd_ray.cache_build.build_setup import Setup
 from mimkd_ray.cache_build.build_units import in_process
+from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import (
     CacheConfig,
     Config,
@@ -55,7 +56,6 @@ from mimkd_ray.recipes import CIFAR_MEAN, CIFAR_STD
 from mimkd_ray.taps.tap_codecs import by_label
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
-from mimkd_ray.train.local_context import LocalContext
 from mimkd_ray.train.step import backward_lane
 from mimkd_ray.train.student import Session
 

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from mimkd_ray.train.local_context import LocalContext
+from mimkd_ray.cli.local_launch import LocalContext
 
 
 class Deadline(LocalContext):

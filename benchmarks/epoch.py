@@ -38,13 +38,13 @@ from torchvision import transforms
 from mimkd_ray.cache_build.build_cache import build
 from mimkd_ray.cache_build.build_setup import Setup
 from mimkd_ray.cache_build.build_units import in_process
+from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import CIFAR_MEAN, CIFAR_STD
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
-from mimkd_ray.train.local_context import LocalContext
 from mimkd_ray.train.student import Session
 
 PAIR = PAIRS["resnet32x4_resnet8x4"]

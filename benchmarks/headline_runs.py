@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from mimkd_ray.cache_build.build_cache import build
 from mimkd_ray.cache_build.build_setup import Setup
 from mimkd_ray.cache_build.build_units import in_process
+from mimkd_ray.cli.local_launch import pick_device
 from mimkd_ray.config import CacheConfig, Config, LaunchConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import cifar100
 from mimkd_ray.train.build import build_network, place
-from mimkd_ray.train.local_context import pick_device
 from mimkd_ray.train.packed import Member, train_pack
 from mimkd_ray.train.records.run_dir import read_json, write_json
 from mimkd_ray.train.worker import measure

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
+from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import IMAGENET_RECIPES
-from mimkd_ray.train.local_context import LocalContext
 from mimkd_ray.train.student import Session
 
 

@@ -15,7 +15,7 @@ def start_ranks(function: Callable[..., None], arguments: tuple[Any, ...], world
         [
             "mimkd_ray.train.student",
             "mimkd_ray.train.loop",
-            "mimkd_ray.train.local_context",
+            "mimkd_ray.cli.local_launch",
             "torch._dynamo",
             "torchvision",
         ]

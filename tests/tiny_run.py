@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import (
     Config,
     CriticConfig,
@@ -22,7 +23,6 @@ from mimkd_ray.config import (
     TrainConfig,
 )
 from mimkd_ray.data.sources.data_set import open_data
-from mimkd_ray.train.local_context import LocalContext
 from mimkd_ray.train.worker import run_job
 
 

@@ -1,0 +1,1 @@
+"""Command lines, one file a job, and what they share."""

@@ -15,13 +15,13 @@ from mimkd_ray.cache_build.build_setup import Runner, Setup, Unit
 from mimkd_ray.cache_build.build_units import in_process
 from mimkd_ray.cache_build.measured_plan import measured_plan
 from mimkd_ray.cli import common
+from mimkd_ray.cli.local_launch import pick_device
 from mimkd_ray.cli.training import absolute
 from mimkd_ray.config import Config
 from mimkd_ray.data.prepare.unit_progress import Progress
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.on_ray import environment
 from mimkd_ray.teacher_cache import admin
-from mimkd_ray.train.local_context import pick_device
 
 ADMIN = ("ls", "verify", "gc")
 
@@ -96,7 +96,7 @@ def make(config: Config, only_plan: bool = False) -> Built | None:
         return None if only_plan else finish(setup, in_process(setup))
     environment.prepare(config.launch.address)
     from mimkd_ray.on_ray import cache_actors  # Ray takes seconds to import, and reads its environment then
-    from mimkd_ray.on_ray.cluster import connect
+    from mimkd_ray.on_ray.cluster import connect, disconnect
 
     own = connect(config.launch.address, "--launch.address", log_to_driver=False)
     try:
@@ -105,9 +105,7 @@ def make(config: Config, only_plan: bool = False) -> Built | None:
         return None if only_plan else finish(cluster.setup(), cluster.run)
     finally:
         if own:
-            import ray
-
-            ray.shutdown()
+            disconnect()
 
 
 def finish(setup: Setup, run: Runner) -> Built:

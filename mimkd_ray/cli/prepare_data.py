@@ -64,9 +64,9 @@ def prepare_with_ray(job: PrepareJob) -> Manifest:
         return prepare(job, run)
     finally:
         if own == [True]:
-            import ray
+            from mimkd_ray.on_ray.cluster import disconnect
 
-            ray.shutdown()
+            disconnect()
 
 
 def summary(manifest: Manifest, target: str) -> str:

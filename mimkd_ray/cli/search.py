@@ -13,6 +13,7 @@ from typing import Any
 
 from mimkd_ray import storage
 from mimkd_ray.cli import common
+from mimkd_ray.cli.local_launch import pick_device
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.training import absolute
 from mimkd_ray.config import Config, SearchJob
@@ -26,7 +27,6 @@ from mimkd_ray.search.run_trials import prepare, run_trials
 from mimkd_ray.search.suggest import Space, find_spaces
 from mimkd_ray.search.trial_folders import Ended, Planned
 from mimkd_ray.search.trials import Final
-from mimkd_ray.train.local_context import pick_device
 from mimkd_ray.train.records.metrics import clock
 
 LINE_SECONDS = 10.0
@@ -256,10 +256,8 @@ def run_with_ray(state: Search, widest: Config) -> bool:
     """Trials under Ray Tune, as many at a time as the cluster has room for."""
     job = state.job
     environment.prepare(job.launch.address)
-    import ray  # takes seconds to import, and reads its environment then
-
-    from mimkd_ray.on_ray import tune_driver
-    from mimkd_ray.on_ray.cluster import connect
+    from mimkd_ray.on_ray import tune_driver  # Ray takes seconds to import, and reads its environment then
+    from mimkd_ray.on_ray.cluster import connect, disconnect
     from mimkd_ray.on_ray.node_capacity import Capacity
     from mimkd_ray.on_ray.search_trackers import trackers
 
@@ -276,4 +274,4 @@ def run_with_ray(state: Search, widest: Config) -> bool:
         return stages(state, run)
     finally:
         if own:
-            ray.shutdown()
+            disconnect()

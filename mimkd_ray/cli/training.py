@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from mimkd_ray import storage
+from mimkd_ray.cli.local_launch import local_context, run_local, under_torchrun
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.result_table import result_table
 from mimkd_ray.config import Config
@@ -15,7 +16,6 @@ from mimkd_ray.config.digest import digest
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray import environment
 from mimkd_ray.train.distributed import ask_first
-from mimkd_ray.train.local_context import local_context, run_local, under_torchrun
 from mimkd_ray.train.records import start_times
 from mimkd_ray.train.records.run_dir import read_json
 from mimkd_ray.train.worker import claim

@@ -13,7 +13,7 @@ from mimkd_ray.losses.methods.registry import KD_CE_WEIGHT, RIVALS, Method
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Kinds of term, their weights, and who the negatives are. What is unset is the preset's (presets.py)."""
+    """Kinds of term, their weights, and who the negatives are. What is unset is the preset's (loss_presets.py)."""
 
     name: tuple[Method, ...] = ("mimkd",)
     """Methods whose losses are added to the cross-entropy: mimkd, or a rival by its published formula and weight, or

@@ -1,1 +1,1 @@
-"""The losses: mutual-information bounds, critics, MIMKD, Hinton's KD, and the rivals, one file each. Pure PyTorch."""
+"""The losses: mutual-information bounds, critics and the MIMKD loss; its rivals are in methods/. Pure PyTorch."""

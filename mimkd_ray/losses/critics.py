@@ -3,7 +3,7 @@
 A critic embeds either side once, ``(L, B, C) -> (L, B, d)``, and then scores pairs of embeddings, either each with
 its own partner (``paired``) or every student with every teacher (``all_pairs``). Vectors and every location of a map go
 through the same weights; locations are a leading dimension L (1 for vectors, and a teacher vector broadcasts over the
-locations of a student map). What the two sides may learn is told in sides.py.
+locations of a student map). What the two sides may learn is told in critic_sides.py.
 
 Critics use LayerNorm and no batch norm, so a pair scores the same wherever its partner came from. Widths and layer
 counts are our choice (the paper's were not to be had).

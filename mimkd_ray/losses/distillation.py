@@ -9,7 +9,7 @@ training set (``cache``). Pairs of equal ids are left out, and, where asked, pai
 and how it is scored is told in terms.py. Everything is computed in float32 with autocast off; no gradient reaches the
 teacher.
 
-Rivals (rivals.py) are losses of other methods, which `loss.name` adds or puts in the place of the terms.
+Rivals (methods/) are losses of other methods, which `loss.name` adds or puts in the place of the terms.
 """
 
 from __future__ import annotations

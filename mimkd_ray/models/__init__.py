@@ -1,1 +1,1 @@
-"""Networks: built by name (zoo), tapped at named layers (taps), with default taps (stages)."""
+"""Networks by name: torchvision's, timm's, CIFAR networks; and their weights."""

@@ -35,3 +35,8 @@ def connect(configured: str, flag: str, state_api: bool = False, **options: Any)
             "`auto`), or unset both for a Ray of this process's own"
         ) from None
     return False
+
+
+def disconnect() -> None:
+    """Leave the cluster that this process is connected to; a Ray of our own ends with it."""
+    ray.shutdown()

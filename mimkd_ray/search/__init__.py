@@ -1,0 +1,1 @@
+"""Hyperparameter search: spaces, algorithm, trials and what they leave; its pages are in report/."""

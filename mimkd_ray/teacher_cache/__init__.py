@@ -1,0 +1,1 @@
+"""The teacher's features at rest: keys, codecs, manifests, writing, reading, upkeep."""

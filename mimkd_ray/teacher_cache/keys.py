@@ -5,7 +5,7 @@ only the taps that it uses. The key is a digest of named parts, which lie beside
 fits, a run says which part differs from the nearest cache.
 
     ROOT/<key>/key.json                          the parts
-    ROOT/<key>/view-00003/...                    features and commit records of a view (manifest.py)
+    ROOT/<key>/view-00003/...                    features and commit records of a view (feature_manifest.py)
     ROOT/<key>/view-00003.manifest.json          chooses among them; written last, create-once
     ROOT/calibrations/<key>.safetensors          the numbers of codecs (calibration.py), create-once
 """

@@ -20,8 +20,8 @@ from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.records import start_times
 from mimkd_ray.train.records.metrics import Meter, Progress, say
 from mimkd_ray.train.records.run_dir import MetricsLog, read_json
-from mimkd_ray.train.records.run_record import Run
 from mimkd_ray.train.records.save_and_stop import Rhythm
+from mimkd_ray.train.run_record import Run
 from mimkd_ray.train.student import Session, StepRecord, advance
 
 

@@ -35,7 +35,7 @@ from mimkd_ray.train.out_of_memory import each, is_out_of_memory
 from mimkd_ray.train.records import checkpoint, start_times
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.run_dir import jsonable, read_json, read_metrics, write_json
-from mimkd_ray.train.records.run_record import Run
+from mimkd_ray.train.run_record import Run
 from mimkd_ray.train.student import Session, StepRecord, evaluate_together
 from mimkd_ray.train.worker import claim
 

@@ -15,17 +15,16 @@ from ranks import start_ranks
 from tiny_run import tiny_config
 
 from mimkd_ray import storage
-from mimkd_ray.cli import training
+from mimkd_ray.cli import local_launch, training
 from mimkd_ray.config import Config, RunConfig
 from mimkd_ray.errors import UserError
-from mimkd_ray.train import local_context
 
 
 def _rank(rank: int, world: int, port: int, config: Config, folder: str) -> None:
     """One process of torchrun, with its environment. Leaves the result or the words of a UserError in the folder."""
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    local_context.GROUP_SECONDS = 60  # a process that waits for one which is gone fails sooner
+    local_launch.GROUP_SECONDS = 60  # a process that waits for one which is gone fails sooner
     remove_tree = storage.remove_tree
 
     def removed_late(url: str) -> None:

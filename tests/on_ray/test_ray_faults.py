@@ -19,11 +19,11 @@ from jobs_here import ENVIRONMENT, JOB, Job, kill, read_lines, result, run, trai
 from ranks import start_ranks
 
 from mimkd_ray.cli import common
+from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.recipes import IMAGENET_RECIPES
-from mimkd_ray.train.local_context import LocalContext
 from mimkd_ray.train.worker import run_job
 
 pytestmark = [

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from ranks import start_ranks
 from tiny_run import tiny_config, tiny_data
 
+from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import Config
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.distributed import gather_lanes, is_distributed
-from mimkd_ray.train.local_context import LocalContext
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.student import Session
 

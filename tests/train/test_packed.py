@@ -404,7 +404,7 @@ def test_a_request_to_stop_saves_all_members(tmp_path: Path, monkeypatch: pytest
     stopping: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(Session, "begin_step", begin_step)
-        patch.setattr("mimkd_ray.train.local_context.LocalContext.stop_requested", lambda _: bool(stopping))
+        patch.setattr("mimkd_ray.cli.local_launch.LocalContext.stop_requested", lambda _: bool(stopping))
         patch.setattr("mimkd_ray.train.records.save_and_stop.AGREE_STEPS", 1)
         with pytest.raises(Interrupted, match=r"saved at step 9 of 24 in .*/0, .*/1, .*/2"):
             pack(configs, tmp_path / "cut")

@@ -12,9 +12,9 @@ from ranks import start_ranks
 from tiny_run import tiny_config, tiny_data
 from torch import Tensor, nn
 
+from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import Config, ModelConfig
 from mimkd_ray.models.zoo import build_model
-from mimkd_ray.train.local_context import LocalContext
 from mimkd_ray.train.student import Session
 
 STEPS = 5

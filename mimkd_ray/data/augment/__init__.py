@@ -1,0 +1,1 @@
+"""Decoding, augmented views, and the mixing of images."""

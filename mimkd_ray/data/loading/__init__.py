@@ -1,0 +1,1 @@
+"""Batches in loader processes, on their way to the device."""

@@ -1,0 +1,1 @@
+"""Which rows a step and a lane see."""

@@ -1,7 +1,7 @@
 """Make a prepared set: shards of equal blocks, shuffled once so that every block holds all classes alike.
 
 `prepare` lists the source, cuts it into pieces, and has two kinds of units done by whoever it is given (Ray Data on
-all nodes, or this process): pieces become parts, parts become shards (prepare_units.py). Then it writes the
+all nodes, or this process): pieces become parts, parts become shards (work_units.py). Then it writes the
 manifest and removes the parts. What is committed is not done again, so a run that was killed goes on
 where it was, and ends with the same bytes as one that was not.
 

@@ -1,0 +1,1 @@
+"""Data sets as rows in blocks: Parquet, class folders, digits."""

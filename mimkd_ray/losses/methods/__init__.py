@@ -1,0 +1,1 @@
+"""The rivals of MIMKD, one file each, and their registry."""

@@ -1,0 +1,1 @@
+"""report.html of a search: figures, tables, and the page around them."""

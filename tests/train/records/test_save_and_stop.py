@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from tiny_run import cpu, tiny_config
 
+from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import RunConfig
 from mimkd_ray.train import loop
 from mimkd_ray.train.distributed import Preemption
-from mimkd_ray.train.local_context import LocalContext
 from mimkd_ray.train.records import save_and_stop
 from mimkd_ray.train.records.save_and_stop import AGREE_STEPS, Rhythm
 from mimkd_ray.train.worker import run_job

@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from tiny_cache import build_here, cached_config
 from tiny_run import cpu, tiny_config, tiny_data, wait_for_checkpoints
 
+from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import Config
 from mimkd_ray.config.digest import digest
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.build import build_network
-from mimkd_ray.train.local_context import LocalContext
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.records import checkpoint
-from mimkd_ray.train.records.run_record import Run
+from mimkd_ray.train.run_record import Run
 from mimkd_ray.train.student import Session
 from mimkd_ray.train.teacher import Teacher
 
