@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import mimkd_ray
 from mimkd_ray.doctor.outcome import Outcome, Status
 from mimkd_ray.versions import versions
 
@@ -59,7 +58,7 @@ def look(node: str, ray_gpus: int, object_store_bytes: int) -> NodeFacts:
 
 def source_digest() -> str:
     """Return 12 digits of the sha256 of this package's files: equal where the code is, however it was installed."""
-    root = Path(mimkd_ray.__file__).parent
+    root = Path(__file__).parents[1]
     total = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
