@@ -52,7 +52,7 @@ def variants(base: Config) -> list[Config]:
         base,
         replace(
             base,
-            student=replace(base.student, name="test_pack:Dropping"),
+            student=replace(base.student, name="test_packed:Dropping"),
             loss=replace(
                 base.loss,
                 bound="jsd",

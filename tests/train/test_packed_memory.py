@@ -33,7 +33,7 @@ class Hungry(Dropping):
 def test_a_member_without_memory_leaves_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One while it trains, one before that: by real allocations."""
     configs = quick()
-    one = replace(configs[0], student=replace(configs[0].student, name="test_pack_memory:Hungry"))
+    one = replace(configs[0], student=replace(configs[0].student, name="test_packed_memory:Hungry"))
     wide = replace(configs[0], loss=replace(configs[0].loss, critic=CriticConfig(width=2**21)))
     outcomes = pack([*configs, one, wide], tmp_path / "pack")
     for number, when in ((len(configs), "in step 3"), (len(configs) + 1, "before the first step")):
@@ -113,7 +113,7 @@ def test_a_member_without_memory_to_be_evaluated_or_saved_leaves_alone(tmp_path:
         HungrySave: "in the checkpoint after step 12",
         HungryExport: "in the export after step 24",
     }
-    names = [f"test_pack_memory:{kind.__name__}" for kind in hungry]
+    names = [f"test_packed_memory:{kind.__name__}" for kind in hungry]
     asking = [replace(configs[0], student=replace(configs[0].student, name=name)) for name in names]
     outcomes = pack([*asking, *configs], tmp_path / "pack")
     for outcome, when in zip(outcomes, hungry.values(), strict=False):
@@ -129,6 +129,6 @@ def test_a_member_without_memory_to_be_evaluated_or_saved_leaves_alone(tmp_path:
 
 
 def test_a_lone_run_without_memory_to_be_evaluated_ends_with_the_allocators_words(tmp_path: Path) -> None:
-    config = replace(quick()[0], student=replace(quick()[0].student, name="test_pack_memory:HungryLook"))
+    config = replace(quick()[0], student=replace(quick()[0].student, name="test_packed_memory:HungryLook"))
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         alone([config], tmp_path)
