@@ -134,6 +134,7 @@ class MIMKDLoss(nn.Module):
         is done.
 
         As published the weight of rivals that warm up rises once an epoch, and the first one has its share already."""
+        self.lanes = []
         if self.config.rival_warmup and any(RIVALS[method].warms_up for method in self.methods):
             self.warmth.fill_(min(1.0, (math.floor(epoch) + 1) / self.config.rival_warmup))
         if self.config.schedule == "warmup":

@@ -27,6 +27,7 @@ from mimkd_ray.models.zoo import build_model
 from mimkd_ray.seeds import derive
 from mimkd_ray.train.coding import Coding, coded_term
 from mimkd_ray.train.config import Config, TrainConfig
+from mimkd_ray.train.context import is_distributed
 from mimkd_ray.train.pairs import Pair, build_terms, choose_pairs, configured_pairs
 from mimkd_ray.train.rival_taps import pair_rivals, plan_rivals, reads_taps
 from mimkd_ray.train.step import Distiller
@@ -146,6 +147,22 @@ def uses_channels_last(config: TrainConfig, device: torch.device) -> bool:
     if config.channels_last == "auto":
         return device.type != "cpu" or config.precision != "float64"
     return config.channels_last == "on"
+
+
+def why_plain(config: Config, device: torch.device) -> str:
+    """Return why steps are not to be captured (train/captured.py), for people; "" where they are."""
+    engine = config.train.engine
+    if engine == "plain" or (engine == "auto" and device.type != "cuda"):
+        return f"train.engine is {engine}"
+    if is_distributed():
+        return "gradients of several workers are summed"
+    if config.mix.active:
+        return "images are mixed by numbers of the host"
+    if config.loss.resolved_negatives == "cache":
+        return "loss.negatives is cache"
+    if config.train.compile == "on":
+        return "train.compile is on"
+    return ""
 
 
 def has_compiler() -> bool:

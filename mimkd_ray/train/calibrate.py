@@ -11,6 +11,7 @@ from torch import Tensor
 from mimkd_ray.cache import calibration
 from mimkd_ray.cache.calibration import Fitter
 from mimkd_ray.cache.key import Entry
+from mimkd_ray.data.batch_views import view_key
 from mimkd_ray.data.batches import Key, LaneBatch
 from mimkd_ray.data.dataset import Data
 from mimkd_ray.data.keyed import Permutation
@@ -54,7 +55,7 @@ class Sight:
         """The finished uint8 pixels of a batch, and the teacher's features."""
         images = batch.images_BCHW
         if self.pipeline.batch is not None:
-            images = self.pipeline.batch(images, batch.ids_B, batch.view, self.config.view_seed)
+            images = self.pipeline.batch(images, batch.ids_B, view_key(batch.view, self.config.view_seed))
         return images, self.teacher.features(self.normalize(images))
 
 

@@ -16,13 +16,14 @@ from mimkd_ray.data.loader import LaneBatch
 from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
 from mimkd_ray.train import timeline
 from mimkd_ray.train.cached import open_cached
+from mimkd_ray.train.captured import make_engine
 from mimkd_ray.train.config import Config
 from mimkd_ray.train.context import Context, Preemption, all_sum, barrier, share_from_first
 from mimkd_ray.train.files import MetricsLog, read_json
 from mimkd_ray.train.metrics import Meter, Progress, say
 from mimkd_ray.train.rhythm import Rhythm
 from mimkd_ray.train.run import Run
-from mimkd_ray.train.session import Session, StepRecord, advance
+from mimkd_ray.train.session import Session, StepRecord
 
 
 def train(
@@ -78,6 +79,7 @@ class Loop:
         self.start, self.total, self.steps_per_epoch = runs[0].start, session.total_steps, session.order.steps_per_epoch
         self.commits = commits or self.context.reports_are_final
         self.global_batch = self.config.train.lanes * self.config.train.lane_batch
+        self.engine = make_engine([run.session for run in self.runs], self.spares)
         self.meter = Meter(self.context.device, self.global_batch)
         self.results: dict[Run, dict[str, Any]] = {}
 
@@ -127,8 +129,7 @@ class Loop:
 
     def _step(self, step: int, batches: Iterator[LaneBatch]) -> dict[Run, StepRecord]:
         """One step of every run, and what is written of it."""
-        lanes = self.supply.feed.step(step, self.supply.my_lanes, batches)
-        found, failed = advance([run.session for run in self.runs], step, lanes, self.spares)
+        found, failed = self.engine.step([run.session for run in self.runs], step, batches)
         records = {run: found[run.session] for run in self.runs if run.session in found}
         for run in [run for run in self.runs if run.session in failed]:
             self.leave(run, MemberMemoryError(f"out of memory in step {step + 1}: {failed[run.session]}"))
