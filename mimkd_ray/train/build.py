@@ -165,6 +165,16 @@ def why_plain(config: Config, device: torch.device) -> str:
     return ""
 
 
+def choose_kernels(config: TrainConfig, device: torch.device) -> None:
+    """Let a GPU choose the fastest convolutions for the run's shapes, and, where the networks compute in bf16, multiply
+    float32 matrices (of losses) with TF32's 10 bits, which is still more than the features have. Holds for the whole
+    process."""
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high" if autocast_dtype(config, device) is torch.bfloat16 else "highest")
+
+
 def has_compiler() -> bool:
     """Whether torch.compile's default backend finds a C++ compiler."""
     return any(shutil.which(name) for name in ("c++", "g++", "clang++"))

@@ -16,16 +16,13 @@ from tiny_run import cpu, run_tiny, tiny_config, wait_for_checkpoints
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimkd_ray.data.dataset import open_data
-from mimkd_ray.launch.local import LocalContext
 from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.methods import RIVALS
-from mimkd_ray.losses.mimkd import MIMKDLoss
 from mimkd_ray.losses.presets import PRESETS
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.captured import WARM_STEPS, CapturedEngine, make_engine
 from mimkd_ray.train.config import Config
 from mimkd_ray.train.session import Session
-from mimkd_ray.train.supply import Supply
 
 DRAWING = (1, 3)
 """Of the variants: a network with dropout, and terms that read random locations."""
@@ -181,70 +178,3 @@ def test_the_mode_refuses_what_it_says() -> None:
     ):
         with pytest.raises(AssertionError), NoHost():
             wrong()
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-GPU = LocalContext(torch.device("cuda"))
-
-
-def on_gpu(engine: str, members: int, steps: int, **train: Any) -> list[list[float]]:
-    """Losses of students on a GPU, by step. They differ in the learning rate."""
-    config = tiny_config(
-        data={"resident": "on"},
-        train={"engine": engine, "compile": "off", "lane_batch": 12, "epochs": 200, **train},
-        loss={"preset": "best", "queue": 50},
-        student={"name": "cifar/resnet8"},
-    )
-    data = open_data(config.data)
-    teacher = build_network(config, data.num_classes, "random")
-    supply = Supply([config], data, teacher, GPU)
-    rates = [config.optim.lr / (1 + number) for number in range(members)]
-    configs = [replace(config, optim=replace(config.optim, lr=rate)) for rate in rates]
-    sessions = [Session(own, data, teacher, GPU, supply=supply) for own in configs]
-    runner = make_engine(sessions)
-    batches = supply.batches(0)
-    losses = []
-    for step in range(steps):
-        if step == WARM_STEPS + 2:
-            torch.cuda.set_sync_debug_mode("error")
-        records, _ = runner.step(sessions, step, batches)
-        torch.cuda.set_sync_debug_mode("default")
-        losses.append([float(records[session].log["loss"]) for session in sessions])
-    assert engine == "plain" or (isinstance(runner, CapturedEngine) and runner.recorded is not None)
-    supply.close()
-    return losses
-
-
-@needs_gpu
-@pytest.mark.parametrize("lanes", [1, 2])
-@pytest.mark.parametrize("members", [1, 3])
-def test_a_graph_trains_what_the_plain_engine_trains(lanes: int, members: int) -> None:
-    train = {"precision": "float32", "lanes": lanes}
-    graph, plain = (torch.tensor(on_gpu(engine, members, 30, **train)) for engine in ("captured", "plain"))
-    assert plain[-5:].mean() < plain[:5].mean(), "it trains"
-    # The arithmetic differs in the order of sums; 30 steps of training multiply that.
-    assert torch.allclose(graph[:8], plain[:8], rtol=2e-3)
-    assert torch.allclose(graph, plain, rtol=5e-2)
-
-
-@needs_gpu
-def test_what_cannot_be_recorded_is_run_plainly(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = MIMKDLoss.forward
-
-    def looks(self: MIMKDLoss, *arguments: Any) -> Any:
-        found = real(self, *arguments)
-        if not torch.isfinite(found.total).item():
-            raise ValueError
-        return found
-
-    plain = on_gpu("plain", 2, 10, precision="float32")
-    monkeypatch.setattr(MIMKDLoss, "forward", looks)
-    with pytest.raises(AssertionError):  # of the helper: nothing was recorded
-        on_gpu("captured", 2, 10, precision="float32")
-    assert "steps are not captured" in capsys.readouterr().out
-    monkeypatch.undo()
-    assert torch.allclose(torch.tensor(on_gpu("captured", 2, 10, precision="float32")), torch.tensor(plain), rtol=5e-2)
