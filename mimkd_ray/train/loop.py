@@ -199,7 +199,7 @@ def write_step(
         rates = {
             "images_per_second": meter.rate(),
             "data_wait": session.feed.waited / max(meter.elapsed(), 1e-9),
-            "lr": session.optimizer.param_groups[0]["lr"],
+            "lr": float(session.optimizer.param_groups[0]["lr"]),
             "epoch": done / session.order.steps_per_epoch,
         }
         hits = session.supply.cache_hit_rate()
