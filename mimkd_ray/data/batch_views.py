@@ -57,6 +57,7 @@ def crop_flip(images_BCHW: Tensor, ids_B: Tensor, view: int, seed: int, padding:
 
 def crop_flip_parameters(ids_B: Tensor, view: int, seed: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return top_B and left_B, int64 in 0..2 * padding, and flip_B, bool: three parts of one 64-bit number."""
+    # Not `seeds.derive`, which gives other numbers: teacher caches hold features of these views.
     packed = struct.pack("<QQ", seed % 2**64, view % 2**64)
     key = int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little", signed=True)
     bits_B = splitmix64(ids_B, key)
