@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.crd import TrainingRows
-from mimkd_ray.losses.critics import Critic, build_critic
+from mimkd_ray.losses.critics import ConcatCritic, Critic, build_critic
 from mimkd_ray.losses.features import Features, in_full_precision
 from mimkd_ray.losses.kd import kd_loss
 from mimkd_ray.losses.methods import RIVALS
 from mimkd_ray.losses.precision import full_precision
 from mimkd_ray.losses.presets import Negatives
 from mimkd_ray.losses.rivals import RivalPlan, build_rival
-from mimkd_ray.losses.sides import FrozenSide
+from mimkd_ray.losses.sides import FrozenSide, Standardised
 from mimkd_ray.losses.teacher_queue import NO_LABEL, TeacherQueue
 from mimkd_ray.losses.terms import Candidates, Objective, Term, inputs_of, score_term, vector_of
 
@@ -144,10 +144,10 @@ class MIMKDLoss(nn.Module):
 
     @torch.no_grad()
     def observe(self, teacher: Features | None, labels_B: Tensor, ids_B: Tensor) -> None:
-        """Take note of a lane that was trained on, for the queue and the means of frozen sides. Memory: the lane's
+        """Take note of a lane that was trained on, for the queue and the statistics of critics. Memory: the lane's
         vectors until :meth:`after_step`."""
-        frozen = [critic for critic in self.critics if isinstance(critic.teacher, FrozenSide)]
-        if teacher is None or (self.queue is None and not frozen):
+        moving = any(isinstance(module, FrozenSide | Standardised) for module in self.critics.modules())
+        if teacher is None or (self.queue is None and not moving):
             return
         vectors: dict[str, Tensor] = {}
         means: list[Tensor] = []
@@ -168,8 +168,8 @@ class MIMKDLoss(nn.Module):
 
     @torch.no_grad()
     def after_step(self, gather: Gather | None = None) -> None:
-        """Bring learned temperatures back to their limits, and take the step's lanes into the queue and the means of
-        frozen sides. Call after every optimiser step; ``gather`` brings all workers' lanes together, where there are
+        """Bring learned temperatures back to their limits, and take the step's lanes into the queue and the statistics
+        of critics. Call after every optimiser step; ``gather`` brings all workers' lanes together, where there are
         several."""
         for critic in self.critics:
             critic.constrain_()  # type: ignore[operator]
@@ -188,6 +188,12 @@ class MIMKDLoss(nn.Module):
             widths = [side.width for side in frozen]
             for side, mean_d in zip(frozen, means_LX.mean(0).split(widths), strict=True):
                 side.update(mean_d, images)
+        standard = [module for module in self.critics.modules() if isinstance(module, Standardised)]
+        if standard:
+            own = [module.observed() for module in standard]
+            step_X = all_lanes([torch.cat(own)] * len(lanes)).mean(0)  # each lane with the mean of its worker's
+            for module, moments in zip(standard, step_X.split([len(each) for each in own]), strict=True):
+                module.update(moments)
         if self.queue is not None:
             vectors = {tap: all_lanes([lane.vectors[tap] for lane in lanes]).flatten(0, 1) for tap in lanes[0].vectors}
             ids_N = all_lanes([lane.ids_B for lane in lanes]).flatten()
@@ -246,6 +252,8 @@ class MIMKDLoss(nn.Module):
         if classes_B is not None:
             valid_BK = valid_BK & valid_pairs(classes_B, self.negatives)
         reduced_LBC = critic.reduce_teacher(teacher_LBC)
+        if isinstance(critic, ConcatCritic):
+            critic.observe(reduced_LBC, student_LBC)
         candidates = Candidates(reduced_LBC, valid_BK)
         if term.kind != "feature":
             if teacher.others is not None:
