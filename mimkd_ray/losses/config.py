@@ -35,10 +35,11 @@ class LossConfig:
     bound: BoundName | None = None
     """Lower bound on mutual information; unset: the preset's."""
     negatives: Negatives | None = None
-    """all: every other image of the lane. rolled: the one before. queue: for terms of teacher vectors those of the lane
-    and the teacher vectors of earlier steps. step: for such terms every other image of the whole step (teacher vectors
-    are gathered from all workers). cache: for such terms the others of the lane, and cache.negatives random images of
-    the training set, whose vectors come from the cache. Unset: the preset's."""
+    """all: every other image of the lane. rolled: the one before, and with mixing the one before that. queue: for terms
+    of teacher vectors those of the lane and the teacher vectors of earlier steps. step: for such terms every other
+    image of the whole step (teacher vectors are gathered from all workers). cache: for such terms the others of the
+    lane, and cache.negatives random images of the training set, whose vectors come from the cache. Unset: the
+    preset's."""
     queue: int = 16_384
     """Teacher vectors of earlier steps that `negatives` queue keeps, on each worker and in checkpoints; up to 64 MiB. A
     local term of L locations takes 1/L of them, so that it costs what a global term does."""

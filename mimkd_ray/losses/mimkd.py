@@ -3,7 +3,8 @@
     loss = CE + kd_weight * T^2 KL(teacher_T || student_T) + sum over terms of weight * (-bound) + rivals
 
 A positive pair comes from one image. Negatives pair a student with the teacher of *another image*: at the same location
-the image before it in the lane (``rolled``) or every other image of the lane (``all``); for terms of teacher vectors
+the image before it in the lane (``rolled``; the one before that where images are mixed, each with the one before it)
+or every other image of the lane (``all``); for terms of teacher vectors
 also every image of all lanes of the step (``step``), vectors of earlier steps (``queue``), or random images of the
 training set (``cache``). Pairs of equal ids are left out, and, where asked, pairs of equal classes. What a term reads
 and how it is scored is told in terms.py. Everything is computed in float32 with autocast off; no gradient reaches the
@@ -64,11 +65,19 @@ class _Lane(NamedTuple):
     means: list[Tensor]
 
 
-def valid_pairs(ids_B: Tensor, negatives: Negatives) -> Tensor:
-    """Which negatives of the lane count: (B, 1) for rolled, else (B, B), never the diagonal. Equal ids never count."""
+def roll_of(mixed: bool) -> int:
+    """Return how many places before an image its rolled negative is. Images are mixed with those next to them, in which
+    they have a share: data/mixing.py rolls by 1."""
+    return 2 if mixed else 1
+
+
+def valid_pairs(ids_B: Tensor, negatives: Negatives, mixed: bool = False) -> Tensor:
+    """Return which negatives of the lane count: (B, 1) for rolled, else (B, B), never the diagonal. Equal ids never
+    count, and no rolled ones in lanes of 2 or 3 ``mixed`` images: all share something with each other."""
     if negatives != "rolled":
         return ids_B.unsqueeze(1) != ids_B.unsqueeze(0)
-    return (ids_B != ids_B.roll(1)).unsqueeze(1)
+    apart = len(ids_B) > 3 or not mixed
+    return ((ids_B != ids_B.roll(roll_of(mixed))) & apart).unsqueeze(1)
 
 
 def queue_channels(config: LossConfig, terms: Sequence[Term]) -> dict[str, int]:
@@ -112,7 +121,7 @@ class MIMKDLoss(nn.Module):
         self.bound = config.resolved_bound
         self.negatives: Negatives = config.resolved_negatives
         self.objective = Objective(
-            self.bound, self.negatives == "rolled", config.soft_temperature, config.symmetric, config.hard_share
+            self.bound, int(self.negatives == "rolled"), config.soft_temperature, config.symmetric, config.hard_share
         )
         critic = config.resolved_critic
         self.critics = nn.ModuleList(
@@ -248,7 +257,9 @@ class MIMKDLoss(nn.Module):
         """Loss and statistics of a term over what it trains with."""
         teacher_LBC, student_LBC = inputs_of(term, teacher, student, self.config.resolved_locations)
         classes_B = labels_B if self.config.resolved_same_class == "leave_out" and labels_B.dim() == 1 else None
-        valid_BK = valid_pairs(ids_B, self.negatives)
+        mixed = labels_B.is_floating_point()
+        objective = self.objective._replace(rolled=roll_of(mixed)) if self.objective.rolled else self.objective
+        valid_BK = valid_pairs(ids_B, self.negatives, mixed)
         if classes_B is not None:
             valid_BK = valid_BK & valid_pairs(classes_B, self.negatives)
         reduced_LBC = critic.reduce_teacher(teacher_LBC)
@@ -267,7 +278,7 @@ class MIMKDLoss(nn.Module):
                     valid_BM &= classes_B.unsqueeze(1) != self.queue.labels_Q[:count]
                 candidates = _queued(candidates, self.queue.vectors(term.teacher, count), valid_BM)
         everywhere = self.config.feature_negatives == "all"
-        return score_term(critic, self.objective, candidates, student_LBC, everywhere)
+        return score_term(critic, objective, candidates, student_LBC, everywhere)
 
     def _read(
         self, term: Term, critic: Critic, teacher: Features, student: Features, labels_B: Tensor, ids_B: Tensor
