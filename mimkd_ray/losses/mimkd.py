@@ -130,7 +130,7 @@ class MIMKDLoss(nn.Module):
         channels = queue_channels(config, terms)
         self.queue = TeacherQueue(config.queue, channels) if channels else None
         self.methods = tuple(plan.method for plan in rivals)
-        self.rivals = nn.ModuleList(build_rival(plan, rows) for plan in rivals)
+        self.rivals = nn.ModuleList(build_rival(plan, config, rows) for plan in rivals)
         self.lanes: list[_Lane] = []
         # Tensors, so that a compiled loss is not compiled anew every step; they follow from the step, like the rate.
         self.warmth: Tensor
