@@ -43,6 +43,7 @@ class CropFlip:
 
 def view_key(view: int, seed: int) -> int:
     """Return the 64-bit key, signed, of the random numbers of a view."""
+    # Not `seeds.derive`, which gives other numbers: teacher caches hold features of these views.
     packed = struct.pack("<QQ", seed % 2**64, view % 2**64)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little", signed=True)
 

@@ -2,10 +2,12 @@
 
 Weights are those of the benchmark by the authors of CRD (arXiv 1910.10699), which the field's CIFAR-100 tables go back
 to, and of the method's own paper where it is newer (DKD, DIST, ReviewKD). CC's is neither: the benchmark has another
-formula under its name. The cross-entropy has weight 1 beside all of them but KD, which has 0.1. Formulae, sources and
-what differs from them are told in each loss's own file. Formulae and constants of DKD and ReviewKD were compared with
-their authors' code, DIST's formula too, CC's formula and constants with re-implementations. Written from memory, and
-not checked against a source: CC's weight, and what DIST has for CIFAR-100 (2, 2 and temperature 4).
+formula under its name. The cross-entropy has weight 1 beside all of them but KD, which has 0.1. What was published for
+a data set or a pair of networks (DKD's beta, temperatures, warm-up) are fields of LossConfig, which the recipes set.
+Formulae, sources and what differs from them are told in each loss's own file. Formulae and constants of DKD and
+ReviewKD were compared with their authors' code, DIST's formula too, CC's formula and constants with
+re-implementations. Written from memory, and not checked against a source: CC's weight, and what DIST has for CIFAR-100
+(2, 2 and temperature 4).
 """
 
 from __future__ import annotations

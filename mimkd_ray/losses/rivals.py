@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from mimkd_ray.losses.at import AT
 from mimkd_ray.losses.cc import CC
+from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.losses.crd import CRD, TrainingRows
 from mimkd_ray.losses.dist import DIST
 from mimkd_ray.losses.dkd import DKD
@@ -35,16 +36,18 @@ _BUILDERS: dict[Method, Callable[[RivalTaps], Rival]] = {
     "vid": VID,
     "rkd": RKD,
     "pkt": PKT,
-    "dkd": DKD,
-    "dist": DIST,
     "review": ReviewKD,
 }
 
 
-def build_rival(plan: RivalPlan, rows: TrainingRows | None = None) -> Rival:
-    """Build the loss of a plan. Its parameters are drawn from torch's generator. ``rows``: of the training set, for a
-    rival with a bank."""
+def build_rival(plan: RivalPlan, config: LossConfig, rows: TrainingRows | None = None) -> Rival:
+    """Build the loss of a plan with the constants of ``config``. Its parameters are drawn from torch's generator.
+    ``rows``: of the training set, for a rival with a bank."""
     if plan.method == "crd":
         assert rows is not None, "CRD's banks need the ids and labels of the training images"
         return CRD(plan.taps, rows)
+    if plan.method == "dkd":
+        return DKD(plan.taps, config.dkd_beta, config.dkd_temperature)
+    if plan.method == "dist":
+        return DIST(plan.taps, config.dist_temperature)
     return _BUILDERS[plan.method](plan.taps)

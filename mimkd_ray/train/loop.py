@@ -20,7 +20,7 @@ from mimkd_ray.train.captured import make_engine
 from mimkd_ray.train.config import Config
 from mimkd_ray.train.context import Context, Preemption, all_sum, barrier, share_from_first
 from mimkd_ray.train.files import MetricsLog, read_json
-from mimkd_ray.train.metrics import Meter, Progress, say
+from mimkd_ray.train.metrics import Meter, Progress, reading, say
 from mimkd_ray.train.rhythm import Rhythm
 from mimkd_ray.train.run import Run
 from mimkd_ray.train.session import Session, StepRecord
@@ -212,10 +212,10 @@ def write_step(
 
 
 def summary(record: Mapping[str, Tensor]) -> str:
-    """The loss and the nats of each term in one short text."""
-    parts = [f"loss {float(record['loss']):.3f}"]
-    parts += [f"{key.removesuffix('/nats')} {float(v):.2f} nats" for key, v in record.items() if key.endswith("/nats")]
-    return ", ".join(parts)
+    """Return the loss and the nats of each term in one short text."""
+    terms = [key.removesuffix("/nats") for key in record if key.endswith("/nats")]
+    readings = [f"{term} {reading(float(record[f'{term}/nats']), float(record[f'{term}/ceiling']))}" for term in terms]
+    return ", ".join([f"loss {float(record['loss']):.3f}", *readings])
 
 
 def _foretold(notice: Preemption) -> str:

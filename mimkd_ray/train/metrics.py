@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,16 @@ def say(context: Context, text: str) -> None:
     if context.rank == 0:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+
+
+def reading(nats: float | None, ceiling: float | None, digits: int = 2) -> str:
+    """Return a term's nats as text: of at most InfoNCE's ceiling, or an estimate. The other bounds have no ceiling
+    (infinite, or None as JSON has it), and DV, JSD and SMILE read above the truth in small batches."""
+    if nats is None or math.isnan(nats):
+        return "no valid reading"
+    if ceiling is None or math.isinf(ceiling):
+        return f"{nats:.{digits}f} nats (estimate)"
+    return f"{nats:.{digits}f} of at most {ceiling:.2f} nats"
 
 
 def clock(seconds: float) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.losses.critics import DotCritic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,10 @@ class OptimConfig:
     nesterov: bool = False
     """Nesterov momentum for sgd."""
     weight_decay: float = 5e-4
-    """Weight decay of weights; norms, biases and critic temperatures have none."""
+    """Weight decay of what `decay` says."""
+    decay: Literal["weights", "all"] = "weights"
+    """weights: norms and biases do not decay. all: every parameter decays, as in the field's CIFAR protocol. Critic
+    temperatures never do."""
     schedule: Literal["step", "cosine", "constant"] = "step"
     """step: times gamma at each milestone. cosine: falls to min_lr, which the last step has."""
     milestones: tuple[int, ...] = (150, 180, 210)
@@ -68,12 +72,18 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
     return config.lr
 
 
-def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two parameter groups: matrices and kernels with decay; norms, biases and scalars (0 or 1 dimension) without."""
+def decay_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
+    """Return two parameter groups: with decay matrices and kernels, or all but critic temperatures; without it the
+    rest (norms, biases and scalars: 0 or 1 dimension)."""
+    temperatures = {id(critic.log_scale) for critic in module.modules() if isinstance(critic, DotCritic)}
+
+    def decays(parameter: nn.Parameter) -> bool:
+        return id(parameter) not in temperatures and (config.decay == "all" or parameter.dim() > 1)
+
     parameters = [p for p in module.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if decays(p)], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if not decays(p)], "weight_decay": 0.0},
     ]
 
 
@@ -83,7 +93,7 @@ def build_optimizer(config: OptimConfig, module: nn.Module, captured: bool = Fal
     ``captured``: in the form whose steps a CUDA graph can hold: one kernel for many parameters, and the learning rate
     a tensor on the device, which the graph reads. On a CPU, where nothing is recorded, it is the ordinary one.
     """
-    groups = [group for group in decay_groups(module, config.weight_decay) if group["params"]]
+    groups = [group for group in decay_groups(module, config) if group["params"]]
     device = next(module.parameters()).device
     options: dict[str, Any] = {"lr": config.lr}
     if captured and device.type == "cuda":
