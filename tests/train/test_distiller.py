@@ -337,13 +337,16 @@ def _ranks_config(negatives: str) -> Config:
     return run_config(train={"lanes": 2}, loss={"negatives": negatives})
 
 
-def _rank(rank: int, world: int, folder: str, negatives: str) -> None:
+def _rank(rank: int, world: int, folder: str, negatives: str, compiled: bool) -> None:
     torch.set_num_threads(1)
     config = _ranks_config(negatives)
     session, own, _ = session_and_distiller(config)  # for its batches: before there is a process group
     batches = session.batches(0)
     taken = [list(session.feed.step(step, range(2), batches))[rank] for step in range(4)]
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    if compiled:
+        torch._dynamo.config.optimize_ddp = False
+        own.compile(backend="aot_eager")
     parallel = DistributedDataParallel(own)
     optimizer = build_optimizer(config.optim, own)
     losses = torch.stack([own_step(parallel, optimizer, config, step, lane) for step, lane in enumerate(taken)])
@@ -354,12 +357,12 @@ def _rank(rank: int, world: int, folder: str, negatives: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("negatives", ["queue", "step"])
-def test_two_ranks_under_ddp_train_as_two_lanes_of_a_run(negatives: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("negatives", "compiled"), [("queue", False), ("step", False), ("queue", True)])
+def test_two_ranks_under_ddp_train_as_two_lanes_of_a_run(negatives: str, compiled: bool, tmp_path: Path) -> None:
     session, _, _ = session_and_distiller(_ranks_config(negatives))
     batches = session.batches(0)
     expected = torch.stack([session.step(step, batches).log["loss"] for step in range(4)])
-    start_ranks(_rank, (2, str(tmp_path), negatives), 2)
+    start_ranks(_rank, (2, str(tmp_path), negatives, compiled), 2)
     found = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for rank in found:
         torch.testing.assert_close(rank["losses"], expected, rtol=1e-9, atol=0)
