@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mimkd_ray.data.own_dataset import OwnData
 from mimkd_ray.train import timeline
 from mimkd_ray.train.config import Config, LaunchConfig
 from mimkd_ray.train.context import GROUP_SECONDS, Preemption, share_from_first
@@ -77,8 +78,8 @@ def local_context(launch: LaunchConfig) -> Iterator[LocalContext]:
         dist.destroy_process_group()
 
 
-def run_local(config: Config, context: LocalContext, run_dir: str) -> dict[str, Any]:
-    """Run the job here; under torchrun, as one rank of many."""
+def run_local(config: Config, context: LocalContext, run_dir: str, given: OwnData | None = None) -> dict[str, Any]:
+    """Run the job here; under torchrun, as one rank of many. ``given``: data sets in the place of ``data.root``."""
     timeline.mark("worker")
     context.stop_on_sigterm()
-    return run_job(config, context, run_dir)
+    return run_job(config, context, run_dir, given)

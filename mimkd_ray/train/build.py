@@ -30,7 +30,7 @@ from mimkd_ray.train.config import Config, TrainConfig
 from mimkd_ray.train.context import is_distributed
 from mimkd_ray.train.pairs import Pair, build_terms, choose_pairs, configured_pairs
 from mimkd_ray.train.rival_taps import pair_rivals, plan_rivals, reads_taps
-from mimkd_ray.train.step import Distiller
+from mimkd_ray.train.step import StudentModule
 from mimkd_ray.train.teacher import Teacher
 
 KINDS: tuple[Kind, ...] = ("global", "local", "feature")
@@ -199,7 +199,7 @@ def training_rows(config: LossConfig, train: Source) -> TrainingRows | None:
     return TrainingRows(torch.from_numpy(ids_of(train)), torch.from_numpy(train.labels()))
 
 
-def build_distiller(config: Config, data: Data, teacher: nn.Module | None, device: torch.device) -> Distiller:
+def build_distiller(config: Config, data: Data, teacher: nn.Module | None, device: torch.device) -> StudentModule:
     """The student with its taps, critics and loss, on the device. The teacher's network gives the tap shapes."""
     student = build_student(config, data.num_classes)
     plan = TapPlan()
@@ -210,9 +210,9 @@ def build_distiller(config: Config, data: Data, teacher: nn.Module | None, devic
     loss = MIMKDLoss(config.loss, plan.terms, plan.rivals, training_rows(config.loss, data.train))
     vectors, maps = plan.student_taps()
     autocast = autocast_dtype(config.train, device)
-    distiller = Distiller(student, plan.student_shapes, vectors, maps, loss, autocast)
+    distiller = StudentModule(student, plan.student_shapes, vectors, maps, loss, autocast)
     placed = place(distiller, config.train, device)
-    assert isinstance(placed, Distiller)
+    assert isinstance(placed, StudentModule)
     return placed
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from mimkd_ray import storage
 from mimkd_ray.data.dataset import Data, open_data
 from mimkd_ray.data.loader import eval_batches
+from mimkd_ray.data.own_dataset import OwnData
 from mimkd_ray.data.views import make_pipeline
 from mimkd_ray.losses.config import LossConfig
 from mimkd_ray.models.zoo import ModelConfig
@@ -37,15 +38,16 @@ NO_TEACHER = LossConfig(name=())
 """Cross-entropy alone."""
 
 
-def run_job(config: Config, context: Context, run_dir: str) -> dict[str, Any]:
-    """Do what ``config`` says in ``run_dir`` and return the result. Every worker calls this."""
+def run_job(config: Config, context: Context, run_dir: str, given: OwnData | None = None) -> dict[str, Any]:
+    """Do what ``config`` says in ``run_dir``, with the ``given`` data sets in the place of ``data.root``, and return
+    the result. Every worker calls this."""
     if context.rank == 0:
         claim(config, run_dir)
     barrier()
     finished = share_from_first(read_json(storage.join(run_dir, "result.json")) if context.rank == 0 else None)
     if finished is not None:
         return finished
-    data = open_data(config.data)
+    data = open_data(config.data, given)
     timeline.mark("data")
     teacher, facts = obtain_teacher(config, data, context, run_dir)
     timeline.mark("teacher")
@@ -103,7 +105,7 @@ def obtain_teacher(
     if teacher.train:
         folder = storage.join(run_dir, "teacher")
         own = teacher_config(config)
-        train(own, open_data(own.data), None, context, folder)
+        train(own, open_data(own.data, data.own), None, context, folder)
         weights = storage.join(folder, "student.safetensors")
     model = build_network(config, data.num_classes, weights)
     digest = weights_digest(model)
