@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimkd_ray.data.dataset import open_data
 from mimkd_ray.losses.config import LossConfig
+from mimkd_ray.losses.critics import CriticConfig
 from mimkd_ray.losses.methods import RIVALS
 from mimkd_ray.losses.presets import PRESETS
 from mimkd_ray.train.build import build_network
@@ -145,6 +146,7 @@ OPTIONS: dict[str, LossConfig] = {
     **{preset: LossConfig(preset=preset, queue=40) for preset in PRESETS},
     **{method: LossConfig(name=(method,)) for method in RIVALS},
     "soft": LossConfig(preset="best", queue=40, soft_temperature=0.2, symmetric=True, hard_share=0.5),
+    "concat": LossConfig(preset="two_sided", critic=CriticConfig(kind="concat", width=8)),
     "everywhere": LossConfig(preset="best", queue=40, feature_negatives="all", schedule="rise", local_weight=1.0),
 }
 
