@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def test_thirty_steps_have_the_losses_of_a_run(loss: dict[str, Any]) -> None:
     theirs, ours = [], []
     for step in range(30):
         lanes = list(session.feed.step(step, [0], batches))
-        records, _ = advance([session], step, lanes)
+        session.schedule(step)
+        records, _ = advance([session], lanes, partial(seed_lane, config.train.seed, step))
         theirs.append(float(records[session].log["loss"]))
         ours.append(float(own_step(own, optimizer, config, step, lanes[0])))
     assert ours == pytest.approx(theirs, rel=1e-10)
