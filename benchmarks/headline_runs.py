@@ -8,15 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from deadline import Deadline
 from safetensors.torch import load_file
 
-from mimkd_ray.cache_build.build_cache import build
-from mimkd_ray.cache_build.build_setup import Setup
-from mimkd_ray.cache_build.build_units import in_process
 from mimkd_ray.cli.local_launch import pick_device
 from mimkd_ray.config import CacheConfig, Config, LaunchConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
 from mimkd_ray.data.sources.data_set import open_data
@@ -58,6 +53,9 @@ def make_twin(source: Path, target: Path) -> None:
     each class that follow, `test` the first 4,000 test images."""
     if (target / "test-00000.parquet").exists():
         return
+    import pyarrow as pa  # here: a GPU machine may have none, and train from class folders
+    import pyarrow.parquet as pq
+
     target.mkdir(parents=True, exist_ok=True)
     whole = pq.read_table(sorted(source.glob("train-*.parquet"))[0])
     seen: dict[int, int] = {}
@@ -77,14 +75,21 @@ def make_twin(source: Path, target: Path) -> None:
         pq.write_table(table, target / f"{split}-00000.parquet", row_group_size=500)
 
 
-def twin(root: Path, teacher: str, student: str, epochs: int, seed: int) -> Config:
-    """A run of the twin: cached views of a ShuffleNetV2, a small student, SGD with a cosine."""
+def draws(loss: LossConfig) -> bool:
+    """Return whether a loss draws random numbers in a step: CRD's negatives, or the locations of a local term."""
+    return "crd" in loss.name or (loss.weight("local") > 0 and loss.resolved_locations > 0)
+
+
+def twin(root: Path, data: Path, teacher: str, student: str, epochs: int, seed: int, live: bool = False) -> Config:
+    """A run of the twin: six views that a ShuffleNetV2 sees, cached or ``live``, a small student, SGD with a cosine.
+    Looks are rarer where the teacher is live, for on a GPU they take longer than training."""
+    cache = CacheConfig(root=str(root / "cache"), codecs=("maps=fp16", "vectors=fp16"), canary=0.0)
     base = cifar100("twin", "shufflenet_v2", "resnet8")
     return replace(
         base,
         data=replace(
             base.data,
-            root=str(root / "data"),
+            root=str(data),
             val_split="choose",
             views=VIEWS,
             view_seed=0,
@@ -94,9 +99,18 @@ def twin(root: Path, teacher: str, student: str, epochs: int, seed: int) -> Conf
         ),
         teacher=replace(base.teacher, name="cifar/shufflenet_v2", weights=teacher),
         student=ModelConfig(name=student),
-        cache=CacheConfig(root=str(root / "cache"), codecs=("maps=fp16", "vectors=fp16"), canary=0.0),
+        cache=CacheConfig() if live else cache,
         optim=OptimConfig(lr=0.1, nesterov=True, weight_decay=5e-4, schedule="cosine", warmup_epochs=2),
-        train=replace(base.train, epochs=epochs, seed=seed, eval_every=3, eval_batch=250, information_rows=512),
+        train=replace(
+            base.train,
+            epochs=epochs,
+            seed=seed,
+            precision="float32",
+            compile="off",
+            information_rows=512,
+            eval_every=10 if live else 3,
+            eval_batch=2000 if live else 250,
+        ),
         launch=LaunchConfig(backend="local"),
         run=RunConfig(checkpoint_every=0, checkpoint_minutes=3, tensorboard=False),
     )
@@ -112,7 +126,16 @@ def protocol(
         data=replace(base.data, root=data, holdout=holdout, resident="on"),
         teacher=replace(base.teacher, weights=teacher),
         optim=replace(base.optim, lr=0.05, schedule="cosine", warmup_epochs=1),
-        train=replace(base.train, epochs=epochs, lane_batch=batch, eval_every=2, seed=seed, compile="off"),
+        train=replace(
+            base.train,
+            epochs=epochs,
+            lane_batch=batch,
+            eval_every=5,
+            eval_batch=2000,
+            information_rows=1024,
+            seed=seed,
+            compile="off",
+        ),
         launch=LaunchConfig(backend="local"),
         run=RunConfig(checkpoint_every=0, checkpoint_minutes=3, tensorboard=False),
     )
@@ -120,6 +143,10 @@ def protocol(
 
 def cache_for(losses: Sequence[LossConfig], base: Config, threads: int) -> None:
     """Build what the arms read of the teacher."""
+    from mimkd_ray.cache_build.build_cache import build  # here, as pyarrow
+    from mimkd_ray.cache_build.build_setup import Setup
+    from mimkd_ray.cache_build.build_units import in_process
+
     torch.set_num_threads(threads)
     every = replace(
         LossConfig(preset="best"),

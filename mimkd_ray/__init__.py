@@ -1,3 +1,145 @@
-"""Mutual Information Maximization Knowledge Distillation (arXiv 2110.15946), distributed with Ray."""
+"""Mutual Information Maximization Knowledge Distillation (arXiv 2110.15946), distributed with Ray.
+
+In a loop of your own: :func:`distill` returns a :class:`Distiller`, :class:`DistillationLoss` is the loss behind it,
+:func:`mutual_information` estimates by itself. With a config: :func:`run`, the functions in :mod:`mimkd_ray.recipes`.
+
+Names are imported when they are asked for, and none of them imports Ray.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mimkd_ray import recipes as recipes
+    from mimkd_ray.cli.training import run as run
+    from mimkd_ray.config import CacheConfig as CacheConfig
+    from mimkd_ray.config import CompareConfig as CompareConfig
+    from mimkd_ray.config import Config as Config
+    from mimkd_ray.config import CriticConfig as CriticConfig
+    from mimkd_ray.config import DataConfig as DataConfig
+    from mimkd_ray.config import LaunchConfig as LaunchConfig
+    from mimkd_ray.config import LossConfig as LossConfig
+    from mimkd_ray.config import MixConfig as MixConfig
+    from mimkd_ray.config import ModelConfig as ModelConfig
+    from mimkd_ray.config import OptimConfig as OptimConfig
+    from mimkd_ray.config import RunConfig as RunConfig
+    from mimkd_ray.config import TeacherConfig as TeacherConfig
+    from mimkd_ray.config import TrainConfig as TrainConfig
+    from mimkd_ray.errors import UserError as UserError
+    from mimkd_ray.losses.bounds import dv as dv
+    from mimkd_ray.losses.bounds import infonce as infonce
+    from mimkd_ray.losses.bounds import jsd as jsd
+    from mimkd_ray.losses.bounds import nwj as nwj
+    from mimkd_ray.losses.bounds import smile as smile
+    from mimkd_ray.losses.distillation import MIMKDLoss as DistillationLoss
+    from mimkd_ray.losses.estimate import mutual_information as mutual_information
+    from mimkd_ray.losses.features import Features as Features
+    from mimkd_ray.losses.terms import Term as Term
+    from mimkd_ray.models.zoo import build_model as build_model
+    from mimkd_ray.recipes import cifar100 as cifar100
+    from mimkd_ray.recipes import demo as demo
+    from mimkd_ray.recipes import r34_r18 as r34_r18
+    from mimkd_ray.recipes import r50_mbv2 as r50_mbv2
+    from mimkd_ray.recipes import r50_shufflenetv2 as r50_shufflenetv2
+    from mimkd_ray.taps.default_stages import default_taps as default_taps
+    from mimkd_ray.taps.tapped_model import TappedModel as TappedModel
+    from mimkd_ray.taps.tapped_model import find_shapes as find_shapes
+    from mimkd_ray.train.accuracy import evaluate as evaluate
+    from mimkd_ray.train.distiller import Distiller as Distiller
+    from mimkd_ray.train.distiller import distill as distill
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CacheConfig",
+    "CompareConfig",
+    "Config",
+    "CriticConfig",
+    "DataConfig",
+    "DistillationLoss",
+    "Distiller",
+    "Features",
+    "LaunchConfig",
+    "LossConfig",
+    "MixConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "TappedModel",
+    "TeacherConfig",
+    "Term",
+    "TrainConfig",
+    "UserError",
+    "build_model",
+    "cifar100",
+    "default_taps",
+    "demo",
+    "distill",
+    "dv",
+    "evaluate",
+    "find_shapes",
+    "infonce",
+    "jsd",
+    "mutual_information",
+    "nwj",
+    "r34_r18",
+    "r50_mbv2",
+    "r50_shufflenetv2",
+    "recipes",
+    "run",
+    "smile",
+]
+
+_HOMES = {
+    "cli.training": ("run",),
+    "config": (
+        "CacheConfig",
+        "CompareConfig",
+        "Config",
+        "CriticConfig",
+        "DataConfig",
+        "LaunchConfig",
+        "LossConfig",
+        "MixConfig",
+        "ModelConfig",
+        "OptimConfig",
+        "RunConfig",
+        "TeacherConfig",
+        "TrainConfig",
+    ),
+    "errors": ("UserError",),
+    "losses.bounds": ("dv", "infonce", "jsd", "nwj", "smile"),
+    "losses.distillation": ("DistillationLoss",),
+    "losses.estimate": ("mutual_information",),
+    "losses.features": ("Features",),
+    "losses.terms": ("Term",),
+    "models.zoo": ("build_model",),
+    "recipes": ("cifar100", "demo", "r34_r18", "r50_mbv2", "r50_shufflenetv2"),
+    "taps.default_stages": ("default_taps",),
+    "taps.tapped_model": ("TappedModel", "find_shapes"),
+    "train.accuracy": ("evaluate",),
+    "train.distiller": ("Distiller", "distill"),
+}
+"""Where each name comes from: the imports above, for when the program runs."""
+
+_WITHIN = {"DistillationLoss": "MIMKDLoss"}
+"""Names that their module has otherwise."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is asked for first (PEP 562)."""
+    if name == "recipes":
+        return import_module("mimkd_ray.recipes")
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"mimkd_ray.{home}"), _WITHIN.get(name, name))
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'mimkd_ray' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names, those that were not asked for yet among them."""
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,10 @@
-"""Seeds for torch's generators: a pure function of (seed, purpose, where), the same in every process.
+"""Seeds for random generators: a pure function of (seed, purpose, where), the same in every process.
 
 Each use of random numbers has a purpose of its own, so that no two of them meet: the student's start and the dropout of
 some step never draw from one stream, whatever the seeds of two runs.
+
+Order, splits, mixing (data/keyed.py) and views (data/views.py, data/batch_views.py) have formulae of their own, which
+are older and stay: with another one, caches and orders that exist would no longer be those of their runs.
 """
 
 from __future__ import annotations

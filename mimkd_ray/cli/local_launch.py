@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mimkd_ray.config import Config, LaunchConfig
+from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.train.distributed import GROUP_SECONDS, Preemption, share_from_first
 from mimkd_ray.train.records import start_times
 from mimkd_ray.train.worker import run_job
@@ -77,8 +78,8 @@ def local_context(launch: LaunchConfig) -> Iterator[LocalContext]:
         dist.destroy_process_group()
 
 
-def run_local(config: Config, context: LocalContext, run_dir: str) -> dict[str, Any]:
-    """Run the job here; under torchrun, as one rank of many."""
+def run_local(config: Config, context: LocalContext, run_dir: str, given: OwnData | None = None) -> dict[str, Any]:
+    """Run the job here; under torchrun, as one rank of many. ``given``: data sets in the place of ``data.root``."""
     start_times.mark("worker")
     context.stop_on_sigterm()
-    return run_job(config, context, run_dir)
+    return run_job(config, context, run_dir, given)

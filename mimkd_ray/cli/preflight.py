@@ -10,6 +10,7 @@ from torch import nn
 from mimkd_ray import storage
 from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import Data, open_data
+from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.distillation import queue_channels
 from mimkd_ray.losses.teacher_queue import check_size
@@ -24,14 +25,14 @@ from mimkd_ray.train.worker import first_runs, needs_teacher
 NO_FILE = ("random", "published")
 
 
-def preflight(config: Config) -> None:
+def preflight(config: Config, given: OwnData | None = None) -> None:
     """Raise UserError for missing data, wrong class counts, impossible layers, queues that are too large, weights and
     caches that do not fit.
 
     Reads listings, footers and weights; builds the networks without memory (on the meta device) and runs them dry.
     Published weights may not be on this machine: a cache of theirs is looked at by the workers alone.
     """
-    data = open_data(config.data)
+    data = open_data(config.data, given)
     make_order(config, data.train)
     for weights in (config.teacher.weights, config.student.weights):
         if weights not in NO_FILE and not storage.exists(weights):

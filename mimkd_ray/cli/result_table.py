@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mimkd_ray.train.records.metrics import reading
+
 LABELS = {"alone": "student alone", "kd": "student, Hinton KD", "mimkd": "student, MIMKD"}
 
 
@@ -23,11 +25,7 @@ def _columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _information(nats: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    lines = []
-    for name, value in nats.items():
-        amount, ceiling = value["nats"], value["ceiling"]
-        limit = f" (at most {ceiling:.2f})" if ceiling is not None else ""
-        lines.append(f"  {name}: {'no valid reading' if amount is None else f'{amount:.3f} nats'}{limit}")
+    lines = [f"  {name}: {reading(value['nats'], value['ceiling'], digits=3)}" for name, value in nats.items()]
     return ["mutual information on held-out images:", *lines] if lines else []
 
 

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from torch.utils.data import Dataset
+
 from mimkd_ray import storage
 from mimkd_ray.cli.local_launch import local_context, run_local, under_torchrun
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.result_table import result_table
 from mimkd_ray.config import Config
 from mimkd_ray.config.digest import digest
+from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray import environment
 from mimkd_ray.train.distributed import ask_first
@@ -45,18 +48,25 @@ def absolute(config: C) -> C:
     )
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Run ``config`` to its end and print its table. A finished run only prints it.
+def run(config: Config, train: Dataset | None = None, validation: Dataset | None = None) -> dict[str, Any]:
+    """Run ``config`` to its end, print its table and return its result. A finished run only prints it.
+
+    ``train`` and ``validation`` are map-style data sets of (image, class number), in the place of ``config.data.root``
+    (see data/own_dataset.py); without ``validation`` set ``config.data.holdout``. They need ``launch.backend`` local: a
+    plain process, or torchrun. Everything else is as with data at rest: lanes, views, resuming.
 
     Under torchrun every process calls it, and all follow what the first finds in the run directory.
     """
     start_times.begin()
     start_times.mark("parsed")
+    given = OwnData.of(train, validation)
     config = absolute(config)
+    if given is not None:
+        config = _with_given(config, given)
     run_dir = run_directory(config)
     if config.launch.backend == "local":
         with local_context(config.launch) as context:
-            return _run(config, run_dir, context.rank == 0, lambda: run_local(config, context, run_dir))
+            return _run(config, run_dir, context.rank == 0, lambda: run_local(config, context, run_dir, given), given)
     if under_torchrun():
         raise UserError(
             "torchrun started this process, and launch.backend is ray, which starts workers by itself: pass "
@@ -65,7 +75,24 @@ def run(config: Config) -> dict[str, Any]:
     return _run(config, run_dir, True, lambda: _run_on_ray(config, run_dir))
 
 
-def _run(config: Config, run_dir: str, first: bool, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _with_given(config: Config, given: OwnData) -> Config:
+    """The config with the name of the data sets that were given, which tells runs on different ones apart."""
+    if config.launch.backend != "local":
+        raise UserError(
+            f"data sets were given as objects of this process, and launch.backend is {config.launch.backend}, whose "
+            "workers run in processes of their own: pass LaunchConfig(backend='local'), with torchrun for several "
+            "workers, or prepare the images as files (jobs/prepare_data.py)"
+        )
+    if config.cache.reads:
+        raise UserError(
+            "data sets were given as objects, and cache.root is set: teacher caches are of images at rest; leave it out"
+        )
+    return replace(config, data=replace(config.data, root=given.root))
+
+
+def _run(
+    config: Config, run_dir: str, first: bool, work: Callable[[], dict[str, Any]], given: OwnData | None = None
+) -> dict[str, Any]:
     """Return the result of a finished run, or check the job and do the ``work``. ``first`` says who prints."""
     finished = ask_first(lambda: _begin(config, run_dir))
     if finished is not None:
@@ -73,7 +100,7 @@ def _run(config: Config, run_dir: str, first: bool, work: Callable[[], dict[str,
             print(result_table(finished))
             print(f"this run was finished before; --run.overwrite true does it again\nrun directory: {run_dir}")
         return finished
-    preflight(config)
+    preflight(config, given)
     # The first worker does it too, but another config should not cost a start of workers.
     ask_first(lambda: claim(config, run_dir))
     start_times.mark("checked")

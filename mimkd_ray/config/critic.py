@@ -17,7 +17,8 @@ class CriticConfig:
     """The network that scores a pair of features."""
 
     kind: Literal["dot", "concat"] = "dot"
-    """dot: scaled cosine of two embeddings. concat: a small network on the joined features."""
+    """dot: scaled cosine of two embeddings. concat: a small network on the joined features, whose
+    channels are standardised by their running statistics."""
     teacher: TeacherSide | None = None
     """What the dot critic may do to teacher features. frozen: nothing; they are centred by their running mean, and the
     student is mapped into their space. linear: one linear layer. mlp: two layers and a shortcut. Unset: the

@@ -25,8 +25,15 @@ class LossConfig:
     """Tap pairs "teacher:student" of all rivals that read maps, from shallow to deep; unset: stages, deepest with
     deepest, as many as the rival reads."""
     rival_warmup: float = 20.0
-    """Epochs over which dkd and review rise to their weights, as published; 0: at once. Other losses have full weight
-    from the start."""
+    """Epochs over which dkd and review rise to their weights, as published: 20 on CIFAR-100, 1 on ImageNet; 0: at once.
+    Other losses have full weight from the start."""
+    dkd_beta: float = 8.0
+    """Weight of DKD's second part, over all classes but the label's. Published for each pair of networks: 2 to 8 on
+    CIFAR-100, 0.5 and 2 on ImageNet."""
+    dkd_temperature: float = 4.0
+    """Temperature of dkd: 4 on CIFAR-100, 1 on ImageNet, as published."""
+    dist_temperature: float = 4.0
+    """Temperature of dist: 4 on CIFAR-100, 1 on ImageNet, as published."""
     preset: PresetName = "accuracy"
     """accuracy: what won without the teacher's logits; frozen teacher side, queue. best: that with Hinton's KD. paper:
     Jensen-Shannon with one rolled negative, critics that learn on both sides. two_sided: InfoNCE over the lane with
@@ -34,10 +41,11 @@ class LossConfig:
     bound: BoundName | None = None
     """Lower bound on mutual information; unset: the preset's."""
     negatives: Negatives | None = None
-    """all: every other image of the lane. rolled: the one before. queue: for terms of teacher vectors those of the lane
-    and the teacher vectors of earlier steps. step: for such terms every other image of the whole step (teacher vectors
-    are gathered from all workers). cache: for such terms the others of the lane, and cache.negatives random images of
-    the training set, whose vectors come from the cache. Unset: the preset's."""
+    """all: every other image of the lane. rolled: the one before, and with mixing the one before that. queue: for terms
+    of teacher vectors those of the lane and the teacher vectors of earlier steps. step: for such terms every other
+    image of the whole step (teacher vectors are gathered from all workers). cache: for such terms the others of the
+    lane, and cache.negatives random images of the training set, whose vectors come from the cache. Unset: the
+    preset's."""
     queue: int = 16_384
     """Teacher vectors of earlier steps that `negatives` queue keeps, on each worker and in checkpoints; up to 64 MiB. A
     local term of L locations takes 1/L of them, so that it costs what a global term does."""
@@ -93,7 +101,8 @@ class LossConfig:
     """The critic of every term (each pair has its own weights)."""
 
     def __post_init__(self) -> None:
-        for name in ("global_weight", "local_weight", "feature_weight", "ce_weight", "kd_weight", "rival_weight"):
+        weights = ("global_weight", "local_weight", "feature_weight", "ce_weight", "kd_weight", "rival_weight")
+        for name in (*weights, "dkd_beta"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise UserError(f"loss.{name} is {value}; it must be finite and not negative")
@@ -101,8 +110,9 @@ class LossConfig:
             raise UserError(f"loss.label_smoothing is {self.label_smoothing}; it must lie in [0, 1)")
         if self.locations is not None and self.locations < 0:
             raise UserError(f"loss.locations is {self.locations}; it must be at least 1, or 0 for all")
-        if self.kd_temperature <= 0:
-            raise UserError(f"loss.kd_temperature is {self.kd_temperature}; it must be positive")
+        for name in ("kd_temperature", "dkd_temperature", "dist_temperature"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"loss.{name} is {getattr(self, name)}; it must be positive and finite")
         if not 0 <= self.rival_warmup < float("inf"):
             raise UserError(f"loss.rival_warmup is {self.rival_warmup}; it must be finite and not negative")
         if self.queue < 1 or self.max_side < 1:

@@ -21,7 +21,10 @@ class OptimConfig:
     nesterov: bool = False
     """Nesterov momentum for sgd."""
     weight_decay: float = 5e-4
-    """Weight decay of weights; norms, biases and critic temperatures have none."""
+    """Weight decay of what `decay` says."""
+    decay: Literal["weights", "all"] = "weights"
+    """weights: norms and biases do not decay. all: every parameter decays, as in the field's CIFAR protocol. Critic
+    temperatures never do."""
     schedule: Literal["step", "cosine", "constant"] = "step"
     """step: times gamma at each milestone. cosine: falls to min_lr, which the last step has."""
     milestones: tuple[int, ...] = (150, 180, 210)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from mimkd_ray.config.config import Config
 from mimkd_ray.errors import UserError
+from mimkd_ray.seeds import check_seed
 
 Metric = Literal["top1", "cross_entropy"]
 
@@ -60,7 +61,7 @@ class SearchConfig:
     loggers: tuple[Literal["mlflow", "wandb"], ...] = ()
     """Loggers of Ray Tune that get every evaluation too, where their package is installed."""
     seed: int = 0
-    """Seed of the algorithm."""
+    """Seed of the algorithm: 0 to 2**64 - 1."""
 
     def __post_init__(self) -> None:
         if not self.space:
@@ -70,6 +71,7 @@ class SearchConfig:
         negative = [f.name for f in fields(self) if isinstance(v := getattr(self, f.name), int | float) and v < 0]
         if negative:
             raise UserError(f"search.{negative[0]} is {getattr(self, negative[0])}; it must not be negative")
+        check_seed("search.seed", self.seed)
         if min(self.points, self.grace, self.pack) < 1 or self.reduction < 2:
             raise UserError(
                 f"search.points {self.points}, grace {self.grace} and pack {self.pack} must be at least 1, and "

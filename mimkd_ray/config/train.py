@@ -28,7 +28,10 @@ class TrainConfig:
     channels_last: Literal["auto", "on", "off"] = "auto"
     """Memory layout of images and kernels; auto: channels-last, except for float64 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on a GPU where a C++ compiler is found."""
+    """torch.compile; auto: on a GPU whose steps are not captured, where a C++ compiler is found."""
+    engine: Literal["auto", "plain", "captured"] = "auto"
+    """How steps run. captured: recorded once as a CUDA graph and replayed, where that is possible; a CPU then calls the
+    same code each time. plain: operation by operation. auto: captured on a GPU."""
     ema_decay: float = 0.0
     """Keep an exponential moving average of the student with this decay, and evaluate and export it; 0 is off."""
     log_every: int = 50

@@ -37,8 +37,14 @@ from mimkd_ray.config.loss_presets import BoundName
 SMILE_CLIP = 5.0
 """SMILE clips the scores of negatives to [-5, 5] when it reads."""
 
-NWJ_LINEAR_FROM = 60.0
-"""NWJ continues e^v linearly above this score, so that value and gradient stay finite in float32."""
+NWJ_LINEAR_FROM = 11.0
+"""NWJ's loss continues e^(v-1) linearly above this score: a negative's slope is at most e^10, or 5.5 over all pairs of
+a lane of 64, where a positive's is 1/64. Scores of a learned temperature reach 100, and one step with slopes of e^59
+ends training. Ratios up to e^10 = 22,026, more than 16,384 negatives in a queue can tell apart, keep their optimum; a
+reading of I nats has a variance of (e^I - 1) / pairs at least, so that more than 10 nats could hardly be read."""
+
+NWJ_READ_TO = 60.0
+"""NWJ is read with e^(v-1) itself up to this score, which float32 still holds; above it the reading is NaN."""
 
 
 class BoundValue(NamedTuple):
@@ -83,12 +89,19 @@ def dv(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> BoundValu
 
 
 def nwj(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> BoundValue:
-    """Nguyen-Wainwright-Jordan. A reading that touched the linear continuation is NaN: it would not be a bound."""
+    """Nguyen-Wainwright-Jordan.
+
+    The loss is -nats while no score of a valid negative is above NWJ_LINEAR_FROM, where it goes on linearly. The
+    reading never does: it would not be a bound. It falls steeply with such scores and is NaN above NWJ_READ_TO.
+    """
     capped_LBK = negative_LBK.clamp(max=NWJ_LINEAR_FROM)
     exp_LBK = (capped_LBK - 1.0).exp() * (1.0 + negative_LBK - capped_LBK)
-    nats_L = positive_LB.mean(1) - _masked_mean(exp_LBK, valid_BK)
-    touched_L = ((negative_LBK.detach() > NWJ_LINEAR_FROM) & valid_BK).flatten(1).any(1)
-    return BoundValue(-nats_L, nats_L.detach().masked_fill(touched_L, math.nan))
+    loss_L = _masked_mean(exp_LBK, valid_BK) - positive_LB.mean(1)
+    with torch.no_grad():
+        read_LBK = (negative_LBK.clamp(max=NWJ_READ_TO) - 1.0).exp()
+        beyond_L = ((negative_LBK > NWJ_READ_TO) & valid_BK).flatten(1).any(1)
+        nats_L = (positive_LB.mean(1) - _masked_mean(read_LBK, valid_BK)).masked_fill(beyond_L, math.nan)
+    return BoundValue(loss_L, nats_L)
 
 
 def infonce(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> BoundValue:

@@ -7,7 +7,8 @@ stays a lower bound on the mutual information of the two features, a lower one t
 (docs/method.md).
 
 Sides take (..., channels). They have no batch statistics of their own lane in them, so a pair scores the same wherever
-its partner came from; only a frozen side's mean, taken over all lanes of earlier steps, moves.
+its partner came from; only a frozen side's mean and the statistics of a Standardised, taken over all lanes of earlier
+steps, move.
 """
 
 from __future__ import annotations
@@ -122,3 +123,68 @@ class FrozenSide(nn.Module):
         """Take the mean of ``images`` more images' reduced features into the running mean."""
         self.images += images
         self.mean_d += (mean_d - self.mean_d) * (images / self.images.double())
+
+
+SLOWEST_RATE = 0.01
+"""A step's share in the statistics of a :class:`Standardised` falls to this: the student's features move, and its first
+thousand steps should not count for ever."""
+
+EPS = 1e-5
+"""Added to a channel's variance: one that never changes stays near 0."""
+
+
+class Standardised(nn.Module):
+    """Features less their mean, over their standard deviation, channel by channel: (..., channels) -> the same.
+
+    Both are running statistics over the images and locations of all lanes of earlier steps, all workers': buffers, in
+    checkpoints. No gradient goes through them. In the first step, and before any, they are the lane's own. A training
+    step calls :meth:`observe` with each lane, which only adds to buffers, so that it may be compiled, and
+    :meth:`update` with the mean over all lanes of what :meth:`observed` returns.
+    """
+
+    moments_2C: Tensor
+    steps: Tensor
+    sums_2C: Tensor
+    lanes: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("moments_2C", torch.stack([torch.zeros(channels), torch.ones(channels)]))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("sums_2C", torch.zeros(2, channels), persistent=False)
+        self.register_buffer("lanes", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, feature_LKC: Tensor, lane: int | None = None) -> Tensor:
+        """Standardise. The first ``lane`` of each location are the lane's own; by default all."""
+        own_LBC = feature_LKC if lane is None else feature_LKC[:, :lane]
+        mean_C, variance_C = torch.where(self.steps > 0, self.moments_2C, _moments(own_LBC)).to(feature_LKC.dtype)
+        return (feature_LKC - mean_C) * (variance_C + EPS).rsqrt()
+
+    @torch.no_grad()
+    def observe(self, own_LBC: Tensor) -> None:
+        """Add a lane's mean and variance to this step's."""
+        self.sums_2C += _moments(own_LBC)
+        self.lanes += 1
+
+    @torch.no_grad()
+    def observed(self) -> Tensor:
+        """Return the mean over this worker's lanes of the step, (2 * channels,), and forget them."""
+        mean_2C = self.sums_2C / self.lanes
+        self.sums_2C.zero_()
+        self.lanes.zero_()
+        return mean_2C.flatten()
+
+    @torch.no_grad()
+    def update(self, moments: Tensor) -> None:
+        """Take a step's mean and variance over all lanes, (2 * channels,), into the running ones."""
+        self.steps += 1
+        rate = (1 / self.steps.double()).clamp(min=SLOWEST_RATE)
+        self.moments_2C += (moments.view_as(self.moments_2C) - self.moments_2C) * rate
+
+
+@torch.no_grad()
+def _moments(value: Tensor) -> Tensor:
+    """Mean and unbiased variance of each channel over images and locations: (2, channels)."""
+    several = min(1, value.shape[:-1].numel() - 1)
+    variance_C, mean_C = torch.var_mean(value, tuple(range(value.dim() - 1)), correction=several)
+    return torch.stack([mean_C, variance_C])

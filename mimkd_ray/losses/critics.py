@@ -5,7 +5,7 @@ its own partner (``paired``) or every student with every teacher (``all_pairs``)
 through the same weights; locations are a leading dimension L (1 for vectors, and a teacher vector broadcasts over the
 locations of a student map). What the two sides may learn is told in critic_sides.py.
 
-Critics use LayerNorm and no batch norm, so a pair scores the same wherever its partner came from. Widths and layer
+Critics use no statistics of their batch, so a pair scores the same wherever its partner came from. Widths and layer
 counts are our choice (the paper's were not to be had).
 """
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimkd_ray.config import CriticConfig
-from mimkd_ray.losses.critic_sides import Centred, FrozenSide, Pointwise, Projection
+from mimkd_ray.losses.critic_sides import Centred, FrozenSide, Pointwise, Projection, Standardised
 
 
 class DotCritic(nn.Module):
@@ -100,18 +100,24 @@ class DotCritic(nn.Module):
 
 
 class ConcatCritic(nn.Module):
-    """score = MLP([student, teacher]) with two hidden layers. The first layer of the joined input is a sum of one
-    linear map a side, so each side is embedded once whatever the number of pairs."""
+    """score = MLP([student, teacher]) with two hidden layers, on features that are standardised by their running
+    statistics: whatever their scale they train, and one against another keeps its size and mean, which LayerNorm takes
+    away. The first layer of the joined input is a sum of one linear map a side, so each side is embedded once whatever
+    the number of pairs."""
 
     def __init__(self, teacher_channels: int, student_channels: int, config: CriticConfig) -> None:
         super().__init__()
         self.pair_width = config.width
-        self.teacher = nn.Sequential(nn.LayerNorm(teacher_channels), Pointwise(teacher_channels, config.width))
-        self.student = nn.Sequential(
-            nn.LayerNorm(student_channels), Pointwise(student_channels, config.width, bias=False)
-        )
+        self.standard = nn.ModuleList([Standardised(teacher_channels), Standardised(student_channels)])
+        self.teacher = Pointwise(teacher_channels, config.width)
+        self.student = Pointwise(student_channels, config.width, bias=False)
         self.hidden = nn.Linear(config.width, config.width)
         self.output = nn.Linear(config.width, 1)
+
+    def observe(self, teacher_LBC: Tensor, student_LBC: Tensor) -> None:
+        """Take note of a lane that is trained on, for the running statistics."""
+        for standard, feature in zip(self.standard, (teacher_LBC, student_LBC), strict=True):
+            standard.observe(feature)  # type: ignore[operator]
 
     @property
     def bias(self) -> Tensor:
@@ -129,12 +135,13 @@ class ConcatCritic(nn.Module):
         return feature
 
     def embed_teacher(self, reduced_LKC: Tensor, lane: int | None = None) -> Tensor:
-        """(..., teacher channels) -> (..., width): the teacher's share of the first layer."""
-        return self.teacher(reduced_LKC)
+        """(L, K, teacher channels) -> (L, K, width): the teacher's share of the first layer. The first ``lane`` of each
+        location are the lane's own; by default all."""
+        return self.teacher(self.standard[0](reduced_LKC, lane))
 
     def embed_student(self, feature: Tensor) -> Tensor:
         """(..., student channels) -> (..., width): the student's share of the first layer."""
-        return self.student(feature)
+        return self.student(self.standard[1](feature))
 
     def _score(self, first: Tensor) -> Tensor:
         return self.output(F.relu(self.hidden(F.relu(first)))).squeeze(-1)

@@ -3,7 +3,8 @@
     loss = CE + kd_weight * T^2 KL(teacher_T || student_T) + sum over terms of weight * (-bound) + rivals
 
 A positive pair comes from one image. Negatives pair a student with the teacher of *another image*: at the same location
-the image before it in the lane (``rolled``) or every other image of the lane (``all``); for terms of teacher vectors
+the image before it in the lane (``rolled``; the one before that where images are mixed, each with the one before it)
+or every other image of the lane (``all``); for terms of teacher vectors
 also every image of all lanes of the step (``step``), vectors of earlier steps (``queue``), or random images of the
 training set (``cache``). Pairs of equal ids are left out, and, where asked, pairs of equal classes. What a term reads
 and how it is scored is told in terms.py. Everything is computed in float32 with autocast off; no gradient reaches the
@@ -25,8 +26,8 @@ from torch import Tensor, nn
 from mimkd_ray.config import LossConfig
 from mimkd_ray.config.loss_presets import Negatives
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.critic_sides import FrozenSide
-from mimkd_ray.losses.critics import Critic, build_critic
+from mimkd_ray.losses.critic_sides import FrozenSide, Standardised
+from mimkd_ray.losses.critics import ConcatCritic, Critic, build_critic
 from mimkd_ray.losses.features import Features, in_full_precision
 from mimkd_ray.losses.methods.build_method import RivalPlan, build_rival
 from mimkd_ray.losses.methods.crd import TrainingRows
@@ -64,11 +65,19 @@ class _Lane(NamedTuple):
     means: list[Tensor]
 
 
-def valid_pairs(ids_B: Tensor, negatives: Negatives) -> Tensor:
-    """Which negatives of the lane count: (B, 1) for rolled, else (B, B), never the diagonal. Equal ids never count."""
+def roll_of(mixed: bool) -> int:
+    """Return how many places before an image its rolled negative is. Images are mixed with those next to them, in which
+    they have a share: data/mixing.py rolls by 1."""
+    return 2 if mixed else 1
+
+
+def valid_pairs(ids_B: Tensor, negatives: Negatives, mixed: bool = False) -> Tensor:
+    """Return which negatives of the lane count: (B, 1) for rolled, else (B, B), never the diagonal. Equal ids never
+    count, and no rolled ones in lanes of 2 or 3 ``mixed`` images: all share something with each other."""
     if negatives != "rolled":
         return ids_B.unsqueeze(1) != ids_B.unsqueeze(0)
-    return (ids_B != ids_B.roll(1)).unsqueeze(1)
+    apart = len(ids_B) > 3 or not mixed
+    return ((ids_B != ids_B.roll(roll_of(mixed))) & apart).unsqueeze(1)
 
 
 def queue_channels(config: LossConfig, terms: Sequence[Term]) -> dict[str, int]:
@@ -112,7 +121,7 @@ class MIMKDLoss(nn.Module):
         self.bound = config.resolved_bound
         self.negatives: Negatives = config.resolved_negatives
         self.objective = Objective(
-            self.bound, self.negatives == "rolled", config.soft_temperature, config.symmetric, config.hard_share
+            self.bound, int(self.negatives == "rolled"), config.soft_temperature, config.symmetric, config.hard_share
         )
         critic = config.resolved_critic
         self.critics = nn.ModuleList(
@@ -121,7 +130,7 @@ class MIMKDLoss(nn.Module):
         channels = queue_channels(config, terms)
         self.queue = TeacherQueue(config.queue, channels) if channels else None
         self.methods = tuple(plan.method for plan in rivals)
-        self.rivals = nn.ModuleList(build_rival(plan, rows) for plan in rivals)
+        self.rivals = nn.ModuleList(build_rival(plan, config, rows) for plan in rivals)
         self.lanes: list[_Lane] = []
         # Tensors, so that a compiled loss is not compiled anew every step; they follow from the step, like the rate.
         self.warmth: Tensor
@@ -134,6 +143,7 @@ class MIMKDLoss(nn.Module):
         is done.
 
         As published the weight of rivals that warm up rises once an epoch, and the first one has its share already."""
+        self.lanes = []
         if self.config.rival_warmup and any(RIVALS[method].warms_up for method in self.methods):
             self.warmth.fill_(min(1.0, (math.floor(epoch) + 1) / self.config.rival_warmup))
         if self.config.schedule == "warmup":
@@ -144,10 +154,10 @@ class MIMKDLoss(nn.Module):
 
     @torch.no_grad()
     def observe(self, teacher: Features | None, labels_B: Tensor, ids_B: Tensor) -> None:
-        """Take note of a lane that was trained on, for the queue and the means of frozen sides. Memory: the lane's
+        """Take note of a lane that was trained on, for the queue and the statistics of critics. Memory: the lane's
         vectors until :meth:`after_step`."""
-        frozen = [critic for critic in self.critics if isinstance(critic.teacher, FrozenSide)]
-        if teacher is None or (self.queue is None and not frozen):
+        moving = any(isinstance(module, FrozenSide | Standardised) for module in self.critics.modules())
+        if teacher is None or (self.queue is None and not moving):
             return
         vectors: dict[str, Tensor] = {}
         means: list[Tensor] = []
@@ -168,8 +178,8 @@ class MIMKDLoss(nn.Module):
 
     @torch.no_grad()
     def after_step(self, gather: Gather | None = None) -> None:
-        """Bring learned temperatures back to their limits, and take the step's lanes into the queue and the means of
-        frozen sides. Call after every optimiser step; ``gather`` brings all workers' lanes together, where there are
+        """Bring learned temperatures back to their limits, and take the step's lanes into the queue and the statistics
+        of critics. Call after every optimiser step; ``gather`` brings all workers' lanes together, where there are
         several."""
         for critic in self.critics:
             critic.constrain_()  # type: ignore[operator]
@@ -188,6 +198,12 @@ class MIMKDLoss(nn.Module):
             widths = [side.width for side in frozen]
             for side, mean_d in zip(frozen, means_LX.mean(0).split(widths), strict=True):
                 side.update(mean_d, images)
+        standard = [module for module in self.critics.modules() if isinstance(module, Standardised)]
+        if standard:
+            own = [module.observed() for module in standard]
+            step_X = all_lanes([torch.cat(own)] * len(lanes)).mean(0)  # each lane with the mean of its worker's
+            for module, moments in zip(standard, step_X.split([len(each) for each in own]), strict=True):
+                module.update(moments)
         if self.queue is not None:
             vectors = {tap: all_lanes([lane.vectors[tap] for lane in lanes]).flatten(0, 1) for tap in lanes[0].vectors}
             ids_N = all_lanes([lane.ids_B for lane in lanes]).flatten()
@@ -242,10 +258,14 @@ class MIMKDLoss(nn.Module):
         """Loss and statistics of a term over what it trains with."""
         teacher_LBC, student_LBC = inputs_of(term, teacher, student, self.config.resolved_locations)
         classes_B = labels_B if self.config.resolved_same_class == "leave_out" and labels_B.dim() == 1 else None
-        valid_BK = valid_pairs(ids_B, self.negatives)
+        mixed = labels_B.is_floating_point()
+        objective = self.objective._replace(rolled=roll_of(mixed)) if self.objective.rolled else self.objective
+        valid_BK = valid_pairs(ids_B, self.negatives, mixed)
         if classes_B is not None:
             valid_BK = valid_BK & valid_pairs(classes_B, self.negatives)
         reduced_LBC = critic.reduce_teacher(teacher_LBC)
+        if isinstance(critic, ConcatCritic):
+            critic.observe(reduced_LBC, student_LBC)
         candidates = Candidates(reduced_LBC, valid_BK)
         if term.kind != "feature":
             if teacher.others is not None:
@@ -259,7 +279,7 @@ class MIMKDLoss(nn.Module):
                     valid_BM &= classes_B.unsqueeze(1) != self.queue.labels_Q[:count]
                 candidates = _queued(candidates, self.queue.vectors(term.teacher, count), valid_BM)
         everywhere = self.config.feature_negatives == "all"
-        return score_term(critic, self.objective, candidates, student_LBC, everywhere)
+        return score_term(critic, objective, candidates, student_LBC, everywhere)
 
     def _read(
         self, term: Term, critic: Critic, teacher: Features, student: Features, labels_B: Tensor, ids_B: Tensor

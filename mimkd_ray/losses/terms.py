@@ -54,8 +54,8 @@ class Objective(NamedTuple):
     """What is made of the scores of a term."""
 
     bound: BoundName
-    rolled: bool = False
-    """One negative an image, the image before it in the lane, instead of all candidates."""
+    rolled: int = 0
+    """One negative an image, the image so many places before it in the lane; 0: all candidates."""
     soft_temperature: float = 0.0
     """Of the teacher's own distribution over the candidates, as the target in the positive's place; 0: the positive."""
     symmetric: bool = False
@@ -119,7 +119,7 @@ def score_term(
 
     def rolled(own_lBd: Tensor, student_lBd: Tensor) -> Tensor:
         positive_lB = critic.paired(student_lBd, own_lBd)
-        negative_lB1 = critic.paired(student_lBd, own_lBd.roll(1, dims=1)).unsqueeze(2)
+        negative_lB1 = critic.paired(student_lBd, own_lBd.roll(objective.rolled, dims=1)).unsqueeze(2)
         return _statistics(objective, positive_lB, negative_lB1, valid_BK)
 
     def all_pairs(own_lBd: Tensor, teacher_lKd: Tensor, student_lBd: Tensor) -> Tensor:

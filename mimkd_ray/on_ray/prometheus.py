@@ -27,7 +27,7 @@ OF_A_RUN = {
 
 OF_A_TERM = {
     "loss": ("mimkd_term_loss", "The loss of a term, before its weight"),
-    "nats": ("mimkd_term_nats", "Mutual information of a term in nats, a lower bound"),
+    "nats": ("mimkd_term_nats", "Mutual information of a term in nats: InfoNCE's lower bound, or an estimate"),
 }
 """The same for names such as `TERM/nats`."""
 

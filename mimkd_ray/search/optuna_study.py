@@ -14,6 +14,7 @@ from mimkd_ray.config import Config, SearchConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.suggest import Suggest, grid, grid_values
 from mimkd_ray.search.trials import Trial, Value, direction
+from mimkd_ray.seeds import derive
 
 V = TypeVar("V", bound=Value)
 
@@ -50,7 +51,8 @@ class Study:
         """``known``: trials of an earlier start, by number. Raises UserError if the space lacks their values."""
         optuna.logging.set_verbosity(logging.WARNING)
         self.config, self.build = config, build
-        seed = config.seed * 1009 + len(known)  # after a restart, other draws than at the start
+        # After a restart, other draws than at the start. NumPy's RandomState takes 32 bits.
+        seed = derive(config.seed, "search", len(known)) % 2**32
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler: optuna.samplers.BaseSampler = (

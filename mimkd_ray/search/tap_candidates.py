@@ -66,7 +66,7 @@ class _Draw:
     """Random answers."""
 
     def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
+        self.random = random.Random(seed)  # not `seeds.derive`: these draws decide what a search's cache must hold
 
     def number(self, name: str, low: float, high: float, log: bool = False) -> float:
         return low if self.random.random() < 0.5 else high

@@ -27,7 +27,8 @@ from mimkd_ray.taps.rival_pairing import pair_rivals, plan_rivals, reads_taps
 from mimkd_ray.taps.tap_codecs import Coding, coded_term
 from mimkd_ray.taps.tapped_model import TapShape, find_shapes
 from mimkd_ray.taps.tracing import dry_run
-from mimkd_ray.train.step import Distiller
+from mimkd_ray.train.distributed import is_distributed
+from mimkd_ray.train.step import StudentModule
 from mimkd_ray.train.teacher import Teacher
 
 KINDS: tuple[Kind, ...] = ("global", "local", "feature")
@@ -146,6 +147,32 @@ def uses_channels_last(config: TrainConfig, device: torch.device) -> bool:
     return config.channels_last == "on"
 
 
+def why_plain(config: Config, device: torch.device) -> str:
+    """Return why steps are not to be captured (train/captured.py), for people; "" where they are."""
+    engine = config.train.engine
+    if engine == "plain" or (engine == "auto" and device.type != "cuda"):
+        return f"train.engine is {engine}"
+    if is_distributed():
+        return "gradients of several workers are summed"
+    if config.mix.active:
+        return "images are mixed by numbers of the host"
+    if config.loss.resolved_negatives == "cache":
+        return "loss.negatives is cache"
+    if config.train.compile == "on":
+        return "train.compile is on"
+    return ""
+
+
+def choose_kernels(config: TrainConfig, device: torch.device) -> None:
+    """Let a GPU choose the fastest convolutions for the run's shapes, and, where the networks compute in bf16, multiply
+    float32 matrices (of losses) with TF32's 10 bits, which is still more than the features have. Holds for the whole
+    process."""
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high" if autocast_dtype(config, device) is torch.bfloat16 else "highest")
+
+
 def has_compiler() -> bool:
     """Whether torch.compile's default backend finds a C++ compiler."""
     return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
@@ -170,7 +197,7 @@ def training_rows(config: LossConfig, train: Source) -> TrainingRows | None:
     return TrainingRows(torch.from_numpy(ids_of(train)), torch.from_numpy(train.labels()))
 
 
-def build_distiller(config: Config, data: Data, teacher: nn.Module | None, device: torch.device) -> Distiller:
+def build_distiller(config: Config, data: Data, teacher: nn.Module | None, device: torch.device) -> StudentModule:
     """The student with its taps, critics and loss, on the device. The teacher's network gives the tap shapes."""
     student = build_student(config, data.num_classes)
     plan = TapPlan()
@@ -181,9 +208,9 @@ def build_distiller(config: Config, data: Data, teacher: nn.Module | None, devic
     loss = MIMKDLoss(config.loss, plan.terms, plan.rivals, training_rows(config.loss, data.train))
     vectors, maps = plan.student_taps()
     autocast = autocast_dtype(config.train, device)
-    distiller = Distiller(student, plan.student_shapes, vectors, maps, loss, autocast)
+    distiller = StudentModule(student, plan.student_shapes, vectors, maps, loss, autocast)
     placed = place(distiller, config.train, device)
-    assert isinstance(placed, Distiller)
+    assert isinstance(placed, StudentModule)
     return placed
 
 

@@ -61,7 +61,7 @@ def compare(
     for seed in range(config.compare.seeds):
         for arm, done in results.items():
             own = arm_config(config, arm, seed)
-            rows = open_data(own.data) if config.data.subset else data
+            rows = open_data(own.data, data.own) if config.data.subset else data
             network = teacher if own.loss.uses_teacher else None
             folder = storage.join(run_dir, f"{arm}-seed{seed:02d}")
             done.append(train(own, rows, network, context, folder, quiet=True))

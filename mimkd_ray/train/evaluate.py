@@ -17,7 +17,7 @@ from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
 from mimkd_ray.train.distributed import all_sum
 from mimkd_ray.train.out_of_memory import K, each
-from mimkd_ray.train.step import Distiller, Normalizer
+from mimkd_ray.train.step import Normalizer, StudentModule
 from mimkd_ray.train.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def accuracies(
 
 
 def read_information(
-    distillers: Mapping[K, Distiller],
+    distillers: Mapping[K, StudentModule],
     teacher: Teacher,
     batches: Iterable[LaneBatch],
     normalize: Normalizer,
@@ -155,7 +155,7 @@ def _part(features: Features, rows: slice) -> Features:
 class _Reading:
     """The information of one student, being summed; the student is in evaluation mode meanwhile."""
 
-    def __init__(self, distiller: Distiller) -> None:
+    def __init__(self, distiller: StudentModule) -> None:
         self.distiller, self.training = distiller, distiller.training
         distiller.eval()
         self.names = [term.name for term in distiller.loss.plan]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mimkd_ray.config import Config
-from mimkd_ray.data.augment.batch_views import BatchTransform
+from mimkd_ray.data.augment.batch_views import BatchTransform, view_key
 from mimkd_ray.data.augment.mixing import mix
 from mimkd_ray.data.loading.loader import DamageCounter, LaneBatch
 from mimkd_ray.losses.features import Features, Others
@@ -65,37 +65,57 @@ class Feed:
 
     def step(self, step: int, lanes: Iterable[int], batches: Iterator[LaneBatch]) -> Iterable[Lane]:
         """This worker's lanes of one step, in their order."""
-        loaded = (self._lane(step, lane, batches) for lane in lanes)
-        return self._with_others(list(loaded)) if self.shares_vectors else loaded
+        return self.with_others(self._lane(step, self.next(step, lane, batches)) for lane in lanes)
 
-    def _lane(self, step: int, lane: int, batches: Iterator[LaneBatch]) -> Lane:
+    def next(self, step: int, lane: int, batches: Iterator[LaneBatch]) -> LaneBatch:
+        """Return the next batch, which is that of a step's lane. Damaged images in it are counted."""
         asked = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - asked
         start_times.mark("first_batch")
         assert (batch.step, batch.lane) == (step, lane), f"step {step} lane {lane} got {batch.step} {batch.lane}"
         self.damage.add(batch)
-        config = self.config
-        images, labels_B, ids_B = batch.images_BCHW, batch.labels_B, batch.ids_B
+        return batch
+
+    def _lane(self, step: int, batch: LaneBatch) -> Lane:
+        pixels, ready = self.finish(batch, view_key(batch.view, self.config.view_seed))
+        mixing, lane = self.config.mix, batch.lane
+        if mixing.active:
+            seed = self.config.train.seed
+            images, labels_B = mix(ready.images_BCHW, ready.labels_B, self.num_classes, mixing, seed, step, lane)
+            ready = ready._replace(images_BCHW=images, labels_B=labels_B)
+        ready = self.with_teacher(ready, batch.features)
+        if self.check is not None and self.check.due(step, lane):
+            assert ready.teacher is not None
+            self.check.look(batch, pixels, ready.images_BCHW, ready.teacher)
+        if self.negatives is not None:
+            assert self.cached is not None
+            assert ready.teacher is not None
+            rows, ids_M = self.negatives.draw(step, lane, ready.images_BCHW.device)
+            others = Others(self.cached.decode(rows).vectors, ids_M)
+            ready = ready._replace(teacher=ready.teacher._replace(others=others))
+        return ready
+
+    def finish(self, batch: LaneBatch, key: int | Tensor) -> tuple[Tensor, Lane]:
+        """Return a batch's images in their view, uint8, and the lane with them normalised. ``key``: the view's."""
+        images = batch.images_BCHW
         if self.batch_view is not None:
-            images = self.batch_view(images, ids_B, batch.view, config.view_seed)
-        pixels, images = images, self.normalize(images)
-        if config.mix.active:
-            images, labels_B = mix(images, labels_B, self.num_classes, config.mix, config.train.seed, step, lane)
-        features = None
+            images = self.batch_view(images, batch.ids_B, key)
+        return images, Lane(batch.lane, batch.view, self.normalize(images), batch.labels_B, batch.ids_B, None)
+
+    def with_teacher(self, lane: Lane, cached: Mapping[str, Tensor]) -> Lane:
+        """Give a lane what its cached features say, or, without a cache, what the teacher says of its images."""
         if self.cached is not None:
-            features = self.cached.decode(batch.features)
-            if self.check is not None and self.check.due(step, lane):
-                self.check.look(batch, pixels, images, features)
-            if self.negatives is not None:
-                rows, ids_M = self.negatives.draw(step, lane, images.device)
-                features = features._replace(others=Others(self.cached.decode(rows).vectors, ids_M))
-        elif self.teacher is not None:
-            features = self.teacher.features(images)
-        return Lane(lane, batch.view, images, labels_B, ids_B, features)
+            return lane._replace(teacher=self.cached.decode(cached))
+        if self.teacher is not None:
+            return lane._replace(teacher=self.teacher.features(lane.images_BCHW))
+        return lane
+
+    def with_others(self, lanes: Iterable[Lane]) -> Iterable[Lane]:
+        """Give each lane the teacher vectors of all other lanes of the step, where any loss asks for them."""
+        return self._with_others(list(lanes)) if self.shares_vectors else lanes
 
     def _with_others(self, mine: list[Lane]) -> list[Lane]:
-        """Give each lane the teacher vectors of all other lanes of the step, in the order of lanes."""
         lanes = self.config.train.lanes
         features = [lane.teacher for lane in mine if lane.teacher is not None]
         vectors_LBC = {

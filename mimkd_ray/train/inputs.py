@@ -12,7 +12,7 @@ from mimkd_ray.data.loading.loader import DamageCounter, LaneBatch, eval_batches
 from mimkd_ray.data.loading.resident import keeps_on_device, resident, resident_batches
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import UserError
-from mimkd_ray.train.build import build_teacher, make_order, parameter_dtype, uses_channels_last
+from mimkd_ray.train.build import build_teacher, choose_kernels, make_order, parameter_dtype, uses_channels_last
 from mimkd_ray.train.distributed import Context
 from mimkd_ray.train.from_cache.cached_negatives import CachedNegatives
 from mimkd_ray.train.from_cache.cached_teacher import Cached
@@ -44,6 +44,7 @@ class Supply:
                 f"{context.world_size} workers for {train.lanes} lanes: a worker needs a lane of its own; "
                 f"pass --train.lanes {context.world_size}"
             )
+        choose_kernels(train, device)
         self.order = make_order(config, data.train)
         self.total_steps = min(train.epochs * self.order.steps_per_epoch, train.max_steps or 2**62)
         self.my_lanes = range(context.rank, train.lanes, context.world_size)

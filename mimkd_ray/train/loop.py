@@ -15,14 +15,15 @@ from mimkd_ray.config import Config
 from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
+from mimkd_ray.train.captured import make_engine
 from mimkd_ray.train.distributed import Context, Preemption, all_sum, barrier, share_from_first
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.records import start_times
-from mimkd_ray.train.records.metrics import Meter, Progress, say
+from mimkd_ray.train.records.metrics import Meter, Progress, reading, say
 from mimkd_ray.train.records.run_dir import MetricsLog, read_json
 from mimkd_ray.train.records.save_and_stop import Rhythm
 from mimkd_ray.train.run_record import Run
-from mimkd_ray.train.student import Session, StepRecord, advance
+from mimkd_ray.train.student import Session, StepRecord
 
 
 def train(
@@ -78,6 +79,7 @@ class Loop:
         self.start, self.total, self.steps_per_epoch = runs[0].start, session.total_steps, session.order.steps_per_epoch
         self.commits = commits or self.context.reports_are_final
         self.global_batch = self.config.train.lanes * self.config.train.lane_batch
+        self.engine = make_engine([run.session for run in self.runs], self.spares)
         self.meter = Meter(self.context.device, self.global_batch)
         self.results: dict[Run, dict[str, Any]] = {}
 
@@ -127,8 +129,7 @@ class Loop:
 
     def _step(self, step: int, batches: Iterator[LaneBatch]) -> dict[Run, StepRecord]:
         """One step of every run, and what is written of it."""
-        lanes = self.supply.feed.step(step, self.supply.my_lanes, batches)
-        found, failed = advance([run.session for run in self.runs], step, lanes, self.spares)
+        found, failed = self.engine.step([run.session for run in self.runs], step, batches)
         records = {run: found[run.session] for run in self.runs if run.session in found}
         for run in [run for run in self.runs if run.session in failed]:
             self.leave(run, MemberMemoryError(f"out of memory in step {step + 1}: {failed[run.session]}"))
@@ -198,7 +199,7 @@ def write_step(
         rates = {
             "images_per_second": meter.rate(),
             "data_wait": session.feed.waited / max(meter.elapsed(), 1e-9),
-            "lr": session.optimizer.param_groups[0]["lr"],
+            "lr": float(session.optimizer.param_groups[0]["lr"]),
             "epoch": done / session.order.steps_per_epoch,
         }
         hits = session.supply.cache_hit_rate()
@@ -211,10 +212,10 @@ def write_step(
 
 
 def summary(record: Mapping[str, Tensor]) -> str:
-    """The loss and the nats of each term in one short text."""
-    parts = [f"loss {float(record['loss']):.3f}"]
-    parts += [f"{key.removesuffix('/nats')} {float(v):.2f} nats" for key, v in record.items() if key.endswith("/nats")]
-    return ", ".join(parts)
+    """Return the loss and the nats of each term in one short text."""
+    terms = [key.removesuffix("/nats") for key in record if key.endswith("/nats")]
+    readings = [f"{term} {reading(float(record[f'{term}/nats']), float(record[f'{term}/ceiling']))}" for term in terms]
+    return ", ".join([f"loss {float(record['loss']):.3f}", *readings])
 
 
 def _foretold(notice: Preemption) -> str:

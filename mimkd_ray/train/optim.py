@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mimkd_ray.config import OptimConfig
+from mimkd_ray.losses.critics import DotCritic
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
@@ -28,18 +31,67 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
     return config.lr
 
 
-def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two parameter groups: matrices and kernels with decay; norms, biases and scalars (0 or 1 dimension) without."""
+def decay_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
+    """Return two parameter groups: with decay matrices and kernels, or all but critic temperatures; without it the
+    rest (norms, biases and scalars: 0 or 1 dimension)."""
+    temperatures = {id(critic.log_scale) for critic in module.modules() if isinstance(critic, DotCritic)}
+
+    def decays(parameter: nn.Parameter) -> bool:
+        return id(parameter) not in temperatures and (config.decay == "all" or parameter.dim() > 1)
+
     parameters = [p for p in module.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if decays(p)], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if not decays(p)], "weight_decay": 0.0},
     ]
 
 
-def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimiser over every trainable parameter of ``module``."""
-    groups = [group for group in decay_groups(module, config.weight_decay) if group["params"]]
+def build_optimizer(config: OptimConfig, module: nn.Module, captured: bool = False) -> torch.optim.Optimizer:
+    """Build the optimiser over every trainable parameter of ``module``.
+
+    ``captured``: in the form whose steps a CUDA graph can hold: one kernel for many parameters, and the learning rate
+    a tensor on the device, which the graph reads. On a CPU, where nothing is recorded, it is the ordinary one.
+    """
+    groups = [group for group in decay_groups(module, config) if group["params"]]
+    device = next(module.parameters()).device
+    options: dict[str, Any] = {"lr": config.lr}
+    if captured and device.type == "cuda":
+        options = {"lr": torch.tensor(config.lr, device=device), "fused": True}
+        if config.name == "adamw":
+            options["capturable"] = True
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+        return torch.optim.AdamW(groups, **options)
+    return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **options)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all groups, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+OWN = ("lr", "fused", "foreach", "capturable")
+"""What a group has for the sake of how it is run."""
+
+
+def portable_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the optimiser's state without how it is run, so that any engine goes on from it."""
+    state = optimizer.state_dict()
+    plain = {"fused": None, "foreach": None, "capturable": False}
+    groups = [
+        {name: plain.get(name, value) for name, value in group.items()} | {"lr": float(group["lr"])}
+        for group in state["param_groups"]
+    ]
+    return {**state, "param_groups": groups}
+
+
+def load_portable(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Take over a state of :func:`portable_state`, to be run as this optimiser is."""
+    groups = [
+        {**saved, **{name: own[name] for name in OWN if name in own}}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})

@@ -20,7 +20,7 @@ from mimkd_ray.train.distributed import all_sum
 from mimkd_ray.train.teacher import canonical
 
 
-class Distiller(nn.Module):
+class StudentModule(nn.Module):
     """Student, taps, critics and loss: forward gives (loss, breakdown), so compilation and DDP see all of it.
 
     Hooks are set before compilation, ``compile()`` goes inside and DDP outside.
@@ -182,7 +182,7 @@ def seed_lane(seed: int, step: int, lane: int) -> None:
 
 
 def backward_lane(
-    model: DistributedDataParallel | Distiller,
+    model: DistributedDataParallel | StudentModule,
     images_BCHW: Tensor,
     labels_B: Tensor,
     ids_B: Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,13 +17,19 @@ from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.losses.features import Features
 from mimkd_ray.taps.tapped_model import TappedModel
-from mimkd_ray.train.build import build_distiller, has_compiler
+from mimkd_ray.train.build import build_distiller, has_compiler, why_plain
 from mimkd_ray.train.distributed import Context, gather_by_rank, gather_lanes, is_distributed, share_from_first
 from mimkd_ray.train.evaluate import accuracies, held_out_name, read_information
 from mimkd_ray.train.from_cache.cached_teacher import Cached
 from mimkd_ray.train.input_lanes import Lane
 from mimkd_ray.train.inputs import Supply
-from mimkd_ray.train.optim import build_optimizer, learning_rate
+from mimkd_ray.train.optim import (
+    build_optimizer,
+    learning_rate,
+    load_portable,
+    portable_state,
+    set_learning_rate,
+)
 from mimkd_ray.train.out_of_memory import each
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import say
@@ -62,6 +68,7 @@ class Session:
         pack; the student's own is made of ``cached`` otherwise."""
         self.config, self.data, self.context = config, data, context
         train, device = config.train, context.device
+        self.plain_because = why_plain(config, device)
         self.supply = supply if supply is not None else Supply([config], data, teacher, context, cached)
         self.order, self.total_steps, self.my_lanes = self.supply.order, self.supply.total_steps, self.supply.my_lanes
         self.normalize, self.teacher, self.feed = self.supply.normalize, self.supply.teacher, self.supply.feed
@@ -71,11 +78,12 @@ class Session:
             if train.ema_decay
             else None
         )
-        self.optimizer = build_optimizer(config.optim, self.distiller)
+        self.optimizer = build_optimizer(config.optim, self.distiller, not self.plain_because)
         self.norms = LaneNorms(self.distiller, len(self.my_lanes), train.lanes)
         self.model = data_parallel(self.distiller) if is_distributed() else self.distiller
         self._logs: list[dict[str, Tensor]] = []
-        self._compile()
+        if self.plain_because:
+            self._compile()
 
     def _compile(self) -> None:
         mode = self.config.train.compile
@@ -99,23 +107,27 @@ class Session:
 
     def step(self, step: int, batches: Iterator[LaneBatch]) -> StepRecord:
         """One optimiser step over this worker's lanes."""
-        records, _ = advance([self], step, self.feed.step(step, self.my_lanes, batches))
+        self.schedule(step)
+        seeds = partial(seed_lane, self.config.train.seed, step)
+        records, _ = advance([self], self.feed.step(step, self.my_lanes, batches), seeds)
+        self.after_step()
         return records[self]
 
-    def begin_step(self, step: int) -> None:
-        """Be ready for the lanes of a step."""
+    def schedule(self, step: int) -> None:
+        """Set what follows from the step's number: the learning rate and the loss's weights."""
         epoch = step / self.order.steps_per_epoch
         self.distiller.loss.begin_step(epoch, epoch / self.config.train.epochs)
         lr = learning_rate(self.config.optim, step, self.order.steps_per_epoch, self.config.train.epochs)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
+
+    def begin_step(self) -> None:
+        """Be ready for the lanes of a step."""
         self.optimizer.zero_grad(set_to_none=True)
         self.norms.begin_step()
         self._logs = []
 
-    def take(self, step: int, lane: Lane) -> None:
+    def take(self, lane: Lane) -> None:
         """Forward and backward of one lane."""
-        seed_lane(self.config.train.seed, step, lane.number)
         weight = self.context.world_size / self.config.train.lanes
         last = lane.number == self.my_lanes[-1]
         features = self._asked(lane.teacher)
@@ -139,9 +151,14 @@ class Session:
             torch.nn.utils.clip_grad_norm_(self.distiller.parameters(), self.config.optim.clip_norm)
         self.optimizer.step()
         self.distiller.loss.after_step(partial(gather_lanes, lanes=self.config.train.lanes))
+        lanes_LM = torch.stack([torch.stack(list(log.values())) for log in self._logs])
+        means_M = lanes_LM.mean(0) if len(lanes_LM) > 1 else lanes_LM[0]
+        return dict(zip(self._logs[0], means_M.unbind(), strict=True))
+
+    def after_step(self) -> None:
+        """Let the moving average follow."""
         if self.ema is not None:
             self.ema.update_parameters(self.distiller.student)
-        return {key: torch.stack([log[key] for log in self._logs]).mean() for key in self._logs[0]}
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -202,7 +219,7 @@ class Session:
             "config": training_dict(self.config),
             "data": self.data.digest,
             "distiller": self.distiller.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": portable_state(self.optimizer),
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "own_statistics": own_statistics,
         }
@@ -224,7 +241,7 @@ class Session:
             changed.append(f"the data set's digest: {state['data'][:12]} -> {self.data.digest[:12]}")
         refuse_changes(run_dir, changed)
         self.distiller.load_state_dict(state["distiller"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_portable(self.optimizer, state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         if len(state["own_statistics"]) == self.context.world_size:
@@ -234,33 +251,56 @@ class Session:
 
 
 def advance(
-    sessions: Sequence[Session], step: int, lanes: Iterable[Lane], spare: bool = False
+    sessions: Sequence[Session],
+    lanes: Iterable[Lane],
+    seeds: Callable[[int], None] | None,
+    spare: bool = False,
+    streams: Sequence[torch.cuda.Stream] = (),
 ) -> tuple[dict[Session, StepRecord], dict[Session, str]]:
-    """One optimiser step of every session, on the same lanes. One student's activations are held at a time.
+    """One optimiser step of every session, on the same lanes, after :meth:`Session.schedule`. One student's activations
+    are held at a time.
 
-    With ``spare`` a session that finds no memory gives up its own and has no record; what the allocator said stands in
-    the second result, and the others have their step.
+    ``seeds`` is called with a lane's number before each student takes it, and seeds the networks' random numbers; None:
+    they are seeded already. With ``spare`` a session that finds no
+    memory gives up its own and has no record; what the allocator said stands in the second result, and the others have
+    their step. ``streams``: one a session, on which it works beside the others.
     """
     failed: dict[Session, str] = {}
 
     def all_do(act: Callable[[Session], T]) -> dict[Session, T]:
         done: dict[Session, T] = {}
-        for session in sessions:
+        for number, session in enumerate(sessions):
             gone = len(failed)
-            done |= each([session], act, failed if spare else None)
-            if len(failed) > gone:
-                session.optimizer.zero_grad(set_to_none=True)  # the next one may need the room
+            with _forked(streams[number]) if streams else nullcontext():
+                done |= each([session], act, failed if spare else None)
+                if len(failed) > gone:
+                    session.optimizer.zero_grad(set_to_none=True)  # the next one may need the room
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
         return done
 
-    all_do(lambda session: session.begin_step(step))
+    def take(session: Session, lane: Lane) -> None:
+        if seeds is not None:
+            seeds(lane.number)
+        session.take(lane)
+
+    all_do(lambda session: session.begin_step())
     ids: list[Tensor] = []
     view = 0
     for lane in lanes:
-        all_do(lambda session, lane=lane: session.take(step, lane))  # type: ignore[misc]
+        all_do(partial(take, lane=lane))
         ids.append(lane.ids_B)
         view = lane.view
     logs = all_do(lambda session: session.end_step())
     return {session: StepRecord(log, ids, view) for session, log in logs.items()}, failed
+
+
+@contextmanager
+def _forked(stream: torch.cuda.Stream) -> Iterator[None]:
+    """A with-block whose GPU work runs on ``stream``, after all that was asked for until now."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
 
 
 def evaluate_together(

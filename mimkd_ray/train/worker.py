@@ -14,6 +14,7 @@ from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.loading.loader import eval_batches
 from mimkd_ray.data.sources.data_set import Data, open_data
+from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.train.build import build_network, parameter_dtype, place, uses_channels_last
 from mimkd_ray.train.compare import arm_config, compare
 from mimkd_ray.train.distributed import Context, barrier, share_from_first
@@ -29,15 +30,16 @@ NO_TEACHER = LossConfig(name=())
 """Cross-entropy alone."""
 
 
-def run_job(config: Config, context: Context, run_dir: str) -> dict[str, Any]:
-    """Do what ``config`` says in ``run_dir`` and return the result. Every worker calls this."""
+def run_job(config: Config, context: Context, run_dir: str, given: OwnData | None = None) -> dict[str, Any]:
+    """Do what ``config`` says in ``run_dir``, with the ``given`` data sets in the place of ``data.root``, and return
+    the result. Every worker calls this."""
     if context.rank == 0:
         claim(config, run_dir)
     barrier()
     finished = share_from_first(read_json(storage.join(run_dir, "result.json")) if context.rank == 0 else None)
     if finished is not None:
         return finished
-    data = open_data(config.data)
+    data = open_data(config.data, given)
     start_times.mark("data")
     teacher, facts = obtain_teacher(config, data, context, run_dir)
     start_times.mark("teacher")
@@ -95,7 +97,7 @@ def obtain_teacher(
     if teacher.train:
         folder = storage.join(run_dir, "teacher")
         own = teacher_config(config)
-        train(own, open_data(own.data), None, context, folder)
+        train(own, open_data(own.data, data.own), None, context, folder)
         weights = storage.join(folder, "student.safetensors")
     model = build_network(config, data.num_classes, weights)
     digest = weights_digest(model)

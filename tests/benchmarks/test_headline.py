@@ -25,7 +25,7 @@ from mimkd_ray.train.packed import check_members
 def test_every_arm_is_a_loss_of_its_own_and_all_fit_one_pack(tmp_path: Path) -> None:
     assert len({json.dumps(loss, default=str) for loss in map(repr, ARMS.values())}) == len(ARMS)
     for base in (
-        twin(tmp_path, "teacher.safetensors", "cifar/resnet8", 30, 0),
+        twin(tmp_path, tmp_path / "data", "teacher.safetensors", "cifar/resnet8", 30, 0),
         protocol(("resnet50", "shufflenet_v2"), "data", "teacher.safetensors", 20, 256, 0, 0.1),
     ):
         check_members(Pack("p", base, ARMS, tmp_path / base.recipe).members())
@@ -56,7 +56,7 @@ def test_the_twin_takes_the_first_images_of_each_class(tmp_path: Path) -> None:
 
 
 def test_differences_are_paired_by_seed_and_unfinished_arms_left_out(tmp_path: Path) -> None:
-    base = twin(tmp_path, "teacher.safetensors", "cifar/resnet8", 30, 0)
+    base = twin(tmp_path, tmp_path / "data", "teacher.safetensors", "cifar/resnet8", 30, 0)
     packs = []
     for seed, (alone, queue) in enumerate([(20.0, 30.0), (22.0, 36.0), (24.0, None)]):
         own = replace(base, train=replace(base.train, seed=seed))

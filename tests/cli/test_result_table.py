@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from mimkd_ray.cli.result_table import result_table
@@ -48,7 +49,15 @@ def test_single_run() -> None:
     table = result_table(single())
     assert cells(table, "teacher resnet34") == ["73.31", "91.42"]
     assert cells(table, "student resnet18") == ["71.24", "90.00", "1234"]
-    assert "feature/layer4-layer4: 2.500 nats (at most 4.16)" in table
+    assert "feature/layer4-layer4: 2.500 of at most 4.16 nats" in table
+
+
+def test_bounds_without_a_ceiling_are_estimates() -> None:
+    """DV, JSD and SMILE read too much in small batches. JSON has None for their infinite ceiling."""
+    for ceiling in (None, math.inf):
+        table = result_table(single(nats={"global/pool-pool": {"nats": 11.2, "ceiling": ceiling}}))
+        assert "global/pool-pool: 11.200 nats (estimate)" in table
+        assert "at most" not in table
 
 
 def test_columns_are_aligned() -> None:

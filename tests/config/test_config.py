@@ -10,6 +10,7 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.digest import differences, digest, training_dict
 from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.errors import UserError
+from mimkd_ray.recipes import CIFAR_RECIPES as RECIPES
 
 
 def test_json_round_trip_keeps_every_field() -> None:
@@ -71,6 +72,18 @@ def test_more_workers_than_lanes_is_refused_with_the_remedy() -> None:
     config = tiny_config()
     with pytest.raises(UserError, match=r"launch\.workers is 3 and train\.lanes 2.*--train\.lanes 3"):
         replace(config, launch=replace(config.launch, workers=3))
+
+
+def test_a_config_from_before_the_fields_of_rivals_and_decay_means_what_it_meant() -> None:
+    """Whatever the recipe has today: DKD with beta 8, temperatures 4, and no decay of norms and biases."""
+    value = to_dict(RECIPES["resnet56_resnet20"]())
+    for name in ("dkd_beta", "dkd_temperature", "dist_temperature"):
+        del value["loss"][name]
+    del value["optim"]["decay"]
+    config = from_dict(Config, value)
+    loss = config.loss
+    assert (loss.dkd_beta, loss.dkd_temperature, loss.dist_temperature, loss.rival_warmup) == (8.0, 4.0, 4.0, 20.0)
+    assert config.optim.decay == "weights"
 
 
 def test_a_config_of_release_0_1_means_what_it_meant() -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimkd_ray.losses.bounds import BOUNDS, NWJ_LINEAR_FROM, SMILE_CLIP, ceiling
+from mimkd_ray.losses.bounds import BOUNDS, NWJ_LINEAR_FROM, NWJ_READ_TO, SMILE_CLIP, ceiling
 from mimkd_ray.losses.distillation import valid_pairs
 
 NAMES = sorted(BOUNDS)
@@ -180,11 +180,11 @@ def test_values_and_gradients_are_finite_in_float32(name, mask, magnitude):
             grad_u, grad_v = torch.autograd.grad(value.loss_L.sum(), (positive, negative))
             assert grad_u.isfinite().all()
             assert grad_v.isfinite().all()
-            reading_may_be_nan = name == "nwj" and bool((negative > NWJ_LINEAR_FROM).any())
+            reading_may_be_nan = name == "nwj" and bool((negative > NWJ_READ_TO).any())
             assert reading_may_be_nan or value.nats_L.isfinite().all()
 
 
-def test_nwj_continues_its_exponential_linearly_and_marks_the_reading():
+def test_nwj_continues_its_loss_linearly_and_reads_the_exponential_itself():
     valid = torch.ones(1, 1, dtype=torch.bool)
     positive = torch.zeros(1, 1, dtype=torch.float64)
 
@@ -198,21 +198,55 @@ def test_nwj_continues_its_exponential_linearly_and_marks_the_reading():
         )
 
     edge = math.exp(NWJ_LINEAR_FROM - 1)
-    below, on, above = (at(NWJ_LINEAR_FROM + step) for step in (-1e-9, 0.0, 1e-9))
+    below, above = (at(NWJ_LINEAR_FROM + step) for step in (-1e-9, 1e-9))
     assert below[0] == pytest.approx(edge, rel=1e-8)
     assert above[0] == pytest.approx(edge, rel=1e-8)
     assert below[1] == pytest.approx(edge, rel=1e-8)
     assert above[1] == pytest.approx(edge, rel=1e-8)
     assert at(NWJ_LINEAR_FROM + 7)[0] == pytest.approx(8 * edge)
-    assert not math.isnan(below[2])
-    assert not math.isnan(on[2])
-    assert math.isnan(above[2])
+    for step in (-3.0, 0.0, 7.0):
+        assert at(NWJ_LINEAR_FROM + step)[2] == pytest.approx(-math.exp(NWJ_LINEAR_FROM + step - 1))
+    assert not math.isnan(at(NWJ_READ_TO)[2])
+    assert math.isnan(at(NWJ_READ_TO + 1e-9)[2])
 
 
-def test_only_the_location_that_touched_the_linear_part_loses_its_reading():
+def test_a_learned_temperature_at_its_limit_leaves_nwj_a_gradient_to_train_with():
+    """A lane of 64 at temperature 0.01 with one negative as like as the positives: its slope is not 1e38 times theirs,
+    and it is the only one that says anything."""
+    valid = valid_pairs(torch.arange(64), "all")
+    positive = torch.full((1, 64), 100.0, requires_grad=True)
+    negative = torch.full((1, 64, 64), -20.0)
+    negative[0, 3, 5] = 100.0
+    negative.requires_grad_()
+    value = BOUNDS["nwj"](positive, negative, valid)
+    assert abs(value.loss_L.item()) < 1000
+    of_positive, of_negative = torch.autograd.grad(value.loss_L.sum(), (positive, negative))
+    assert of_positive.unique().tolist() == [-1 / 64]
+    assert of_negative[0, 3, 5].item() == pytest.approx(math.exp(10) / (64 * 63), rel=1e-4)
+    assert 1 / 64 < of_negative[0, 3, 5].item() < 10
+    # Every score at the limit, as where all features have become alike.
+    everywhere = torch.full((1, 64, 64), 100.0, requires_grad=True)
+    (of_all,) = torch.autograd.grad(BOUNDS["nwj"](positive, everywhere, valid).loss_L.sum(), everywhere)
+    assert of_all.sum().item() == pytest.approx(math.exp(10), rel=1e-4)
+
+
+def test_nwj_stops_where_the_ratio_is_below_its_linear_part():
+    """The best critic of a ratio of e^9 still is 1 + 9: below the limit the optimum is that of the exponential."""
+    score = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    valid = torch.ones(1, 1, dtype=torch.bool)
+    share = math.exp(-9)  # of the negatives that look like the positives; the others score -inf
+    for _ in range(200):
+        value = BOUNDS["nwj"](score.reshape(1, 1), score.reshape(1, 1, 1), valid)
+        slope = share * (torch.autograd.grad(value.loss_L.sum(), score)[0].item() + 1) - 1
+        with torch.no_grad():
+            score -= slope / max(share * math.exp(score.item() - 1), 0.2)  # Newton, damped
+    assert score.item() == pytest.approx(10.0, abs=1e-6)
+
+
+def test_only_the_location_that_cannot_be_read_loses_its_reading():
     negative = torch.zeros(3, 2, 2)
-    negative[1, 0, 1] = NWJ_LINEAR_FROM + 1
-    negative[2, 0, 0] = NWJ_LINEAR_FROM + 1  # the diagonal is masked, so this one does not count
+    negative[1, 0, 1] = NWJ_READ_TO + 1
+    negative[2, 0, 0] = NWJ_READ_TO + 1  # the diagonal is masked, so this one does not count
     nats = BOUNDS["nwj"](torch.zeros(3, 2), negative, valid_pairs(torch.arange(2), "all")).nats_L
     assert nats.isnan().tolist() == [False, True, False]
 

@@ -129,11 +129,22 @@ def test_fixed_temperature_is_saved_but_not_trained():
     assert critic.scale().item() == pytest.approx(2)
 
 
+def in_training(critic: ConcatCritic) -> ConcatCritic:
+    """With running statistics of earlier steps."""
+    for standard in critic.standard:
+        standard.steps.fill_(3)
+        standard.moments_2C.copy_(0.5 + torch.rand_like(standard.moments_2C))
+    return critic
+
+
 def test_concat_equals_a_network_on_the_joined_features():
-    critic = perturb(ConcatCritic(7, 5, CriticConfig(kind="concat", width=6)))
+    critic = in_training(perturb(ConcatCritic(7, 5, CriticConfig(kind="concat", width=6))))
     teacher, student = torch.randn(3, 7, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
-    norm_t, first_t = critic.teacher
-    norm_s, first_s = critic.student
+    first_t, first_s = critic.teacher, critic.student
+    norm_t, norm_s = (
+        lambda x, standard=standard: (x - standard.moments_2C[0]) / (standard.moments_2C[1] + 1e-5).sqrt()
+        for standard in critic.standard
+    )
     joined_weight = torch.cat([first_s.weight, first_t.weight], dim=1)
     scores = critic.all_pairs(critic.embed_student(student)[None], critic.embed_teacher(teacher)[None])
     assert scores.shape == (1, 3, 3)
@@ -164,6 +175,8 @@ def test_paired_is_the_diagonal_and_a_single_teacher_serves_all_locations(kind, 
 @pytest.mark.parametrize("kind", ["dot", "concat"])
 def test_a_pair_scores_the_same_whoever_else_is_in_the_batch(kind):
     critic = build_critic(CriticConfig(kind=kind, width=6), 7, 5).double().train()
+    if kind == "concat":
+        in_training(critic)
     teacher, student = torch.randn(1, 8, 7, dtype=torch.float64), torch.randn(1, 8, 5, dtype=torch.float64)
     together = critic.paired(critic.embed_student(student), critic.embed_teacher(teacher))
     alone = critic.paired(critic.embed_student(student[:, 2:3]), critic.embed_teacher(teacher[:, 2:3]))

@@ -13,7 +13,7 @@ from mimkd_ray.config import CriticConfig, LossConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses import terms as terms_module
 from mimkd_ray.losses.bounds import BOUNDS, SMILE_CLIP
-from mimkd_ray.losses.critics import build_critic
+from mimkd_ray.losses.critics import DotCritic, build_critic
 from mimkd_ray.losses.distillation import MIMKDLoss, valid_pairs
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.terms import Candidates, Objective, Term, score_term
@@ -43,7 +43,7 @@ def make_features(seed: int, requires_grad: bool = False) -> tuple[Features, Fea
 
 
 def make_loss(terms=TERMS, seed: int = 0, **fields) -> MIMKDLoss:
-    """In float64, with every critic parameter away from its start."""
+    """In float64, with every critic parameter away from its start, and concat critics in the midst of training."""
     torch.manual_seed(seed)
     kind = fields.pop("kind", "dot")
     critic = CriticConfig(kind=kind, width=WIDTH, temperature=0.3)
@@ -51,6 +51,10 @@ def make_loss(terms=TERMS, seed: int = 0, **fields) -> MIMKDLoss:
     with torch.no_grad():
         for parameter in loss.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
+        for critic in loss.critics if kind == "concat" else ():
+            for standard in critic.standard:
+                standard.steps.fill_(3)
+                standard.moments_2C.copy_(0.5 + torch.rand_like(standard.moments_2C))
     return loss
 
 
@@ -64,6 +68,15 @@ def slow_score(critic, kind: str, teacher: torch.Tensor, student: torch.Tensor) 
         return (student @ teacher) / (student.norm() * teacher.norm()) * critic.log_scale.exp() + critic.bias
     hidden = (student + teacher).clamp(min=0)
     return critic.output((critic.hidden(hidden)).clamp(min=0))[0]
+
+
+def slow_embedding(critic, who: int, feature: torch.Tensor) -> torch.Tensor:
+    """What a critic's side makes of one feature: 0 is the teacher's, 1 the student's."""
+    side = (critic.teacher, critic.student)[who]
+    if isinstance(critic, DotCritic):
+        return side(feature)
+    mean, variance = critic.standard[who].moments_2C
+    return side.weight @ ((feature - mean) / (variance + 1e-5).sqrt()) + (0 if side.bias is None else side.bias)
 
 
 def slow_bound(name: str, u: list[torch.Tensor], rows: list[list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,8 +124,12 @@ def slow_term(term: Term, critic, config: LossConfig, negatives: str, teacher: F
                     return features.vectors[tap][i]
                 return block_mean(features.maps[tap], i, y, x, height, width)
 
-            teachers = [critic.teacher(side(teacher, term.teacher, i, term.kind == "feature")) for i in range(BATCH)]
-            students = [critic.student(side(student, term.student, i, term.kind != "global")) for i in range(BATCH)]
+            teachers = [
+                slow_embedding(critic, 0, side(teacher, term.teacher, i, term.kind == "feature")) for i in range(BATCH)
+            ]
+            students = [
+                slow_embedding(critic, 1, side(student, term.student, i, term.kind != "global")) for i in range(BATCH)
+            ]
             u, rows = [], []
             for i in range(BATCH):
                 u.append(slow_score(critic, config.critic.kind, teachers[i], students[i]))

@@ -16,6 +16,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.search.optuna_study import Study, halving, is_rung
 from mimkd_ray.search.suggest import Suggest
 from mimkd_ray.search.trials import Point, Trial
+from mimkd_ray.seeds import SEEDS
 
 
 def config(**changes: Any) -> SearchConfig:
@@ -176,3 +177,25 @@ def test_halving_in_a_pack_keeps_the_best(values: dict[int, float], reduction: i
 def test_rungs() -> None:
     assert [epoch for epoch in range(1, 40) if is_rung(config(grace=2, reduction=3), epoch)] == [2, 6, 18]
     assert halving(config(scheduler="none"), 1, {0: 1.0, 1: 2.0}) == set()
+
+
+def test_any_64_bit_seed_searches_and_each_start_draws_otherwise() -> None:
+    """RandomState takes 32 bits. Neighbouring seeds and starts share no draw."""
+    trial = Trial(number=0, state="completed", params={"lr": 0.1, "clip": False}, score=1.0)
+    for algorithm in ("random", "tpe"):
+        firsts = []
+        for seed in (0, 1, 4_256_696, 2**32, 2**63, SEEDS - 1):
+            for known in ([], [trial]):
+                asked = Study(config(algorithm=algorithm, seed=seed), build, known).ask(len(known))
+                again = Study(config(algorithm=algorithm, seed=seed), build, known).ask(len(known))
+                assert asked is not None
+                assert again is not None
+                assert asked.params == again.params
+                firsts.append(asked.params["lr"])
+        assert len(set(firsts)) == len(firsts) == 12
+
+
+@pytest.mark.parametrize("seed", [-1, SEEDS])
+def test_a_seed_that_is_no_64_bit_number_is_refused(seed: int) -> None:
+    with pytest.raises(UserError, match=rf"search\.seed is {seed}"):
+        config(seed=seed)

@@ -15,7 +15,7 @@ from ranks import start_ranks
 from tiny_run import tiny_config, tiny_data
 
 from mimkd_ray.cli.local_launch import LocalContext
-from mimkd_ray.config import Config
+from mimkd_ray.config import Config, CriticConfig
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.distributed import gather_lanes, is_distributed
 from mimkd_ray.train.records import checkpoint
@@ -134,9 +134,17 @@ def test_any_number_of_workers_and_a_changing_one_train_one_model(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_queue_and_running_means_are_those_of_one_worker(tmp_path: Path) -> None:
-    """20 steps in float64 with a frozen side, a queue of some steps, same-class images left out; 3 -> 2 workers."""
-    config = _config("float64", preset="best", queue=150, local_weight=0.5)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param({"preset": "best", "local_weight": 0.5}, id="frozen"),
+        pytest.param({"negatives": "queue", "critic": CriticConfig(kind="concat", width=8)}, id="concat"),
+    ],
+)
+def test_a_queue_and_running_statistics_are_those_of_one_worker(tmp_path: Path, loss: dict[str, Any]) -> None:
+    """20 steps in float64 with a queue of some steps; a frozen side and same-class images left out, or the concat
+    critic's statistics of both sides; 3 -> 2 workers."""
+    config = _config("float64", queue=150, **loss)
     alone = _attempt(LocalContext(torch.device("cpu")), config, str(tmp_path / "alone"), 20)
     attempts = [_workers(world, config, tmp_path / "resized", stop) for world, stop in ((3, 9), (2, 20))]
     losses = [loss for attempt in attempts for loss in attempt[0]["losses"]]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -205,5 +206,10 @@ def test_a_set_on_the_device_trains_the_same(tmp_path: Path) -> None:
 
 
 def test_summary_is_short(tmp_path: Path) -> None:
-    record = {"loss": torch.tensor(1.5), "ce": torch.tensor(1.0), "feature/a-b/nats": torch.tensor(0.25)}
-    assert loop.summary(record) == "loss 1.500, feature/a-b 0.25 nats"
+    values = {"loss": 1.5, "ce": 1.0, "global/a-b/nats": 3.123, "global/a-b/ceiling": math.log(64)}
+    values |= {"feature/a-b/nats": 0.25, "feature/a-b/ceiling": math.inf}
+    values |= {"feature/c-d/nats": math.nan, "feature/c-d/ceiling": math.inf}
+    assert loop.summary({key: torch.tensor(value) for key, value in values.items()}) == (
+        "loss 1.500, global/a-b 3.12 of at most 4.16 nats, feature/a-b 0.25 nats (estimate), "
+        "feature/c-d no valid reading"
+    )

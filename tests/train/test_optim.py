@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
 from torch import nn
 
-from mimkd_ray.config import OptimConfig
+from mimkd_ray.config import CriticConfig, OptimConfig
 from mimkd_ray.errors import UserError
+from mimkd_ray.losses.critics import DotCritic
 from mimkd_ray.train.optim import build_optimizer, learning_rate
 
 
@@ -60,16 +62,21 @@ def test_constant_schedule() -> None:
     assert {learning_rate(OptimConfig(schedule="constant", lr=0.3), step, 2, 4) for step in range(8)} == {0.3}
 
 
-def test_weight_decay_spares_norms_biases_and_temperatures() -> None:
+@pytest.mark.parametrize("decay", ["weights", "all"])
+def test_weight_decay_spares_temperatures_and_norms_and_biases_unless_asked(decay: Literal["weights", "all"]) -> None:
     module = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4), "linear": nn.Linear(4, 2)})
-    module.register_parameter("log_scale", nn.Parameter(torch.zeros(())))
-    optimizer = build_optimizer(OptimConfig(lr=0.1, momentum=0.0, weight_decay=0.5), module)
+    module["critic"] = DotCritic(4, 4, CriticConfig(width=4))
+    optimizer = build_optimizer(OptimConfig(lr=0.1, momentum=0.0, weight_decay=0.5, decay=decay), module)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 1.0
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for name, parameter in module.named_parameters():
-        factor = 1 - 0.1 * 0.5 if parameter.dim() > 1 else 1.0
+        decays = parameter.dim() > 1 or (decay == "all" and name != "critic.log_scale")
+        factor = 1 - 0.1 * 0.5 if decays else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * factor)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
 

@@ -48,7 +48,7 @@ def test_a_member_without_memory_leaves_and_the_others_go_on(tmp_path: Path, mon
 
     both = pack([one, wide], tmp_path / "none")
     assert all(isinstance(outcome.error, MemberMemoryError) for outcome in both)
-    monkeypatch.setattr(Session, "begin_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Session, "schedule", lambda *_: pytest.fail("trained again"))
     again = pack([one, wide], tmp_path / "none")
     assert [str(outcome.error) for outcome in again] == [str(outcome.error) for outcome in both]
 

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-BatchTransform = Callable[[Tensor, Tensor, int, int], Tensor]
-"""(images_BCHW uint8, ids_B int64, view, seed) -> uint8 of the same shape: view number `view` of each sample."""
+
+class BatchTransform(Protocol):
+    """The part of a view that is done for a whole batch."""
+
+    def __call__(self, images_BCHW: Tensor, ids_B: Tensor, key: int | Tensor) -> Tensor:
+        """Return uint8 images of the same shape: each sample's own view. ``key`` is the `view_key` of the view and the
+        run's seed; a captured step has it as an int64 scalar on the device."""
+
 
 GAMMA = 0x9E3779B97F4A7C15 - 2**64  # int64 wraps, so the published unsigned constants serve as signed ones
 MULTIPLY_1 = 0xBF58476D1CE4E5B9 - 2**64
@@ -31,11 +37,18 @@ class CropFlip:
     padding: int
     flip: bool
 
-    def __call__(self, images_BCHW: Tensor, ids_B: Tensor, view: int, seed: int) -> Tensor:
-        return crop_flip(images_BCHW, ids_B, view, seed, self.padding, self.flip)
+    def __call__(self, images_BCHW: Tensor, ids_B: Tensor, key: int | Tensor) -> Tensor:
+        return crop_flip(images_BCHW, ids_B, key, self.padding, self.flip)
 
 
-def crop_flip(images_BCHW: Tensor, ids_B: Tensor, view: int, seed: int, padding: int, flip: bool) -> Tensor:
+def view_key(view: int, seed: int) -> int:
+    """Return the 64-bit key, signed, of the random numbers of a view."""
+    # Not `seeds.derive`, which gives other numbers: teacher caches hold features of these views.
+    packed = struct.pack("<QQ", seed % 2**64, view % 2**64)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little", signed=True)
+
+
+def crop_flip(images_BCHW: Tensor, ids_B: Tensor, key: int | Tensor, padding: int, flip: bool) -> Tensor:
     """Return uint8 images of the same shape: each padded by `padding` zeros, cropped, and mirrored half of the time.
 
     3.5 us per 32 x 32 image on one core (256 images: 0.9 ms); torchvision v2 takes 54 us, one by one. Memory: one
@@ -43,7 +56,7 @@ def crop_flip(images_BCHW: Tensor, ids_B: Tensor, view: int, seed: int, padding:
     """
     batch, channels, height, width = images_BCHW.shape
     device = images_BCHW.device
-    top_B, left_B, flip_B = crop_flip_parameters(ids_B.to(device, non_blocking=True), view, seed, padding)
+    top_B, left_B, flip_B = crop_flip_parameters(ids_B.to(device, non_blocking=True), key, padding)
     rows_BH = top_B[:, None] + torch.arange(height, device=device)
     columns_W = torch.arange(width, device=device)
     columns_BW = left_B[:, None] + (
@@ -55,10 +68,8 @@ def crop_flip(images_BCHW: Tensor, ids_B: Tensor, view: int, seed: int, padding:
     return padded_BCP.gather(2, places_BCP).view(batch, channels, height, width)
 
 
-def crop_flip_parameters(ids_B: Tensor, view: int, seed: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+def crop_flip_parameters(ids_B: Tensor, key: int | Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return top_B and left_B, int64 in 0..2 * padding, and flip_B, bool: three parts of one 64-bit number."""
-    packed = struct.pack("<QQ", seed % 2**64, view % 2**64)
-    key = int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little", signed=True)
     bits_B = splitmix64(ids_B, key)
     places = 2 * padding + 1
     top_B = (_shift(bits_B, 33) * places) >> 31
@@ -66,9 +77,9 @@ def crop_flip_parameters(ids_B: Tensor, view: int, seed: int, padding: int) -> t
     return top_B, left_B, (bits_B & 2**32) != 0
 
 
-def splitmix64(counter_B: Tensor, seed: int) -> Tensor:
+def splitmix64(counter_B: Tensor, seed: int | Tensor) -> Tensor:
     """Return output number `counter_B` (int64, from 0) of the SplitMix64 generator of `seed`, as int64 bits."""
-    x = counter_B * GAMMA + _signed(seed + GAMMA)
+    x = counter_B * GAMMA + (seed + GAMMA if isinstance(seed, Tensor) else _signed(seed + GAMMA))
     x = (x ^ _shift(x, 30)) * MULTIPLY_1
     x = (x ^ _shift(x, 27)) * MULTIPLY_2
     return x ^ _shift(x, 31)

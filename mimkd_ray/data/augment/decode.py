@@ -14,6 +14,7 @@ on what is damaged. Microseconds on one core (EPYC, ImageNet photographs):
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ try:
     import simplejpeg  # type: ignore[import-not-found, import-untyped, unused-ignore]
 except ImportError:  # a platform without its wheel: Pillow gives the same pixels, more slowly
     simplejpeg = None  # type: ignore[assignment, unused-ignore]
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage  # imported when it is needed
 
 SHRINKS = (8, 4, 2)  # the scales by which both decoders can skip work, largest first
 PLAIN = ("YCbCr", "Gray", "RGB", "L")  # colour spaces, in simplejpeg's words and Pillow's, that both read alike
@@ -118,14 +122,19 @@ def _by_pillow(data: Encoded, shrink: int) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
             if shrink > 1:
                 opened.draft(None, (opened.width // shrink, opened.height // shrink))
-            if opened.mode.startswith("I;16"):  # 16-bit grey: Pillow would clip it to white
-                return np.repeat((np.asarray(opened) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-            if opened.mode == "P" and "transparency" in opened.info:
-                return np.array(opened.convert("RGBA"))[:, :, :3].copy()
-            return np.array(opened if opened.mode == "RGB" else opened.convert("RGB"))
+            return rgb_pixels(opened)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:  # its own text has the address of an object, and is never the same twice
         raise DamagedImageError("no JPEG, PNG or WebP" if data else "empty") from error
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error and others
         raise DamagedImageError(f"{type(error).__name__}: {error}" if data else "empty") from error
+
+
+def rgb_pixels(image: PillowImage) -> np.ndarray:
+    """Return the uint8 pixels (H, W, 3) of a Pillow image of any mode, as :func:`decode` has them."""
+    if image.mode.startswith("I;16"):  # 16-bit grey: Pillow would clip it to white
+        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.mode == "P" and "transparency" in image.info:
+        return np.array(image.convert("RGBA"))[:, :, :3].copy()
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))

@@ -88,5 +88,6 @@ def generator_kept() -> Iterator[None]:
 
 def hash32(seed: int, id: int, view: int) -> int:
     """Return 32 well-mixed bits of the three numbers."""
+    # Not `seeds.derive`, which gives other numbers: teacher caches hold features of these views.
     packed = _three_numbers(seed & _MASK, id & _MASK, view & _MASK)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=4).digest(), "little")

@@ -48,6 +48,10 @@ class LaneBatch:
         """Return the batch in page-locked memory (the data loader calls this)."""
         return self.each_tensor(lambda tensor: tensor.pin_memory())
 
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, in a fixed order."""
+        return [self.images_BCHW, self.labels_B, self.ids_B, *self.features.values()]
+
     def each_tensor(self, change: Callable[[Tensor], Tensor]) -> LaneBatch:
         """Return the batch with `change(tensor)` in the place of each tensor."""
         return replace(

@@ -22,6 +22,7 @@ ROUNDS = 8
 
 def raw(count: int, seed: int, purpose: str, epoch: int = 0, part: int = 0) -> np.ndarray:
     """Return `count` uniform uint64 numbers. Different purposes, epochs and parts give unrelated streams."""
+    # Not `seeds.derive`, which gives other numbers: orders, splits and caches of earlier releases follow from this key.
     key = [seed % 2**64, zlib.crc32(purpose.encode()) << 32 | epoch % 2**32]
     # The counter goes up from its lowest word: two parts, which differ in a higher one, never meet.
     counter = np.array([0, 0, part, 0], dtype=np.uint64)

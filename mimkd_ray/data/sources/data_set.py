@@ -13,6 +13,7 @@ from mimkd_ray.data.augment.transforms import can_be_resident
 from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.sources.digits import DigitsSource
 from mimkd_ray.data.sources.folders import FolderSource
+from mimkd_ray.data.sources.own_dataset import SCHEME, OwnData
 from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.sources.shard_manifest import MANIFEST_SUFFIX, read_manifest
 from mimkd_ray.data.sources.source import Source, SubsetSource, digest_of, stratified_split
@@ -38,20 +39,22 @@ class Data:
     """What a teacher cache is of: the training rows together with those that `holdout` takes from them."""
     kept: np.ndarray | None = None
     """Positions of the training rows within the whole, sorted; None: all of it."""
+    own: OwnData | None = None
+    """The data sets that were given as objects, to open them again by."""
 
 
-def open_data(config: DataConfig) -> Data:
+def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
     """Open both splits: listings and Parquet footers only (with `holdout` or `subset` also the labels).
 
-    Raises UserError for a missing place or split, for labels beyond the classes, and for a pipeline whose images cannot
-    stay on the device where the config wants that.
+    `own` data sets take the place of `config.root`. Raises UserError for a missing place or split, or for labels beyond
+    the classes.
     """
     if config.resident == "on" and not can_be_resident(make_pipeline(config.pipeline, config.image_size).train):
         raise UserError(
             f"data.resident is on, and pipeline '{config.pipeline}' draws random numbers for each image, which is "
             "decoded anew for each view: pass --data.resident off, or a pipeline such as cifar"
         )
-    root = _Digits() if config.root == "digits" else _Root(config.root, open_store(config))
+    root = own or (_Digits() if config.root == "digits" else _Root(config.root, open_store(config)))
     train = root.open(config.train_split, None)
     if train is None:
         raise UserError(
@@ -61,6 +64,10 @@ def open_data(config: DataConfig) -> Data:
         )
     classes, whole, kept = train.classes, train, None
     if config.holdout > 0:
+        if own is not None and own.validation is not None:
+            raise UserError(
+                f"data.holdout is {config.holdout}, and a validation set was given: leave out one of the two"
+            )
         rest, held = stratified_split(train.labels(), float(config.holdout), config.split_seed)
         if not len(held) or not len(rest):
             raise UserError(
@@ -91,7 +98,7 @@ def open_data(config: DataConfig) -> Data:
             )
     _warn_of_slow_order(config, train)
     digest = digest_of("data", train.digest, val.digest, num_classes)
-    return Data(train, val, classes, num_classes, digest, whole, kept)
+    return Data(train, val, classes, num_classes, digest, whole, kept, own)
 
 
 def _warn_of_slow_order(config: DataConfig, train: Source) -> None:
@@ -120,7 +127,7 @@ def _warn_of_slow_order(config: DataConfig, train: Source) -> None:
         )
 
 
-def _open_val(config: DataConfig, root: _Root | _Digits, train: Source) -> Source:
+def _open_val(config: DataConfig, root: _Root | _Digits | OwnData, train: Source) -> Source:
     if config.val_split == config.train_split:
         return train
     names = VAL_ALIASES if config.val_split == "auto" else (config.val_split,)
@@ -151,6 +158,11 @@ class _Root:
     """
 
     def __init__(self, url: str, store: BlockStore | None) -> None:
+        if url.startswith(SCHEME):
+            raise UserError(
+                f"data.root {url} stands for data sets that were given to mimkd_ray.run(config, train=..., "
+                "validation=...): give them again"
+            )
         self.url = url
         self.store = store
         listing = storage.list_entries(url)

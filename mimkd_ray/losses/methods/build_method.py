@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple
 
+from mimkd_ray.config import LossConfig
 from mimkd_ray.losses.methods.base import Rival, RivalTaps
 from mimkd_ray.losses.methods.crd import TrainingRows
 from mimkd_ray.losses.methods.registry import RIVALS, Method
@@ -18,13 +19,14 @@ class RivalPlan(NamedTuple):
     taps: RivalTaps
 
 
-def build_rival(plan: RivalPlan, rows: TrainingRows | None = None) -> Rival:
-    """Build the loss of a plan. Its parameters are drawn from torch's generator. ``rows``: of the training set, for a
-    rival with a bank."""
+def build_rival(plan: RivalPlan, config: LossConfig, rows: TrainingRows | None = None) -> Rival:
+    """Build the loss of a plan with the constants of ``config``. Its parameters are drawn from torch's generator.
+    ``rows``: of the training set, for a rival with a bank."""
     published = RIVALS[plan.method]
     file, _, name = published.loss.partition(":")
     build: Callable[..., Rival] = getattr(import_module(f"mimkd_ray.losses.methods.{file}"), name)
+    constants = [getattr(config, field) for field in published.fields]
     if published.bank:
         assert rows is not None, f"{plan.method}'s banks need the ids and labels of the training images"
-        return build(plan.taps, rows)
-    return build(plan.taps)
+        return build(plan.taps, *constants, rows)
+    return build(plan.taps, *constants)

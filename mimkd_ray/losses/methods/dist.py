@@ -5,16 +5,16 @@
 r is Pearson's correlation, p and q are the softmaxes at temperature T of student and teacher: row p_i is an image's
 distribution over the classes ("inter-class"), column p^c a class's probabilities over the images of the batch
 ("intra-class"). So the loss asks for linear relations instead of equal numbers. Published values: BETA and GAMMA 2
-beside a cross-entropy of weight 1; T 4 on CIFAR-100, the value here, and 1 on ImageNet.
+beside a cross-entropy of weight 1; T 4 on CIFAR-100 and 1 on ImageNet (``loss.dist_temperature``).
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from mimkd_ray.losses.methods.base import Picked, Rival
+from mimkd_ray.losses.methods.base import Picked, Rival, RivalTaps
 
-BETA, GAMMA, TEMPERATURE = 2.0, 2.0, 4.0
+BETA, GAMMA = 2.0, 2.0
 EPS = 1e-8
 """Added to the denominator of a correlation: a constant row or column has none, and counts as uncorrelated."""
 
@@ -22,12 +22,16 @@ EPS = 1e-8
 class DIST(Rival):
     """Logits; no parameters."""
 
+    def __init__(self, taps: RivalTaps, temperature: float) -> None:
+        super().__init__(taps)
+        self.temperature = temperature
+
     def compare(self, teacher: Picked, student: Picked, labels_B: Tensor, ids_B: Tensor) -> Tensor:
-        student_BC = (student.logits_BC / TEMPERATURE).softmax(1)
-        teacher_BC = (teacher.logits_BC / TEMPERATURE).softmax(1)
+        student_BC = (student.logits_BC / self.temperature).softmax(1)
+        teacher_BC = (teacher.logits_BC / self.temperature).softmax(1)
         inter = 1 - _pearson(student_BC, teacher_BC).mean()
         intra = 1 - _pearson(student_BC.T, teacher_BC.T).mean()
-        return TEMPERATURE**2 * (BETA * inter + GAMMA * intra)
+        return self.temperature**2 * (BETA * inter + GAMMA * intra)
 
 
 def _pearson(a_NM: Tensor, b_NM: Tensor) -> Tensor:

@@ -1,16 +1,15 @@
 """DKD, decoupled knowledge distillation (Zhao et al., arXiv 2203.08679).
 
-    loss = ALPHA * TCKD + BETA * NCKD
+    loss = TCKD + beta * NCKD
 
 With p the student's and q the teacher's softmax at temperature T, and y the label:
 
 * TCKD (target class): T^2 KL of the two-way distributions (q_y, 1 - q_y) || (p_y, 1 - p_y)
 * NCKD (other classes): T^2 KL of the softmaxes over all classes but y
 
-Mean over the batch. KD is TCKD + (1 - q_y) NCKD: DKD drops the factor. Published values: T 4, ALPHA 1 and weight 1
-throughout; BETA was chosen for each pair of CIFAR-100 between 1 and 10, and is 8 for resnet32x4 -> resnet8x4, the value
-here. On ImageNet T was 1, ALPHA 1 and BETA 0.5: use ``--loss.rival-weight`` there, or another loss. The weight rises
-linearly over the first 20 epochs (``loss.rival_warmup``).
+Mean over the batch. KD is TCKD + (1 - q_y) NCKD: DKD drops the factor. Published: weight 1, and for each pair of
+networks a beta (``loss.dkd_beta``), with T 4 and a weight that rises over 20 epochs on CIFAR-100, T 1 and one epoch on
+ImageNet (``loss.dkd_temperature``, ``loss.rival_warmup``). The recipes have the values of their pairs.
 """
 
 from __future__ import annotations
@@ -19,20 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimkd_ray.losses.methods.base import Picked, Rival
-
-ALPHA, BETA, TEMPERATURE = 1.0, 8.0, 4.0
+from mimkd_ray.losses.methods.base import Picked, Rival, RivalTaps
 
 
 class DKD(Rival):
     """Logits with labels; no parameters. Holds a handful of tensors of the logits' size."""
 
+    def __init__(self, taps: RivalTaps, beta: float, temperature: float) -> None:
+        super().__init__(taps)
+        self.beta, self.temperature = beta, temperature
+
     def compare(self, teacher: Picked, student: Picked, labels_B: Tensor, ids_B: Tensor) -> Tensor:
-        teacher_two, teacher_others = _decouple(teacher.logits_BC / TEMPERATURE, labels_B)
-        student_two, student_others = _decouple(student.logits_BC / TEMPERATURE, labels_B)
+        teacher_two, teacher_others = _decouple(teacher.logits_BC / self.temperature, labels_B)
+        student_two, student_others = _decouple(student.logits_BC / self.temperature, labels_B)
         target = F.kl_div(student_two, teacher_two, reduction="batchmean", log_target=True)
         others = F.kl_div(student_others, teacher_others, reduction="batchmean", log_target=True)
-        return TEMPERATURE**2 * (ALPHA * target + BETA * others)
+        return self.temperature**2 * (target + self.beta * others)
 
 
 def _decouple(logits_BC: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:

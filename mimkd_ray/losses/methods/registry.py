@@ -5,10 +5,12 @@ so that a config can be checked without any loss.
 
 Weights are those of the benchmark by the authors of CRD (arXiv 1910.10699), which the field's CIFAR-100 tables go back
 to, and of the method's own paper where it is newer (DKD, DIST, ReviewKD). CC's is neither: the benchmark has another
-formula under its name. The cross-entropy has weight 1 beside all of them but KD, which has 0.1. Formulae, sources and
-what differs from them are told in each loss's own file. Formulae and constants of DKD and ReviewKD were compared with
-their authors' code, DIST's formula too, CC's formula and constants with re-implementations. Written from memory, and
-not checked against a source: CC's weight, and what DIST has for CIFAR-100 (2, 2 and temperature 4).
+formula under its name. The cross-entropy has weight 1 beside all of them but KD, which has 0.1. What was published for
+a data set or a pair of networks (DKD's beta, temperatures, warm-up) are fields of LossConfig, which the recipes set.
+Formulae, sources and what differs from them are told in each loss's own file. Formulae and constants of DKD and
+ReviewKD were compared with their authors' code, DIST's formula too, CC's formula and constants with
+re-implementations. Written from memory, and not checked against a source: CC's weight, and what DIST has for CIFAR-100
+(2, 2 and temperature 4).
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ class Published:
 
     loss: str
     """Its file in this folder and its class there. KD's is a function, and has no taps of its own."""
+    fields: tuple[str, ...] = ()
+    """Fields of LossConfig that its class takes, after the taps."""
     weight: float
     """Of its publication; `loss.rival_weight` multiplies it."""
     logits: bool = False
@@ -54,8 +58,10 @@ RIVALS: dict[Method, Published] = {
     "rkd": Published(loss="rkd:RKD", weight=1.0, vectors=True),
     "pkt": Published(loss="pkt:PKT", weight=30_000.0, vectors=True),
     "crd": Published(loss="crd:CRD", weight=0.8, vectors=True, one_class=True, bank=True),
-    "dkd": Published(loss="dkd:DKD", weight=1.0, logits=True, warms_up=True, one_class=True),
-    "dist": Published(loss="dist:DIST", weight=1.0, logits=True),
+    "dkd": Published(
+        loss="dkd:DKD", fields=("dkd_beta", "dkd_temperature"), weight=1.0, logits=True, warms_up=True, one_class=True
+    ),
+    "dist": Published(loss="dist:DIST", fields=("dist_temperature",), weight=1.0, logits=True),
     "review": Published(loss="review:ReviewKD", weight=1.0, vectors=True, maps="all", warms_up=True),
 }
 """In the order in which losses are added."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.config import Config
+from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.augment.views import Pipeline, View
 from mimkd_ray.data.loading.batches import Key, LaneBatch
 from mimkd_ray.data.loading.loader import to_device, view_batches
@@ -54,7 +55,7 @@ class Sight:
         """The finished uint8 pixels of a batch, and the teacher's features."""
         images = batch.images_BCHW
         if self.pipeline.batch is not None:
-            images = self.pipeline.batch(images, batch.ids_B, batch.view, self.config.view_seed)
+            images = self.pipeline.batch(images, batch.ids_B, view_key(batch.view, self.config.view_seed))
         return images, self.teacher.features(self.normalize(images))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -17,6 +19,9 @@ from mimkd_ray.train.distributed import Context
 BAR_SECONDS, LINE_SECONDS = 0.5, 10.0
 """Metrics beside the bar are renewed, and without a terminal a plain line is printed, at most this often."""
 
+RATE_SECONDS, MARK_SECONDS = 60.0, 1.0
+"""Rate and time left are those of the last minute: what came before, such as compiling, does not go on."""
+
 WARM_STEPS = 5
 """Steps that images/s leave out: allocation, autotuning, compilation."""
 
@@ -28,6 +33,16 @@ def say(context: Context, text: str) -> None:
         sys.stdout.flush()
 
 
+def reading(nats: float | None, ceiling: float | None, digits: int = 2) -> str:
+    """Return a term's nats as text: of at most InfoNCE's ceiling, or an estimate. The other bounds have no ceiling
+    (infinite, or None as JSON has it), and DV, JSD and SMILE read above the truth in small batches."""
+    if nats is None or math.isnan(nats):
+        return "no valid reading"
+    if ceiling is None or math.isinf(ceiling):
+        return f"{nats:.{digits}f} nats (estimate)"
+    return f"{nats:.{digits}f} of at most {ceiling:.2f} nats"
+
+
 def clock(seconds: float) -> str:
     """h:mm:ss"""
     minutes, rest = divmod(round(seconds), 60)
@@ -35,7 +50,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """A bar with images/s and time left on a terminal, plain lines elsewhere, nothing from other workers.
+    """A bar with images/s of the last minute and time left on a terminal; plain lines elsewhere, nothing from others.
 
     The text of the latest metrics is asked for only when it is shown: reading a number waits for the GPU.
     """
@@ -46,15 +61,17 @@ class Progress:
         self.terminal = self.shown and sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=start, desc=label, unit="step", disable=not self.terminal)
         self.every = BAR_SECONDS if self.terminal else LINE_SECONDS
-        self.start, self.began = start, time.perf_counter()
-        self.next_text = self.began + self.every
+        began = time.perf_counter()
+        self.marks = deque([(began, start)])
+        self.next_text = began + self.every
 
     def update(self, step: int, text: Callable[[], str]) -> None:
         """Tell that ``step`` steps are done; ``text()`` is the latest metrics."""
         now = time.perf_counter()
+        since, first = self._window(now, step)
         if self.shown and (now >= self.next_text or step == self.total):
             self.next_text = now + self.every
-            rate = (step - self.start) * self.batch / max(now - self.began, 1e-9)
+            rate = (step - first) * self.batch / max(now - since, 1e-9)
             if self.terminal:
                 self.bar.set_postfix_str(f"{rate:.0f} images/s {text()}", refresh=False)
             else:
@@ -62,6 +79,14 @@ class Progress:
                 line = f"{self.label}: step {step}/{self.total}, {rate:.0f} images/s, {left} left, {text()}"
                 print(line, flush=True)
         self.bar.update(1)
+
+    def _window(self, now: float, step: int) -> tuple[float, int]:
+        """Return when the last minute began, or training if that is later, and how many steps were done then."""
+        if now - self.marks[-1][0] >= MARK_SECONDS:
+            self.marks.append((now, step))
+        while len(self.marks) > 1 and now - self.marks[1][0] >= RATE_SECONDS:
+            self.marks.popleft()
+        return self.marks[0]
 
     def close(self) -> None:
         """Leave the bar as it stands."""

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimkd_ray.data.augment.batch_views import CropFlip, crop_flip, crop_flip_parameters, splitmix64
+from mimkd_ray.data.augment.batch_views import CropFlip, crop_flip, crop_flip_parameters, splitmix64, view_key
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -74,7 +74,7 @@ def test_equals_padding_and_slicing(
     given_images = torch.from_numpy(images.copy())
     if channels_last:
         given_images = given_images.contiguous(memory_format=torch.channels_last)
-    ours = crop_flip(given_images, torch.tensor(ids), view, seed, padding, flip)
+    ours = crop_flip(given_images, torch.tensor(ids), view_key(view, seed), padding, flip)
     assert ours.dtype == torch.uint8
     for image, id, result in zip(images, ids, ours.numpy(), strict=True):
         top, left, mirrored = reference_parameters(id, view, seed, padding)
@@ -87,21 +87,27 @@ def test_equals_padding_and_slicing(
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     images = torch.arange(6 * 3 * 8 * 8, dtype=torch.int64).remainder(251).to(torch.uint8).view(6, 3, 8, 8)
     ids = torch.tensor([5, 3, 9, 2**40, 0, 7])
-    whole = crop_flip(images, ids, 2, 1, 2, True)
+    whole = crop_flip(images, ids, view_key(2, 1), 2, True)
     for place in range(6):
-        alone = crop_flip(images[place : place + 1], ids[place : place + 1], 2, 1, 2, True)
+        alone = crop_flip(images[place : place + 1], ids[place : place + 1], view_key(2, 1), 2, True)
         assert torch.equal(alone[0], whole[place])
+
+
+@given(key=st.integers(-(2**63), 2**63 - 1), id=st.integers(0, 2**62))
+def test_a_key_on_the_device_means_what_a_number_does(key: int, id: int) -> None:
+    ids = torch.tensor([id])
+    assert torch.equal(splitmix64(ids, torch.tensor(key)), splitmix64(ids, key))
 
 
 def test_draws_are_uniform_and_differ_by_every_key() -> None:
     count, padding = 40_000, 1
-    top, left, flip = crop_flip_parameters(torch.arange(count), 0, 0, padding)
+    top, left, flip = crop_flip_parameters(torch.arange(count), view_key(0, 0), padding)
     cells = torch.bincount((top * 3 + left) * 2 + flip.long(), minlength=18)
     expected = count / 18
     assert len(cells) == 18
     assert (cells - expected).abs().max() < 5 * expected**0.5  # five standard deviations
     for view, seed in ((1, 0), (0, 1), (0, -1)):
-        other = crop_flip_parameters(torch.arange(count), view, seed, padding)
+        other = crop_flip_parameters(torch.arange(count), view_key(view, seed), padding)
         same = (top == other[0]) & (left == other[1]) & (flip == other[2])
         assert abs(same.sum().item() - expected) < 5 * expected**0.5  # as often as unrelated draws agree
 
@@ -112,14 +118,14 @@ def test_device_equals_cpu_without_waiting() -> None:
     ids = torch.arange(32) * 2**33
     torch.cuda.set_sync_debug_mode("error")
     try:
-        theirs = crop_flip(images.cuda(), ids.pin_memory(), 3, 4, 4, True)
+        theirs = crop_flip(images.cuda(), ids.pin_memory(), view_key(3, 4), 4, True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(theirs.cpu(), crop_flip(images, ids, 3, 4, 4, True))
+    assert torch.equal(theirs.cpu(), crop_flip(images, ids, view_key(3, 4), 4, True))
 
 
 def test_pickles() -> None:
     batch = CropFlip(padding=1, flip=True)
     images, ids = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4), torch.tensor([4])
     again = pickle.loads(pickle.dumps(batch))  # noqa: S301
-    assert torch.equal(again(images, ids, 0, 0), crop_flip(images, ids, 0, 0, 1, True))
+    assert torch.equal(again(images, ids, 5), crop_flip(images, ids, 5, 1, True))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mimkd_ray.config import LossConfig
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.methods.base import Rival, RivalTaps, Side, TapPair
 from mimkd_ray.losses.methods.build_method import RivalPlan, build_rival
@@ -46,10 +47,10 @@ def taps(vectors: bool = False, maps: int = 0, teacher_maps=TEACHER_MAPS, studen
     return RivalTaps((vector,) if vectors else (), tuple(pairs[len(pairs) - maps :]))
 
 
-def build(method: Method, own: RivalTaps, seed: int = 0) -> Rival:
-    """In float64, its parameters away from their start."""
+def build(method: Method, own: RivalTaps, seed: int = 0, **fields: float) -> Rival:
+    """In float64, its parameters away from their start. ``fields`` are those of LossConfig."""
     torch.manual_seed(seed)
-    rival = build_rival(RivalPlan(method, own), ROWS).double()
+    rival = build_rival(RivalPlan(method, own), LossConfig(**fields), ROWS).double()
     with torch.no_grad():
         for parameter in rival.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -150,6 +150,17 @@ def test_dkd_rises_to_its_weight_epoch_by_epoch() -> None:
     assert at_once(teacher, student, LABELS, IDS).terms["rival/dkd"].item() == pytest.approx(whole, rel=1e-12)
 
 
+def test_the_fields_of_a_rival_reach_it() -> None:
+    teacher, student = both()
+    loss, _ = make(("dkd", "dist"), dkd_beta=0.5, dkd_temperature=1.0, dist_temperature=2.0)
+    log = loss(teacher, student, LABELS, IDS).log
+    dkd = build("dkd", taps(), dkd_beta=0.5, dkd_temperature=1.0)(teacher, student, LABELS, IDS).item()
+    dist = build("dist", taps(), dist_temperature=2.0)(teacher, student, LABELS, IDS).item()
+    assert (log["rival/dkd"].item(), log["rival/dist"].item()) == pytest.approx((dkd, dist), rel=1e-12)
+    assert dkd != pytest.approx(build("dkd", taps())(teacher, student, LABELS, IDS).item())
+    assert dist != pytest.approx(build("dist", taps())(teacher, student, LABELS, IDS).item())
+
+
 def test_what_a_name_turns_on() -> None:
     assert LossConfig().name == ("mimkd",)
     nothing = LossConfig(name=())
@@ -170,6 +181,9 @@ def test_what_a_name_turns_on() -> None:
         ({"name": ("rkd", "mimkd", "rkd")}, "loss.name is rkd mimkd rkd: name each method once"),
         ({"rival_weight": -1.0}, "loss.rival_weight is -1.0"),
         ({"rival_warmup": math.inf}, "loss.rival_warmup is inf"),
+        ({"dkd_beta": -1.0}, "loss.dkd_beta is -1.0"),
+        ({"dkd_temperature": 0.0}, "loss.dkd_temperature is 0.0"),
+        ({"dist_temperature": math.inf}, "loss.dist_temperature is inf"),
     ],
 )
 def test_bad_configs_name_the_field(fields, message) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.methods.kd import kd_loss
 
 
-def slow_dkd(teacher: Arrays, student: Arrays) -> float:
+def slow_dkd(teacher: Arrays, student: Arrays, beta: float = 8.0, temperature: float = 4.0) -> float:
     total = 0.0
     for image in range(BATCH):
         label = int(LABELS[image])
-        q, p = softmax(teacher.logits[image] / 4), softmax(student.logits[image] / 4)
+        q, p = softmax(teacher.logits[image] / temperature), softmax(student.logits[image] / temperature)
         target = q[label] * math.log(q[label] / p[label])
         target += (1 - q[label]) * math.log((1 - q[label]) / (1 - p[label]))
         others = 0.0
@@ -25,7 +26,7 @@ def slow_dkd(teacher: Arrays, student: Arrays) -> float:
             if cls != label:
                 among_q, among_p = q[cls] / (1 - q[label]), p[cls] / (1 - p[label])
                 others += among_q * math.log(among_q / among_p)
-        total += 16 * (1.0 * target + 8.0 * others) / BATCH
+        total += temperature**2 * (target + beta * others) / BATCH
     return total
 
 
@@ -33,12 +34,12 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def slow_dist(teacher: Arrays, student: Arrays) -> float:
-    q = np.stack([softmax(row / 4) for row in teacher.logits])
-    p = np.stack([softmax(row / 4) for row in student.logits])
+def slow_dist(teacher: Arrays, student: Arrays, temperature: float = 4.0) -> float:
+    q = np.stack([softmax(row / temperature) for row in teacher.logits])
+    p = np.stack([softmax(row / temperature) for row in student.logits])
     inter = 1 - np.mean([correlation(p[image], q[image]) for image in range(BATCH)])
     intra = 1 - np.mean([correlation(p[:, cls], q[:, cls]) for cls in range(CLASSES)])
-    return 16 * (2 * inter + 2 * intra)
+    return temperature**2 * (2 * inter + 2 * intra)
 
 
 @pytest.fixture
@@ -58,19 +59,23 @@ def test_dist(seed: int) -> None:
     check(build("dist", taps()), slow_dist, *both(seed))
 
 
-def test_dkd_is_kd_where_its_factor_is_put_back(monkeypatch) -> None:
+@pytest.mark.usefixtures("no_eps")
+def test_constants_of_imagenet() -> None:
+    """What was published for it: DKD's beta 0.5 and temperature 1, DIST's temperature 1."""
+    dkd = build("dkd", taps(), dkd_beta=0.5, dkd_temperature=1.0)
+    check(dkd, partial(slow_dkd, beta=0.5, temperature=1.0), *both())
+    check(build("dist", taps(), dist_temperature=1.0), partial(slow_dist, temperature=1.0), *both())
+
+
+def test_dkd_is_kd_where_its_factor_is_put_back() -> None:
     teacher, student = both()
-    monkeypatch.setattr("mimkd_ray.losses.methods.dkd.BETA", 0.0)
-    target = build("dkd", taps())(teacher, student, LABELS, IDS)
-    monkeypatch.setattr("mimkd_ray.losses.methods.dkd.BETA", 1.0)
+    target = build("dkd", taps(), dkd_beta=0.0)(teacher, student, LABELS, IDS)
     total = 0.0
     for image in range(BATCH):
         one = [Features(value.logits_BC[image : image + 1], value.vectors, value.maps) for value in (teacher, student)]
         label = LABELS[image : image + 1]
-        both_parts = build("dkd", taps())(*one, label, IDS[image : image + 1])
-        with monkeypatch.context() as patch:
-            patch.setattr("mimkd_ray.losses.methods.dkd.BETA", 0.0)
-            first = build("dkd", taps())(*one, label, IDS[image : image + 1])
+        both_parts = build("dkd", taps(), dkd_beta=1.0)(*one, label, IDS[image : image + 1])
+        first = build("dkd", taps(), dkd_beta=0.0)(*one, label, IDS[image : image + 1])
         others_share = 1 - (one[0].logits_BC / 4).softmax(1)[0, label]
         total += (first + others_share * (both_parts - first)).item() / BATCH
     assert target.item() > 0

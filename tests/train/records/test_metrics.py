@@ -28,6 +28,25 @@ def test_plain_lines_carry_rate_time_left_and_metrics(
     assert len(lines) == len(asked) == 15  # one in ten seconds; metrics are not read in between
 
 
+def test_a_slow_start_is_forgotten_after_a_minute(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    progress = Progress(cpu(), "x", 0, 1000, 10)
+    for step in range(1, 1001):
+        now[0] += 66.0 if step == 1 else 0.25  # the first step is compiled
+        progress.update(step, lambda: "loss 1.0")
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("x: step 41/1000, 5 images/s")  # 41 steps in 76 s
+    later = [line for line in lines if ", 40 images/s, " in line]
+    assert len(later) >= len(lines) - 8
+    step, left = re.search(r"step (\d+)/1000, 40 images/s, 0:0(\d:\d\d) left", later[0]).groups()  # type: ignore[union-attr]
+    minutes, seconds = map(int, left.split(":"))
+    assert abs(60 * minutes + seconds - (1000 - int(step)) * 0.25) <= 1
+
+
 def test_other_workers_and_quiet_runs_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     other = cpu()
     other.rank = 1

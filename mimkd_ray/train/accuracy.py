@@ -1,0 +1,91 @@
+"""The accuracy of a plain network: of a config's validation set, or of anybody's batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from mimkd_ray.config import DataConfig
+from mimkd_ray.data.augment.views import make_pipeline
+from mimkd_ray.data.loading.loader import LaneBatch, eval_batches
+from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.data.sources.own_dataset import OwnSource
+from mimkd_ray.errors import UserError
+from mimkd_ray.train.distributed import is_distributed
+from mimkd_ray.train.evaluate import Accuracy, accuracy, held_out_name
+from mimkd_ray.train.step import Normalizer
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def evaluate(
+    model: nn.Module, data: DataConfig | Batches, validation: Dataset | None = None, batch: int = 256
+) -> Accuracy:
+    """Return top-1 and top-5 in percent, cross-entropy and the number of images of a network, in evaluation mode.
+
+    Args:
+        model: a network of normalised images (B, 3, H, W) to logits (B, classes), on the device that it is to run on.
+            Its training mode is afterwards what it was.
+        data: a :class:`DataConfig`, whose validation set is decoded, cropped and normalised as a run does it; or
+            batches of your own, such as a DataLoader: (normalised images, class numbers).
+        validation: with a :class:`DataConfig`: a map-style data set of (image, label) in the place of its own
+            (data/own_dataset.py).
+        batch: images of a batch, where the batches are made here.
+
+    In a process group the figures are those of all ranks: validation sets are dealt to them; of batches of your own
+    each rank must bring other images. Every rank calls it.
+    """
+    parameter = next(model.parameters(), torch.zeros(()))
+    training = model.training
+    model.eval()
+    try:
+        if isinstance(data, DataConfig):
+            return _of_config(model, data, validation, batch, parameter)
+        if validation is not None:
+            raise UserError("validation goes with a DataConfig, whose size and normalisation it takes; give one")
+        return accuracy(model, _as_lanes(data, parameter.device), _AsGiven(parameter.device), name="the iterable")
+    finally:
+        model.train(training)
+
+
+def _of_config(
+    model: nn.Module, data: DataConfig, validation: Dataset | None, batch: int, parameter: Tensor
+) -> Accuracy:
+    source = open_data(data).val if validation is None else OwnSource(validation, "validation")
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed() else (0, 1)
+    batches = eval_batches(
+        source,
+        make_pipeline(data.pipeline, data.image_size).eval,
+        rank=rank,
+        world_size=world,
+        batch_size=batch,
+        loader_workers=data.loader_workers,
+        read_ahead=data.read_ahead,
+    )
+    normalize = Normalizer(data.mean, data.std, parameter.device, parameter.dtype, channels_last=False)
+    name = held_out_name(data) if validation is None else "the validation set"
+    return accuracy(model, batches, normalize, data.max_damaged, name)
+
+
+class _AsGiven(Normalizer):
+    """Leaves images as they are, but for their device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """(B, 3, H, W) on any device -> on this one."""
+        return images_BCHW.to(self.device, non_blocking=True)
+
+
+def _as_lanes(batches: Batches, device: torch.device) -> Iterator[LaneBatch]:
+    for number, pair in enumerate(batches):
+        if not isinstance(pair, (tuple, list)) or len(pair) < 2 or not all(isinstance(x, Tensor) for x in pair[:2]):
+            raise UserError(
+                f"batch {number} is a {type(pair).__name__}: give (images, labels), or a DataConfig instead of batches"
+            )
+        images, labels = pair[:2]
+        yield LaneBatch(number, 0, images, labels, labels, 0, ())

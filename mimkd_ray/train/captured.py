@@ -1,0 +1,230 @@
+"""How the steps of training run: operation by operation, or recorded once as a CUDA graph and replayed.
+
+A small network's step is thousands of short GPU operations, and Python takes longer to ask for them than the GPU to do
+them. The captured engine asks once: everything of a step that runs on the device (view, normalisation, teacher or
+decoded cache, students, losses, backward passes, clipping, optimisers, batch-norm bookkeeping of lanes) is recorded as
+a graph. What changes from step to step lies in tensors that the graph reads: the batch's images, labels, ids and cached
+features, the key of the view, the learning rate, the weights of the loss. Samples, views and random numbers are those
+of the plain engine; arithmetic differs as far as cuDNN chooses other algorithms.
+
+The first steps run without a graph, in the same buffers and on the same streams: libraries set themselves up in them.
+The students of a pack work side by side, each on a stream of its own, after one teacher pass. On a CPU there are no
+graphs, and the same code is called for every step; so it is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mimkd_ray.data.augment.batch_views import view_key
+from mimkd_ray.data.loading.loader import LaneBatch
+from mimkd_ray.train.distributed import Context
+from mimkd_ray.train.inputs import Supply
+from mimkd_ray.train.records.metrics import say
+from mimkd_ray.train.step import seed_lane
+from mimkd_ray.train.student import Session, StepRecord, advance
+
+WARM_STEPS = 3
+"""Steps before the recording."""
+
+Advanced = tuple[dict[Session, StepRecord], dict[Session, str]]
+"""The records of the students that took a step, and what the allocator said to those that found no memory."""
+
+
+class Engine(Protocol):
+    """Takes the steps of the students of a process."""
+
+    def step(self, sessions: Sequence[Session], step: int, batches: Iterator[LaneBatch]) -> Advanced:
+        """One optimiser step of every student, on the same lanes."""
+
+
+class PlainEngine:
+    """Asks the device for one operation after the other."""
+
+    def __init__(self, supply: Supply, spare: bool = False) -> None:
+        """``spare``: a student that finds no memory has no record, and the others have their step."""
+        self.supply, self.spare = supply, spare
+
+    def step(self, sessions: Sequence[Session], step: int, batches: Iterator[LaneBatch]) -> Advanced:
+        """One optimiser step of every student, on the same lanes."""
+        for session in sessions:
+            session.schedule(step)
+        lanes = self.supply.feed.step(step, self.supply.my_lanes, batches)
+        seeds = partial(seed_lane, self.supply.config.train.seed, step)
+        records, failed = advance(sessions, lanes, seeds, self.spare)
+        for session in records:
+            session.after_step()
+        return records, failed
+
+
+class _Recorded(NamedTuple):
+    """A recorded step: the graph (None on a CPU), its students, the names of each one's figures, and the tensor in
+    which the graph leaves them all."""
+
+    graph: torch.cuda.CUDAGraph | None
+    sessions: list[Session]
+    names: list[list[str]]
+    figures_M: Tensor | None
+
+    def logs(self) -> dict[Session, dict[str, Tensor]]:
+        """The figures of the newest replay."""
+        assert self.figures_M is not None
+        parts = self.figures_M.clone().split([len(names) for names in self.names])
+        return {
+            session: dict(zip(names, part.unbind(), strict=True))
+            for session, names, part in zip(self.sessions, self.names, parts, strict=True)
+        }
+
+
+class CapturedEngine:
+    """Records a step as a CUDA graph and replays it. Where that turns out to be impossible, goes on plainly and says
+    why. Memory: the activations of all students of a pack at once."""
+
+    def __init__(self, supply: Supply, context: Context, spare: bool = False) -> None:
+        """``spare``: as for :class:`PlainEngine`, until the step is recorded."""
+        self.supply, self.context, self.spare = supply, context, spare
+        self.plain = PlainEngine(supply, spare)
+        self.gave_up = False
+        self.recorded: _Recorded | None = None
+        self.warm = 0
+        self.buffers: list[LaneBatch] = []
+        self.keys: list[Tensor] = []
+        self.on_gpu = context.device.type == "cuda"
+        self.stream = torch.cuda.Stream(context.device) if self.on_gpu else None
+        self.streams: list[torch.cuda.Stream] = []
+
+    def step(self, sessions: Sequence[Session], step: int, batches: Iterator[LaneBatch]) -> Advanced:
+        """One optimiser step of every student, on the same lanes."""
+        if self.gave_up:
+            return self.plain.step(sessions, step, batches)
+        if self.recorded is not None and self.recorded.sessions != list(sessions):
+            self.recorded, self.warm = None, 0  # a student has left
+        lanes = [self.supply.feed.next(step, lane, batches) for lane in self.supply.my_lanes]
+        self._load(step, lanes)
+        for session in sessions:
+            session.schedule(step)
+        if self.recorded is None and self.warm >= WARM_STEPS:
+            self._record(sessions)
+        if self.recorded is None:
+            records, failed = self._warm_step(sessions, step)
+        else:
+            records, failed = self._replay(self.recorded, step)
+        ids = [lane.ids_B for lane in lanes]
+        for session in records:
+            session.after_step()
+        return {session: StepRecord(found.log, ids, lanes[-1].view) for session, found in records.items()}, failed
+
+    def _load(self, step: int, lanes: Sequence[LaneBatch]) -> None:
+        """Copy a step's batches to where the graph reads them. The canary looks at those that are due."""
+        feed, device = self.supply.feed, self.context.device
+        if not self.buffers:
+            self.buffers = [lane.each_tensor(torch.empty_like) for lane in lanes]
+            self.keys = [torch.zeros((), dtype=torch.int64, device=device) for _ in lanes]
+        for buffer, key, lane in zip(self.buffers, self.keys, lanes, strict=True):
+            number = view_key(lane.view, feed.config.view_seed)
+            key.fill_(number)
+            for place, value in zip(buffer.tensors(), lane.tensors(), strict=True):
+                place.copy_(value, non_blocking=True)
+            if feed.check is not None and feed.check.due(step, lane.lane):
+                pixels, ready = feed.finish(lane, number)
+                features = feed.with_teacher(ready, lane.features).teacher
+                assert features is not None
+                feed.check.look(lane, pixels, ready.images_BCHW, features)
+
+    def _advance(self, sessions: Sequence[Session], seeds: Callable[[int], None] | None, spare: bool) -> Advanced:
+        """A step from the buffers: what is recorded."""
+        feed = self.supply.feed
+        ready = (
+            feed.with_teacher(feed.finish(buffer, key)[1], buffer.features)
+            for buffer, key in zip(self.buffers, self.keys, strict=True)
+        )
+        return advance(sessions, feed.with_others(ready), seeds, spare, self.streams)
+
+    def _warm_step(self, sessions: Sequence[Session], step: int) -> Advanced:
+        """A step without a graph, which shows whether the networks draw random numbers."""
+        if self.on_gpu and len(sessions) > 1 and len(self.streams) != len(sessions):
+            self.streams = [torch.cuda.Stream(self.context.device) for _ in sessions]
+        self.warm += 1
+        seeds = _Seeds(self.supply.config.train.seed, step, self.context.device)
+        if self.stream is None:
+            done = self._advance(sessions, seeds, self.spare)
+        else:
+            here = torch.cuda.current_stream()
+            self.stream.wait_stream(here)
+            with torch.cuda.stream(self.stream):
+                done = self._advance(sessions, seeds, self.spare)
+            here.wait_stream(self.stream)
+        if len(sessions) * len(self.buffers) > 1 and seeds.drawn():
+            self._give_up("networks or losses draw random numbers, of which each lane and student has its own")
+        return done
+
+    def _record(self, sessions: Sequence[Session]) -> None:
+        """Record a step, which is not run by that."""
+        if self.stream is None:
+            self.recorded = _Recorded(None, list(sessions), [], None)
+            return
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                records, _ = self._advance(sessions, None, False)
+                logs = [records[session].log for session in sessions]
+                figures_M = torch.stack([value for log in logs for value in log.values()])
+        except RuntimeError as error:
+            self._give_up(str(error).partition("\n")[0])
+            return
+        self.recorded = _Recorded(graph, list(sessions), [list(log) for log in logs], figures_M)
+
+    def _replay(self, recorded: _Recorded, step: int) -> Advanced:
+        seed_lane(self.supply.config.train.seed, step, self.supply.my_lanes[0])
+        if recorded.graph is None:
+            return self._advance(recorded.sessions, None, self.spare)
+        recorded.graph.replay()
+        return {session: StepRecord(log, [], 0) for session, log in recorded.logs().items()}, {}
+
+    def _give_up(self, why: str) -> None:
+        self.gave_up = True
+        self.streams = []
+        say(self.context, f"steps are not captured, and run operation by operation: {why}")
+
+
+class _Seeds:
+    """Seeds the lanes of a step, and finds out whether anything draws from the random numbers."""
+
+    def __init__(self, seed: int, step: int, device: torch.device) -> None:
+        self.seed, self.step, self.device = seed, step, device
+        self.expected: Tensor | None = None
+        self.has_drawn = False
+
+    def __call__(self, lane: int) -> None:
+        self.drawn()
+        seed_lane(self.seed, self.step, lane)
+        self.expected = self._state()
+
+    def drawn(self) -> bool:
+        """Whether anything has drawn until now."""
+        if self.expected is not None and not torch.equal(self.expected, self._state()):
+            self.has_drawn = True
+        return self.has_drawn
+
+    def _state(self) -> Tensor:
+        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+
+
+def make_engine(sessions: Sequence[Session], spare: bool = False) -> Engine:
+    """Return the engine of students with one supply; where it is plain and could be asked for otherwise, say why.
+
+    ``spare``: a student that finds no memory has no record, and the others have their step.
+    """
+    first = sessions[0]
+    reasons = {session.plain_because for session in sessions} - {""}
+    if not reasons:
+        return CapturedEngine(first.supply, first.context, spare)
+    engine, device = first.config.train.engine, first.context.device
+    if engine == "captured" or (engine == "auto" and device.type == "cuda"):
+        say(first.context, f"steps are not captured, and run operation by operation: {', '.join(sorted(reasons))}")
+    return PlainEngine(first.supply, spare)

@@ -1,0 +1,282 @@
+"""Distillation in anybody's own loop: the student, its critics and the loss in one module, beside a frozen teacher.
+
+distiller = distill(teacher, student, image_size=224)
+optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05, momentum=0.9)
+for images, labels, ids in loader:
+    loss = distiller(images, labels, ids)
+    optimizer.zero_grad()
+    loss.total.backward()
+    optimizer.step()
+    distiller.after_step()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from mimkd_ray.config import LossConfig
+from mimkd_ray.errors import UserError, nearest
+from mimkd_ray.losses.distillation import MIMKDLoss
+from mimkd_ray.losses.features import Features, Others
+from mimkd_ray.losses.methods.registry import RIVALS
+from mimkd_ray.taps.tapped_model import TappedModel
+from mimkd_ray.train.build import TapPlan, plan_taps
+from mimkd_ray.train.distributed import gather_lanes, is_distributed
+from mimkd_ray.train.teacher import canonical
+
+PAIR_KINDS = ("global", "local", "feature", "rival")
+MOST_BATCHES = 1024
+"""Batches that are trained on without an ``after_step`` before that is an error: each leaves its teacher vectors."""
+
+
+class Distilled(NamedTuple):
+    """The loss of a batch, what it consists of, and the student's logits (B, classes)."""
+
+    total: Tensor
+    """Scalar to minimise."""
+    terms: dict[str, Tensor]
+    """Weighted parts with their gradient; they sum to total."""
+    log: dict[str, Tensor]
+    """Detached scalars: ce, kd, rival/<method>, and per term loss, nats, ceiling, scale, bias, mean_u, mean_v."""
+    logits: Tensor
+
+
+class Distiller(nn.Module):
+    """A student with its critics and its loss; :func:`distill` makes it.
+
+    Its parameters and its state are those of the student and of the loss. The teacher is in neither: it is frozen,
+    always in evaluation mode, and follows the images from device to device. ``student`` is the network that was given,
+    with hooks on the layers that are read (:meth:`release` takes them off): save ``distiller.student.state_dict()``.
+    """
+
+    next_id: Tensor
+    steps_taken: Tensor
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        plan: TapPlan,
+        loss: LossConfig,
+        steps: int | None = None,
+        epoch_steps: int | None = None,
+    ) -> None:
+        """``plan``: the taps that ``loss`` reads (:func:`mimkd_ray.train.build.plan_taps`). The rest is as in
+        :func:`distill`. Critics are drawn from torch's global generator."""
+        super().__init__()
+        self.student = student
+        self.loss = MIMKDLoss(loss, plan.terms, plan.rivals)
+        self.steps, self.epoch_steps = steps, epoch_steps
+        self._shapes = dict(plan.student_shapes)
+        self._vectors, self._maps = plan.student_taps()
+        # In tuples: the student's parameters have one name in the state, and the teacher's have none.
+        self._tapped = (TappedModel(student, sorted({*self._vectors, *self._maps})),)
+        self._teacher_shapes, self._teacher_taps = dict(plan.teacher_shapes), plan.teacher_taps()
+        self._teacher = (TappedModel(teacher, sorted({name for names in self._teacher_taps for name in names})),)
+        self._teacher[0].requires_grad_(False).eval()
+        first = next(student.parameters(), torch.zeros(()))
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self.loss.to(first.device, dtype)
+        # Both are part of the state: ids of the vectors in the queue are compared with those that follow.
+        self.register_buffer("next_id", torch.zeros((), dtype=torch.int64, device=first.device))
+        self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64, device=first.device))
+        self.step = 0
+        self.register_load_state_dict_post_hook(_take_up)
+        self._begin_step()
+
+    def forward(self, images: Tensor, labels: Tensor, ids: Tensor | None = None) -> Distilled:
+        """The loss of a batch of normalised images (B, 3, H, W).
+
+        ``labels`` are class numbers (B,), or (B, classes) probabilities of mixed images. ``ids`` (B,) are the images'
+        numbers in the data set: pairs of equal ids are never negatives of each other, also where the queue holds an
+        image's vector from an epoch before. Without ``ids`` every image counts as one that was never seen (numbers
+        from a counter, others on every rank), so that an image and its own earlier vector in the queue are a negative
+        pair. Pass them always or never.
+
+        Under autocast both networks run in its precision, and the loss in float32. In training mode the batch is
+        noted for :meth:`after_step`.
+        """
+        teacher, student, logits, ids = self._features(images, ids)
+        output = self.loss(teacher, student, labels, ids)
+        if self.training:
+            self._note(teacher, labels, ids)
+        return Distilled(output.total, output.terms, output.log, logits)
+
+    @torch.no_grad()
+    def read(self, images: Tensor, labels: Tensor, ids: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the log of :meth:`forward` with every bound read over all pairs of the batch and all locations, and
+        without rivals: for held-out images, in evaluation mode."""
+        teacher, student, _, ids = self._features(images, ids)
+        return self.loss(teacher, student, labels, ids, reading=True).log
+
+    def _features(self, images: Tensor, ids: Tensor | None) -> tuple[Features | None, Features, Tensor, Tensor]:
+        tapped = self._tapped[0]
+        if not tapped.names and (self._vectors or self._maps):
+            raise UserError("this Distiller was released, its hooks are gone: make another one with distill()")
+        if ids is None:
+            ids = self._new_ids(len(images))
+        teacher = self._teach(images, ids)
+        logits, taps = tapped(images)
+        return teacher, canonical(logits, taps, self._shapes, self._vectors, self._maps), logits, ids
+
+    @torch.no_grad()
+    def _new_ids(self, count: int) -> Tensor:
+        """Numbers that no image had: those of rank r are r, r + ranks, r + 2 * ranks ..."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+        ids = (self.next_id + torch.arange(count, device=self.next_id.device)) * world + rank
+        self.next_id += count
+        return ids
+
+    @torch.no_grad()
+    def _teach(self, images: Tensor, ids: Tensor) -> Features | None:
+        """What the teacher says; with negatives of the whole step also to the other ranks' images."""
+        if not self.loss.config.uses_teacher:
+            return None
+        network = self._teacher[0]
+        if next(network.parameters(), images).device != images.device:
+            network.to(images.device)
+        if network.model.training:  # a module of the user's that holds the teacher too may have switched it
+            network.eval()
+        logits, taps = network(images)
+        features = canonical(logits, taps, self._teacher_shapes, *self._teacher_taps)
+        if self.loss.negatives != "step" or not is_distributed() or not features.vectors:
+            return features
+        return features._replace(others=_of_other_ranks(features.vectors, ids))
+
+    @torch.compiler.disable
+    def _note(self, teacher: Features | None, labels: Tensor, ids: Tensor) -> None:
+        if len(self.loss.lanes) >= MOST_BATCHES:
+            raise UserError(
+                f"{MOST_BATCHES} batches were trained on without distiller.after_step(): call it after every step of "
+                "the optimiser, or distiller.eval() before batches that are not trained on"
+            )
+        self.loss.observe(teacher, labels, ids)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Do the bookkeeping of a step; call it after every step of the optimiser.
+
+        Keeps temperatures within their limits, takes the batches since the last call into the queue and the means of
+        frozen critics, and moves schedules on. Several batches may make a step (gradients that accumulate). With
+        several ranks every rank calls it, after equally many batches of equal sizes.
+        """
+        batches, self.loss.lanes = self.loss.lanes, []
+        world = dist.get_world_size() if is_distributed() else 1
+        # Batches of one size at a time: the last one of an epoch may be smaller than the others of its step.
+        for _, group in groupby(batches, key=lambda batch: len(batch.ids_B)):
+            self.loss.lanes = list(group)
+            self.loss.after_step(partial(gather_lanes, lanes=len(self.loss.lanes) * world))
+        if not batches:
+            self.loss.after_step()
+        self.step += 1
+        self.steps_taken += 1
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        """Set the weights of the next step."""
+        epoch = self.step / self.epoch_steps if self.epoch_steps else 0.0
+        self.loss.begin_step(epoch, self.step / self.steps if self.steps else 0.0)
+
+    def release(self) -> None:
+        """Take the hooks off both networks. The student may be used elsewhere; this object may not be called again."""
+        self._tapped[0].release()
+        self._teacher[0].release()
+
+
+def _take_up(distiller: Distiller, _: Any) -> None:
+    """Go on from the step of a loaded state: weights that follow a schedule are no part of it."""
+    distiller.step = int(distiller.steps_taken)
+    distiller._begin_step()
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def _of_other_ranks(vectors: Mapping[str, Tensor], ids: Tensor) -> Others:
+    """The teacher vectors and ids of the other ranks' batches, which are of this one's size."""
+    world = dist.get_world_size()
+    rest = [rank for rank in range(world) if rank != dist.get_rank()]
+    gathered = {tap: gather_lanes(value.float().unsqueeze(0), world)[rest] for tap, value in vectors.items()}
+    ids_RB = gather_lanes(ids.unsqueeze(0), world)[rest]
+    return Others({tap: value.flatten(0, 1) for tap, value in gathered.items()}, ids_RB.flatten())
+
+
+def distill(
+    teacher: nn.Module,
+    student: nn.Module,
+    image_size: int,
+    loss: LossConfig | None = None,
+    pairs: Mapping[str, Sequence[str]] | None = None,
+    steps: int | None = None,
+    epoch_steps: int | None = None,
+) -> Distiller:
+    """Make what distils ``teacher`` into ``student`` in a loop of your own.
+
+    Args:
+        teacher: any network of images (B, 3, H, W) to logits (B, classes). It is frozen and put in evaluation mode.
+        student: another one, as it is: wrap the result in DDP or torch.compile, not the student.
+        image_size: height and width of the images, in pixels. One dry forward of each network finds its layers.
+        loss: what is minimised; by default ``LossConfig()``, the preset ``accuracy``.
+        pairs: layers to pair, by kind of term: ``{"global": ["avgpool:pool"], "feature": ["layer4:stage3"]}``, also
+            ``local`` and ``rival``. Kinds that are not named, or not here, are as in ``loss``: chosen where it names
+            none. A layer is a module path, PATH@input what it is given, ``logits`` a network's logits.
+        steps: steps of the whole training, for ``loss.schedule``.
+        epoch_steps: steps of an epoch, for rivals that warm up over ``loss.rival_warmup`` epochs.
+
+    The critics' weights come from torch's global generator: seed it for a run that can be repeated. Raises UserError
+    for layers that do not exist or do not fit, and for what needs more than a loop of batches: memory banks (crd),
+    negatives from a cache.
+    """
+    loss = _with_pairs(loss or LossConfig(), pairs or {})
+    _check(teacher, student, loss, steps, epoch_steps)
+    return Distiller(teacher, student, plan_taps(loss, teacher, student, image_size), loss, steps, epoch_steps)
+
+
+def _with_pairs(loss: LossConfig, pairs: Mapping[str, Sequence[str]]) -> LossConfig:
+    for kind, named in pairs.items():
+        if kind not in PAIR_KINDS:
+            raise UserError(
+                f"pairs has the kind {kind!r}{nearest(kind, PAIR_KINDS)}; there are {', '.join(PAIR_KINDS)}"
+            )
+        if isinstance(named, str):
+            raise UserError(f"pairs[{kind!r}] is {named!r}: give a list of pairs, [{named!r}]")
+    named_pairs: dict[str, Any] = {f"{kind}_pairs": tuple(named) for kind, named in pairs.items()}
+    return replace(loss, **named_pairs)
+
+
+def _check(
+    teacher: nn.Module, student: nn.Module, loss: LossConfig, steps: int | None, epoch_steps: int | None
+) -> None:
+    if teacher is student:
+        raise UserError("teacher and student are one object, and the teacher is frozen: pass copy.deepcopy(student)")
+    if isinstance(student, (DistributedDataParallel, DataParallel)):
+        raise UserError(
+            f"the student is wrapped in {type(student).__name__}: pass the plain network, and wrap what distill() "
+            "returns, whose critics are trained too"
+        )
+    for name, count in (("steps", steps), ("epoch_steps", epoch_steps)):
+        if count is not None and count < 1:
+            raise UserError(f"{name} is {count}: give the number of optimiser steps, 1 or more")
+    if loss.schedule != "constant" and steps is None:
+        raise UserError(f"loss.schedule is {loss.schedule}: pass steps=, the optimiser steps of the whole training")
+    warming = [rival for rival in loss.rivals if RIVALS[rival].warms_up]
+    if warming and loss.rival_warmup and epoch_steps is None:
+        raise UserError(
+            f"{' and '.join(warming)} rises over {loss.rival_warmup:g} epochs (loss.rival_warmup): pass epoch_steps=, "
+            "the optimiser steps of an epoch, or LossConfig(rival_warmup=0)"
+        )
+    banks = [rival for rival in loss.rivals if RIVALS[rival].bank]
+    if banks:
+        raise UserError(
+            f"{' and '.join(banks)} keeps a memory bank of the whole training set: train it with mimkd_ray.run(config)"
+        )
+    if loss.uses_features and loss.resolved_negatives == "cache":
+        raise UserError("loss.negatives is cache, which a loop of batches has none of: choose queue, all or step")

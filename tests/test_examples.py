@@ -1,0 +1,75 @@
+"""The examples run, and train what they say."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import an example by its name."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def test_every_example_is_tested() -> None:
+    tested = Path(__file__).read_text()
+    assert all(f'example("{path.stem}")' in tested for path in EXAMPLES.glob("*.py"))
+
+
+def test_own_loop(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    of_teacher, of_student = example("own_loop").main(epochs=3)
+    assert of_teacher > 80
+    assert of_student > 60
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert "global/pool-pool/nats" in lines[0]
+    assert lines[-1] == f"top-1: teacher {of_teacher:.1f} %, student {of_student:.1f} %"
+
+
+def test_own_dataset(example: Any, tmp_path: Path) -> None:
+    module = example("own_dataset")
+    result = module.main(str(tmp_path), epochs=2)
+    assert result["student"]["top1"] > 50
+    assert module.main(str(tmp_path), epochs=2) == result, "the same call finds its run again"
+
+
+def same_state(found: dict[str, Any], expected: torch.nn.Module) -> bool:
+    return found.keys() == expected.state_dict().keys() and all(
+        torch.equal(found[name], value) for name, value in expected.state_dict().items()
+    )
+
+
+def test_with_lightning(example: Any, tmp_path: Path) -> None:
+    pytest.importorskip("lightning", reason="lightning is not installed: pip install lightning")
+    options = {"default_root_dir": tmp_path, "accelerator": "cpu", "enable_progress_bar": False}
+    trained = example("with_lightning").main(epochs=1, accumulate_grad_batches=2, **options)
+    own = trained.distiller
+    assert own.step == 14, "28 batches, two a step"
+    assert int(own.loss.queue.filled_Q.sum()) == 1400
+    (file,) = tmp_path.rglob("*.ckpt")
+    state = torch.load(file, weights_only=False)["state_dict"]
+    assert same_state({name.removeprefix("distiller."): value for name, value in state.items()}, own)
+    mixed = example("with_lightning").main(epochs=1, precision="bf16-mixed", logger=False, **options)
+    assert mixed.distiller.step == 28
+    assert all(torch.isfinite(parameter).all() for parameter in mixed.parameters())
+
+
+def test_with_accelerate(example: Any) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed: pip install accelerate")
+    own, prepared = example("with_accelerate").main(1, accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2))
+    assert own.step == 14, "28 batches, two a step"
+    assert int(own.loss.queue.filled_Q.sum()) == 1400
+    assert same_state(prepared.state_dict(), own)

@@ -1,0 +1,131 @@
+"""What `import mimkd_ray` offers: lazily, quickly, without Ray."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+import mimkd_ray
+from mimkd_ray import DataConfig, UserError, build_model, evaluate
+from mimkd_ray.data.sources.digits import DigitsSource
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True, cwd=ROOT)
+
+
+def test_the_import_is_quick_and_brings_neither_ray_nor_torch() -> None:
+    found = python(
+        "-X", "importtime", "-c", "import mimkd_ray, sys; print('ray' in sys.modules, 'torch' in sys.modules)"
+    )
+    assert found.stdout.split() == ["False", "False"]
+    (microseconds,) = re.findall(r"\|\s*(\d+) \| mimkd_ray$", found.stderr, re.MULTILINE)
+    assert int(microseconds) < 100_000
+
+
+def test_no_name_imports_ray() -> None:
+    code = (
+        "import mimkd_ray, sys\n"
+        "for name in mimkd_ray.__all__: assert getattr(mimkd_ray, name) is not None, name\n"
+        "print('ray' in sys.modules, 'torch' in sys.modules)"
+    )
+    assert python("-c", code).stdout.split() == ["False", "True"]
+
+
+def test_names_are_those_that_type_checkers_see() -> None:
+    tree = ast.parse(Path(mimkd_ray.__file__).read_text())
+    (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {}
+    for node in checked.body:
+        assert isinstance(node, ast.ImportFrom)
+        for alias in node.names:
+            assert alias.asname is not None, f"{alias.name} is not exported"
+            seen[alias.asname] = node.module, alias.name
+    assert sorted(seen) == sorted(mimkd_ray.__all__) == list(mimkd_ray.__all__)
+    for name, (home, inner) in seen.items():
+        expected = getattr(__import__(home or "", fromlist=[inner]), inner)
+        assert getattr(mimkd_ray, name) is expected, name
+
+
+def test_every_name_is_documented_and_listed() -> None:
+    listed = dir(mimkd_ray)
+    for name in mimkd_ray.__all__:
+        assert name in listed
+        text = getattr(mimkd_ray, name).__doc__
+        assert text, f"{name} has no docstring"
+        assert not text.startswith(f"{name}("), f"{name} has the docstring that dataclasses make"
+
+
+def test_what_is_not_there() -> None:
+    with pytest.raises(AttributeError, match=r"mimkd_ray.*'distil'"):
+        _ = mimkd_ray.distil  # type: ignore[attr-defined]
+
+
+def test_the_package_says_its_version_and_that_it_is_typed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert mimkd_ray.__version__ == project["project"]["version"]
+    assert "py.typed" in project["tool"]["setuptools"]["package-data"]["mimkd_ray"]
+    assert (ROOT / "mimkd_ray" / "py.typed").exists()
+
+
+# evaluate
+
+
+class Digits:
+    def __len__(self) -> int:
+        return 450
+
+    def __getitem__(self, row: int) -> tuple[Any, int]:
+        (found,) = DigitsSource("val").read([row])
+        return Image.fromarray(found.image), found.label  # type: ignore[arg-type]
+
+
+CONFIG = DataConfig(root="digits", loader_workers=0)
+
+
+def by_hand(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalised validation images, labels, and logits in evaluation mode."""
+    rows = DigitsSource("val").read(range(450))
+    images = torch.from_numpy(np.stack([row.image for row in rows])).permute(0, 3, 1, 2) / 255
+    images = (images - torch.tensor(CONFIG.mean).view(3, 1, 1)) / torch.tensor(CONFIG.std).view(3, 1, 1)
+    labels = torch.tensor([row.label for row in rows])
+    with torch.no_grad():
+        return images, labels, model.eval()(images)
+
+
+def test_evaluate_is_what_one_counts_by_hand() -> None:
+    torch.manual_seed(0)
+    model = build_model("cifar/resnet8", 10)
+    images, labels, logits = by_hand(model)
+    model.train()
+    top1 = 100 * float((logits.argmax(1) == labels).double().mean())
+    top5 = 100 * float((logits.topk(5).indices == labels[:, None]).any(1).double().mean())
+    loader = DataLoader(TensorDataset(images, labels), batch_size=64)
+    for found in (evaluate(model, CONFIG), evaluate(model, CONFIG, Digits()), evaluate(model, loader)):  # type: ignore[arg-type]
+        assert (found.top1, found.top5, found.rows) == (pytest.approx(top1), pytest.approx(top5), 450)
+        assert found.cross_entropy == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+        assert model.training
+
+
+def test_evaluate_refuses_what_are_no_batches() -> None:
+    model = build_model("cifar/resnet8", 10)
+    with pytest.raises(UserError, match="batch 0 is a Tensor"):
+        evaluate(model, [torch.zeros(2, 3, 8, 8)])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="gave no images"):
+        evaluate(model, [])
+    with pytest.raises(UserError, match="goes with a DataConfig"):
+        evaluate(model, [], Digits())  # type: ignore[arg-type]
+    assert model.training, "also after an error"

@@ -1,0 +1,180 @@
+"""Captured steps equal plain ones: same samples, views, random numbers, weights and metrics, also after a restart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_packed import alone, config_of, lines, pack, same, same_weights, variants
+from tiny_run import cpu, run_tiny, tiny_config, wait_for_checkpoints
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mimkd_ray.config import Config, CriticConfig, LossConfig
+from mimkd_ray.config.loss_presets import PRESETS
+from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.losses.methods.registry import RIVALS
+from mimkd_ray.train.build import build_network
+from mimkd_ray.train.captured import WARM_STEPS, CapturedEngine, make_engine
+from mimkd_ray.train.student import Session
+
+DRAWING = (1, 3)
+"""Of the variants: a network with dropout, and terms that read random locations."""
+
+
+def captured(config: Config) -> Config:
+    return replace(config, train=replace(config.train, engine="captured"))
+
+
+@contextmanager
+def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """A with-block in which the engines that are made are listed."""
+    made: list[Any] = []
+
+    def make(*arguments: Any) -> Any:
+        made.append(make_engine(*arguments))
+        return made[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mimkd_ray.train.loop.make_engine", make)
+        yield made
+
+
+@pytest.mark.parametrize("kind", ["live", "one lane", "step", "cached"])
+def test_a_captured_pack_equals_plain_lone_runs_bit_for_bit(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = variants(config_of(kind, tmp_path))
+    configs = [config for number, config in enumerate(every) if number not in DRAWING]
+    with engines(monkeypatch) as made:
+        pack([captured(config) for config in configs], tmp_path / "pack")
+    (engine,) = made
+    assert isinstance(engine, CapturedEngine)
+    assert engine.recorded is not None
+    assert not engine.gave_up
+    alone(configs, tmp_path / "alone")
+    for number in range(len(configs)):
+        same_weights(tmp_path / f"pack/{number}/student.safetensors", tmp_path / f"alone/{number}/student.safetensors")
+        assert lines(tmp_path / "pack" / str(number)) == lines(tmp_path / "alone" / str(number))
+
+
+def test_random_numbers_of_several_students_end_the_recording_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = variants(config_of("one lane", tmp_path))
+    with engines(monkeypatch) as made:
+        pack([captured(config) for config in configs], tmp_path / "pack")
+    assert made[0].gave_up
+    assert "steps are not captured" in capsys.readouterr().out
+    alone(configs, tmp_path / "alone")
+    for number in range(len(configs)):
+        same_weights(tmp_path / f"pack/{number}/student.safetensors", tmp_path / f"alone/{number}/student.safetensors")
+
+
+@pytest.mark.parametrize("member", DRAWING)
+def test_a_lone_student_draws_what_a_plain_one_draws(
+    tmp_path: Path, member: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = variants(config_of("one lane", tmp_path))[member]
+    with engines(monkeypatch) as made:
+        alone([captured(config)], tmp_path / "captured")
+    assert made[0].recorded is not None
+    alone([config], tmp_path / "plain")
+    same_weights(tmp_path / "captured/0/student.safetensors", tmp_path / "plain/0/student.safetensors")
+    assert lines(tmp_path / "captured/0") == lines(tmp_path / "plain/0")
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+@pytest.mark.parametrize(("first", "second"), [("captured", "plain"), ("plain", "captured"), ("captured", "captured")])
+def test_any_engine_goes_on_from_any_checkpoint(
+    tmp_path: Path, lanes: int, first: str, second: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections: dict[str, Any] = {
+        "train": {"lanes": lanes, "lane_batch": 20 // lanes, "epochs": 4, "ema_decay": 0.9},
+        "run": {"checkpoint_steps": 1},
+        "optim": {"name": "adamw", "lr": 0.002},
+    }
+    run_tiny(tmp_path / "whole", **sections)
+    real = Session.schedule
+
+    def dies(self: Session, step: int) -> None:
+        if step == 7:
+            raise RuntimeError("killed")
+        real(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "schedule", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_tiny(tmp_path / "halves", **sections | {"train": sections["train"] | {"engine": first}})
+    wait_for_checkpoints()
+    run_tiny(tmp_path / "halves", **sections | {"train": sections["train"] | {"engine": second}})
+    assert json.loads((tmp_path / "halves/result.json").read_text())["resumed_from"] >= 6
+    same_weights(tmp_path / "halves/student.safetensors", tmp_path / "whole/student.safetensors")
+
+
+def test_a_member_that_leaves_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_config(train={"epochs": 4, "lanes": 1})
+    configs = [base, replace(base, optim=replace(base.optim, lr=0.02))]
+    with engines(monkeypatch) as made:
+        pack([captured(config) for config in configs], tmp_path / "pack", lambda epoch, _: {0} if epoch == 2 else set())
+    assert made[0].recorded.sessions == [made[0].recorded.sessions[0]]
+    alone(configs[1:], tmp_path / "alone")
+    same(tmp_path / "pack/1", tmp_path / "alone/0")
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses what waits for the device, or copies a value from the host, which a graph cannot hold."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "lift_fresh", "equal", "unique")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__.removesuffix("2")
+        assert name not in self.REFUSED, f"{func} waits for the device or reads from the host"
+        if name in ("index", "index_put", "index_put_"):
+            assert not any(index is not None and index.dtype == torch.bool for index in args[1]), "a mask as an index"
+        return func(*args, **(kwargs or {}))
+
+
+OPTIONS: dict[str, LossConfig] = {
+    **{preset: LossConfig(preset=preset, queue=40) for preset in PRESETS},
+    **{method: LossConfig(name=(method,)) for method in RIVALS},
+    "soft": LossConfig(preset="best", queue=40, soft_temperature=0.2, symmetric=True, hard_share=0.5),
+    "concat": LossConfig(preset="two_sided", critic=CriticConfig(kind="concat", width=8)),
+    "everywhere": LossConfig(preset="best", queue=40, feature_negatives="all", schedule="rise", local_weight=1.0),
+}
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_nothing_of_a_step_needs_the_host(name: str, lanes: int) -> None:
+    if lanes > 1 and any(RIVALS[method].bank for method in OPTIONS[name].rivals):
+        lanes = 1  # a bank is for one lane
+    config = captured(tiny_config(train={"lanes": lanes, "lane_batch": 10}, optim={"clip_norm": 1.0}))
+    config = replace(config, loss=OPTIONS[name])
+    data = open_data(config.data)
+    session = Session(config, data, build_network(config, data.num_classes, "random"), cpu())
+    engine = make_engine([session])
+    assert isinstance(engine, CapturedEngine)
+    batches = session.batches(0)
+    for step in range(WARM_STEPS):
+        engine.step([session], step, batches)
+    with NoHost():
+        records, _ = engine._advance([session], None, False)
+    assert torch.isfinite(records[session].log["loss"])
+
+
+def test_the_mode_refuses_what_it_says() -> None:
+    values = torch.arange(4.0)
+    for wrong in (
+        lambda: values.sum().item(),
+        lambda: values[values > 1],
+        lambda: bool(values.any()),
+        lambda: torch.tensor(3.0) * values,
+    ):
+        with pytest.raises(AssertionError), NoHost():
+            wrong()

@@ -1,0 +1,104 @@
+"""CUDA graphs train what the plain engine trains, and what cannot be recorded is run plainly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import tiny_config
+
+from mimkd_ray.cli.local_launch import LocalContext
+from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.losses.distillation import MIMKDLoss
+from mimkd_ray.train.build import build_network
+from mimkd_ray.train.captured import WARM_STEPS, CapturedEngine, make_engine
+from mimkd_ray.train.inputs import Supply
+from mimkd_ray.train.loop import train
+from mimkd_ray.train.records import checkpoint
+from mimkd_ray.train.student import Session
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = LocalContext(torch.device("cuda"))
+
+
+def on_gpu(engine: str, members: int, steps: int, **train: Any) -> list[list[float]]:
+    """Losses of students on a GPU, by step. They differ in the learning rate."""
+    config = tiny_config(
+        data={"resident": "on"},
+        train={"engine": engine, "compile": "off", "lane_batch": 12, "epochs": 200, **train},
+        loss={"preset": "best", "queue": 50, "global_weight": 1.0},
+        optim={"lr": 0.01},
+        student={"name": "cifar/resnet8"},
+    )
+    data = open_data(config.data)
+    teacher = build_network(config, data.num_classes, "random")
+    supply = Supply([config], data, teacher, GPU)
+    rates = [config.optim.lr / (1 + number) for number in range(members)]
+    configs = [replace(config, optim=replace(config.optim, lr=rate)) for rate in rates]
+    sessions = [Session(own, data, teacher, GPU, supply=supply) for own in configs]
+    runner = make_engine(sessions)
+    batches = supply.batches(0)
+    losses = []
+    for step in range(steps):
+        if engine == "captured" and step == WARM_STEPS + 2:
+            torch.cuda.set_sync_debug_mode("error")
+        records, _ = runner.step(sessions, step, batches)
+        torch.cuda.set_sync_debug_mode("default")
+        losses.append([float(records[session].log["loss"]) for session in sessions])
+    assert engine == "plain" or (isinstance(runner, CapturedEngine) and runner.recorded is not None)
+    supply.close()
+    return losses
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("members", [1, 3])
+def test_a_graph_trains_what_the_plain_engine_trains(lanes: int, members: int) -> None:
+    train = {"precision": "float32", "lanes": lanes}
+    graph, plain = (torch.tensor(on_gpu(engine, members, 30, **train)) for engine in ("captured", "plain"))
+    assert plain[-5:].mean() < plain[:5].mean(), "it trains"
+    # The arithmetic differs in the order of sums, and every step of training multiplies that.
+    assert torch.allclose(graph[:8], plain[:8], rtol=2e-3, atol=2e-3)
+    assert torch.allclose(graph, plain, rtol=5e-2, atol=5e-2)
+
+
+def test_a_run_is_written(tmp_path: Path) -> None:
+    config = tiny_config(
+        data={"resident": "on"},
+        train={"epochs": 4, "lanes": 1, "lane_batch": 12, "precision": "float32"},
+        run={"checkpoint_steps": 1},
+    )
+    data = open_data(config.data)
+    teacher = build_network(config, data.num_classes, "random")
+    result = train(config, data, teacher, GPU, str(tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in trained] == list(range(1, result["steps"] + 1))
+    assert trained[0]["lr"] == pytest.approx(config.optim.lr)
+    found = checkpoint.newest(str(tmp_path))
+    assert found is not None
+    groups = checkpoint.parse(found[1], torch.device("cpu"))["optimizer"]["param_groups"]
+    assert all(isinstance(group["lr"], float) and not group["fused"] for group in groups)
+
+
+def test_what_cannot_be_recorded_is_run_plainly(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = MIMKDLoss.forward
+
+    def looks(self: MIMKDLoss, *arguments: Any) -> Any:
+        found = real(self, *arguments)
+        if not torch.isfinite(found.total).item():
+            raise ValueError
+        return found
+
+    plain = on_gpu("plain", 2, 10, precision="float32")
+    monkeypatch.setattr(MIMKDLoss, "forward", looks)
+    with pytest.raises(AssertionError):  # of the helper: nothing was recorded
+        on_gpu("captured", 2, 10, precision="float32")
+    assert "steps are not captured" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert torch.allclose(torch.tensor(on_gpu("captured", 2, 10, precision="float32")), torch.tensor(plain), rtol=5e-2)
