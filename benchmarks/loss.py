@@ -30,7 +30,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mimkd_ray.config import CriticConfig, LossConfig
 from mimkd_ray.config.loss_presets import Kind
-from mimkd_ray.losses import terms as terms_module
 from mimkd_ray.losses.critics import DotCritic
 from mimkd_ray.losses.distillation import MIMKDLoss, valid_pairs
 from mimkd_ray.losses.features import Features
@@ -40,6 +39,7 @@ CLASSES = 1000
 SHAPES = {"layer3": (256, 14, 14), "layer4": (512, 7, 7)}
 """Maps of ResNet-18 and ResNet-34 at 224 px; both networks' vectors have 512 channels."""
 VECTOR = 512
+ALL_AT_ONCE = 2**62  # bytes that scores may take
 
 PAIRS: tuple[tuple[Kind, str, str], ...] = (
     ("global", "pool", "pool"),
@@ -293,20 +293,13 @@ def memory(device: torch.device, batch: int = 256, locations: int = 196, width: 
     valid = valid_pairs(torch.arange(batch, device=device), "all")
     inputs = teacher.nbytes + student.nbytes
 
-    def run() -> None:
-        loss, _ = score_term(critic, Objective("infonce"), Candidates(teacher, valid), student)
+    def run(score_bytes: int = 0) -> None:
+        loss, _ = score_term(critic, Objective("infonce"), Candidates(teacher, valid), student, score_bytes=score_bytes)
         torch.autograd.grad(loss, [teacher, student])
 
     run()
     ours = peak_extra_bytes(run, device) / inputs
-    by_chunks = terms_module._by_chunks
-    try:
-        terms_module._by_chunks = lambda score, own_LBd, teacher_LKd, student_LBd, values: score(
-            own_LBd, teacher_LKd, student_LBd
-        )
-        naive = peak_extra_bytes(run, device) / inputs
-    finally:
-        terms_module._by_chunks = by_chunks
+    naive = peak_extra_bytes(lambda: run(ALL_AT_ONCE), device) / inputs
     rows: list[list[object]] = [["ours", ours], ["all scores at once", naive]]
     print(f"local term, B = {batch}, {locations} locations, d = {width}: inputs of {inputs / 2**20:.1f} MiB")
     print(table(["memory", "peak extra / inputs"], rows))

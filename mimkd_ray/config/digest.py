@@ -15,6 +15,7 @@ _SECTIONS_NOT_IN_DIGEST = ("recipe", "run", "launch")
 
 _NOT_IN_DIGEST = {
     "train": ("log_every", "eval_every", "eval_batch", "information_rows", "engine"),
+    "loss": ("score_memory_mb",),
     "data": ("loader_workers", "read_ahead", "store", "store_gb", "resident"),
     "cache": ("shard_rows", "batch", "workers", "canary", "tolerance"),
 }

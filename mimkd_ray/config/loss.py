@@ -64,6 +64,9 @@ class LossConfig:
     locations: int | None = None
     """Of a map with more locations, as many are scored in a step, on an even grid that is elsewhere at every step; 0:
     always all. Unset: the preset's. Mutual information is read over all of them."""
+    score_memory_mb: int = 0
+    """Memory in MiB for the scores of a term at a time; more are computed in chunks, and again in the backward pass. 0:
+    256 on a GPU, on a CPU a quarter of the embeddings'."""
     global_weight: float | None = None
     """Weight of each global term (teacher vector, student vector). 0 turns the kind off. Unset: the preset's."""
     local_weight: float | None = None
@@ -110,6 +113,8 @@ class LossConfig:
             raise UserError(f"loss.label_smoothing is {self.label_smoothing}; it must lie in [0, 1)")
         if self.locations is not None and self.locations < 0:
             raise UserError(f"loss.locations is {self.locations}; it must be at least 1, or 0 for all")
+        if self.score_memory_mb < 0:
+            raise UserError(f"loss.score_memory_mb is {self.score_memory_mb}; give MiB, or 0 for the device's default")
         for name in ("kd_temperature", "dkd_temperature", "dist_temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"loss.{name} is {getattr(self, name)}; it must be positive and finite")

@@ -120,6 +120,7 @@ class MIMKDLoss(nn.Module):
             raise UserError(f"a tap pair stands twice in the loss: {', '.join(term.name for term in terms)}")
         self.bound = config.resolved_bound
         self.negatives: Negatives = config.resolved_negatives
+        self.score_bytes = config.score_memory_mb * 2**20
         self.objective = Objective(
             self.bound, int(self.negatives == "rolled"), config.soft_temperature, config.symmetric, config.hard_share
         )
@@ -279,7 +280,7 @@ class MIMKDLoss(nn.Module):
                     valid_BM &= classes_B.unsqueeze(1) != self.queue.labels_Q[:count]
                 candidates = _queued(candidates, self.queue.vectors(term.teacher, count), valid_BM)
         everywhere = self.config.feature_negatives == "all"
-        return score_term(critic, objective, candidates, student_LBC, everywhere)
+        return score_term(critic, objective, candidates, student_LBC, everywhere, self.score_bytes)
 
     def _read(
         self, term: Term, critic: Critic, teacher: Features, student: Features, labels_B: Tensor, ids_B: Tensor
@@ -288,14 +289,14 @@ class MIMKDLoss(nn.Module):
         Held-out images are in no queue."""
         teacher_LBC, student_LBC = inputs_of(term, teacher, student, 0)
         candidates = Candidates(critic.reduce_teacher(teacher_LBC), valid_pairs(ids_B, "all"))
-        loss, stats = score_term(critic, Objective(self.bound), candidates, student_LBC)
+        loss, stats = score_term(critic, Objective(self.bound), candidates, student_LBC, score_bytes=self.score_bytes)
         if self.queue is None or term.kind == "feature":
             return loss, stats
         count = max(1, self.queue.size // len(student_LBC))
         valid_BM = self.queue.filled_Q[:count].expand(len(ids_B), -1)
         candidates = _queued(candidates, self.queue.vectors(term.teacher, count), valid_BM)
         lane = {"lane_nats": stats["nats"], "lane_ceiling": stats["ceiling"]}
-        loss, stats = score_term(critic, Objective(self.bound), candidates, student_LBC)
+        loss, stats = score_term(critic, Objective(self.bound), candidates, student_LBC, score_bytes=self.score_bytes)
         return loss, stats | lane
 
 

@@ -8,8 +8,8 @@ Kinds of term, after arXiv 2110.15946 (the pairing of unequal shapes and the cri
 
 Of a large map each step scores an even grid of `locations`, elsewhere each time (locations.py).
 
-Memory: the scores of all pairs at every location would be B*K*L values. Locations are scored in chunks that are
-computed again in the backward pass, so a term holds O(L*(B+K)*d).
+Memory: the scores of all pairs at every location would be B*K*L values. Where those are many, locations are scored in
+chunks that are computed again in the backward pass, so that a term holds O(L*(B+K)*d).
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from mimkd_ray.losses.critics import Critic
 from mimkd_ray.losses.features import Features, match_sizes
 from mimkd_ray.losses.locations import draw_locations, to_locations
 from mimkd_ray.losses.precision import full_precision
+
+GPU_SCORE_BYTES = 256 * 2**20
+"""Memory for a term's scores at a time on a GPU, unless the config says otherwise."""
 
 LOGITS = "logits"
 """The name of a tap pair's side that reads a network's logits, as a vector."""
@@ -98,13 +101,15 @@ def score_term(
     candidates: Candidates,
     student_LBC: Tensor,
     all_locations: bool = False,
+    score_bytes: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Embed both sides, score positives and negatives, and apply the objective at each location.
 
     Returns the loss (mean over locations, with gradient) and detached statistics: nats, ceiling, scale, bias, mean_u
     (positives), mean_v (negatives). The candidates may have one location, which serves all of the student's. With
-    ``all_locations`` a location's negatives are the other images' features at every location. Extra memory is
-    O(L*(B+K)*width), time O(L*B*K*width) for all candidates and O(L*B*width) for rolled.
+    ``all_locations`` a location's negatives are the other images' features at every location. ``score_bytes``: memory
+    for scores at a time; 0: chosen by the device (:func:`_chunk_size`). Extra memory is O(L*(B+K)*width), time
+    O(L*B*K*width) for all candidates and O(L*B*width) for rolled.
     """
     batch = student_LBC.shape[1]
     teacher_LKd = critic.embed_teacher(candidates.reduced_LKC, batch)
@@ -142,7 +147,10 @@ def score_term(
     if objective.rolled:
         stats_4L = rolled(own_LBd, student_LBd)
     else:
-        stats_4L = _by_chunks(all_pairs, own_LBd, teacher_LKd, student_LBd, valid_BK.shape[1] * critic.pair_width)
+        values = valid_BK.shape[1] * critic.pair_width
+        stats_4L = _by_chunks(
+            all_pairs, own_LBd, teacher_LKd, student_LBd, _chunk_size(student_LBd, values, score_bytes)
+        )
     loss, nats, mean_u, mean_v = stats_4L.mean(1).unbind()
     return loss, {
         "nats": nats.detach(),
@@ -200,24 +208,33 @@ def hardest(similarity_LBK: Tensor, valid_BK: Tensor, share: float) -> Tensor:
     return valid_BK & (among_LBK >= least_LB1)
 
 
+def _chunk_size(student_LBd: Tensor, values: int, score_bytes: int) -> int:
+    """Return how many locations are scored at a time. ``values`` are held for the scores of one image at one location.
+
+    As many as ``score_bytes`` hold, at least one; by default GPU_SCORE_BYTES on a GPU, where many small operations cost
+    more than memory. On a CPU the scores of a chunk are by default at most a quarter of the embeddings' size, since a
+    bound holds a handful of tensors of the scores' size; where all together are at most half of it, nothing is to be
+    saved, and they are computed at once.
+    """
+    locations, batch, width = student_LBd.shape
+    if not score_bytes and student_LBd.device.type == "cuda":
+        score_bytes = GPU_SCORE_BYTES
+    if score_bytes:
+        return max(1, score_bytes // (batch * values * student_LBd.element_size()))
+    return locations if 2 * values <= width else max(1, locations * width // (4 * values))
+
+
 def _by_chunks(
     score: Callable[[Tensor, Tensor, Tensor], Tensor],
     own_LBd: Tensor,
     teacher_LKd: Tensor,
     student_LBd: Tensor,
-    values: int,
+    size: int,
 ) -> Tensor:
-    """Apply ``score`` to chunks of locations and join the results; chunks are recomputed in the backward pass.
-
-    ``values`` are held for the scores of one image at one location. The scores of a chunk are at most a quarter of the
-    embeddings' size (or one location's, if that is more), since a bound holds a handful of tensors of the scores' size.
-    Where all scores together are at most half of the embeddings' size nothing is to be saved and they are computed at
-    once.
-    """
-    locations, _, width = student_LBd.shape
-    if 2 * values <= width or locations == 1:
+    """Apply ``score`` to chunks of ``size`` locations and join the results; chunks are recomputed in the backward pass,
+    a single one is not."""
+    if size >= len(student_LBd):
         return score(own_LBd, teacher_LKd, student_LBd)
-    size = max(1, locations * width // (4 * values))
     # split (and not slicing) has one backward for all chunks: slices would each allocate a gradient of full size.
     students = student_LBd.split(size)
     owns = own_LBd.split(size) if len(own_LBd) > 1 else (own_LBd,) * len(students)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from mimkd_ray.config import CriticConfig, LossConfig
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses import terms as terms_module
 from mimkd_ray.losses.bounds import BOUNDS, SMILE_CLIP
 from mimkd_ray.losses.critics import DotCritic, build_critic
 from mimkd_ray.losses.distillation import MIMKDLoss, valid_pairs
@@ -336,9 +335,10 @@ def test_chunks_change_nothing(bound, kind, teacher_locations, monkeypatch):
     score = critic.all_pairs
     monkeypatch.setattr(critic, "all_pairs", lambda s, t: calls.append((len(s), len(t))) or score(s, t), raising=False)
 
-    def run():
+    def run(score_bytes=0):
         calls.clear()
-        loss, stats = score_term(critic, Objective(bound), Candidates(teacher, valid), student)
+        candidates = Candidates(teacher, valid)
+        loss, stats = score_term(critic, Objective(bound), candidates, student, score_bytes=score_bytes)
         forward = list(calls)
         return (
             forward,
@@ -353,9 +353,12 @@ def test_chunks_change_nothing(bound, kind, teacher_locations, monkeypatch):
     assert len(calls) == 2 * len(chunks)  # scored again in the backward pass
     with torch.no_grad():
         evaluated, _ = score_term(critic, Objective(bound), Candidates(teacher, valid), student)
-    monkeypatch.setattr(terms_module, "_by_chunks", lambda score, own, t, s, values: score(own, t, s))
-    whole, plain_loss, plain_stats, plain_gradients = run()
+    two_locations = 2 * 6 * 6 * critic.pair_width * 8  # scores of 6 images and 6 candidates in float64
+    assert [students for students, _ in run(two_locations)[0]] == [2, 2, 2, 2, 1]
+    assert len(run(1)[0]) == 9
+    whole, plain_loss, plain_stats, plain_gradients = run(2**40)
     assert whole == [(9, teacher_locations)]
+    assert len(calls) == 1, "nothing is computed again"
     assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-12)
     assert evaluated.item() == pytest.approx(plain_loss.item(), rel=1e-12)
     for key in stats:
