@@ -20,6 +20,7 @@ Sources: JSD as in f-GAN (Nowozin 2016) and Deep InfoMax (Hjelm 2019); Donsker-V
 2018); NWJ (Nguyen 2010); InfoNCE (van den Oord 2018); SMILE (Song & Ermon 2020). The candidates of InfoNCE are
 the positive and the negatives. The jsd objective is not mutual information in nats (it lies in [-2 ln 2, 0]); its
 critic is, and is read by DV. A reading of one negative per positive is noisy: read over all pairs, on held-out data.
+Temperature and its limit belong to the critic (critics.py).
 """
 
 from __future__ import annotations

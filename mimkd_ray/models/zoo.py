@@ -18,7 +18,7 @@ _WITH_AUX = ("googlenet", "inception_v3")
 
 def model_names() -> list[str]:
     """Names that `build_model` knows, sorted: torchvision's classifiers and cifar/NAME (without timm's)."""
-    from mimkd_ray.models.cifar import NETWORKS
+    from mimkd_ray.models.cifar_registry import NETWORKS
 
     return sorted([*_torchvision_names(), *(f"cifar/{name}" for name in NETWORKS)])
 
@@ -119,7 +119,7 @@ def _sized(name: str, image_size: int | None, make: Callable[[], nn.Module]) -> 
 
 
 def _from_cifar(name: str, num_classes: int, published: bool) -> nn.Module:
-    from mimkd_ray.models.cifar import NETWORKS
+    from mimkd_ray.models.cifar_registry import NETWORKS
 
     build = NETWORKS.get(name.removeprefix("cifar/"))
     if build is None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from mimkd_ray.data.order.permutations import raw
+from mimkd_ray.data.order.random_numbers import raw
 from mimkd_ray.errors import DamagedDataError
 from mimkd_ray.teacher_cache.feature_manifest import Error
 from mimkd_ray.teacher_cache.pixel_digests import ALLOWED_LEVELS, compare

@@ -216,7 +216,8 @@ def test_config_refuses_empty_names() -> None:
 
 
 def test_importing_the_package_imports_neither_torchvision_nor_ray() -> None:
-    modules = "mimkd_ray.models.zoo, mimkd_ray.models.cifar, mimkd_ray.taps.default_stages, mimkd_ray.taps.tapped_model"
+    names = ("models.zoo", "models.cifar_registry", "taps.default_stages", "taps.tapped_model")
+    modules = ", ".join(f"mimkd_ray.{name}" for name in names)
     code = f"import sys, {modules}; print(sorted({{'ray', 'torchvision', 'timm'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import start_ranks
 from torch import Tensor, nn
 
-from mimkd_ray.models.cifar import NETWORKS
+from mimkd_ray.models.cifar_registry import NETWORKS
 from mimkd_ray.taps.tapped_model import TappedModel
 
 WORLD = 2

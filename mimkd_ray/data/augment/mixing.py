@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.config import MixConfig
-from mimkd_ray.data.order import permutations
+from mimkd_ray.data.order import random_numbers
 
 
 class Mix(NamedTuple):
@@ -28,7 +28,7 @@ def draw_mix(config: MixConfig, seed: int, step: int, lane: int, height: int, wi
     """Return what happens to this batch of images (height, width), None if nothing. Host only, 35 us."""
     if not config.active:
         return None
-    key = permutations.raw(2, seed, "batch mixing", step, lane)
+    key = random_numbers.raw(2, seed, "batch mixing", step, lane)
     draw = np.random.RandomState(
         np.random.Philox(key=key)
     )  # NumPy has frozen its distributions, Generator's it may change

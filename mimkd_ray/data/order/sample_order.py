@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mimkd_ray.data.order.blocks import Blocks
-from mimkd_ray.data.order.permutations import Permutation
+from mimkd_ray.data.order.random_numbers import Permutation
 from mimkd_ray.errors import UserError
 
 

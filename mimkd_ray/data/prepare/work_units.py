@@ -24,7 +24,7 @@ import numpy as np
 
 from mimkd_ray import storage
 from mimkd_ray.data.augment.decode import DamagedImageError, decode
-from mimkd_ray.data.order.permutations import permutation, raw
+from mimkd_ray.data.order.random_numbers import permutation, raw
 from mimkd_ray.data.prepare.input_pieces import THREADS, Piece
 from mimkd_ray.data.sources.shard_manifest import Block, Shard
 from mimkd_ray.errors import DamagedDataError, UserError

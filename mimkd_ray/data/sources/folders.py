@@ -21,7 +21,7 @@ import numpy as np
 from mimkd_ray import storage
 from mimkd_ray.data.augment.decode import Encoded
 from mimkd_ray.data.order.blocks import Blocks
-from mimkd_ray.data.order.permutations import permutation
+from mimkd_ray.data.order.random_numbers import permutation
 from mimkd_ray.data.sources.source import Row, digest_of
 from mimkd_ray.data.store.block_reader import BlockReader
 from mimkd_ray.data.store.block_store import BlockStore

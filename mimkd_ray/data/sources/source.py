@@ -21,7 +21,7 @@ import numpy as np
 
 from mimkd_ray.data.augment.decode import Encoded
 from mimkd_ray.data.order.blocks import Blocks
-from mimkd_ray.data.order.permutations import permutation, raw
+from mimkd_ray.data.order.random_numbers import permutation, raw
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.errors import UserError
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.config import Config
-from mimkd_ray.data.order.permutations import raw
+from mimkd_ray.data.order.random_numbers import raw
 from mimkd_ray.errors import UserError
 from mimkd_ray.teacher_cache.mapped_vectors import COLUMN_VIEW, open_column
 from mimkd_ray.teacher_cache.reader import FeatureReader

@@ -13,7 +13,7 @@ from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.augment.views import Pipeline, View
 from mimkd_ray.data.loading.batches import Key, LaneBatch
 from mimkd_ray.data.loading.loader import to_device, view_batches
-from mimkd_ray.data.order.permutations import Permutation
+from mimkd_ray.data.order.random_numbers import Permutation
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.losses.features import Features
 from mimkd_ray.taps.tap_codecs import by_label

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimkd_ray.data.order import permutations
+from mimkd_ray.data.order import random_numbers
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.sample_order import Order, view_number
 from mimkd_ray.errors import UserError
@@ -34,12 +34,12 @@ def whole_line(order: Order, epoch: int) -> list[int]:
         blocks.append(list(range(first, first + rows)))
         first += rows
     if order.window == 0:
-        return permutations.permutation(first, order.seed, "rows", epoch).tolist()
-    shuffled = [blocks[b] for b in permutations.permutation(len(blocks), order.seed, "blocks", epoch)]
+        return random_numbers.permutation(first, order.seed, "rows", epoch).tolist()
+    shuffled = [blocks[b] for b in random_numbers.permutation(len(blocks), order.seed, "blocks", epoch)]
     line: list[int] = []
     for window, start in enumerate(range(0, len(shuffled), order.window)):
         rows = [row for block in shuffled[start : start + order.window] for row in block]
-        chance = permutations.raw(len(rows), order.seed, "window", epoch, window).tolist()
+        chance = random_numbers.raw(len(rows), order.seed, "window", epoch, window).tolist()
         line += [row for _, row in sorted(zip(chance, rows, strict=True))]
     return line
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mimkd_ray.models.cifar import NETWORKS, TAPS
+from mimkd_ray.models.cifar_registry import NETWORKS, TAPS
 from mimkd_ray.taps.default_stages import default_taps
 from mimkd_ray.taps.tapped_model import find_shapes
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimkd_ray.data.order import permutations
-from mimkd_ray.data.order.permutations import Permutation, permutation, raw
+from mimkd_ray.data.order import random_numbers
+from mimkd_ray.data.order.random_numbers import Permutation, permutation, raw
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**40), st.integers(0, 9), st.booleans())
@@ -15,7 +15,7 @@ def test_a_bijection_and_its_inverse(count: int, seed: int, epoch: int, network:
     chosen = Permutation(count, seed, "test", epoch)
     with pytest.MonkeyPatch.context() as patch:
         if network:
-            patch.setattr(permutations, "SORTED_COUNT", 0)
+            patch.setattr(random_numbers, "SORTED_COUNT", 0)
         numbers = chosen.at(np.arange(count))
         assert sorted(numbers.tolist()) == list(range(count))
         assert chosen.places(numbers).tolist() == list(range(count))
