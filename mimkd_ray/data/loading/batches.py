@@ -64,6 +64,13 @@ class LaneBatch:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """An evaluation batch of one image, which is damaged."""
+
+    image: str
+
+
+@dataclass(frozen=True)
 class Key:
     """What to make: a whole batch is one unit of work for a loader process."""
 
@@ -131,8 +138,8 @@ class Batches(Protocol):
         """Return the size of one image of a batch."""
         ...
 
-    def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch | str:
-        """Return the batch; its images in `memory` (bytes), if they fit; or the name of its one, damaged image."""
+    def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch | LeftOut:
+        """Return the batch; its images in `memory` (bytes), if they fit; or the one image of it that is damaged."""
         ...
 
 
@@ -211,15 +218,15 @@ class EvalBatches:
         """Return the size of one image of a batch."""
         return self.transform(_BLANK).numel()
 
-    def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch | str:
-        """Return the batch, its images in `memory` (bytes), if they fit; or the name of its one, damaged image."""
+    def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch | LeftOut:
+        """Return the batch, its images in `memory` (bytes), if they fit; or the one image of it that is damaged."""
         try:
             return _decode_all(self.source, key, lambda row, _: self.transform(decode(row.image)), memory).batch(key)
         except _AllDamagedError as error:
             if len(key.positions) > 1:
                 raise
             # A slice may end in a batch of one: if damaged, that is one image, and no sign of a broken set.
-            return error.names[0]
+            return LeftOut(error.names[0])
 
 
 def nearest_intact(places: Sequence[int], count: int) -> list[int]:

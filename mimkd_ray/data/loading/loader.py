@@ -1,7 +1,7 @@
 """From an order to batches, in this process or in loader processes, and on to the device.
 
-    order  ->  keys (step, lane, positions)  ->  loader processes: read, decode, view, stack  ->  a thread: batches in
-    the order of keys, ready when they are asked for
+    order  ->  keys (step, lane, positions)  ->  loader processes: read, decode, view, stack  ->  batches in the order
+    of keys, a few finished ahead of need
          `->  read-ahead: blocks into the node's store, before the loader processes need them
 
 A whole batch is one unit of work for a loader process. Processes, not threads: views draw from torch's default
@@ -31,15 +31,15 @@ from mimkd_ray.data.loading.batches import (
     FeatureSource,
     Key,
     LaneBatch,
+    LeftOut,
     TrainBatches,
     TrainKeys,
     ViewBatches,
 )
 from mimkd_ray.data.loading.cpu_quota import usable_cores
 from mimkd_ray.data.loading.helper_processes import helper_context
-from mimkd_ray.data.loading.prefetch_thread import in_thread
 from mimkd_ray.data.loading.read_ahead import AheadSource, Distance, ReadAhead, WithFeatures, distance
-from mimkd_ray.data.loading.shared_memory import Answer, Answers, Requests, make_slots
+from mimkd_ray.data.loading.shared_memory import Answer, Answers, Failed, Requests, make_slots
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import UserError
@@ -59,8 +59,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 PREFETCH = 4  # finished batches that wait per loader process
-HANDED_OVER = 2  # batches that are ready in the training process: taking one from the loader costs 0.6 ms
-SPARE_SLOTS = 4 + HANDED_OVER  # batches that the training process has in hand
+SPARE_SLOTS = 4  # batches that the training process has in hand
 WORKERS_PER_CPU = 4  # more loader processes than this times the cores is taken for a typing error
 
 
@@ -273,9 +272,7 @@ def _run(
         generator=torch.Generator(),  # its own: the loader's draw would move the training process's generator
     )
     try:
-        # Made here, not in the thread: processes are forked now, while no other thread can hold a lock.
-        made = _opened(iter(loader), reader)
-        yield from in_thread(made, HANDED_OVER) if loader_workers else made
+        yield from _opened(iter(loader), reader)
     finally:
         if reader is not None:
             reader.close()
@@ -286,10 +283,10 @@ def _opened(answers: Iterator[Answer], reader: ReadAhead | None) -> Iterator[Lan
         if reader is not None:
             reader.consumed(number)
         made = answer.open()
-        if isinstance(made, Exception):
-            raise made
-        if isinstance(made, str):
-            logger.warning("damaged image, left out: %s", made)
+        if isinstance(made, Failed):
+            raise made.error
+        if isinstance(made, LeftOut):
+            logger.warning("damaged image, left out: %s", made.image)
             continue
         yield made
 

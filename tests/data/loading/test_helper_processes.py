@@ -17,7 +17,7 @@ from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.views import FitSize, View
 from mimkd_ray.data.loading import shared_memory
 from mimkd_ray.data.loading.helper_processes import helper_context
-from mimkd_ray.data.loading.loader import train_batches
+from mimkd_ray.data.loading.loader import PREFETCH, SPARE_SLOTS, train_batches
 from mimkd_ray.data.loading.read_ahead import PARENT_POLL_S
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.data_set import open_data
@@ -72,7 +72,7 @@ def test_images_still_come_in_shared_slots(
         assert torch.equal(ours.images_BCHW, expected.images_BCHW)
         assert torch.equal(ours.ids_B, expected.ids_B)
     (slots,) = made
-    places = {slots.memory(slot).data_ptr() for slot in range(10)}
+    places = {slots.memory(slot).data_ptr() for slot in range(PREFETCH + SPARE_SLOTS)}
     assert {batch.images_BCHW.data_ptr() for batch in found} & places == places, "each slot holds a batch"
 
 

@@ -16,6 +16,8 @@ from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.views import View, decode, make_pipeline
 from mimkd_ray.data.loading import loader, shared_memory
 from mimkd_ray.data.loading.loader import (
+    PREFETCH,
+    SPARE_SLOTS,
     DamageCounter,
     LaneBatch,
     eval_batches,
@@ -284,8 +286,8 @@ def test_slots_are_used_again_when_batches_are_gone(source: Source, monkeypatch:
     assert next(batches, None) is None
     (slots,) = made
     free = [slots.take() for _ in range(20)]
-    assert sorted(slot for slot in free if slot is not None) == list(range(10))
-    assert len(places) <= 10
+    assert sorted(slot for slot in free if slot is not None) == list(range(PREFETCH + SPARE_SLOTS))
+    assert len(places) <= PREFETCH + SPARE_SLOTS
 
 
 def test_collected_batches_keep_their_images(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
