@@ -14,7 +14,9 @@ graphs, and the same code is called for every step; so it is tested.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -156,9 +158,11 @@ class CapturedEngine:
         else:
             here = torch.cuda.current_stream()
             self.stream.wait_stream(here)
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(self.stream), _waits_noted() as waits:
                 done = self._advance(sessions, seeds, self.spare)
             here.wait_stream(self.stream)
+            if waits and self.warm == WARM_STEPS:  # in the first steps libraries set themselves up
+                self._give_up(f"a network or a loss waits for the device ({waits[0]})")
         if len(sessions) * len(self.buffers) > 1 and seeds.drawn():
             self._give_up("networks or losses draw random numbers, of which each lane and student has its own")
         return done
@@ -168,13 +172,14 @@ class CapturedEngine:
         if self.stream is None:
             self.recorded = _Recorded(None, list(sessions), [], None)
             return
-        graph = torch.cuda.CUDAGraph()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 records, _ = self._advance(sessions, None, False)
                 logs = [records[session].log for session in sessions]
                 figures_M = torch.stack([value for log in logs for value in log.values()])
         except RuntimeError as error:
+            torch.cuda.set_stream(here)
             self._give_up(str(error).partition("\n")[0])
             return
         self.recorded = _Recorded(graph, list(sessions), [list(log) for log in logs], figures_M)
@@ -190,6 +195,26 @@ class CapturedEngine:
         self.gave_up = True
         self.streams = []
         say(self.context, f"steps are not captured, and run operation by operation: {why}")
+
+
+@contextmanager
+def _waits_noted() -> Iterator[list[str]]:
+    """A with-block that yields a list, in which what waits for a CUDA device is noted: a graph cannot hold it, and a
+    failed recording leaves PyTorch's random numbers unusable."""
+    waits: list[str] = []
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in warned:
+        if "synchronizing CUDA operation" in str(warning.message):
+            waits.append(f"{warning.filename}, line {warning.lineno}")
+        elif "prototype feature" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 class _Seeds:
