@@ -12,7 +12,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-SHOWN = {"two_sided": "release 0.1 (two_sided)", "queue": "frozen teacher side, queue", "best": "preset best"}
+SHOWN = {
+    "two_sided": "release 0.1 (two_sided)",
+    "queue": "frozen teacher side, queue",
+    "feature_3": "preset accuracy",
+    "best": "preset best",
+}
+BASELINES = {"kd": ("KD", "grey", "-"), "alone": ("alone", "grey", ":")}
 
 
 def series(curve: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -46,8 +52,10 @@ def main() -> None:
         axes[2].plot(*series(curve, "ce/grad_norm"), color=color, linestyle="--")
         epochs, scales = series(curve, f"{term}/scale")
         axes[3].plot(epochs, [1 / scale for scale in scales], color=color)
-    if "kd" in runs:
-        axes[0].plot(*series(next(iter(runs["kd"].values()))["curve"], "top1"), color="grey", label="KD")
+    for arm, (label, color, line) in BASELINES.items():
+        if arm in runs:
+            curve = next(iter(runs[arm].values()))["curve"]
+            axes[0].plot(*series(curve, "top1"), color=color, linestyle=line, label=label)
     for axis, title in zip(
         axes,
         (
