@@ -1,4 +1,4 @@
-"""Items of an iterator, made ready in a thread while the consumer works on the ones before."""
+"""Prefetching of an iterator's items in a thread, while the consumer works on earlier ones."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-LOOK_S = 0.1  # between two looks at whether anybody still wants more
-JOIN_S = 5.0  # for which closing waits; a thread that hangs in a slow read ends with it, or with the process
+LOOK_S = 0.1  # seconds between two checks of whether the consumer has stopped
+JOIN_S = 5.0  # seconds that closing waits; a thread stuck in a slow read ends with the read or with the process
 _END = object()
 
 
 def in_thread(items: Iterator[T], depth: int) -> Iterator[T]:
-    """Yield the items in their order, up to `depth` of them ready; an error comes after the items before it.
+    """Yield the items in order, with up to `depth` of them ready; an error is raised after the items before it.
 
-    Items are made in the thread, and a generator is closed there. Closing this one waits for it, but not for ever.
+    Items are made in the thread, and a generator is closed there. Closing this generator waits for that, at most
+    JOIN_S.
     """
     ready: queue.Queue[Any] = queue.Queue(depth)
     stop = threading.Event()
 
     def put(item: Any) -> bool:
-        """Say whether it was taken in."""
+        """Return whether the consumer took the item."""
         while not stop.is_set():
             try:
                 ready.put(item, timeout=LOOK_S)
