@@ -32,5 +32,5 @@ class MixConfig:
 
     @property
     def active(self) -> bool:
-        """Whether any batch is mixed."""
+        """True if any batch is mixed."""
         return self.probability > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
