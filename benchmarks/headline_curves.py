@@ -16,7 +16,7 @@ SHOWN = {"two_sided": "release 0.1 (two_sided)", "queue": "frozen teacher side, 
 
 
 def series(curve: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Epochs and values of a figure of the evaluations."""
+    """Return epochs and values of a figure of the evaluations."""
     lines = [line for line in curve if key in line]
     return [line["epoch"] for line in lines], [line[key] for line in lines]
 

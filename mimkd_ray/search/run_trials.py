@@ -29,7 +29,7 @@ from mimkd_ray.train.records import start_times
 from mimkd_ray.train.worker import obtain_teacher
 
 Tell = Callable[[Mapping[int, Mapping[str, Any]]], None]
-"""Passes the figures of an evaluation on, by number of trial. It raises to end the trial."""
+"""Callback for the figures of an evaluation, by number of trial. It raises to end the trial."""
 
 REASON = 2000
 """Characters of an error that are kept: the error of a non-finite loss names 64 images before the remedy."""
