@@ -1,8 +1,8 @@
-"""Ray's autoscaler brings nodes for a training job and takes them away: 0 -> 2 workers -> training -> 0, with times.
+"""Test Ray's autoscaler with a training job: 0 -> 2 workers -> training -> 0, with times.
 
 The cluster is the one of cluster/aws.yaml, with its types of nodes and their limits, but on this machine: Ray's fake
-provider starts a raylet where a cloud would start a machine, its nodes are small and have no GPUs, and idle ones go
-after seconds. A job is submitted while there are no nodes but the head, which has no CPUs.
+provider starts a raylet where a cloud would start a machine, its nodes are small and have no GPUs, and idle ones are
+removed after seconds. A job is submitted while the head, which has no CPUs, is the only node.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LAUNCH = ("--launch.workers", str(WORKERS), "--launch.cpus-per-worker", "1", "--
 LOOK_SECONDS, LONGEST_SECONDS = 0.2, 600
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 HEAD_ID, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
-"""The head's name and type, as the fake provider has them."""
+"""Node id and type of the head in the fake provider."""
 
 STAGES = {
     "asked_seconds": "submission, process, imports, checks: the job finds no nodes",
@@ -39,21 +39,22 @@ STAGES = {
 
 
 def cluster(address: str, idle_seconds: float) -> dict[str, Any]:
-    """cluster/aws.yaml for this machine. Raises KeyError where it is no longer as it was."""
+    """Return cluster/aws.yaml adapted to this machine. Raises KeyError if its structure has changed."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "cluster" / "aws.yaml").read_text())
     types = config["available_node_types"]
     types[HEAD_TYPE] = types.pop(config["head_node_type"])
     for each in types.values():
         each["node_config"] = {}
         each["resources"] = {name: min(amount, 1) for name, amount in each["resources"].items()}
-    # How machines are set up: Ray wants every part of it, if only to find it empty.
+    # Setup of machines: Ray requires every part of it, even if it is empty.
     kinds = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
     setup: dict[str, object] = {f"{kind}_commands": [] for kind in kinds}
     setup |= {"auth": {}, "docker": {}, "file_mounts": {}}
     lists = ("cluster_synced_files", "rsync_exclude", "rsync_filter")
     return {
         **config,
-        # As an external one, because the wheel lacks the defaults of `type: fake_multinode`; these are they.
+        # As an external provider, because the wheel lacks the defaults of `type: fake_multinode`; these are the
+        # defaults.
         "provider": {
             "type": "external",
             "module": PROVIDER,
@@ -72,14 +73,14 @@ def cluster(address: str, idle_seconds: float) -> dict[str, Any]:
 
 
 def nodes(head: Head) -> int:
-    """How many nodes are up, beside the head."""
+    """Return the number of running nodes, without the head."""
     summary = head.ask("/nodes?view=summary")["data"]["summary"]
     raylets = [each["raylet"] for each in summary]
     return sum(raylet["state"] == "ALIVE" and not raylet["isHeadNode"] for raylet in raylets)
 
 
 def wait_for(head: Head, wanted: int, job: subprocess.Popen[str] | None = None) -> float:
-    """Wait for so many nodes; when they were there."""
+    """Wait for ``wanted`` nodes; return the time at which they were there."""
     deadline = time.monotonic() + LONGEST_SECONDS
     while nodes(head) != wanted:
         ended = job is not None and job.poll() is not None
@@ -91,7 +92,7 @@ def wait_for(head: Head, wanted: int, job: subprocess.Popen[str] | None = None) 
 
 
 def scale(head: Head, steps: int, work: Path) -> dict[str, float]:
-    """Train once: how long each stage took, and how many nodes there were."""
+    """Train once; return the duration of each stage and the number of nodes."""
     where = ("--run.root", str(work), "--train.max-steps", str(steps))
     figures = {"nodes_before": float(nodes(head))}
     began = time.time()

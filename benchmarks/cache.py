@@ -1,17 +1,17 @@
-"""What the teacher cache costs and saves: training with it, building it, reading it, and what its codecs lose.
+"""Cost and savings of the teacher cache: training with it, building it, reading it, and the errors of its codecs.
 
 * Training, images/s of whole sessions that share one loader configuration: plain (the student alone), ideal (its
-  distillation loss, with features that lie in memory), cached (features read, checked, decoded) and live (the teacher
-  runs). All four are up in one process and take turns of a few steps, in alternating order; figures are medians of the
+  distillation loss, with features in memory), cached (features read, checked, decoded) and live (the teacher runs).
+  All four are up in one process and take turns of a few steps, in alternating order; figures are medians of the
   rounds' ratios.
 * Building, images/s of a build in this process (decoding, teacher, encoding, writing, commit) against the teacher's
   forward pass alone on one batch in memory, with the same batch size.
 * Reading, MB/s of shuffled batches out of row groups that have been verified, against `read()` of the same files in
   pieces of a batch's size; all in the page cache, and both keep what they read to the end of a pass. The first pass,
   which verifies, is shown beside it.
-* Codecs: relative L2 error of what is stored on the teacher's own maps, and the variance that 256 components retain.
+* Codecs: relative L2 error of storage on the teacher's own maps, and the variance that 256 components retain.
 
-Teachers are random unless --weights is given: speed does not depend on it, and errors do. Images are generated unless
+Teachers are random unless --weights is given: speed does not depend on it, but errors do. Images are generated unless
 --images or --cifar is given. About 12 minutes on 2 cores.
 """
 
@@ -70,7 +70,7 @@ class Pair:
     student: str
     size: int
     steps: int
-    """Of a turn."""
+    """Steps of a turn."""
     lane_batch: int
 
 
@@ -93,7 +93,7 @@ def small_images(rows: int) -> list[Encoded]:
 
 
 def config_of(pair: Pair, data: str, folder: Path, weights: str) -> Config:
-    """The cached run of a pair."""
+    """Return the cached run of a pair."""
     large = pair.size > 32
     return Config(
         data=DataConfig(
@@ -115,7 +115,7 @@ def config_of(pair: Pair, data: str, folder: Path, weights: str) -> Config:
 
 
 class InMemory:
-    """The ideal cache: the features of every batch are there already."""
+    """The ideal cache: the features of every batch are in memory."""
 
     def __init__(self, features: Features) -> None:
         self.features = features
@@ -145,7 +145,7 @@ class Arm:
         self.batches: Iterator[LaneBatch] = self.session.batches(0)
 
     def turn(self, steps: int) -> float:
-        """Images/s of so many steps."""
+        """Return the images/s of this many steps."""
         began = time.perf_counter()
         for _ in range(steps):
             self.session.step(self.step, self.batches)
@@ -154,7 +154,7 @@ class Arm:
 
 
 def training(name: str, pair: Pair, config: Config, folder: Path, rounds: int) -> dict[str, float]:
-    """Median ratios of the arms of a pair."""
+    """Return the median ratios of the arms of a pair."""
     network = build_network(config, open_data(config.data).num_classes, config.teacher.weights)
     arms = [Arm(config, kind, network, folder) for kind in ("plain", "ideal", "cached", "live")]
     rates: dict[str, list[float]] = {arm.kind: [] for arm in arms}
@@ -174,7 +174,7 @@ def training(name: str, pair: Pair, config: Config, folder: Path, rounds: int) -
 
 
 def building(name: str, config: Config) -> dict[str, float]:
-    """Images/s of the build, and of the teacher alone; the cache stays for the training arms."""
+    """Return the images/s of the build, and of the teacher alone; the cache stays for the training arms."""
     setup = Setup(config, torch.device("cpu"))
     seconds: dict[str, float] = {}
     run = in_process(setup)
@@ -193,7 +193,7 @@ def building(name: str, config: Config) -> dict[str, float]:
 
 
 def inference(setup: Setup) -> float:
-    """Images/s of the teacher's forward pass alone."""
+    """Return the images/s of the teacher's forward pass alone."""
     config = setup.config
     teacher = setup.teacher(None)
     images = torch.randn(config.cache.batch, 3, config.data.image_size, config.data.image_size)
@@ -208,7 +208,7 @@ def inference(setup: Setup) -> float:
 
 
 def codecs(name: str, config: Config, images: int) -> tuple[dict[str, float], list[list[Any]]]:
-    """Relative errors of each codec on the maps that the loss reads, fitted on as many other images."""
+    """Return the relative errors of each codec on the maps that the loss reads, fitted on as many other images."""
     setup = Setup(replace(config, cache=replace(config.cache, codecs=())), torch.device("cpu"))
     teacher = setup.teacher(None)
     sight = setup.sight(teacher)
@@ -242,14 +242,14 @@ def codecs(name: str, config: Config, images: int) -> tuple[dict[str, float], li
 
 
 def pieces(path: Path, size: int) -> Iterator[bytes]:
-    """The content of a file by `read()`, as much at a time as a batch has."""
+    """Yield the content of a file by `read()`, in pieces of a batch's size."""
     with path.open("rb", buffering=0) as file:
         while piece := file.read(size):
             yield piece
 
 
 def reading(folder: Path, rounds: int) -> dict[str, float]:
-    """MB/s of verified row groups in shuffled batches, of the pass that verifies them, and of `read()`."""
+    """Return the MB/s of verified row groups in shuffled batches, of the pass that verifies them, and of `read()`."""
     root, key = folder / "reading", "0" * 24
     values = np.random.default_rng(0).integers(0, 256, (READ_ROWS, READ_BYTES), dtype=np.uint8)
     ids, shard = np.arange(READ_ROWS), 4096

@@ -1,18 +1,18 @@
-"""What the codecs of the teacher cache do to training: at one set of weights, and to the student that comes of it.
+"""Effect of the teacher cache's codecs on training: at one set of weights, and on the trained student.
 
-* Identity: one start of student and critics, the same batches, nothing learnt. Relative L2 difference of the teacher's
+* Identity: one start of student and critics, the same batches, no training. Relative L2 difference of the teacher's
   features and of the gradient, and relative difference of the loss, between a teacher that runs without any codec and
   cached features: all fp32, all fp16, the default codecs, and those with the 10 largest logits. The last two pool maps
-  and leave logits out, which is another loss; so what rounding does is shown apart (`_by_rounding`), against a live
-  teacher whose features go through the same.
+  and leave logits out, which makes another loss; so the effect of rounding is shown separately (`_by_rounding`),
+  against a live teacher whose features go through the same codecs.
 * Held-out loss: students of several seeds, each trained from the same start on the same batches with a live teacher
-  without any codec and from a cache in fp16 and in the default codecs. What counts is how far the mean cross-entropy
-  on held-out images is from that of the live arm, in standard deviations of that arm over its seeds. The distillation
-  loss that the arm minimises is shown beside it: with another codec it is another loss.
+  without any codec and from a cache in fp16 and in the default codecs. The result is the distance of the mean
+  cross-entropy on held-out images from that of the live arm, in standard deviations of that arm over its seeds. The
+  distillation loss that the arm minimises is shown beside it: with another codec it is another loss.
 
 CIFAR-100 (--cifar), a ResNet-20 that is trained on it for a few hundred steps first (or --weights) and a ResNet-8.
-Generated images have no classes to learn: without --cifar the figures show that the script runs, and mean nothing else.
-About three quarters of an hour with one thread beside other work; --steps, --seeds and --teacher-steps shorten it.
+Generated images have no classes to learn: without --cifar the figures only show that the script runs. About three
+quarters of an hour with one thread beside other work; --steps, --seeds and --teacher-steps shorten it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ HELD_OUT_BATCH = 250
 
 
 class Codecs(NamedTuple):
-    """A way to store features, and how far it may be from none at all."""
+    """A way to store features, and its allowed distance from no codec."""
 
     codecs: tuple[str, ...]
     logits: str
@@ -84,7 +84,7 @@ TRAINED = ("fp16", "default")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run's files are."""
+    """The places of a run's files."""
 
     folder: Path
     data: str
@@ -92,7 +92,7 @@ class Place:
 
 
 def config_of(place: Place, rows: int, views: int, seed: int = 0) -> Config:
-    """A live run without any codec. Data and views are the same for every seed."""
+    """Return a live run without any codec. Data and views are the same for every seed."""
     return Config(
         data=DataConfig(
             root=place.data,
@@ -115,14 +115,14 @@ def config_of(place: Place, rows: int, views: int, seed: int = 0) -> Config:
 
 
 def from_cache(config: Config, place: Place, name: str, live: bool = False) -> Config:
-    """The same run with features from a cache, or of a live teacher that go through the cache's codecs."""
+    """Return the same run with features from a cache, or of a live teacher that go through the cache's codecs."""
     own = CODECS[name]
     root = str(place.folder / "cache")
     return replace(config, cache=CacheConfig(root=root, codecs=own.codecs, logits=own.logits, live=live, canary=0.0))
 
 
 def open_session(config: Config, folder: Path) -> Session:
-    """A run at its start, in this process."""
+    """Return a run at its start, in this process."""
     data, context = open_data(config.data), LocalContext(torch.device("cpu"))
     teacher = None
     if config.loss.uses_teacher:
@@ -158,7 +158,7 @@ def make_teacher(place: Place, steps: int) -> str:
 
 
 class Seen(NamedTuple):
-    """What a run is fed and what comes of it, before it has learnt anything."""
+    """Features, losses and gradients of a run before any training."""
 
     features: list[Features]
     losses: list[float]
@@ -166,7 +166,7 @@ class Seen(NamedTuple):
 
 
 def look(config: Config, folder: Path, steps: int) -> Seen:
-    """Features, losses and the sum of gradients of the first steps, at the weights of the start."""
+    """Return features, losses and the sum of gradients of the first steps, at the initial weights."""
     session = open_session(config, folder)
     batches = session.batches(0)
     features, losses = [], []
@@ -183,12 +183,12 @@ def look(config: Config, folder: Path, steps: int) -> Seen:
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """Relative L2 difference."""
+    """Return the relative L2 difference."""
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 def worst_feature(ours: Seen, theirs: Seen) -> float:
-    """Of all taps, the largest relative L2 difference over all steps."""
+    """Return the largest relative L2 difference of all taps over all steps."""
     pairs = [(by_label(a), by_label(b)) for a, b in zip(ours.features, theirs.features, strict=True)]
     return max(
         relative(torch.cat([a[tap].flatten() for a, _ in pairs]), torch.cat([b[tap].flatten() for _, b in pairs]))
@@ -197,13 +197,13 @@ def worst_feature(ours: Seen, theirs: Seen) -> float:
 
 
 def differences(ours: Seen, theirs: Seen) -> dict[str, float]:
-    """Of the loss (the largest of all steps), relative, and of the gradient."""
+    """Return the relative differences of the loss (the largest of all steps) and of the gradient."""
     losses = [abs(a - b) / abs(b) for a, b in zip(ours.losses, theirs.losses, strict=True)]
     return {"loss": max(losses), "gradient": relative(ours.gradient, theirs.gradient)}
 
 
 def identity(place: Place) -> dict[str, float]:
-    """Differences of each codec from a live teacher without any, and of its rounding alone."""
+    """Return the differences of each codec from a live teacher without any, and of its rounding alone."""
     plain = config_of(place, IDENTITY_ROWS, 1)
     bare = look(plain, place.folder, IDENTITY_STEPS)
     figures: dict[str, float] = {}
@@ -212,7 +212,7 @@ def identity(place: Place) -> dict[str, float]:
         make_cache(config)
         seen = look(config, place.folder, IDENTITY_STEPS)
         found = differences(seen, bare)
-        if own.limit is None:  # features of other shapes than the bare ones, or of another meaning
+        if own.limit is None:  # features of other shapes or meaning than those without a codec
             coded = look(from_cache(plain, place, name, live=True), place.folder, IDENTITY_STEPS)
             rounding = {"features": worst_feature(seen, coded), **differences(seen, coded)}
             found |= {f"{what}_by_rounding": value for what, value in rounding.items()}
@@ -237,7 +237,8 @@ class HeldOut(NamedTuple):
 
 @torch.no_grad()
 def held_out(session: Session, rows: int) -> HeldOut:
-    """Cross-entropy of the student on the first `rows` held-out images, and the loss that it was trained with."""
+    """Return the cross-entropy of the student on the first `rows` held-out images, and the loss that it was trained
+    with."""
     assert session.teacher is not None
     batches: Iterator[LaneBatch] = islice(session.held_out(HELD_OUT_BATCH), max(1, rows // HELD_OUT_BATCH))
     session.distiller.eval()
@@ -276,7 +277,7 @@ def students(place: Place, args: Any) -> dict[str, list[HeldOut]]:
 
 
 def compared(found: dict[str, list[HeldOut]]) -> dict[str, float]:
-    """Means and spreads over seeds, and how far each cached arm is from the live one."""
+    """Return means and spreads over seeds, and the distance of each cached arm from the live one."""
     figures: dict[str, float] = {}
     for arm, values in found.items():
         for name, column in zip(HeldOut._fields, zip(*values, strict=True), strict=True):
@@ -290,7 +291,7 @@ def compared(found: dict[str, list[HeldOut]]) -> dict[str, float]:
 
 
 def data_of(args: Any, folder: Path) -> str:
-    """CIFAR-100, or generated images in its place."""
+    """Return CIFAR-100, or generated images in its place."""
     if args.cifar:
         return str(args.cifar)
     print("generated images: what is measured on them means nothing; give --cifar DIR", flush=True)

@@ -1,9 +1,8 @@
-"""What a checkpoint costs training, and a resume, and what both consist of: ResNet-18 with critics and momentum.
+"""Cost of a checkpoint to training, cost of a resume, and the parts of both: ResNet-18 with critics and momentum.
 
 A save stalls the step while statistics are collected and the state is copied; serialising, hashing and writing happen
 in the background. The same state saved in the foreground is the baseline. A resume finds the newest checkpoint, reads
-and checks it, and loads it into the networks and the optimiser. The folder is local unless --root names a
-URL.
+and checks it, and loads it into the networks and the optimiser. The folder is local unless --root names a URL.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def main() -> int:
     parts: dict[str, list[float]] = {}
 
     def note(part: str, call: Callable[..., Any], *values: Any) -> Any:
-        """Call it, and keep how long it took."""
+        """Call it, and record its duration."""
         began = time.perf_counter()
         answer = call(*values)
         parts.setdefault(part, []).append(time.perf_counter() - began)

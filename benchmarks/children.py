@@ -1,4 +1,4 @@
-"""Benchmarks' arms in processes of their own: nothing that one leaves behind meets the next."""
+"""Arms of benchmarks in separate processes, so that nothing that one leaves behind affects the next."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ LOOK_SECONDS = 0.005
 
 
 def in_child(function: Callable[[], Any], meanwhile: Callable[[], object] | None = None) -> Any:
-    """Call the function in a forked process, which has what is imported and loaded here; return its result.
+    """Call the function in a forked process, which has everything imported and loaded here; return its result.
 
-    `meanwhile` is called here, again and again, until it is there.
+    `meanwhile` is called here repeatedly until the result is there.
     """
     context = get_context("fork")
     here, there = context.Pipe(duplex=False)
@@ -34,7 +34,7 @@ def in_child(function: Callable[[], Any], meanwhile: Callable[[], object] | None
 
 
 def tree(root: int) -> list[int]:
-    """The process and all below it, as Linux lists them."""
+    """Return the process and all its descendants, as Linux lists them."""
     found = [root]
     for pid in found:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile

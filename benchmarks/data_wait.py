@@ -1,11 +1,11 @@
-"""How long an accelerator waits for data: the share of a step's time that taking the next batch needs.
+"""Share of a step's time for which an accelerator waits for data.
 
 The accelerator is a sleep: after each batch of 64 it takes as long as consumes 0.8 of the bare decode rate of the
 loader's processes, which is measured just before, in the same round. These are one less than the machine has cores, as
-by default: a core is the training process's. Images are prepared shards at 224 px on local
-disk, and on an S3 server on this machine behind a proxy that keeps each request for 30 ms. The block store is empty
-at the beginning of each pass, and windows of 2 blocks of 128 rows in a set of 64 blocks make the loader fetch a new
-block every second step all the time. The server decodes nothing, but it takes its part of the same cores.
+by default: a core is the training process's. Images are prepared shards at 224 px on local disk, and on an S3 server on
+this machine behind a proxy that keeps each request for 30 ms. The block store is empty at the beginning of each pass,
+and windows of 2 blocks of 128 rows in a set of 64 blocks make the loader fetch a new block every second step all the
+time. The server decodes nothing, but it takes its part of the same cores.
 
 The first 16 steps do not count: processes start in them and the first blocks arrive, once in a run. Nothing else is
 left out. Local and S3 take turns, in alternating order; figures are medians over rounds. About 2 minutes on 2 cores.
@@ -45,7 +45,7 @@ LATENCY_S = 0.03
 
 
 class Wait(NamedTuple):
-    """Of the counted steps of one pass."""
+    """Waiting times of the counted steps of one pass."""
 
     share: float  # of their time spent in next(batches)
     longest_s: float  # wait for a batch
@@ -53,7 +53,7 @@ class Wait(NamedTuple):
 
 
 def wait(root: str, workers: int, images_per_second: float) -> Wait:
-    """Take batches as the accelerator would, from an empty block store on."""
+    """Take batches as the accelerator would, starting with an empty block store."""
     step_s = BATCH / images_per_second
     waits, steps = [], []
     with tempfile.TemporaryDirectory(prefix="blocks-") as store:

@@ -13,10 +13,10 @@ class Deadline(LocalContext):
     """A plain process that asks itself to stop at a time."""
 
     def __init__(self, device: torch.device, at: float) -> None:
-        """``at`` on the clock of :func:`time.monotonic`, or infinity."""
+        """Set the time of the stop: ``at`` on the clock of :func:`time.monotonic`, or infinity."""
         super().__init__(device)
         self.at = at
 
     def stop_requested(self) -> bool:
-        """Whether SIGTERM has come, or the time."""
+        """Return whether SIGTERM was received or the time is over."""
         return super().stop_requested() or time.monotonic() > self.at

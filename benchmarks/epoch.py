@@ -1,15 +1,15 @@
-"""An epoch of CIFAR-100 distillation (ResNet-32x4 -> ResNet-8x4) against the way that public code does it.
+"""An epoch of CIFAR-100 distillation (ResNet-32x4 -> ResNet-8x4) compared with the usual public code.
 
-* public: a plain re-creation of the field's common loop. Pillow images and torchvision's transforms in a DataLoader
-  with 8 processes, batch 64, float32, channels first, no compilation; in each step the teacher's forward pass, KD, and
-  loss and accuracy brought to the host for the progress line.
+* public: a plain re-creation of the usual loop of published code. Pillow images and torchvision's transforms in a
+  DataLoader with 8 processes, batch 64, float32, channels first, no compilation; in each step the teacher's forward
+  pass, KD, and loss and accuracy brought to the host for the progress line.
 * ours, cached: the accuracy loss (all three kinds of term) with cached teacher features, the set resident on the
-  device, and what `train.precision`, `channels_last` and `compile` choose by themselves.
-* ours, live: the same with the teacher at work.
+  device, and the automatic choices of `train.precision`, `channels_last` and `compile`.
+* ours, live: the same with a live teacher.
 
 All train the same images, batch 64, SGD with momentum. Arms take turns of --steps steps in one process, after a warm-up
 that compiles; seconds of an epoch are of 50,000 images at the median rate. The target is for a GPU: on a CPU, where
-arithmetic decides and there are no processes to save, it is shown without one.
+arithmetic dominates and there are no processes to save, it is shown without one.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Public:
             yield from self.loader
 
     def turn(self, steps: int) -> float:
-        """Images/s of so many steps."""
+        """Return the images/s of this many steps."""
         began = time.perf_counter()
         for _ in range(steps):
             images, labels = next(self.batches)
@@ -121,7 +121,7 @@ class Ours:
         self.batches, self.step = self.session.batches(0), 0
 
     def turn(self, steps: int) -> float:
-        """Images/s of so many steps."""
+        """Return the images/s of this many steps."""
         began = time.perf_counter()
         for _ in range(steps):
             self.session.step(self.step, self.batches)

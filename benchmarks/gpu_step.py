@@ -1,10 +1,11 @@
-"""How fast the headline pair trains on a GPU: plain steps, captured steps, and packs of captured students.
+"""Training speed of the headline pair on a GPU: plain steps, captured steps, and packs of captured students.
 
     python benchmarks/gpu_step.py --data DIR
 
-`--data` holds images of CIFAR-100 as Parquet or class folders; a few thousand will do, for no accuracy is measured and
-the teacher's weights are random. ResNet-50 -> ShuffleNetV2, live teacher, set resident on the device. Printed: images
-a second (of all students together), milliseconds a step, and ratios. On a CPU it is a dry run of a few steps.
+`--data` holds images of CIFAR-100 as Parquet or class folders; a few thousand are enough, because no accuracy is
+measured and the teacher's weights are random. ResNet-50 -> ShuffleNetV2, live teacher, set resident on the device.
+Printed: images a second (of all students together), milliseconds a step, and ratios. On a CPU it is a dry run of a few
+steps.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PACK = ("alone", "kd", "feature_3", "best", "queue")
 
 
 def measure(config: Config, data: Data, losses: Sequence[LossConfig], steps: int) -> tuple[float, float]:
-    """Seconds a step of all students together, and seconds until the first step that is timed."""
+    """Return the seconds of a step of all students together, and the seconds until the first timed step."""
     began = time.perf_counter()
     context = LocalContext(pick_device(config.launch, 0))
     teacher = build_network(config, data.num_classes, "random")

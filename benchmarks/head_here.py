@@ -1,7 +1,7 @@
-"""A Ray head on this machine, in processes of its own, to which jobs are submitted as to a cluster.
+"""A Ray head on this machine, in separate processes, to which jobs are submitted as to a cluster.
 
-It takes free ports (the dashboard's on 127.0.0.1 alone), asks for a token that only its clients are given, and keeps
-its files in a folder that goes with it. Its processes are ended by their ids: `ray stop` would end every Ray of the
+It takes free ports (the dashboard's on 127.0.0.1 only), requires a token that only its clients get, and keeps its files
+in a folder that is removed with it. Its processes are ended by their ids: `ray stop` would end every Ray of the
 machine.
 """
 
@@ -37,48 +37,48 @@ PORTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A head that is up."""
+    """A running head."""
 
     url: str
-    """URL of the dashboard, which takes jobs."""
+    """URL of the dashboard, which accepts jobs."""
     folder: Path
     """Ray's files."""
     log: Path
-    """What the head said."""
+    """Output of the head."""
     environment: Mapping[str, str]
-    """Environment of the clients that it lets in; RAY_AUTH_TOKEN_PATH is the token's file."""
+    """Environment of its clients; RAY_AUTH_TOKEN_PATH is the token's file."""
 
     def command(self, *words: str) -> list[str]:
-        """``ray job ...``, at this head."""
+        """Return the command ``ray job ...`` for this head."""
         return [str(BIN / "ray"), "job", words[0], "--address", self.url, *words[1:]]
 
     def submit(self, name: str, *entrypoint: str, options: Sequence[str] = (), folder: Path = ROOT) -> list[str]:
-        """``ray job submit`` of a command that runs in a copy of a folder, the project's by default."""
+        """Return ``ray job submit`` of a command that runs in a copy of a folder, the project's by default."""
         where = ("--submission-id", name, "--working-dir", str(folder), *options)
         return self.command("submit", *where, "--", *entrypoint)
 
     def ask(self, path: str) -> Any:
-        """What the dashboard answers to a GET of ``path``."""
+        """Return the dashboard's answer to a GET of ``path``."""
         token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
         request = Request(self.url + path, headers={"Authorization": f"Bearer {token}"})
         with urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
     def job(self, name: str) -> dict[str, Any]:
-        """What Ray knows of a submitted job: status, driver_exit_code, message, start_time in ms, ..."""
+        """Return the facts of a submitted job: status, driver_exit_code, message, start_time in ms, ..."""
         found: dict[str, Any] = self.ask(f"/api/jobs/{name}")
         return found
 
     def jobs(self) -> list[dict[str, Any]]:
-        """The same of all jobs."""
+        """Return the facts of all jobs."""
         found: list[dict[str, Any]] = self.ask("/api/jobs/")
         return found
 
 
 @contextlib.contextmanager
 def ray_head(*options: str, port: int = 0, **environment: str) -> Iterator[Head]:
-    """Run ``ray start --head`` with these options and variables for the length of a with-block; ``port`` is the
-    cluster's, by default a free one."""
+    """Run ``ray start --head`` with these options and variables during a with-block; ``port`` is the cluster's, by
+    default a free one."""
     # Not in a folder of the caller's: the name of a socket in it has at most 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="ray-head-"))
     token = folder / "token"
@@ -114,7 +114,7 @@ def ray_head(*options: str, port: int = 0, **environment: str) -> Iterator[Head]
         _wait_for(head, process)
         yield head
     finally:
-        for pid in tree(process.pid):  # asked to end, it would take its twenty seconds
+        for pid in tree(process.pid):  # if asked to end, it would take its twenty seconds
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
@@ -122,20 +122,20 @@ def ray_head(*options: str, port: int = 0, **environment: str) -> Iterator[Head]
 
 
 def free_port() -> int:
-    """A port on which nobody listens now."""
+    """Return a port on which no process listens."""
     with socket.socket() as each:
         each.bind(("127.0.0.1", 0))
         return int(each.getsockname()[1])
 
 
 def _wait_for(head: Head, process: subprocess.Popen[bytes]) -> None:
-    """Until the head takes jobs."""
+    """Wait until the head accepts jobs."""
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
             head.jobs()
             return
-        except OSError as error:  # nobody listens yet, or the job agent is not up
+        except OSError as error:  # no process listens yet, or the job agent is not up
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"the head did not come up ({error}):\n{head.log.read_text()}") from None
         time.sleep(0.2)

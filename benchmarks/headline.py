@@ -1,4 +1,4 @@
-"""What the options of the loss are worth: many students of one teacher, arm by arm, on CIFAR-100.
+"""Effect of the options of the loss: many students of one teacher, arm by arm, on CIFAR-100.
 
     python benchmarks/headline.py --small --data DIR --teacher FILE                 # the twin, on 2 cores: some hours
     python benchmarks/headline.py --data DIR --teacher FILE --epochs 20 --holdout 0.1 --minutes 5          # on a GPU
@@ -7,7 +7,7 @@
 
 `--data` holds CIFAR-100 as Parquet or class folders, `--teacher` is a weights file of the pair's teacher. Arms
 (headline_arms.py) of one seed train together in packs, on the same batches and one teacher pass; the last epoch counts.
-The same command goes on where it was, also after a kill; `--minutes` ends it with status 3 in time, everything saved.
+The same command resumes, also after a kill; `--minutes` ends it with status 3 in time, with everything saved.
 
 The twin (`--small`): 50 training images of each class, six views of each (crop and flip) whose teacher features are
 cached in fp16, a ShuffleNetV2 as teacher, ResNet-8 for 30 epochs. With `--live` the teacher runs in every step, and
@@ -15,7 +15,7 @@ cached in fp16, a ShuffleNetV2 as teacher, ResNet-8 for 30 epochs. With `--live`
 images, which the student does not see (the teacher has); the first 4,000 test images are measured once, at the end.
 
 Otherwise: all of CIFAR-100, a live teacher, `--pair` (ResNet-50 -> ShuffleNetV2). With `--holdout 0.1` a tenth of the
-training images is held out to choose by; without, accuracy is that on the test set, on which nothing is chosen.
+training images is held out to choose by; without it, accuracy is that on the test set, on which nothing is chosen.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def options() -> argparse.Namespace:
 
 
 def packs(args: argparse.Namespace) -> Iterator[Pack]:
-    """The packs in order: all arms of a seed before the next one's."""
+    """Yield the packs in order: all arms of a seed before those of the next one."""
     root, teacher = args.root.resolve(), str(args.teacher.resolve())
     arms = args.arms or list(ARMS if args.small else FIRST)
     size = args.pack or (12 if args.live else 3 if args.small else len(arms))
@@ -84,8 +84,8 @@ def packs(args: argparse.Namespace) -> Iterator[Pack]:
 
 
 def together(arms: list[str], size: int) -> Iterator[list[str]]:
-    """Return which arms make a pack. Those that draw random numbers are alone on a GPU: each has its own numbers, and
-    a pack of them would not be captured (mimkd_ray/train/captured.py)."""
+    """Yield the arms of each pack. Arms that draw random numbers are alone on a GPU: each has its own numbers, and a
+    pack of them would not be captured (mimkd_ray/train/captured.py)."""
     drawing = [arm for arm in arms if torch.cuda.is_available() and draws(ARMS[arm])]
     rest = [arm for arm in arms if arm not in drawing]
     for first in range(0, len(rest), size):

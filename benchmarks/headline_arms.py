@@ -1,4 +1,4 @@
-"""The arms of the headline study: what each student minimises."""
+"""The arms of the headline study: the loss of each student."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BASELINES: dict[str, LossConfig] = {
     "two_sided_kd": replace(_two_sided(), kd_weight=0.9),
     "crd": _loss(name=("crd",)),
 }
-"""The student alone, KD, what the default was in release 0.1, and CRD."""
+"""The student alone, KD, the default of release 0.1, and CRD."""
 
 SIDES: dict[str, LossConfig] = {
     "linear_both_3": _loss(**{**LANE, "global_weight": 3.0}, critic=CriticConfig(teacher="linear", student="linear")),
@@ -42,7 +42,7 @@ SIDES: dict[str, LossConfig] = {
     "queue": _loss(**BASE),
     "queue_mlp_student": _loss(**BASE, critic=CriticConfig(student="mlp")),
 }
-"""What the critic's two sides may learn, and who the negatives are. `queue` is what the others change one thing of."""
+"""Arms that vary the critic's sides and the negatives. `queue` is the base, of which the others change one option."""
 
 OPTIONS: dict[str, LossConfig] = {
     "symmetric": _loss(**BASE, symmetric=True),

@@ -22,7 +22,7 @@ BASELINES = {"kd": ("KD", "grey", "-"), "alone": ("alone", "grey", ":")}
 
 
 def series(curve: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Epochs and values of a figure of the evaluations."""
+    """Return epochs and values of a figure of the evaluations."""
     lines = [line for line in curve if key in line]
     return [line["epoch"] for line in lines], [line[key] for line in lines]
 

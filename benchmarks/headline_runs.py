@@ -36,15 +36,15 @@ class Pack:
     root: Path
 
     def config(self, arm: str) -> Config:
-        """The run of an arm."""
+        """Return the run of an arm."""
         return replace(self.base, recipe=arm, loss=self.losses[arm])
 
     def folder(self, arm: str) -> Path:
-        """Where it is."""
+        """Return the directory of an arm."""
         return self.root / self.name / arm / f"seed{self.base.train.seed}"
 
     def members(self) -> list[Member]:
-        """All arms."""
+        """Return the members of the pack, all arms."""
         return [Member(self.config(arm), str(self.folder(arm))) for arm in self.losses]
 
 
@@ -81,8 +81,8 @@ def draws(loss: LossConfig) -> bool:
 
 
 def twin(root: Path, data: Path, teacher: str, student: str, epochs: int, seed: int, live: bool = False) -> Config:
-    """A run of the twin: six views that a ShuffleNetV2 sees, cached or ``live``, a small student, SGD with a cosine.
-    Looks are rarer where the teacher is live, for on a GPU they take longer than training."""
+    """Return a run of the twin: six views that a ShuffleNetV2 sees, cached or ``live``, a small student, SGD with a
+    cosine. Evaluations are rarer with a live teacher, because on a GPU they take longer than training."""
     cache = CacheConfig(root=str(root / "cache"), codecs=("maps=fp16", "vectors=fp16"), canary=0.0)
     base = cifar100("twin", "shufflenet_v2", "resnet8")
     return replace(
@@ -119,7 +119,7 @@ def twin(root: Path, data: Path, teacher: str, student: str, epochs: int, seed: 
 def protocol(
     pair: tuple[str, str], data: str, teacher: str, epochs: int, batch: int, seed: int, holdout: float
 ) -> Config:
-    """A run on all of CIFAR-100 with a live teacher and a cosine schedule."""
+    """Return a run on all of CIFAR-100 with a live teacher and a cosine schedule."""
     base = cifar100("headline", *pair)
     return replace(
         base,
@@ -142,7 +142,7 @@ def protocol(
 
 
 def cache_for(losses: Sequence[LossConfig], base: Config, threads: int) -> None:
-    """Build what the arms read of the teacher."""
+    """Build the cache of everything that the arms read of the teacher."""
     from mimkd_ray.cache_build.build_cache import build  # here, as pyarrow
     from mimkd_ray.cache_build.build_setup import Setup
     from mimkd_ray.cache_build.build_units import in_process
@@ -158,8 +158,8 @@ def cache_for(losses: Sequence[LossConfig], base: Config, threads: int) -> None:
 
 
 def train_together(pack: Pack, at: float = float("inf"), threads: int = 1) -> dict[str, float]:
-    """Train the arms of a pack to their ends; return their seconds. Arms that are finished cost nothing. Raises
-    Interrupted at the time ``at``."""
+    """Train the arms of a pack to their ends; return their seconds. Finished arms cost nothing. Raises Interrupted at
+    the time ``at``."""
     torch.set_num_threads(threads)
     context = Deadline(pick_device(pack.base.launch, 0), at)
     data = open_data(pack.base.data)
@@ -178,7 +178,7 @@ def train_together(pack: Pack, at: float = float("inf"), threads: int = 1) -> di
 
 
 def test_of(config: Config, folder: Path, context: Deadline) -> dict[str, Any]:
-    """Test accuracy of a finished student of the twin, measured once."""
+    """Return the test accuracy of a finished student of the twin, measured once."""
     file = str(folder / "test.json")
     known = read_json(file)
     if known is not None:

@@ -1,4 +1,4 @@
-"""What came of the headline study: means, paired differences, curves; as a table and as JSON."""
+"""Results of the headline study: means, paired differences, curves; as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Study:
         return Study(name, runs)
 
     def top1(self, arm: str, key: str) -> dict[int, float]:
-        """Top-1 by seed: ``key`` is "test" or "held_out"."""
+        """Return the top-1 by seed: ``key`` is "test" or "held_out"."""
         return {seed: facts[key] for seed, facts in self.runs.get(arm, {}).items() if facts.get(key) is not None}
 
     def difference(self, arm: str, other: str, key: str) -> str:
-        """Mean difference over the seeds that both have, with its standard error."""
+        """Return the mean difference over the seeds that both have, with its standard error."""
         own, their = self.top1(arm, key), self.top1(other, key)
         both = [own[seed] - their[seed] for seed in sorted(own.keys() & their.keys())]
         if arm == other or not both:
@@ -52,7 +52,7 @@ class Study:
         return f"{statistics.mean(both):+.2f} ± {statistics.stdev(both) / len(both) ** 0.5:.2f}"
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the table, in the order of the arms."""
+        """Return header and rows of the table, in the order of the arms."""
         key = (
             "test"
             if any(f.get("test") is not None for runs in self.runs.values() for f in runs.values())
@@ -75,17 +75,17 @@ class Study:
         return header, found
 
     def text(self) -> str:
-        """The table for a terminal."""
+        """Return the table for a terminal."""
         return table(*self.rows())
 
     def markdown(self) -> str:
-        """The table for a page."""
+        """Return the table for a page."""
         header, rows = self.rows()
         lines = [header, ["---"] * len(header), *rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def write(self, file: Path, complete: bool) -> None:
-        """Everything as JSON."""
+        """Write all results as JSON."""
         value = {
             "name": self.name,
             "complete": complete,
@@ -97,7 +97,7 @@ class Study:
 
 
 def _facts(pack: Pack, arm: str, result: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a run."""
+    """Return the facts of a run that are kept."""
     folder = pack.folder(arm)
     test = read_json(str(folder / "test.json"))
     held_out = result["student"]["top1"]
@@ -118,7 +118,7 @@ def _facts(pack: Pack, arm: str, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scales(trained: Sequence[dict[str, Any]], step: int) -> dict[str, float]:
-    """One over the temperature of every term, as last logged before a step."""
+    """Return 1 / temperature of every term, as last logged before a step."""
     before = [line for line in trained if line["step"] <= step]
     return {key: value for key, value in before[-1].items() if key.endswith("/scale")} if before else {}
 
@@ -131,7 +131,7 @@ def _spread(values: Iterable[float]) -> str:
 
 
 def _nats(runs: dict[int, dict[str, Any]]) -> str:
-    """Held-out nats of the first term at the end, under their ceiling."""
+    """Return the held-out nats of the first term at the end, with their ceiling."""
     lines = [facts["curve"][-1] for facts in runs.values() if facts["curve"]]
     names = [key.removesuffix("/nats") for key in (lines[0] if lines else {}) if key.endswith("/nats")]
     if not names:

@@ -34,7 +34,7 @@ class Encoded(NamedTuple):
 
 
 def add_options(options: argparse.ArgumentParser, rows: int) -> None:
-    """Options of the benchmarks that decode images."""
+    """Add the options of the benchmarks that decode images."""
     options.add_argument(
         "--images", metavar="DIR", help="Parquet files or class folders of a split 'train' (default: generated JPEGs)"
     )
@@ -42,7 +42,8 @@ def add_options(options: argparse.ArgumentParser, rows: int) -> None:
 
 
 def photograph(seed: int) -> bytes:
-    """A JPEG of about 30 kB that costs a decoder what a photograph of its size does: noise of all scales, 1/f."""
+    """Return a JPEG of about 30 kB that costs a decoder as much as a photograph of its size: noise of all scales,
+    1/f."""
     rng = np.random.default_rng(seed)
     picture = np.full((SHORT, LONG, 3), 128.0)
     for cells in (2, 4, 8, 16, 32, 64, 128, 256):
@@ -57,7 +58,7 @@ def photograph(seed: int) -> bytes:
 
 
 def images(folder: str | None, rows: int) -> list[Encoded]:
-    """`rows` encoded images: those of the folder or generated ones, repeated as often as needed."""
+    """Return `rows` encoded images: those of the folder or generated ones, repeated as often as needed."""
     if folder is None:
         found = [Encoded(photograph(seed), seed % CLASSES) for seed in range(min(rows, DISTINCT))]
     else:
@@ -72,7 +73,7 @@ def images(folder: str | None, rows: int) -> list[Encoded]:
 
 
 def write_parquet(rows: Sequence[Encoded], file: Path) -> None:
-    """The rows as one Parquet file in the Hugging Face layout."""
+    """Write the rows as one Parquet file in the Hugging Face layout."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -94,7 +95,7 @@ def write_parquet(rows: Sequence[Encoded], file: Path) -> None:
 
 
 def prepared(rows: Sequence[Encoded], folder: Path, target: str, block_rows: int) -> None:
-    """Make a prepared set of the rows at `target`, a folder or URL; `folder` is for the files on the way."""
+    """Make a prepared set of the rows at `target`, a folder or URL; `folder` is for intermediate files."""
     file = folder / "train-00000-of-00001.parquet"
     write_parquet(rows, file)
     # Small files: moto reads a whole object to answer for a part of it.
@@ -102,7 +103,7 @@ def prepared(rows: Sequence[Encoded], folder: Path, target: str, block_rows: int
 
 
 def bare_rate(rows: Sequence[Encoded], processes: int, warm_up: int) -> float:
-    """Images/s of decoding and transforming the rows, in memory, in so many processes that do nothing else.
+    """Return the images/s of decoding and transforming the rows, in memory, in processes that do nothing else.
 
     Counted from the moment when all have done `warm_up` images each to the end of the last one.
     """

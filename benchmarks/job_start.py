@@ -42,7 +42,8 @@ STAGES = {
 
 
 def submitted(head: Head, name: str, folder: Path, work: Path, *command: str) -> float:
-    """Run a job in a copy of ``folder`` to its end, with its process's start in work/process; when it was submitted."""
+    """Run a job in a copy of ``folder`` to its end, with its process's start in work/process; return the time of
+    submission."""
     noted = f"date +%s.%N > {shlex.quote(str(work / 'process'))} && exec {shlex.join(command)}"
     began = time.time()
     done = subprocess.run(
@@ -59,7 +60,7 @@ def submitted(head: Head, name: str, folder: Path, work: Path, *command: str) ->
 
 
 def start(head: Head, arm: str, number: int, bare: Path) -> dict[str, float]:
-    """Submit a job of one arm: seconds to its first step, by stage."""
+    """Submit a job of one arm; return the seconds to its first step, by stage."""
     name = f"{arm}-{number}"
     with tempfile.TemporaryDirectory(prefix="job-start-") as made:
         work = Path(made)

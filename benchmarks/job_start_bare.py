@@ -25,7 +25,7 @@ BATCH = 64
 
 
 def train(setup: dict[str, Any]) -> None:
-    """Two steps of Hinton's KD."""
+    """Train two steps of Hinton's KD."""
     marks = {**setup["marks"], "worker": time.time()}
     digits = load_digits()
     images_BCHW = torch.tensor(digits.images, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 16

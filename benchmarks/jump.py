@@ -1,13 +1,13 @@
-"""Going on from far inside a run: seconds to the first decoded batch, at step 0 and at step 1,000,000, and memory.
+"""Resuming far inside a run: seconds to the first decoded batch, at step 0 and at step 1,000,000, and memory.
 
-A set of 1.28 million and of 1 billion rows in blocks of 256, of which any row is one of a few JPEGs; 8 lanes of 64
+A set of 1.28 million and of 1 billion rows in blocks of 256, in which every row is one of a few JPEGs; 8 lanes of 64
 images at 224 pixels, windows of 64 blocks. Each start is the first of a fresh process, which opens the set, finds the
 rows of the step, starts the loader (its own number of processes by default, or none) and takes its first batch; places
-take turns, and figures are medians. The rows of a step alone are measured as well: a slow jump could hide behind the
+take turns, and figures are medians. The rows of a step alone are measured as well: a slow jump could be hidden by the
 start of processes.
 
 Memory is the highest of the whole tree of processes in half a second after such a start, in which the loader fills its
-batches, above what it is with a child that has imported the same and waits. Pages that processes share count once.
+batches, above that with a child that has imported the same and waits. Pages that processes share count once.
 """
 
 from __future__ import annotations
@@ -39,15 +39,17 @@ ROWS = {"1.28 million": 1_281_167, "1 billion": 1_000_000_000}
 STEPS = (0, 1_000_000)
 LANES, LANE_BATCH, BLOCK_ROWS, WINDOW = 8, 64, 256, 64
 MORE_STEPS = 1000
-"""Steps that the run still has to go: the loader works ahead, as it does in training."""
+"""Steps that the run still has ahead: the loader works ahead, as it does in training."""
 LOADERS = {"by default": -1, "none": 0}
 """Loader processes."""
 STAY_SECONDS = 0.5
-"""How long the first batch is looked at where memory is measured: meanwhile the loader makes all it may ahead."""
+"""Seconds for which memory is measured after the first batch, while the loader makes all batches that it may make
+ahead."""
 
 
 class Endless:
-    """A source of so many rows, each of them one of a few encoded images. Reading costs nothing; decoding is real."""
+    """A source of any number of rows, each of them one of a few encoded images. Reading costs nothing; decoding is
+    real."""
 
     in_memory, store, block_bytes = False, None, 0
     classes = tuple(f"class {number}" for number in range(1000))
@@ -59,38 +61,39 @@ class Endless:
         self.distant = False
 
     def labels(self) -> np.ndarray:
-        """All labels: 8 bytes a row."""
+        """Return all labels: 8 bytes a row."""
         return np.arange(self.num_rows) % len(self.classes)
 
     def label_range(self) -> tuple[int, int]:
-        """Bounds of the labels."""
+        """Return the bounds of the labels."""
         return 0, len(self.classes) - 1
 
     def read(self, positions: Sequence[int]) -> list[Row]:
-        """The rows at the positions."""
+        """Return the rows at the positions."""
         return [
             Row(p, p % len(self.classes), self.encoded[p % len(self.encoded)], f"row {p}") for p in map(int, positions)
         ]
 
     def fetch(self, block: int) -> bool:
-        """There is no store to fetch into."""
+        """Return False: there is no store."""
         return False
 
 
 def order_of(rows: int) -> Order:
-    """The order of so many rows."""
+    """Return the order of this many rows."""
     return Order(Blocks.uniform(rows, BLOCK_ROWS), LANES, LANE_BATCH, seed=0, window=WINDOW)
 
 
 def look_up(rows: int, step: int) -> float:
-    """Seconds from the row counts to the rows of one lane of a step."""
+    """Return the seconds from the row counts to the rows of one lane of a step."""
     began = time.perf_counter()
     order_of(rows).positions(step, LANES - 1)
     return time.perf_counter() - began
 
 
 def first_batch(rows: int, step: int, encoded: Sequence[bytes], loader_workers: int, stay: float = 0) -> float:
-    """Seconds from nothing open to the first batch of a step, decoded. The loader works on for `stay` more."""
+    """Return the seconds from a closed set to the first decoded batch of a step. The loader works on for `stay`
+    more."""
     torch.set_num_threads(1)  # OpenMP's others, which an import has started, did not come along in the fork
     began = time.perf_counter()
     source = Endless(rows, encoded)
@@ -113,7 +116,7 @@ def first_batch(rows: int, step: int, encoded: Sequence[bytes], loader_workers: 
 
 
 def tree_mb() -> float:
-    """Memory of this process and all below it now, in MB; a page that several share counts once."""
+    """Return the memory of this process and all its descendants now, in MB; a page that several share counts once."""
     total = 0
     for pid in tree(os.getpid()):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
@@ -123,7 +126,7 @@ def tree_mb() -> float:
 
 
 def highest_mb(function: Callable[[], object]) -> float:
-    """Highest memory of the tree while a child calls the function."""
+    """Return the highest memory of the tree while a child calls the function."""
     peak = 0.0
 
     def look() -> None:
@@ -135,7 +138,7 @@ def highest_mb(function: Callable[[], object]) -> float:
 
 
 def in_turn(rounds: int, seconds: Callable[..., float]) -> tuple[float, float]:
-    """Median milliseconds of `seconds(step=...)` at both steps, each time in a fresh process."""
+    """Return the median milliseconds of `seconds(step=...)` at both steps, each time in a fresh process."""
     times: dict[int, list[float]] = {step: [] for step in STEPS}
     for number in range(rounds):
         for step in STEPS if number % 2 else STEPS[::-1]:

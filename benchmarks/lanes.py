@@ -1,4 +1,4 @@
-"""What lanes cost: a step of k lanes on one worker against one batch of the same number of images, k = 1, 2, 4, 8.
+"""Cost of lanes: a step of k lanes on one worker against one batch of the same number of images, k = 1, 2, 4, 8.
 
 The same loop, loss and networks; only the cut differs. A lane is a smaller batch for the processor, and has its own
 batch-norm statistics and critics' scores (fewer pairs: k lanes of B/k images have B*B/k). Arms take turns; figures are

@@ -1,8 +1,8 @@
 """Memory layouts: a step and an inference of networks with channels last against channels first, float32.
 
-Channels last is the default of `train.channels_last`, on a CPU too; this is why. A step is forward and backward in
-training mode, without an optimiser. Arms take turns; figures are medians of the rounds' ratios, above 1 where channels
-last is faster.
+Channels last is the default of `train.channels_last`, on a CPU too; this benchmark is the reason. A step is forward and
+backward in training mode, without an optimiser. Arms take turns; figures are medians of the rounds' ratios, above 1 if
+channels last is faster.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
 
 
 def step(model: nn.Module, images_BCHW: Tensor) -> None:
-    """Forward and backward in training mode."""
+    """Run forward and backward in training mode."""
     model.train()
     model.zero_grad()
     model(images_BCHW).sum().backward()
@@ -41,7 +41,7 @@ def step(model: nn.Module, images_BCHW: Tensor) -> None:
 
 @torch.no_grad()
 def inference(model: nn.Module, images_BCHW: Tensor) -> None:
-    """Forward in evaluation mode."""
+    """Run forward in evaluation mode."""
     model.eval()
     model(images_BCHW)
 
@@ -50,7 +50,7 @@ WORK: dict[str, Callable[[nn.Module, Tensor], None]] = {"step": step, "inference
 
 
 def compare(name: str, side: int, batch: int, rounds: int, device: torch.device) -> dict[str, dict[str, list[float]]]:
-    """Seconds by work and layout, round by round."""
+    """Return the seconds by work and layout, round by round."""
     arms = {}
     for layout, memory_format in LAYOUTS.items():
         model = build_model(name, 100, image_size=side).to(device).to(memory_format=memory_format)

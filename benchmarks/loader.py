@@ -1,19 +1,19 @@
-"""What the loader delivers: images/s at 224 px, against bare decoding and against other loaders.
+"""Speed of the loader: images/s at 224 px, against bare decoding and against other loaders.
 
 Ours reads prepared shards on a local disk, decodes, takes RandomResizedCrop and flip, and hands over uint8 batches of
-64. Its first epoch begins with an empty block store: blocks are read, compared with their sha256, taken apart by Arrow,
-and their images found in the file; the second knows all that. The figure with a target is that of the first, in which
-it does all its work. All arms have one decoding process less than the machine has cores, as by default: a core is the
-training process's.
+64. Its first epoch begins with an empty block store: blocks are read, compared with their sha256, parsed by Arrow, and
+their images found in the file; the second epoch knows all that. The target applies to the first epoch, in which the
+loader does all its work. All arms have one decoding process less than the machine has cores, as by default: a core is
+the training process's.
 
 * bare: the same decoding and transform of the same bytes in memory, in as many processes: no reading, no batches.
-* all cores: ours and bare with a decoding process per core, so that whatever else ours does takes their time.
+* all cores: ours and bare with a decoding process per core, so that all other work of ours takes their time.
 * peers (loader_peers.py): each as its documentation sets it up, with its own decoder, from its own format on the same
-  disk; and with our decoder and transform, which shows what is left of the difference ("same decoder"). Peers that
-  are not installed are left out.
+  disk; and with our decoder and transform, which shows the remaining difference ("same decoder"). Peers that are not
+  installed are left out.
 * S3: ours from an S3 server on this machine, which takes a part of the same cores; blocks are copied to the store.
 
-Arms take turns, in alternating order, each in a process of its own; rates count from the 9th batch to the last, and
+Arms take turns, in alternating order, each in a separate process; rates count from the 9th batch to the last, and
 figures are medians of the rounds' ratios. Files are in the page cache. About 9 minutes on 2 cores with all peers.
 """
 
@@ -54,7 +54,7 @@ Rates = dict[str, float]
 
 
 def rate(batches: Iterable[Any]) -> float:
-    """Images/s from the end of batch SKIPPED on."""
+    """Return the images/s from the end of batch SKIPPED on."""
     images = 0
     began = 0.0
     for number, batch in enumerate(batches, start=1):
@@ -67,7 +67,7 @@ def rate(batches: Iterable[Any]) -> float:
 
 
 def ours(root: str, workers: int) -> Rates:
-    """Images/s of two epochs, beginning with an empty block store."""
+    """Return the images/s of two epochs, beginning with an empty block store."""
     with tempfile.TemporaryDirectory(prefix="blocks-") as store:
         source = open_data(DataConfig(root=root, val_split="train", store=f"{store}/blocks")).train
         order = Order(source.blocks, 1, BATCH, seed=0, window=WINDOW)
@@ -95,17 +95,17 @@ def ours(root: str, workers: int) -> Rates:
 
 
 def one(key: str, value: Callable[[], float]) -> Rates:
-    """The rate of an arm that has only one."""
+    """Return the rate of an arm that has only one."""
     return {key: value()}
 
 
 def all_cores(root: str, workers: int) -> Rates:
-    """Rates of ours under names of their own."""
+    """Return the rates of ours under separate names."""
     return {f"{key}, all cores": value for key, value in ours(root, workers).items()}
 
 
 def peer_rate(peer: Peer, setting: Setting) -> float:
-    """Images/s of a peer."""
+    """Return the images/s of a peer."""
     torch.set_num_threads(1)
     return rate(peer.batches(setting))
 
@@ -113,7 +113,7 @@ def peer_rate(peer: Peer, setting: Setting) -> float:
 def make_arms(
     rows: Sequence[Encoded], folder: Path, workers: int, peers: Sequence[str]
 ) -> dict[str, Callable[[], Rates]]:
-    """Write what each arm reads; return the arms, ours and bare next to each other."""
+    """Write the data of each arm; return the arms, ours and bare next to each other."""
     root = str(folder / "prepared")
     image_set.prepared(rows, folder / "plain", root, BLOCK_ROWS)
     arms: dict[str, Callable[[], Rates]] = {
@@ -137,7 +137,7 @@ def make_arms(
 
 
 def take_turns(arms: Mapping[str, Callable[[], Rates]], rounds: int) -> dict[str, list[float]]:
-    """Rates of every arm, round by round."""
+    """Return the rates of every arm, round by round."""
     rates: dict[str, list[float]] = {}
     for number in range(rounds):
         found: Rates = {}
@@ -150,15 +150,15 @@ def take_turns(arms: Mapping[str, Callable[[], Rates]], rounds: int) -> dict[str
 
 
 def ratio(rates: Mapping[str, list[float]], above: str, below: str) -> float:
-    """Median over rounds of one arm's rate over another's."""
+    """Return the median over rounds of one arm's rate over another's."""
     return statistics.median(a / b for a, b in zip(rates[above], rates[below], strict=True))
 
 
 def from_s3(rows: Sequence[Encoded], folder: Path, workers: int, rounds: int) -> dict[str, list[float]]:
-    """Rates of ours from an S3 server, without added latency."""
+    """Return the rates of ours from an S3 server, without added latency."""
     with s3_server(0.0):
         root = f"s3://{BUCKET}/set"
-        # In a child: this process is forked again and again, and must have no connections of its own.
+        # In a child: this process is forked repeatedly and must have no connections of its own.
         in_child(partial(image_set.prepared, rows, folder / "plain", root, BLOCK_ROWS))
         return take_turns({"ours from S3": partial(ours, root, workers)}, rounds)
 

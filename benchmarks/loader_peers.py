@@ -1,4 +1,4 @@
-"""The loaders that ours is measured against, each set up as its own documentation does it.
+"""The loaders with which ours is compared, each set up as its own documentation describes.
 
 A peer writes the rows in its own format and gives an iterable of batches of them. All get torchvision v2's
 RandomResizedCrop and RandomHorizontalFlip to uint8 tensors; a Pillow image becomes a tensor first, on which that is
@@ -34,7 +34,7 @@ CHUNK = 2**24  # bytes of a file of MDS and LitData: several for each loader pro
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What an arm is given: where its files are, images of a batch, loader processes, whose decoder."""
+    """The parameters of an arm: its files, images of a batch, loader processes, and the decoder."""
 
     folder: Path
     batch: int
@@ -44,7 +44,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Peer:
-    """How a peer's files are written and read."""
+    """The functions that write and read a peer's files."""
 
     package: str
     write: Callable[[Sequence[Encoded], Path], None]
@@ -52,7 +52,7 @@ class Peer:
 
     @property
     def installed(self) -> bool:
-        """Whether its package is here."""
+        """Return whether the peer's package is installed."""
         return importlib.util.find_spec(self.package) is not None
 
 
@@ -62,22 +62,22 @@ TO_TENSOR = v2.PILToTensor()
 
 
 def of_pillow(image: Image.Image) -> Tensor:
-    """A training view of a Pillow image."""
+    """Return a training view of a Pillow image."""
     return CROP_FLIP(TO_TENSOR(image.convert("RGB")))
 
 
 def of_bytes(image: bytes) -> Tensor:
-    """A training view by our decoder and transform."""
+    """Return a training view by our decoder and transform."""
     return from_bytes(OURS, image)
 
 
 def one_thread(worker: int) -> None:
-    """As torch's data loader does it by itself; for loaders that start processes in another way."""
+    """Limit torch to one thread, as its own data loader does; for loaders that start processes in another way."""
     torch.set_num_threads(1)
 
 
 def as_it_is(value: Any) -> Any:
-    """A label is used as it is."""
+    """Return a label unchanged."""
     return value
 
 
@@ -173,7 +173,7 @@ def write_arrow(rows: Sequence[Encoded], folder: Path) -> None:
 
 
 def open_arrow(folder: Path) -> Any:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is to be asked of a hub
+    os.environ["HF_HUB_OFFLINE"] = "1"  # no requests to a hub
     from datasets import disable_progress_bars, load_dataset
 
     disable_progress_bars()
@@ -254,7 +254,7 @@ PEERS = {
 
 
 def count(batch: Any) -> int:
-    """Images of a batch of any peer; its images are checked."""
+    """Return the number of images in a batch of any peer, after checking its images."""
     images = batch["image"] if isinstance(batch, dict) else batch[0]
     if images.dtype != torch.uint8 or images.shape[1:] != (3, SIZE, SIZE):
         raise TypeError(f"a batch of {images.dtype} {tuple(images.shape)}")

@@ -1,10 +1,10 @@
-"""What the loss costs: its share of a ResNet-18 training step, and its memory over the size of its inputs.
+"""Cost of the loss: its share of a ResNet-18 training step, and its memory over the size of its inputs.
 
-Share of a step: forward, backward and SGD of a ResNet-18 at 224 px with cross-entropy alone, against the same with
-the MIMKD loss in its default configuration, and the same with all three terms and the queue against what release 0.1
-had as its default (preset two_sided). The ResNet-34 teacher's features are given (random values of its
-true shapes), since a teacher costs what a teacher costs. The two arms take turns in one process, and the figure is
-the median over rounds, so that whatever else runs on the machine hits both.
+Share of a step: forward, backward and SGD of a ResNet-18 at 224 px with cross-entropy alone, against the same with the
+MIMKD loss in its default configuration, and the same with all three terms and the queue against the default of release
+0.1 (preset two_sided). The ResNet-34 teacher's features are given (random values of its true shapes), because the cost
+of a teacher does not depend on the loss. The two arms take turns in one process, and the figure is the median over
+rounds, so that other load on the machine affects both.
 
 Memory: the local term over all pairs (InfoNCE) on embeddings, B = 256, 14x14 locations, d = 128: the peak of what
 forward and backward allocate, over the size of the embeddings; and the same with all scores held at once.
@@ -50,7 +50,7 @@ PAIRS: tuple[tuple[Kind, str, str], ...] = (
 
 
 def make_loss(config: LossConfig, kinds: tuple[Kind, ...] = ("global", "local", "feature")) -> MIMKDLoss:
-    """The loss that the tap pairs chosen by default give a ResNet-18 under a ResNet-34."""
+    """Return the loss with the default tap pairs of a ResNet-18 under a ResNet-34."""
 
     def channels(tap: str) -> int:
         return SHAPES[tap][0] if tap in SHAPES else VECTOR
@@ -73,7 +73,7 @@ def make_loss(config: LossConfig, kinds: tuple[Kind, ...] = ("global", "local", 
 
 
 class Student(nn.Module):
-    """torchvision's ResNet-18, which also returns what the loss reads."""
+    """The ResNet-18 of torchvision, which also returns the features that the loss reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Student(nn.Module):
 
 
 class Times(NamedTuple):
-    """Seconds on the wall and of all threads together. The second is hardly disturbed by what else runs."""
+    """Wall-clock seconds, and CPU seconds of all threads. Other load hardly affects the second."""
 
     wall: float
     cpu: float
@@ -124,7 +124,7 @@ class Bench:
             return self.student(self.images)
 
     def times(self, run: Callable[[], object]) -> Times:
-        """How long one call takes."""
+        """Return the duration of one call."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         wall, cpu = time.perf_counter(), time.process_time()
@@ -134,10 +134,10 @@ class Bench:
         return Times(time.perf_counter() - wall, time.process_time() - cpu)
 
     def step(self, loss: MIMKDLoss | None) -> Callable[[], None]:
-        """One training step, with cross-entropy alone where no loss is given."""
+        """Return one training step, with cross-entropy alone if no loss is given."""
         modules = [self.student] if loss is None else [self.student, loss]
         parameters = [parameter for module in modules for parameter in module.parameters()]
-        # A rate of zero: every round works on the same weights, and the update costs what it costs.
+        # A rate of zero: every round works on the same weights, at the full cost of an update.
         optimiser = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
 
         def run() -> None:
@@ -156,7 +156,7 @@ class Bench:
         return run
 
     def loss_alone(self, loss: MIMKDLoss) -> Callable[[], None]:
-        """Forward and backward of the loss on features at hand, cross-entropy included."""
+        """Return forward and backward of the loss on given features, including cross-entropy."""
         with torch.no_grad():
             found = self.forward()
         student = Features(
@@ -173,7 +173,7 @@ class Bench:
         return run
 
     def multiply_adds(self, run: Callable[[], object]) -> float:
-        """Multiply-adds of convolutions and matrix products in one call."""
+        """Return the multiply-adds of convolutions and matrix products in one call."""
         counter = FlopCounterMode(display=False)
         with counter:
             run()
@@ -181,7 +181,7 @@ class Bench:
 
 
 def share_of_step(bench: Bench, rounds: int) -> dict[str, float]:
-    """The headline, and rows for every kind of term and for other widths."""
+    """Return the headline figure, and rows for every kind of term and for other widths."""
     default = make_loss(LossConfig()).to(bench.device)
     three = make_loss(LossConfig(local_weight=1.0)).to(bench.device)
     earlier = make_loss(LossConfig(preset="two_sided")).to(bench.device)
@@ -263,7 +263,7 @@ class Embedded(DotCritic):
 
 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Highest sum of what was allocated and not yet freed while ``run`` ran."""
+    """Return the highest sum of memory allocated and not yet freed while ``run`` ran."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -283,7 +283,7 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def memory(device: torch.device, batch: int = 256, locations: int = 196, width: int = 128) -> dict[str, float]:
-    """Peak extra memory of the local term over the size of its inputs, ours and with all scores at once."""
+    """Return the peak extra memory of the local term over the size of its inputs, ours and with all scores at once."""
     torch.manual_seed(0)
     critic = Embedded(1, 1, CriticConfig(width=width)).to(device)
     teacher, student = (
@@ -316,7 +316,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     figures = share_of_step(Bench(device, args.batch), args.rounds) | memory(device)
-    # A busy machine can give any share at all, a negative one too: without the second target that would pass.
+    # A busy machine can give any share, even a negative one: without the second target that would pass.
     targets: Targets = {
         "loss_share_of_step": ("<=", 0.08),
         "loss_share_standard_error": ("<=", 0.02),

@@ -1,18 +1,18 @@
 """CRD's memory bank against MIMKD: seconds a step and peak memory, at the size of CIFAR-100 and of ImageNet.
 
-Forward and backward of the loss alone, on random features and ids, each arm in a process of its own:
+Forward and backward of the loss alone, on random features and ids, each arm in a separate process:
 
-* crd: the rival of losses/crd.py, two banks of N x 128 and 16,384 negatives an image
+* crd: the rival of losses/methods/crd.py, two banks of N x 128 and 16,384 negatives an image
 * crd_gathered: the same formula in its authors' form, which gathers the rows of all negatives and keeps them for
   the backward pass; the same value and gradient
 * mimkd_global: MIMKD's global term, which reads the same vectors
 * mimkd: all its terms in their default configuration, so with maps as well, and no bank
 
-Sizes: CIFAR-100 with N = 50,000, batch 64, one 8x8 map of 256 channels in either network; ImageNet with
-N = 1,281,167, batch 256, maps of 256 channels at 14x14 and 512 at 7x7. Vectors have 512 channels throughout.
+Sizes: CIFAR-100 with N = 50,000, batch 64, one 8x8 map of 256 channels in either network; ImageNet with N = 1,281,167,
+batch 256, maps of 256 channels at 14x14 and 512 at 7x7. Vectors have 512 channels throughout.
 
-Peak memory is what the process holds at most beyond what it held before the loss was made, the features and their
-gradients included; banks, critics and what the backward pass keeps are in it. On a GPU it is of allocated memory.
+Peak memory is the most that the process holds above what it held before the loss was made, including the features and
+their gradients, banks, critics and everything that the backward pass keeps. On a GPU it is of allocated memory.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ class Gathered(CRD):
 
 
 def crd(size: Size, kind: type[CRD] = CRD, negatives: int = NEGATIVES) -> CRD:
-    """CRD over all images of a data set."""
+    """Return CRD over all images of a data set."""
     ids = torch.arange(size.images)
     taps = RivalTaps(vectors=(TapPair(Side("pool", VECTOR), Side("pool", VECTOR)),))
     return kind(taps, TrainingRows(ids, ids % size.classes), negatives)
 
 
 def mimkd(size: Size, kinds: tuple[Kind, ...] = ("global", "local", "feature")) -> MIMKDLoss:
-    """MIMKD over the vectors, and the maps where its terms read them."""
+    """Return MIMKD over the vectors, and over the maps if its terms read them."""
     config = LossConfig()
     taps: dict[Kind, list[str]] = {"global": ["pool"], "local": [list(size.maps)[-1]], "feature": list(size.maps)}
     terms = [
@@ -102,8 +102,8 @@ ARMS: dict[str, Callable[[Size], nn.Module]] = {
 
 
 def measure(arm: str, size: Size, rounds: int, device: torch.device) -> dict[str, float]:
-    """Seconds a step (the least: an absolute time has no partner to take turns with), and MiB at the peak. In a process
-    of its own."""
+    """Return the seconds of a step (the least: an absolute time has no partner to take turns with), and MiB at the
+    peak, in a separate process."""
     torch.manual_seed(0)
     before = memory_mib(device, "VmRSS")
     loss = ARMS[arm](size).to(device)
@@ -140,7 +140,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def memory_mib(device: torch.device, what: str) -> float:
-    """Now (VmRSS) or at the peak (VmHWM), as Linux says of this process, or as PyTorch says of a GPU."""
+    """Return memory now (VmRSS) or at the peak (VmHWM), from Linux for this process, or from PyTorch for a GPU."""
     if device.type == "cuda":
         return (torch.cuda.max_memory_allocated() if what == "VmHWM" else torch.cuda.memory_allocated()) / 2**20
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -150,8 +150,8 @@ def memory_mib(device: torch.device, what: str) -> float:
 
 
 def same_value_and_gradient() -> float:
-    """Largest relative difference of both forms of CRD on a small set in float64, over three steps, both ways to
-    score: they are one loss."""
+    """Return the largest relative difference of both forms of CRD on a small set in float64, over three steps and with
+    both ways to score: it shows that they are one loss."""
     worst = 0.0
     for negatives in (64, 4):  # the bank is multiplied as a whole, or its rows are gathered
         seen = []

@@ -1,9 +1,9 @@
 """Bounds on mutual information against closed forms: truth, estimate, bias and standard deviation.
 
-Every (bound, seed) of a level is a critic of its own, and all of them train side by side in one batched
-matrix product. The critic is separable (score = f(x) . g(y); f and g: two hidden layers of 256, ReLU, embedding
-of 32), Adam at 2e-3 with cosine decay, 4,000 steps of 128 fresh pairs; the reading takes 2,048 other pairs and all
-their off-diagonals as negatives. SMILE trains exactly as jsd does, so the two read the same critics.
+Every (bound, seed) of a level is a separate critic, and all of them train side by side in one batched matrix product.
+The critic is separable (score = f(x) . g(y); f and g: two hidden layers of 256, ReLU, embedding of 32), Adam at 2e-3
+with cosine decay, 4,000 steps of 128 fresh pairs; the estimate takes 2,048 other pairs and all their off-diagonals as
+negatives. SMILE trains exactly like jsd, so the two use the same critics.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Level:
 
 @dataclass(frozen=True)
 class Estimator:
-    """A bound to train, with all other pairs of the batch or with one rolled negative, and the bounds to read."""
+    """A bound to train, with all other pairs of the batch or with one rolled negative, and the bounds to estimate
+    with."""
 
     train: BoundName
     rolled: bool
@@ -60,8 +61,8 @@ TARGETS = {"dv": 0.10, "nwj": 0.10, "jsd_all": 0.10, "smile": 0.10, "infonce": 0
 
 
 def gaussian(rho: float, dimensions: int, cubic: bool = False) -> Sampler:
-    """Pairs of standard Gaussians with correlation rho in every dimension: I = -(d/2) ln(1 - rho^2). Cubing y is
-    one-to-one and leaves I as it is."""
+    """Return a sampler of standard Gaussian pairs with correlation rho in every dimension: I = -(d/2) ln(1 - rho^2).
+    Cubing y is one-to-one and does not change I."""
 
     def sample(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x, noise = torch.randn(2, count, dimensions, generator=generator).unbind()
@@ -72,13 +73,14 @@ def gaussian(rho: float, dimensions: int, cubic: bool = False) -> Sampler:
 
 
 def two_against_one(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Covariance [[1, 0, .7], [0, 1, .3], [.7, .3, 1]], the first two against the third: I = -ln(1 - .49 - .09) / 2."""
+    """Sample the covariance [[1, 0, .7], [0, 1, .3], [.7, .3, 1]], the first two against the third: I = -ln(1 - .49 -
+    .09) / 2."""
     x, noise = torch.randn(count, 2, generator=generator), torch.randn(count, 1, generator=generator)
     return x, x @ torch.tensor([[0.7], [0.3]]) + math.sqrt(0.42) * noise
 
 
 def all_levels() -> list[Level]:
-    """The levels of the full table; the first carries the targets."""
+    """Return the levels of the full table; the first carries the targets."""
     levels = []
     for cubic in (False, True):
         for nats in (2, 4, 6, 8, 10):
@@ -108,7 +110,8 @@ class Stack:
 
 
 def split(scores_MBB: Tensor, rolled: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Positives, negatives and which of these count, as the bounds take them; members stand where locations do."""
+    """Return positives, negatives and the mask of valid ones, as the bounds take them, with members in the place of
+    locations."""
     batch = scores_MBB.shape[1]
     ids = torch.arange(batch)
     positive = scores_MBB.diagonal(dim1=1, dim2=2)
@@ -118,7 +121,8 @@ def split(scores_MBB: Tensor, rolled: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run_level(level: Level, seeds: int, steps: int) -> dict[str, list[float]]:
-    """Train all critics of a level and read them on fresh pairs: the readings of every seed by estimator."""
+    """Train all critics of a level and evaluate them on fresh pairs; return the estimates of every seed by
+    estimator."""
     generators = [torch.Generator().manual_seed(1000 + seed) for seed in range(seeds)]
     copies = len(TRAINED)
 

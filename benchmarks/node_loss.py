@@ -1,10 +1,10 @@
-"""A node is lost: seconds to the next training step, and what they consist of.
+"""Loss of a node: seconds to the next training step, and their parts.
 
-A Ray cluster of this script's own on one machine, a head without CPUs and two nodes of one; its settings are those of
-cluster/aws.yaml. jobs/imagenet.py trains with --launch.workers 1..2, a worker on each node, until everything of one
-node is killed. Training goes on with the other node, from the last checkpoint.
+A Ray cluster of this script on one machine, a head without CPUs and two nodes of one; its settings are those of
+cluster/aws.yaml. jobs/imagenet.py trains with --launch.workers 1..2, a worker on each node, until all processes of one
+node are killed. Training resumes on the other node, from the last checkpoint.
 
-* noticed: until Ray Train has ended the worker that is left, which then waits for the lost one.
+* noticed: until Ray Train has ended the remaining worker, which then waits for the lost one.
 * restarted: until a new worker runs our code (Ray Train's new group, process, imports).
 * loaded: data, teacher, student, checkpoint, loader.
 * first step: the first batch and its step.
@@ -51,14 +51,14 @@ PARTS = {
 
 
 def settings() -> dict[str, str]:
-    """Ray's settings in cluster/aws.yaml, but for authentication, which is not what is measured."""
+    """Return Ray's settings in cluster/aws.yaml, without authentication, which is not measured here."""
     options = yaml.safe_load((ROOT / "cluster" / "aws.yaml").read_text())["docker"]["run_options"]
     pairs = (option.removeprefix("-e ").partition("=") for option in options if option.startswith("-e RAY_"))
     return {name: value for name, _, value in pairs} | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 
 
 def tree(root: int) -> list[int]:
-    """A process and all below it."""
+    """Return a process and all its descendants."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
@@ -70,7 +70,7 @@ def tree(root: int) -> list[int]:
 
 
 def trains(pid: int) -> bool:
-    """Whether it is a worker of Ray Train."""
+    """Return whether the process is a worker of Ray Train."""
     try:
         return (Path("/proc") / str(pid) / "cmdline").read_bytes().startswith(b"ray::RayTrainWorker")
     except (FileNotFoundError, ProcessLookupError):
@@ -78,7 +78,7 @@ def trains(pid: int) -> bool:
 
 
 def steps_done(run: Path) -> int:
-    """The newest step in the run's log of samples."""
+    """Return the newest step in the run's log of samples."""
     file = run / "samples.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     return next((json.loads(line)["step"] for line in reversed(lines) if line.endswith("}")), 0)
@@ -86,7 +86,7 @@ def steps_done(run: Path) -> int:
 
 @contextmanager
 def cluster() -> Iterator[tuple[str, Any]]:
-    """The cluster: its address, and a node with one CPU that may be killed."""
+    """Run the cluster; yield its address, and a node with one CPU that may be killed."""
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": False}
@@ -99,7 +99,7 @@ def cluster() -> Iterator[tuple[str, Any]]:
 
 
 def wait(condition: Callable[[], bool], job: subprocess.Popen[bytes], log: Path) -> float:
-    """Wait for the condition while the job runs; the time when it held."""
+    """Wait for the condition while the job runs; return the time at which it held."""
     deadline = time.time() + WAIT_SECONDS
     while not condition():
         if job.poll() is not None or time.time() > deadline:
@@ -109,7 +109,7 @@ def wait(condition: Callable[[], bool], job: subprocess.Popen[bytes], log: Path)
 
 
 def lose(folder: Path) -> dict[str, float]:
-    """One loss: seconds of each part."""
+    """Lose one node; return the seconds of each part."""
     run, log = folder / "run", folder / "log.txt"
     with cluster() as (address, node):
         command = [sys.executable, str(ROOT / "jobs" / "imagenet.py"), *CASE, "--run.root", str(folder)]

@@ -1,4 +1,4 @@
-"""The least that Ray Train can do: two workers that note the time. What `ray_overhead.py` measures our start against.
+"""The smallest Ray Train job: two workers that record the time. `ray_overhead.py` compares our start with it.
 
 python benchmarks/ray_hello.py FOLDER
 """
@@ -18,7 +18,7 @@ from ray.train.torch import TorchTrainer
 
 
 def first_step(setup: dict[str, Any]) -> None:
-    """The training function; it is done when it has begun."""
+    """Record the time: the training function of the job."""
     if ray.train.get_context().get_world_rank() == 0:
         marks = {**setup["marks"], "first_step": time.time()}
         Path(setup["file"]).write_text(json.dumps(marks))

@@ -1,14 +1,14 @@
-"""What Ray costs: images/s of the same loop with and without it, and seconds from process start to first step.
+"""Cost of Ray: images/s of the same loop with and without it, and seconds from process start to first step.
 
 Images/s: one job (digits, ResNet-20 teacher, MIMKD loss, two lanes of 64) on 1 Ray worker against a plain process, and
 on 2 Ray workers against two processes of torchrun, with equal threads per worker. The loop measures itself
 (`images_per_second` of result.json: without warm-up, evaluation and start).
 
 First step: our job on 2 workers, with the Ray that it starts, against `ray_hello.py`, a TorchTrainer whose workers only
-note the time. Ours ends with the first optimiser step done; hello's with its function begun.
+record the time. Ours ends with the first optimiser step done; hello's with its function begun.
 
-Arms take turns, in alternating order, and figures are medians of the rounds' ratios, so that whatever else runs on the
-machine hits all of them. Beside a busy neighbour on 2 cores they still scatter by a tenth. About 15 minutes there.
+Arms take turns, in alternating order, and figures are medians of the rounds' ratios, so that other load on the machine
+affects all of them. With other load on 2 cores they still vary by a tenth. About 15 minutes there.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ STAGES = {
 
 
 def measure(command: Sequence[str], threads: int) -> float:
-    """Run a command to its end; when it was started (Unix time)."""
+    """Run a command to its end; return its start (Unix time)."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "OMP_NUM_THREADS": str(threads),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     if HELLO in command:
-        environment["RAY_AUTH_MODE"] = "disabled"  # in case a token file is about; ours sees to it itself
+        environment["RAY_AUTH_MODE"] = "disabled"  # in case there is a token file; ours handles authentication itself
     began = time.time()
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=900)
     if done.returncode:
@@ -92,7 +92,7 @@ def measure(command: Sequence[str], threads: int) -> float:
 
 
 def job(arm: str, folder: Path, steps: int, threads: int) -> tuple[float, dict[str, Any]]:
-    """Run our job in an arm; when it was started, and its result."""
+    """Run our job in an arm; return its start, and its result."""
     python, launch = ARMS[arm]
     # Ray gives a worker as many threads as it has CPUs.
     launch = [
@@ -104,7 +104,7 @@ def job(arm: str, folder: Path, steps: int, threads: int) -> tuple[float, dict[s
 
 
 def throughput(rounds: int, steps: int, threads: int) -> dict[str, float]:
-    """Images/s of every arm, and the medians of the rounds' ratios."""
+    """Return the images/s of every arm, and the medians of the rounds' ratios."""
     rates: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for count in range(rounds):
         for arm in ARMS if count % 2 == 0 else list(ARMS)[::-1]:
@@ -119,19 +119,19 @@ def throughput(rounds: int, steps: int, threads: int) -> dict[str, float]:
         [name, statistics.median(values), min(values), max(values)] for name, values in ratios.items()
     ]
     print(table(["images/s, same loop", "median", "lowest", "highest"], rows), flush=True)
-    # Each arm's least disturbed round: to tell a cost of Ray's from a neighbour's.
+    # Each arm's least disturbed round, to distinguish a cost of Ray from other load.
     figures |= {f"{name}_best_rounds": max(rates[ray]) / max(rates[base]) for name, (ray, base) in PAIRS.items()}
     return figures | {name: statistics.median(values) for name, values in ratios.items()}
 
 
 def seconds_by_stage(began: float, marks: Mapping[str, float]) -> dict[str, float]:
-    """How long each stage took, in order, and all of them."""
+    """Return the duration of each stage, in order, and their sum."""
     times = [began, *marks.values()]
     return {name: b - a for name, (a, b) in zip(marks, pairwise(times), strict=True)} | {"all": times[-1] - began}
 
 
 def start(rounds: int, threads: int) -> dict[str, float]:
-    """Seconds to the first step, ours and hello's, by stage."""
+    """Return the seconds to the first step, ours and hello's, by stage."""
     seen: dict[str, list[dict[str, float]]] = {"ours": [], "hello": []}
     for count in range(rounds):
         for arm in ("hello", "ours") if count % 2 == 0 else ("ours", "hello"):

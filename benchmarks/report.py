@@ -1,4 +1,4 @@
-"""What every benchmark says at its end: one line of JSON with figures, targets, machine and versions."""
+"""The report at the end of every benchmark: one line of JSON with figures, targets, machine and versions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "torchvision", "ray", "numpy", "mimkd-ray")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Options that all benchmark scripts share."""
+    """Return the options that all benchmark scripts share."""
     made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     made.add_argument("--json", type=Path, metavar="FILE", help="also write the line of JSON to this file")
     made.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of PyTorch (default: all)")
@@ -29,7 +29,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def met(value: float | None, target: tuple[str, float] | list[Any]) -> bool:
-    """Whether a figure reaches its target. One that is missing or not finite does not."""
+    """Return whether a figure reaches its target. A missing or not finite one does not."""
     sign, limit = target
     if value is None or not math.isfinite(value):
         return False
@@ -37,12 +37,12 @@ def met(value: float | None, target: tuple[str, float] | list[Any]) -> bool:
 
 
 def gpu_name() -> str | None:
-    """Name of the first CUDA device, or None."""
+    """Return the name of the first CUDA device, or None."""
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
 def machine() -> dict[str, str | int | float | None]:
-    """Processor, cores, memory and GPU of this machine; nothing that names the machine itself."""
+    """Return processor, cores, memory and GPU of this machine; nothing that identifies the machine itself."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count() or 1,
@@ -61,7 +61,7 @@ def _cpu_model() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a figure may depend on."""
+    """Return the versions of Python and of the packages that a figure may depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -72,7 +72,7 @@ def versions() -> dict[str, str]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns of equal width; the first is aligned left and the others right. Floats show four digits."""
+    """Return columns of equal width; the first is aligned left and the others right. Floats show four digits."""
     cells = [[str(cell) for cell in header]]
     cells += [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
@@ -87,7 +87,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def finish(name: str, figures: Figures, targets: Targets, file: Path | None = None) -> int:
-    """Print how the targets were met, then the line of JSON; 0 when all were met, and 1 otherwise."""
+    """Print whether the targets were met, then the line of JSON; return 0 if all were met, and 1 otherwise."""
     unknown = sorted(set(targets) - set(figures))
     if unknown:
         raise KeyError(f"targets without a figure: {', '.join(unknown)}")

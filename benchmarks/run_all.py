@@ -1,7 +1,7 @@
-"""Runs every benchmark, keeps what it measured in benchmarks/results/, and refreshes the table of its README.md.
+"""Run every benchmark, keep its results in benchmarks/results/, and refresh the table of its README.md.
 
-A benchmark is a script of this folder that ends with one line of JSON (see report.py). On a machine with a CUDA
-device its results are kept under a name of their own, so that those of a CPU stay.
+A benchmark is a script of this folder that ends with one line of JSON (see report.py). On a machine with a CUDA device
+its results are kept under a separate name, so that those of a CPU stay.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ README = FOLDER / "README.md"
 
 
 def run(script: Path) -> tuple[int, dict[str, Any] | None]:
-    """Run a script, passing its output on as it comes: its exit status, and its last line where that is a report."""
+    """Run a script, passing its output on; return its exit status, and its last line if that is a report."""
     if not script.is_file():
         print(f"{script.name} is not in {script.parent.name}/: write it, or take it off NAMES in run_all.py")
         return 1, None
@@ -47,14 +47,14 @@ def run(script: Path) -> tuple[int, dict[str, Any] | None]:
 
 
 def result_file(results: Path, report: dict[str, Any]) -> Path:
-    """NAME.json, or NAME-<gpu>.json where there was a GPU."""
+    """Return NAME.json, or NAME-<gpu>.json if there was a GPU."""
     gpu = report["machine"].get("gpu")
     suffix = "-" + re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") if gpu else ""
     return results / f"{report['name']}{suffix}.json"
 
 
 def markdown(results: Path) -> str:
-    """The table of every figure that has a target, and the machines that the results are from."""
+    """Return the table of every figure that has a target, and the machines of the results."""
     reports = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     order = {name: position for position, name in enumerate(NAMES)}
     reports.sort(key=lambda report: (order.get(report["name"], len(NAMES)), report["machine"].get("gpu") or ""))

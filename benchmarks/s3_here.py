@@ -1,8 +1,8 @@
-"""An S3 server on this machine, in a process of its own: moto, which keeps objects in memory, behind a late door.
+"""An S3 server on this machine, in a separate process: moto, which keeps objects in memory, behind a delaying proxy.
 
-The late door is a proxy that holds what a client sends for some time before it passes it on. A read is one small
-message, so each waits once, as for a far server; answers come back at full speed. It is for reading: an upload of many
-messages would wait for each, and goes to moto itself.
+The proxy holds each message of a client for some time before it passes it on. A read is one small message, so each
+waits once, as for a far server; answers come back at full speed. The proxy is for reading: an upload of many messages
+would wait for each, and goes to moto directly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BUCKET = "benchmark"
 
 
 class Endpoints(NamedTuple):
-    """URLs of the server itself and of the late door."""
+    """URLs of the server itself and of the delaying proxy."""
 
     near: str
     late: str
@@ -28,7 +28,7 @@ class Endpoints(NamedTuple):
 
 @contextlib.contextmanager
 def s3_server(latency_s: float) -> Iterator[Endpoints]:
-    """Run a server with an empty bucket; the environment has its credentials, `turn_to` says which door is used."""
+    """Run a server with an empty bucket; the environment has its credentials, and `turn_to` selects the endpoint."""
     command = [sys.executable, str(Path(__file__).resolve()), str(latency_s)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -51,12 +51,12 @@ def s3_server(latency_s: float) -> Iterator[Endpoints]:
 
 
 def turn_to(endpoint: str) -> None:
-    """Have this process, and those it starts, use this endpoint."""
+    """Make this process, and those it starts, use this endpoint."""
     os.environ["AWS_ENDPOINT_URL"] = endpoint
 
 
 async def proxy(host: str, port: int, latency_s: float, near: str) -> None:
-    """Open the late door and say where; until standard input, which the parent holds, comes to its end."""
+    """Open the proxy and print its place; run until standard input, which the parent holds, ends."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server_reader, server_writer = await asyncio.open_connection(host, port)
@@ -70,7 +70,7 @@ async def proxy(host: str, port: int, latency_s: float, near: str) -> None:
 
 
 async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: float) -> None:
-    """Pass on what comes, each piece after the delay, and the end."""
+    """Forward each piece after the delay, and the end of the stream."""
     try:
         while data := await reader.read(2**20):
             if delay_s:

@@ -1,13 +1,13 @@
 """Workers against images/s on this machine: 1, 2 and 4 of them, for a compute-bound and an input-bound run.
 
 The same run (four lanes, so the same samples and the same global batch) with its lanes dealt to torchrun's processes,
-one thread each; images/s of jobs/imagenet.py as result.json has it.
+one thread each; images/s of jobs/imagenet.py from result.json.
 
 * compute: ResNet-20 on digits of 32 px in memory, a live teacher: no loader processes.
-* input: photographs of 341 x 256, decoded for a student of 8 px that is done at once; one loader process a worker.
+* input: photographs of 341 x 256, decoded for a student of 8 px that takes almost no time; one loader process a worker.
 
-What it shows is what the machine's cores give: beyond their number nothing is gained, and it should not get worse by
-much. What a network adds is in scaling_model.py. Arms take turns; figures are medians of the rounds' ratios.
+The result shows the use of the machine's cores: beyond their number nothing is gained, and it should not get much
+worse. scaling_model.py adds the network. Arms take turns; figures are medians of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CASES = {
 
 
 def rate(case: str, workers: int, steps: int, data: Path) -> float:
-    """Images/s of a run."""
+    """Return the images/s of a run."""
     own = CASES[case] + (("--data.root", str(data), "--data.store", str(data / "store")) if case == "input" else ())
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         command = [*_start(workers), JOB, *COMMON, *own, "--run.root", folder, "--train.max-steps", str(steps)]

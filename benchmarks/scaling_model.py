@@ -1,8 +1,8 @@
-"""What a cluster will do, before it is rented: images/s, hours and cost of an epoch for 8 to 512 GPUs.
+"""Prediction for a cluster before it is rented: images/s, hours and cost of an epoch for 8 to 512 GPUs.
 
     python benchmarks/scaling_model.py --step-ms 180 --lane-batch 64 --gradient-mb 47 --link-gbit 25 --storage-gbit 10
 
-Measure the step on one GPU of the kind in mind (`images_per_second` of a run there), and links and storage with
+Measure the step on one GPU of the intended kind (`images_per_second` of a run there), and links and storage with
 `python -m mimkd_ray doctor`. The model:
 
 * A step takes max(compute + exposed reduction, input).
@@ -16,8 +16,8 @@ Measure the step on one GPU of the kind in mind (`images_per_second` of a run th
 * cost: GPU hours, and the head's. Spot machines that are lost cost the steps since the last checkpoint and the
   restart: `--losses` per GPU and hour, `--checkpoint-minutes`, `--restart-seconds`.
 
-Not in it: stragglers, contention within the network, NCCL's choice of algorithm, evaluation, checkpoints to storage.
-Treat what it says as a bound from above, and the row where the columns bend as the place to look at.
+Not included: stragglers, contention within the network, NCCL's choice of algorithm, evaluation, checkpoints to storage.
+Treat the prediction as an upper bound, and examine the row at which the columns bend.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ BACKWARD = 2 / 3
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What a cluster will do, before it is rented: images/s, hours and cost of an epoch. The module says how."""
+    """Prediction for a cluster before it is rented: images/s, hours and cost of an epoch. The module describes the
+    model."""
 
     step_ms: float
     """Measured step of one GPU with its lane, ms."""
@@ -49,17 +50,17 @@ class Cluster:
     link_gbit: float
     """Slowest link between nodes, Gbit/s."""
     storage_gbit: float
-    """Object storage, of one node, Gbit/s."""
+    """Bandwidth of object storage for one node, Gbit/s."""
     gpus_per_node: int = 1
     """GPUs behind one link."""
     hop_us: float = 50.0
     """Latency of a hop of the ring, us."""
     overlap: float = 0.8
-    """Share of the reduction that may hide."""
+    """Share of the reduction that can overlap with the backward pass."""
     storage_total_gbit: float = 400.0
-    """Object storage, of all nodes together, Gbit/s."""
+    """Bandwidth of object storage for all nodes together, Gbit/s."""
     image_kb: float = 110.0
-    """Stored size of an image, kB; smaller where the set was prepared with a short side."""
+    """Stored size of an image, kB; smaller if the set was prepared with a short side."""
     decode: float = 5000.0
     """Images/s that the cores of one GPU decode."""
     images: int = 1_281_167
@@ -77,12 +78,12 @@ class Cluster:
     gpus: tuple[int, ...] = GPUS
     """Cluster sizes to predict."""
     json: str = ""
-    """File to write the predictions to as well."""
+    """File to which the predictions are written as well."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one cluster size. Shares are of the step."""
+    """The prediction for one cluster size. Shares are of the step."""
 
     gpus: int
     compute_ms: float
@@ -98,7 +99,7 @@ class Prediction:
 
 
 def predict(known: Cluster, gpus: int) -> Prediction:
-    """Predict for so many GPUs."""
+    """Return the prediction for this many GPUs."""
     nodes = max(1, gpus // known.gpus_per_node)
     reduction = 0.0
     if nodes > 1:
@@ -113,7 +114,7 @@ def predict(known: Cluster, gpus: int) -> Prediction:
     step_first, step = max(busy, first), max(busy, later)
     rate = gpus * known.lane_batch / step * 1e3
     hours = known.images / rate / 3600
-    # A loss anywhere costs everybody half a checkpoint's interval and the restart.
+    # A loss anywhere costs all GPUs half a checkpoint's interval and the restart.
     lost = known.losses * gpus * (known.checkpoint_minutes * 30 + known.restart_seconds) / 3600
     hours = hours / (1 - lost) if lost < 1 else float("inf")
     return Prediction(

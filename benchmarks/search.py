@@ -1,28 +1,28 @@
-"""What a search costs: trials per hour with a cache and in packs, the start of a trial, and memory over many trials.
+"""Cost of a search: trials per hour with a cache and in packs, the start of a trial, and memory over many trials.
 
 Trials per hour of 8 trials of a CIFAR-100 search (ResNet-32x4 teacher, ResNet-8x4 student), wall clock of the whole
 commands, on all cores:
 
 * `jobs_live`: jobs/cifar100.py once for each trial, one after the other with all threads; the teacher runs in each.
-* `tune_cache`: jobs/search.py with a cache of the teacher that was built before. Its building is beside it.
+* `tune_cache`: jobs/search.py with a cache of the teacher that was built before. Its building time is shown beside it.
 * `pack_live`: jobs/search.py --search.pack 4, the teacher runs once for each pack. `pack_cache`: with the cache.
 
 All train the same 8 configurations (the default space, drawn by one seed, no scheduler), each with its own loss, on the
 same batches, with the same evaluations and checkpoints. A search runs as many trials or packs at a time as there are
 cores, each with one thread: its default.
 
-What `tune_cache` may take is the start of the search, and for each of its trials the start and the training of a
-student that nothing searches, as many at a time, with one thread each. Two kinds of these are trained: `jobs_cache` is
-each configuration as a job of its own with the cache, so that what remains is what Tune adds; `plain` is the student
-without any teacher, so that what remains are the critics of these configurations as well.
+The lower limit for `tune_cache` is the start of the search, and for each of its trials the start and the training of a
+student outside a search, as many at a time, with one thread each. Two kinds of these are trained: `jobs_cache` is each
+configuration as a separate job with the cache, so that the rest is the cost of Tune; `plain` is the student without any
+teacher, so that the rest includes the critics of these configurations.
 
-The start of a trial is counted from when it is asked for to its first step. Then many tiny trials, on a Ray of this
-script's that goes on after them (search_tiny.py): memory on the way, and what they leave.
+The start of a trial is counted from its request to its first step. Then many tiny trials run on a Ray of this script
+that outlives them (search_tiny.py): memory during the search, and what the trials leave behind.
 
 Not measured: GPUs, several nodes, ASHA (it would stop other trials in each arm), finals. Teachers are random unless
 --weights is given: speed does not depend on it. An epoch is far shorter than CIFAR-100's, so the cache's canary, a
-batch of the teacher for each epoch, is off. Trials are short (--steps), so starts weigh more than in a real search; how
-long they took is among the figures.
+batch of the teacher for each epoch, is off. Trials are short (--steps), so starts weigh more than in a real search;
+their duration is among the figures.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from mimkd_ray.search.trial_folders import Planned
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 ARMS = ("jobs_live", "tune_cache", "pack_live", "pack_cache", "plain", "jobs_cache")
 UNSEARCHED = ("plain", "jobs_cache")
-"""Not arms of the comparison: what the search with the cache is held against."""
+"""Arms with which the search with the cache is compared; not part of the comparison of arms."""
 TRIALS, PACK, EPOCHS = 8, 4, 2
 HOLDOUT = 0.1
 STAGES = {
@@ -85,13 +85,14 @@ class Ran:
     ended: float
 
     def start(self) -> dict[str, float]:
-        """Seconds of each stage up to the first step, and all of them."""
+        """Return the seconds of each stage up to the first step, and their sum."""
         return seconds_by_stage(self.asked, self.marks)
 
 
 @contextmanager
 def running(job: str, config: Config, name: str, folder: Path, threads: int = 0) -> Iterator[Callable[[], None]]:
-    """A job of ours with this config: what waits for its end. 0 threads: as many as it takes by itself."""
+    """Start a job of ours with this config; yield the function that waits for its end. 0 threads: as many as it takes
+    by default."""
     file, log = folder / f"{name}.json", folder / f"{name}.log"
     file.write_text(json.dumps(to_dict(config)))
     own = environment() | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
@@ -105,11 +106,11 @@ def running(job: str, config: Config, name: str, folder: Path, threads: int = 0)
         try:
             yield wait
         finally:
-            process.terminate()  # nothing to a process that has ended
+            process.terminate()  # no effect on a process that has ended
 
 
 class Arms:
-    """The arms, and what each of them took so far."""
+    """The arms, and the time that each took so far."""
 
     def __init__(self, job: SearchJob, cached: SearchJob, planned: Sequence[Planned], folder: Path, args: Any) -> None:
         self.job, self.cached, self.planned, self.folder = job, cached, planned, folder
@@ -142,13 +143,13 @@ class Arms:
             self.search(arm, replace(job, run=replace(job.run, name=arm), search=replace(job.search, pack=pack)))
 
     def as_job(self, planned: Planned, name: str) -> Config:
-        """A trial's config as a job of its own."""
+        """Return a trial's config as a separate job."""
         config = from_dict(Config, planned.config)
         run = replace(config.run, root=str(self.folder), name=name)
         return replace(config, run=run, launch=LaunchConfig(backend="local", gpu="off"))
 
     def lone(self, arm: str, configs: Sequence[Config], threads: int) -> None:
-        """Jobs at the same time."""
+        """Run jobs at the same time."""
         began = time.time()
         names = [config.run.name for config in configs]
         with ExitStack() as stack:
@@ -161,7 +162,7 @@ class Arms:
         print(f"{', '.join(names)}: {time.time() - began:.1f} s", flush=True)
 
     def search(self, arm: str, job: SearchJob) -> None:
-        """A search, which must train what was planned."""
+        """Run a search, which must train the planned configurations."""
         self.began[arm] = time.time()
         with running("search.py", job, arm, self.folder) as wait:
             wait()
@@ -175,14 +176,14 @@ class Arms:
         print(f"{arm}: {self.seconds[arm]:.1f} s", flush=True)
 
     def note(self, arm: str, asked: float, place: Path) -> None:
-        """Take note of a finished run."""
+        """Record a finished run."""
         file = place / "result.json"
         result = json.loads(file.read_text())
         self.steps.add(result["steps"])
         self.ran.setdefault(arm, []).append(Ran(asked, result["timeline"], file.stat().st_mtime))
 
     def figures(self) -> dict[str, float]:
-        """What the arms took, and how they compare where there are both."""
+        """Return the times of the arms, and their ratios if both were run."""
         if len(self.steps) != 1:
             raise SystemExit(f"runs have different numbers of steps: {self.steps}")
         figures: dict[str, float] = {"steps": float(*self.steps)}
@@ -198,7 +199,7 @@ class Arms:
         return figures | self.starts()
 
     def over_students(self) -> dict[str, float]:
-        """What the search with the cache took, against its start and students that nothing searched."""
+        """Return the time of the search with the cache, compared with its start and students outside a search."""
         trials = self.ran["tune_cache"]
         start = min(each.asked for each in trials) - self.began["tune_cache"]
         trial_starts = sum(each.start()["all"] for each in trials)
@@ -214,7 +215,8 @@ class Arms:
         return figures
 
     def starts(self) -> dict[str, float]:
-        """Medians of the seconds of each stage of a trial's start; those of a search with and without a new process."""
+        """Return the medians of the seconds of each stage of a trial's start; those of a search with and without a new
+        process."""
         kinds = {"jobs_live": self.ran.get("jobs_live", [])}
         for arm in ("tune_cache", "pack_live"):
             trials = sorted(self.ran.get(arm, []), key=lambda each: each.asked)
@@ -236,7 +238,7 @@ class Arms:
 
 
 def imports() -> float:
-    """Seconds in which a fresh process imports what a trial's process needs."""
+    """Return the seconds in which a fresh process imports the modules of a trial's process."""
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
@@ -246,7 +248,7 @@ def imports() -> float:
 
 
 def base_job(args: Any, folder: Path) -> SearchJob:
-    """The search without a cache, on images that give each trial the steps that are asked for."""
+    """Return the search without a cache, on images that give each trial the requested steps."""
     rows = round(args.steps // EPOCHS * 64 / (1 - HOLDOUT)) + 64
     images = image_set.images(args.cifar, rows) if args.cifar else small_images(rows)
     image_set.write_parquet(images, folder / "data" / "train-00000-of-00001.parquet")
@@ -275,7 +277,7 @@ def build_cache(job: SearchJob, folder: Path) -> float:
 
 
 def arms(args: Any, folder: Path) -> dict[str, float]:
-    """Figures of the arms that are asked for."""
+    """Return the figures of the requested arms."""
     job = base_job(args, folder)
     cached = replace(job, cache=CacheConfig(root=str(folder / "cache"), canary=0.0, calibration_rows=512))
     plan = Search(job, str(folder / "plan"), find_spaces(job.search.space, SPACES))

@@ -1,4 +1,4 @@
-"""Many tiny trials in one search, on a Ray that outlives it: memory on the way, and what is left at the end."""
+"""Many tiny trials in one search, on a Ray that outlives it: memory during the search, and remains at the end."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from mimkd_ray.recipes import demo
 ROOT = Path(__file__).resolve().parents[1]
 POINTS = 20
 EARLY = 10
-"""One in so many trials is run by an earlier start of the search: the driver that is watched then draws its first
-report with some trials, and has by a quarter of them imported (180 MB) all that a report needs."""
+"""One in this many trials is run by an earlier start of the search: the driver that is watched then draws its first
+report with some trials, and by a quarter of them has imported (180 MB) all that a report needs."""
 SAMPLE_SECONDS = 1.0
 SETTLE_SECONDS = 30.0
-"""Ray ends the workers of a job that is over in the background."""
+"""Seconds for Ray to end the workers of a finished job in the background."""
 MARK = "MIMKD_BENCHMARK"
-"""An environment variable that all processes of this benchmark inherit, loaders and orphans too."""
+"""Environment variable that all processes of this benchmark inherit, loaders and orphans too."""
 
 LEFT = """
 import json, sys, ray
@@ -46,7 +46,7 @@ print(json.dumps({"states": states, "cpus": ray.available_resources().get("CPU",
 
 
 class Sample(NamedTuple):
-    """Megabytes in memory when so many trials were over."""
+    """Megabytes in memory after a number of finished trials."""
 
     seconds: float
     over: int
@@ -56,13 +56,13 @@ class Sample(NamedTuple):
 
 
 def environment() -> dict[str, str]:
-    """This process's, without what others set for a Ray of theirs."""
+    """Return this process's environment without settings for another Ray."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_"))}
     return kept | {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def tiny(trials: int, cores: int, folder: Path) -> dict[str, float]:
-    """Run the search; figures of its memory, its speed and what it left."""
+    """Run the search; return the figures of its memory, its speed and its remains."""
     config = folder / "tiny.json"
     config.write_text(json.dumps(_job(trials, folder)))
     mark = uuid.uuid4().hex
@@ -115,12 +115,12 @@ def _job(trials: int, folder: Path) -> dict[str, object]:
 
 @contextmanager
 def _head(inherited: Mapping[str, str], cores: int) -> Iterator[tuple[str, int]]:
-    """A Ray head of our own: its address, and the process that all of it is below."""
+    """Run a Ray head; yield its address, and the process that is the ancestor of all its processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"127.0.0.1:{port}"
-    # A short path: sockets lie there, and their names have at most 107 characters.
+    # A short path: it contains sockets, whose names have at most 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port", str(port)]
         command += ["--node-ip-address", "127.0.0.1", "--num-cpus", str(cores), "--num-gpus", "0"]
@@ -147,7 +147,7 @@ def _head(inherited: Mapping[str, str], cores: int) -> Iterator[tuple[str, int]]
 
 
 def _until_up(process: subprocess.Popen[bytes], inherited: Mapping[str, str], address: str) -> None:
-    """Wait for the head; all its idle workers are there then."""
+    """Wait for the head; all its idle workers are there afterwards."""
     for _ in range(30):
         if process.poll() is not None:
             raise SystemExit(f"ray start ended with {process.returncode}")
@@ -178,10 +178,11 @@ def _watch(driver: subprocess.Popen[bytes], head: int, folder: Path, trials: int
 
 
 def _memory(samples: Sequence[Sample], trials: int) -> dict[str, float]:
-    """Memory at each twentieth of the trials, as a table and as figures, and its growth from a quarter to all of them.
+    """Return the memory at each twentieth of the trials, as a table and as figures, and its growth from a quarter to
+    all.
 
-    Each of these is of the first sample that saw so many. What the driver has in memory in the end, with the report of
-    all trials, is beside them.
+    Each value is of the first sample with that many trials. The driver's memory at the end, with the report of all
+    trials, is shown beside them.
     """
     marks = [-(-trials * point // POINTS) for point in range(1, POINTS + 1)]
     # The last sample before the driver ended may have seen all but the last trial.
@@ -205,7 +206,7 @@ def _memory(samples: Sequence[Sample], trials: int) -> dict[str, float]:
 
 
 def _leaked(mark: str, before: set[int]) -> dict[int, str]:
-    """Processes with our mark that were not there before, once Ray had time to end its own; with their commands.
+    """Return new processes with our mark, after Ray had time to end its own, with their commands.
 
     Idle workers that Ray keeps ready for the next job belong to it.
     """
@@ -219,19 +220,19 @@ def _leaked(mark: str, before: set[int]) -> dict[int, str]:
 
 
 def _marked(mark: str) -> set[int]:
-    """All living processes that inherited the mark."""
+    """Return all living processes that inherited the mark."""
     entry = f"{MARK}={mark}"
     return {int(place.name) for place in Path("/proc").glob("[0-9]*") if entry in _read(int(place.name), "environ")}
 
 
 def _megabytes(pids: Sequence[int]) -> float:
-    """Resident memory of the processes together."""
+    """Return the resident memory of the processes together."""
     pages = [int(text.split()[1]) for text in (_read(pid, "statm") for pid in pids) if text]
     return sum(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def _read(pid: int, name: str) -> str:
-    """A file of a process; "" where it has ended or belongs to another user."""
+    """Return a file of a process; "" if it has ended or belongs to another user."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""Training sessions in this process, fed with batches that are made beforehand: the loader takes no part."""
+"""Training sessions in this process, with batches that are made beforehand, without the loader."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mimkd_ray.train.student import Session
 
 
 def make_session(teacher: str, student: str, lanes: int, lane_batch: int, size: int, device: torch.device) -> Session:
-    """A session with the accuracy loss on images of ``size`` squared; teacher and student are random."""
+    """Return a session with the accuracy loss on images of ``size`` squared; teacher and student are random."""
     base = IMAGENET_RECIPES["r34_r18"]()
     config = replace(
         base,
@@ -29,7 +29,7 @@ def make_session(teacher: str, student: str, lanes: int, lane_batch: int, size: 
 
 
 def batches(session: Session, start: int = 0) -> Iterator[LaneBatch]:
-    """The same random images again and again, labelled with the step and lane that are next."""
+    """Yield the same random images repeatedly, labelled with the next step and lane."""
     train, size = session.config.train, session.config.data.image_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (train.lane_batch, 3, size, size), dtype=torch.uint8, generator=generator)

@@ -1,4 +1,4 @@
-"""What the CIFAR-100 study trains: methods, what of each is tuned, and ablations; and what others have published."""
+"""The arms of the CIFAR-100 study: methods, their tuned field, and ablations; and published results."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ METHODS: dict[str, Change] = {
     "best": _set(preset="best"),
     **{rival: _set(name=(rival,)) for rival in RIVALS},
 }
-"""The loss of each. mimkd is the default of release 0.1, with critics that learn on both sides; mimkd_kd has the whole
-cross-entropy, as that has, and KD at its published 0.9. accuracy and best are today's presets (headline.py)."""
+"""The loss of each method. mimkd is the default of release 0.1, with critics that learn on both sides; mimkd_kd has the
+whole cross-entropy, as that has, and KD at its published 0.9. accuracy and best are today's presets (headline.py)."""
 
 ABLATIONS: dict[str, Change] = {
     "feature_only": _set(global_weight=0.0, local_weight=0.0),
@@ -38,15 +38,15 @@ ABLATIONS: dict[str, Change] = {
     "fixed_temperature": lambda loss: replace(loss, critic=replace(loss.critic, learn_temperature=False)),
     "two_stages": _set(feature_pairs=("stage2:stage2", "stage3:stage3")),
 }
-"""What is changed of `mimkd`, one thing each: terms, bound, negatives (of JSD, which InfoNCE cannot be read without),
+"""Ablations of `mimkd`, each with one change: terms, bound, negatives (of JSD, because InfoNCE needs many),
 temperature, and a shallower pair of taps besides the deepest. They train with mimkd's tuned weights."""
 
 FACTORS = (1.0, 1 / 3, 3.0, 1 / 10, 10.0)
-"""What a tuned weight is multiplied by, the published or default value first."""
+"""Factors on a tuned weight, the published or default value first."""
 
 
 def tuned(config: Config, method: str, factor: float) -> Config:
-    """The config with the one thing that is tuned of a method multiplied: its weight; of the student alone the learning
+    """Return the config with the tuned field of a method multiplied: its weight, or for the student alone the learning
     rate, by the square root of the factor."""
     loss = config.loss
     if method == "alone":

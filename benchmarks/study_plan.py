@@ -20,7 +20,7 @@ TUNING_SEED = 1000  # of tuning trials; students have seeds from 0
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of a study, and where they are."""
+    """The runs of a study, and their directories."""
 
     base: dict[str, Config]  # by pair
     methods: Sequence[str]
@@ -30,14 +30,14 @@ class Plan:
     root: Path
 
     def teachers(self) -> dict[str, tuple[Config, Path]]:
-        """The run that trains the teacher of each pair; pairs with one teacher share it."""
+        """Return the run that trains the teacher of each pair; pairs with one teacher share it."""
         return {
             pair: (replace(teacher_config(config), recipe="teacher"), self.root / config.teacher.name.replace("/", "-"))
             for pair, config in self.base.items()
         }
 
     def config(self, pair: str, method: str, factor: float, seed: int) -> Config:
-        """One student's run."""
+        """Return one student's run."""
         base = self.base[pair]
         weights = str(self.teachers()[pair][1] / "student.safetensors")
         base = replace(
@@ -52,7 +52,7 @@ class Plan:
         return tuned(replace(base, loss=METHODS[method](base.loss)), method, factor)
 
     def trials(self, pair: str, method: str) -> dict[float, tuple[Config, Path]]:
-        """Tuning trials by factor; an ablation has those of mimkd."""
+        """Return the tuning trials by factor; an ablation has those of mimkd."""
         method = "mimkd" if method in ABLATIONS else method
         found = {}
         for factor in FACTORS[: self.tuning]:
@@ -62,7 +62,7 @@ class Plan:
         return found
 
     def factor(self, pair: str, method: str) -> float:
-        """The factor whose trial was best on held-out rows; of equal ones the first. Without trials 1."""
+        """Return the factor whose trial was best on held-out rows; of equal ones the first. Without trials 1."""
         trials = self.trials(pair, method)
         top1: dict[float, float] = {}
         for factor, (_, place) in trials.items():
@@ -73,12 +73,13 @@ class Plan:
         return max(top1, key=lambda factor: top1[factor]) if top1 else FACTORS[0]
 
     def final(self, pair: str, method: str, seed: int) -> tuple[Config, Path]:
-        """The run of one seed with the tuned setting."""
+        """Return the run of one seed with the tuned setting."""
         factor = self.factor(pair, method)
         return self.config(pair, method, factor, seed), self.root / pair / method / f"x{factor:.2f}-seed{seed:02d}"
 
     def runs(self) -> Iterator[tuple[str, Config, Path]]:
-        """All runs in order, each when what it depends on is finished: (what it is, config, directory)."""
+        """Yield all runs in order, each once the runs that it depends on are finished: (description, config,
+        directory)."""
         for pair, (config, place) in self.teachers().items():
             yield f"{pair}: teacher {config.student.name}", config, place
         for pair in self.base:
@@ -91,14 +92,14 @@ class Plan:
                     yield f"{pair}: {method}, seed {seed}", *self.final(pair, method, seed)
 
     def total(self) -> int:
-        """Number of runs."""
+        """Return the number of runs."""
         return len(self.base) * (
             1 + self.tuning * len(self.methods) + self.seeds * (len(self.methods) + len(self.ablations))
         )
 
 
 def short(data: str, root: Path, epochs: int, rows: int) -> Config:
-    """The short study's student and teacher."""
+    """Return the short study's student and teacher."""
     config = cifar100(SHORT, "resnet20", "resnet8")
     return replace(
         config,
@@ -112,7 +113,7 @@ def short(data: str, root: Path, epochs: int, rows: int) -> Config:
 
 
 def by_protocol(pair: str, data: str, root: Path, epochs: int) -> Config:
-    """A pair of the field's protocol, shortened in proportion where ``epochs`` are given."""
+    """Return a pair of the standard protocol, shortened in proportion if ``epochs`` are given."""
     config = CIFAR_RECIPES[pair]()
     whole = config.train.epochs
     milestones = tuple(round(each * (epochs or whole) / whole) for each in config.optim.milestones)

@@ -1,4 +1,4 @@
-"""What came of the CIFAR-100 study: means, spreads, paired differences; as text, Markdown and JSON."""
+"""Results of the CIFAR-100 study: means, spreads, paired differences; as text, Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Study:
         return cls(plan, {pair: _pair(plan, pair) for pair in plan.base})
 
     def rows(self) -> list[list[object]]:
-        """Rows of the table: pair, method, factor, top-1 with its spread, differences (of an ablation also
+        """Return the rows of the table: pair, method, factor, top-1 with its spread, differences (for an ablation also
         from mimkd), seconds an epoch, published."""
         found: list[list[object]] = []
         for pair, methods in self.pairs.items():
@@ -56,16 +56,16 @@ class Study:
     HEADER = ("pair", "method", "seeds", "factor", "top-1 %", "- alone", "- CRD", "- mimkd", "s/epoch", "published")
 
     def text(self) -> str:
-        """The table, for a terminal. Differences are paired by seed, with their standard errors."""
+        """Return the table for a terminal. Differences are paired by seed, with their standard errors."""
         return table(list(self.HEADER), self.rows())
 
     def markdown(self) -> str:
-        """The table, for a README."""
+        """Return the table for a README."""
         lines = [self.HEADER, ["---"] * len(self.HEADER), *self.rows()]
         return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
     def write(self, file: Path | None, complete: bool) -> None:
-        """Write the JSON, where a file is given."""
+        """Write the JSON, if a file is given."""
         if file is None:
             return
         settings = {
@@ -94,12 +94,12 @@ class Study:
         file.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
 
     def figures(self) -> dict[str, float]:
-        """Means by pair and method."""
+        """Return the means by pair and method."""
         return {f"{pair}/{name}/top1": value["mean"] for pair, of in self.pairs.items() for name, value in of.items()}
 
 
 def _pair(plan: Plan, pair: str) -> dict[str, Figures]:
-    """Figures of every method of a pair that has a finished student, the teacher first."""
+    """Return the figures of every method of a pair that has a finished student, the teacher first."""
     known = PUBLISHED.get(pair, {})
     found: dict[str, Figures] = {}
     _, place = plan.teachers()[pair]

@@ -1,8 +1,8 @@
-"""torchrun whose workers stay in this session. For `ray_overhead.py`, with torchrun's own arguments.
+"""A torchrun whose workers stay in this session. For `ray_overhead.py`, with torchrun's own arguments.
 
-torchrun puts every worker into a session of its own, and Linux's autogroups share a busy machine's processors among
-sessions, not processes: two workers in two sessions then get more than two workers in one, as Ray's are. That is no
-cost of Ray's, and without other load there is no difference.
+torchrun puts every worker into a separate session, and Linux's autogroups share a busy machine's processors among
+sessions, not processes: two workers in two sessions then get more than two workers in one, as Ray's are. That
+difference is not a cost of Ray's, and without other load it does not occur.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Compute a teacher's features once, into Parquet, for every run that distils from it. It takes the configuration of
-training; killed and started again, it goes on where it was. `plan` only says what it would cost.
+training, and resumes after a kill. `plan` only prints the cost.
 
 python jobs/cache_teacher.py r34_r18 --data.root DIR --data.views 8 --cache.root s3://bucket/cache
 python jobs/cache_teacher.py plan r34_r18 --data.root DIR --data.views 8 --cache.root s3://bucket/cache

@@ -1,4 +1,4 @@
-"""Distil on CIFAR-100 by the field's protocol.
+"""Distil on CIFAR-100 by the standard protocol.
 
 python jobs/cifar100.py resnet32x4_resnet8x4 --data.root DIR --teacher.train true
 python jobs/cifar100.py resnet32x4_resnet8x4 --data.root DIR --teacher.weights teacher.safetensors

@@ -1,5 +1,5 @@
 """Make a prepared data set: shuffled shards of equal blocks, from class folders, Hugging Face Parquet, or the official
-ImageNet archives. Killed and started again, it goes on where it was. One split a call:
+ImageNet archives. It resumes after a kill. One split a call:
 
 python jobs/prepare_data.py --source DIR --target s3://bucket/set
 python jobs/prepare_data.py --source DIR --target s3://bucket/set --split val

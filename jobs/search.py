@@ -1,4 +1,4 @@
-"""Search for the best critic, layers, bound and weights of a teacher and a student. Killed and given again it goes on.
+"""Search for the best critic, layers, bound and weights of a teacher and a student. It resumes after a kill.
 
 python jobs/search.py
 python jobs/search.py resnet32x4_resnet8x4 --data.root DIR --teacher.weights teacher.safetensors --search.epochs 20

@@ -122,10 +122,10 @@ _HOMES = {
     "train.accuracy": ("evaluate",),
     "train.distiller": ("Distiller", "distill"),
 }
-"""Where each name comes from: the imports above, for when the program runs."""
+"""The module that defines each public name, for the import at run time."""
 
 _WITHIN = {"DistillationLoss": "MIMKDLoss"}
-"""Names that their module has otherwise."""
+"""Public names that differ from the name in their module."""
 
 
 def __getattr__(name: str) -> Any:
@@ -141,5 +141,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the public names, those that were not asked for yet among them."""
+    """Return the public names, including those that have not been imported yet."""
     return sorted({*globals(), *__all__})

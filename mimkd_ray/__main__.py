@@ -16,11 +16,12 @@ COMMANDS = {
     "doctor": ("mimkd_ray.cli.doctor", "check a machine or a cluster before money is spent"),
     "layers": ("mimkd_ray.cli.layers", "list the layers of a network that can be tapped, and the default taps"),
 }
-"""Their modules, imported when they are asked for: each has ``main(argv, program)``, which returns the status."""
+"""Command to (module, help text). The module is imported on use and has ``main(argv, program)``, which returns the
+status."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command and return its exit status."""
     lines = "\n".join(f"  {name:8} {what}" for name, (_, what) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m mimkd_ray",

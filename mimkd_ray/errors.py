@@ -11,19 +11,21 @@ class UserError(Exception):
 
 
 class DamagedDataError(Exception):
-    """More images could not be decoded than the configuration allows. Names some of them."""
+    """More images could not be decoded than the configuration allows. The message names some of them."""
 
 
 class NonFiniteLossError(Exception):
-    """The loss became NaN or infinite. Names the step, the terms and the sample ids."""
+    """The loss became NaN or infinite. The message names the step, the terms and the sample ids."""
 
 
 class MemberMemoryError(Exception):
-    """One student of a pack found no memory; the others go on. Names the step and what the allocator said."""
+    """One student of a pack ran out of memory; the others go on. The message names the step and the allocator's
+    message."""
 
 
 class Interrupted(Exception):
-    """The job was asked to stop: it has saved its state and ended. Names the step; the same command goes on."""
+    """The job was asked to stop, has saved its state and has ended. The message names the step; the same command
+    resumes it."""
 
 
 def nearest(name: str, names: Iterable[str], limit: int = 3) -> str:

@@ -1,4 +1,5 @@
-"""Local files that appear at once and whole, whatever dies when: a temporary name, fsync, a rename or a hard link."""
+"""Local files that appear at once and whole, even if a process or the machine dies: a temporary name, fsync, then a
+rename or a hard link."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextmanager
 def _written_beside(path: Path, fill: Callable[[BinaryIO], object]) -> Iterator[Path]:
-    """A with-block that holds the filled file under a temporary name, to be renamed or linked to `path` in it."""
+    """Hold the filled file under a temporary name during a with-block, which renames or links it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Hidden and in the same folder: a rename is atomic only within one file system.
+    # Hidden, and in the same folder because a rename is atomic only within one file system.
     temporary = path.parent / f".{path.name[:100]}.{os.getpid()}-{os.urandom(6).hex()}.tmp"
     try:
         with open(temporary, "xb") as out:
@@ -26,7 +27,7 @@ def _written_beside(path: Path, fill: Callable[[BinaryIO], object]) -> Iterator[
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the name itself must survive a power cut
+    folder = os.open(path.parent, os.O_RDONLY)  # the directory entry, too, must survive a power cut
     try:
         os.fsync(folder)
     finally:
@@ -34,15 +35,15 @@ def _written_beside(path: Path, fill: Callable[[BinaryIO], object]) -> Iterator[
 
 
 def publish(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Put what `fill` writes at `path`, in the place of what is there."""
+    """Write the output of `fill` to `path`, replacing any file there."""
     with _written_beside(path, fill) as temporary:
         os.replace(temporary, path)
 
 
 def create_once(path: Path, data: bytes) -> bool:
-    """Put `data` at `path` if nothing is there; return whether that was done.
+    """Write `data` to `path` if nothing is there, and return whether this call wrote it.
 
-    Of several callers one wins, except where there are no hard links: two at the same moment may both win then.
+    Exactly one of several callers wins. Without hard links, two callers at the same moment may both win.
     """
     if path.exists():
         return False
@@ -50,7 +51,8 @@ def create_once(path: Path, data: bytes) -> bool:
         try:
             os.link(temporary, path)
         except FileExistsError:
-            # Over NFS an answer may be lost, and the call be made again by the client: then the link is ours.
+            # Over NFS the reply to a successful link can be lost and the client repeats the call: then the link is
+            # ours.
             return temporary.stat().st_nlink == 2
         except OSError as error:
             if error.errno not in _NO_HARD_LINKS:
@@ -62,7 +64,7 @@ def create_once(path: Path, data: bytes) -> bool:
 
 
 def entries(folder: Path) -> list[tuple[str, bool, int, str]]:
-    """Return (name, is a folder, bytes, version) of what is in the folder, sorted; [] if there is none."""
+    """Return (name, is a folder, bytes, version) of each entry of the folder, sorted; [] if there is no folder."""
     try:
         with os.scandir(folder) as found:
             there = [(e.name, e.is_dir(), e.stat()) for e in found if e.is_dir() or e.is_file()]

@@ -32,11 +32,11 @@ def demo() -> Config:
     python jobs/imagenet.py
 
     Learning rate, epochs and weights were fixed beforehand on a quarter of the training set (`--data.holdout 0.25`)
-    with other seeds, the learning rate and the epochs for the student alone. Mean paired difference to it there (six
-    seeds), and its standard error: KD at weight 0.5: +1.73 +- 0.98; MIMKD's global term at 0.1 and 0.3: +1.29 +- 0.58,
-    +1.19 +- 0.63 (0.1 with KD at 0.5: +1.09 +- 0.92); its feature term at 0.1: +1.24 +- 0.80; both at 0.1, as here:
-    +0.94 +- 0.66. All are within each other's error. A student of 3,778 parameters
-    is small for weights that larger ones take (10 and 3): at 1 it loses.
+    with other seeds; the learning rate and the epochs for the student alone. Mean paired difference to the student
+    alone in that study (six seeds), with its standard error: KD at weight 0.5: +1.73 +- 0.98; MIMKD's global term at
+    0.1 and 0.3: +1.29 +- 0.58, +1.19 +- 0.63 (0.1 with KD at 0.5: +1.09 +- 0.92); its feature term at 0.1: +1.24 +-
+    0.80; both at 0.1, as here: +0.94 +- 0.66. All are within each other's error. The student has 3,822 parameters and
+    needs smaller weights than larger students (10 and 3): at weight 1 it does worse than alone.
     """
     return Config(
         recipe="demo",
@@ -53,7 +53,8 @@ def demo() -> Config:
 
 
 def _imagenet(name: str, teacher: str, student: str, expect_top1: float, dkd_beta: float) -> Config:
-    """Rivals have the constants that their authors published for ImageNet: DKD's beta is that of the teacher's pair."""
+    """Return an ImageNet recipe with the rivals' published ImageNet constants; `dkd_beta` is the one for this pair of
+    networks."""
     return Config(
         recipe=name,
         data=DataConfig(
@@ -100,7 +101,7 @@ def r50_shufflenetv2() -> Config:
 
 
 SMALL_RATE = ("mobilenet_v2", "shufflenet_v1", "shufflenet_v2")
-"""CIFAR-100 students that the field trains with lr 0.01 instead of 0.05."""
+"""CIFAR-100 students that the standard protocol trains with lr 0.01 instead of 0.05."""
 
 CIFAR_PAIRS = {
     "wrn_40_2_wrn_16_2": ("wrn_40_2", "wrn_16_2"),
@@ -118,12 +119,12 @@ CIFAR_PAIRS = {
 
 
 DKD_BETA = {"wrn_40_2": 6.0, "vgg13": 6.0, "resnet56": 2.0, "resnet110": 2.0}
-"""DKD's beta for pairs of this CIFAR-100 teacher, as its authors published; 8 for others."""
+"""DKD's published beta for pairs with this CIFAR-100 teacher; 8 for other teachers."""
 
 
 def cifar100(name: str, teacher: str, student: str) -> Config:
-    """The field's CIFAR-100 protocol: 240 epochs, batch 64, SGD 0.9, lr 0.05 or 0.01, x0.1 at 150, 180, 210,
-    weight decay 5e-4 of every parameter. Rivals have their published constants."""
+    """The standard CIFAR-100 protocol: 240 epochs, batch 64, SGD 0.9, lr 0.05 or 0.01, x0.1 at 150, 180, 210, weight
+    decay 5e-4 of every parameter. Rivals have their published constants."""
     return Config(
         recipe=name,
         data=DataConfig(root="cifar100", pipeline="cifar", image_size=32, mean=CIFAR_MEAN, std=CIFAR_STD),

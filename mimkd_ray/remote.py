@@ -1,6 +1,6 @@
-"""The file system behind a URL, and calls that are tried again: what storage.py stands on.
+"""The file system behind a URL, and retried calls: the base of storage.py.
 
-A file system object owns an event loop, which does not survive a fork, so there is one per process.
+A file system object owns an event loop, which does not survive a fork, so each process has its own.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ T = TypeVar("T")
 
 
 class StorageError(OSError):
-    """A transient failure that outlasted all tries. Names the object."""
+    """A transient failure that outlasted all tries. The message names the object."""
 
 
-# Failures that waiting does not heal. Every other OSError is retried: stores report throttling, resets and
-# server errors as plain OSError.
+# Failures that a retry does not cure. Every other OSError is retried: stores report throttling, resets and server
+# errors as plain OSError.
 _PERMANENT_ERRNOS = frozenset({errno.EROFS, errno.ENAMETOOLONG, errno.EPERM, errno.EACCES, errno.ENOSYS})
 _PERMANENT_TYPES = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
-# Connection failures that are no OSError, by name, so that no client library is imported to look for them.
+# Connection failures that do not derive from OSError, by name, so that no client library has to be imported.
 _TRANSIENT_NAMES = {
     "botocore": {"HTTPClientError", "ConnectionError", "IncompleteReadError"},
     "aiohttp": {"ClientError"},
@@ -40,7 +40,7 @@ _TRANSIENT_NAMES = {
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CREDENTIAL_ERRORS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
 
-# A parent's entries stay here after a fork, unused: finalising them in the child would wait for a dead loop.
+# After a fork the parent's entries stay here unused: finalising them in the child would wait for a dead event loop.
 _FILESYSTEMS: dict[tuple[Any, ...], Any] = {}
 
 
@@ -62,8 +62,8 @@ def filesystem(url: str) -> Any:
             if f"AWS_{name.upper()}" not in os.environ
         }
     else:
-        options |= kind._get_kwargs_from_urls(url)  # host and port of servers that are named in the URL
-    # The environment is part of the key: a program (a test) may turn to another endpoint or account.
+        options |= kind._get_kwargs_from_urls(url)  # host and port of servers named in the URL
+    # The environment is part of the key because a program (a test) may switch to another endpoint or account.
     settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     key = (os.getpid(), protocol, settings, repr(options))
     if key not in _FILESYSTEMS:
@@ -72,7 +72,7 @@ def filesystem(url: str) -> Any:
 
 
 def attempt(url: str, verb: str, call: Callable[[], T]) -> T:
-    """Run `call`, again with growing waits while it fails transiently; name `url` in what it raises."""
+    """Run `call`, repeat it with growing waits while it fails transiently, and name `url` in the error."""
     for tried in range(1, TRIES + 1):
         try:
             with explained(url, verb):
@@ -89,7 +89,7 @@ def attempt(url: str, verb: str, call: Callable[[], T]) -> T:
 
 @contextmanager
 def explained(url: str, verb: str) -> Iterator[None]:
-    """A with-block whose errors that only the user can mend (no room, no access, no such file) name `url`."""
+    """Name `url` in errors from the with-block that only the user can fix (no room, no access, no such file)."""
     try:
         yield
     except Exception as error:

@@ -1,10 +1,10 @@
 """Seeds for random generators: a pure function of (seed, purpose, where), the same in every process.
 
-Each use of random numbers has a purpose of its own, so that no two of them meet: the student's start and the dropout of
-some step never draw from one stream, whatever the seeds of two runs.
+Each use of random numbers has its own purpose, so that no two uses share a stream: the student's initialisation and the
+dropout of a step never draw the same numbers, whatever the seeds of two runs.
 
-Order, splits, mixing (data/keyed.py) and views (data/views.py, data/batch_views.py) have formulae of their own, which
-are older and stay: with another one, caches and orders that exist would no longer be those of their runs.
+Order, splits, mixing (data/order/permutations.py) and views (data/augment/views.py, batch_views.py) keep their own,
+older formulae: changing them would invalidate existing caches and sample orders.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import hashlib
 from mimkd_ray.errors import UserError
 
 SEEDS = 2**64
-"""A seed is a number from 0 to SEEDS - 1."""
+"""Number of seeds: a seed lies in 0..SEEDS - 1."""
 
 
 def derive(seed: int, purpose: str, *where: int) -> int:
-    """Return a 63-bit seed: a BLAKE2b digest of the purpose and the numbers, fixed for ever. About 1.5 us.
+    """Return a 63-bit seed: a BLAKE2b digest of the purpose and the numbers, which never changes. About 1.5 us.
 
     Its low 32 bits are as well mixed as the others; torch's CPU generator uses only those. Raises OverflowError for a
     number outside 0..SEEDS - 1.

@@ -1,10 +1,10 @@
 """Flat functions over local paths and object stores.
 
-A place is a string: a local path (`/data/x`, `~/x`, `file:///data/x`) or an fsspec URL (`s3://bucket/x`).
-Object stores are configured by their usual environment variables (`AWS_ENDPOINT_URL`, ...).
+A place is a string: a local path (`/data/x`, `~/x`, `file:///data/x`) or an fsspec URL (`s3://bucket/x`). Object stores
+are configured by their usual environment variables (`AWS_ENDPOINT_URL`, ...).
 
-Local files never go through fsspec. Calls are retried when the failure can pass by itself, and fail with the
-object's name (see remote.py). Nothing is cached: a listing is what the store says now.
+Local files never go through fsspec. Calls are retried after transient failures, and errors name the object (see
+remote.py). Nothing is cached: every listing is a new request.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """A file as listed: its bytes, and what changes when it is written again (modification time or ETag)."""
+    """A listed file: its size in bytes, and its version (modification time or ETag), which changes when it is
+    rewritten."""
 
     size: int
     version: str
 
 
 def is_remote(url: str) -> bool:
-    """Say whether `url` names an object store or server, not a file of this machine."""
+    """Return whether `url` names an object store or server rather than a file of this machine."""
     return "://" in url and not url.startswith("file://")
 
 
@@ -48,12 +49,13 @@ def local_path(url: str) -> Path:
 
 
 def absolute(url: str) -> str:
-    """Return `url` without a slash at its end; a local path as an absolute one, for processes that start elsewhere."""
+    """Return `url` without a trailing slash; a local path becomes absolute, for processes with another working
+    directory."""
     return url.rstrip("/") if is_remote(url) else os.path.abspath(local_path(url))
 
 
 def join(url: str, *parts: str) -> str:
-    """Append path parts with single slashes; keeps the style of `url` (path or URL)."""
+    """Append path parts with single slashes, keeping the style of `url` (path or URL)."""
     for part in parts:
         if part.strip("/"):
             url = f"{url.rstrip('/')}/{part.strip('/')}"
@@ -61,7 +63,7 @@ def join(url: str, *parts: str) -> str:
 
 
 def exists(url: str) -> bool:
-    """Say whether a file or a folder (for object stores: any object under the prefix) is at `url`."""
+    """Return whether a file or a folder (for object stores: any object under the prefix) is at `url`."""
     if not is_remote(url):
         return local_path(url).exists()
 
@@ -83,12 +85,12 @@ def list_files(url: str, suffix: str = "") -> list[str]:
 
 
 def list_sizes(url: str, suffix: str = "") -> dict[str, int]:
-    """Return {file: bytes} for what `list_files` lists, in its order. No call per file."""
+    """Return {file: bytes} of the files that `list_files` returns, in the same order. Makes no call per file."""
     return {file: entry.size for file, entry in list_entries(url, suffix).items()}
 
 
 def list_entries(url: str, suffix: str = "") -> dict[str, Entry]:
-    """Return {file: Entry} for what `list_files` lists, in its order. No call per file."""
+    """Return {file: Entry} of the files that `list_files` returns, in the same order. Makes no call per file."""
     return {
         join(url, name): Entry(size, version)
         for name, is_dir, size, version in _entries(url)
@@ -109,7 +111,7 @@ def size(url: str) -> int:
 
 
 def modified(url: str) -> float:
-    """Return when the file at `url` was written, in seconds since 1970. Raises FileNotFoundError."""
+    """Return the time at which the file at `url` was written, in seconds since 1970. Raises FileNotFoundError."""
     if not is_remote(url):
         return _attempt(url, "look up", lambda: local_path(url).stat().st_mtime)
     return _remote(url, "look up", lambda fs, path: float(fs.modified(path).timestamp()))
@@ -118,7 +120,8 @@ def modified(url: str) -> float:
 def read_bytes(url: str, small: bool = False) -> bytes:
     """Return the whole file. Raises FileNotFoundError.
 
-    `small` reads it in one request; by default S3 is asked for the size first, and large files come in parallel parts.
+    With `small` the file is read in one request; by default S3 is asked for the size first, and large files are read in
+    parallel parts.
     """
     if not is_remote(url):
         return _attempt(url, "read", lambda: local_path(url).read_bytes())
@@ -127,9 +130,9 @@ def read_bytes(url: str, small: bool = False) -> bytes:
 
 
 def read_range(url: str, offset: int, length: int) -> bytes:
-    """Return `length` bytes from `offset` on, in one request. Raises FileNotFoundError.
+    """Return `length` bytes starting at `offset`, in one request. Raises FileNotFoundError.
 
-    A local file that ends before gives fewer bytes; a remote one that does is a StorageError.
+    A local file that ends earlier gives fewer bytes; a remote one raises StorageError.
     """
     if is_remote(url):
         file = RemoteFile(url, offset + length)
@@ -145,9 +148,9 @@ def read_range(url: str, offset: int, length: int) -> bytes:
 
 
 def write_bytes(url: str, data: bytes) -> None:
-    """Publish `data` at `url` at once: readers see the old file or the whole new one, whatever dies when.
+    """Write `data` to `url` atomically: readers see the old file or the whole new one, even if the writer dies.
 
-    Locally: a temporary file beside it, fsync, rename. Remotely: one upload, visible on completion.
+    Local: a temporary file beside it, fsync, rename. Remote: one upload, visible on completion.
     """
     if is_remote(url):
         _remote(url, "write", lambda fs, path: fs.pipe_file(path, data))
@@ -156,11 +159,11 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 def create_once(url: str, data: bytes) -> bool:
-    """Publish `data` at `url` if nothing is there, at once as `write_bytes` does; return whether it is ours that is.
+    """Write `data` to `url` atomically if nothing is there, and return whether this caller's data is there.
 
-    Of any number of callers one wins: locally by a hard link, on S3 by a conditional PUT (If-None-Match; at most 5 GB).
-    Where there is neither (other stores, and file systems without hard links) it looks first and then writes, so that
-    two callers at the same moment may both win, and the later one's data stays.
+    One of any number of callers wins: locally by a hard link, on S3 by a conditional PUT (If-None-Match; at most 5 GB).
+    Other stores, and file systems without hard links, have neither: there the function checks for the file and then
+    writes, so that two callers at the same moment may both win, and the later one's data stays.
     """
     if not is_remote(url):
         return _attempt(url, "create", lambda: local_files.create_once(local_path(url), data))
@@ -169,7 +172,8 @@ def create_once(url: str, data: bytes) -> bool:
             return False
         write_bytes(url, data)
         return True
-    # A lost answer is asked for again, and the second answer is "exists": the mark tells whose object it is.
+    # If an answer is lost, the request is repeated and the second answer is "exists": the mark tells whose object it
+    # is.
     mark = uuid.uuid4().hex
 
     def create(fs: Any, path: str) -> bool:
@@ -177,7 +181,7 @@ def create_once(url: str, data: bytes) -> bool:
             # In one part, however large: stores ignore the condition when an upload in parts is completed.
             fs.pipe_file(path, data, mode="create", chunksize=len(data) + 1, Metadata={"writer": mark})
         except OSError as error:
-            # s3fs knows the answer of AWS; others leave out which condition it was.
+            # s3fs recognises the answer of AWS; other stores do not say which condition failed.
             answer = getattr(error.__cause__, "response", {}).get("ResponseMetadata", {})
             if not isinstance(error, FileExistsError) and answer.get("HTTPStatusCode") != 412:
                 raise
@@ -188,7 +192,7 @@ def create_once(url: str, data: bytes) -> bool:
 
 
 def upload(path: str | Path, url: str) -> None:
-    """Publish the local file at `url` (remote or local) as `write_bytes` does; constant memory."""
+    """Write the local file to `url` (remote or local) atomically, as `write_bytes` does; constant memory."""
     if not Path(path).is_file():
         raise FileNotFoundError(errno.ENOENT, "no such file to upload", str(path))
 
@@ -203,7 +207,7 @@ def upload(path: str | Path, url: str) -> None:
 
 
 def remove_tree(url: str) -> None:
-    """Remove the folder (or file) at `url` and all below it; nothing there is fine.
+    """Remove the folder (or file) at `url` and everything below it; do nothing if it does not exist.
 
     Raises UserError for the root of a disk, a bucket or the home folder.
     """
@@ -230,10 +234,10 @@ def remove_tree(url: str) -> None:
 
 
 def open_file(url: str, length: int | None = None) -> BinaryIO:
-    """Open a seekable binary reader. `length` (bytes), where known, saves one request on a remote file.
+    """Open a seekable binary reader. `length` (bytes), if known, saves one request for a remote file.
 
-    A remote reader asks the store for exactly the ranges that are read, without read-ahead; each range is
-    retried. It holds no connection, so it can be pickled and survives a fork.
+    A remote reader requests exactly the ranges that are read, without read-ahead; each range is retried. It holds no
+    connection, so it can be pickled and survives a fork.
     """
     if not is_remote(url):
         return _attempt(url, "open", lambda: open(local_path(url), "rb"))
@@ -241,7 +245,7 @@ def open_file(url: str, length: int | None = None) -> BinaryIO:
 
 
 class RemoteFile(io.RawIOBase):
-    """A read-only remote file as ranged reads. Not for concurrent use by threads."""
+    """A read-only remote file, read in ranges. Threads must not share one."""
 
     def __init__(self, url: str, length: int) -> None:
         self.url = url
@@ -302,7 +306,7 @@ def _entries(url: str) -> list[tuple[str, bool, int, str]]:
             listing = fs.ls(path, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        # The folder's own marker object, or the file if `url` is one, is listed under the same name.
+        # A listing also has the folder's own marker object, or the file itself if `url` is a file, under the same name.
         return sorted(
             (
                 e["name"].rstrip("/").rpartition("/")[2],

@@ -1,4 +1,4 @@
-"""Facts of the software and the machine for result files."""
+"""Versions of the software, for result files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ PACKAGES = ("mimkd-ray", "torch", "torchvision", "ray", "pyarrow", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that shape a result; read from metadata, nothing is imported."""
+    """Return the versions of Python and of the packages that affect a result, from package metadata without importing
+    them."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

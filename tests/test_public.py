@@ -1,4 +1,4 @@
-"""What `import mimkd_ray` offers: lazily, quickly, without Ray."""
+"""The public interface of `import mimkd_ray`: lazy, quick, without Ray."""
 
 from __future__ import annotations
 

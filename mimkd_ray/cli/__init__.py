@@ -1,1 +1,1 @@
-"""Command lines, one file a job, and what they share."""
+"""Command lines, one file a job, and their common parts."""

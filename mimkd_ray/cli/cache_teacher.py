@@ -1,4 +1,4 @@
-"""The command line of jobs/cache_teacher.py: plan and build a cache, on a cluster or here; look after caches.
+"""The command line of jobs/cache_teacher.py: plan and build a cache, on a cluster or locally; maintain caches.
 
 Exit status: 0 done, 1 the job failed (or `verify` found damage), 2 bad input, 3 stopped (SIGTERM), 130 interrupted.
 Errors are one line on standard error.
@@ -28,27 +28,28 @@ ADMIN = ("ls", "verify", "gc")
 
 @dataclass(frozen=True, kw_only=True)
 class RootConfig:
-    """Where caches are."""
+    """The place of caches."""
 
     root: str = ""
-    """Folder or URL that holds them."""
+    """Folder or URL that contains the caches."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdminJob:
-    """ls: list caches. verify: compare every object with its manifest. gc: find what no manifest lists."""
+    """ls: list caches. verify: compare every object with its manifest. gc: find objects that no manifest lists."""
 
     cache: RootConfig = field(default_factory=RootConfig)
     mend: bool = False
-    """verify: remove what is damaged, so that the next build makes it anew."""
+    """verify: remove damaged objects, so that the next build makes them anew."""
     delete: bool = False
-    """gc: remove what it finds."""
+    """gc: remove the objects that it finds."""
     hours: float = 24.0
-    """gc: what belongs to no finished view may be a build in progress, and goes only when it is so old."""
+    """gc: least age in hours of removed objects that belong to no finished view, because a build may be in progress."""
 
 
 def main(recipes: Mapping[str, Callable[[], Config]], argv: Sequence[str] | None = None) -> int:
-    """``cache_teacher.py [build|plan] [RECIPE] [--field.path value ...]`` or ``ls|verify|gc --cache.root URL``."""
+    """Run ``cache_teacher.py [build|plan] [RECIPE] [--field.path value ...]`` or ``ls|verify|gc --cache.root URL``;
+    return the exit status."""
     program = sys.argv[0]
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and arguments[0] in ("build", "plan", *ADMIN) else "build"
@@ -95,7 +96,7 @@ def make(config: Config, only_plan: bool = False) -> Built | None:
         print(measured_plan(setup).text(), flush=True)
         return None if only_plan else finish(setup, in_process(setup))
     environment.prepare(config.launch.address)
-    from mimkd_ray.on_ray import cache_actors  # Ray takes seconds to import, and reads its environment then
+    from mimkd_ray.on_ray import cache_actors  # Ray takes seconds to import and reads its environment on import
     from mimkd_ray.on_ray.cluster import connect, disconnect
 
     own = connect(config.launch.address, "--launch.address", log_to_driver=False)
@@ -109,7 +110,7 @@ def make(config: Config, only_plan: bool = False) -> Built | None:
 
 
 def finish(setup: Setup, run: Runner) -> Built:
-    """Build with progress, and say what there is now."""
+    """Build with progress, and print a summary of the cache."""
 
     def shown(units: Sequence[Unit], title: str) -> Iterator[tuple[int, Done]]:
         progress = Images(title, units)
@@ -129,7 +130,7 @@ def finish(setup: Setup, run: Runner) -> Built:
 
 
 class Images(Progress):
-    """Progress by images, with the megabytes that were written."""
+    """Progress in images, with the megabytes written."""
 
     def __init__(self, title: str, units: Sequence[Unit]) -> None:
         super().__init__(title, sum(unit.rows for unit in units))
@@ -141,5 +142,5 @@ class Images(Progress):
         self.add(Done(done.rows, done.rows))
 
     def text(self, now: float) -> str:
-        """Return "12,000 images, 43 %, 850 images/s, 2 min left, 130 MB written"."""
+        """Return a line such as "12,000 images, 43 %, 850 images/s, 2 min left, 130 MB written"."""
         return f"{super().text(now)}, {self.written / 1e6:,.0f} MB written"

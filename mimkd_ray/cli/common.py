@@ -1,8 +1,8 @@
-"""The command line of jobs/: pick a recipe, override any field by its dotted name, run, and exit with a meaning.
+"""The command line of jobs/: pick a recipe, override any field by its dotted name, run, and exit with a status.
 
 Exit status: 0 done, 1 the run failed, 2 bad input, 3 stopped by SIGTERM (training has saved then, and the same command
-goes on), 130 interrupted (Ctrl-C). Errors are one line on standard error; of an unknown flag, or a value of the wrong
-type, tyro prints its own message there.
+resumes it), 130 interrupted (Ctrl-C). Errors are one line on standard error; for an unknown flag, or a value of the
+wrong type, tyro prints its own message there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str] | None
     def work() -> int:
         config = parse(recipes, default, sys.argv[1:] if argv is None else argv, program)
         if config is not None:
-            from mimkd_ray.cli.training import run  # after the command line is known to be good
+            from mimkd_ray.cli.training import run  # imported only once the command line is known to be good
 
             run(config)
         return 0
@@ -41,8 +41,8 @@ def main(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str] | None
 
 
 def guarded(program: str, work: Callable[[], int], interrupted: str) -> int:
-    """Return the status of ``work()``, or that of its error, which is printed as one line; `interrupted` is what to
-    say of Ctrl-C, and of a SIGTERM that nobody takes for a request to save."""
+    """Return the status of ``work()``, or that of its error, which is printed as one line. `interrupted` is the message
+    for Ctrl-C, and for a SIGTERM that is not handled as a request to save."""
     try:
         with sigterm_exits():
             return work()
@@ -59,14 +59,14 @@ def guarded(program: str, work: Callable[[], int], interrupted: str) -> int:
             return fail(f"{program}: asked to stop; {interrupted}", 3)
         if left.code == 0:  # Ray's handler of Ctrl-C
             return fail(f"{program}: interrupted; {interrupted}", 130)
-        if left.code == 2:  # tyro has printed what is wrong with the command line
+        if left.code == 2:  # tyro has printed the fault of the command line
             return 2
         raise
 
 
 @contextlib.contextmanager
 def sigterm_exits() -> Iterator[None]:
-    """A with-block in which SIGTERM raises SystemExit with the signal's number, as it does from ``ray.init`` on."""
+    """Make SIGTERM raise SystemExit with the signal's number during the with-block, as ``ray.init`` does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -84,7 +84,7 @@ def fail(text: str, status: int) -> int:
 
 
 def parse(recipes: Mapping[str, Callable[[], C]], default: str, argv: Sequence[str], program: str) -> C | None:
-    """The config that a command line asks for; None if it only asked to print something."""
+    """Return the config of a command line; None if it only requested a printout."""
     arguments = list(argv)
     name = default
     if arguments and not arguments[0].startswith("-"):
@@ -108,7 +108,7 @@ def parse(recipes: Mapping[str, Callable[[], C]], default: str, argv: Sequence[s
 
 
 def read_config(path: str, kind: type[C]) -> C:
-    """A config from a JSON file (path or URL)."""
+    """Return a config from a JSON file (path or URL)."""
     if not storage.exists(path):
         raise UserError(f"--config {path}: there is no such file")
     try:
@@ -119,7 +119,7 @@ def read_config(path: str, kind: type[C]) -> C:
 
 
 def override(base: C, arguments: list[str], program: str, recipes: Mapping[str, Callable[[], Any]]) -> C | None:
-    """Apply ``--field.path value`` pairs to a config. None after --help."""
+    """Apply ``--field.path value`` pairs to a config; return None after --help."""
     return from_flags(type(base), arguments, prog=program, description=_describe(program, recipes), default=base)
 
 
@@ -130,7 +130,7 @@ def from_flags(kind: type[T], arguments: Sequence[str], **options: Any) -> T | N
     """
     import tyro
 
-    # tyro spells truth values True and False; people type true and false.
+    # tyro spells truth values True and False; users type true and false.
     arguments = [{"true": "True", "false": "False"}.get(argument, argument) for argument in arguments]
     try:
         return tyro.cli(kind, args=arguments, config=(tyro.conf.FlagConversionOff,), **options)
@@ -141,6 +141,6 @@ def from_flags(kind: type[T], arguments: Sequence[str], **options: Any) -> T | N
 
 
 def _describe(program: str, recipes: Mapping[str, Callable[[], Any]]) -> str:
-    """The head of the help: what may stand before the flags, and the recipes."""
+    """Return the head of the help: the arguments before the flags, and the recipes."""
     lines = (f"  {name}: {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in recipes.items())
     return f"{program} [RECIPE] [--config FILE] [--print-config] [flags]\n\nRecipes:\n" + "\n".join(lines)

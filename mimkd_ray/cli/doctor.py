@@ -1,7 +1,7 @@
 """`python -m mimkd_ray doctor`: the checks of mimkd_ray/doctor on every node of a cluster, or on this machine.
 
-Exit status: 0 nothing failed (there may be warnings), 1 a check failed, 2 bad input. What it needs of a cluster is one
-process a node that reserves nothing, and for the all-reduce a GPU on each node where all have them.
+Exit status: 0 nothing failed (there may be warnings), 1 a check failed, 2 bad input. On a cluster it needs one process
+per node without reservations, and for the all-reduce one GPU on each node if all nodes have one.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from mimkd_ray.train.records.run_dir import write_json
 
 
 def main(argv: Sequence[str], program: str) -> int:
-    """Check what a command line asks for; returns the exit status."""
+    """Run the checks of a command line; return the exit status."""
     config = common.from_flags(DoctorConfig, argv, prog=program)
     return 0 if config is None else doctor(config)
 
 
 def doctor(config: DoctorConfig) -> int:
-    """Check, print the lines, and return the exit status."""
+    """Run the checks, print the lines, and return the exit status."""
     config = _absolute(config)
     environment.prepare(config.address)
-    from mimkd_ray.on_ray import check_nodes  # Ray takes seconds to import, and reads its environment then
+    from mimkd_ray.on_ray import check_nodes  # Ray takes seconds to import and reads its environment on import
 
     outcomes = check_nodes.cluster(config)
     counts = {status: sum(outcome.status == status for outcome in outcomes) for status in ("pass", "warn", "fail")}
@@ -42,7 +42,7 @@ def doctor(config: DoctorConfig) -> int:
 
 
 def _absolute(config: DoctorConfig) -> DoctorConfig:
-    """Local paths made absolute: Ray's workers start in folders of their own."""
+    """Return the config with absolute local paths: Ray's workers start in other folders."""
 
     def full(path: str) -> str:
         return path if not path or storage.is_remote(path) else os.path.abspath(storage.local_path(path))

@@ -15,7 +15,7 @@ from mimkd_ray.taps.tapped_model import TapShape, find_shapes
 
 
 def main(argv: Sequence[str], program: str) -> int:
-    """Print the table that a command line asks for. Raises UserError."""
+    """Print the table for a command line; return the exit status. Raises UserError."""
     parser = argparse.ArgumentParser(prog=program, description="List the layers of a network that can be tapped.")
     parser.add_argument("name", help="resnet34, cifar/resnet20, timm/NAME or package.module:function")
     parser.add_argument("--image-size", type=int, help="pixels (default: 32 for cifar/, 224 otherwise)")
@@ -27,10 +27,10 @@ def main(argv: Sequence[str], program: str) -> int:
 
 
 def layer_table(name: str, image_size: int | None, num_classes: int, every: bool) -> list[str]:
-    """Lines of the table: path, kind, shape, kB (1000 bytes) per image at two bytes a value, default tap.
+    """Return the lines of the table: path, kind, shape, kB (1000 bytes) per image at two bytes a value, default tap.
 
-    Unless `every`, only layers of depth 1, containers of depth 2 and default taps. The last line says how inputs
-    are named, and which of them are the default taps before their activation. Raises UserError.
+    Unless `every`, only layers of depth 1, containers of depth 2 and default taps are listed. The last line explains
+    the names of inputs and lists the default taps before their activation. Raises UserError.
     """
     if image_size is not None and image_size < 1:
         raise UserError(f"--image-size {image_size}: expected at least 1 pixel")
@@ -83,7 +83,7 @@ def layer_table(name: str, image_size: int | None, num_classes: int, every: bool
 
 
 def _without_weights(name: str, num_classes: int, image_size: int | None) -> nn.Module:
-    """The network on the meta device, which takes no time and no memory; for real where that cannot be."""
+    """Return the network on the meta device, which takes no time and no memory; a real one if that is not possible."""
     try:
         with torch.device("meta"):
             return build_model(name, num_classes, image_size=image_size)

@@ -1,4 +1,4 @@
-"""The loop in this process, or in the process group that torchrun made."""
+"""Training in this process, or in the process group that torchrun created."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mimkd_ray.train.worker import run_job
 
 
 class LocalContext:
-    """A plain process, or one rank of torchrun. It has no dashboard to report to."""
+    """The context of a plain process, or of one rank of torchrun. It has no dashboard to report to."""
 
     reports_are_final = False
 
@@ -31,17 +31,17 @@ class LocalContext:
         self._stopping = False
 
     def report(self, metrics: Mapping[str, Any]) -> None:
-        """Nobody listens: metrics.jsonl and TensorBoard have it all."""
+        """Do nothing: metrics.jsonl and TensorBoard have all figures."""
 
     def observe(self, run_dir: str, values: Mapping[str, float]) -> None:
-        """Nor is there a Prometheus."""
+        """Do nothing: there is no Prometheus."""
 
     def stop_on_sigterm(self) -> None:
-        """Take SIGTERM for a request to save and end. For the main thread."""
+        """Handle SIGTERM as a request to save and end. Call this in the main thread."""
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stopping", True))
 
     def stop_requested(self) -> bool:
-        """Whether SIGTERM has come."""
+        """Return whether SIGTERM was received."""
         return self._stopping
 
     def preemption(self) -> Preemption | None:
@@ -50,20 +50,20 @@ class LocalContext:
 
 
 def pick_device(launch: LaunchConfig, local_rank: int) -> torch.device:
-    """The GPU of this process, or the CPU."""
+    """Return the GPU of this process, or the CPU."""
     if launch.gpu == "on" or (launch.gpu == "auto" and torch.cuda.is_available()):
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun started this process."""
+    """Return whether torchrun started this process."""
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 @contextmanager
 def local_context(launch: LaunchConfig) -> Iterator[LocalContext]:
-    """A with-block in the process group that torchrun made, or in a plain process without one."""
+    """Yield the context of the process group that torchrun created, or of a plain process."""
     if not under_torchrun():
         yield LocalContext(pick_device(launch, 0))
         return
@@ -79,7 +79,8 @@ def local_context(launch: LaunchConfig) -> Iterator[LocalContext]:
 
 
 def run_local(config: Config, context: LocalContext, run_dir: str, given: OwnData | None = None) -> dict[str, Any]:
-    """Run the job here; under torchrun, as one rank of many. ``given``: data sets in the place of ``data.root``."""
+    """Run the job in this process; under torchrun, as one rank of many. ``given``: data sets in place of
+    ``data.root``."""
     start_times.mark("worker")
     context.stop_on_sigterm()
     return run_job(config, context, run_dir, given)

@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong before workers are started, and paid for."""
+"""Checks of everything that can be known to be wrong before workers are started and paid for."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
     caches that do not fit.
 
     Reads listings, footers and weights; builds the networks without memory (on the meta device) and runs them dry.
-    Published weights may not be on this machine: a cache of theirs is looked at by the workers alone.
+    Published weights may not be on this machine: their caches are checked only by the workers.
     """
     data = open_data(config.data, given)
     make_order(config, data.train)
@@ -60,13 +60,13 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
 def check_cache(config: Config, data: Data, network: nn.Module) -> None:
     """Raise UserError for a cache that no worker of ``config`` could use, whatever its device; DamagedDataError.
 
-    Reads what decides it: calibrations, listings and, if something is missing, every key. Hashes the weights.
+    Reads calibrations, listings and, if something is missing, every key. Hashes the weights.
     """
     entries = entries_of([config], network, data.num_classes)
     fitted = [entry for entry in entries if needs_calibration(entry.spec, entry.shape)]
     root, rows = config.cache.root, config.cache.calibration_rows
     here = origin_of(config, data, network, torch.device("cpu"))
-    # Where `auto` decides, a worker's GPU may do bf16, which is not known before it starts.
+    # With `auto`, a worker's GPU may use bf16, which is not known before it starts.
     unknown = config.cache.precision == config.train.precision == "auto" and config.launch.gpu != "off"
     problems = []
     for origin in (here, replace(here, precision="bf16")) if unknown else (here,):

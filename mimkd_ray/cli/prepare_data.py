@@ -21,12 +21,13 @@ from mimkd_ray.on_ray import environment
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareJob(PrepareConfig):
-    """Make a prepared data set: shuffled shards of equal blocks. Killed and started again, it goes on where it was."""
+    """Preparation of a data set: shuffled shards of equal blocks. A run that was killed resumes when it is started
+    again."""
 
     address: str = ""
-    """Ray cluster to work on, host:port of its head or `auto`; unset: RAY_ADDRESS, else a Ray of this process's own."""
+    """Ray cluster to use, host:port of its head or `auto`; unset: RAY_ADDRESS, else this process starts Ray."""
     workers: int = 0
-    """Units at a time, each of which takes a CPU and 1 to 2 GB of memory; 0 = one per CPU of the cluster."""
+    """Units at the same time, each of which takes a CPU and 1 to 2 GB of memory; 0 = one per CPU of the cluster."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare_with_ray(job: PrepareJob) -> Manifest:
-    """Prepare a split on a cluster, or on a Ray of our own, which starts when there is work and ends with it."""
+    """Prepare a split on a cluster, or on a Ray of this process, which is started if there is work and ends with it."""
     own: list[bool] = []  # one entry once Ray is connected
 
     def run(units: Sequence[Unit], title: str) -> Iterator[Done]:
         environment.prepare(job.address)
-        from mimkd_ray.on_ray import data_units  # Ray takes seconds to import, and reads its environment then
+        from mimkd_ray.on_ray import data_units  # Ray takes seconds to import and reads its environment on import
         from mimkd_ray.on_ray.cluster import connect
 
         if not own:
@@ -70,7 +71,7 @@ def prepare_with_ray(job: PrepareJob) -> Manifest:
 
 
 def summary(manifest: Manifest, target: str) -> str:
-    """Return what a user wants to know of a finished split, in two lines."""
+    """Return a summary of a finished split, in two lines."""
     total = sum(shard.bytes for shard in manifest.shards)
     blocks = sum(len(shard.blocks) for shard in manifest.shards)
     left_out = f"{manifest.damaged:,} damaged images left out (see {manifest.split}.damaged.json)"

@@ -11,7 +11,8 @@ LABELS = {"alone": "student alone", "kd": "student, Hinton KD", "mimkd": "studen
 
 
 def result_table(result: Mapping[str, Any]) -> str:
-    """Teacher and student (or every arm of a comparison) with top-1, mutual information and images/s."""
+    """Return the table of teacher and student (or every arm of a comparison) with top-1, mutual information and
+    images/s."""
     return _comparison(result) if "compare" in result else _single(result)
 
 
@@ -63,7 +64,7 @@ def _comparison(result: Mapping[str, Any]) -> str:
 
 
 def _verdict(arms: Mapping[str, Any]) -> list[str]:
-    """Who wins, in words: a difference counts from two standard errors on."""
+    """Return the verdict in words; a difference counts from two standard errors."""
     lines = []
     for arm in ("kd", "mimkd"):
         paired = arms.get(arm, {}).get("against_alone")

@@ -1,7 +1,7 @@
-"""The command line of jobs/search.py, and the search that it starts: trials, finals, and what comes out.
+"""The command line of jobs/search.py, and the search that it starts: trials, finals and results.
 
-Exit status: 0 done, 1 no trial could be trained with, 2 bad input, 3 stopped (SIGTERM), 130 interrupted. Errors are one
-line on standard error.
+Exit status: 0 done, 1 no usable trial, 2 bad input, 3 stopped (SIGTERM), 130 interrupted. Errors are one line on
+standard error.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from mimkd_ray.search.trials import Final
 from mimkd_ray.train.records.metrics import clock
 
 LINE_SECONDS = 10.0
-"""Evaluations are shown at most this often; every trial's end is."""
+"""Least seconds between two printed evaluations; the end of every trial is printed."""
 
 PUBLISH_SECONDS, PUBLISH_SHARE = 10.0, 0.02
-"""While trials run, trials.parquet, best.json and report.html are written anew at most this often, and take at most
-this share of the driver's time: a report of hundreds of trials takes seconds to draw."""
+"""Least seconds between two updates of trials.parquet, best.json and report.html while trials run, and largest share of
+the driver's time for them: a report of hundreds of trials takes seconds to draw."""
 
 
 def main(
     recipes: Mapping[str, Callable[[], Config]], spaces: Mapping[str, Space], argv: Sequence[str] | None = None
 ) -> int:
-    """``search.py [RECIPE] [--search.field value ...] [--field.path value ...]``. Returns the exit status."""
+    """Run ``search.py [RECIPE] [--search.field value ...] [--field.path value ...]``; return the exit status."""
     program = sys.argv[0]
     jobs = {name: _as_search(recipe) for name, recipe in recipes.items()}
 
@@ -60,7 +60,7 @@ def _as_search(recipe: Callable[[], Config]) -> Callable[[], SearchJob]:
 
 
 def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
-    """Run a search to its end, and write what came of it. Returns the exit status."""
+    """Run a search to its end and write its results; return the exit status."""
     found = find_spaces(job.search.space, spaces)
     job = absolute(job)
     folder = storage.join(job.run.root, job.run.name or f"search-{job.recipe}-{search_digest(job)[:8]}")
@@ -82,7 +82,7 @@ def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
 
 
 def opening(state: Search) -> str:
-    """What a search is about, before it starts."""
+    """Return the description of a search that is printed before it starts."""
     job, candidates = state.config, state.candidates
     known = sum(trial.state != "running" for trial in state.trials.values())
     return "\n".join(
@@ -96,7 +96,7 @@ def opening(state: Search) -> str:
 
 
 class Shown:
-    """A driver that says what happens, and keeps the files of the search fresh."""
+    """A driver that prints progress and keeps the files of the search up to date."""
 
     def __init__(self, driver: Search | Finals, total: int, publish: Callable[[], Any]) -> None:
         self.driver, self.total, self.publish = driver, total, publish
@@ -106,7 +106,7 @@ class Shown:
         self._line = self._next_publishing = 0.0
 
     def next(self) -> list[Planned]:
-        """The driver's."""
+        """Return the driver's next trials, and print them."""
         planned = self.driver.next()
         for each in planned:
             text = ", ".join(f"{name} {_short(value)}" for name, value in each.params.items())
@@ -114,11 +114,11 @@ class Shown:
         return planned
 
     def place(self, number: int) -> str:
-        """The driver's."""
+        """Return the driver's place of a trial."""
         return self.driver.place(number)
 
     def heard(self, number: int, figures: Mapping[str, Any], alone: bool = True) -> Ended | None:
-        """The driver's; now and then a line."""
+        """Return the driver's decision; print a line from time to time."""
         if time.monotonic() - self._line > LINE_SECONDS:
             self._line = time.monotonic()
             print(f"{self.driver.label(number)}: epoch {figures['epoch']}, top-1 {figures['top1']:.2f} %", flush=True)
@@ -127,7 +127,7 @@ class Shown:
         return verdict
 
     def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> bool:
-        """The driver's, in a line."""
+        """Pass a trial's end to the driver, and print it."""
         if not self.driver.ended(number, ended, gpus):
             return False
         self.over += 1
@@ -144,7 +144,7 @@ class Shown:
         return True
 
     def ending(self, number: int, ended: Ended) -> str:
-        """How a trial ended, in words."""
+        """Return the end of a trial in words."""
         if isinstance(self.driver, Finals):
             return " ".join(filter(None, [ended.state, ended.reason]))
         trial = self.driver.trials[number]
@@ -182,7 +182,8 @@ def write_report(state: Search, finals: Sequence[Final] = ()) -> None:
 
 
 def stages(state: Search, run: Callable[[Shown], bool]) -> bool:
-    """Trials, then finals; whether it was stopped before the end. ``run`` runs what a driver hands out."""
+    """Run trials, then finals; return True if stopped before the end. ``run`` runs the trials that a driver hands
+    out."""
 
     def publish() -> None:
         state.publish()
@@ -206,7 +207,7 @@ def stages(state: Search, run: Callable[[Shown], bool]) -> bool:
 
 
 def closing(state: Search) -> str:
-    """What came of it, in words."""
+    """Return the results in words."""
     states = [trial.state for trial in state.trials.values()]
     counts = ", ".join(f"{states.count(each)} {each}" for each in ("completed", "stopped", "failed") if each in states)
     lines = [f"{len(states)} trials: {counts}; {state.spent()[0]:.2f} hours"]
@@ -220,7 +221,7 @@ def closing(state: Search) -> str:
 
 
 def run_here(state: Search, widest: Config) -> bool:
-    """All trials in this process, one after the other, without Ray."""
+    """Run all trials in this process, one after the other, without Ray."""
     device = pick_device(state.job.launch, 0)
     prepare(widest, state.folder, device)
 
@@ -253,10 +254,10 @@ def run_here(state: Search, widest: Config) -> bool:
 
 
 def run_with_ray(state: Search, widest: Config) -> bool:
-    """Trials under Ray Tune, as many at a time as the cluster has room for."""
+    """Run trials under Ray Tune, as many at the same time as fit in the cluster."""
     job = state.job
     environment.prepare(job.launch.address)
-    from mimkd_ray.on_ray import tune_driver  # Ray takes seconds to import, and reads its environment then
+    from mimkd_ray.on_ray import tune_driver  # Ray takes seconds to import and reads its environment on import
     from mimkd_ray.on_ray.cluster import connect, disconnect
     from mimkd_ray.on_ray.node_capacity import Capacity
     from mimkd_ray.on_ray.search_trackers import trackers

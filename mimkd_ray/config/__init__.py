@@ -1,4 +1,4 @@
-"""Every field of a run, one file a section; all sections can be imported from here. See config.py for the whole."""
+"""The fields of a run, one file a section; every section can be imported from here. config.py has the whole config."""
 
 from mimkd_ray.config.cache import CacheConfig
 from mimkd_ray.config.compare import CompareConfig

@@ -1,4 +1,4 @@
-"""What is cached, how it is stored, and how far it is trusted."""
+"""Section `cache`: the cached layers, their codecs, and the checks of the cache."""
 
 from __future__ import annotations
 
@@ -10,45 +10,46 @@ from mimkd_ray.config.codec_spec import DEFAULT_MAP, DEFAULT_VECTOR, CodecSpec, 
 from mimkd_ray.errors import UserError, nearest
 
 MAPS, VECTORS = "maps", "vectors"
-"""Names in `codecs` for all maps and all vectors."""
+"""Names in `codecs` that stand for all maps and all vectors."""
 ALL_LOGITS = "fp16"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """The teacher's features at rest."""
+    """The cache of the teacher's features."""
 
     root: str = ""
-    """Folder or URL of the cache; unset: the teacher runs live."""
+    """Folder or URL of the cache; unset: no cache, the teacher runs in every step."""
     live: bool = False
-    """Run the teacher although there is a root: only the codecs' calibrations are taken from it."""
+    """Run the teacher although `root` is set; only the codecs' calibrations are read from the cache."""
     codecs: tuple[str, ...] = ()
-    """How taps are stored, TAP=[poolSIDE,][pcaCHANNELS,]TYPE with uint8, fp16, bf16 or fp32: layer3=pool4,pca256,uint8.
-    TAP may end in :map or :vector, or be `maps` or `vectors` for all others. Unset: maps pool4,pca256,uint8, vectors
-    fp16. Pooling and components belong to the run: with codecs set, a live teacher goes through them as well."""
+    """Codec of each tap, TAP=[poolSIDE,][pcaCHANNELS,]TYPE with TYPE uint8, fp16, bf16 or fp32, such as
+    layer3=pool4,pca256,uint8. TAP may end in :map or :vector, or be `maps` or `vectors` for all others. Unset: maps
+    pool4,pca256,uint8, vectors fp16. If codecs are set, the features of a live teacher go through them as well."""
     logits: str = ALL_LOGITS
-    """How logits are stored: all of them as fp16, bf16 or fp32, or topK, such as top32: the K largest, and the mass of
-    the others, which then share it evenly (exact at loss.kd_temperature 1 alone). With topK set, the logits of a live
-    teacher go through it as well."""
+    """Storage of the logits: all of them as fp16, bf16 or fp32; or topK, such as top32: the K largest, and the
+    probability mass of the others, spread evenly over them (exact only at loss.kd_temperature 1). With topK the logits
+    of a live teacher go through it as well."""
     taps: tuple[str, ...] = ()
-    """Teacher layers to cache beside those that the loss reads; LAYER, LAYER:map or LAYER:vector."""
+    """Teacher layers to cache in addition to those that the loss reads: LAYER, LAYER:map or LAYER:vector."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Autocast of the teacher; auto: train.precision. Part of the cache's key."""
     calibration_rows: int = 2048
-    """Training images that ranges and components are fitted on; of a smaller set, several views of each."""
+    """Training images on which ranges and components are fitted; a smaller set gives several views of each image."""
     shard_rows: int = 4096
-    """Images of a unit of building, whose features are one file for each tap (whole blocks of the data set)."""
+    """Images in a unit of building (whole blocks of the data set); each unit gives one feature file per tap."""
     batch: int = 64
-    """Images in a batch of the teacher while building."""
+    """Images in a batch of the teacher during building."""
     workers: int | str = 0
-    """Teachers that build at a time; 0: one for each GPU of the cluster, else for each two CPUs; 1..8: any number in
-    that range, as nodes come and go."""
+    """Teachers that build at the same time; 0: one per GPU of the cluster, else one per two CPUs; 1..8: any number in
+    that range, as nodes join and leave."""
     canary: float = 0.001
-    """Share of the training images that is computed live each epoch and compared, at least one batch; 0: none."""
+    """Share of the training images whose features are also computed live in each epoch and compared, at least one
+    batch; 0: no comparison."""
     tolerance: float = 0.02
-    """Relative error beyond the codec's own that the comparison allows."""
+    """Relative error that the comparison allows on top of the codec's own error."""
     negatives: int = 1024
-    """With loss.negatives `cache`: teacher vectors of so many random images are negatives of each lane."""
+    """Random images whose cached teacher vectors are negatives of each lane, with loss.negatives `cache`."""
 
     def __post_init__(self) -> None:
         for text in self.codecs:
@@ -68,7 +69,7 @@ class CacheConfig:
 
     @property
     def worker_range(self) -> tuple[int, int]:
-        """Fewest and most builders; (0, 0) where the launcher chooses."""
+        """Fewest and most builders; (0, 0) if the launcher chooses."""
         parts = str(self.workers).split("..")
         if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
             raise UserError(f"cache.workers is {self.workers!r}: give a number, or a range such as 1..8")
@@ -76,12 +77,12 @@ class CacheConfig:
 
     @property
     def reads(self) -> bool:
-        """Whether training reads features instead of running the teacher."""
+        """True if training reads cached features instead of running the teacher."""
         return bool(self.root) and not self.live
 
     @property
     def codes(self) -> bool:
-        """Whether the loss reads features that went through their codecs, cached or live."""
+        """True if the loss reads features that went through their codecs, cached or live."""
         return bool(self.root or self.codecs) or self.logits != ALL_LOGITS
 
 
@@ -94,9 +95,9 @@ def parse_rule(text: str) -> tuple[str, CodecSpec]:
 
 
 def codec_of(config: CacheConfig, tap: str, is_map: bool) -> CodecSpec:
-    """Return the codec of a tap that is read as a map or as a vector: the most special rule that names it.
+    """Return the codec of a tap that is read as a map or as a vector, from the most specific rule that names it.
 
-    A rule without `:map` or `:vector` that pools is for maps alone.
+    A rule that pools and has no `:map` or `:vector` applies to maps only.
     """
     rules = dict(map(parse_rule, config.codecs))
     kind = "map" if is_map else "vector"
@@ -108,7 +109,7 @@ def codec_of(config: CacheConfig, tap: str, is_map: bool) -> CodecSpec:
 
 
 def check_rules(config: CacheConfig, taps: Iterable[str]) -> None:
-    """Raise UserError for a rule that names no tap of this run."""
+    """Raise UserError for a rule that names a tap which this run does not have."""
     known = {MAPS, VECTORS} | {name for tap in taps for name in (tap, f"{tap}:map", f"{tap}:vector")}
     for name, spec in map(parse_rule, config.codecs):
         if name not in known:

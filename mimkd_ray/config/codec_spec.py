@@ -1,4 +1,4 @@
-"""How the codec of a tap is written in a config: "pool4,pca256,uint8"."""
+"""The notation of a tap's codec in a config, such as "pool4,pca256,uint8"."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _TOP = re.compile(r"top([1-9]\d*)")
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """What a codec does, without its numbers."""
+    """The steps of a codec, without fitted values."""
 
     kind: StoredType
     pool: int = 0
-    """Average-pool a map to at most so many rows and columns; 0: leave it."""
+    """Average-pool a map to at most this many rows and columns; 0: no pooling."""
     pca: int = 0
-    """Keep at most so many principal components of the channels; 0: keep the channels."""
+    """Keep at most this many principal components of the channels; 0: keep the channels."""
     top: int = 0
-    """Of logits, keep so many, the largest, and the mass of the others; 0: keep all."""
+    """For logits: keep this many, the largest, and the mass of the others; 0: keep all."""
 
     def __str__(self) -> str:
         if self.top:
@@ -36,11 +36,11 @@ class CodecSpec:
 
 
 DEFAULT_MAP, DEFAULT_VECTOR = CodecSpec("uint8", pool=4, pca=256), CodecSpec("fp16")
-"""At most 4,096 bytes of a map, whatever its size. Measured errors: benchmarks/cache.py."""
+"""Default codecs. A map takes at most 4,096 bytes, whatever its size. Measured errors: benchmarks/cache.py."""
 
 
 def parse_spec(text: str) -> CodecSpec:
-    """Parse "pool4,pca256,uint8": the last part is the stored type, the others may be left out. Raises UserError."""
+    """Parse "pool4,pca256,uint8": the last part is the stored type, the other parts are optional. Raises UserError."""
     *steps, kind = text.split(",")
     found: dict[str, int] = {}
     for step in steps:
@@ -54,7 +54,7 @@ def parse_spec(text: str) -> CodecSpec:
 
 
 def parse_logits(text: str) -> CodecSpec:
-    """Parse how logits are stored: "fp16", "bf16" or "fp32", or "top32". Raises UserError."""
+    """Parse the storage of logits: "fp16", "bf16" or "fp32", or "top32". Raises UserError."""
     match = _TOP.fullmatch(text)
     if match:
         return CodecSpec("fp16", top=int(match[1]))

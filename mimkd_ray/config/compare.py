@@ -1,4 +1,4 @@
-"""Section `compare`: arms and seeds that are trained in one start of the workers."""
+"""Section `compare`: arms and seeds that are trained with one start of the workers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Arm = Literal["alone"] | Method
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Train the same student in several ways and over several seeds, in one start of the workers."""
+    """Training of the same student with several losses and seeds, with one start of the workers."""
 
     seeds: int = 0
-    """Seeds of every arm; a seed draws the student's start, the order and (with data.subset) the training rows.
-    0: no comparison, one run of the config as it stands."""
+    """Seeds of every arm; a seed sets the student's initialisation, the order and (with data.subset) the training rows.
+    0: no comparison, one run of the config."""
     arms: tuple[Arm, ...] = ("alone", "mimkd")
-    """alone: cross-entropy only. kd: that and Hinton's KD. mimkd: the config's loss. A rival of loss.name: the config's
-    loss with that rival in the place of what it names."""
+    """alone: cross-entropy only. kd: cross-entropy and Hinton's KD. mimkd: the config's loss. A rival of loss.name: the
+    config's loss with that rival in place of loss.name."""
     kd_weight: float = 1.0
     """Weight of the KD term in the kd arm."""
 

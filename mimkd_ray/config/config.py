@@ -1,4 +1,4 @@
-"""The whole typed configuration of a run: its sections, and what they demand of each other."""
+"""The whole typed configuration of a run: its sections, and the checks between sections."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from mimkd_ray.seeds import SEEDS
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that a run depends on. A recipe returns one; the command line overrides any field."""
+    """The complete configuration of a run. A recipe returns one; the command line overrides any field."""
 
     recipe: str = "custom"
-    """The recipe it came from; names the run directory."""
+    """Name of the recipe that made this config; part of the run directory's name."""
     data: DataConfig = field(default_factory=DataConfig)
     """The images."""
     mix: MixConfig = field(default_factory=MixConfig)
@@ -35,19 +35,19 @@ class Config:
     student: ModelConfig = field(default_factory=lambda: ModelConfig(name="cifar/resnet8_w4"))
     """The small network."""
     cache: CacheConfig = field(default_factory=CacheConfig)
-    """The teacher's features, computed once."""
+    """The cache of the teacher's features."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """What the student minimises."""
+    """The terms that the student minimises."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser and schedule."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, batch, precision."""
     compare: CompareConfig = field(default_factory=CompareConfig)
-    """Train several arms and seeds and compare them."""
+    """Comparison of several arms and seeds."""
     run: RunConfig = field(default_factory=RunConfig)
-    """Where results go."""
+    """The run directory and its checkpoints."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
-    """Who runs it."""
+    """The workers and their machines."""
 
     def __post_init__(self) -> None:
         if self.cache.reads and self.mix.active:
@@ -91,5 +91,5 @@ class Config:
 
     @property
     def view_seed(self) -> int:
-        """The seed of the views in force."""
+        """The seed of the views that is in effect."""
         return self.data.view_seed if self.data.view_seed >= 0 else self.train.seed

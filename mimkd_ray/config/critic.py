@@ -17,24 +17,25 @@ class CriticConfig:
     """The network that scores a pair of features."""
 
     kind: Literal["dot", "concat"] = "dot"
-    """dot: scaled cosine of two embeddings. concat: a small network on the joined features, whose
-    channels are standardised by their running statistics."""
+    """dot: scaled cosine of two embeddings. concat: a small network on the joined features, whose channels are
+    standardised by their running statistics."""
     teacher: TeacherSide | None = None
-    """What the dot critic may do to teacher features. frozen: nothing; they are centred by their running mean, and the
-    student is mapped into their space. linear: one linear layer. mlp: two layers and a shortcut. Unset: the
+    """Layers of the dot critic on teacher features. frozen: none; the features are centred by their running mean, and
+    the student's are mapped into their space. linear: one linear layer. mlp: two layers and a shortcut. Unset: the
     preset's."""
     student: StudentSide | None = None
-    """What maps student features to where they are compared. Unset: the preset's."""
+    """Layers of the dot critic on student features, linear or mlp. Unset: the preset's."""
     width: int = 128
-    """Units of hidden layers, and of the embeddings where the teacher's side is not frozen."""
+    """Units of hidden layers, and of the embeddings unless the teacher side is frozen."""
     frozen_width: int = 1024
-    """A frozen side's features of more channels are projected on as many fixed orthogonal directions."""
+    """Most channels of a frozen teacher side; features with more are projected on this many fixed orthogonal
+    directions."""
     temperature: float = 0.1
-    """Temperature of the dot critic, or its start: score = cosine / temperature + bias."""
+    """Temperature of the dot critic, or its initial value: score = cosine / temperature + bias."""
     learn_temperature: bool | None = None
     """Train the temperature (never below min_temperature), or keep it fixed. Unset: the preset's."""
     min_temperature: float = 0.01
-    """Lower limit of a learned temperature; without one it runs away."""
+    """Lower limit of a learned temperature, which would otherwise shrink without bound."""
 
     def __post_init__(self) -> None:
         if min(self.width, self.frozen_width) < 1:

@@ -1,4 +1,4 @@
-"""Section `data`: which images, in which order, under which augmentation."""
+"""Section `data`: the images, their order and their augmentation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mimkd_ray.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, in which order, under which augmentation."""
+    """The images, their order and their augmentation."""
 
     root: str = "digits"
     """`digits` (built in), a local folder, or an fsspec URL, holding Parquet files or class folders."""
@@ -21,19 +21,19 @@ class DataConfig:
     val_split: str = "auto"
     """Name of the validation split; `auto` is the first of validation, val, valid, test that exists."""
     holdout: float = 0.0
-    """Share of the training rows, of each class, that serves as validation set instead of `val_split`."""
+    """Share of the training rows, of each class, that is used as validation set instead of `val_split`."""
     subset: int = 0
     """Train on this many rows, equally many of each class, drawn after the holdout; 0 = all."""
     split_seed: int = 0
     """Seed of `holdout`."""
     subset_seed: int = 0
-    """Seed of `subset`; apart from `split_seed`, so that several subsets share one held-out set."""
+    """Seed of `subset`, separate from `split_seed` so that several subsets share one held-out set."""
     num_classes: int = 0
-    """Number of classes; 0 = as the data says."""
+    """Number of classes; 0 = taken from the data."""
     pipeline: str = "digits"
-    """Augmentation: imagenet, imagenet_ta, cifar, digits or none."""
+    """Augmentation: imagenet, imagenet_ta, imagenet_ra, cifar, cifar_ta, digits, none, or package.module:function."""
     image_size: int = 8
-    """Height and width that the networks see, in pixels."""
+    """Height and width of the networks' input, in pixels."""
     mean: tuple[float, float, float] = (0.305, 0.305, 0.305)
     """Mean of each colour channel, of values in 0..1."""
     std: tuple[float, float, float] = (0.376, 0.376, 0.376)
@@ -41,26 +41,26 @@ class DataConfig:
     views: int = 0
     """Distinct augmented views of each image; 0 = a new one every epoch."""
     view_seed: int = -1
-    """Seed of the views; -1: train.seed. Runs with different seeds share one cache where this is the same."""
+    """Seed of the views; -1: train.seed. Runs with different seeds can share one cache if this is the same."""
     window: int | Literal["full"] = "full"
     """Shuffle rows inside this many blocks (row groups); `full` = one permutation of all rows."""
     store: str = ""
-    """Folder on each node where blocks are kept once they are read, for all its processes; unset: a folder of this
-    user's among the machine's temporary files."""
+    """Folder on each node in which blocks that were read are kept for all processes; unset: a folder of this user's
+    among the machine's temporary files."""
     store_gb: float = 8.0
-    """Size of the block store in GB; 0 = none, every process reads and keeps row groups by itself."""
+    """Size of the block store in GB; 0 = no store, every process reads and keeps its own row groups."""
     read_ahead: int = -1
-    """Blocks per lane that are fetched into the store ahead of need, beyond those in use; -1 = another window of them
-    as far as the store has room, 0 = none."""
+    """Blocks per lane that are fetched into the store ahead of use, beyond those in use; -1 = one more window of
+    blocks, as far as the store has room; 0 = none."""
     loader_workers: int = -1
     """Decoding processes per training worker; -1 = one less than its share of this machine's cores, at least one (none
-    for a set in memory, such as the digits), 0 = decode in the training process."""
+    for a set in memory, such as the digits); 0 = decode in the training process."""
     resident: Literal["auto", "on", "off"] = "auto"
-    """Keep training and held-out images decoded in the device's memory: no loader processes. For pipelines of which
-    only the batch part draws random numbers (cifar, digits, none); auto: on a GPU of which the training set takes an
-    eighth at most."""
+    """Keep decoded training and held-out images in the device's memory, without loader processes; for pipelines in
+    which only the batch part draws random numbers (cifar, digits, none). auto: on a GPU, if the training set takes at
+    most an eighth of its memory."""
     max_damaged: float = 0.001
-    """Share of images that may be damaged before the run stops."""
+    """Largest share of images that may be damaged before the run stops."""
 
     def __post_init__(self) -> None:
         if not self.root:
@@ -92,5 +92,5 @@ class DataConfig:
 
     @property
     def window_blocks(self) -> int:
-        """`window` as `Order` takes it: a number of blocks, or 0 for one permutation of all rows."""
+        """`window` in the form that `Order` takes: a number of blocks, or 0 for one permutation of all rows."""
         return 0 if self.window == "full" else self.window

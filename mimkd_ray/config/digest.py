@@ -1,4 +1,4 @@
-"""The fields that decide what is trained: their digest, and what differs between two configs."""
+"""The fields that determine the training: their digest, and the differences between two configs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _NOT_IN_DIGEST = {
     "data": ("loader_workers", "read_ahead", "store", "store_gb", "resident"),
     "cache": ("shard_rows", "batch", "workers", "canary", "tolerance"),
 }
-"""What may change between two starts of the same run: where it writes, who runs it, how often it looks."""
+"""Fields that may change between two starts of the same run: output places, machines, logging and evaluation."""
 
 
 def training_part(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a config's JSON form, the fields that decide what is trained."""
+    """Return the fields that determine the training, from a config's JSON form."""
     return {
         section: {name: item for name, item in fields.items() if name not in _NOT_IN_DIGEST.get(section, ())}
         for section, fields in value.items()
@@ -32,18 +32,18 @@ def training_part(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_dict(config: Config) -> dict[str, Any]:
-    """The fields that decide what is trained, in JSON form."""
+    """Return the fields that determine the training, in JSON form."""
     return training_part(to_dict(config))
 
 
 def digest(config: Config) -> str:
-    """Hex digest of the fields that decide what is trained."""
+    """Return the hex digest of the fields that determine the training."""
     text = json.dumps(training_dict(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of differing fields with both values: "train.lanes: 2 -> 4"."""
+    """Return the dotted names of differing fields with both values, such as "train.lanes: 2 -> 4"."""
     found = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
@@ -55,7 +55,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def refuse_changes(run_dir: str, changed: list[str]) -> None:
-    """Raise UserError if anything in ``changed`` (as from :func:`differences`) differs from how the run was begun."""
+    """Raise UserError if ``changed`` (from :func:`differences`) names any field that differs from the run's first
+    start."""
     if changed:
         raise UserError(
             f"{run_dir} was begun with another configuration ({'; '.join(changed)}): pass the old values, "

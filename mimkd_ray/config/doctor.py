@@ -10,22 +10,22 @@ from mimkd_ray.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """Check a machine or a cluster before money is spent: one line a check, with its figures and the remedy."""
+    """Checks of a machine or a cluster before money is spent: one line a check, with its figures and the remedy."""
 
     address: str = ""
-    """Ray cluster to check, host:port of its head or `auto`; unset: RAY_ADDRESS, else this machine alone."""
+    """Ray cluster to check, host:port of its head or `auto`; unset: RAY_ADDRESS, else this machine only."""
     root: tuple[str, ...] = ()
-    """Folders or URLs where data, caches and runs are to be: every node writes, reads and deletes an object there."""
+    """Folders or URLs of the data, caches and runs: every node writes, reads and deletes an object there."""
     store: str = ""
     """Folder of the block store on each node, as --data.store; unset: among the temporary files."""
     store_gb: float = DataConfig().store_gb
     """Size of the block store, as --data.store-gb."""
     workers: int = 0
-    """Processes that sum a tensor, dealt over the nodes; 0: one a node."""
+    """Processes that sum a tensor, spread over the nodes; 0: one per node."""
     wait_seconds: float = 180.0
-    """How long the nodes may take for an answer."""
+    """Seconds to wait for the nodes' answers."""
     json: str = ""
-    """File or URL to write the result to as well."""
+    """File or URL to which the result is written as well."""
 
     def __post_init__(self) -> None:
         if self.workers < 0 or self.store_gb < 0 or self.wait_seconds <= 0:

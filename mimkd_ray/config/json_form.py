@@ -1,4 +1,4 @@
-"""The JSON form of a config, and the way back from it: unknown names and wrong types are errors."""
+"""Conversion of a config to JSON and back: unknown names and wrong types are errors."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ _converter.register_structure_hook_factory(
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain JSON form of a config."""
+    """Return the plain JSON form of a config."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(kind: type[T], value: Mapping[str, Any]) -> T:
     """Build a config from its JSON form; an unknown name or a wrong type is a :class:`UserError`.
 
-    A config of release 0.1 means what it meant then."""
+    A config of release 0.1 keeps its meaning.
+    """
     value = _of_this_release(value)
     try:
         return _converter.structure(value, kind)
@@ -45,7 +46,7 @@ def from_dict(kind: type[T], value: Mapping[str, Any]) -> T:
 
 
 def _of_this_release(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config with the names of this release. The preset `accuracy` of release 0.1 is `two_sided` now."""
+    """Return the config with the names of this release. The preset `accuracy` of release 0.1 is now `two_sided`."""
     loss = value.get("loss", {})
     if loss.get("preset") == "accuracy" and "teacher" not in loss.get("critic", {"teacher": None}):
         return {**value, "loss": {**loss, "preset": "two_sided"}}

@@ -1,4 +1,4 @@
-"""Section `launch`: who runs the loop, on how many workers."""
+"""Section `launch`: the launcher and the number of workers."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from mimkd_ray.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """Who runs the loop, on how many workers."""
+    """The launcher and the number of workers."""
 
     backend: Literal["ray", "local"] = "ray"
-    """ray: Ray Train. local: this process, or the process group that torchrun made."""
+    """ray: Ray Train. local: this process, or the process group that torchrun created."""
     workers: int | str = 0
-    """Training workers; 0: as many as the cluster has GPUs (else CPUs) for, at most `train.lanes`; 2..8: any number in
-    that range, as nodes come and go."""
+    """Training workers; 0: one per GPU (else CPU) of the cluster, at most `train.lanes`; 2..8: any number in that
+    range, as nodes join and leave."""
     cpus_per_worker: int = 0
-    """CPUs that a worker reserves; 0: an equal share on CPU, and 1 + data.loader_workers with a GPU."""
+    """CPUs that a worker reserves; 0: an equal share on CPU; with a GPU, 1 + data.loader_workers."""
     gpu: Literal["auto", "on", "off"] = "auto"
-    """Whether a worker takes a GPU; auto: if the cluster has any."""
+    """Give each worker a GPU; auto: if the cluster has any."""
     address: str = ""
-    """Address of a running Ray cluster; unset: RAY_ADDRESS, else a Ray of this process's own."""
+    """Address of a running Ray cluster; unset: RAY_ADDRESS, else this process starts Ray."""
     max_failures: int = 3
-    """How often Ray restarts a failed worker group; each restart goes on from the last checkpoint."""
+    """Most restarts of a failed worker group; each one resumes from the last checkpoint."""
     max_preemptions: int = -1
-    """How often Ray restarts it because a node was taken away with notice; -1: always."""
+    """Most restarts because a node was taken away with notice; -1: no limit."""
     resize_seconds: float = 60.0
-    """With a range of workers: seconds between two looks for more nodes. A resize is a restart from a checkpoint."""
+    """Seconds between two checks for more nodes, with a range of workers. A resize is a restart from a checkpoint."""
     wait_minutes: float = 0.0
-    """How long to wait at the start for resources that a joined cluster lacks: an autoscaler may bring them."""
+    """Minutes to wait at the start for resources that the joined cluster lacks, such as nodes from an autoscaler."""
     lost_minutes: float = 30.0
-    """Give up when nodes for the fewest workers have been gone for so long."""
+    """Minutes after which the run gives up if there are too few nodes for the fewest workers."""
 
     def __post_init__(self) -> None:
         fewest, most = self.worker_range
@@ -47,7 +47,7 @@ class LaunchConfig:
 
     @property
     def worker_range(self) -> tuple[int, int]:
-        """Fewest and most workers; (0, 0) where the launcher chooses."""
+        """Fewest and most workers; (0, 0) if the launcher chooses."""
         parts = str(self.workers).split("..")
         if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
             raise UserError(f"launch.workers is {self.workers!r}: give a number, or a range such as 2..8")

@@ -1,4 +1,4 @@
-"""What a student minimises: the kinds of term, their weights, and what they read."""
+"""Section `loss`: the kinds of term, their weights, and their inputs."""
 
 from __future__ import annotations
 
@@ -13,91 +13,92 @@ from mimkd_ray.losses.methods.registry import KD_CE_WEIGHT, RIVALS, Method
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Kinds of term, their weights, and who the negatives are. What is unset is the preset's (loss_presets.py)."""
+    """Kinds of term, their weights, and the choice of negatives. Unset fields take the preset's value
+    (loss_presets.py)."""
 
     name: tuple[Method, ...] = ("mimkd",)
-    """Methods whose losses are added to the cross-entropy: mimkd, or a rival by its published formula and weight, or
-    several. None: cross-entropy alone, and KD where kd_weight is set. Without mimkd no mutual-information term is on,
-    whatever the weights of its terms."""
+    """Methods whose losses are added to the cross-entropy: mimkd, or a rival with its published formula and weight, or
+    several. None: cross-entropy only, and KD if kd_weight is set. Without mimkd, the weights of the mutual-information
+    terms have no effect."""
     rival_weight: float = 1.0
     """Factor on the published weights of the rivals in `name`."""
     rival_pairs: tuple[str, ...] = ()
-    """Tap pairs "teacher:student" of all rivals that read maps, from shallow to deep; unset: stages, deepest with
-    deepest, as many as the rival reads."""
+    """Tap pairs "teacher:student" of all rivals that read maps, from shallow to deep; unset: as many stages as the
+    rival reads, paired from the deepest up."""
     rival_warmup: float = 20.0
-    """Epochs over which dkd and review rise to their weights, as published: 20 on CIFAR-100, 1 on ImageNet; 0: at once.
-    Other losses have full weight from the start."""
+    """Epochs over which dkd and review rise to their full weights: 20 on CIFAR-100, 1 on ImageNet, as published; 0: no
+    warm-up. Other losses have full weight from the start."""
     dkd_beta: float = 8.0
-    """Weight of DKD's second part, over all classes but the label's. Published for each pair of networks: 2 to 8 on
+    """Weight of DKD's second part, over all classes except the label's. Published per pair of networks: 2 to 8 on
     CIFAR-100, 0.5 and 2 on ImageNet."""
     dkd_temperature: float = 4.0
-    """Temperature of dkd: 4 on CIFAR-100, 1 on ImageNet, as published."""
+    """Temperature of dkd; published: 4 on CIFAR-100, 1 on ImageNet."""
     dist_temperature: float = 4.0
-    """Temperature of dist: 4 on CIFAR-100, 1 on ImageNet, as published."""
+    """Temperature of dist; published: 4 on CIFAR-100, 1 on ImageNet."""
     preset: PresetName = "accuracy"
-    """accuracy: what won without the teacher's logits; frozen teacher side, queue. best: that with Hinton's KD. paper:
-    Jensen-Shannon with one rolled negative, critics that learn on both sides. two_sided: InfoNCE over the lane with
-    such critics, the default of release 0.1."""
+    """accuracy: best without the teacher's logits; frozen teacher side, queue. best: accuracy with Hinton's KD. paper:
+    Jensen-Shannon with one rolled negative, learned critics on both sides. two_sided: InfoNCE over the lane with such
+    critics, the default of release 0.1."""
     bound: BoundName | None = None
     """Lower bound on mutual information; unset: the preset's."""
     negatives: Negatives | None = None
-    """all: every other image of the lane. rolled: the one before, and with mixing the one before that. queue: for terms
-    of teacher vectors those of the lane and the teacher vectors of earlier steps. step: for such terms every other
-    image of the whole step (teacher vectors are gathered from all workers). cache: for such terms the others of the
-    lane, and cache.negatives random images of the training set, whose vectors come from the cache. Unset: the
-    preset's."""
+    """all: every other image of the lane. rolled: the previous image, and with mixing the one before it. The others
+    apply to terms of teacher vectors: queue: the lane's, and teacher vectors of earlier steps. step: every other image
+    of the whole step (teacher vectors are gathered from all workers). cache: the lane's, and cache.negatives random
+    training images from the cache. Unset: the preset's."""
     queue: int = 16_384
-    """Teacher vectors of earlier steps that `negatives` queue keeps, on each worker and in checkpoints; up to 64 MiB. A
-    local term of L locations takes 1/L of them, so that it costs what a global term does."""
+    """Teacher vectors of earlier steps that `negatives` queue keeps on each worker and in checkpoints, up to 64 MiB. A
+    local term of L locations uses 1/L of them and so costs as much as a global term."""
     same_class: SameClass | None = None
-    """keep: images of one class are negatives of each other. leave_out: they are not, where classes are known (with
-    mixing they are not). Held-out mutual information is read with them. Unset: the preset's."""
+    """keep: images of one class are negatives of each other. leave_out: they are not, if classes are known (with mixing
+    they are not). Held-out mutual information always counts them as negatives. Unset: the preset's."""
     hard_share: float = 1.0
-    """Share of the negatives that is used: for each image those whose teacher features are most like its own."""
+    """Share of the negatives that is used: for each image, those whose teacher features are most similar to its own."""
     feature_negatives: Literal["same", "all"] = "same"
     """Negatives of a feature term: the other images at the same location, or at all locations."""
     soft_temperature: float = 0.0
-    """Temperature at which the teacher's own similarities are the target over the candidates; 0: the target is the
-    positive alone. InfoNCE with a dot critic only."""
+    """Temperature of the teacher's own similarities, which are then the target over the candidates; 0: the positive
+    alone is the target. Only for InfoNCE with a dot critic."""
     symmetric: bool = False
-    """Average InfoNCE with its other direction, in which a teacher's feature picks its student among the lane's."""
+    """Average InfoNCE with its opposite direction, in which a teacher's feature picks its student among the lane's."""
     locations: int | None = None
-    """Of a map with more locations, as many are scored in a step, on an even grid that is elsewhere at every step; 0:
-    always all. Unset: the preset's. Mutual information is read over all of them."""
+    """Most locations of a map that a step scores, on an even grid that moves at every step; 0: always all. Unset: the
+    preset's. Held-out mutual information uses all of them."""
     score_memory_mb: int = 0
     """Memory in MiB for the scores of a term at a time; more are computed in chunks, and again in the backward pass. 0:
     256 on a GPU, on a CPU a quarter of the embeddings'."""
     global_weight: float | None = None
-    """Weight of each global term (teacher vector, student vector). 0 turns the kind off. Unset: the preset's."""
+    """Weight of each global term (teacher vector, student vector); 0 turns the kind off. Unset: the preset's."""
     local_weight: float | None = None
     """Weight of each local term (teacher vector, every location of a student map). Unset: the preset's."""
     feature_weight: float | None = None
     """Weight of each feature term (teacher map, student map, location by location). Unset: the preset's."""
     pair_weights: Literal["each", "shared"] = "each"
-    """each: every pair of taps has its kind's weight. shared: the kind's weight is divided by its number of pairs."""
+    """each: every pair of taps has its kind's weight. shared: a kind's weight is divided by its number of pairs."""
     schedule: Literal["constant", "warmup", "rise", "fall"] = "constant"
-    """The terms' weights over training. warmup: linearly from 0 over the first tenth. rise, fall: a half cosine, from 0
+    """The terms' weights over training. warmup: linear from 0 over the first tenth. rise, fall: a half cosine, from 0
     or to 0."""
     taps: Literal["after", "before"] = "after"
-    """Chosen stages are read after their last activation, or before it where it is a module of its own."""
+    """Read automatically chosen stages after their last activation, or before it if it is a module of its own."""
     max_side: int = 14
-    """Chosen student maps are at most so high and wide: a map of twice the side costs four times as much."""
+    """Largest height and width of automatically chosen student maps; a map of twice the side costs four times as much.
+    """
     global_pairs: tuple[str, ...] = ()
-    """Tap pairs "teacher:student" or "teacher:student:weight" (multiplies the kind's weight); unset: chosen. The tap
-    "logits" is the network's logits."""
+    """Tap pairs "teacher:student" or "teacher:student:weight" (multiplies the kind's weight) of the global terms;
+    unset: automatic. The tap "logits" is the network's logits."""
     local_pairs: tuple[str, ...] = ()
-    """Tap pairs of the local terms: a teacher's vector with a student's map; unset: the deepest map."""
+    """Tap pairs of the local terms: a teacher vector with a student map; unset: the deepest map."""
     feature_pairs: tuple[str, ...] = ()
-    """Tap pairs of the feature terms, map with map; unset: the deepest stages of at most max_side. PATH@input is what
-    the layer is given."""
+    """Tap pairs of the feature terms, map with map; unset: the deepest stages of at most max_side. PATH@input is a
+    layer's input."""
     ce_weight: float | None = None
-    """Weight of the cross-entropy with the labels. Unset: the preset's for mimkd, else 1. `name` kd, and nothing beside
-    it, multiplies it by 0.1: Hinton's KD is published as 0.1 cross-entropy + 0.9 KD."""
+    """Weight of the cross-entropy with the labels. Unset: the preset's for mimkd, else 1. If `name` is kd alone, it is
+    multiplied by 0.1: Hinton's KD is published as 0.1 cross-entropy + 0.9 KD."""
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropy."""
     kd_weight: float | None = None
-    """Weight of Hinton's KD on the logits, beside any `name`; kd in `name` adds its 0.9. Unset: the preset's for mimkd,
-    else 0."""
+    """Weight of Hinton's KD on the logits, in addition to `name`; kd in `name` adds its own 0.9. Unset: the preset's
+    for mimkd, else 0."""
     kd_temperature: float = 4.0
     """Temperature of Hinton's KD."""
     critic: CriticConfig = field(default_factory=CriticConfig)
@@ -161,17 +162,17 @@ class LossConfig:
 
     @property
     def resolved_bound(self) -> BoundName:
-        """The bound in force."""
+        """The bound that is in effect."""
         return self.bound or PRESETS[self.preset].bound
 
     @property
     def resolved_same_class(self) -> SameClass:
-        """What becomes of images of the same class, in force."""
+        """The treatment of images of the same class that is in effect."""
         return self.same_class or PRESETS[self.preset].same_class
 
     @property
     def resolved_critic(self) -> CriticConfig:
-        """The critic in force."""
+        """The critic that is in effect."""
         own, preset = self.critic, PRESETS[self.preset]
         if own.learn_temperature is None:
             own = replace(own, learn_temperature=preset.learn_temperature)
@@ -181,17 +182,17 @@ class LossConfig:
 
     @property
     def resolved_negatives(self) -> Negatives:
-        """The negatives in force."""
+        """The negatives that are in effect."""
         return self.negatives or PRESETS[self.preset].negatives
 
     @property
     def resolved_locations(self) -> int:
-        """The most locations of a map that a step scores, in force; 0: all."""
+        """The most locations of a map that a step scores, as in effect; 0: all."""
         return PRESETS[self.preset].locations if self.locations is None else self.locations
 
     @property
     def resolved_ce_weight(self) -> float:
-        """The weight of the cross-entropy in force."""
+        """The weight of the cross-entropy that is in effect."""
         weight = self.ce_weight
         if weight is None:
             weight = PRESETS[self.preset].ce_weight if "mimkd" in self.name else 1.0
@@ -199,7 +200,7 @@ class LossConfig:
 
     @property
     def resolved_kd_weight(self) -> float:
-        """The weight of Hinton's KD in force."""
+        """The weight of Hinton's KD that is in effect."""
         weight = self.kd_weight
         if weight is None:
             weight = PRESETS[self.preset].kd_weight if "mimkd" in self.name else 0.0
@@ -207,15 +208,15 @@ class LossConfig:
 
     @property
     def rivals(self) -> tuple[Method, ...]:
-        """The methods in force that are losses of their own: neither MIMKD nor KD."""
+        """The active methods with a loss of their own: neither MIMKD nor KD."""
         return tuple(method for method in RIVALS if method in self.name and method != "kd" and self.rival_weight > 0)
 
     def weight_of(self, rival: Method) -> float:
-        """The weight of a rival."""
+        """Return the weight of a rival."""
         return self.rival_weight * RIVALS[rival].weight
 
     def weight(self, kind: Kind) -> float:
-        """The weight of one kind of mutual-information term."""
+        """Return the weight of one kind of mutual-information term."""
         if "mimkd" not in self.name:
             return 0.0
         own = {"global": self.global_weight, "local": self.local_weight, "feature": self.feature_weight}[kind]
@@ -223,12 +224,12 @@ class LossConfig:
 
     @property
     def uses_features(self) -> bool:
-        """Whether any mutual-information term is on."""
+        """True if any mutual-information term is on."""
         return self.weight("global") + self.weight("local") + self.weight("feature") > 0
 
     @property
     def uses_logits(self) -> bool:
-        """Whether anything reads the teacher's logits."""
+        """True if any term reads the teacher's logits."""
         terms = (*self.global_pairs, *self.local_pairs) if self.uses_features else ()
         return (
             self.resolved_kd_weight > 0
@@ -238,5 +239,5 @@ class LossConfig:
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether any term needs the teacher at all."""
+        """True if any term needs the teacher."""
         return self.uses_features or self.uses_logits or bool(self.rivals)

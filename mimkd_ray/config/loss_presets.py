@@ -1,7 +1,7 @@
-"""What a preset of the loss stands for where the config says nothing else.
+"""The presets of the loss: values of the fields that the config leaves unset.
 
-`accuracy` and `best` won on held-out training images of a small CPU study (docs/accuracy.md), `paper` is our reading of
-arXiv 2110.15946, and `two_sided` is what release 0.1 had as its default.
+`accuracy` and `best` had the highest accuracy on held-out training images of a small CPU study (docs/accuracy.md),
+`paper` is our reading of arXiv 2110.15946, and `two_sided` is the default of release 0.1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PresetName = Literal["accuracy", "best", "paper", "two_sided"]
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """The fields of a loss that a preset sets."""
+    """The fields of the loss that a preset sets."""
 
     bound: BoundName
     negatives: Negatives

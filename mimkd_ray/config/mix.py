@@ -10,16 +10,16 @@ from mimkd_ray.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class MixConfig:
-    """How batches are mixed; by default they are not."""
+    """Mixing of the images of a batch; off by default."""
 
     mixup_alpha: float = 0.0
-    """mixup's share of the image itself is drawn from Beta(alpha, alpha); 0 = no mixup. ImageNet: 0.2."""
+    """Alpha of mixup, whose share of the image itself is drawn from Beta(alpha, alpha); 0 = no mixup. ImageNet: 0.2."""
     cutmix_alpha: float = 0.0
-    """The same of CutMix, where it is the share of the area; 0 = no CutMix. ImageNet: 1.0."""
+    """Alpha of CutMix, whose share of the area is drawn from Beta(alpha, alpha); 0 = no CutMix. ImageNet: 1.0."""
     probability: float = 1.0
     """Share of the batches that are mixed."""
     switch_probability: float = 0.5
-    """Where both are on: share of the mixed batches that get CutMix."""
+    """Share of the mixed batches that get CutMix, if both are on."""
 
     def __post_init__(self) -> None:
         for name in ("mixup_alpha", "cutmix_alpha"):
@@ -32,5 +32,5 @@ class MixConfig:
 
     @property
     def active(self) -> bool:
-        """Whether any batch is mixed."""
+        """True if any batch is mixed."""
         return self.probability > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)

@@ -1,4 +1,4 @@
-"""Section `student`: which network, and where its weights come from."""
+"""Section `student`: the network and its initial weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mimkd_ray.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which network, and where its weights come from."""
+    """A network and its initial weights."""
 
     name: str
     """torchvision name (resnet34), cifar/NAME, timm/NAME, or package.module:function."""

@@ -21,12 +21,12 @@ class OptimConfig:
     nesterov: bool = False
     """Nesterov momentum for sgd."""
     weight_decay: float = 5e-4
-    """Weight decay of what `decay` says."""
+    """Weight decay of the parameters that `decay` selects."""
     decay: Literal["weights", "all"] = "weights"
-    """weights: norms and biases do not decay. all: every parameter decays, as in the field's CIFAR protocol. Critic
-    temperatures never do."""
+    """weights: norms and biases do not decay. all: every parameter decays, as in the standard CIFAR protocol. Critic
+    temperatures never decay."""
     schedule: Literal["step", "cosine", "constant"] = "step"
-    """step: times gamma at each milestone. cosine: falls to min_lr, which the last step has."""
+    """step: times gamma at each milestone. cosine: falls to min_lr, reached at the last step."""
     milestones: tuple[int, ...] = (150, 180, 210)
     """Epochs at which the step schedule drops."""
     gamma: float = 0.1
@@ -34,9 +34,9 @@ class OptimConfig:
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up from 0."""
     min_lr: float = 0.0
-    """Last learning rate of the cosine schedule."""
+    """Learning rate of the last step of the cosine schedule."""
     clip_norm: float = 0.0
-    """Clip the gradient's global L2 norm to this; 0 does not clip."""
+    """Largest global L2 norm of the gradient; larger ones are scaled down. 0: no clipping."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.weight_decay < 0 or self.warmup_epochs < 0 or self.clip_norm < 0:

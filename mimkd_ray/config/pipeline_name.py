@@ -1,4 +1,4 @@
-"""The names of augmentation pipelines, and functions by import path that stand for one."""
+"""The names of augmentation pipelines, and the import of pipeline functions by path."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from mimkd_ray.errors import UserError, nearest
 
 PIPELINE_NAMES = ("imagenet", "imagenet_ta", "imagenet_ra", "cifar", "cifar_ta", "digits", "none")
-"""Those of data/augment/pipelines.py, in its order."""
+"""The names in data/augment/pipelines.py, in its order."""
 
 
 def check_pipeline_name(name: str, field: str = "pipeline") -> None:
-    """Raise UserError, naming `field`, if there is no such pipeline. Imports only what a name with a colon asks for."""
+    """Raise UserError, naming `field`, if there is no such pipeline. Only a name with a colon causes an import."""
     if ":" in name:
         pipeline_function(name)
     elif name not in PIPELINE_NAMES:

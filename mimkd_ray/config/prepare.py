@@ -10,15 +10,15 @@ from mimkd_ray.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """Which images become a prepared set, and how."""
+    """The images of a prepared set, and the form in which they are written."""
 
     source: str
-    """Folder or URL that holds the split: <split>-*.parquet or data/<split>-*.parquet (Hugging Face), class folders
+    """Folder or URL with the split: <split>-*.parquet or data/<split>-*.parquet (Hugging Face), class folders
     <split>/<class>/<image>, or the official ImageNet archives (ILSVRC2012_img_train.tar, ...)."""
     target: str
-    """Folder or URL of the prepared set; several splits go to the same one."""
+    """Folder or URL of the prepared set; several splits can share one."""
     split: str = "train"
-    """Name of the split, there and here."""
+    """Name of the split, in the source and the target."""
     seed: int = 0
     """Seed of the shuffle."""
     block_rows: int = 256
@@ -26,8 +26,8 @@ class PrepareConfig:
     shard_rows: int = 0
     """Images in a file, a multiple of block-rows; 0 = about 256 MB."""
     short_side: int = 0
-    """Shrink images to this short side in pixels and encode them as JPEG; 0 = keep every file as it is. Images that
-    are not larger are kept as they are."""
+    """Shrink images to this short side in pixels and encode them as JPEG; 0 = copy every file unchanged. Images that
+    are not larger are copied unchanged."""
     quality: int = 90
     """JPEG quality of images that are shrunk."""
 

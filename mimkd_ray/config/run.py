@@ -1,4 +1,4 @@
-"""Section `run`: where a run's results go, and how often it can be resumed from."""
+"""Section `run`: the run directory and its checkpoints."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from mimkd_ray.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run's results go, and how often it can be resumed from."""
+    """The run directory and its checkpoints."""
 
     root: str = "runs"
-    """Folder or URL that holds run directories."""
+    """Folder or URL that contains the run directories."""
     name: str = ""
-    """Name of the run's directory; unset: the recipe and a digest of what decides the training."""
+    """Name of the run's directory; unset: the recipe and a digest of the fields that determine the training."""
     overwrite: bool = False
-    """Delete what the directory holds and start anew, instead of resuming or repeating the result."""
+    """Delete the contents of the directory and start anew, instead of resuming or repeating the result."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints; 0: not by epochs."""
     checkpoint_steps: int = 0
     """Steps between two checkpoints; 0: not by steps."""
     checkpoint_minutes: float = 10.0
-    """Minutes after which one is written at the latest; 0: not by time. A stop or a notice writes one in any case."""
+    """Most minutes between two checkpoints; 0: not by time. A stop or preemption notice always writes one."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_best: bool = False
-    """Keep the student of the best evaluation so far as well: best.safetensors and, with its figures, best.json."""
+    """Also keep the student of the best evaluation so far: best.safetensors and, with its figures, best.json."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     log_samples: bool = False
-    """Write samples.jsonl: step, lane, view and sample ids of everything that is trained on."""
+    """Write samples.jsonl: step, lane, view and sample ids of every training batch."""
 
     def __post_init__(self) -> None:
         if min(self.checkpoint_every, self.checkpoint_steps, self.checkpoint_minutes) < 0 or self.keep_checkpoints < 1:

@@ -1,4 +1,4 @@
-"""What a search is: its space, its algorithm, its budget, and how its trials run and are judged."""
+"""Section `search`: the space, the algorithm, the budget, and the trials and their score."""
 
 from __future__ import annotations
 
@@ -17,49 +17,50 @@ class SearchConfig:
     """A search for the best critic, taps, bound, negatives, weights and learning rate of a teacher and a student."""
 
     space: tuple[str, ...] = ("temperature", "taps", "weights")
-    """What is searched: names of mimkd_ray/search/spaces.py, or package.module:function."""
+    """Fields to search: names of mimkd_ray/search/spaces.py, or package.module:function."""
     algorithm: Literal["tpe", "random", "grid"] = "tpe"
     """tpe: Optuna's tree-structured Parzen estimator. random: independent draws. grid: every combination of `points`
     values of each number, in order."""
     points: int = 4
-    """grid: values of each number, evenly spaced (on the number's own scale)."""
+    """grid: number of values of each number, evenly spaced on the number's own scale."""
     scheduler: Literal["asha", "none"] = "asha"
     """asha: asynchronous successive halving stops the trials that are behind. none: every trial runs to its end."""
     grace: int = 1
-    """asha: epochs that every trial gets at least."""
+    """asha: fewest epochs of a trial."""
     reduction: int = 3
-    """asha: one in so many trials goes on past each rung (grace, grace * reduction, ... epochs)."""
+    """asha: one in this many trials continues past each rung (grace, grace * reduction, ... epochs)."""
     metric: Metric = "top1"
-    """What is optimised, on the held-out part of the training set."""
+    """Quantity to optimise, measured on the held-out part of the training set."""
     trials: int = 24
     """Configurations to try; 0: as many as the other budgets allow."""
     hours: float = 0.0
     """Hours after which no trial begins and the running ones end at their next evaluation; 0: no limit. Time before a
     restart counts."""
     gpu_hours: float = 0.0
-    """The same for the sum over trials of GPUs times hours; 0: no limit."""
+    """Limit on the sum over trials of GPUs times hours, with the same effect as `hours`; 0: no limit."""
     holdout: float = 0.1
-    """Share of the training rows, of each class, on which trials are scored; the validation set is never looked at."""
+    """Share of the training rows, of each class, on which trials are scored; the validation set is never used."""
     epochs: int = 0
-    """Epochs of a trial, with its schedule; 0: those of the recipe. best.json has the recipe's."""
+    """Epochs of a trial and of its schedule; 0: those of the recipe. best.json has the recipe's."""
     pack: int = 1
     """Students that are trained in one process on the same batches and the same teacher pass."""
     workers: int = 1
-    """Workers of a trial. One: a process of its own, with a share of a node. More: a Ray Train run on so many."""
+    """Workers of a trial. 1: a process with a share of a node. More: a Ray Train run with this many workers."""
     concurrent: int = 0
-    """Trials (packs) at a time; 0: as many as the cluster has room for. More makes an autoscaler add nodes."""
+    """Trials (packs) that run at the same time; 0: as many as fit in the cluster. A higher number makes an autoscaler
+    add nodes."""
     cpus_per_trial: float = 0.0
     """CPUs of a trial of one worker; 0: 1 on CPU, and with a GPU its share of the CPUs."""
     gpus_per_trial: float = 0.0
     """GPUs of a trial of one worker, such as 0.25; 0: 1 if the cluster has any and launch.gpu allows."""
     retries: int = 2
-    """How often a trial whose worker or node was lost goes on from its last checkpoint."""
+    """Most restarts, from its last checkpoint, of a trial whose worker or node was lost."""
     finalists: int = 3
-    """Best configurations that are trained again from new seeds; 0: none, the best trial is the outcome."""
+    """Best configurations that are trained again with new seeds; 0: none, the best trial is the result."""
     seeds: int = 3
     """Seeds of each finalist."""
     loggers: tuple[Literal["mlflow", "wandb"], ...] = ()
-    """Loggers of Ray Tune that get every evaluation too, where their package is installed."""
+    """Loggers of Ray Tune that also receive every evaluation; each needs its package installed."""
     seed: int = 0
     """Seed of the algorithm: 0 to 2**64 - 1."""
 
@@ -90,7 +91,7 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchJob(Config):
-    """A recipe with a search: everything that its trials share, and what they may differ in."""
+    """A recipe with a search: the fields that all trials share, and the search over the others."""
 
     search: SearchConfig = field(default_factory=SearchConfig)
     """The search."""
@@ -110,6 +111,6 @@ class SearchJob(Config):
 
 
 def search_job(config: Config, **changes: Any) -> SearchJob:
-    """A recipe's config as the start of a search."""
+    """Return a recipe's config with the fields of a search added."""
     own = {f.name: getattr(config, f.name) for f in fields(Config)}
     return SearchJob(**(own | changes))

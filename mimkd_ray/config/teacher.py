@@ -1,4 +1,4 @@
-"""Section `teacher`: the strong network, and what is expected of it."""
+"""Section `teacher`: the strong network and its expected accuracy."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from mimkd_ray.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The strong network, and what is expected of it."""
+    """The strong network and its expected accuracy."""
 
     name: str = "cifar/resnet20"
     """torchvision name, cifar/NAME, timm/NAME or package.module:function."""
     weights: str = "random"
     """random, published, or a .safetensors or .pth file (path or URL)."""
     train: bool = False
-    """Train the teacher first, on the same data with labels only; a finished one is used again."""
+    """Train the teacher first, on the same data with labels only; a finished teacher is reused."""
     epochs: int = 0
     """Epochs of that training; 0: those of the student."""
     lr: float = 0.0
@@ -24,7 +24,7 @@ class TeacherConfig:
     expect_top1: float = 0.0
     """Top-1 in percent that the teacher must reach on held-out images before training starts; 0: unknown."""
     tolerance: float = 2.0
-    """Points by which it may fall short of expect_top1."""
+    """Percentage points below expect_top1 that are still accepted."""
 
     def __post_init__(self) -> None:
         if self.train and self.weights not in ("random", ""):

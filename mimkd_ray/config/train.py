@@ -1,4 +1,4 @@
-"""Section `train`: length, batch, precision and rhythm."""
+"""Section `train`: length, batch, precision, engine and evaluations."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from mimkd_ray.seeds import check_seed
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Length, batch, precision and rhythm of training."""
+    """Length, batch, precision, engine and evaluations of training."""
 
     epochs: int = 240
     """Passes over the training rows."""
     max_steps: int = 0
-    """Stop after this many steps (for a trial run; the schedule stays that of `epochs`); 0 trains to the end."""
+    """Stop after this many steps (for a trial run; the schedule is still that of `epochs`); 0 trains to the end."""
     lanes: int = 1
-    """Fixed slices of each global batch: batch norm and negatives see one lane, whatever the number of workers."""
+    """Fixed slices of each global batch: batch norm and negatives are per lane, whatever the number of workers."""
     lane_batch: int = 64
     """Images in a lane; the global batch is lanes * lane_batch."""
     seed: int = 0
-    """Seeds the student's start, the order, the views and the model's random numbers: 0 to 2**64 - 1."""
+    """Seed of the student's initialisation, the order, the views and the model's random numbers: 0 to 2**64 - 1."""
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
-    """Autocast of the networks; auto: bf16 on a GPU that has it, else float32. Losses always compute in float32."""
+    """Autocast of the networks; auto: bf16 on a GPU that supports it, else float32. Losses always compute in float32.
+    """
     channels_last: Literal["auto", "on", "off"] = "auto"
     """Memory layout of images and kernels; auto: channels-last, except for float64 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on a GPU whose steps are not captured, where a C++ compiler is found."""
+    """torch.compile; auto: on a GPU whose steps are not captured, if a C++ compiler is found."""
     engine: Literal["auto", "plain", "captured"] = "auto"
-    """How steps run. captured: recorded once as a CUDA graph and replayed, where that is possible; a CPU then calls the
-    same code each time. plain: operation by operation. auto: captured on a GPU."""
+    """captured: record the step once as a CUDA graph and replay it, if possible; on a CPU the same code is called each
+    time. plain: operation by operation. auto: captured on a GPU."""
     ema_decay: float = 0.0
     """Keep an exponential moving average of the student with this decay, and evaluate and export it; 0 is off."""
     log_every: int = 50
@@ -39,9 +40,9 @@ class TrainConfig:
     eval_every: int = 1
     """Epochs between two evaluations; 0 evaluates at the end only."""
     eval_batch: int = 0
-    """Images in an evaluation batch; 0: the lane's."""
+    """Images in an evaluation batch; 0: as many as in a lane."""
     information_rows: int = 2048
-    """Held-out rows per worker on which mutual information is read at an evaluation; 0: it is not read."""
+    """Held-out rows per worker on which mutual information is estimated at an evaluation; 0: no estimate."""
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.max_steps < 0 or self.lanes < 1 or self.log_every < 1 or self.eval_every < 0:

@@ -1,1 +1,1 @@
-"""Images: where they come from, in which order, how they look, and how they reach the device."""
+"""Images: their sources, order, augmentation, and loading to the device."""

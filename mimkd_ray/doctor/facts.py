@@ -1,4 +1,4 @@
-"""What a node says of itself, and checks that compare nodes."""
+"""Facts about a node, and checks that compare nodes."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from mimkd_ray.versions import versions
 
 SHM = "/dev/shm"
 SMALL_SHM_BYTES = 10**9
-"""Below this, processes that hand batches to each other through shared memory run out of it. Containers have 64 MB."""
+"""Size below which processes that exchange batches through shared memory run out of it. Containers have 64 MB by
+default."""
 
 CLOCK_WARN_S, CLOCK_FAIL_S = 1.0, 300.0
-"""Differences between clocks. Object stores refuse requests that are signed 15 minutes off."""
+"""Limits for the differences between clocks. Object stores refuse requests that are signed 15 minutes off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFacts:
-    """What a node says of itself."""
+    """Facts about one node."""
 
     node: str
-    """Its address."""
+    """Address of the node."""
     versions: Mapping[str, str]
-    """Of Python and the packages that shape a result, and the digest of this package's source."""
+    """Versions of Python and the packages that affect a result, and the digest of this package's source."""
     ray_gpus: int
-    """GPUs that Ray hands out there."""
+    """GPUs that Ray assigns there."""
     torch_gpus: int
     """GPUs that torch sees there."""
     shm_bytes: int
-    """Size of /dev/shm; 0 where there is none."""
+    """Size of /dev/shm; 0 if there is none."""
     object_store_bytes: int
-    """What Ray's object store may take of it."""
+    """Largest size of Ray's object store in it."""
     auth_mode: str
     """RAY_AUTH_MODE of its Ray; empty if unset."""
 
 
 def look(node: str, ray_gpus: int, object_store_bytes: int) -> NodeFacts:
-    """The facts of the machine that this process runs on; what Ray knows of it is given."""
+    """Return the facts of the machine that this process runs on; the arguments come from Ray."""
     import torch
 
     shm = os.statvfs(SHM) if os.path.isdir(SHM) else None
@@ -57,7 +58,8 @@ def look(node: str, ray_gpus: int, object_store_bytes: int) -> NodeFacts:
 
 
 def source_digest() -> str:
-    """Return 12 digits of the sha256 of this package's files: equal where the code is, however it was installed."""
+    """Return 12 digits of the sha256 of this package's files, which are equal if the code is, however it was
+    installed."""
     root = Path(__file__).parents[1]
     total = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -67,7 +69,7 @@ def source_digest() -> str:
 
 
 def check_versions(facts: Sequence[NodeFacts]) -> Outcome:
-    """Python, this package and those that shape a result are installed everywhere, in one version."""
+    """Check that Python, this package and those that affect a result are installed on all nodes, in one version."""
     wrong = []
     for name in facts[0].versions:
         nodes = defaultdict(list)
@@ -83,7 +85,7 @@ def check_versions(facts: Sequence[NodeFacts]) -> Outcome:
 
 
 def check_gpus(facts: Sequence[NodeFacts]) -> Outcome:
-    """torch sees the GPUs that Ray hands out."""
+    """Check that torch sees the GPUs that Ray assigns."""
     wrong = [each for each in facts if each.ray_gpus != each.torch_gpus]
     figures: dict[str, float] = {
         "ray_gpus": sum(each.ray_gpus for each in facts),
@@ -103,7 +105,7 @@ def check_gpus(facts: Sequence[NodeFacts]) -> Outcome:
 
 
 def check_authentication(facts: Sequence[NodeFacts]) -> Outcome:
-    """All nodes ask for a token, or none does."""
+    """Check that all nodes require a token, or none does."""
     modes = defaultdict(list)
     for each in facts:
         modes[each.auth_mode or "unset"].append(each.node)
@@ -118,7 +120,7 @@ def check_authentication(facts: Sequence[NodeFacts]) -> Outcome:
 
 
 def check_memory(facts: NodeFacts) -> Outcome:
-    """/dev/shm holds Ray's object store, and the batches that processes hand over."""
+    """Check that /dev/shm has room for Ray's object store and for the batches that processes exchange."""
     size, store = facts.shm_bytes, facts.object_store_bytes
     text = f"{SHM} has {size / 1e9:.1f} GB, Ray's object store may take {store / 1e9:.1f} GB"
     figures = {"shm_gb": size / 1e9, "object_store_gb": store / 1e9}
@@ -133,7 +135,7 @@ def check_memory(facts: NodeFacts) -> Outcome:
 
 
 def check_clock(node: str, difference_s: float, uncertain_s: float) -> Outcome:
-    """A node's clock goes with this process's; `difference_s` is known to within `uncertain_s`."""
+    """Check that a node's clock agrees with this process's; `difference_s` is known to within `uncertain_s`."""
     text = f"{difference_s:+.3f} s from this process's clock (known to {uncertain_s:.3f} s)"
     figures = {"difference_s": difference_s, "uncertain_s": uncertain_s}
     beyond = max(0.0, abs(difference_s) - uncertain_s)

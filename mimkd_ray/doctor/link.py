@@ -1,4 +1,4 @@
-"""How fast nodes sum a tensor: the collective on which every training step waits."""
+"""Speed at which nodes sum a tensor: the collective on which every training step waits."""
 
 from __future__ import annotations
 
@@ -19,36 +19,37 @@ MEGABYTES = 64
 
 ROUNDS, WARM_ROUNDS = 3, 1
 SECONDS = 60
-"""After which a rank that waits for the others gives up."""
+"""Seconds after which a rank that waits for the others gives up."""
 
 SLOW_GB_S = 0.125
-"""1 Gbit/s: a ResNet-18's gradients (47 MB) would take 0.7 s a step."""
+"""Speed below which the check warns, 1 Gbit/s: a ResNet-18's gradients (47 MB) would take 0.7 s a step."""
 
 Backend = Literal["gloo", "nccl"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinkSpeed:
-    """What a rank measured; ``error`` is empty if it could."""
+    """Time that a rank measured; ``error`` is empty on success."""
 
     seconds: float = 0.0
     error: str = ""
 
 
 def open_store(host: str) -> tuple[TCPStore, int]:
-    """The meeting point of the ranks, and its port, which the system chooses. The first rank keeps it to the end."""
+    """Open the ranks' meeting point; return it and its port, which the system chooses. The first rank keeps it until
+    the end."""
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=SECONDS))
     return store, store.port
 
 
 def join_store(host: str, port: int) -> TCPStore:
-    """The same for the other ranks. Raises RuntimeError if it does not answer."""
+    """Connect to the meeting point from another rank. Raises RuntimeError if it does not answer."""
     return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=SECONDS))
 
 
 def measure(store: Store, rank: int, world: int, backend: Backend) -> LinkSpeed:
-    """Best time of an all-reduce of 64 MB over all ranks, as this rank saw it. Each rank calls it in a process of its
-    own that has no process group. Takes at most a few minutes, whatever the others do."""
+    """Return this rank's best time of an all-reduce of 64 MB over all ranks. Each rank calls it in a separate process
+    without a process group. Takes at most a few minutes, even if other ranks fail."""
     device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
     try:
         if device.type == "cuda":
@@ -82,7 +83,7 @@ def _settle(device: torch.device) -> None:
 
 
 def check_all_reduce(speeds: Sequence[LinkSpeed], backend: Backend, where: str) -> Outcome:
-    """What the ranks measured. ``where``: "4 nodes", or "2 processes of one node"."""
+    """Judge the times that the ranks measured. ``where``: "4 nodes", or "2 processes of one node"."""
     failed = {rank: speed.error for rank, speed in enumerate(speeds) if speed.error}
     if failed:
         rank, error = next(iter(failed.items()))
@@ -113,5 +114,5 @@ def check_all_reduce(speeds: Sequence[LinkSpeed], backend: Backend, where: str) 
 
 
 def not_measured(why: str) -> Outcome:
-    """There was nothing to measure between."""
+    """Return the outcome if there are no two ranks to measure between; ``why`` is the reason."""
     return Outcome(check="all-reduce", status="pass", text=f"not measured: {why}")

@@ -1,4 +1,4 @@
-"""What a check found, as a line for people and as JSON for programs."""
+"""Result of a check, as a line for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Literal
 Status = Literal["pass", "warn", "fail"]
 
 _SECRET_NAME = re.compile("SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
-_SECRET_LENGTH = 8  # shorter values are no secrets, and may be parts of ordinary words
+_SECRET_LENGTH = 8  # shorter values are not secrets and may be parts of ordinary words
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 _SIGNATURE = re.compile(r"(?i)(signature|credential|security-token)=[^&\s\"']+")
 
@@ -22,29 +22,30 @@ class Outcome:
     """One check on one node, or of all nodes together."""
 
     check: str
-    """What was checked: versions, gpus, all-reduce, storage, disk, decode, memory, clock, authentication, nodes."""
+    """Name of the check: versions, gpus, all-reduce, storage, disk, decode, memory, clock, authentication, nodes."""
     status: Status
-    """warn: the job would run, slower or less safely; fail: it would not, or not as asked."""
+    """warn: the job would run, slower or less safely; fail: it would not run, or not as requested."""
     text: str
-    """What was found, with its figures."""
+    """Findings with their figures."""
     node: str = ""
     """The node's address; empty for a check of all nodes together."""
     remedy: str = ""
-    """What to do about it; empty for a pass."""
+    """Remedy; empty for a pass."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """The figures of `text`, by name and unit."""
     speed: float = 0.0
-    """By which the slowest of many nodes is found."""
+    """Number that orders nodes, the slowest first."""
 
     def line(self) -> str:
-        """Return "fail  disk [10.0.0.1]: 0.5 GB free; remedy", without secrets."""
+        """Return the line "fail  disk [10.0.0.1]: 0.5 GB free; remedy", without secrets."""
         where = f" [{self.node}]" if self.node else ""
         remedy = f"; {self.remedy}" if self.remedy else ""
         return f"{self.status}  {self.check}{where}: {' '.join(redacted(self.text + remedy).split())}"
 
 
 def lines(outcomes: Sequence[Outcome]) -> list[str]:
-    """One line per check: nodes that pass share one, which shows the slowest; every other node has its own."""
+    """Return one line per check: nodes that pass share a line with the figures of the slowest; every other node has its
+    own."""
     shown = []
     for _, group in groupby(outcomes, key=lambda outcome: outcome.check):
         found = list(group)
@@ -58,8 +59,7 @@ def lines(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def redacted(text: str) -> str:
-    """Return `text` without what must not be shown: secrets of this process's environment, passwords and signatures in
-    URLs."""
+    """Return `text` without secrets of this process's environment and without passwords and signatures in URLs."""
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name) and len(value) >= _SECRET_LENGTH:
             text = text.replace(value, "***")

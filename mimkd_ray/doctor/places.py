@@ -1,4 +1,4 @@
-"""Checks of where bytes go: object storage, the disk of the block store; and of how fast images are decoded."""
+"""Checks of object storage, of the disk of the block store, and of the speed at which images are decoded."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from mimkd_ray.doctor.outcome import Outcome, Status, redacted
 from mimkd_ray.errors import UserError
 
 OBJECT_BYTES = 16 << 20
-"""Size of the object that is written and read for MB/s: about that of a block of data."""
+"""Size of the object that is written and read to measure MB/s, about that of a block of data."""
 
 SLOW_STORAGE_MB_S = 20.0
-"""A node that reads slower feeds fewer than 200 ImageNet images/s in its first epoch."""
+"""Reading speed below which a node gets fewer than 200 ImageNet images/s in its first epoch."""
 
 IMAGE_BYTES = 110_000
-"""An ImageNet training image as it comes, on average."""
+"""Mean size of an unprocessed ImageNet training image."""
 
 LATENCY_TRIES = 5
 
 DISK_REMEDY = "name a local disk with --data.store (--store here), or less with --data.store-gb (--store-gb here)"
 
 SLOW_DECODE = 300.0
-"""Images/s of one core: less than half of what the slowest server CPUs do."""
+"""Images/s of one core below which the check warns: less than half of the slowest server CPUs."""
 
 DECODE_SECONDS = 0.5
 
 
 def leave_mark(folder: str) -> str:
-    """Put a file into `folder` for the other nodes to find. Returns what went wrong, "" for nothing."""
+    """Write a file to `folder` for the other nodes to find. Returns the error, "" on success."""
     try:
         storage.write_bytes(storage.join(folder, "mark"), b"mark")
     except (OSError, UserError) as error:
@@ -46,9 +46,9 @@ def leave_mark(folder: str) -> str:
 
 def check_storage(node: str, root: str, folder: str) -> Outcome:
     """Write, read, compare and delete an object of this node in `folder`, below `root`, with the credentials of this
-    process; and see the mark that another node has left there.
+    process, and look for the mark that another node has left there.
 
-    Takes 32 MB of traffic. What is written has a name of its own and is removed, whatever fails.
+    Causes 32 MB of traffic. The object has a unique name and is removed, even if the check fails.
     """
     own = storage.join(folder, f"node-{os.urandom(6).hex()}")
     content = os.urandom(OBJECT_BYTES)
@@ -98,7 +98,8 @@ def _seconds_of_small_read(url: str) -> float:
 
 
 def check_disk(node: str, folder: str, gigabytes: float) -> Outcome:
-    """The block store can be made in `folder` ("" for the default), and its disk has room for `gigabytes`."""
+    """Check that the block store can be created in `folder` ("" for the default) and that its disk has room for
+    `gigabytes`."""
     if not gigabytes:
         return Outcome(check="disk", status="pass", node=node, text="no block store is wanted")
     store = BlockStore(folder)
@@ -107,7 +108,7 @@ def check_disk(node: str, folder: str, gigabytes: float) -> Outcome:
     except UserError as error:
         text, _, remedy = str(error).partition("; ")
         return Outcome(check="disk", status="fail", node=node, text=text, remedy=remedy)
-    except OSError as error:  # a folder that is there and cannot be written to
+    except OSError as error:  # an existing folder that cannot be written to
         text = f"the block store {store.folder} cannot be used: {error}"
         return Outcome(check="disk", status="fail", node=node, text=text, remedy=DISK_REMEDY)
     disk = os.statvfs(store.folder)
@@ -129,7 +130,7 @@ def _judge_disk(folder: Path, room: float, gigabytes: float) -> tuple[Status, st
 
 
 def check_decode(node: str, cores: int) -> Outcome:
-    """How fast one core decodes a JPEG of ImageNet's usual size; `cores`: those of the node."""
+    """Measure how many JPEGs of ImageNet's usual size one core decodes; `cores` is the number of the node's cores."""
     jpeg = photograph()
     decoding.decode(jpeg)
     began, count = time.perf_counter(), 0
@@ -152,7 +153,8 @@ def check_decode(node: str, cores: int) -> Outcome:
 
 
 def photograph() -> bytes:
-    """A JPEG of 500 x 375 that costs about what an ImageNet photograph does: smooth shapes with grain, about 65 kB."""
+    """Return a JPEG of 500 x 375 that costs about as much as an ImageNet photograph: smooth shapes with grain, about 65
+    kB."""
     from PIL import Image
 
     y, x = np.mgrid[0:375, 0:500]

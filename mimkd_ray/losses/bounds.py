@@ -36,37 +36,38 @@ from torch import Tensor
 from mimkd_ray.config.loss_presets import BoundName
 
 SMILE_CLIP = 5.0
-"""SMILE clips the scores of negatives to [-5, 5] when it reads."""
+"""Limit to which SMILE clips the scores of negatives when it estimates: [-5, 5]."""
 
 NWJ_LINEAR_FROM = 11.0
-"""NWJ's loss continues e^(v-1) linearly above this score: a negative's slope is at most e^10, or 5.5 over all pairs of
-a lane of 64, where a positive's is 1/64. Scores of a learned temperature reach 100, and one step with slopes of e^59
-ends training. Ratios up to e^10 = 22,026, more than 16,384 negatives in a queue can tell apart, keep their optimum; a
-reading of I nats has a variance of (e^I - 1) / pairs at least, so that more than 10 nats could hardly be read."""
+"""Score above which NWJ's loss continues e^(v-1) linearly. A negative's slope is then at most e^10, or 5.5 averaged
+over all pairs of a lane of 64, where a positive's is 1/64. Scores of a learned temperature reach 100, and one step with
+slopes of e^59 ends training. Ratios up to e^10 = 22,026, more than the 16,384 negatives of a queue can resolve, keep
+their optimum; an estimate of I nats has a variance of at least (e^I - 1) / pairs, so more than 10 nats could hardly be
+estimated."""
 
 NWJ_READ_TO = 60.0
-"""NWJ is read with e^(v-1) itself up to this score, which float32 still holds; above it the reading is NaN."""
+"""Largest score for which NWJ estimates with e^(v-1) itself, within float32's range; above it the estimate is NaN."""
 
 
 class BoundValue(NamedTuple):
-    """What a bound says at each location."""
+    """The loss and the estimate of a bound at each location."""
 
     loss_L: Tensor  #: to minimise
-    nats_L: Tensor  #: mutual information in nats; NaN where the reading is invalid
+    nats_L: Tensor  # : mutual information in nats; NaN if the estimate is invalid
 
 
 Bound = Callable[[Tensor, Tensor, Tensor], BoundValue]
-"""(positive_LB, negative_LBK, valid_BK) -> BoundValue. ``valid_BK`` is False for pairs to leave out; it may differ by
-location as well, (L, B, K)."""
+"""(positive_LB, negative_LBK, valid_BK) -> BoundValue. ``valid_BK`` is False for pairs to leave out; it may also differ
+by location, (L, B, K)."""
 
 
 def _masked_mean(value_LBK: Tensor, valid_BK: Tensor) -> Tensor:
-    """Mean over the valid pairs of each location: (L, B, K) -> (L,); 0 where no pair is valid."""
+    """Return the mean over the valid pairs of each location: (L, B, K) -> (L,); 0 if no pair is valid."""
     return torch.where(valid_BK, value_LBK, 0.0).sum((1, 2)) / valid_BK.sum((-2, -1)).clamp(min=1)
 
 
 def _log_mean_exp(value_LBK: Tensor, valid_BK: Tensor) -> Tensor:
-    """Log of the mean of e^value over the valid pairs: (L, B, K) -> (L,); 0 where no pair is valid."""
+    """Return the log of the mean of e^value over the valid pairs: (L, B, K) -> (L,); 0 if no pair is valid."""
     count = valid_BK.sum((-2, -1))
     total_L = value_LBK.masked_fill(~valid_BK, -math.inf).flatten(1).logsumexp(1)
     return torch.where(count > 0, total_L - count.clamp(min=1).to(total_L.dtype).log(), 0.0)
@@ -90,10 +91,11 @@ def dv(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> BoundValu
 
 
 def nwj(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> BoundValue:
-    """Nguyen-Wainwright-Jordan.
+    """Nguyen-Wainwright-Jordan: mean of the positives minus the mean of e^(v-1) over the negatives.
 
-    The loss is -nats while no score of a valid negative is above NWJ_LINEAR_FROM, where it goes on linearly. The
-    reading never does: it would not be a bound. It falls steeply with such scores and is NaN above NWJ_READ_TO.
+    The loss is -nats unless a score of a valid negative is above NWJ_LINEAR_FROM, where it continues linearly. The
+    estimate does not continue linearly, because it would no longer be a bound: it falls steeply with such scores and is
+    NaN above NWJ_READ_TO.
     """
     capped_LBK = negative_LBK.clamp(max=NWJ_LINEAR_FROM)
     exp_LBK = (capped_LBK - 1.0).exp() * (1.0 + negative_LBK - capped_LBK)
@@ -121,31 +123,33 @@ def soft_cross_entropy(
     similarity_LBK: Tensor,
     temperature: float,
 ) -> Tensor:
-    """Cross-entropy of the teacher's distribution over the candidates against the critic's, less ln(candidates): (L,).
+    """Return the cross-entropy of the teacher's distribution over the candidates against the critic's, less
+    ln(candidates): (L,).
 
     The candidates of image i are its own teacher feature (the positive) and the valid negatives. The teacher gives
     candidate k the weight exp(similarity / temperature), with ``similarity_LBK`` the cosine of the teacher's features
-    of i and k (of the positive 1); the critic gives it exp(score). As the temperature falls to 0 this becomes the
-    InfoNCE loss, whose target is the positive alone. It carries which images are alike, which InfoNCE pushes apart.
+    of i and k (1 for the positive); the critic gives it exp(score). As the temperature falls to 0 this becomes the
+    InfoNCE loss, whose target is the positive alone. The soft target keeps similar images together, which InfoNCE
+    pushes apart.
     """
     log_q_positive_LB, log_q_LBK = _log_softmax(positive_LB, negative_LBK, valid_BK)
     certain_LB = torch.full_like(positive_LB, 1 / temperature)
     log_p_positive_LB, log_p_LBK = _log_softmax(certain_LB, similarity_LBK / temperature, valid_BK)
-    # 0 * -inf is NaN: where a pair does not count its share is 0.
+    # 0 * -inf is NaN, so pairs that do not count get the share 0.
     negative_LB = torch.where(valid_BK, log_p_LBK.exp() * log_q_LBK.masked_fill(~valid_BK, 0.0), 0.0).sum(2)
     candidates_B = (valid_BK.sum(-1) + 1).to(positive_LB.dtype)
     return -(log_p_positive_LB.exp() * log_q_positive_LB + negative_LB + candidates_B.log()).mean(1)
 
 
 def _log_softmax(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the positive (L, B) and of each negative (L, B, K) among the valid candidates."""
+    """Return log-probabilities of the positive (L, B) and of each negative (L, B, K) among the valid candidates."""
     others_LB = negative_LBK.masked_fill(~valid_BK, -math.inf).logsumexp(2)
     total_LB = torch.logaddexp(positive_LB, others_LB)
     return positive_LB - total_LB, negative_LBK - total_LB.unsqueeze(2)
 
 
 def smile(positive_LB: Tensor, negative_LBK: Tensor, valid_BK: Tensor) -> BoundValue:
-    """SMILE: trained as jsd, read by DV with clipped negatives. Less variance; not a lower bound."""
+    """SMILE: trained as jsd, estimated by DV with clipped negatives. Less variance than DV; not a lower bound."""
     loss_L = jsd(positive_LB, negative_LBK, valid_BK).loss_L
     with torch.no_grad():
         clipped_LBK = negative_LBK.clamp(-SMILE_CLIP, SMILE_CLIP)
@@ -156,8 +160,8 @@ BOUNDS: dict[BoundName, Bound] = {"infonce": infonce, "jsd": jsd, "dv": dv, "nwj
 
 
 def ceiling(name: BoundName, valid_BK: Tensor, share: float = 1.0) -> Tensor:
-    """Highest reading that the bound can give, in nats: mean ln(candidates) for InfoNCE, infinite for the others.
-    ``share`` of the negatives are used, at least one."""
+    """Return the highest estimate that the bound can give, in nats: mean ln(candidates) for InfoNCE, infinite for the
+    others. ``share`` of the negatives are used, at least one."""
     if name != "infonce":
         return torch.full((), math.inf, device=valid_BK.device)
     counts_B = valid_BK.sum(-1)

@@ -1,12 +1,12 @@
 """Critics: networks that score how well a student feature and a teacher feature belong together.
 
-A critic embeds either side once, ``(L, B, C) -> (L, B, d)``, and then scores pairs of embeddings, either each with
-its own partner (``paired``) or every student with every teacher (``all_pairs``). Vectors and every location of a map go
-through the same weights; locations are a leading dimension L (1 for vectors, and a teacher vector broadcasts over the
-locations of a student map). What the two sides may learn is told in critic_sides.py.
+A critic embeds each side once, ``(L, B, C) -> (L, B, d)``, and then scores pairs of embeddings, either each with its
+own partner (``paired``) or every student with every teacher (``all_pairs``). Vectors and every location of a map use
+the same weights; locations are a leading dimension L (1 for vectors; a teacher vector is broadcast over the locations
+of a student map). critic_sides.py describes the layers of the two sides.
 
-Critics use no statistics of their batch, so a pair scores the same wherever its partner came from. Widths and layer
-counts are our choice (the paper's were not to be had).
+Critics use no statistics of their batch, so the score of a pair does not depend on the other pairs. Widths and layer
+counts are our choice (those of the paper were not available).
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from mimkd_ray.losses.critic_sides import Centred, FrozenSide, Pointwise, Projec
 
 
 class DotCritic(nn.Module):
-    """score = cosine(student, teacher) / temperature + bias."""
+    """A critic with score = cosine(student, teacher) / temperature + bias."""
 
     pair_width = 1
-    """Values held per scored pair; the loss sizes its chunks by it."""
+    """Values held per scored pair, from which the loss computes the size of its chunks."""
 
     def __init__(self, teacher_channels: int, student_channels: int, config: CriticConfig) -> None:
-        """What ``config`` leaves unset is as in the paper's preset: two layers on both sides, a learned temperature."""
+        """Build both sides. Unset fields of ``config`` take the values of the preset `paper`: two layers on both sides,
+        a learned temperature."""
         super().__init__()
         self.teacher: nn.Module
         if config.teacher == "frozen":
@@ -51,29 +52,29 @@ class DotCritic(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def scale(self) -> Tensor:
-        """1 / temperature."""
-        # Not clamp: in recent PyTorch it has no gradient *at* its limit, where constrain_ puts the parameter.
+        """Return 1 / temperature."""
+        # Not clamp: in recent PyTorch it has no gradient *at* its limit, which is the value that constrain_ sets.
         return torch.where(self.log_scale > self.max_log_scale, self.max_log_scale, self.log_scale).exp()
 
     @torch.no_grad()
     def constrain_(self) -> None:
-        """Bring a learned temperature back to its limit. Call after an optimiser step: a clamp in the forward pass
-        alone would leave a parameter beyond the limit without a gradient for ever."""
+        """Clamp a learned temperature to its limit. Call this after each optimiser step: with only the limit in the
+        forward pass, a parameter beyond it would never get a gradient again."""
         self.log_scale.clamp_(max=self.max_log_scale)
 
     def reduce_teacher(self, feature: Tensor) -> Tensor:
-        """(..., teacher channels) -> (..., reduced channels): the part of the embedding that never changes."""
+        """Apply the part of the embedding that never changes: (..., teacher channels) -> (..., reduced channels)."""
         return self.teacher.reduce(feature) if isinstance(self.teacher, FrozenSide) else feature
 
     def embed_teacher(self, reduced_LKC: Tensor, lane: int | None = None) -> Tensor:
-        """(L, K, reduced channels) -> (L, K, width), of unit length. The first ``lane`` of each location are the lane's
-        own; by default all."""
+        """Embed teacher features: (L, K, reduced channels) -> (L, K, width), of unit length. The first ``lane``
+        features of each location belong to the lane itself; by default all."""
         if isinstance(self.teacher, FrozenSide):
             return F.normalize(self.teacher(reduced_LKC, lane or reduced_LKC.shape[1]), dim=-1)
         return F.normalize(self.teacher(reduced_LKC), dim=-1)
 
     def embed_student(self, feature: Tensor) -> Tensor:
-        """(..., student channels) -> (..., width), of unit length."""
+        """Embed student features: (..., student channels) -> (..., width), of unit length."""
         return F.normalize(self.student(feature), dim=-1)
 
     def paired(self, student_LBd: Tensor, teacher_LBd: Tensor) -> Tensor:
@@ -85,13 +86,13 @@ class DotCritic(nn.Module):
         return student_LBd @ teacher_LKd.transpose(1, 2) * self.scale() + self.bias
 
     def embed_queue(self, reduced_MC: Tensor) -> Centred | Tensor:
-        """Teacher vectors of earlier steps, for :meth:`queue_pairs`."""
+        """Prepare teacher vectors of earlier steps for :meth:`queue_pairs`."""
         if isinstance(self.teacher, FrozenSide):
             return self.teacher.centred(reduced_MC)
         return self.embed_teacher(reduced_MC.unsqueeze(0))
 
     def queue_cosines(self, unit_LBd: Tensor, queue: Centred | Tensor) -> Tensor:
-        """Cosines of embeddings with every vector of the queue: (L, B, M)."""
+        """Return the cosines of embeddings with every vector of the queue: (L, B, M)."""
         return queue.cosines(unit_LBd) if isinstance(queue, Centred) else unit_LBd @ queue.transpose(1, 2)
 
     def queue_pairs(self, student_LBd: Tensor, queue: Centred | Tensor) -> Tensor:
@@ -100,10 +101,12 @@ class DotCritic(nn.Module):
 
 
 class ConcatCritic(nn.Module):
-    """score = MLP([student, teacher]) with two hidden layers, on features that are standardised by their running
-    statistics: whatever their scale they train, and one against another keeps its size and mean, which LayerNorm takes
-    away. The first layer of the joined input is a sum of one linear map a side, so each side is embedded once whatever
-    the number of pairs."""
+    """A critic with score = MLP([student, teacher]), two hidden layers, on features standardised by running statistics.
+
+    Standardisation makes features of any scale trainable and keeps the size and mean of a feature relative to others,
+    which LayerNorm would remove. The first layer on the joined input is a sum of one linear map per side, so each side
+    is embedded once, whatever the number of pairs.
+    """
 
     def __init__(self, teacher_channels: int, student_channels: int, config: CriticConfig) -> None:
         super().__init__()
@@ -115,7 +118,7 @@ class ConcatCritic(nn.Module):
         self.output = nn.Linear(config.width, 1)
 
     def observe(self, teacher_LBC: Tensor, student_LBC: Tensor) -> None:
-        """Take note of a lane that is trained on, for the running statistics."""
+        """Update the sums of the running statistics with a lane that is trained on."""
         for standard, feature in zip(self.standard, (teacher_LBC, student_LBC), strict=True):
             standard.observe(feature)  # type: ignore[operator]
 
@@ -124,23 +127,23 @@ class ConcatCritic(nn.Module):
         return self.output.bias[0]
 
     def scale(self) -> Tensor:
-        """The concat critic has no temperature: 1."""
+        """Return 1: the concat critic has no temperature."""
         return torch.ones((), device=self.output.weight.device)
 
     def constrain_(self) -> None:
-        """Nothing is bounded in this critic."""
+        """Do nothing: this critic has no bounded parameter."""
 
     def reduce_teacher(self, feature: Tensor) -> Tensor:
-        """No part of the embedding is fixed: the feature itself."""
+        """Return the feature unchanged: no part of the embedding is fixed."""
         return feature
 
     def embed_teacher(self, reduced_LKC: Tensor, lane: int | None = None) -> Tensor:
-        """(L, K, teacher channels) -> (L, K, width): the teacher's share of the first layer. The first ``lane`` of each
-        location are the lane's own; by default all."""
+        """Return the teacher's share of the first layer: (L, K, teacher channels) -> (L, K, width). The first ``lane``
+        features of each location belong to the lane itself; by default all."""
         return self.teacher(self.standard[0](reduced_LKC, lane))
 
     def embed_student(self, feature: Tensor) -> Tensor:
-        """(..., student channels) -> (..., width): the student's share of the first layer."""
+        """Return the student's share of the first layer: (..., student channels) -> (..., width)."""
         return self.student(self.standard[1](feature))
 
     def _score(self, first: Tensor) -> Tensor:
@@ -155,11 +158,11 @@ class ConcatCritic(nn.Module):
         return self._score(student_LBd.unsqueeze(2) + teacher_LBd.unsqueeze(1))
 
     def embed_queue(self, reduced_MC: Tensor) -> Tensor:
-        """Teacher vectors of earlier steps, for :meth:`queue_pairs`."""
+        """Prepare teacher vectors of earlier steps for :meth:`queue_pairs`."""
         return self.embed_teacher(reduced_MC.unsqueeze(0))
 
     def queue_cosines(self, unit_LBd: Tensor, queue: Tensor) -> Tensor:
-        """Embeddings of this critic have no cosines."""
+        """Raise NotImplementedError: embeddings of this critic have no cosines."""
         raise NotImplementedError("loss.critic.kind concat has no cosines")
 
     def queue_pairs(self, student_LBd: Tensor, queue: Tensor) -> Tensor:

@@ -2,15 +2,19 @@
 
     loss = CE + kd_weight * T^2 KL(teacher_T || student_T) + sum over terms of weight * (-bound) + rivals
 
-A positive pair comes from one image. Negatives pair a student with the teacher of *another image*: at the same location
-the image before it in the lane (``rolled``; the one before that where images are mixed, each with the one before it)
-or every other image of the lane (``all``); for terms of teacher vectors
-also every image of all lanes of the step (``step``), vectors of earlier steps (``queue``), or random images of the
-training set (``cache``). Pairs of equal ids are left out, and, where asked, pairs of equal classes. What a term reads
-and how it is scored is told in terms.py. Everything is computed in float32 with autocast off; no gradient reaches the
-teacher.
+A positive pair comes from one image. A negative pair is a student with the teacher of *another image*, at the same
+location:
 
-Rivals (methods/) are losses of other methods, which `loss.name` adds or puts in the place of the terms.
+* ``rolled``: the previous image of the lane, or with mixing the one before it (neighbours are mixed)
+* ``all``: every other image of the lane
+* ``step`` (terms of teacher vectors only): also every image of all lanes of the step
+* ``queue`` (the same terms): also vectors of earlier steps
+* ``cache`` (the same terms): also random images of the training set
+
+Pairs of equal ids are left out and, if configured, pairs of equal classes. terms.py describes the inputs and the score
+of a term. Everything is computed in float32 with autocast off; no gradient reaches the teacher.
+
+Rivals (methods/) are losses of other methods, which `loss.name` adds to the terms or puts in their place.
 """
 
 from __future__ import annotations
@@ -38,25 +42,25 @@ from mimkd_ray.losses.teacher_queue import NO_LABEL, TeacherQueue
 from mimkd_ray.losses.terms import Candidates, Objective, Term, inputs_of, score_term, vector_of
 
 WARMUP_SHARE = 0.1
-"""Share of training over which terms of schedule `warmup` rise."""
+"""Share of training over which terms of schedule `warmup` rise to their full weight."""
 
 Gather = Callable[[Tensor], Tensor]
 """(this worker's lanes, ...) -> (all lanes of the step, ...), in the order of lanes."""
 
 
 class LossOutput(NamedTuple):
-    """The loss and what it consists of."""
+    """The loss and its parts."""
 
     total: Tensor
     """Scalar to minimise."""
     terms: dict[str, Tensor]
-    """Weighted parts with their gradient; they sum to total."""
+    """Weighted parts with their gradient; their sum is total."""
     log: dict[str, Tensor]
     """Detached scalars: ce, kd, rival/<method>, and per term loss, nats, ceiling, scale, bias, mean_u, mean_v."""
 
 
 class _Lane(NamedTuple):
-    """What a lane leaves for the end of the step: reduced teacher vectors by tap, ids, class numbers (-1 where mixed),
+    """Data of a lane for the end of the step: reduced teacher vectors by tap, ids, class numbers (-1 for mixed images),
     and the mean teacher feature of each critic with a frozen side."""
 
     vectors: dict[str, Tensor]
@@ -66,14 +70,14 @@ class _Lane(NamedTuple):
 
 
 def roll_of(mixed: bool) -> int:
-    """Return how many places before an image its rolled negative is. Images are mixed with those next to them, in which
-    they have a share: data/mixing.py rolls by 1."""
+    """Return how many places before an image its rolled negative is. Mixing (data/augment/mixing.py) rolls by 1, so
+    mixed images share a part with their neighbour."""
     return 2 if mixed else 1
 
 
 def valid_pairs(ids_B: Tensor, negatives: Negatives, mixed: bool = False) -> Tensor:
-    """Return which negatives of the lane count: (B, 1) for rolled, else (B, B), never the diagonal. Equal ids never
-    count, and no rolled ones in lanes of 2 or 3 ``mixed`` images: all share something with each other."""
+    """Return the mask of the lane's valid negatives: (B, 1) for rolled, else (B, B), never the diagonal. Pairs of equal
+    ids are not valid; of 2 or 3 ``mixed`` images no rolled pair is, because all of them share a part."""
     if negatives != "rolled":
         return ids_B.unsqueeze(1) != ids_B.unsqueeze(0)
     apart = len(ids_B) > 3 or not mixed
@@ -81,8 +85,8 @@ def valid_pairs(ids_B: Tensor, negatives: Negatives, mixed: bool = False) -> Ten
 
 
 def queue_channels(config: LossConfig, terms: Sequence[Term]) -> dict[str, int]:
-    """Channels of the vectors that a queue of these terms keeps, by tap: those of global and local terms, after the
-    fixed part of their critic. Empty where there is no queue."""
+    """Return the channels of the vectors that a queue of these terms keeps, by tap: those of global and local terms,
+    after the fixed part of their critic. Empty if there is no queue."""
     if config.resolved_negatives != "queue":
         return {}
     frozen = config.resolved_critic.teacher == "frozen"
@@ -96,11 +100,11 @@ def queue_channels(config: LossConfig, terms: Sequence[Term]) -> dict[str, int]:
 class MIMKDLoss(nn.Module):
     """The loss of one student, with the critics of its terms, the queue of teacher vectors, and the rivals.
 
-    ``forward(teacher, student, labels_B, ids_B)`` returns a :class:`LossOutput`; ``teacher`` may be None when the
-    config uses no teacher. ``labels_B`` are class numbers, or (B, classes) probabilities of mixed images.
-    ``reading=True`` reads every bound over all pairs of the lane and all locations whatever it trains with, and leaves
-    the rivals out; where there is a queue it reads with that too, and the lane's own reading is ``lane_nats``.
-    A lane of one image has no negative and is an error.
+    ``forward(teacher, student, labels_B, ids_B)`` returns a :class:`LossOutput`; ``teacher`` may be None if the config
+    uses no teacher. ``labels_B`` are class numbers, or (B, classes) probabilities of mixed images. With
+    ``reading=True`` every bound is estimated over all pairs of the lane and all locations, independently of the
+    training options, and rivals are left out; if there is a queue, the estimate includes it and the estimate of the
+    lane alone is ``lane_nats``. A lane of one image has no negative and is an error.
 
     Training calls :meth:`observe` with every lane and :meth:`after_step` after the optimiser's step.
     """
@@ -112,7 +116,7 @@ class MIMKDLoss(nn.Module):
         rivals: Sequence[RivalPlan] = (),
         rows: TrainingRows | None = None,
     ) -> None:
-        """``rows``: of the training set, for a rival with a bank."""
+        """Build critics, queue and rivals. ``rows`` are those of the training set, for a rival with a memory bank."""
         super().__init__()
         self.config = config
         self.plan = tuple(terms)
@@ -133,17 +137,19 @@ class MIMKDLoss(nn.Module):
         self.methods = tuple(plan.method for plan in rivals)
         self.rivals = nn.ModuleList(build_rival(plan, config, rows) for plan in rivals)
         self.lanes: list[_Lane] = []
-        # Tensors, so that a compiled loss is not compiled anew every step; they follow from the step, like the rate.
+        # Tensors, because a changed number would recompile a compiled loss in every step; they follow from the step,
+        # like the learning rate.
         self.warmth: Tensor
         self.register_buffer("warmth", torch.ones(()), persistent=False)
         self.strength: Tensor
         self.register_buffer("strength", torch.ones(()), persistent=False)
 
     def begin_step(self, epoch: float, progress: float = 0.0) -> None:
-        """Set what depends on the step. ``epoch``: passes over the data until now; ``progress``: share of training that
-        is done.
+        """Set the weights that depend on the step. ``epoch``: passes over the data so far; ``progress``: finished share
+        of training.
 
-        As published the weight of rivals that warm up rises once an epoch, and the first one has its share already."""
+        As published, the weight of rivals with warm-up rises once per epoch, and the first epoch already has its share.
+        """
         self.lanes = []
         if self.config.rival_warmup and any(RIVALS[method].warms_up for method in self.methods):
             self.warmth.fill_(min(1.0, (math.floor(epoch) + 1) / self.config.rival_warmup))
@@ -155,8 +161,8 @@ class MIMKDLoss(nn.Module):
 
     @torch.no_grad()
     def observe(self, teacher: Features | None, labels_B: Tensor, ids_B: Tensor) -> None:
-        """Take note of a lane that was trained on, for the queue and the statistics of critics. Memory: the lane's
-        vectors until :meth:`after_step`."""
+        """Record a lane that was trained on, for the queue and the statistics of critics. Memory: the lane's vectors
+        until :meth:`after_step`."""
         moving = any(isinstance(module, FrozenSide | Standardised) for module in self.critics.modules())
         if teacher is None or (self.queue is None and not moving):
             return
@@ -179,9 +185,8 @@ class MIMKDLoss(nn.Module):
 
     @torch.no_grad()
     def after_step(self, gather: Gather | None = None) -> None:
-        """Bring learned temperatures back to their limits, and take the step's lanes into the queue and the statistics
-        of critics. Call after every optimiser step; ``gather`` brings all workers' lanes together, where there are
-        several."""
+        """Clamp learned temperatures to their limits, and add the step's lanes to the queue and the statistics of
+        critics. Call this after every optimiser step; with several workers, ``gather`` collects the lanes of all."""
         for critic in self.critics:
             critic.constrain_()  # type: ignore[operator]
         lanes, self.lanes = self.lanes, []
@@ -202,7 +207,7 @@ class MIMKDLoss(nn.Module):
         standard = [module for module in self.critics.modules() if isinstance(module, Standardised)]
         if standard:
             own = [module.observed() for module in standard]
-            step_X = all_lanes([torch.cat(own)] * len(lanes)).mean(0)  # each lane with the mean of its worker's
+            step_X = all_lanes([torch.cat(own)] * len(lanes)).mean(0)  # each lane has the mean of its worker's lanes
             for module, moments in zip(standard, step_X.split([len(each) for each in own]), strict=True):
                 module.update(moments)
         if self.queue is not None:
@@ -256,7 +261,7 @@ class MIMKDLoss(nn.Module):
     def _train(
         self, term: Term, critic: Critic, teacher: Features, student: Features, labels_B: Tensor, ids_B: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and statistics of a term over what it trains with."""
+        """Return loss and statistics of a term over its training candidates."""
         teacher_LBC, student_LBC = inputs_of(term, teacher, student, self.config.resolved_locations)
         classes_B = labels_B if self.config.resolved_same_class == "leave_out" and labels_B.dim() == 1 else None
         mixed = labels_B.is_floating_point()
@@ -285,8 +290,8 @@ class MIMKDLoss(nn.Module):
     def _read(
         self, term: Term, critic: Critic, teacher: Features, student: Features, labels_B: Tensor, ids_B: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and statistics of a term over all pairs of the lane and all locations, and with the queue, if any.
-        Held-out images are in no queue."""
+        """Return loss and statistics of a term over all pairs of the lane and all locations, and with the queue, if
+        any. Held-out images are never in the queue."""
         teacher_LBC, student_LBC = inputs_of(term, teacher, student, 0)
         candidates = Candidates(critic.reduce_teacher(teacher_LBC), valid_pairs(ids_B, "all"))
         loss, stats = score_term(critic, Objective(self.bound), candidates, student_LBC, score_bytes=self.score_bytes)
@@ -301,13 +306,13 @@ class MIMKDLoss(nn.Module):
 
 
 def _queued(candidates: Candidates, vectors_MC: Tensor, valid_BM: Tensor) -> Candidates:
-    """Candidates of one location with vectors of earlier steps as negatives."""
+    """Return candidates of one location with vectors of earlier steps added as negatives."""
     valid_BK = torch.cat([candidates.valid_BK, valid_BM], dim=1)
     return candidates._replace(valid_BK=valid_BK, queued_MC=vectors_MC.to(candidates.reduced_LKC.dtype))
 
 
 def _joined(candidates: Candidates, more_MC: Tensor, valid_BM: Tensor) -> Candidates:
-    """Candidates of one location with more reduced teacher vectors as negatives."""
+    """Return candidates of one location with more reduced teacher vectors added as negatives."""
     own_1KC, valid_BK, _ = candidates
     more_1MC = more_MC.to(own_1KC.dtype).unsqueeze(0)
     return Candidates(torch.cat([own_1KC, more_1MC], dim=1), torch.cat([valid_BK, valid_BM], dim=1))

@@ -1,12 +1,12 @@
-"""Mutual information of two paired sets of samples: a critic is trained on one part and reads the other.
+"""Mutual information of two paired sets of samples: a critic is trained on one part and evaluated on the rest.
 
     estimate = mutual_information(teacher_features, student_features)
     estimate.nats, estimate.standard_error, estimate.ceiling
 
-The bounds and critics are those of the loss (bounds.py, critics.py). What is read is a lower bound for the true value,
-as good as the critic: the more samples, the better. InfoNCE reads at most ln(batch). The other bounds have no ceiling
-and a large variance above a few nats; in batches of 64 they read above the truth there (6 nats as 6.2, 10 as 11.2).
-SMILE is no lower bound.
+The bounds and critics are those of the loss (bounds.py, critics.py). The estimate is a lower bound on the true value
+and as good as the critic: more samples give a better one. InfoNCE gives at most ln(batch). The other bounds have no
+ceiling and a large variance above a few nats; in batches of 64 they overestimate there (6 nats as 6.2, 10 as 11.2).
+SMILE is not a lower bound.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from mimkd_ray.losses.critics import Critic, build_critic
 from mimkd_ray.losses.terms import Candidates, Objective, score_term
 
 LEAST_HELD_OUT = 8
-"""Images of each of the two held-out parts."""
+"""Fewest images of each of the two held-out parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a critic read on held-out pairs, in nats."""
+    """Mutual information that a critic measured on held-out pairs, in nats."""
 
     nats: float
-    """Mean over the batches of the last part, which chose nothing."""
+    """Mean over the batches of the last part, which was not used to choose the critic."""
     standard_error: float
-    """Of that mean, from its batches; NaN for a single batch. It knows nothing of what the critic misses."""
+    """Standard error of that mean over its batches; NaN for a single batch. It does not include the critic's own
+    error."""
     ceiling: float
-    """The most that the bound reads in such batches: ln(batch) for InfoNCE, infinite for the others."""
+    """Highest estimate that the bound can give in such batches: ln(batch) for InfoNCE, infinite for the others."""
     curve: tuple[float, ...]
-    """Readings of the part that chose the critic, after each epoch."""
+    """Estimates after each epoch on the part that chose the critic."""
 
 
 def mutual_information(
@@ -55,18 +56,18 @@ def mutual_information(
     held_out: float = 0.25,
     seed: int = 0,
 ) -> Estimate:
-    """Estimate the mutual information of ``x`` (N, C) and ``y`` (N, D), whose rows belong together, from below.
+    """Return a lower estimate of the mutual information of ``x`` (N, C) and ``y`` (N, D), whose rows belong together.
 
     Rows are shuffled and standardised by the mean and deviation of the training part. A critic (by default cosines of
-    two small networks, with a learned temperature) is trained with Adam on all but ``held_out`` of the rows; the epoch
-    with the best reading on half of the held-out rows is read on the other half, in batches of ``batch`` over all
-    pairs. Runs on the device of ``x``, in float32; the same for the same ``seed``. Time is
-    O(epochs * N * batch * width): 20 s for 8,000 pairs on one core.
+    two small networks, with a learned temperature) is trained with Adam on all but ``held_out`` of the rows. The epoch
+    with the best estimate on half of the held-out rows is evaluated on the other half, in batches of ``batch`` over all
+    pairs. Runs on the device of ``x``, in float32; the same ``seed`` gives the same result. Time is O(epochs * N *
+    batch * width): 20 s for 8,000 pairs on one core.
 
     Raises UserError for shapes that do not fit, numbers that are not finite, and too few rows.
     """
     x_NC, y_NC = _checked(x, y, bound, batch, held_out, epochs)
-    config = critic or CriticConfig(learn_temperature=bound != "nwj")  # whose gradient is e^score
+    config = critic or CriticConfig(learn_temperature=bound != "nwj")  # nwj's gradient is e^score
     parts = _split(len(x_NC), held_out, seed)
     x_NC, y_NC = (_standardised(value, parts[0]) for value in (x_NC, y_NC))
     train, choice, last = ((x_NC[rows], y_NC[rows]) for rows in parts)
@@ -97,7 +98,7 @@ def mutual_information(
 
 
 def _checked(x: Tensor, y: Tensor, bound: str, batch: int, held_out: float, epochs: int) -> tuple[Tensor, Tensor]:
-    """Both sets as (N, C) float32."""
+    """Return both sets as (N, C) float32."""
     if bound not in BOUNDS:
         raise UserError(f"there is no bound {bound!r}{nearest(bound, BOUNDS)}; there are {', '.join(BOUNDS)}")
     if not 1 <= x.dim() <= 2 or not 1 <= y.dim() <= 2 or len(x) != len(y):
@@ -122,14 +123,14 @@ def _checked(x: Tensor, y: Tensor, bound: str, batch: int, held_out: float, epoc
 
 
 def _split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows to train on, to choose by, and to read."""
+    """Return the rows to train on, to choose the critic by, and to evaluate."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     held = int(count * held_out)
     return order[held:], order[: held // 2], order[held // 2 : held]
 
 
 def _standardised(value_NC: Tensor, rows: Tensor) -> Tensor:
-    """Every channel with the mean 0 and the deviation 1 over ``rows``; a constant one is 0."""
+    """Return every channel with mean 0 and deviation 1 over ``rows``; a constant channel becomes 0."""
     train_NC = value_NC[rows]
     deviation_C = train_NC.std(0)
     return (value_NC - train_NC.mean(0)) / torch.where(deviation_C > 0, deviation_C, 1.0)
@@ -143,7 +144,8 @@ def _score(critic: Critic, bound: BoundName, x_BC: Tensor, y_BC: Tensor) -> tupl
 
 @torch.no_grad()
 def _read(critic: Critic, bound: BoundName, x_NC: Tensor, y_NC: Tensor, batch: int) -> tuple[float, float, float]:
-    """Mean reading, its standard error and the ceiling, over whole batches; of fewer rows than one, over all."""
+    """Return the mean estimate, its standard error and the ceiling, over whole batches; one batch if there are fewer
+    rows."""
     size = min(batch, len(x_NC))
     stats = [
         _score(critic, bound, x_NC[start : start + size], y_NC[start : start + size])[1]

@@ -1,4 +1,4 @@
-"""What losses read of a network, and how the two sides of a pair are brought to one precision and size."""
+"""The features of a network that losses read, and their conversion to one precision and size."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mimkd_ray.losses.precision import full_precision
 
 
 class Others(NamedTuple):
-    """Teacher vectors (M, C) by tap, and ids, of the step's other lanes: more negatives for terms of vectors."""
+    """Teacher vectors (M, C) by tap, and ids, of the step's other lanes: additional negatives for terms of vectors."""
 
     vectors: Mapping[str, Tensor]
     ids_M: Tensor
 
 
 class Features(NamedTuple):
-    """What a network says about a lane: logits (B, classes), vectors (B, C) and maps (B, C, H, W) by tap."""
+    """Outputs of a network for a lane: logits (B, classes), vectors (B, C) and maps (B, C, H, W) by tap."""
 
     logits_BC: Tensor
     vectors: Mapping[str, Tensor]
@@ -28,8 +28,8 @@ class Features(NamedTuple):
 
 
 def in_full_precision(features: Features) -> Features:
-    """Cast every feature once, so that the gradients of the terms that read it add up in float32 and are rounded to
-    the feature's own precision once."""
+    """Cast every feature once, so that the gradients of the terms that read it are summed in float32 and rounded to the
+    feature's own precision once."""
     return Features(
         full_precision(features.logits_BC),
         {tap: full_precision(value) for tap, value in features.vectors.items()},

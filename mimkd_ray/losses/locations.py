@@ -1,8 +1,8 @@
-"""Which locations of a map a term scores in a step.
+"""The locations of a map that a term scores in a step.
 
-Neighbouring locations of a map say much the same, and a critic costs as much at each. A large map is therefore read on
-an even grid that lies elsewhere at every step: over the steps every location counts as often as any other, so the loss
-and its gradient are, in expectation, those over all of them.
+Neighbouring locations of a map carry similar information, and a critic costs as much at each. A large map is therefore
+read on an even grid that moves at every step: over the steps every location counts equally often, so the loss and its
+gradient are, in expectation, those over all locations.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 
 
 class Locations(NamedTuple):
-    """A grid on a map: every one of the rows with every one of the columns."""
+    """A grid on a map: the product of its rows and columns."""
 
     rows_R: Tensor
     columns_S: Tensor
 
 
 def draw_locations(feature_BCHW: Tensor, limit: int) -> Locations | None:
-    """An even grid of at most ``limit`` locations of a map, at a place drawn from the random numbers of its device;
-    None where the map has no more than that, or ``limit`` is 0: all of them.
+    """Return an even grid of at most ``limit`` locations of a map, at a position drawn from the random numbers of its
+    device; None (all locations) if the map has no more than that or ``limit`` is 0.
 
-    Training seeds these numbers by (seed, step, lane), so a resumed or resized run draws what an undisturbed one does.
+    Training seeds these numbers by (seed, step, lane), so a resumed or resized run draws the same grids.
     """
     height, width = feature_BCHW.shape[2:]
     if not limit or height * width <= limit:
@@ -37,15 +37,15 @@ def draw_locations(feature_BCHW: Tensor, limit: int) -> Locations | None:
 
 
 def even(phase: Tensor, count: int, size: int) -> Tensor:
-    """``count`` positions in [0, size), evenly spaced up to rounding. With ``phase`` uniform in [0, 1) each position is
-    among them with the probability count / size."""
+    """Return ``count`` positions in [0, size), evenly spaced up to rounding. With ``phase`` uniform in [0, 1), each
+    position is among them with probability count / size."""
     at = (torch.arange(count, device=phase.device) + phase) * (size / count)
-    return at.long().clamp(max=size - 1)  # float32 may round the last one up to size
+    return at.long().clamp(max=size - 1)  # float32 may round the last position up to size
 
 
 def to_locations(feature: Tensor, where: Locations | None = None) -> Tensor:
-    """(B, C) -> (1, B, C) and (B, C, H, W) -> (locations, B, C): all of them as views of a channels-last map, or those
-    of a grid."""
+    """Reshape (B, C) -> (1, B, C) and (B, C, H, W) -> (locations, B, C): all locations as views of a channels-last map,
+    or those of a grid."""
     if feature.dim() == 2:
         return feature.unsqueeze(0)
     feature_BHWC = feature.permute(0, 2, 3, 1)

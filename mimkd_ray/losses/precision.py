@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` in float32; float64 stays, so that runs can be compared in double precision."""
+    """Return ``tensor`` in float32; float64 is kept, so that runs can be compared in double precision."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,4 +1,4 @@
-"""One mutual-information term: which features it pairs, who its negatives are, and how they are scored.
+"""One mutual-information term: the features that it pairs, its negatives, and its score.
 
 Kinds of term, after arXiv 2110.15946 (the pairing of unequal shapes and the critics are ours):
 
@@ -6,7 +6,7 @@ Kinds of term, after arXiv 2110.15946 (the pairing of unequal shapes and the cri
 * local:   critic(teacher vector, student map[h, w]) for every location
 * feature: critic(teacher map[h, w], student map[h, w]) at matching locations; the larger map is average-pooled
 
-Of a large map each step scores an even grid of `locations`, elsewhere each time (locations.py).
+For a large map, each step scores an even grid of `locations`, which moves at every step (locations.py).
 
 Memory: the scores of all pairs at every location would be B*K*L values. Where those are many, locations are scored in
 chunks that are computed again in the backward pass, so that a term holds O(L*(B+K)*d).
@@ -33,7 +33,7 @@ GPU_SCORE_BYTES = 256 * 2**20
 """Memory for a term's scores at a time on a GPU, unless the config says otherwise."""
 
 LOGITS = "logits"
-"""The name of a tap pair's side that reads a network's logits, as a vector."""
+"""Name, in a tap pair, of a network's logits as a vector."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,27 +49,29 @@ class Term:
 
     @property
     def name(self) -> str:
-        """ "feature/layer4-stage3": unique within a loss; TensorBoard and MLflow take it as a tag, which has no @."""
+        """The name of the term, such as "feature/layer4-stage3", unique within a loss. TensorBoard and MLflow use it as
+        a tag, which may not contain @."""
         return f"{self.kind}/{self.teacher}-{self.student}".replace("@", ".")
 
 
 class Objective(NamedTuple):
-    """What is made of the scores of a term."""
+    """The loss computed from the scores of a term."""
 
     bound: BoundName
     rolled: int = 0
-    """One negative an image, the image so many places before it in the lane; 0: all candidates."""
+    """Distance in the lane to an image's single negative, the image this many places before it; 0: all candidates."""
     soft_temperature: float = 0.0
-    """Of the teacher's own distribution over the candidates, as the target in the positive's place; 0: the positive."""
+    """Temperature of the teacher's own distribution over the candidates as the target; 0: the positive is the
+    target."""
     symmetric: bool = False
-    """Average with the other direction: each teacher feature picks its student among those of the lane."""
+    """Average with the opposite direction, in which each teacher feature picks its student among those of the lane."""
     hard_share: float = 1.0
-    """Keep this share of the candidates, for each image those whose teacher features are most like its own."""
+    """Share of the candidates to keep: for each image, those whose teacher features are most similar to its own."""
 
 
 class Candidates(NamedTuple):
     """The teacher's side of a term: reduced features (L or 1, K, C), of which the first B of each location belong to
-    the lane's images, vectors of earlier steps (M, C), and which of all are negatives of which image (B, K + M)."""
+    the lane's images; vectors of earlier steps (M, C); and the mask of the negatives of each image (B, K + M)."""
 
     reduced_LKC: Tensor
     valid_BK: Tensor
@@ -77,13 +79,13 @@ class Candidates(NamedTuple):
 
 
 def vector_of(features: Features, tap: str) -> Tensor:
-    """The vector (B, C) of a tap, or the logits."""
+    """Return the vector (B, C) of a tap, or the logits."""
     return features.logits_BC if tap == LOGITS else features.vectors[tap]
 
 
 def inputs_of(term: Term, teacher: Features, student: Features, limit: int) -> tuple[Tensor, Tensor]:
-    """The two sides of a term in float32 by location: (L or 1, B, C_teacher), (L, B, C_student); L at most ``limit``
-    (0: all). The student's features come in full precision."""
+    """Return the two sides of a term in float32 by location: (L or 1, B, C_teacher), (L, B, C_student); L at most
+    ``limit`` (0: all). The student's features must already be in full precision."""
     if term.kind == "feature":
         teacher_BCHW, student_BCHW = match_sizes(full_precision(teacher.maps[term.teacher]), student.maps[term.student])
         where = draw_locations(student_BCHW, limit)
@@ -170,7 +172,7 @@ def _statistics(
     similarity_LBK: Tensor | None = None,
     reverse_LBB: Tensor | None = None,
 ) -> Tensor:
-    """Rows loss, nats, mean u, mean v, each (L,). Only the loss carries a gradient.
+    """Return rows loss, nats, mean u, mean v, each (L,). Only the loss has a gradient.
 
     ``similarity_LBK``: cosines of the teacher's features of each image and of the candidates. ``reverse_LBB``: scores
     of each teacher feature (rows) with the lane's students.
@@ -187,20 +189,21 @@ def _statistics(
     if reverse_LBB is not None:
         batch = reverse_LBB.shape[1]
         loss_L = (loss_L + infonce(positive_LB, reverse_LBB, valid_BK[:, :batch].T).loss_L) / 2
-    # Without a negative there is nothing to tell from the positive: some bounds would raise its score without end.
+    # Without a negative there is nothing to contrast the positive with: some bounds would raise its score without
+    # limit.
     known = valid_BK.any()
     loss_L = torch.where(known, loss_L, 0.0)
     with torch.no_grad():
         nats_L = value.nats_L
-        if objective.bound != "infonce":  # which reads ln 1
+        if objective.bound != "infonce":  # infonce gives ln 1
             nats_L = torch.where(known, nats_L, torch.nan)
         mean_v_L = torch.where(valid_BK, negative_LBK, 0.0).sum((1, 2)) / valid_BK.sum().clamp(min=1)
     return torch.stack([loss_L, nats_L, positive_LB.detach().mean(1), mean_v_L])
 
 
 def hardest(similarity_LBK: Tensor, valid_BK: Tensor, share: float) -> Tensor:
-    """Return which of the valid negatives of each image are among the ``share`` that its teacher feature is most like:
-    (L, B, K). At least one; of equally similar ones all."""
+    """Return the mask (L, B, K) of the valid negatives of each image that are among the ``share`` most similar to it by
+    teacher features; at least one, and all of equally similar ones."""
     among_LBK = similarity_LBK.masked_fill(~valid_BK, -torch.inf)
     counts_B1 = (valid_BK.sum(1, keepdim=True) * share).ceil().long().clamp(min=1)
     ranked_LBK = among_LBK.sort(dim=2, descending=True).values

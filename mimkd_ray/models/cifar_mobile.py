@@ -13,7 +13,7 @@ from mimkd_ray.models.cifar_blocks import StagedNet, conv, conv_bn, conv_bn_relu
 
 
 def _vgg(counts: tuple[int, int, int, int, int], num_classes: int) -> nn.Module:
-    """`counts` are the convolutions of the five blocks. The last two blocks share one resolution."""
+    """Return a VGG; `counts` are the convolutions of the five blocks. The last two blocks share one resolution."""
     blocks: list[nn.Module] = []
     inputs = 3
     for number, (count, width) in enumerate(zip(counts, (64, 128, 256, 512, 512), strict=True)):
@@ -48,7 +48,8 @@ def vgg16(num_classes: int = 100) -> nn.Module:
 
 
 class _InvertedResidual(nn.Module):
-    """Widen by `expand` (1x1), filter each channel (3x3), narrow linearly (1x1); add the input if it fits."""
+    """A block that widens by `expand` (1x1), filters each channel (3x3) and narrows linearly (1x1), plus its input if
+    that fits."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expand: int) -> None:
         super().__init__()
@@ -61,14 +62,14 @@ class _InvertedResidual(nn.Module):
         self.adds = stride == 1 and inputs == outputs
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, inputs, H, W) -> (B, outputs, H / stride, W / stride), not activated."""
+        """Map (B, inputs, H, W) to (B, outputs, H / stride, W / stride), without activation."""
         narrow = self.body(features)
         return features + narrow if self.adds else narrow
 
 
 def mobilenet_v2(num_classes: int = 100) -> nn.Module:
     """MobileNetV2 at half width: taps 16@16, 12@16, 16@8, 48@4, 160@2, 1280 (stages are not activated)."""
-    # Per stage: (expansion, width, blocks, stride) of its groups of blocks; the widths are already halved.
+    # For each stage: (expansion, width, blocks, stride) of its groups of blocks; the widths are already halved.
     plan = (
         ((1, 8, 1, 1), (6, 12, 2, 1)),
         ((6, 16, 3, 2),),
@@ -91,26 +92,26 @@ def mobilenet_v2(num_classes: int = 100) -> nn.Module:
 
 
 class _Shuffle(nn.Module):
-    """Channel shuffle: channel (g, i) of `groups` equal groups moves to place (i, g)."""
+    """A channel shuffle: channel (g, i) of `groups` equal groups moves to place (i, g)."""
 
     def __init__(self, groups: int) -> None:
         super().__init__()
         self.groups = groups
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+        """Shuffle the channels: (B, C, H, W) -> (B, C, H, W)."""
         return features.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 class _ShuffleV1(nn.Module):
-    """Grouped bottleneck; with stride 2 the pooled input is concatenated, otherwise the input is added."""
+    """A grouped bottleneck; with stride 2 the pooled input is concatenated, otherwise the input is added."""
 
     def __init__(self, inputs: int, outputs: int, first: bool, groups: int = 3) -> None:
         super().__init__()
         stride = 2 if first else 1
         added = outputs - inputs if first else outputs
         hidden = added // 4
-        # The stem's 24 channels are too few to be worth grouping (section 3.2 of the paper).
+        # The stem's 24 channels are not grouped because they are few (section 3.2 of the paper).
         early = 1 if inputs == 24 else groups
         self.body = nn.Sequential(
             *conv_bn_relu(inputs, hidden, 1, groups=early),
@@ -122,7 +123,7 @@ class _ShuffleV1(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, inputs, H, W) -> (B, outputs, H / stride, W / stride)."""
+        """Map (B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
         body = self.body(features)
         if self.pool is None:
             return self.relu(body + features)
@@ -141,7 +142,8 @@ def shufflenet_v1(num_classes: int = 100) -> nn.Module:
 
 
 class _ShuffleV2(nn.Module):
-    """Half of the channels pass, half are filtered; the first block of a stage filters all of them twice."""
+    """A block that passes half of the channels and filters the other half; the first block of a stage filters all of
+    them twice."""
 
     def __init__(self, inputs: int, outputs: int, first: bool) -> None:
         super().__init__()
@@ -158,7 +160,7 @@ class _ShuffleV2(nn.Module):
         self.shuffle = _Shuffle(2)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, inputs, H, W) -> (B, outputs, H / stride, W / stride)."""
+        """Map (B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
         if self.side is None:
             passed, rest = features.chunk(2, dim=1)
         else:

@@ -1,4 +1,4 @@
-"""The registry of CIFAR networks: by name, with the taps of the field's CIFAR-100 protocol.
+"""The registry of CIFAR networks by name, with the taps of the standard CIFAR-100 protocol.
 
 `build_model("cifar/resnet20", 100)` in zoo.py finds them here.
 """

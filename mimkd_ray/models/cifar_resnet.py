@@ -1,7 +1,7 @@
 """Residual networks for small images: resnet 6n+2, wide resnets, and ResNet-18/50 with a CIFAR stem.
 
-Architectures of He et al. (arXiv 1512.03385) and Zagoruyko & Komodakis (arXiv 1605.07146) in the form which
-distillation papers report on CIFAR-100. They take any input size from 8 pixels on.
+The architectures are those of He et al. (arXiv 1512.03385) and Zagoruyko & Komodakis (arXiv 1605.07146) in the form
+that distillation papers use on CIFAR-100. They accept any input size of 8 pixels or more.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def _bottleneck(inputs: int, width: int, stride: int) -> nn.Module:
 
 
 class _PreActivation(nn.Module):
-    """A wide resnet's block: bn-relu-conv twice, added to the input; its output is the plain sum, no ReLU.
+    """A wide resnet's block: bn-relu-conv twice, added to the input; its output is the plain sum without ReLU.
 
-    Where the width changes, the shortcut convolution reads the activated input, as in the original code.
+    If the width changes, the shortcut convolution reads the activated input, as in the original code.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -42,7 +42,7 @@ class _PreActivation(nn.Module):
         self.shortcut = None if inputs == outputs else conv(inputs, outputs, 1, stride)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, inputs, H, W) -> (B, outputs, H / stride, W / stride)."""
+        """Map (B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
         active = self.before(features)
         skip = features if self.shortcut is None else self.shortcut(active)
         return skip + self.body(active)
@@ -54,7 +54,7 @@ def _stage(block: Block, count: int, inputs: int, width: int, outputs: int, stri
 
 
 def _resnet(depth: int, widths: tuple[int, int, int, int], num_classes: int) -> nn.Module:
-    """A resnet of 6n+2 layers; `widths` are those of the stem and the three stages."""
+    """Return a resnet of 6n+2 layers; `widths` are those of the stem and the three stages."""
     count = (depth - 2) // 6
     stages = [
         _stage(_basic, count, before, width, width, stride)
@@ -66,7 +66,7 @@ def _resnet(depth: int, widths: tuple[int, int, int, int], num_classes: int) -> 
 
 
 def _wrn(depth: int, factor: int, num_classes: int) -> nn.Module:
-    """A wide resnet of 6n+4 layers; its stem is a bare convolution, its tail the last batch norm and ReLU."""
+    """Return a wide resnet of 6n+4 layers; its stem is a bare convolution, its tail the last batch norm and ReLU."""
     count = (depth - 4) // 6
     widths = (16, 16 * factor, 32 * factor, 64 * factor)
     stages = [
@@ -81,7 +81,7 @@ def _wrn(depth: int, factor: int, num_classes: int) -> nn.Module:
 
 
 def _imagenet_style(block: Block, expansion: int, counts: tuple[int, ...], num_classes: int) -> nn.Module:
-    """ResNet-18/50 with a 3x3 stem of stride 1 and no max-pooling."""
+    """Return ResNet-18/50 with a 3x3 stem of stride 1 and no max-pooling."""
     stages = []
     inputs = 64
     for number, count in enumerate(counts):

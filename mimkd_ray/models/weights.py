@@ -1,4 +1,4 @@
-"""Reading a weights file into a network: .safetensors or PyTorch, local or any fsspec URL; all must fit."""
+"""Loading of weights files into networks: .safetensors or PyTorch, local or any fsspec URL; every tensor must fit."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from mimkd_ray.errors import UserError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-"""Endings of weights files; all but the first are read by torch.load with weights_only=True."""
+"""Endings of weights files; all except the first are read by torch.load with weights_only=True."""
 _WRAPPERS = ("state_dict", "model", "student")
 
 
 def load_weights(model: nn.Module, path: str, num_classes: int, ignore: tuple[str, ...] = ()) -> None:
     """Load the state dict at `path` into `model`, in place; every key and shape must fit.
 
-    Half-precision tensors become the parameters' dtype; keys that start with one of `ignore` are left out.
-    Raises UserError for a file that is missing, unreadable or does not fit, in the last case with counts
-    and names; a file of another number of classes is called that.
+    Half-precision tensors become the parameters' dtype; keys that start with one of `ignore` are left out. Raises
+    UserError for a file that is missing, unreadable or does not fit; in the last case with counts and names, or with
+    both numbers of classes if only those differ.
     """
     state = read_state_dict(path)
     state = {key: value for key, value in state.items() if not key.startswith(ignore or ("\0",))}
@@ -31,7 +31,7 @@ def load_weights(model: nn.Module, path: str, num_classes: int, ignore: tuple[st
 
 
 def read_state_dict(path: str) -> dict[str, Tensor]:
-    """The tensors of a weights file by name, on the CPU, "module." prefixes taken off. Raises UserError."""
+    """Return the tensors of a weights file by name, on the CPU, without "module." prefixes. Raises UserError."""
     if not path.endswith(SUFFIXES):
         raise UserError(f"weights {path!r}: expected 'random', 'published' or a file ending in {', '.join(SUFFIXES)}")
     data = _read(path)
@@ -68,7 +68,7 @@ def _read(path: str) -> bytes:
 
 
 def _state_dict(content: Any, path: str) -> dict[str, Tensor]:
-    """The state dict in a file's content: bare, or under one of the usual keys."""
+    """Return the state dict in a file's content: bare, or under one of the usual keys."""
     found = content
     if isinstance(found, Mapping) and not _is_state_dict(found):
         inner = [found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)]
@@ -79,7 +79,7 @@ def _state_dict(content: Any, path: str) -> dict[str, Tensor]:
             f"weights {path}: no state dict in it (found {keys}); expected names with tensors, bare or under "
             f"one of {', '.join(map(repr, _WRAPPERS))}"
         )
-    # Data parallel wrappers add the prefix; it is taken off only where every key has it.
+    # Data parallel wrappers add the prefix; it is removed only if every key has it.
     while all(key.startswith("module.") for key in found):
         found = {key.removeprefix("module."): value for key, value in found.items()}
     return dict(found)
@@ -122,7 +122,7 @@ def _check(model: nn.Module, state: Mapping[str, Tensor], path: str, num_classes
 
 
 def class_mismatch(source: str, found: int, num_classes: int) -> str:
-    """The message for weights whose classifier has another number of classes than the data."""
+    """Return the message for weights whose classifier has another number of classes than the data."""
     return (
         f"weights {source} have {found} classes, the data has {num_classes}: "
         f"pass --data.num-classes {found} or other weights"
@@ -130,7 +130,7 @@ def class_mismatch(source: str, found: int, num_classes: int) -> str:
 
 
 def _is_head(own: Tensor, given: Tensor, num_classes: int) -> bool:
-    """True if the shapes differ as those of a classifier's weight or bias with other classes do."""
+    """Return True if the shapes differ like those of classifiers with different numbers of classes."""
     same_rest = own.shape[1:] == given.shape[1:] and own.dim() > 0
     return same_rest and own.shape[0] == num_classes != given.shape[0]
 

@@ -17,7 +17,7 @@ _WITH_AUX = ("googlenet", "inception_v3")
 
 
 def model_names() -> list[str]:
-    """Names that `build_model` knows, sorted: torchvision's classifiers and cifar/NAME (without timm's)."""
+    """Return the names that `build_model` knows, sorted: torchvision's classifiers and cifar/NAME (without timm's)."""
     from mimkd_ray.models.cifar_registry import NETWORKS
 
     return sorted([*_torchvision_names(), *(f"cifar/{name}" for name in NETWORKS)])
@@ -27,10 +27,10 @@ def build_model(name: str, num_classes: int, weights: str = "random", image_size
     """Build a network that maps images (B, 3, H, W) to logits (B, num_classes) in training and in evaluation.
 
     `weights`: "random", "published" (torchvision's default, timm's pretrained; downloaded) or a file, see
-    `load_weights`. `image_size` (pixels) is passed to networks that are made for one size (ViT, MaxViT,
-    timm's fixed ones); others ignore it. GoogLeNet and Inception come without auxiliary classifiers, and
-    take images normalised by ImageNet's mean and standard deviation, whatever their weights. Raises UserError
-    for unknown names, for weights that cannot be had or do not fit, and for functions that return no network.
+    `load_weights`. `image_size` (pixels) is passed to networks that are made for one size (ViT, MaxViT, timm's fixed
+    ones); others ignore it. GoogLeNet and Inception have no auxiliary classifiers, and take images normalised by
+    ImageNet's mean and standard deviation, whatever their weights. Raises UserError for unknown names, for weights that
+    cannot be loaded or do not fit, and for functions that return no network.
     """
     if num_classes < 1:
         raise UserError(f"model {name!r}: {num_classes} classes, expected at least 1")
@@ -45,7 +45,7 @@ def build_model(name: str, num_classes: int, weights: str = "random", image_size
         model = _from_torchvision(name, num_classes, published, image_size)
     if weights not in ("random", "published"):
         load_weights(model, weights, num_classes, ignore=_AUX if name in _WITH_AUX else ())
-    # Lets messages name the network as the user did; not part of its state.
+    # Used by messages to name the network as the user did; not part of its state.
     vars(model)["zoo_name"] = name
     return model
 
@@ -56,7 +56,7 @@ def _unknown(name: str) -> UserError:
 
 
 def _download(name: str, make: Callable[[], nn.Module]) -> nn.Module:
-    """Build with downloaded weights; whatever goes wrong on the network is told with the way around it."""
+    """Build with downloaded weights; any failure is a UserError with the remedy."""
     try:
         return make()
     except Exception as error:  # each hub's client has its own exceptions; the cause is in the message
@@ -108,7 +108,8 @@ def _from_torchvision(name: str, num_classes: int, published: bool, image_size: 
 
 
 def _sized(name: str, image_size: int | None, make: Callable[[], nn.Module]) -> nn.Module:
-    """Networks of a fixed image size refuse sizes that their patches or windows do not divide."""
+    """Build a network of a fixed image size, whose patches or windows may not divide `image_size`: then raise
+    UserError."""
     if image_size is None:
         return make()
     try:

@@ -1,1 +1,1 @@
-"""Everything that imports Ray: training, search, units of work and checks on a cluster."""
+"""The only room that imports Ray: training, search, units of work and checks on a cluster."""

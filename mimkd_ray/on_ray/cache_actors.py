@@ -1,8 +1,8 @@
-"""Building a cache on all nodes: a pool of actors, each with a teacher on its GPU or its share of the CPUs.
+"""Building of a cache on all nodes: a pool of actors, each with a teacher on its GPU or its share of the CPUs.
 
-Ray Data hands units to actors, grows and shrinks their number within `cache.workers`, and has a unit done again when
-its process or node dies. What travels through Ray is a description of the unit and a line of what became of it: images
-are decoded by loader processes of the actor's own, and features go from the actor to the storage.
+Ray Data hands units to actors, changes their number within `cache.workers`, and repeats a unit if its process or node
+dies. Only a description of the unit and a line about its result pass through Ray: images are decoded by the actor's own
+loader processes, and features go from the actor to the storage.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from mimkd_ray.storage import StorageError
 from mimkd_ray.train.build import teacher_autocast
 
 UNITS_PER_CALL = 4
-"""Units that an actor is given at a time: while one is computed the next is decoded and the last are written."""
+"""Units that an actor gets at a time: while one is computed, the next is decoded and the last are written."""
 
 CPUS_PER_BUILDER = 2
 
 
 class Cluster:
-    """The Ray that is connected, as builders see it."""
+    """The resources of the connected Ray for building."""
 
     def __init__(self, config: Config) -> None:
-        """Decide who builds. Raises UserError where that does not fit the cluster, or the config is no good."""
+        """Choose the builders. Raises UserError if they do not fit the cluster, or for an invalid config."""
         has = Capacity.of_cluster()
         launch = config.launch
         self.gpu = launch.gpu == "on" or (launch.gpu == "auto" and has.gpus > 0)
@@ -64,11 +64,12 @@ class Cluster:
         self.config = config
 
     def setup(self) -> Setup:
-        """What is to be built, for the driver, which needs no GPU."""
+        """Return the setup for the driver, which needs no GPU."""
         return Setup(self.config, torch.device("cpu"))
 
     def plan(self) -> str:
-        """The plan, measured on a builder's device. Raises UserError for a config that nothing can be cached for."""
+        """Return the plan, measured on a builder's device. Raises UserError for a config for which nothing can be
+        cached."""
         task = ray.remote(num_cpus=self.cpus, num_gpus=int(self.gpu), max_retries=0)(_plan)
         answer = ray.get(task.remote(to_dict(self.config), self.cpus))
         if answer["error"]:
@@ -76,7 +77,7 @@ class Cluster:
         return str(answer["message"])
 
     def run(self, units: Sequence[Unit], title: str) -> Iterator[tuple[int, Done]]:
-        """Do the units: a `Runner`. Raises a unit's UserError, DamagedDataError or StorageError."""
+        """Run the units; a `Runner`. Raises a unit's UserError, DamagedDataError or StorageError."""
         quiet_and_patient()
         rows = [{"number": number, "unit": ray.cloudpickle.dumps(unit)} for number, unit in enumerate(units)]
         calls = -(-len(rows) // UNITS_PER_CALL)
@@ -97,7 +98,7 @@ class Cluster:
 
 
 class BuildActor:
-    """One builder."""
+    """An actor that builds."""
 
     def __init__(self, config: dict[str, Any], cpus: int) -> None:
         self.builder: Builder | None = None
@@ -105,10 +106,11 @@ class BuildActor:
         try:
             self.builder = Builder(_setup(config, cpus))
         except tuple(ERRORS.values()) as error:
-            self.failed = error  # an actor that cannot be made would be made again for ever
+            self.failed = error  # an actor whose constructor raises would be restarted for ever
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
-        """Do the units of a batch, and say of each what became of it. A failure of storage is waited for."""
+        """Run the units of a batch and yield the result of each. After a failure of storage it waits and tries
+        again."""
         left = {
             int(number): ray.cloudpickle.loads(unit)
             for number, unit in zip(batch["number"], batch["unit"], strict=True)
@@ -145,7 +147,7 @@ def _answer(number: int, error: Exception | None, done: Done = Done(0, 0)) -> di
 
 
 def _setup(config: dict[str, Any], cpus: int) -> Setup:
-    torch.set_num_threads(cpus)  # the same in every builder: sums may depend on it
+    torch.set_num_threads(cpus)  # the same in every builder, because sums may depend on it
     os.environ["LOCAL_WORLD_SIZE"] = "1"
     return Setup(from_dict(Config, config), torch.device("cuda" if ray.get_gpu_ids() else "cpu"))
 
@@ -158,6 +160,6 @@ def _plan(config: dict[str, Any], cpus: int) -> dict[str, str]:
 
 
 def _precision(config: dict[str, Any]) -> str:
-    """What `auto` means on a builder's GPU."""
+    """Return the precision that `auto` selects on a builder's GPU."""
     autocast = teacher_autocast(from_dict(Config, config), torch.device("cuda"))
     return "float32" if autocast is None else "bf16"

@@ -1,4 +1,4 @@
-"""The checks of mimkd_ray/doctor on every node of a Ray cluster, with an end to every wait."""
+"""The checks of mimkd_ray/doctor on every node of a Ray cluster, with a time limit on every wait."""
 
 from __future__ import annotations
 
@@ -23,70 +23,70 @@ if TYPE_CHECKING:
     from mimkd_ray.config import DoctorConfig
 
 SEES_ALL_GPUS = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
-"""Ray hides GPUs from processes that have not reserved them."""
+"""Runtime environment that shows all GPUs: Ray hides them from processes that have not reserved them."""
 
 CLOCK_TRIES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A node as Ray lists it."""
+    """A node in Ray's list."""
 
     ray_id: str
     name: str
-    """Its address; of several nodes at one address, as in tests, with the beginning of Ray's name for it."""
+    """Address of the node; if several nodes share one, as in tests, with the beginning of Ray's node id."""
     cpus: int
     gpus: int
     object_store_bytes: int
 
 
 class Examiner:
-    """What runs on a node, as an actor without reservations."""
+    """The process on a node that runs the checks, an actor without reservations."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
 
     def facts(self) -> facts.NodeFacts:
-        """What the node says of itself."""
+        """Return the node's facts."""
         return facts.look(self.node.name, self.node.gpus, self.node.object_store_bytes)
 
     def time(self) -> float:
-        """Its Unix time."""
+        """Return the node's Unix time."""
         return time.time()
 
     def leave_mark(self, folder: str) -> str:
-        """See places.leave_mark."""
+        """Call places.leave_mark."""
         return places.leave_mark(folder)
 
     def storage(self, root: str, folder: str) -> Outcome:
-        """See places.check_storage."""
+        """Call places.check_storage."""
         return places.check_storage(self.node.name, root, folder)
 
     def remove(self, folder: str) -> None:
-        """Remove what the check of storage has left."""
-        with suppress(OSError, UserError):  # it has been reported by then
+        """Remove the files that the check of storage has left."""
+        with suppress(OSError, UserError):  # already reported at this point
             storage.remove_tree(folder)
 
     def disk(self, folder: str, gigabytes: float) -> Outcome:
-        """See places.check_disk."""
+        """Call places.check_disk."""
         return places.check_disk(self.node.name, folder, gigabytes)
 
     def decode(self) -> Outcome:
-        """See places.check_decode."""
+        """Call places.check_decode."""
         return places.check_decode(self.node.name, self.node.cpus)
 
 
 class Rank:
-    """A rank of the all-reduce, as an actor; in a process of its own."""
+    """A rank of the all-reduce, as an actor in a separate process."""
 
     def open_store(self) -> tuple[str, int]:
-        """Open the meeting point here; its host and port."""
+        """Open the ranks' meeting point here; return its host and port."""
         host = ray.util.get_node_ip_address()
         self.store, port = link.open_store(host)
         return host, port
 
     def measure(self, host: str, port: int, rank: int, world: int, backend: link.Backend) -> link.LinkSpeed:
-        """See link.measure."""
+        """Call link.measure."""
         try:
             store = self.store if rank == 0 else link.join_store(host, port)
         except RuntimeError as error:
@@ -95,7 +95,8 @@ class Rank:
 
 
 def cluster(config: DoctorConfig) -> list[Outcome]:
-    """Check the cluster that the config names, or a Ray of this process's own. Raises UserError if none answers."""
+    """Check the cluster that the config names, or a Ray started by this process. Raises UserError if no cluster
+    answers."""
     own = connect(config.address, "--address", ignore_reinit_error=True, log_to_driver=False)
     try:
         return _Visit(config, _nodes()).outcomes()
@@ -105,7 +106,7 @@ def cluster(config: DoctorConfig) -> list[Outcome]:
 
 
 def _nodes() -> list[Node]:
-    """The nodes that are alive."""
+    """Return the nodes that are alive."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     addresses = [node["NodeManagerAddress"] for node in alive]
     return [
@@ -121,7 +122,7 @@ def _nodes() -> list[Node]:
 
 
 class _Visit:
-    """One examiner on each node, and what they say. A node that does not answer is left out from then on."""
+    """One examiner on each node, and their answers. A node that does not answer is left out of later checks."""
 
     def __init__(self, config: DoctorConfig, nodes: Sequence[Node]) -> None:
         self.config = config
@@ -132,7 +133,7 @@ class _Visit:
         }
 
     def outcomes(self) -> list[Outcome]:
-        """All checks, in the order in which they are shown."""
+        """Return all checks, in the order in which they are shown."""
         config = self.config
         known = self._ask("nodes", lambda examiner: examiner.facts.remote())
         if not known:
@@ -149,7 +150,7 @@ class _Visit:
         return [*found, *self.silent]
 
     def _ask(self, check: str, question: Callable[[Any], Any]) -> dict[Node, Any]:
-        """Ask all examiners at the same time. Who fails to answer in time is reported, and not asked again."""
+        """Ask all examiners at the same time. Nodes that do not answer in time are reported and not asked again."""
         asked = {node: question(examiner) for node, examiner in self.examiners.items()}
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=self.config.wait_seconds)
         answers = {}
@@ -161,7 +162,7 @@ class _Visit:
         return answers
 
     def _clocks(self) -> list[Outcome]:
-        """Each node's clock against this process's, and how far that is known: from the quickest of a few answers."""
+        """Compare each node's clock with this process's, and bound the error, by the quickest of a few answers."""
         found = []
         for node, examiner in list(self.examiners.items()):
             best = (0.0, float("inf"))
@@ -179,7 +180,7 @@ class _Visit:
         return found
 
     def _lost(self, check: str, node: Node, error: RayError, about: str = "") -> None:
-        """A node said nothing in time, or its process died."""
+        """Report a node that did not answer in time or whose process died."""
         del self.examiners[node]
         seconds = self.config.wait_seconds
         what = f"no answer in {seconds:g} s" if isinstance(error, TimeoutError) else str(error).strip().splitlines()[0]
@@ -188,7 +189,7 @@ class _Visit:
         self.silent.append(Outcome(check=check, status="fail", node=node.name, text=text, remedy=remedy))
 
     def _storage(self, root: str) -> list[Outcome]:
-        """The first node leaves a mark that all others must see; then each does its own reading and writing."""
+        """Check storage: the first node leaves a mark that all others must see; then each node reads and writes."""
         folder = storage.join(root, f"doctor-{uuid.uuid4().hex}")
         if not self.examiners:
             return []
@@ -205,12 +206,12 @@ class _Visit:
             return [Outcome(check="storage", status="fail", node=node.name, text=error, remedy=remedy)]
         found = self._ask("storage", lambda examiner: examiner.storage.remote(root, folder))
         if node in self.examiners:
-            with suppress(RayError):  # what is left then has been reported
+            with suppress(RayError):  # failures have been reported already
                 ray.get(first.remove.remote(folder), timeout=self.config.wait_seconds)
         return list(found.values())
 
     def _all_reduce(self) -> Outcome:
-        """One rank a node, or as many as are asked for, dealt over the nodes."""
+        """Run one rank per node, or as many as requested, spread over the nodes."""
         nodes = list(self.examiners)
         world = max(self.config.workers, len(nodes))
         if world < 2:

@@ -1,4 +1,4 @@
-"""Joining the Ray that is named, or starting one of our own."""
+"""Connection to a named Ray cluster, or to a Ray started by this process."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mimkd_ray.on_ray.environment import cluster_address
 
 
 def connect(configured: str, flag: str, state_api: bool = False, **options: Any) -> bool:
-    """Join the cluster that ``configured`` (the value of ``flag``) or RAY_ADDRESS names, or start a Ray of our own.
+    """Join the cluster that ``configured`` (the value of ``flag``) or RAY_ADDRESS names, or start Ray in this process.
 
-    Returns whether it is our own, which ends with this process. ``state_api``: a Ray of our own serves it, as its
-    dashboard does on loopback; Ray Train's clean-up actor asks it, and warns every few seconds where none answers.
-    ``options`` go to ``ray.init``. Raises UserError if no cluster answers there.
+    Returns True if Ray was started here; it then ends with this process. ``state_api``: a Ray started here serves the
+    state API, through its dashboard on loopback; Ray Train's clean-up actor calls it, and warns every few seconds if
+    there is no answer. ``options`` go to ``ray.init``. Raises UserError if no cluster answers at the address.
     """
     address = cluster_address(configured)
     if not address:
@@ -38,5 +38,5 @@ def connect(configured: str, flag: str, state_api: bool = False, **options: Any)
 
 
 def disconnect() -> None:
-    """Leave the cluster that this process is connected to; a Ray of our own ends with it."""
+    """Leave the cluster that this process is connected to; a Ray started by this process ends."""
     ray.shutdown()

@@ -1,4 +1,4 @@
-"""Units of work on all nodes, by Ray Data, with progress."""
+"""Execution of units of work on all nodes by Ray Data, with progress."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.errors import DamagedDataError, UserError
 
 RETRY_WAITS_S = (5.0, 20.0, 60.0)
-"""Pauses before a unit is done again whose storage failed for longer than storage.py tries."""
+"""Pauses before a unit is repeated whose storage failed for longer than storage.py retries."""
 
 LOST_LOADER, MAX_RETRIES = "DataLoader worker", 3
-"""What PyTorch says when one of a task's loader processes was killed, and how often the task is then done again."""
+"""Part of PyTorch's message about a loader process of a task that was killed, and the number of repetitions of the
+task."""
 
 MAX_TASKS = 2000
-"""Tasks that the units are dealt to: each costs Ray some 10 ms, and commits unit by unit all the same."""
+"""Most tasks for the units: each costs Ray some 10 ms; units are still committed one by one."""
 
 ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (UserError, DamagedDataError, storage.StorageError)
 }
-"""Errors with a message for the user; they travel to the driver by name."""
+"""Errors with a message for the user, sent to the driver by name."""
 
 
 class Unit(Protocol):
-    """Restartable work, picklable."""
+    """Restartable, picklable work."""
 
     @property
     def bytes(self) -> int:
-        """How much it is, in bytes."""
+        """Size of the unit in bytes."""
         ...
 
     def __call__(self) -> Done:
-        """Do it. May be called again after it failed."""
+        """Do the work. May be called again after a failure."""
         ...
 
 
 def quiet_and_patient() -> None:
-    """Set Ray Data up for units: progress is shown here, and a unit, or a cluster that grows, may take long."""
+    """Configure Ray Data for units: progress is shown here, and a unit, or a cluster that grows, may take long."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -55,10 +56,11 @@ def quiet_and_patient() -> None:
 
 
 def run_units(units: Sequence[Unit], title: str, workers: int = 0) -> Iterator[Done]:
-    """Do the units on all nodes of the Ray that is connected, one CPU each, and yield what each did as it ends.
+    """Run the units on all nodes of the connected Ray, one CPU each, and yield the result of each when it ends.
 
-    `workers` bounds how many run at a time (each holds its data in memory); 0 = one per CPU. Raises a unit's UserError,
-    DamagedDataError or StorageError; what is committed by then stays. Tasks of nodes that die are done again by Ray.
+    `workers` limits the number that run at the same time (each holds its data in memory); 0 = one per CPU. Raises a
+    unit's UserError, DamagedDataError or StorageError; committed results are kept. Ray repeats the tasks of nodes that
+    die.
     """
     quiet_and_patient()
     rows = [{"unit": ray.cloudpickle.dumps(unit)} for unit in units]
@@ -73,7 +75,8 @@ def run_units(units: Sequence[Unit], title: str, workers: int = 0) -> Iterator[D
 
 
 def do_unit(row: dict[str, Any], sleep: Callable[[float], None] = time.sleep) -> dict[str, Any]:
-    """What a task does with a unit. A failure of storage is waited for; what the user must mend is an answer too."""
+    """Run a unit in a task. After a failure of storage it waits and tries again; errors for the user are returned as a
+    result."""
     unit: Unit = ray.cloudpickle.loads(row["unit"])
     for wait in (*RETRY_WAITS_S, None):
         try:

@@ -1,19 +1,19 @@
-"""A trainer that goes on soon after nodes are lost: the only place that reaches below Ray's public surface.
+"""A trainer that restarts soon after nodes are lost: the only file that uses private parts of Ray.
 
-Ray Train learns of a lost worker before Ray's health checks give up its node, and restarts on what its
-AutoscalingCoordinator has reserved, which looks at the cluster only every 20 s. Until then the lost node counts as
-there: the new worker group waits for it, up to RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, and all other nodes with it.
-Here nothing starts while a node does not answer, and the coordinator looks before it does. Nor is a node counted that
-is being drained: Ray counts it as there until its end, and places nothing on it.
+Ray Train learns of a lost worker before Ray's health checks declare its node dead, and restarts on the resources that
+its AutoscalingCoordinator has reserved, which checks the cluster only every 20 s. Until then the lost node still
+counts: the new worker group waits for it, up to RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, and keeps all other nodes
+waiting. Here nothing starts while a node does not answer, and the coordinator is made to check before a start. A node
+that is being drained does not count either: Ray counts it until its end but places nothing on it.
 
 Public settings alone do not keep a restart under 30 s. The health checks of nodes and workers and the start timeout
-have environment variables (cluster/*.yaml set them), `ScalingConfig.elastic_resize_monitor_interval_s` is for workers
-that run, and FailureConfig counts restarts; nothing sets the coordinator's 20 s, which come on top of the 14 s that a
-restart takes here, with up to one start timeout.
+have environment variables (cluster/*.yaml set them), `ScalingConfig.elastic_resize_monitor_interval_s` applies to
+running workers, and FailureConfig counts restarts. Nothing sets the coordinator's 20 s, which add to the 14 s that a
+restart takes here, together with up to one start timeout.
 
-What it waits for upstream: that Ray's ElasticScalingPolicy asks the coordinator to look (`recompute`) before a restart
-and leaves out nodes that are being drained. Then this file goes. It was read in Ray 2.60, to which pyproject.toml keeps
-Ray; :func:`check` raises with any other, and `ray_train` logs it and uses the plain trainer, which goes on later.
+This file can be removed once Ray's ElasticScalingPolicy makes the coordinator check (`recompute`) before a restart and
+leaves out nodes that are being drained. It was written for Ray 2.60, to which pyproject.toml pins Ray; :func:`check`
+raises for any other version, and `train_workers` then logs it and uses the plain trainer, which restarts later.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScali
 logger = logging.getLogger(__name__)
 
 READ_IN = "2.60."
-"""The Ray versions that this file was written for begin so."""
+"""Prefix of the Ray versions that this file was written for."""
 
 RELIES_ON: tuple[tuple[object, tuple[str, ...]], ...] = (
     (
@@ -52,17 +52,17 @@ RELIES_ON: tuple[tuple[object, tuple[str, ...]], ...] = (
     (_AutoscalingCoordinatorActor, ("get_reserved_resources", "_tick")),
     (state, ("get_draining_nodes",)),
 )
-"""Private parts that are used, replaced or called around here."""
+"""Private parts of Ray that are used, replaced or called here."""
 
-LOOK_SECONDS = 1.0  # between two looks: Ray Train asks again at once after each "not yet"
-ANSWER_SECONDS = 1.0  # for a node to take a connection
-COORDINATOR_SECONDS = 5.0  # for the coordinator to look at the cluster and answer
+LOOK_SECONDS = 1.0  # between two checks: Ray Train asks again at once after each "not yet"
+ANSWER_SECONDS = 1.0  # for a node to accept a connection
+COORDINATOR_SECONDS = 5.0  # for the coordinator to check the cluster and answer
 SILENT_SECONDS = 20.0
-"""How long nodes that do not answer are waited for. With the settings in cluster/, Ray gives them up earlier."""
+"""Seconds to wait for nodes that do not answer. With the settings in cluster/, Ray declares them dead earlier."""
 
 
 def check() -> None:
-    """Raise ImportError, which says why, if this Ray is not one that this file was written for."""
+    """Raise ImportError with the reason if this file was not written for this Ray."""
     if not ray.__version__.startswith(READ_IN):
         raise ImportError(f"ray is {ray.__version__}, and mimkd_ray/on_ray/elastic.py was written for {READ_IN}*")
     missing = [
@@ -88,7 +88,7 @@ def check() -> None:
 
 
 class PromptPolicy(ElasticScalingPolicy):
-    """Ray's elastic policy, which decides on the nodes that are there as it decides."""
+    """Ray's elastic policy, which decides by the nodes that are there at the moment of the decision."""
 
     def __init__(self, scaling_config: ScalingConfig) -> None:
         super().__init__(scaling_config)
@@ -97,7 +97,7 @@ class PromptPolicy(ElasticScalingPolicy):
         self._draining: frozenset[str] = frozenset()
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """How many workers to start, or to wait. Looks at the cluster once a second at most."""
+        """Return the number of workers to start, or the decision to wait. Checks the cluster at most once a second."""
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return NoopDecision()
         self._looked = time.monotonic()
@@ -113,7 +113,7 @@ class PromptPolicy(ElasticScalingPolicy):
         try:
             return super().make_decision_for_non_running_worker_group()
         finally:
-            self._draining = frozenset()  # workers that run stay there to the end
+            self._draining = frozenset()  # running workers stay there until the end
 
     def _count_possible_workers(self, reserved_resources: Mapping[str, Any]) -> int:
         return super()._count_possible_workers(
@@ -121,17 +121,18 @@ class PromptPolicy(ElasticScalingPolicy):
         )
 
     def _look(self) -> None:
-        """Have the coordinator look at the cluster now."""
+        """Make the coordinator check the cluster now."""
         try:
             asked = self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
             ray.get(asked, timeout=COORDINATOR_SECONDS)
         except RayError as error:
             logger.warning("the coordinator's view of the cluster may be 20 s old: %r", error)
-        self._latest_reserved_resources_query_time = float("-inf")  # what was heard before the look is void
+        self._latest_reserved_resources_query_time = float("-inf")  # what was read before the check is void
 
 
 def silent_nodes() -> list[str]:
-    """Addresses of the nodes that Ray counts as alive and whose raylet takes no connection: a second for 32 such."""
+    """Return the addresses of nodes that Ray counts as alive but whose raylet accepts no connection: a second for 32
+    such."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     with ThreadPoolExecutor(max_workers=32) as pool:
         answers = list(pool.map(_answers, nodes))

@@ -1,4 +1,4 @@
-"""How many workers, with what each, and how long to wait where the cluster has too little."""
+"""Number and resources of the workers, and waiting for nodes if the cluster has too few."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ LOOK_SECONDS = 5.0
 
 
 def scaling(config: Config, own: bool) -> ScalingConfig:
-    """Workers and what each reserves, from what the cluster has. Too little is a UserError: Ray would wait for ever.
+    """Return the workers and their reservations, from the cluster's resources. Too few raise a UserError: Ray would
+    wait for ever.
 
-    A range of workers is elastic in a cluster that others may change; in a Ray of our own it is the most that fit.
+    A range of workers is elastic in a cluster that others may change; in a Ray started by this process it is the most
+    that fit.
     """
     deadline = time.monotonic() + 60 * config.launch.wait_minutes
     asked = False
@@ -52,7 +54,7 @@ def _fit(config: Config, own: bool, has: Capacity) -> ScalingConfig:
     elastic = fewest < most and not own
     workers = fewest if elastic else max(fewest, min(most, there))
     if use_gpu:
-        # Not config.data.loader_workers alone: -1 is automatic, and then a GPU gets its share of the CPUs.
+        # Not only config.data.loader_workers: -1 is automatic, and then a GPU gets its share of the CPUs.
         wanted = 1 + config.data.loader_workers if config.data.loader_workers >= 0 else cpus
         each = launch.cpus_per_worker or max(1, min(wanted, has.cpus_per_gpu()))
     else:
@@ -76,10 +78,11 @@ def _fit(config: Config, own: bool, has: Capacity) -> ScalingConfig:
 
 @contextmanager
 def _asked_for_nodes(config: Config) -> Iterator[None]:
-    """A with-block in which an autoscaler sees that the fewest workers are wanted.
+    """Show an autoscaler the demand for the fewest workers during the with-block.
 
-    By a placement group, which goes with this process however it ends. What `ray.autoscaler.sdk.request_resources` asks
-    for outlives it: the nodes of a job that was stopped as it waited would come, and be kept up and paid for.
+    It uses a placement group, which ends with this process in every case. A demand by
+    `ray.autoscaler.sdk.request_resources` outlives the process: if a job was stopped while it waited, its nodes would
+    still be started, kept and paid for.
     """
     bundle = {"CPU": config.launch.cpus_per_worker or 1, **({"GPU": 1} if config.launch.gpu == "on" else {})}
     group = placement_group([bundle] * max(1, config.launch.worker_range[0]))
@@ -91,10 +94,10 @@ def _asked_for_nodes(config: Config) -> Iterator[None]:
 
 @dataclass
 class LossWatch:
-    """Ends a job whose nodes are gone for good: Ray Train would wait for them for ever.
+    """A watch that ends a job whose nodes are permanently gone: Ray Train would wait for them for ever.
 
-    A with-block around ``fit()``: it interrupts the main thread, which Ray Train takes for Ctrl-C, once the cluster has
-    had too little for the fewest workers for ``minutes``. ``gave_up`` then says so.
+    Use it as a with-block around ``fit()``: it interrupts the main thread, which Ray Train treats like Ctrl-C, once the
+    cluster has had too few resources for the fewest workers for ``minutes``. ``gave_up`` then has the message.
     """
 
     scaling: ScalingConfig

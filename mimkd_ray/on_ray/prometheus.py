@@ -1,4 +1,4 @@
-"""What a run exports to Prometheus, through Ray: gauges with the run's name, and where it applies the term's.
+"""The metrics that a run exports to Prometheus, through Ray: gauges with the run's name and, for terms, the term's.
 
 Ray puts `ray_` before each name. cluster/grafana-dashboard.json shows all of them.
 """
@@ -23,13 +23,13 @@ OF_A_RUN = {
     "loss": ("mimkd_loss", "The loss, weighted and summed over its terms"),
     "checkpoint_stall": ("mimkd_checkpoint_stall_seconds", "Seconds that training waited for the latest checkpoint"),
 }
-"""By the name in metrics.jsonl: the gauge, and what it says."""
+"""The gauge and its description, by the name in metrics.jsonl."""
 
 OF_A_TERM = {
     "loss": ("mimkd_term_loss", "The loss of a term, before its weight"),
     "nats": ("mimkd_term_nats", "Mutual information of a term in nats: InfoNCE's lower bound, or an estimate"),
 }
-"""The same for names such as `TERM/nats`."""
+"""The gauge and its description for names such as `TERM/nats`."""
 
 PLAIN_TERMS = ("ce", "kd")
 """Terms whose loss is logged under their bare name."""
@@ -43,7 +43,7 @@ class LiveMetrics:
         self._of_a_term = {key: Gauge(name, said, ("run", "term")) for key, (name, said) in OF_A_TERM.items()}
 
     def show(self, run: str, values: Mapping[str, float]) -> None:
-        """Set the gauges that `values` has figures for; others, and what is not finite, are left out."""
+        """Set the gauges for the figures in `values`; figures without a gauge, or not finite, are left out."""
         for key, value in values.items():
             term, _, kind = key.rpartition("/")
             if key in PLAIN_TERMS:

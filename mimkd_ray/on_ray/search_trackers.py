@@ -1,7 +1,8 @@
-"""Other trackers that show a search live, where they are installed: MLflow, and Weights & Biases, by Ray's callbacks.
+"""Trackers that show a search live, if they are installed: MLflow, and Weights & Biases, by Ray's callbacks.
 
-To Tune the config of a trial is what its process starts with: the whole configs of all its students. A tracker is shown
-their hyperparameters instead, by which trials are compared (and MLflow takes no parameter of over 6,000 characters).
+For Tune, the config of a trial is the start argument of its process: the whole configs of all its students. A tracker
+gets their hyperparameters instead, by which trials are compared (and MLflow rejects parameters of over 6,000
+characters).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from mimkd_ray.errors import UserError
 
 
 def trackers(names: Sequence[str], project: str) -> list[Any]:
-    """Tune's callbacks for trackers by name: mlflow, wandb. Raises UserError where a package is not installed."""
+    """Return Tune's callbacks for trackers by name: mlflow, wandb. Raises UserError if a package is not installed."""
     found: list[Any] = []
     for name in names:
         try:
@@ -34,7 +35,8 @@ def trackers(names: Sequence[str], project: str) -> list[Any]:
 
 
 def showing_hyperparameters(callback: type[Any]) -> type[Any]:
-    """A kind of Ray's logger callback that is shown hyperparameters for a trial's config, and figures without it."""
+    """Return a subclass of Ray's logger callback that gets hyperparameters as a trial's config, and figures without
+    it."""
 
     class Showing(callback):
         def log_trial_start(self, trial: Any) -> None:
@@ -52,13 +54,13 @@ def showing_hyperparameters(callback: type[Any]) -> type[Any]:
 
 
 def hyperparameters(planned: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of a trial, by name; of a pack's trials, by number and name."""
+    """Return the hyperparameters of a trial, by name; of a pack's trials, by number and name."""
     return _named({each["number"]: each["params"] for each in planned})
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What Tune says of an evaluation, without configs and with all figures by name: of a pack's trials, by number and
-    name."""
+    """Return the figures of an evaluation that Tune reports, without configs: by name, or for a pack's trials by number
+    and name."""
     plain = {name: value for name, value in result.items() if name not in ("config", "figures", "ended")}
     return plain | _named(json.loads(result.get("figures", "{}")))
 

@@ -1,4 +1,4 @@
-"""The loop under Ray Train: one worker group, restarted by Ray, resumed by the run's own checkpoints."""
+"""Training under Ray Train: one worker group, restarted by Ray, resumed from the run's own checkpoints."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from mimkd_ray.train.worker import run_job
 logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 30.0
-"""A report to Ray is a barrier that its controller polls every two seconds, so reports are rationed."""
+"""Least seconds between two reports to Ray: each is a barrier that its controller polls every two seconds."""
 
 ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (UserError, DamagedDataError, NonFiniteLossError, Interrupted, storage.StorageError)
 }
-"""Errors that a restart cannot mend; they travel to the driver by name."""
+"""Errors that a restart does not cure, sent to the driver by name."""
 
 STOP, STOP_LOOK_SECONDS = "stop.json", 1.0
-"""The file that asks the workers of a launch to save and end, and how often the first of them looks for it."""
+"""File that asks the workers of a launch to save and end, and seconds between two checks for it by the first worker."""
 
 ANYBODY = "*"
-"""In that file: whichever launch it is."""
+"""Launch id in that file that means every launch."""
 
 
 class RayContext:
-    """One worker of Ray Train."""
+    """The context of one worker of Ray Train."""
 
     reports_are_final = False
 
@@ -65,8 +65,8 @@ class RayContext:
             threading.Thread(target=self._watch, args=(run_dir,), name="stop watch", daemon=True).start()
 
     def _watch(self, run_dir: str) -> None:
-        """Look for a stop request until there is one. A failed look is followed by the next one, whatever the error:
-        a thread that ended here would leave the job deaf to every later request."""
+        """Check for a stop request until there is one. A failed check is followed by the next, whatever the error: if
+        this thread ended, the job would ignore every later request."""
         url = storage.join(run_dir, STOP)
         failing = False
         while not self._stopping:
@@ -85,11 +85,11 @@ class RayContext:
                 failing = True
 
     def stop_requested(self) -> bool:
-        """Whether the driver was told to stop. The first worker knows."""
+        """Return whether the driver was told to stop. Only the first worker knows."""
         return self._stopping
 
     def preemption(self) -> Preemption | None:
-        """Return the nodes of this job that their cloud is about to take away, as Ray hears of it. A barrier."""
+        """Return the nodes of this job that their cloud is about to remove, as reported by Ray. This is a barrier."""
         info = ray.train.get_preemption_info() if self._joined else None
         if info is None:
             return None
@@ -100,12 +100,12 @@ class RayContext:
         )
 
     def observe(self, run_dir: str, values: Mapping[str, float]) -> None:
-        """Export figures to Prometheus, where a cluster has one; the run goes by its directory's name."""
+        """Export figures to Prometheus if the cluster has one; the run is named by its directory."""
         if self._live is not None:
             self._live.show(run_dir.rstrip("/").rpartition("/")[2], values)
 
     def report(self, metrics: Mapping[str, Any]) -> None:
-        """Show metrics in Ray's dashboard; all ranks agree on when."""
+        """Show metrics in Ray's dashboard; all ranks agree on the time."""
         due = share_from_first(time.monotonic() - self._reported > REPORT_SECONDS)
         if due:
             ray.train.report(dict(metrics))
@@ -113,40 +113,41 @@ class RayContext:
 
 
 class EndAtOnce(UserCallback):
-    """Ends the job at the first error that a restart cannot mend.
+    """A callback that ends the job at the first error that a restart does not cure.
 
-    Ray Train would restart the workers for any error of theirs, as often as `max_failures` says; an error of a callback
-    in its controller ends the run.
+    Ray Train would restart the workers after any of their errors, up to `max_failures` times; an error of a callback in
+    its controller ends the run.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        """Called in the controller, after a worker has raised."""
+        """Raise such an error in the controller, after a worker has raised it."""
         for error in worker_exceptions.values():
             if isinstance(error, tuple(ERRORS.values())):
                 raise error
 
 
 def worker(setup: dict[str, Any]) -> None:
-    """What each Ray worker runs. An error that a restart cannot mend is left in the run directory for the driver."""
+    """Run training in a Ray worker. An error that a restart does not cure is written to the run directory for the
+    driver."""
     start_times.begin(setup["timeline"])
     start_times.mark("worker")
     context = RayContext(setup["launch_id"], setup["run_dir"], setup["joined"])
     url = storage.join(setup["run_dir"], "error.json")
     earlier = read_json(url)
     if earlier is not None and earlier["launch_id"] == context.launch_id:
-        return  # a worker was killed as it left the error, and this is the restart: end, so that the driver can tell
+        return  # restart of a worker that was killed as it wrote the error: end, and let the driver report it
     try:
         run_job(from_dict(Config, setup["config"]), context, setup["run_dir"])
     except tuple(ERRORS.values()) as error:
-        with suppress(UserError, storage.StorageError):  # where the disk is full, the error below has to do
+        with suppress(UserError, storage.StorageError):  # if the disk is full, the error below must suffice
             write_json(url, {"launch_id": context.launch_id, "kind": type(error).__name__, "message": str(error)})
-        if not isinstance(error, Interrupted):  # all workers end together then, and nothing has failed
+        if not isinstance(error, Interrupted):  # then all workers end together, and nothing has failed
             raise
 
 
 def trainer_class(ranged: bool) -> type[TorchTrainer]:
-    """Return Ray's own trainer; for a range of workers, launch/elastic.py's, which goes on sooner after a loss, unless
-    this Ray is another one than it was written for: that is logged."""
+    """Return Ray's own trainer, or for a range of workers the one of elastic.py, which restarts sooner after a loss. If
+    that does not support this Ray, log it and return Ray's own."""
     if ranged:
         try:
             from mimkd_ray.on_ray import elastic
@@ -160,14 +161,14 @@ def trainer_class(ranged: bool) -> type[TorchTrainer]:
 
 @contextmanager
 def forwarded_stop(run_dir: str, launch_id: str) -> Iterator[None]:
-    """A with-block in which SIGTERM asks the workers to save and end, by a file in the run directory."""
+    """Make SIGTERM ask the workers to save and end during the with-block, by a file in the run directory."""
 
     def ask() -> None:
         write_json(storage.join(run_dir, STOP), {"launch_id": launch_id})
 
     def on_signal(*_: object) -> None:
         print("stopping: the workers are asked to save and end", flush=True)
-        threading.Thread(target=ask, name="stop").start()  # storage may wait; a signal handler must not
+        threading.Thread(target=ask, name="stop").start()  # storage may wait, but a signal handler must not
 
     before = signal.signal(signal.SIGTERM, on_signal)
     try:
@@ -177,7 +178,7 @@ def forwarded_stop(run_dir: str, launch_id: str) -> Iterator[None]:
 
 
 def run_ray(config: Config, run_dir: str) -> dict[str, Any]:
-    """Run the job on Ray Train workers, of a cluster or of a Ray of our own, and return its result."""
+    """Run the job on Ray Train workers, of a cluster or of a Ray started here, and return its result."""
     own = connect(config.launch.address, "--launch.address", state_api=True, ignore_reinit_error=True)
     start_times.mark("connected")
     try:
@@ -188,10 +189,10 @@ def run_ray(config: Config, run_dir: str) -> dict[str, Any]:
 
 
 def fit_workers(config: Config, run_dir: str, own: bool) -> dict[str, Any]:
-    """The same within a Ray that is there; ``own``: whether it is our own. Beside the main thread nobody listens for
-    SIGTERM, and nobody gives up on nodes that are lost."""
+    """Run the job within the connected Ray and return its result. ``own``: this process started it. Outside the main
+    thread, SIGTERM is not handled and lost nodes are waited for without limit."""
     launch_id = uuid.uuid4().hex
-    # Ray wants a place for its own snapshot. Ours are the only checkpoints, so it is thrown away.
+    # Ray needs a place for its own snapshot. Only our checkpoints are used, so it is deleted.
     scratch = tempfile.mkdtemp(prefix="mimkd-ray-")
     watch = LossWatch(scaling(config, own), config.launch.lost_minutes)
     try:
@@ -223,11 +224,11 @@ def fit_workers(config: Config, run_dir: str, own: bool) -> dict[str, Any]:
             trainer.fit()
     except TrainingFailedError as error:
         _raise_known(run_dir, launch_id)
-        cause = getattr(error, "controller_failure", None)  # what EndAtOnce raised
+        cause = getattr(error, "controller_failure", None)  # the error that EndAtOnce raised
         if isinstance(cause, Exception) and type(cause).__name__ in ERRORS:
             raise cause from None
         raise
-    except (SystemExit, KeyboardInterrupt):  # Ray's handler of Ctrl-C exits, and with status 0
+    except (SystemExit, KeyboardInterrupt):  # Ray's handler of Ctrl-C exits with status 0
         if watch.gave_up:
             raise UserError(watch.gave_up) from None
         raise KeyboardInterrupt from None

@@ -1,4 +1,5 @@
-"""A trial under Ray Tune: in this process, or as a Ray Train run of several workers. What a trial is, search/ knows."""
+"""A trial under Ray Tune, in this process or as a Ray Train run of several workers. search/ defines the trial
+itself."""
 
 from __future__ import annotations
 
@@ -22,31 +23,32 @@ from mimkd_ray.search.trial_folders import Ended, Planned
 from mimkd_ray.train.records.run_dir import read_metrics, write_json
 
 LOOK_SECONDS = 2.0
-"""How often the evaluations of a trial of several workers are looked for."""
+"""Seconds between two checks for evaluations of a trial of several workers."""
 
 
 def trial_device() -> torch.device:
-    """The GPU that Ray gave this process, or the CPU."""
+    """Return the GPU that Ray assigned to this process, or the CPU."""
     return torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
 
 
 def prepare_remotely(config: dict[str, Any], folder: str) -> None:
-    """search.worker.prepare, as a Ray task."""
+    """Call search.run_trials.prepare, as a Ray task."""
     prepare(from_dict(Config, config), folder, trial_device())
 
 
 def trainable(setup: dict[str, Any]) -> None:
-    """What Ray Tune runs: the trials of ``setup``, as :func:`payload` made it. It never raises for a trial's failure.
+    """Run the trials of ``setup``, from :func:`payload`, as Ray Tune's trainable. It never raises for a trial's
+    failure.
 
     Reports "figures", {number: evaluation}, after each evaluation, and "ended", {number: ending}, at the end: both as
-    JSON, because Tune flattens what is nested.
+    JSON, because Tune flattens nested values.
     """
     search = from_dict(SearchConfig, setup["search"])
     planned = [Planned(**each) for each in setup["planned"]]
     places = {int(number): place for number, place in setup["places"].items()}
 
     def tell(figures: Mapping[int, Mapping[str, Any]]) -> None:
-        first = next(iter(figures.values()))  # also by their own names, for dashboards and loggers
+        first = next(iter(figures.values()))  # also under their own names, for dashboards and loggers
         plain = {key: first[key] for key in ("epoch", "top1", "top5", "cross_entropy")}
         tune.report(plain | {"figures": json.dumps({number: dict(each) for number, each in figures.items()})})
 
@@ -59,8 +61,8 @@ def trainable(setup: dict[str, Any]) -> None:
 
 
 def within(planned: Planned, cpus: float) -> Planned:
-    """The trial with as many loader processes as it has CPUs beside its own, where that is automatic: it would be all
-    of the machine's, which it shares with other trials."""
+    """Return the trial with one loader process for each of its CPUs but one, if their number is automatic: the default
+    would take all CPUs of the machine, which other trials share."""
     data = planned.config["data"]
     if data["loader_workers"] != -1:
         return planned
@@ -77,7 +79,7 @@ def payload(
     cpus: float,
     own: bool,
 ) -> dict[str, Any]:
-    """What a trial's process is told."""
+    """Return the start argument of a trial's process."""
     return {
         "search": dict(search),
         "planned": [vars(each) | {"params": dict(each.params), "config": dict(each.config)} for each in planned],
@@ -92,10 +94,10 @@ def payload(
 def run_large(
     planned: Planned, place: str, own: bool, tell: Callable[[Mapping[int, Mapping[str, Any]]], None]
 ) -> dict[int, Ended]:
-    """A trial as a Ray Train run: this process starts the workers, and passes on what they write.
+    """Run a trial as a Ray Train run: this process starts the workers and passes on their evaluations.
 
-    It is stopped by a file that asks the workers to save and end (:func:`ask_to_stop`), never by killing: that would
-    leave its workers without anybody to end them.
+    It is stopped by a file that asks the workers to save and end (:func:`ask_to_stop`), never by killing, which would
+    leave its workers running.
     """
     from mimkd_ray.on_ray.train_workers import fit_workers
 
@@ -114,7 +116,7 @@ def run_large(
     thread.start()
     seen = 0
     while True:
-        running = thread.is_alive()  # asked before looking: what is written last is seen too
+        running = thread.is_alive()  # read before the metrics, so that the last ones are not missed
         for figures in read_metrics(place, "eval"):
             if figures["step"] > seen:
                 seen = figures["step"]
@@ -132,7 +134,7 @@ def run_large(
 
 
 def ask_to_stop(place: str) -> None:
-    """Ask the workers of a trial of several to save and end."""
+    """Ask the workers of a trial of several workers to save and end."""
     from mimkd_ray.on_ray.train_workers import ANYBODY, STOP
 
     write_json(storage.join(place, STOP), {"launch_id": ANYBODY})

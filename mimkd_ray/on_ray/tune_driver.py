@@ -1,6 +1,6 @@
-"""A search under Ray Tune: Tune places trials and restarts lost ones; what is tried and who stops, search/ decides.
+"""A search under Ray Tune: Tune places trials and restarts lost ones; search/ decides which run and which stop.
 
-Tune's own experiment state is thrown away: the trials' folders are the only one, so a restart unpickles nothing.
+Tune's own experiment state is deleted: the trials' folders are the only state, so a restart unpickles nothing.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from mimkd_ray.search.run_trials import REASON
 from mimkd_ray.search.trial_folders import Ended, Ending, Planned
 
 HEAD_SHARE = 0.001
-"""Of the head's own resource: places the process that watches over a trial of several workers there, where it takes no
-CPU from the workers it waits for, and outlives nodes that come and go."""
+"""Share of the head node's own resource for the process that watches a trial of several workers. There it takes no CPU
+from the workers that it waits for, and outlives nodes that come and go."""
 
 LOW_ON_MEMORY = ("OutOfMemoryError", "low on memory")
-"""What Ray says of a process that its memory monitor has killed."""
+"""Parts of Ray's message about a process that its memory monitor has killed."""
 
 
 class Driver(Protocol):
-    """What hands out trials: a search, or its finals."""
+    """The source of trials: a search, or its finals."""
 
     def next(self) -> list[Planned]: ...
 
@@ -52,7 +52,7 @@ class Driver(Protocol):
 
 
 class Shape(NamedTuple):
-    """What a trial takes, and how many there are at a time."""
+    """The resources of a trial, and the number of trials at the same time."""
 
     workers: int
     cpus: float
@@ -60,22 +60,22 @@ class Shape(NamedTuple):
     concurrent: int
 
     def bundles(self) -> tune.PlacementGroupFactory:
-        """The resources of the trial's own process."""
+        """Return the resources of the trial's own process."""
         if self.workers > 1:
             return tune.PlacementGroupFactory([{"node:__internal_head__": HEAD_SHARE}])
         own = {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
         return tune.PlacementGroupFactory([own])
 
     def text(self) -> str:
-        """In words."""
+        """Return the resources in words."""
         each = f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
         whole = f"{self.workers} workers with {each} each" if self.workers > 1 else each
         return f"{self.concurrent} at a time, {whole} a trial"
 
 
 def shape_of(job: SearchJob, has: Capacity) -> Shape:
-    """Resources of a trial and the number of trials at a time, for a cluster that has so much. Raises UserError where
-    not even one fits: Tune would wait for ever."""
+    """Return the resources of a trial and the number of trials at the same time, for a cluster of this capacity. Raises
+    UserError if not even one fits: Tune would wait for ever."""
     search, launch = job.search, job.launch
     workers = search.workers
     use_gpu = launch.gpu == "on" or (launch.gpu == "auto" and has.gpus > 0)
@@ -96,7 +96,7 @@ def shape_of(job: SearchJob, has: Capacity) -> Shape:
 
 
 class _Searcher(Searcher):
-    """Hands out the driver's trials."""
+    """A searcher that hands out the driver's trials."""
 
     def __init__(self, driver: Driver, job: SearchJob, folder: str, shape: Shape, own: bool) -> None:
         super().__init__()
@@ -119,7 +119,8 @@ class _Searcher(Searcher):
         return payload(search, planned, self.folder, places, self.shape.workers, self.shape.cpus, self.own)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """A trial says itself how it ended; an error here is that its process is gone, more often than allowed."""
+        """Record the end of a trial whose process is gone, more often than allowed (`error`); other ends are reported
+        by the trial."""
         if error:
             text = self.errors.get(trial_id, "")
             kind: Ending = "out of memory" if any(words in text for words in LOW_ON_MEMORY) else "lost"
@@ -128,23 +129,23 @@ class _Searcher(Searcher):
                 self.end(number, Ended(state="failed", kind=kind, reason=said))
 
     def end(self, number: int, ended: Ended) -> None:
-        """Tell the driver how a trial ended."""
+        """Pass a trial's end to the driver."""
         self.open.discard(number)
         self.driver.ended(number, ended, self.shape.gpus * self.shape.workers)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the trials' folders are the state."""
+        """Do nothing: the trials' folders are the state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing to restore."""
+        """Do nothing: the trials' folders are the state."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Tune writes down how it was set up, which nobody reads: without the driver."""
+        """Pickle without the driver: Tune stores its setup, which is never read."""
         return Searcher, ()
 
 
 class _Scheduler(FIFOScheduler):
-    """Passes reports on to the driver, and its decisions back."""
+    """A scheduler that passes reports on to the driver, and its decisions back."""
 
     _supports_buffered_results = False
 
@@ -153,11 +154,11 @@ class _Scheduler(FIFOScheduler):
         self.searcher, self.driver, self.shape = searcher, searcher.driver, searcher.shape
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As the searcher's."""
+        """Pickle without the driver, like the searcher."""
         return FIFOScheduler, ()
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        # Not trial.get_error(), which looks in storage: the text comes there later.
+        # Not trial.get_error(), which reads from storage, where the text arrives later.
         self.searcher.errors[trial.trial_id] = Path(trial.error_file).read_text() if trial.error_file else ""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -172,13 +173,14 @@ class _Scheduler(FIFOScheduler):
             if self.shape.workers > 1:
                 ask_to_stop(self.driver.place(int(number)))
             self.searcher.end(int(number), verdict)
-        # A trial of several workers ends by itself, as it is asked: killing it would leave its workers alone.
+        # A trial of several workers ends by itself when it is asked to: killing it would leave its workers running.
         return FIFOScheduler.STOP if stopping and self.shape.workers == 1 else FIFOScheduler.CONTINUE
 
 
 @contextmanager
 def stop_at_sigterm() -> Iterator[list[int]]:
-    """A with-block in which SIGTERM, like Ctrl-C, ends Tune in good order; the list says whether it came."""
+    """Make SIGTERM end Tune in good order, like Ctrl-C, during the with-block; the list is not empty if it was
+    received."""
     came: list[int] = []
 
     def on_signal(number: int, _: object) -> None:
@@ -196,7 +198,7 @@ def stop_at_sigterm() -> Iterator[list[int]]:
 
 
 def prepare_on_ray(config: Config, folder: str, shape: Shape) -> None:
-    """Train, measure and check what trials share, on the cluster. Raises its UserError."""
+    """Train, measure and check the parts that trials share, on the cluster. Raises its UserError."""
     task = ray.remote(num_cpus=shape.cpus, num_gpus=shape.gpus, max_retries=0)(prepare_remotely)
     try:
         ray.get(task.remote(to_dict(config), folder))
@@ -207,18 +209,18 @@ def prepare_on_ray(config: Config, folder: str, shape: Shape) -> None:
 
 
 def _name(trial: Any) -> str:
-    """How a trial is called in Ray's dashboard and in loggers."""
+    """Return the name of a trial in Ray's dashboard and in loggers."""
     return f"trial-{trial.config['planned'][0]['number']:04d}"
 
 
 def run_on_ray(driver: Driver, job: SearchJob, folder: str, shape: Shape, own: bool, callbacks: list[Any]) -> bool:
-    """Run all that ``driver`` hands out; whether somebody asked to stop before the end (SIGTERM). Ctrl-C, after which
-    Tune returns as if all were done, raises KeyboardInterrupt."""
+    """Run all trials that ``driver`` hands out; return True if a stop was requested before the end (SIGTERM). After
+    Ctrl-C, Tune returns as if all were done; this raises KeyboardInterrupt."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its boxes are printed whatever `verbose` says
-    # After the end Tune looks for logs of its own; and it says how to restore what is thrown away here.
+    # After the end Tune looks for its own logs, and explains how to restore the state that is deleted here.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # trials have logs of their own
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # trials have their own logs
     scratch = tempfile.mkdtemp(prefix="mimkd-tune-")
     searcher = _Searcher(driver, job, folder, shape, own)
     try:

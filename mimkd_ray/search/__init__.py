@@ -1,1 +1,1 @@
-"""Hyperparameter search: spaces, algorithm, trials and what they leave; its pages are in report/."""
+"""Hyperparameter search: spaces, algorithm, trials and their records; its report is in report/."""

@@ -1,4 +1,4 @@
-"""A search as its driver sees it: which trial comes next, who should stop, what is over, and what came out."""
+"""The state of a search in its driver: the next trial, early stopping, the budget, and the results."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from mimkd_ray.search.trials import Trial, ranked, write_trials
 from mimkd_ray.train.records.run_dir import read_json, write_json
 
 MAY_CHANGE = ("trials", "hours", "gpu_hours", "concurrent", "retries", "finalists", "seeds", "loggers")
-"""Of the search's config, what may differ when it goes on: budgets and how it runs."""
+"""Fields of the search's config that may differ when it is resumed: budgets, and how trials run."""
 
 
 def trial_config(job: SearchJob) -> Config:
-    """What all trials share: the recipe with a held-out part, views of one seed, and the trial's length, to which a
-    step schedule and its warm-up are shortened."""
+    """Return the config that all trials share: the recipe with a held-out part, views of one seed, and the trial's
+    length, to which a step schedule and its warm-up are shortened."""
     config = plain(job)
     epochs = job.search.epochs or config.train.epochs
     share = epochs / config.train.epochs
-    milestones = {round(epoch * share) for epoch in config.optim.milestones}  # some may fall together
+    milestones = {round(epoch * share) for epoch in config.optim.milestones}  # several may round to the same epoch
     optim = replace(
         config.optim,
         milestones=tuple(sorted(milestones - {0})),
@@ -49,18 +49,18 @@ def trial_config(job: SearchJob) -> Config:
 
 
 def final_config(job: SearchJob, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The config that `jobs/` train with: what the search chose, with the recipe's own data, length and schedule, in a
-    directory of its own.
+    """Return the config to train with through `jobs/`: the search's choice with the recipe's own data, length and
+    schedule, in a run directory of its own.
 
-    ``chosen`` is a trial's config; of it, whatever differs from what all trials share is the choice.
+    ``chosen`` is a trial's config; every field that differs from the config shared by all trials is part of the choice.
     """
     own = plain(job)
-    own = replace(own, run=replace(own.run, name="", overwrite=False))  # those are the search's
+    own = replace(own, run=replace(own.run, name="", overwrite=False))  # those belong to the search
     return _with_changes(to_dict(own), to_dict(trial_config(job)), chosen)
 
 
 def plain(job: SearchJob) -> Config:
-    """The job without its search."""
+    """Return the job without its search."""
     return Config(**{f.name: getattr(job, f.name) for f in dataclasses.fields(Config)} | {"compare": CompareConfig()})
 
 
@@ -75,10 +75,11 @@ def _with_changes(target: Mapping[str, Any], shared: Mapping[str, Any], chosen: 
 
 
 class Search:
-    """The state of a search, rebuilt from its folder at each start. Used by one thread of one process, the driver."""
+    """The state of a search, rebuilt from its folder at each start. Only one thread of one process, the driver, uses
+    it."""
 
     def __init__(self, job: SearchJob, folder: str, spaces: list[Space]) -> None:
-        """Raises UserError where the folder holds a search that differs in more than its budget."""
+        """Open the folder of a search. Raises UserError if it holds a search that differs in more than its budget."""
         self.job, self.config, self.folder = job, job.search, folder
         self.base = trial_config(job)
         self.candidates = find_candidates(self.base, open_data(self.base.data).num_classes)
@@ -94,27 +95,27 @@ class Search:
         self._running: dict[int, float] = {}
 
     def widest(self) -> Config:
-        """A config that reads all of the teacher that any trial may read."""
+        """Return a config that reads everything of the teacher that any trial may read."""
         return widest(self.build, self.candidates)
 
     def _packs_to_finish(self) -> list[list[int]]:
-        """The packs that have unfinished trials, with all their members."""
+        """Return the packs that have unfinished trials, with all their members."""
         open_packs = {self.packs[number] for number, trial in self.trials.items() if trial.state == "running"}
         return [[number for number, pack in self.packs.items() if pack == first] for first in sorted(open_packs)]
 
     def place(self, number: int) -> str:
-        """The run directory of a trial."""
+        """Return the run directory of a trial."""
         return self.ledger.place(number)
 
     def label(self, number: int) -> str:
-        """How a trial is called where it is shown."""
+        """Return the name of a trial for display."""
         return f"trial {number}"
 
-    # What runs
+    # Trials to run
 
     def next(self) -> list[Planned]:
-        """The next trial, or pack of trials; empty if there is none any more. Unfinished ones come first, as soon as
-        the budget allows anything at all."""
+        """Return the next trial or pack of trials, empty if there is none left. Unfinished ones come first, if any
+        budget is left."""
         if self.over_budget():
             return []
         if self._unfinished:
@@ -147,12 +148,12 @@ class Search:
         return planned
 
     def spent(self) -> tuple[float, float]:
-        """Hours of the search, and GPU-hours of its finished trials, over all its starts."""
+        """Return the hours of the search, and the GPU-hours of its finished trials, over all its starts."""
         seconds = self._clock["seconds"] + time.monotonic() - self._began
         return seconds / 3600, self._clock["gpu_seconds"] / 3600
 
     def over_budget(self) -> str:
-        """What is used up, in words; "" while nothing is."""
+        """Return a message about the budget that is used up, "" if none is."""
         hours, gpu_hours = self.spent()
         for name, limit, used in (("hours", self.config.hours, hours), ("gpu_hours", self.config.gpu_hours, gpu_hours)):
             if limit and used >= limit:
@@ -160,13 +161,14 @@ class Search:
         return ""
 
     def heard(self, number: int, figures: Mapping[str, Any], alone: bool = True) -> Ended | None:
-        """Hear of an evaluation. How the trial is to end if it is to stop: it is behind, or the budget is used up.
+        """Record an evaluation; return how the trial is to end if it must stop, because it is behind or the budget is
+        used up.
 
-        ``alone``: False in a pack, which halves by itself.
+        ``alone``: False in a pack, which does its own halving.
         """
         trial = self.trials[number]
         if trial.state != "running":
-            return None  # it was asked to stop, and some of its workers were still at it
+            return None  # it was asked to stop, and some of its workers had not stopped yet
         point = point_of(figures)
         again = any(old.epoch == point.epoch for old in trial.curve)
         trial = self.trials[number] = with_point(trial, point, self.config.metric)
@@ -177,7 +179,7 @@ class Search:
         return Ended(state="stopped", kind="budget", reason=over) if over else None
 
     def behind(self, number: int) -> str:
-        """Why a trial is stopped early, in words."""
+        """Return the reason for which a trial is stopped early."""
         trial, metric = self.trials[number], self.config.metric
         point = trial.curve[-1]
         return (
@@ -186,8 +188,9 @@ class Search:
         )
 
     def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> bool:
-        """Hear of a trial's end; whether it is news. A trial of several workers ends twice, as it is asked to stop and
-        when it has, and the members of a pack that goes on after a kill may have ended before it."""
+        """Record a trial's end; return whether it was still running. A trial of several workers ends twice, when it is
+        asked to stop and when it has stopped, and members of a pack that resumes after a kill may have ended before it.
+        """
         trial = self.trials[number]
         began = self._running.pop(number, None)
         if trial.state != "running":
@@ -207,14 +210,14 @@ class Search:
         write_json(storage.join(self.folder, "clock.json"), self._clock | {"seconds": hours * 3600})
         return True
 
-    # What came of it
+    # Results
 
     def ranked(self) -> list[Trial]:
-        """Trials that one can train with, best first."""
+        """Return the trials that can be trained with, best first."""
         return ranked(list(self.trials.values()), self.config.metric)
 
     def publish(self) -> None:
-        """Write trials.parquet, and best.json where there is a trial to train with."""
+        """Write trials.parquet, and best.json if there is a trial to train with."""
         write_trials(storage.join(self.folder, "trials.parquet"), list(self.trials.values()), self.config.metric)
         best = self.ranked()
         if best:
@@ -222,7 +225,7 @@ class Search:
 
 
 def claim(job: SearchJob, folder: str) -> None:
-    """Write the search's config.json, or refuse a folder that was begun with another search."""
+    """Write the search's config.json. Raises UserError for a folder that was begun with another search."""
     url = storage.join(folder, "config.json")
     now = to_dict(job)
     old = read_json(url)
@@ -238,5 +241,6 @@ def _lasting(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def search_digest(job: SearchJob) -> str:
-    """Hex digest of what a search is: it names its folder, so that the same command finds it again."""
+    """Return the hex digest of a search's lasting fields. It names the folder, so that the same command finds it
+    again."""
     return hashlib.sha256(json.dumps(_lasting(to_dict(job)), sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""The best few configurations, trained again from new seeds: a search's winner is in part luck, and this says how much.
+"""The best configurations, trained again with new seeds, to measure how much of a search's best result is luck.
 
-Finalists are scored on the held-out part of the training set, as trials are; the validation set is not looked at.
+Finalists are scored on the held-out part of the training set, as trials are; the validation set is not used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mimkd_ray.train.records.run_dir import read_json, write_json
 
 
 class Finals:
-    """The runs of the finalists, handed out like trials. A run that is finished is not repeated."""
+    """The runs of the finalists, handed out like trials. A finished run is not repeated."""
 
     def __init__(self, search: Search) -> None:
         self.search, self.config = search, search.config
@@ -32,12 +32,12 @@ class Finals:
         self._left = [number for number in range(len(self.runs)) if self._result(number) is None]
 
     def place(self, number: int) -> str:
-        """The run directory of a run."""
+        """Return the directory of a run."""
         trial, seed = self.runs[number]
         return storage.join(self.search.folder, "finals", f"{trial:04d}-seed{seed:02d}")
 
     def label(self, number: int) -> str:
-        """How a run is called where it is shown."""
+        """Return the name of a run for display."""
         trial, seed = self.runs[number]
         return f"trial {trial} with seed {seed}"
 
@@ -45,8 +45,8 @@ class Finals:
         return read_json(storage.join(self.place(number), "result.json"))
 
     def next(self) -> list[Planned]:
-        """The next run; empty if there is none. Seeds are new: that by which a trial was chosen is not among them.
-        Views keep theirs, so that all read one cache."""
+        """Return the next run, empty if there is none. Seeds are new: the seed with which a trial was chosen is not
+        among them. Views keep their seed, so that all runs read one cache."""
         if not self._left:
             return []
         number = self._left.pop(0)
@@ -56,15 +56,15 @@ class Finals:
         return [Planned(number, number, self.search.trials[trial].params, to_dict(config))]
 
     def heard(self, number: int, figures: Mapping[str, Any], alone: bool = True) -> Ended | None:
-        """Every finalist runs to its end."""
+        """Return None: every finalist runs to its end."""
         return None
 
     def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> bool:
-        """Hear of a run's end."""
+        """Record a run's end; return True."""
         return True
 
     def publish(self) -> list[Final]:
-        """Write best.json with the config of the finalist whose mean is best (finals.json has them all), and return the
+        """Write best.json with the config of the finalist with the best mean (finals.json has them all), and return the
         finalists, best first. Those with a failed run are left out."""
         found: dict[int, dict[int, Mapping[str, float]]] = {}
         for number, (trial, seed) in enumerate(self.runs):

@@ -1,4 +1,4 @@
-"""The algorithm of a search, by Optuna: what to try next, and which trials are behind."""
+"""The algorithm of a search, by Optuna: the next hyperparameters, and the trials that are behind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Asked(NamedTuple):
 
 
 class _Ask:
-    """Answers a space's questions from an Optuna trial."""
+    """A `Suggest` that takes a space's values from an Optuna trial."""
 
     def __init__(self, trial: optuna.Trial, points: int) -> None:
         self.trial, self.points = trial, points
@@ -44,11 +44,14 @@ class _Ask:
 
 
 class Study:
-    """Asks for trials by number, hears of them, and says which to stop. It lives in memory: after a restart the trials
-    so far are replayed, so that there is no state but theirs."""
+    """The algorithm's state: it gives trials by number, records their evaluations and ends, and decides which to stop.
+
+    It lives in memory: after a restart the trials so far are replayed, so that their records are the only state.
+    """
 
     def __init__(self, config: SearchConfig, build: Callable[[Suggest], Config], known: Sequence[Trial]) -> None:
-        """``known``: trials of an earlier start, by number. Raises UserError if the space lacks their values."""
+        """Replay ``known``, the trials of an earlier start, by number. Raises UserError if the space lacks their
+        values."""
         optuna.logging.set_verbosity(logging.WARNING)
         self.config, self.build = config, build
         # After a restart, other draws than at the start. NumPy's RandomState takes 32 bits.
@@ -90,27 +93,28 @@ class Study:
         return Asked(dict(trial.params), config)
 
     def ask(self, number: int) -> Asked | None:
-        """The next trial, under this number; None where a grid has no more."""
+        """Return the next trial under this number; None if a grid is exhausted."""
         if self._grid is None:
             return self._ask(number)
         params = next(self._grid, None)
         return None if params is None else self._ask(number, params)
 
     def report(self, number: int, epoch: int, value: float) -> bool:
-        """Hear of an evaluation; whether the trial is behind and should stop (asynchronous successive halving)."""
+        """Record an evaluation; return whether the trial is behind and should stop (asynchronous successive
+        halving)."""
         trial = self._trials[number]
         trial.report(value, epoch)
         return self.config.scheduler == "asha" and trial.should_prune()
 
     def tell(self, number: int, state: str, score: float | None) -> None:
-        """Hear of a trial's end."""
+        """Record a trial's end."""
         value = score if state == "completed" else None
         self.study.tell(self._trials.pop(number), value, state=STATES[state] if score is not None else TrialState.FAIL)
 
 
 def halving(config: SearchConfig, epoch: int, values: Mapping[int, float]) -> set[int]:
-    """Synchronous successive halving among the trials of a pack: whom to stop after ``epoch``. One in
-    ``config.reduction`` goes on past a rung, the best; all do elsewhere."""
+    """Return the trials of a pack to stop after ``epoch``, by synchronous successive halving: at a rung the best one in
+    ``config.reduction`` continue; at other epochs all do."""
     if config.scheduler == "none" or not is_rung(config, epoch):
         return set()
     kept = -(-len(values) // config.reduction)
@@ -119,7 +123,7 @@ def halving(config: SearchConfig, epoch: int, values: Mapping[int, float]) -> se
 
 
 def is_rung(config: SearchConfig, epoch: int) -> bool:
-    """Whether ``epoch`` is grace * reduction^k."""
+    """Return whether ``epoch`` is grace * reduction^k."""
     rung = config.grace
     while rung < epoch:
         rung *= config.reduction

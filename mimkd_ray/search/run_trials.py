@@ -1,4 +1,4 @@
-"""The trials of a search in one process: a lone one, or a pack. Data and teacher stay open for the next trial."""
+"""The trials of a search in one process: a single one, or a pack. Data and teacher stay open for the next trial."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from mimkd_ray.train.records import start_times
 from mimkd_ray.train.worker import obtain_teacher
 
 Tell = Callable[[Mapping[int, Mapping[str, Any]]], None]
-"""Hands the figures of an evaluation on, by number of trial. It may end the trial: it raises then."""
+"""Callback for the figures of an evaluation, by number of trial. It raises to end the trial."""
 
 REASON = 2000
-"""Characters of an error that are kept: a loss that is not finite names 64 images before the remedy."""
+"""Characters of an error that are kept: the error of a non-finite loss names 64 images before the remedy."""
 
 
 class TrialContext:
-    """A trial's process: one worker, whose reports go to the search's driver."""
+    """The context of a trial's process: one worker, whose reports go to the search's driver."""
 
     rank, world_size = 0, 1
     reports_are_final = True
@@ -45,15 +45,15 @@ class TrialContext:
         self.device, self.launch_id, self._tell = device, uuid.uuid4().hex, tell
 
     def report(self, metrics: Mapping[str, Any]) -> None:
-        """Tell the driver of an evaluation; all that belongs to it is committed."""
+        """Report an evaluation to the driver; its data is already committed."""
         self._tell(metrics)
 
     def stop_requested(self) -> bool:
-        """A trial ends in a report, or with its process."""
+        """Return False: a trial ends in a report, or with its process."""
         return False
 
     def observe(self, run_dir: str, values: Mapping[str, float]) -> None:
-        """A search shows its trials by what they report."""
+        """Do nothing: a search shows its trials by their reports."""
 
     def preemption(self) -> Preemption | None:
         """Return None: trials save at every evaluation in any case."""
@@ -61,13 +61,13 @@ class TrialContext:
 
 
 class Opened:
-    """The data set and the teacher of the last trial, for the next one that has the same."""
+    """The data set and the teacher of the last trial, kept for the next one that has the same."""
 
     def __init__(self) -> None:
         self.key: Any = None
 
     def get(self, config: Config, context: Context, folder: str) -> tuple[Data, nn.Module | None, dict[str, Any]]:
-        """Open them, or take those that are open."""
+        """Open the data set and the teacher, or return those that are open."""
         value = to_dict(config)
         seed = config.train.seed if config.teacher.weights == "random" and not config.teacher.train else None
         key = (folder, value["data"], value["teacher"], seed, config.loss.uses_teacher)
@@ -77,7 +77,7 @@ class Opened:
             start_times.mark("data")
             self.found = (data, *obtain_teacher(config, data, context, folder))
             self.key = key
-        start_times.mark("data")  # at once where it was open
+        start_times.mark("data")  # immediate if it was open
         start_times.mark("teacher")
         return self.found
 
@@ -86,8 +86,8 @@ _opened = Opened()
 
 
 def prepare(config: Config, folder: str, device: torch.device) -> None:
-    """What comes before the first trial: train the teacher where the config says so, measure it once, and see that the
-    cache holds whatever trials may read. ``config`` is the widest of the search. Raises UserError."""
+    """Prepare the first trial: train the teacher if the config says so, measure it once, and check that the cache holds
+    everything that trials may read. ``config`` is the widest of the search. Raises UserError."""
     context = TrialContext(device, lambda _: None)
     data, teacher, _ = _opened.get(config, context, folder)
     if config.cache.reads:
@@ -102,7 +102,7 @@ def run_trials(
     device: torch.device,
     tell: Tell,
 ) -> dict[int, Ended]:
-    """Train them to their ends. One that fails is an :class:`Ended` and no exception.
+    """Train the trials to their ends. One that fails is an :class:`Ended`, not an exception.
 
     ``folder`` is the search's (the teacher is there), ``places`` are the trials' own. Raises what ``tell`` raises.
     """
@@ -121,7 +121,7 @@ def run_trials(
                 storage.write_bytes(storage.join(places[each.number], "error.txt"), traceback.format_exc().encode())
         outcomes = {each.number: Ended(state="failed", kind=kind, reason=reason) for each in planned}
         del error
-    gc.collect()  # after an allocation that failed, before the next trial
+    gc.collect()  # frees memory after a failed allocation, before the next trial
     if device.type == "cuda":
         torch.cuda.empty_cache()
     marks = start_times.marks()
@@ -134,7 +134,7 @@ def run_trials(
 
 
 class Telling:
-    """Remembers what the driver raised, to be told from a trial's own failure."""
+    """A wrapper of `tell` that keeps its exception, to distinguish it from a trial's own failure."""
 
     def __init__(self, tell: Tell) -> None:
         self.tell = tell
@@ -192,7 +192,7 @@ def _ended(search: SearchConfig, outcome: Outcome) -> Ended:
 
 
 def explain(error: BaseException) -> tuple[Ending, str]:
-    """Kind and reason of a trial that failed."""
+    """Return the kind and reason of a trial that failed."""
     text = " ".join(str(error).split())[:REASON]
     if isinstance(error, NonFiniteLossError):
         return "non-finite", text

@@ -1,7 +1,7 @@
-"""Named search spaces, beside the recipes: what `jobs/search.py --search.space NAME ...` may search.
+"""Named search spaces: the names that `jobs/search.py --search.space NAME ...` accepts.
 
-They are asked in the order of `SPACES`, so that later ones see what earlier ones chose: the temperature is asked for
-only where the critic has one, and the weight of a kind of term only where the kind is on.
+Spaces are evaluated in the order of `SPACES`, so that later ones depend on the choices of earlier ones: the temperature
+is chosen only if the critic has one, and the weight of a kind of term only if the kind is on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _loss(config: Config, **changes: Any) -> Config:
 
 
 def critic(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
-    """The critic's kind, what its sides may learn, and their width."""
+    """Choose the critic's kind, the layers of its sides, and their width."""
     kinds: tuple[Literal["dot", "concat"], ...] = ("dot", "concat")
     kind = suggest.choice("critic.kind", kinds)
     own = replace(config.loss.critic, kind=kind, teacher=None, student=None)
@@ -37,7 +37,7 @@ def critic(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
 
 
 def temperature(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
-    """The dot critic's temperature, 0.02 to 1, fixed or as the start of a learned one."""
+    """Choose the dot critic's temperature, 0.02 to 1, fixed or as the initial value of a learned one."""
     own = config.loss.critic
     if own.kind != "dot":
         return config
@@ -48,7 +48,7 @@ def temperature(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
 
 
 def bound(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
-    """The bound on mutual information, and where its negatives are from: lane, earlier steps, step or cache."""
+    """Choose the bound on mutual information, and the source of its negatives: lane, earlier steps, step or cache."""
     options: list[Negatives] = ["all", "rolled", "queue"]
     if config.cache.reads:
         options.append("cache")
@@ -59,7 +59,7 @@ def bound(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
 
 
 def taps(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
-    """Any subset of the candidate pairs of the feature terms; the map of the local term."""
+    """Choose any subset of the candidate pairs of the feature terms, and the map of the local term."""
     chosen = tuple(pair for pair in pairs.feature if suggest.choice(f"feature {pair}", (True, False)))
     config = _loss(config, feature_pairs=chosen) if chosen else _loss(config, feature_weight=0.0)
     if config.loss.weight("local") and len(pairs.local) > 1:
@@ -68,7 +68,7 @@ def taps(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
 
 
 def kd(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
-    """Hinton's KD beside the terms: its weight, 0.03 to 3, and temperature, or none."""
+    """Choose Hinton's KD beside the terms, with weight 0.03 to 3 and a temperature, or none."""
     if not suggest.choice("kd", (True, False)):
         return _loss(config, kd_weight=0.0)
     weight = suggest.number("kd_weight", 0.03, 3.0, log=True)
@@ -76,7 +76,7 @@ def kd(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
 
 
 def negatives(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
-    """Which negatives count: those of the same class, hard ones alone, those at other locations."""
+    """Choose the negatives that count: those of the same class, only hard ones, those at other locations."""
     same: tuple[SameClass, ...] = ("keep", "leave_out")
     where: tuple[Literal["same", "all"], ...] = ("same", "all")
     config = _loss(config, same_class=suggest.choice("same_class", same))
@@ -90,7 +90,8 @@ def negatives(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
 
 
 def target(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
-    """What InfoNCE aims at: the positive or the teacher's similarities (0.05 to 0.5), in one or both directions."""
+    """Choose InfoNCE's target: the positive or the teacher's similarities (temperature 0.05 to 0.5), in one or both
+    directions."""
     own = config.loss
     if own.resolved_bound != "infonce" or own.resolved_negatives == "rolled":
         return config
@@ -101,9 +102,10 @@ def target(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
 
 
 def weights(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
-    """The weight of each kind of term, 0.01 to 30, or none. Feature terms are off where no pair was chosen.
+    """Choose the weight of each kind of term, 0.01 to 30, or none. Feature terms are off if no pair was chosen.
 
-    The last kind is on where nothing else reads the teacher: a student alone would tell a search nothing new."""
+    The last kind is on if nothing else reads the teacher: a student alone would give a search no information.
+    """
     kinds = [kind for kind in KINDS if config.loss.weight(kind)]
     config = _loss(config, **dict.fromkeys((f"{kind}_weight" for kind in kinds), 0.0))
     for kind in kinds:
@@ -115,14 +117,14 @@ def weights(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
 
 
 def rival(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
-    """The factor on the published weights of the rivals in `loss.name`, 0.1 to 10."""
+    """Choose the factor on the published weights of the rivals in `loss.name`, 0.1 to 10."""
     if not config.loss.rivals and "kd" not in config.loss.name:
         return config
     return _loss(config, rival_weight=suggest.number("rival_weight", 0.1, 10.0, log=True))
 
 
 def rate(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
-    """The learning rate, from a quarter to four times the recipe's."""
+    """Choose the learning rate, from a quarter to four times the recipe's."""
     lr = config.optim.lr
     return replace(config, optim=replace(config.optim, lr=suggest.number("lr", lr / 4, lr * 4, log=True)))
 

@@ -1,11 +1,11 @@
-"""Search spaces: functions that turn a base config into a trial's, asking for every value that may differ.
+"""Search spaces: functions that turn a base config into a trial's and ask a `Suggest` for every value that may differ.
 
     def temperature(suggest: Suggest, config: Config, taps: Candidates) -> Config:
         value = suggest.number("critic.temperature", 0.02, 1.0, log=True)
         return replace(config, loss=replace(config.loss, critic=replace(config.loss.critic, temperature=value)))
 
-A value that is asked for under a condition exists only in the trials that meet it. One function serves every algorithm:
-random draws and Optuna answer the questions, and a grid answers them in every possible way.
+A value that is requested under a condition exists only in the trials that meet it. One function serves every algorithm:
+random draws and Optuna give one answer to each request, and a grid gives every combination of answers.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ V = TypeVar("V", bound=Value)
 
 
 class Suggest(Protocol):
-    """Answers a space's questions."""
+    """The source of a space's values."""
 
     def number(self, name: str, low: float, high: float, log: bool = False) -> float:
-        """A number in [low, high]; ``log``: evenly by factors."""
+        """Return a number in [low, high]; ``log``: evenly spaced by factors."""
 
     def choice(self, name: str, options: Sequence[V]) -> V:
-        """One of ``options``."""
+        """Return one of ``options``."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,20 @@ class Candidates:
     """Tap pairs "teacher:student" that a search may choose from, shallow to deep."""
 
     feature: tuple[str, ...]
-    """Map with map."""
+    """Pairs of maps."""
     local: tuple[str, ...]
-    """Teacher's vector with a student's map."""
+    """Pairs of the teacher's vector with a student's map."""
     default: Mapping[Kind, tuple[str, ...]]
-    """What a loss without configured pairs would read, by kind of term."""
+    """Pairs that a loss without configured pairs would read, by kind of term."""
 
 
 Space = Callable[[Suggest, Config, Candidates], Config]
 
 
 def find_spaces(names: Sequence[str], known: Mapping[str, Space]) -> list[Space]:
-    """The functions of these names; "package.module:function" is imported. Known ones come in the order of ``known``,
-    which lets the conditions of one depend on an earlier one. Raises UserError for a name that is neither."""
+    """Return the spaces of these names; "package.module:function" is imported. Known ones come in the order of
+    ``known``, so that the conditions of one can depend on an earlier one. Raises UserError for a name that is neither.
+    """
     found = []
     for name in names:
         module, _, function = name.partition(":")
@@ -66,7 +67,7 @@ def find_spaces(names: Sequence[str], known: Mapping[str, Space]) -> list[Space]
 
 
 def compose(spaces: Sequence[Space], base: Config, candidates: Candidates) -> Callable[[Suggest], Config]:
-    """One function that asks all questions of all spaces, in order."""
+    """Return one function that applies all spaces in order."""
 
     def build(suggest: Suggest) -> Config:
         config = base
@@ -78,7 +79,7 @@ def compose(spaces: Sequence[Space], base: Config, candidates: Candidates) -> Ca
 
 
 def grid_values(low: float, high: float, points: int, log: bool) -> list[float]:
-    """``points`` numbers from low to high, evenly spaced (by factors if ``log``)."""
+    """Return ``points`` numbers from low to high, evenly spaced (by factors if ``log``)."""
     if points == 1:
         return [math.sqrt(low * high) if log else (low + high) / 2]
     shares = [at / (points - 1) for at in range(points)]
@@ -87,7 +88,7 @@ def grid_values(low: float, high: float, points: int, log: bool) -> list[float]:
 
 
 class _Path:
-    """Answers questions along one path of the tree of all answers, and remembers it."""
+    """A `Suggest` that follows one path of the tree of all answers and records it."""
 
     def __init__(self, path: Sequence[int], points: int) -> None:
         self.path, self.points = list(path), points
@@ -109,7 +110,7 @@ class _Path:
 
 
 def grid(build: Callable[[Suggest], Config], points: int) -> Iterator[dict[str, Value]]:
-    """Every combination of answers, conditions followed: the last question changes fastest."""
+    """Yield every combination of answers, including conditional ones: the last value changes fastest."""
     path: list[int] = []
     while True:
         walk = _Path(path, points)

@@ -1,4 +1,4 @@
-"""Tap pairs that a search may choose from, and what any of its trials may read of the teacher."""
+"""Tap pairs from which a search may choose, and everything of the teacher that its trials may read."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from mimkd_ray.taps.tapped_model import find_shapes
 from mimkd_ray.train.build import KINDS
 
 MAX_SIDE = 16
-"""Student maps are at most 16x16: a 32x32 map costs sixteen times an 8x8 one."""
+"""Largest height and width of student maps: a 32x32 map costs sixteen times as much as an 8x8 one."""
 
 DRAWS = 512
-"""Random trials that are looked at to see what a search may read."""
+"""Random trials from which the readings of a search are collected."""
 
 V = TypeVar("V", bound=Value)
 
 
 def find_candidates(config: Config, num_classes: int) -> Candidates:
-    """The candidate pairs of teacher and student: those that the config names, else their stages, deepest with deepest
-    and with those one stage apart, where the student's map is at most 16x16. Builds both without memory."""
+    """Return the candidate pairs of teacher and student: those that the config names, else stages of the same depth
+    from the deepest up and those one stage apart, if the student's map is at most 16x16. Builds both networks without
+    memory."""
     with torch.device("meta"):
         teacher = build_model(config.teacher.name, num_classes, "random", config.data.image_size)
         student = build_model(config.student.name, num_classes, "random", config.data.image_size)
@@ -53,7 +54,7 @@ def find_candidates(config: Config, num_classes: int) -> Candidates:
 
 
 def near_pairs(teacher: Stages, student_maps: Sequence[str]) -> tuple[str, ...]:
-    """Pairs of maps, counted from the deepest, that are at most one stage apart; shallow ones first."""
+    """Return the pairs of maps that are at most one stage apart, counted from the deepest; shallow ones first."""
     return tuple(
         f"{teacher_map}:{student_map}"
         for up_t, teacher_map in list(enumerate(reversed(teacher.maps)))[::-1]
@@ -63,10 +64,10 @@ def near_pairs(teacher: Stages, student_maps: Sequence[str]) -> tuple[str, ...]:
 
 
 class _Draw:
-    """Random answers."""
+    """A `Suggest` with random answers."""
 
     def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)  # not `seeds.derive`: these draws decide what a search's cache must hold
+        self.random = random.Random(seed)  # not `seeds.derive`: these draws determine what a search's cache must hold
 
     def number(self, name: str, low: float, high: float, log: bool = False) -> float:
         return low if self.random.random() < 0.5 else high
@@ -76,8 +77,8 @@ class _Draw:
 
 
 def widest(build: Callable[[Suggest], Config], candidates: Candidates) -> Config:
-    """A config that reads all that any trial may read of the teacher: of many random trials the union of kinds, pairs
-    and logits. What a cache needs for it, it needs for the search."""
+    """Return a config that reads everything of the teacher that any trial may read: the union of kinds, pairs and
+    logits over many random trials. A cache that serves this config serves the whole search."""
     draws = [build(_Draw(seed)) for seed in range(DRAWS)]
     found: dict[str, object] = {
         "kd_weight": max(draw.loss.resolved_kd_weight for draw in draws),

@@ -1,13 +1,13 @@
-"""What a search has at rest: one folder for each trial, below the search's own.
+"""The stored state of a search: one folder for each trial, below the search's own.
 
     config.json                 the search job
     trials/0007/trial.json      number, pack, hyperparameters; written when the trial is chosen
     trials/0007/...             the trial's run directory: config, metrics, checkpoints, best student
-    trials/0007/ended.json      how and why it ended; written last
+    trials/0007/ended.json      state, kind and reason of its end; written last
     trials.parquet  best.json  report.html
 
-A trial with the first file and without the last one is unfinished, and goes on after a restart. Plain JSON throughout,
-so a search is resumed without unpickling anything. Only the driver of the search writes these files.
+A trial with the first file and without the last one is unfinished and is resumed after a restart. All files are plain
+JSON, so a search is resumed without unpickling. Only the driver of the search writes these files.
 """
 
 from __future__ import annotations
@@ -24,58 +24,58 @@ from mimkd_ray.search.trials import Point, Trial, Value, direction
 from mimkd_ray.train.records.run_dir import read_json, read_metrics, write_json
 
 THREADS = 16
-"""Trials are read from object storage in parallel."""
+"""Threads that read trials from object storage."""
 
 Ending = Literal["", "early", "budget", "out of memory", "non-finite", "error", "lost"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a trial ended."""
+    """The end of a trial: state, kind, reason and time."""
 
     state: Literal["completed", "stopped", "failed"]
     kind: Ending = ""
     reason: str = ""
     seconds: float = 0.0
-    """Of its last start."""
+    """Duration of its last start."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Seconds of the stages before its first step."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A trial that is to run: new, or from before a restart."""
+    """A trial that is to run, new or from before a restart."""
 
     number: int
     pack: int
-    """The first number of its pack; its own where it is alone."""
+    """First number of its pack; its own number if it is alone."""
     params: Mapping[str, Value]
     config: Mapping[str, Any]
-    """The whole config, as JSON."""
+    """The whole config as JSON."""
 
 
 class Ledger:
-    """Writes and reads the folders of trials."""
+    """The writer and reader of the trials' folders."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
     def place(self, number: int) -> str:
-        """The run directory of a trial."""
+        """Return the run directory of a trial."""
         return storage.join(self.folder, "trials", f"{number:04d}")
 
     def begin(self, planned: Planned) -> None:
-        """Note a new trial."""
+        """Record a new trial."""
         value = {"number": planned.number, "pack": planned.pack, "params": dict(planned.params)}
         write_json(storage.join(self.place(planned.number), "trial.json"), value | {"config": planned.config})
 
     def end(self, number: int, ended: Ended) -> None:
-        """Note how a trial ended."""
+        """Record a trial's end."""
         value = {"state": ended.state, "kind": ended.kind, "reason": ended.reason, "seconds": ended.seconds}
         write_json(storage.join(self.place(number), "ended.json"), value | {"details": dict(ended.details)})
 
     def read(self, metric: Metric) -> tuple[list[Trial], dict[int, int]]:
-        """All trials by number, with their curves, and their packs."""
+        """Return all trials by number, with their curves, and their packs."""
         folders = sorted(storage.list_dirs(storage.join(self.folder, "trials")))
         with ThreadPoolExecutor(THREADS) as pool:
             found = [each for each in pool.map(lambda place: _read(place, metric), folders) if each is not None]
@@ -103,7 +103,7 @@ def _read(place: str, metric: Metric) -> tuple[Trial, int] | None:
 
 
 def point_of(figures: Mapping[str, Any]) -> Point:
-    """An evaluation, from what a run says of it."""
+    """Return an evaluation from the figures that a run reports."""
     nats = [value for key, value in figures.items() if key.endswith("/nats") and value is not None]
     return Point(
         epoch=figures["epoch"],
@@ -116,8 +116,8 @@ def point_of(figures: Mapping[str, Any]) -> Point:
 
 
 def with_point(trial: Trial, point: Point, metric: Metric) -> Trial:
-    """The trial after one more evaluation; one that it has already (a trial that went on from a checkpoint repeats
-    some) takes the old one's place."""
+    """Return the trial after one more evaluation. If it already has one of that epoch (a trial that resumes from a
+    checkpoint repeats some), the new one replaces it."""
     curve = (*(old for old in trial.curve if old.epoch < point.epoch), point)
     finite = [each for each in curve if math.isfinite(getattr(each, metric))]
     if not finite:
@@ -127,5 +127,5 @@ def with_point(trial: Trial, point: Point, metric: Metric) -> Trial:
 
 
 def _number(value: float | None) -> float:
-    """JSON knows no infinity: files have null in its place."""
+    """Return the number, with infinity for None: JSON has no infinity, so files have null in its place."""
     return math.inf if value is None else value

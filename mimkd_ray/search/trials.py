@@ -1,12 +1,12 @@
 """The records of a hyperparameter search, and trials.parquet: one row for each trial.
 
-    number, state, kind, reason, score, best_epoch, seconds    what became of the trial
-    param/NAME                                                 double, int64, bool or string; null: it had none
+    number, state, kind, reason, score, best_epoch, seconds    the trial's state and result
+    param/NAME                                                 double, int64, bool or string; null: it has none
     config                                                     the whole config, JSON
     curve                                                      list of evaluations, in the order they were made
 
-The schema's metadata says what a score is: `metric` and `direction`. Records hold what was measured, also NaN and
-infinities: these are legal doubles in Parquet. The config is strict JSON, in which they become null.
+The schema's metadata defines the score: `metric` and `direction`. Records hold all measured values, also NaN and
+infinities, which are legal doubles in Parquet. The config is strict JSON, in which they become null.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Value = float | int | str | bool
 STATES = get_args(State)
 
 DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {"top1": "maximize", "cross_entropy": "minimize"}
-"""What a search can score by, and which way is better."""
+"""Metrics by which a search can score, and their better direction."""
 
 _PARAM = "param/"
 _JSON = {b"encoding": b"json"}
@@ -42,41 +42,41 @@ class Point:
     """One evaluation of a trial on held-out images."""
 
     epoch: int
-    """Epochs trained by then."""
+    """Epochs trained at that time."""
     step: int
-    """Steps trained by then."""
+    """Steps trained at that time."""
     top1: float
     """Percent."""
     top5: float
     """Percent."""
     cross_entropy: float
-    """Nats for an image."""
+    """Nats per image."""
     nats: float | None = None
-    """Mutual information with the teacher, summed over the terms; None: not read."""
+    """Mutual information with the teacher, summed over the terms; None: not measured."""
     seconds: float | None = None
-    """Since the trial's start; None: not known."""
+    """Seconds since the trial's start; None: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One trial: what was tried, what came of it, and why it ended."""
+    """One trial: its hyperparameters, its evaluations, and its end."""
 
     number: int
-    """From 0, in the order of their start."""
+    """Number from 0, in the order of their start."""
     state: State
-    """completed: trained to its end. stopped: ended early on purpose. failed: ended by what `kind` says."""
+    """completed: trained to its end. stopped: ended early on purpose. failed: ended for the reason in `kind`."""
     kind: str = ""
-    """"", early, budget, out of memory, non-finite, error, lost."""
+    """Kind of the end: "", early, budget, out of memory, non-finite, error or lost."""
     reason: str = ""
-    """One sentence: why it ended."""
+    """Reason of the end, in one sentence."""
     params: Mapping[str, Value]
-    """Only those that this trial had: spaces are conditional."""
+    """Hyperparameters of this trial; spaces are conditional, so others may have more."""
     score: float | None = None
-    """Best held-out value so far. Its name belongs to the table."""
+    """Best held-out value so far, of the metric named in the table."""
     best_epoch: int | None = None
-    """Where `score` was reached."""
+    """Epoch at which `score` was reached."""
     seconds: float = 0.0
-    """From start to end, or so far."""
+    """Seconds from start to end, or so far."""
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The whole config as JSON."""
     curve: tuple[Point, ...] = ()
@@ -89,7 +89,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Final:
-    """One of the best trials, trained anew with several seeds and scored on the held-out training rows."""
+    """One of the best trials, trained again with several seeds and scored on the held-out training rows."""
 
     trial: int
     """Number of the trial that its config comes from."""
@@ -108,14 +108,14 @@ class Final:
 
     @property
     def sd(self) -> float | None:
-        """Sample standard deviation over the seeds; None for one seed, and where a result is not finite."""
+        """Sample standard deviation over the seeds; None for one seed, and if a result is not finite."""
         if len(self.top1) < 2 or not all(map(math.isfinite, self.top1)):
             return None
         return statistics.stdev(self.top1)
 
 
 def direction(metric: str) -> Literal["maximize", "minimize"]:
-    """Return "maximize" or "minimize". Raises UserError for a metric that no search scores by."""
+    """Return "maximize" or "minimize". Raises UserError for a metric by which no search scores."""
     if metric not in DIRECTIONS:
         known = " or ".join(DIRECTIONS)
         raise UserError(f"no metric {metric!r}: a search scores by {known}{nearest(metric, DIRECTIONS)}")
@@ -123,14 +123,14 @@ def direction(metric: str) -> Literal["maximize", "minimize"]:
 
 
 def is_finite(value: float | None) -> TypeGuard[float]:
-    """Whether a number is there and can be compared and drawn."""
+    """Return whether a number is given and finite."""
     return value is not None and math.isfinite(value)
 
 
 def ranked(trials: Sequence[Trial], metric: str) -> list[Trial]:
-    """Return the trials one can train with, best first: completed or stopped, with a finite score.
+    """Return the trials that can be trained with, best first: completed or stopped, with a finite score.
 
-    Equal scores keep the order of their numbers. Failed trials are left out, whatever they had reached.
+    Equal scores keep the order of their numbers. Failed trials are left out, whatever score they had reached.
     """
     sign = -1.0 if direction(metric) == "maximize" else 1.0
     usable = [trial for trial in trials if trial.state in ("completed", "stopped") and is_finite(trial.score)]
@@ -191,7 +191,7 @@ def from_table(table: Any) -> tuple[list[Trial], str]:
 
 
 def write_trials(url: str, trials: Sequence[Trial], metric: str) -> None:
-    """Publish trials.parquet at `url`, local or remote, at once: readers see the old table or the new one."""
+    """Write trials.parquet to `url`, local or remote, atomically: readers see the old table or the new one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -221,7 +221,7 @@ def param_names(trials: Sequence[Trial]) -> list[str]:
 
 
 def _param_column(name: str, values: list[Value | None]) -> tuple[Any, list[Any]]:
-    """Return the field and its values: of the narrowest type that gives every value back, else as JSON."""
+    """Return the field and its values: of the narrowest type that represents every value exactly, else as JSON."""
     import pyarrow as pa
 
     there = [value for value in values if value is not None]

@@ -1,1 +1,1 @@
-"""Taps: features of named layers, which layers those are by default, and how teacher and student pair."""
+"""Taps: features of named layers, the default layers, and the pairing of teacher and student."""

@@ -1,6 +1,6 @@
-"""Default taps: the stages of a network and its penultimate vector, found by watching a dry forward pass.
+"""Default taps: the stages of a network and its penultimate vector, found in a dry forward pass.
 
-`default_taps` names them as the layers return them, `before_activation` the same features before their activation.
+`default_taps` names the layers' outputs, `before_activation` the same features before their activation.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ _ACTIVATIONS = (
     nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Threshold, nn.Softplus, nn.Softsign, nn.Sigmoid, nn.Hardsigmoid,
     nn.LogSigmoid, nn.Tanh,
 )  # fmt: skip
-"""Modules that change every value by itself. (ReLU6 is a Hardtanh.)"""
+"""Modules that change every value separately. (ReLU6 is a Hardtanh.)"""
 LARGE_IMAGE = 64
-"""From this side on, stages finer than a quarter of the image (stems before the first stage) are left out."""
+"""Smallest image side for which stages finer than a quarter of the image (stems before the first stage) are left
+out."""
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Where to tap a network: module paths."""
+    """The layers at which to tap a network, as module paths."""
 
     maps: tuple[str, ...]
     """Layers that return maps or token grids, shallow to deep."""
     vector: str
-    """The penultimate representation: `to_vector` of this layer."""
+    """Layer of the penultimate representation, read through `to_vector`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,17 +51,16 @@ class _Found:
 
 
 def default_taps(model: nn.Module, image_size: int) -> Stages:
-    """Stages of a classifier for square images of `image_size` pixels.
+    """Return the stages of a classifier for square images of `image_size` pixels.
 
-    A network may say them itself in an attribute `default_stages` (maps, then the vector), as the CIFAR
-    networks do. Otherwise, per spatial resolution: the layer that finished last among those inside the
-    fewest blocks, by its shortest name (so `layer1`, not `layer1.1.relu`); resolutions that differ by less
-    than a third count as one, and a resolution where this layer is a mere pooling is left out. For images
-    of 64 pixels and more, stages finer than a quarter of the image are left out. A network with a single
-    resolution (ViT) gives its blocks at the four quarters. Layers whose output is overwritten in place are
-    never chosen. `vector` is the last layer before the classifier that returns a vector or a 1x1 map;
-    without one, the last layer that can be tapped (mean over its places, or class token). Raises UserError
-    if there is no map at all.
+    A network may give them itself in an attribute `default_stages` (maps, then the vector), as the CIFAR networks do.
+    Otherwise each spatial resolution has one stage: the layer that finished last among those inside the fewest blocks,
+    by its shortest name (so `layer1`, not `layer1.1.relu`). Resolutions that differ by less than a third count as one,
+    and a resolution whose layer is a pooling is left out. For images of 64 pixels and more, stages finer than a quarter
+    of the image are left out. A network with a single resolution (ViT) has its blocks at the four quarters as stages.
+    Layers whose output is overwritten in place are never chosen. `vector` is the last layer before the classifier that
+    returns a vector or a 1x1 map; without one, the last layer that can be tapped (mean over its places, or class
+    token). Raises UserError if there is no map at all.
     """
     own = getattr(model, "default_stages", None)
     if own:
@@ -81,15 +81,14 @@ def default_taps(model: nn.Module, image_size: int) -> Stages:
 
 
 def before_activation(model: nn.Module, image_size: int, names: Sequence[str]) -> dict[str, str]:
-    """The taps of the same features before their activation, by the names of the taps in `names`.
+    """Return the taps of the same features before their activation, by the names of the taps in `names`.
 
-    If what a layer returns is the output of an activation module, that module itself or one inside it, such as
-    `stage3.0.relu` of `stage3`, the tap is the input of that module, `stage3.0.relu@input`, of the same shape.
-    Otherwise it is the layer itself: its output is not activated (the stages of wide resnets and MobileNetV2,
-    a pooled vector), or it is activated by a function call, which is not seen (torch.nn.functional.relu). An
-    activation that works in place has such a tap too: `TappedModel` copies its input. The names are paths of
-    layers, such as those of `default_taps`; a tap of an input stays what it is. Raises UserError for a name
-    that cannot be tapped.
+    If a layer's output is the output of an activation module, itself or one inside it, such as `stage3.0.relu` of
+    `stage3`, the tap is the input of that module, `stage3.0.relu@input`, of the same shape. Otherwise it is the layer
+    itself: its output is not activated (the stages of wide resnets and MobileNetV2, a pooled vector), or it is
+    activated by a function call, which cannot be detected (torch.nn.functional.relu). An activation that works in place
+    has such a tap too: `TappedModel` copies its input. The names are paths of layers, such as those of `default_taps`;
+    a tap of an input is returned unchanged. Raises UserError for a name that cannot be tapped.
     """
     run = dry_run(model, image_size)
     return {name: _before_activation(model, run, name) for name in names}
@@ -104,7 +103,8 @@ def _before_activation(model: nn.Module, run: DryRun, name: str) -> str:
         if isinstance(other.module, _ACTIVATIONS) and other.key == call.key and other.path in run.inputs:
             before = run.inputs[other.path]
             found = _tappable(run, before)
-            # Reshaped behind the activation, it is no counterpart: a map in place of a vector.
+            # If the output was reshaped after the activation, its input is not the same feature: a map instead of a
+            # vector.
             if found is not None and replace(found, name=name) == shape:
                 return before.path
     return name
@@ -116,10 +116,10 @@ def _tappable(run: DryRun, call: Call) -> TapShape | None:
 
 
 def _before_head(run: DryRun) -> list[Call]:
-    """The calls that finished before the classifier, which is the last layer with parameters of its own.
+    """Return the calls that finished before the classifier, the last layer with parameters of its own.
 
-    It counts as such only if it returns one value per class; what follows it (activation, pooling) is its
-    part.
+    That layer counts as the classifier only if it returns one value per class; everything after it (activation,
+    pooling) belongs to it.
     """
     calls = list(run.calls.values())
     classes = run.logits.shape[1] if isinstance(run.logits, Tensor) and run.logits.dim() == 2 else None
@@ -137,7 +137,7 @@ def _before_head(run: DryRun) -> list[Call]:
 
 
 def _per_resolution(grids: list[_Found], image_size: int) -> list[_Found]:
-    """The last of the outermost layers of each resolution, fine to coarse."""
+    """Return the last of the outermost layers of each resolution, fine to coarse."""
     finest = image_size / 4 if image_size >= LARGE_IMAGE else image_size
     sides = {found.side for found in grids}
     if any(side <= finest for side in sides):
@@ -150,7 +150,7 @@ def _per_resolution(grids: list[_Found], image_size: int) -> list[_Found]:
         outer.append(([found for found, depth in depths if depth == least][-1], least))
     chosen: list[_Found] = []
     for number, (last, depth) in enumerate(outer):
-        # A fine grid deep inside a coarse stage is no stage of its own: attention weights look like a map.
+        # A fine grid deep inside a coarse stage is not a stage: attention weights look like a map.
         if any(other.call.order < last.call.order and less <= depth for other, less in outer[number + 1 :]):
             continue
         names = [found for found in grids if found.call.key == last.call.key]
@@ -163,7 +163,7 @@ def _per_resolution(grids: list[_Found], image_size: int) -> list[_Found]:
 
 
 def _trunks(grids: list[_Found]) -> set[str]:
-    """Paths of the containers that hold a pyramid, three resolutions and more; a block holds one or two."""
+    """Return the paths of the containers that hold a pyramid of three resolutions or more; a block holds one or two."""
     sides: dict[str, set[int]] = {}
     for found in grids:
         sides.setdefault(_parent(found.call.path), set()).add(found.side)
@@ -171,7 +171,7 @@ def _trunks(grids: list[_Found]) -> set[str]:
 
 
 def _nesting(found: _Found, trunks: set[str]) -> int:
-    """How many blocks the layer is inside of: its ancestors, less the root and the trunks."""
+    """Return the number of blocks that contain the layer: its ancestors, less the root and the trunks."""
     depth = 0
     path = _parent(found.call.path)
     while path:
@@ -185,12 +185,12 @@ def _parent(path: str) -> str:
 
 
 def _shortest(group: list[_Found]) -> _Found:
-    """Of several names for one tensor the one nearest to the root, the first of equals."""
+    """Return, of several names for one tensor, the one nearest to the root; the first of equals."""
     return min(group, key=lambda found: found.call.path.count("."))
 
 
 def _quarters(grids: list[_Found]) -> list[_Found]:
-    """Of the longest run of equal blocks (siblings of one class and shape) the last of each quarter."""
+    """Return the last block of each quarter of the longest run of equal blocks (siblings of one class and shape)."""
     runs: dict[tuple[object, ...], list[_Found]] = {}
     for found in grids:
         shape = found.shape
@@ -204,7 +204,7 @@ def _quarters(grids: list[_Found]) -> list[_Found]:
 
 
 def _vector(run: DryRun, body: list[Call], usable: list[_Found]) -> str | None:
-    """The path of the penultimate representation, None if what comes last cannot be tapped."""
+    """Return the path of the penultimate representation, None if the last layers cannot be tapped."""
     by_path = {found.call.path: found for found in usable}
     for call in reversed(body):
         shape = shape_of(call, run.side)
@@ -214,7 +214,7 @@ def _vector(run: DryRun, body: list[Call], usable: list[_Found]) -> str | None:
         same = [found for found in usable if found.call.key == call.key]
         same = [found for found in same if not isinstance(found.call.module, (_DropoutNd, nn.Identity))]
         if grid:
-            # No vector between the last map and the classifier: the map itself, if nothing overwrites it.
+            # There is no vector between the last map and the classifier: use the map itself, unless it is overwritten.
             return _shortest(same).call.path if same else None
         if call.path in by_path and same:
             return _shortest(same).call.path

@@ -1,4 +1,5 @@
-"""From configured (or chosen) tap pairs to the terms of a loss, checked against the networks' real shapes."""
+"""Conversion of configured (or automatic) tap pairs to the terms of a loss, checked against the networks' real
+shapes."""
 
 from __future__ import annotations
 
@@ -39,9 +40,9 @@ def choose_pairs(
     student_shapes: Mapping[str, TapShape],
     max_side: int,
 ) -> list[Pair]:
-    """The pairs of a kind that no config names: vectors with vectors, and stages from the deepest upwards, deepest
-    with deepest, where the student's map is at most ``max_side`` high and wide. Local terms pair the teacher's vector
-    with the deepest of these student maps alone: with a 14x14 map as well they cost more than twice as much."""
+    """Return the pairs of a kind for which the config names none: vectors with vectors, and stages paired from the
+    deepest up, if the student's map is at most ``max_side`` high and wide. Local terms pair the teacher's vector only
+    with the deepest of these student maps: with a 14x14 map as well they cost more than twice as much."""
     if kind == "global":
         return [Pair(teacher.vector, student.vector)]
     small = [name for name in student.maps if max(student_shapes[name].height, student_shapes[name].width) <= max_side]
@@ -59,7 +60,7 @@ def choose_pairs(
 
 
 def configured_pairs(config: LossConfig, kind: Kind) -> list[Pair]:
-    """The pairs that the config names for a kind."""
+    """Return the pairs that the config names for a kind."""
     return [parse_pair(text) for text in getattr(config, f"{kind}_pairs")]
 
 
@@ -69,7 +70,7 @@ def build_terms(
     teacher_shapes: Mapping[str, TapShape],
     student_shapes: Mapping[str, TapShape],
 ) -> list[Term]:
-    """Terms with their channel counts; a vector where a map is needed is a :class:`UserError`."""
+    """Return the terms with their channel counts. Raises UserError for a vector if a map is needed."""
     terms = []
     for kind, kind_pairs in pairs.items():
         shares = len(kind_pairs) if config.pair_weights == "shared" else 1

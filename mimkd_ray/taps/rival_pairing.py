@@ -1,4 +1,4 @@
-"""The taps that rivals read of teacher and student: chosen or configured, and read whole, whatever a cache does."""
+"""The taps that rivals read of teacher and student, automatic or configured; a cache's codec may not reduce them."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class RivalPairs(NamedTuple):
 
 
 def reads_taps(loss: LossConfig) -> bool:
-    """Whether any rival reads more than logits."""
+    """Return whether any rival reads more than logits."""
     return any(RIVALS[method].vectors or RIVALS[method].maps != "none" for method in loss.rivals)
 
 
 def pair_rivals(loss: LossConfig, teacher: Stages, student: Stages) -> list[RivalPairs]:
-    """The taps of every rival: the pooled vectors, and the configured pairs of maps or those of the stages.
+    """Return the taps of every rival: the pooled vectors, and the configured pairs of maps or those of the stages.
 
-    Stages pair from the deepest upwards. "second" is the second of these pairs, which is the hint layer of the
-    benchmark for CIFAR networks (its number 2 after the stem's 0); of a single pair it is that one.
+    Stages pair from the deepest up. "second" is the second of these pairs, which is the hint layer of the benchmark for
+    CIFAR networks (its number 2 after the stem's 0); if there is only one pair, it is that one.
     """
     named = [parse_pair(text) for text in loss.rival_pairs]
     if any(pair.factor != 1 for pair in named):
@@ -61,8 +61,8 @@ def plan_rivals(
     student_shapes: Mapping[str, TapShape],
     cache: CacheConfig,
 ) -> tuple[RivalPlan, ...]:
-    """The plans of rivals. Raises UserError for a vector where a map is needed, and for a codec of ``cache`` that
-    leaves less of the teacher than the rival's formula is about."""
+    """Return the plans of rivals. Raises UserError for a vector if a map is needed, and for a codec of ``cache`` that
+    removes part of the teacher's features that the rival's formula needs."""
     plans = []
     for rival in pairs:
         vectors = [

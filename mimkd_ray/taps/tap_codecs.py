@@ -1,4 +1,4 @@
-"""The codecs of a run's taps: between what a teacher says and what the loss reads, live or from the cache."""
+"""The codecs of a run's taps, between the teacher's features and those that the loss reads, live or from the cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mimkd_ray.teacher_cache.keys import LOGITS, Entry
 
 
 def tap_entry(tap: str, shape: TapShape, is_map: bool, cache: CacheConfig) -> Entry:
-    """The cache entry of a teacher's layer that is read as a map or as a vector."""
+    """Return the cache entry of a teacher's layer that is read as a map or as a vector."""
     size = Shape(shape.channels, shape.height, shape.width) if is_map else Shape(shape.channels)
     return Entry(tap, "map" if is_map else "vector", size, codec_of(cache, tap, is_map))
 
@@ -27,14 +27,14 @@ def tap_entry(tap: str, shape: TapShape, is_map: bool, cache: CacheConfig) -> En
 def tap_entries(
     shapes: Mapping[str, TapShape], vectors: Iterable[str], maps: Iterable[str], cache: CacheConfig
 ) -> list[Entry]:
-    """The entries of the taps that are read as vectors, and as maps."""
+    """Return the entries of the taps that are read as vectors, and as maps."""
     return [tap_entry(tap, shapes[tap], False, cache) for tap in vectors] + [
         tap_entry(tap, shapes[tap], True, cache) for tap in maps
     ]
 
 
 def coded_term(term: Term, shape: TapShape, cache: CacheConfig) -> Term:
-    """The term with as many teacher channels as the codec of its tap leaves; logits keep theirs."""
+    """Return the term with the number of teacher channels that the codec of its tap leaves; logits keep theirs."""
     if term.teacher == LOGITS_TAP:
         return term
     entry = tap_entry(term.teacher, shape, term.kind == "feature", cache)
@@ -51,7 +51,8 @@ class Coding:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """`calibrations` by label, where a codec has one. `dtype` is that of decoded features."""
+        """Build the codecs. `calibrations` are by label, for codecs that have one. `dtype` is that of decoded
+        features."""
         self.entries = {entry.label: entry for entry in entries}
         self.codecs = {
             label: make_codec(entry.spec, entry.shape, calibrations.get(label), device)
@@ -60,8 +61,8 @@ class Coding:
         self.dtype = dtype
 
     def apply(self, raw: Features) -> Features:
-        """What the loss reads of a teacher's features: pooled and projected, not rounded. Logits that are no entry
-        stay as they are."""
+        """Return a teacher's features as the loss reads them: pooled and projected, not rounded. Logits without an
+        entry are unchanged."""
         logits = self.codecs.get(LOGITS)
         return raw._replace(
             logits_BC=raw.logits_BC if logits is None else logits.apply(raw.logits_BC),
@@ -70,7 +71,7 @@ class Coding:
         )
 
     def decode(self, rows: Mapping[str, Tensor]) -> Features:
-        """What the loss reads of cached rows (B, row_bytes), uint8. Without cached logits those have no columns."""
+        """Return the features of cached rows (B, row_bytes), uint8. If logits are not cached, they have no columns."""
         decoded = {label: self.codecs[label].decode(value, self.dtype) for label, value in rows.items()}
         kinds = {label: (entry.tap, entry.kind) for label, entry in self.entries.items()}
         some = next(iter(decoded.values()))
@@ -82,7 +83,7 @@ class Coding:
 
 
 def by_label(features: Features) -> dict[str, Tensor]:
-    """Features by the labels of their entries."""
+    """Return features by the labels of their entries."""
     return {
         LOGITS: features.logits_BC,
         **{f"{tap}:vector": value for tap, value in features.vectors.items()},

@@ -1,9 +1,9 @@
 """Taps: reading the features of named layers of an unmodified network, and turning them into maps and vectors.
 
-A tap is named by a module's path for its output, and by the path and `@input` for its input: `stage3.0.relu` is what
-that activation returns, `stage3.0.relu@input` what it is given. `find_shapes` says without data what a tap reads;
-`TappedModel` returns it next to the logits; `to_map` and `to_vector` undo the layouts that networks differ in
-(tokens, channels last).
+A tap is named by a module's path for its output, and by the path and `@input` for its input: `stage3.0.relu` is the
+output of that activation, `stage3.0.relu@input` its input. `find_shapes` returns the shapes of taps without data;
+`TappedModel` returns the taps next to the logits; `to_map` and `to_vector` convert the layouts of networks (tokens,
+channels last) to one.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.taps.tracing import BATCH, INPUT, Call, DryRun, describe, dry_run, overwrites_input
 
 MOST_PREFIX_TOKENS = 16
-"""Up to this many class and register tokens are recognised in front of a token grid."""
+"""Most class and register tokens that are recognised in front of a token grid."""
 
 
 @dataclass(frozen=True)
 class TapShape:
-    """What a tap reads of one image."""
+    """The shape of a tap for one image."""
 
     name: str
-    """Of the tap: the layer's module path, with `@input` behind it for the layer's input."""
+    """Name of the tap: the layer's module path, followed by `@input` for the layer's input."""
     kind: Literal["vector", "map", "tokens"]
     """vector (B, C); map (B, C, H, W), or (B, H, W, C) if channels_last; tokens (B, prefix + H * W, C)."""
     channels: int
@@ -37,30 +37,31 @@ class TapShape:
     prefix: int = 0
     """Class and register tokens in front of the grid (tokens only)."""
     channels_last: bool = False
-    """The map is (B, H, W, C), as in Swin transformers."""
+    """True for a map of shape (B, H, W, C), as in Swin transformers."""
 
     @property
     def locations(self) -> int:
-        """Places of the grid, height x width; 1 for a vector."""
+        """Number of places of the grid, height x width; 1 for a vector."""
         return self.height * self.width
 
     @property
     def values_per_image(self) -> int:
-        """Numbers that the tap reads per image, class and register tokens included."""
+        """Number of values of the tap per image, including class and register tokens."""
         return self.channels * (self.locations + self.prefix)
 
 
 def find_shapes(
     model: nn.Module, image_size: int, names: Iterable[str] | None = None, channels: int = 3
 ) -> dict[str, TapShape]:
-    """Shapes of taps by name, for square images of `image_size` pixels: PATH is a layer's output, PATH@input its input.
+    """Return the shapes of taps by name, for square images of `image_size` pixels. PATH is a layer's output, PATH@input
+    its input.
 
-    One dry forward in eval mode; the model is left as it was. Without `names`: the output of every layer that
-    can be tapped, in the order in which they finish. A layer that is called several times counts with its last
-    call. Raises UserError for a layer that does not exist or does not run, for an output or a first positional
-    argument that is not one tensor of rank 2 to 4, and for one that is overwritten in place afterwards, so that
-    a tap would hold other values. The input of an activation that itself works in place, such as the
-    nn.ReLU(inplace=True) of torchvision's networks, is fine: `TappedModel` keeps a copy of it.
+    Runs one dry forward pass in eval mode; the model is left unchanged. Without `names`: the output of every layer that
+    can be tapped, in the order in which they finish. For a layer that is called several times, the last call counts.
+    Raises UserError for a layer that does not exist or does not run, for an output or a first positional argument that
+    is not one tensor of rank 2 to 4, and for one that is overwritten in place afterwards, so that a tap would hold
+    other values. The input of an activation that itself works in place, such as the nn.ReLU(inplace=True) of
+    torchvision's networks, is allowed: `TappedModel` keeps a copy of it.
     """
     run = dry_run(model, image_size, channels)
     if names is not None:
@@ -70,7 +71,7 @@ def find_shapes(
 
 
 def shape_of(call: Call, side: int) -> TapShape | None:
-    """The shape of a dry call's tensor; None where it is no vector, map or token grid of square images."""
+    """Return the shape of a dry call's tensor; None if it is not a vector, map or token grid of square images."""
     size = tuple(call.tensor.shape)
     if size[:1] != (BATCH,):
         return None
@@ -82,7 +83,7 @@ def shape_of(call: Call, side: int) -> TapShape | None:
             if grid * grid == size[1] - prefix:
                 return TapShape(call.path, "tokens", size[2], grid, grid, prefix)
     if len(size) == 4:
-        # Images are square here, so a grid is square; (B, C, H, W) where both readings would do.
+        # Images are square here, so a grid is square; (B, C, H, W) if both layouts are possible.
         if size[1] == size[2] != size[3]:
             return TapShape(call.path, "map", size[3], size[1], size[2], channels_last=True)
         return TapShape(call.path, "map", size[1], size[2], size[3])
@@ -101,7 +102,7 @@ class _Keep:
 
 
 class _KeepInput:
-    """A forward pre-hook that stores a module's first positional argument, or a copy of what the module overwrites."""
+    """A forward pre-hook that stores a module's first positional argument, as a copy if the module overwrites it."""
 
     def __init__(self, store: dict[str, Tensor], name: str) -> None:
         self.store = store
@@ -122,16 +123,14 @@ def _watch(module: nn.Module, store: dict[str, Tensor], name: str) -> RemovableH
 class TappedModel(nn.Module):
     """An unmodified network whose forward also returns the outputs (PATH) and inputs (PATH@input) of named layers.
 
-    forward: images (B, 3, H, W) -> (logits (B, classes), {name: tap as the layer returned it, or was given it}, in
-    the order of `names`). A tap is the network's own tensor, not a copy: check names with `find_shapes` first,
-    which refuses what is overwritten later. The exception is the input of a layer with `inplace` set, such as
-    nn.ReLU(inplace=True): it would turn into the layer's output, so the tap is a copy, with its gradient; that
-    takes the memory of one more map and the time to copy it. A layer that is called several times yields its
-    last call.
+    forward: images (B, 3, H, W) -> (logits (B, classes), {name: tap in the layer's own layout}, in the order of
+    `names`). A tap is the network's own tensor, not a copy: check names with `find_shapes` first, which rejects tensors
+    that are overwritten later. The exception is the input of a layer with `inplace` set, such as nn.ReLU(inplace=True):
+    the layer overwrites it with its output, so the tap is a copy, with its gradient, which takes the memory of one more
+    map and the time to copy it. For a layer that is called several times, the last call is returned.
 
-    Hooks are set here, so construct it before torch.compile and DDP. `model` is the network itself: export
-    its state_dict. `release()` takes the hooks off. Raises UserError for a name that the network does not
-    have.
+    Hooks are set here, so construct it before torch.compile and DDP. `model` is the network itself: export its
+    state_dict. `release()` removes the hooks. Raises UserError for a name that the network does not have.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -146,7 +145,7 @@ class TappedModel(nn.Module):
         self._handles = [_watch(modules[layer_of(name)], self._store, name) for name in self.names]
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images (B, 3, H, W) -> logits (B, classes) and the taps by name."""
+        """Map images (B, 3, H, W) to logits (B, classes) and the taps by name."""
         self._store.clear()
         logits = self.model(images)
         if len(self._store) != len(self.names):
@@ -160,14 +159,14 @@ class TappedModel(nn.Module):
         return logits, taps
 
     def release(self) -> None:
-        """Take the hooks off the network, which may then be used or wrapped elsewhere."""
+        """Remove the hooks from the network, which may then be used or wrapped elsewhere."""
         for handle in self._handles:
             handle.remove()
         self.names = ()
 
 
 def to_map(tap: Tensor, shape: TapShape) -> Tensor:
-    """A tap as a map (B, C, H, W), a view where possible; class and register tokens are set apart.
+    """Return a tap as a map (B, C, H, W), a view if possible, without class and register tokens.
 
     Raises UserError for a vector, which has no locations.
     """
@@ -183,7 +182,7 @@ def to_map(tap: Tensor, shape: TapShape) -> Tensor:
 
 
 def to_vector(tap: Tensor, shape: TapShape) -> Tensor:
-    """A tap as a vector (B, C): a map's mean over locations, the class token, or the mean of all tokens."""
+    """Return a tap as a vector (B, C): a map's mean over locations, the class token, or the mean of all tokens."""
     if shape.kind == "vector":
         return tap
     if shape.kind == "tokens":
@@ -192,12 +191,12 @@ def to_vector(tap: Tensor, shape: TapShape) -> Tensor:
 
 
 def layer_of(tap: str) -> str:
-    """The module path in a tap's name: what is before `@input`, or all of it."""
+    """Return the module path in a tap's name: the part before `@input`, or all of it."""
     return tap.removesuffix(INPUT)
 
 
 def tap_shape(model: nn.Module, run: DryRun, name: str) -> TapShape:
-    """The shape of a tap in a dry run of its model. Raises UserError as `find_shapes` does."""
+    """Return the shape of a tap in a dry run of its model. Raises the errors of `find_shapes`."""
     who, path = describe(model), layer_of(name)
     of_input = path != name
     does, side = ("is given", "input") if of_input else ("returns", "output")
@@ -232,8 +231,8 @@ def tap_shape(model: nn.Module, run: DryRun, name: str) -> TapShape:
 
 
 def _instead(run: DryRun, call: Call, of_input: bool) -> str:
-    """What to tap in place of a tensor that is overwritten: the same values where a layer that works in place is given
-    them, and a later layer that returns the tensor in its final state; else what is nearest."""
+    """Return advice on another tap for a tensor that is overwritten: the same values at the input of a layer that works
+    in place, or a later layer that returns the tensor's final state; else the nearest layer."""
     path = layer_of(call.path)
     same = next((other.path for other in run.inputs.values() if other.copied and other.key == call.key), None)
     if same and of_input:

@@ -1,7 +1,7 @@
-"""One forward pass without data: what every module of a network was given and returned, and in which order.
+"""One forward pass without data, which records the inputs and outputs of every module of a network and their order.
 
-It runs on the meta device (shapes without values, milliseconds) on a copy that shares nothing with the
-model, or, where a network cannot run there, on the model's own device; buffers and random state are put back.
+It runs on the meta device (shapes without values, milliseconds) on a copy that shares nothing with the model. If a
+network cannot run there, it runs on the model's own device; buffers and random state are restored.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from mimkd_ray.errors import UserError
 
 BATCH = 2
-"""Images of a dry run: two, so that the batch dimension cannot be taken for a dimension of size one."""
+"""Images of a dry run: two, so that the batch dimension cannot be mistaken for a dimension of size one."""
 
 INPUT = "@input"
-"""Behind a module's path, it names the module's first positional argument instead of its output."""
+"""Suffix of a module's path that names the module's first positional argument instead of its output."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,57 +31,58 @@ class Call:
     """The last call of one module, seen at its output or at its input."""
 
     path: str
-    """The name of the tap: the module's path, with `@input` behind it for the input."""
+    """Name of the tap: the module's path, followed by `@input` for the input."""
     module: nn.Module
     tensor: Tensor
-    """What the module returned, or was given."""
+    """Output or input of the module."""
     version: int
     """The tensor's in-place version at that moment."""
     order: int
-    """When that was, a count."""
+    """Number of the call in the order of all recorded calls."""
     copied: bool = False
-    """A tap keeps a copy (see `overwrites_input`), which stays as it is whatever happens to the tensor."""
+    """True if a tap keeps a copy (see `overwrites_input`), which later changes of the tensor do not affect."""
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """Equal for two calls that saw the same values: one memory, one version, one size."""
+        """Key that is equal for two calls that saw the same values: one memory, one version, one size."""
         return (_memory(self.tensor), self.version, self.tensor.numel())
 
 
 @dataclass(frozen=True, eq=False)
 class DryRun:
-    """What a dry forward saw. The root module (path "") is not among the calls; its output is `logits`."""
+    """The record of a dry forward pass. The root module (path "") is not among the calls; its output is `logits`."""
 
     side: int
     calls: dict[str, Call]
     """Path -> last call, in the order in which the modules finished; single floating tensors only."""
     others: dict[str, str]
-    """Path -> what the module returned, where that was not one floating tensor (e.g. "tuple")."""
+    """Path -> kind of the module's output, if that was not one floating tensor (e.g. "tuple")."""
     inputs: dict[str, Call]
     """Path of the module -> its input in its last call; single floating tensors only."""
     other_inputs: dict[str, str]
-    """Path of the module -> its first positional argument, where that was not one floating tensor."""
+    """Path of the module -> its first positional argument, if that was not one floating tensor."""
     logits: Any
     dropped: frozenset[int]
-    """Memories that an in-place dropout would overwrite in training (it does nothing in the dry run)."""
+    """Memories that an in-place dropout would overwrite in training (in the dry run it does nothing)."""
 
     def overwritten(self, call: Call) -> bool:
-        """True if a tap of the tensor would not keep its values: they change in place, in this pass or in training."""
+        """Return True if a tap of the tensor would not keep its values: they change in place, in this pass or in
+        training."""
         return not call.copied and (call.tensor._version != call.version or _memory(call.tensor) in self.dropped)
 
 
 def dry_run(model: nn.Module, image_size: int, channels: int = 3) -> DryRun:
-    """Run two zero images (2, channels, image_size, image_size) through `model` in eval mode, no gradients.
+    """Run two zero images (2, channels, image_size, image_size) through `model` in eval mode, without gradients.
 
-    Training mode, parameters, buffers and random state are afterwards what they were. Raises UserError if the
-    network does not take such images.
+    Training mode, parameters, buffers and random state are restored. Raises UserError if the network does not take such
+    images.
     """
     tensors = list(itertools.chain(model.parameters(), model.buffers()))
     device = tensors[0].device if tensors else torch.device("cpu")
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
     shape = (BATCH, channels, image_size, image_size)
     if device.type != "meta":
-        # Whatever a network does that has no meta form, its own device can tell.
+        # A network that cannot run on the meta device runs on its own.
         with contextlib.suppress(Exception), _kept(model, device):
             return _forward(_on_meta(model), torch.zeros(shape, dtype=dtype, device="meta"))
     try:
@@ -97,12 +98,13 @@ def dry_run(model: nn.Module, image_size: int, channels: int = 3) -> DryRun:
 
 
 def describe(model: nn.Module) -> str:
-    """The name by which `build_model` made the network, or its class name."""
+    """Return the name by which `build_model` made the network, or its class name."""
     return str(getattr(model, "zoo_name", None) or type(model).__name__)
 
 
 def overwrites_input(module: nn.Module) -> bool:
-    """Whether a module says that it works in place, as nn.ReLU(inplace=True) does: a tap of its input is a copy."""
+    """Return whether a module declares that it works in place, like nn.ReLU(inplace=True); a tap of its input is a
+    copy."""
     return bool(getattr(module, "inplace", False))
 
 
@@ -116,7 +118,7 @@ def _forward(model: nn.Module, images: Tensor) -> DryRun:
 
     def record(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            # A module's last call counts, so an earlier one is taken out to keep the finish order.
+            # A module's last call counts, so an earlier one is removed to keep the finish order.
             calls.pop(path, None)
             others.pop(path, None)
             if isinstance(output, Tensor) and output.is_floating_point():
@@ -168,7 +170,7 @@ def _kind(value: Any) -> str:
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers are meta tensors; no weight is copied on the way."""
+    """Return a copy whose parameters and buffers are meta tensors; no weight is copied."""
     twins: dict[int, Any] = {}
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
@@ -180,7 +182,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def _kept(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put buffers and random state back afterwards."""
+    """Restore buffers and random state after the with-block."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -193,5 +195,5 @@ def _kept(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Names the memory behind a tensor, the same for its views. (Meta tensors have no address.)"""
+    """Return an identity of the memory behind a tensor, the same for its views. (Meta tensors have no address.)"""
     return tensor.untyped_storage()._cdata

@@ -1,1 +1,1 @@
-"""The teacher's features at rest: keys, codecs, manifests, writing, reading, upkeep."""
+"""The teacher's features in storage: keys, codecs, manifests, writing, reading, maintenance."""

@@ -1,4 +1,4 @@
-"""Looking after caches: what is there, whether it is whole, and what nobody needs."""
+"""Maintenance of caches: listing, verification, and removal of unused objects."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_root(root: str) -> None:
 
 
 def ls(root: str) -> Iterator[str]:
-    """Yield a line for each cached tap: key, tap, codec, views, rows, size, what storing lost, age, and its origin.
+    """Yield a line for each cached tap: key, tap, codec, views, rows, size, storage error, age, and its origin.
 
     Reads every manifest.
     """
@@ -43,7 +43,7 @@ def ls(root: str) -> Iterator[str]:
         total += size
         rows = manifests[0].rows if manifests else 0
         lost = max((m.error.relative for m in manifests), default=0.0)
-        of_teacher = "teacher" in parts  # pixels are stored exactly, and are nobody's
+        of_teacher = "teacher" in parts  # pixels are stored exactly and belong to no teacher
         kind = parts["codec"] if parts["kind"] == LOGITS else f"{parts['kind']}, {parts['codec']}"
         what = f"{parts['tap']} ({kind})" if of_teacher else parts["tap"]
         error = f"relative error {lost:.2g}, " if of_teacher else ""
@@ -71,7 +71,7 @@ def _days(url: str) -> str:
 
 @dataclass
 class Verified:
-    """What a verification found."""
+    """Counts of a verification."""
 
     objects: int = 0
     bytes: int = 0
@@ -79,9 +79,10 @@ class Verified:
 
 
 def verify(root: str, mend: bool, found: Verified) -> Iterator[str]:
-    """Read every object that a manifest lists and compare its sha256; yield a line for each that is not right.
+    """Read every object that a manifest lists and compare its sha256; yield a line for each damaged one.
 
-    With `mend` those are removed, and the manifests that list them, so that a build makes them anew. Counts in `found`.
+    With `mend` these are removed, and the manifests that list them, so that a build makes them anew. Adds to the counts
+    in `found`.
     """
     check_root(root)
     for key in sorted(read_keys(root)):
@@ -132,8 +133,8 @@ def _problem(root: str, manifest: ViewManifest, shard: Record) -> str:
 def gc(root: str, hours: float, delete: bool) -> Iterator[str]:
     """Yield a line for each object that no manifest lists, and remove it with `delete`.
 
-    In a finished view that is everything beside its manifest's files. What belongs to no finished view may be a build
-    in progress, and goes only when it is `hours` old.
+    In a finished view these are all objects except its manifest's files. Objects of unfinished views may belong to a
+    build in progress and are removed only if they are `hours` old.
     """
     check_root(root)
     keys = read_keys(root)

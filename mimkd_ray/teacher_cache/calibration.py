@@ -1,11 +1,11 @@
-"""Fitting the numbers of a codec on a sample of the training set, and keeping them for every run and builder.
+"""Fitting of a codec's values on a sample of the training set, and their storage for every run and builder.
 
-One pass: mean and covariance are summed up in float64 batch by batch, and a bounded number of locations is kept. Then
-the covariance's eigenvectors are the components, and the kept locations say which range of each channel to store: the
-one whose rounding and clipping together cost the least.
+One pass over the sample sums mean and covariance in float64, batch by batch, and keeps a bounded number of locations.
+The covariance's eigenvectors become the components, and the kept locations determine the stored range of each channel:
+the one with the least error of rounding and clipping together.
 
-A calibration is one safetensors file, its facts in the header. It is published create-once under a key of all that it
-depends on; whoever comes second uses what is there. Its digest is part of the key of the features.
+A calibration is one safetensors file with its facts in the header. It is created only once, under a key of everything
+that it depends on; later writers use the existing one. Its digest is part of the key of the features.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from mimkd_ray.errors import DamagedDataError
 from mimkd_ray.teacher_cache.codec import Calibration, Shape, channels_last, coded_shape, pool, projects
 
 KEPT_VALUES = 2**24
-"""Numbers kept for the choice of ranges: 64 MiB."""
+"""Most values kept for the choice of ranges: 64 MiB."""
 
 TAILS = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-"""Shares of a channel's values that may be clipped on either side; the best one is taken, channel by channel."""
+"""Shares of a channel's values that may be clipped on either side; each channel takes the best one."""
 
 
 class Moments:
-    """Mean and scatter matrix of rows that come batch by batch, in float64 (Chan's update: no cancellation)."""
+    """Mean and scatter matrix of rows that arrive in batches, in float64 (Chan's update: no cancellation)."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
         self.count = 0
@@ -39,7 +39,7 @@ class Moments:
         self.scatter_CC = torch.zeros(channels, channels, dtype=torch.float64, device=device)
 
     def add(self, rows_NC: Tensor) -> None:
-        """Take in more rows. Time O(N C^2)."""
+        """Add more rows. Time O(N C^2)."""
         rows = rows_NC.double()
         mean = rows.mean(0)
         centred, shift = rows - mean, mean - self.mean_C
@@ -51,7 +51,7 @@ class Moments:
 
 
 class Fitter:
-    """Fits one tap's calibration on about `images` images. Memory O(C^2) in float64 and KEPT_VALUES numbers."""
+    """The fit of one tap's calibration on about `images` images. Memory: O(C^2) in float64 and KEPT_VALUES values."""
 
     def __init__(self, spec: CodecSpec, shape: Shape, images: int, device: torch.device) -> None:
         self.spec, self.shape, self.coded = spec, shape, coded_shape(spec, shape)
@@ -62,7 +62,7 @@ class Fitter:
         self.kept: list[Tensor] = []
 
     def add(self, feature: Tensor) -> None:
-        """Take in the taps of a batch, (B, C, H, W) or (B, C)."""
+        """Add the taps of a batch, (B, C, H, W) or (B, C)."""
         rows_NC = channels_last(pool(feature.float(), self.coded)).reshape(-1, self.shape.channels)
         if self.moments is not None:
             self.moments.add(rows_NC)
@@ -97,7 +97,7 @@ class Fitter:
 def principal(scatter_CC: Tensor, count: int) -> tuple[Tensor, float]:
     """Return the `count` eigenvectors of the largest eigenvalues as rows (float64), and their share of the trace.
 
-    Signs are fixed (the entry of largest magnitude is positive), so that a fit that is repeated gives the same rows.
+    Signs are fixed (the entry of largest magnitude is positive), so that a repeated fit gives the same rows.
     """
     values, vectors = torch.linalg.eigh(scatter_CC)  # ascending
     components_KC = vectors[:, -count:].flip(1).T.contiguous()
@@ -108,9 +108,10 @@ def principal(scatter_CC: Tensor, count: int) -> tuple[Tensor, float]:
 
 
 def ranges(values_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (low_K, step_K) of uint8 storage: between the quantiles q and 1 - q that cost the least in squared error.
+    """Return (low_K, step_K) of uint8 storage: the range between quantiles q and 1 - q that has the least squared
+    error.
 
-    A channel that never changes has step 1, and comes back exactly.
+    A channel that never changes has step 1 and is decoded exactly.
     """
     ordered_NK = values_NK.sort(0).values
     last = len(values_NK) - 1
@@ -161,7 +162,7 @@ def digest(data: bytes) -> str:
 
 
 def read(url: str) -> bytes | None:
-    """Return the calibration's bytes at `url`; None if there are none."""
+    """Return the calibration's bytes at `url`; None if there is no file."""
     try:
         return storage.read_bytes(url, small=True)
     except FileNotFoundError:
@@ -169,7 +170,7 @@ def read(url: str) -> bytes | None:
 
 
 def publish(url: str, data: bytes) -> bytes:
-    """Publish a calibration unless there is one, and return the one that counts from now on."""
+    """Write a calibration unless there is one, and return the one that is in effect."""
     if storage.create_once(url, data):
         return data
     found = read(url)

@@ -1,6 +1,6 @@
-"""Looking at a small share of cached rows again: features computed live, and the pixels that they came from.
+"""Repeated computation of a small share of cached rows: features computed live, and the pixels that they came from.
 
-sha256 says that the bytes are those that were written. A canary says that they are still right: that this machine
+A sha256 proves that the bytes are those that were written. A canary tests that they are still right: that this machine
 decodes and augments to the same pixels, and that this teacher gives the same features, within the codec's own error.
 """
 
@@ -21,11 +21,12 @@ from mimkd_ray.teacher_cache.pixel_digests import ALLOWED_LEVELS, compare
 logger = logging.getLogger(__name__)
 
 WORST_FACTOR = 10
-"""A single row may be off by so many times the tolerance."""
+"""Factor on the tolerance for the error of a single row."""
 
 
 class Drift(NamedTuple):
-    """How far cached features are from live ones, relative to the live ones' size: all rows together, and the worst."""
+    """Distance of cached features from live ones, relative to the size of the live ones: all rows together, and the
+    worst row."""
 
     relative: float
     worst: float
@@ -33,7 +34,7 @@ class Drift(NamedTuple):
 
 
 def chosen(seed: int, epoch: int, batches: int, share: float) -> set[int]:
-    """Return which of an epoch's lane batches are looked at again: a keyed share of them, at least one; none for 0."""
+    """Return the lane batches of an epoch that are compared: a keyed share of them, at least one; none for share 0."""
     if share == 0:
         return set()
     count = max(1, round(share * batches))
@@ -57,9 +58,9 @@ def check_features(
     tolerance: float,
     where: str,
 ) -> dict[str, float]:
-    """Raise DamagedDataError if features by label are further from live ones than `known` losses and `tolerance` allow.
+    """Raise DamagedDataError if features differ from live ones by more than the `known` errors and `tolerance` allow.
 
-    Returns the relative error by label.
+    Features are by label. Returns the relative error by label.
     """
     found = {}
     for label, features in cached.items():
@@ -78,13 +79,13 @@ def check_features(
 
 
 class PixelWatch:
-    """Compares pixels with the cached ones; warns once of small differences, and stops at large ones."""
+    """Comparison of pixels with the cached ones: one warning for small differences, an error for large ones."""
 
     def __init__(self) -> None:
         self.warned = False
 
     def check(self, cached: np.ndarray, live: np.ndarray, ids: np.ndarray, where: str) -> int:
-        """Return how many rows differ at all. Raises DamagedDataError where a view looks different."""
+        """Return the number of rows with any difference. Raises DamagedDataError if a view looks different."""
         seen = compare(cached, live)
         if seen.levels > ALLOWED_LEVELS:
             raise DamagedDataError(

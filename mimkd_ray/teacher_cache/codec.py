@@ -1,11 +1,11 @@
-"""How a feature becomes the bytes of a row, and comes back: pool, project, round.
+"""Codecs: the conversion of a feature to the bytes of a row and back, by pooling, projection and rounding.
 
     tap (B, C, H, W) or (B, C)  ->  average-pooled to a side  ->  centred and projected on K principal components
     ->  stored as uint8 with a range per channel, or as fp16, bf16 or fp32
 
-The first two steps (`apply`) belong to a run, cached or live: its loss reads pooled components. Only the last one
-separates cached features from live ones, by rounding. Rows lie channels last, (h, w, K), as the critics read maps.
-Logits are stored whole, or as the largest ones and the mass of the others (top_logits.py).
+The first two steps (`apply`) belong to a run, cached or live: its loss reads pooled components. Cached features differ
+from live ones only by the rounding of the last step. Rows are channels last, (h, w, K), the layout in which critics
+read maps. Logits are stored whole, or as the largest ones and the mass of the others (top_logits.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.teacher_cache.top_logits import TopLogits
 
 VERSION = 1
-"""Of the bytes of a row; part of every cache's key."""
+"""Version of the format of a row; part of every cache's key."""
 
 DTYPES: dict[StoredType, torch.dtype] = {
     "uint8": torch.uint8,
@@ -33,7 +33,7 @@ DTYPES: dict[StoredType, torch.dtype] = {
 
 
 class Shape(NamedTuple):
-    """A feature of one image: a map, or a vector, which has height and width 0."""
+    """The shape of a feature of one image: a map, or a vector, which has height and width 0."""
 
     channels: int
     height: int = 0
@@ -41,35 +41,35 @@ class Shape(NamedTuple):
 
     @property
     def is_map(self) -> bool:
-        """Whether it has locations."""
+        """True if it has locations."""
         return self.height > 0
 
     @property
     def locations(self) -> int:
-        """Places of the map; 1 for a vector."""
+        """Number of places of the map; 1 for a vector."""
         return max(1, self.height * self.width)
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The numbers of a codec, fitted on a sample of the training set (calibration.py). Float32, on any device."""
+    """The fitted values of a codec, from a sample of the training set (calibration.py). Float32, on any device."""
 
     mean_C: Tensor | None
-    """Subtracted before the projection; None: no projection."""
+    """Mean, subtracted before the projection; None: no projection."""
     components_KC: Tensor | None
-    """Orthonormal rows, by falling variance."""
+    """Components: orthonormal rows, by falling variance."""
     low_K: Tensor | None
-    """What a stored 0 means, per channel; None: not uint8."""
+    """Value of a stored 0, per channel; None: not uint8."""
     step_K: Tensor | None
-    """Between two stored values."""
+    """Difference between two consecutive stored values."""
     retained: float
     """Share of the variance that the components keep; 1 without a projection."""
     rows: int
-    """Images that it was fitted on."""
+    """Images on which it was fitted."""
 
 
 def coded_shape(spec: CodecSpec, shape: Shape) -> Shape:
-    """Return the shape of the coded feature: what the loss reads. Raises UserError for the pooling of a vector."""
+    """Return the shape of the coded feature, which the loss reads. Raises UserError for the pooling of a vector."""
     channels = min(spec.pca, shape.channels) if spec.pca else shape.channels
     if not shape.is_map:
         if spec.pool:
@@ -80,24 +80,24 @@ def coded_shape(spec: CodecSpec, shape: Shape) -> Shape:
 
 
 def projects(spec: CodecSpec, shape: Shape) -> bool:
-    """Whether principal components are taken: not if there are no more channels than asked for."""
+    """Return whether principal components are taken: not if there are no more channels than requested."""
     return 0 < spec.pca < shape.channels
 
 
 def needs_calibration(spec: CodecSpec, shape: Shape) -> bool:
-    """Whether the codec has numbers to be fitted."""
+    """Return whether the codec has values to be fitted."""
     return spec.kind == "uint8" or projects(spec, shape)
 
 
 def pool(feature: Tensor, shape: Shape) -> Tensor:
-    """Average-pool (B, C, H, W) to `shape`'s height and width; a vector, or a map of that size, is itself."""
+    """Average-pool (B, C, H, W) to `shape`'s height and width; return a vector, or a map of that size, unchanged."""
     if not shape.is_map or feature.shape[2:] == (shape.height, shape.width):
         return feature
     return F.adaptive_avg_pool2d(feature, (shape.height, shape.width))
 
 
 def channels_last(feature: Tensor) -> Tensor:
-    """Return (B, C, H, W) as (B, H, W, C), a view; (B, C) as it is."""
+    """Return (B, C, H, W) as (B, H, W, C), a view; (B, C) unchanged."""
     return feature.permute(0, 2, 3, 1) if feature.dim() == 4 else feature
 
 
@@ -112,12 +112,12 @@ def row_bytes(spec: CodecSpec, shape: Shape) -> int:
 def make_codec(
     spec: CodecSpec, shape: Shape, calibration: Calibration | None, device: torch.device
 ) -> Codec | TopLogits:
-    """Return what applies, packs and decodes a feature of this shape on the device."""
+    """Return the codec of a feature of this shape on the device."""
     return TopLogits(spec.top, shape.channels) if spec.top else Codec(spec, shape, calibration, device)
 
 
 class Codec:
-    """One tap's codec, on one device. `calibration` may be None where `needs_calibration` says no."""
+    """One tap's codec, on one device. `calibration` may be None if `needs_calibration` is False."""
 
     def __init__(self, spec: CodecSpec, shape: Shape, calibration: Calibration | None, device: torch.device) -> None:
         self.spec, self.shape, self.coded = spec, shape, coded_shape(spec, shape)
@@ -127,14 +127,14 @@ class Codec:
         if calibration is not None and calibration.mean_C is not None and calibration.components_KC is not None:
             mean_C, components_KC = calibration.mean_C.to(device), calibration.components_KC.to(device)
             self._weight_CK = components_KC.T.contiguous()
-            # In float64: the bias is a sum of C products, and an error in it would be one of every row.
+            # In float64: the bias is a sum of C products, and its error would affect every row.
             self._bias_K = -(components_KC.double() @ mean_C.double()).float()
         self._range: tuple[Tensor, Tensor] | None = None
         if calibration is not None and calibration.low_K is not None and calibration.step_K is not None:
             self._range = calibration.low_K.to(device), calibration.step_K.to(device)
 
     def apply(self, feature: Tensor) -> Tensor:
-        """Pool and project: (B, C, H, W) -> (B, K, h, w), (B, C) -> (B, K). float32 (float64 stays), autocast off."""
+        """Pool and project: (B, C, H, W) -> (B, K, h, w), (B, C) -> (B, K). float32 (float64 is kept), autocast off."""
         with torch.autocast(feature.device.type, enabled=False):
             feature = feature if feature.dtype == torch.float64 else feature.float()
             pooled = channels_last(pool(feature, self.coded))
@@ -145,7 +145,7 @@ class Codec:
             return self._as_map(rows_NK.view(*pooled.shape[:-1], -1))
 
     def pack(self, coded: Tensor) -> Tensor:
-        """Return the rows (B, row_bytes), uint8, of what `apply` gave."""
+        """Return the rows (B, row_bytes), uint8, of the output of `apply`."""
         values = channels_last(coded)
         if self.kind == "uint8":
             assert self._range is not None, "uint8 without its calibration"
@@ -158,7 +158,7 @@ class Codec:
         return self.pack(self.apply(feature))
 
     def decode(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return (B, K, h, w), channels last in memory, or (B, K), from rows (B, row_bytes). uint8: one fused
+        """Return (B, K, h, w), channels last in memory, or (B, K), from rows (B, row_bytes). uint8 takes one fused
         multiply-add."""
         size = (self.coded.height, self.coded.width) if self.coded.is_map else ()
         values = rows.view(DTYPES[self.kind]).view(len(rows), *size, self.coded.channels)

@@ -1,4 +1,4 @@
-"""What a cache costs and gives: sizes, bandwidth, and the epochs after which it has paid for itself."""
+"""Cost and benefit of a cache: sizes, bandwidth, and the epochs after which its building time is recovered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mimkd_ray.teacher_cache.pixel_digests import PIXELS
 
 
 class Sized(NamedTuple):
-    """An entry, its bytes per image, and whether the run that the plan is for reads it with every batch."""
+    """An entry, its bytes per image, and `used`: True if the planned run reads it with every batch."""
 
     entry: Entry
     row_bytes: int
@@ -18,19 +18,19 @@ class Sized(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Seconds per image, from a few batches on this machine."""
+    """Seconds per image, measured on a few batches on this machine."""
 
     teacher: float
-    """Its forward pass."""
+    """Forward pass of the teacher."""
     student: float
-    """Its training step, features given."""
+    """Training step of the student, with the features given."""
     load: float
-    """Reading, decoding and augmenting, by the loader processes of one worker."""
+    """Reading, decoding and augmenting by the loader processes of one worker."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What building and using a cache means for one run."""
+    """Cost and benefit of building and using a cache for one run."""
 
     root: str
     rows: int
@@ -40,7 +40,7 @@ class Plan:
     measured: Measured
     device: str
     column_bytes: int = 0
-    """Of the vectors that loss.negatives `cache` keeps on each node."""
+    """Bytes of the vectors that loss.negatives `cache` keeps on each node."""
 
     @property
     def row_bytes(self) -> int:
@@ -59,27 +59,27 @@ class Plan:
 
     @property
     def live(self) -> float:
-        """Seconds of an image in training with a live teacher."""
+        """Seconds per image in training with a live teacher."""
         return max(self.measured.teacher + self.measured.student, self.measured.load)
 
     @property
     def cached(self) -> float:
-        """Seconds of an image in training from the cache."""
+        """Seconds per image in training from the cache."""
         return max(self.measured.student, self.measured.load)
 
     @property
     def build(self) -> float:
-        """Seconds of an image in one view while building."""
+        """Seconds per image and view of building."""
         return max(self.measured.teacher, self.measured.load)
 
     @property
     def payback(self) -> float:
-        """Epochs after which the time that the cache saves is what it took to build; infinite if it saves none."""
+        """Epochs after which the cache has saved as much time as its building took; infinite if it saves none."""
         saved = self.live - self.cached
         return self.build * self.views / saved if saved > 0.01 * self.live else float("inf")
 
     def text(self) -> str:
-        """The plan in a few lines."""
+        """Return the plan in a few lines."""
         lines = [f"cache of {self.rows:,} images x {self.views} views in {self.root}"]
         for sized in self.sizes:
             shape = sized.entry.shape

@@ -1,11 +1,11 @@
-"""Commit records of features, and the manifest that chooses among them.
+"""Commit records of features, and the manifest that selects among them.
 
-    ROOT/<key>/view-00003/<first>-<behind last>-<content's sha256>.parquet   features of these positions
-    ROOT/<key>/view-00003/<first>-<behind last>-<content's sha256>.json      its record, written when it is there
-    ROOT/<key>/view-00003.manifest.json                                      one record for each shard, create-once
+    ROOT/<key>/view-00003/<first>-<stop>-<content's sha256>.parquet   features of positions first..stop-1
+    ROOT/<key>/view-00003/<first>-<stop>-<content's sha256>.json      its record, written after it
+    ROOT/<key>/view-00003.manifest.json                               one record for each shard, create-once
 
-Names end in their content's digest, so nothing is ever overwritten by something else: a retried unit or a second
-builder adds objects, and readers look at the manifest alone.
+Names end in their content's digest, so no object is overwritten with other content: a retried unit or a second builder
+adds objects, and readers use only the manifest.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ _VIEW = re.compile(r"view-(\d{5,})\.manifest\.json")
 
 
 class FeatureBlock(NamedTuple):
-    """One row group: `length` bytes at `offset` of its file. Ids and features lie in them as plain arrays."""
+    """One row group: `length` bytes at `offset` of its file. Ids and features are plain arrays in them."""
 
     offset: int
     length: int
     rows: int
     sha256: str
     ids_at: int
-    """Where the int64 ids begin, in bytes from `offset`."""
+    """Start of the int64 ids, in bytes from `offset`."""
     values_at: int
-    """Where the features begin, in bytes from `offset`."""
+    """Start of the features, in bytes from `offset`."""
 
 
 class Error(NamedTuple):
-    """What storing lost: sums over a shard, and the worst row's relative error."""
+    """Error of storage: sums over a shard, and the worst row's relative error."""
 
     squared_error: float
     squared_norm: float
@@ -63,15 +63,15 @@ class Record(NamedTuple):
     first: int
     rows: int
     file: str
-    """Its name, in the view's folder."""
+    """Name of the file, in the view's folder."""
     bytes: int
     sha256: str
-    """Over the whole file."""
+    """sha256 of the whole file."""
     blocks: tuple[FeatureBlock, ...]
     footer: tuple[int, int, str]
-    """(offset, length, sha256) of what lies behind the row groups."""
+    """(offset, length, sha256) of the bytes after the row groups."""
     damaged: tuple[int, ...]
-    """Ids of images that could not be decoded: their features are zeros, and never to be used."""
+    """Ids of images that could not be decoded: their features are zeros and must not be used."""
     error: Error
 
 
@@ -83,7 +83,7 @@ class ViewManifest:
     view: int
     row_bytes: int
     shards: tuple[Record, ...]
-    """In the order of positions, which they cover without a gap."""
+    """Shards in the order of positions, which they cover without a gap."""
 
     def __post_init__(self) -> None:
         at = 0
@@ -102,32 +102,32 @@ class ViewManifest:
 
     @cached_property
     def rows(self) -> int:
-        """Rows of the training set."""
+        """Number of rows of the training set."""
         return sum(shard.rows for shard in self.shards)
 
     @cached_property
     def bytes(self) -> int:
-        """Size of all files."""
+        """Size of all files in bytes."""
         return sum(shard.bytes for shard in self.shards)
 
     @cached_property
     def blocks(self) -> Blocks:
-        """The row groups of all shards, one behind the other."""
+        """The row groups of all shards, in order."""
         return Blocks.of([block.rows for shard in self.shards for block in shard.blocks])
 
     @cached_property
     def first_block(self) -> np.ndarray:
-        """Number of each shard's first block, and of all blocks."""
+        """Number of each shard's first block, followed by the number of all blocks."""
         return np.cumsum([0, *(len(shard.blocks) for shard in self.shards)])
 
     @cached_property
     def damaged(self) -> np.ndarray:
-        """Ids that have no features, int64."""
+        """Ids without features, int64."""
         return np.array([id for shard in self.shards for id in shard.damaged], dtype=np.int64)
 
     @cached_property
     def error(self) -> Error:
-        """What storing lost, over all rows."""
+        """Error of storage over all rows."""
         errors = [shard.error for shard in self.shards]
         return Error(
             sum(e.squared_error for e in errors), sum(e.squared_norm for e in errors), max(e.worst for e in errors)
@@ -140,7 +140,7 @@ class ViewManifest:
 
 
 def shard_name(first: int, rows: int) -> str:
-    """Return what the names of a shard's objects begin with."""
+    """Return the prefix of the names of a shard's objects."""
     return f"{first:010d}-{first + rows:010d}"
 
 
@@ -150,23 +150,23 @@ def view_url(root: str, key: str, view: int) -> str:
 
 
 def manifest_url(root: str, key: str, view: int) -> str:
-    """Return where the manifest of a view is."""
+    """Return the URL of the manifest of a view."""
     return view_url(root, key, view) + MANIFEST_SUFFIX
 
 
 def record_url(root: str, key: str, view: int, file: str) -> str:
-    """Return where the record of a feature file is."""
+    """Return the URL of the record of a feature file."""
     return storage.join(view_url(root, key, view), file.removesuffix(".parquet") + ".json")
 
 
 def views_there(root: str, key: str) -> set[int]:
-    """Return the views that have a manifest. One listing."""
+    """Return the views that have a manifest. Makes one listing."""
     names = (url.rpartition("/")[2] for url in storage.list_files(storage.join(root, key), MANIFEST_SUFFIX))
     return {int(match[1]) for name in names if (match := _VIEW.fullmatch(name))}
 
 
 def to_json(value: Any) -> bytes:
-    """Return small, stable JSON."""
+    """Return compact JSON that is the same for the same value."""
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
@@ -183,9 +183,9 @@ def parse_record(value: Any) -> Record:
 
 
 def committed(root: str, key: str, view: int) -> dict[tuple[int, int], Record]:
-    """Return {(first, rows): record} of what builders have committed of a view and is there in its full size.
+    """Return {(first, rows): record} of the committed records of a view whose files are there in full size.
 
-    Of several for the same rows, the one whose name comes first. A record that is cut short counts for nothing.
+    Of several for the same rows, the one whose name comes first. Truncated records are ignored.
     """
     sizes = {url.rpartition("/")[2]: size for url, size in storage.list_sizes(view_url(root, key, view)).items()}
 
@@ -206,7 +206,8 @@ def committed(root: str, key: str, view: int) -> dict[tuple[int, int], Record]:
 
 
 def publish(root: str, manifest: ViewManifest) -> bool:
-    """Publish the manifest unless the view has one already: from now on readers see the view. Says if it is ours."""
+    """Write the manifest unless the view already has one; readers then see the view. Returns whether this one was
+    written."""
     value = {
         "format": FORMAT,
         "key": manifest.key,
@@ -219,7 +220,7 @@ def publish(root: str, manifest: ViewManifest) -> bool:
 
 
 def read_manifest(root: str, key: str, view: int) -> ViewManifest | None:
-    """Return the manifest of a view; None if there is none. Raises DamagedDataError for one that is wrong."""
+    """Return the manifest of a view; None if there is none. Raises DamagedDataError for an invalid one."""
     url = manifest_url(root, key, view)
     try:
         value = json.loads(storage.read_bytes(url, small=True))

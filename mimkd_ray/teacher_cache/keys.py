@@ -1,13 +1,13 @@
-"""What a cached feature depends on, and the key that says so.
+"""Cache keys: digests of everything that a cached feature depends on.
 
-Each tap has a key of its own, so that taps, codecs and views are added without touching what is there, and a run reads
-only the taps that it uses. The key is a digest of named parts, which lie beside the features in clear: where nothing
-fits, a run says which part differs from the nearest cache.
+Each tap has its own key, so that taps, codecs and views can be added without changing existing ones, and a run reads
+only the taps that it uses. The key is a digest of named parts, which are stored in plain text beside the features: if
+no cache fits, a run reports the parts that differ from the nearest one.
 
     ROOT/<key>/key.json                          the parts
     ROOT/<key>/view-00003/...                    features and commit records of a view (feature_manifest.py)
-    ROOT/<key>/view-00003.manifest.json          chooses among them; written last, create-once
-    ROOT/calibrations/<key>.safetensors          the numbers of codecs (calibration.py), create-once
+    ROOT/<key>/view-00003.manifest.json          selects among them; written last, create-once
+    ROOT/calibrations/<key>.safetensors          the fitted values of codecs (calibration.py), create-once
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mimkd_ray.teacher_cache.codec import Shape, row_bytes
 from mimkd_ray.teacher_cache.pixel_digests import PIXELS
 
 FORMAT = 1
-"""Version of files and manifests."""
+"""Version of the format of files and manifests."""
 
 LOGITS = "logits"
 THREADS = 16
@@ -38,7 +38,7 @@ EntryKind = Literal["map", "vector", "logits", "pixels"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that is cached of every image and view: a tap as map or as vector, the logits, or the pixels."""
+    """A quantity that is cached of every image and view: a tap as map or as vector, the logits, or the pixels."""
 
     tap: str
     kind: EntryKind
@@ -47,7 +47,7 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """ "layer3:map", "fc:vector", "logits" or "pixels": unique within a run."""
+        """Name such as "layer3:map", "fc:vector", "logits" or "pixels", unique within a run."""
         return f"{self.tap}:{self.kind}" if self.kind in ("map", "vector") else self.tap
 
     @property
@@ -57,7 +57,8 @@ class Entry:
 
 
 def logits_entry(classes: int, stored: str) -> Entry:
-    """The teacher's logits, stored as `cache.logits` says. Raises UserError where it keeps as many as there are."""
+    """Return the entry of the teacher's logits, stored as `cache.logits` says. Raises UserError if it keeps all of
+    them."""
     spec = parse_logits(stored)
     if spec.top >= classes:
         raise UserError(
@@ -68,18 +69,18 @@ def logits_entry(classes: int, stored: str) -> Entry:
 
 
 def pixels_entry(bytes_of_row: int) -> Entry:
-    """Digests of the views' pixels: no teacher is in their key."""
+    """Return the entry of the digests of the views' pixels; no teacher is in its key."""
     return Entry(PIXELS, "pixels", Shape(bytes_of_row), CodecSpec("uint8"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What decides features beside the tap: the teacher and the pixels that it saw."""
+    """The parts of a key that are not the tap: the teacher and the pixels that it saw."""
 
     teacher: str
-    """Its name."""
+    """Name of the teacher."""
     weights: str
-    """sha256 of its weights."""
+    """sha256 of the teacher's weights."""
     precision: str
     """float32, bf16 (autocast) or float64."""
     pipeline: str
@@ -92,7 +93,7 @@ class Origin:
 
 
 def parts_of(entry: Entry, origin: Origin, calibration: str = "") -> dict[str, Any]:
-    """Return the named parts of an entry's key; `calibration` is the digest of its codec's numbers."""
+    """Return the named parts of an entry's key; `calibration` is the digest of its codec's fitted values."""
     seen = asdict(origin)
     if entry.kind == "pixels":
         seen = {name: seen[name] for name in ("pipeline", "image_size", "view_seed", "data")}
@@ -107,12 +108,12 @@ def key_of(parts: Mapping[str, Any]) -> str:
 
 
 def calibration_url(root: str, entry: Entry, origin: Origin, rows: int) -> str:
-    """Return where the numbers of an entry's codec are, fitted on `rows` images of the training set."""
+    """Return the URL of the fitted values of an entry's codec, fitted on `rows` images of the training set."""
     return storage.join(root, CALIBRATIONS, key_of({**parts_of(entry, origin), "rows": rows}) + ".safetensors")
 
 
 def publish_key(root: str, parts: Mapping[str, Any]) -> str:
-    """See to it that the parts lie in clear beside the features; return the key."""
+    """Write the parts in plain text beside the features, if they are not there; return the key."""
     key = key_of(parts)
     url = storage.join(root, key, "key.json")
     if not storage.exists(url):
@@ -128,7 +129,7 @@ def read_keys(root: str) -> dict[str, dict[str, Any]]:
         try:
             parts = json.loads(storage.read_bytes(url, small=True))
         except FileNotFoundError:
-            return None  # not one of ours, or just begun
+            return None  # not a cache, or just begun
         except ValueError as error:
             raise DamagedDataError(f"{url} is damaged ({error}): remove its folder, and build it again") from error
         if not isinstance(parts, dict) or key_of(parts) != folder.rpartition("/")[2]:
@@ -160,8 +161,8 @@ _WORDS = {
 
 
 def difference(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    """Return "the part that differs: what is there, not what is wanted" for each. A calibration that differs because
-    something else does is not listed."""
+    """Return "the part that differs: its value there, not the wanted one" for each. A calibration that differs only
+    because another part does is not listed."""
     differing = [name for name in _WORDS if wanted.get(name) != there.get(name)]
     if len(differing) > 1 and "calibration" in differing:
         differing.remove("calibration")

@@ -15,20 +15,22 @@ from mimkd_ray.teacher_cache.keys import THREADS
 from mimkd_ray.teacher_cache.reader import read_verified
 
 COLUMN_VIEW = 0
-"""The view whose vectors are negatives: of other images, any view will do."""
+"""View whose vectors are used as negatives: they are of other images, so any view will do."""
 
 
 class Column(NamedTuple):
-    """Rows as they are stored (N, row_bytes), and their ids; mapped, never to be written to."""
+    """Rows in stored form (N, row_bytes), and their ids; mapped, never to be written to."""
 
     rows_NB: np.ndarray
     ids_N: np.ndarray
 
 
 def open_column(root: str, manifest: ViewManifest, folder: Path | None) -> Column:
-    """Return the column of a view, from `folder` on this node's disk; the first process that asks collects it there.
+    """Return the column of a view, from `folder` on this node's disk; the first process that calls this collects it
+    there.
 
-    Takes the view's size on disk, and as long as reading it once. Raises DamagedDataError for what is not right.
+    Takes the view's size on disk, and the time of reading it once. Raises DamagedDataError for missing or damaged
+    features.
     """
     place = (folder or default_folder()) / "columns"
     place.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""What is kept of a view's pixels: an exact digest, and a fingerprint that small differences leave alone.
+"""Records of a view's pixels: an exact digest, and a fingerprint that small differences hardly change.
 
-Pixels differ by one level between CPUs and builds of a decoder, and by far more when a decoder, a transform or the data
-has changed. The digest tells that they differ, the fingerprint (means of 8x8 cells) by how much.
+Pixels differ by one level between CPUs and builds of a decoder, and by far more if a decoder, a transform or the data
+has changed. The digest shows that they differ, the fingerprint (means of 8x8 cells) by how much.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ DIGEST_BYTES, SIDE = 16, 8
 ROW_BYTES = DIGEST_BYTES + SIDE * SIDE
 
 ALLOWED_LEVELS = 2
-"""Grey levels (of 255) by which the mean of a cell may differ."""
+"""Largest allowed difference of a cell's mean, in grey levels (of 255)."""
 
 
 def pixel_rows(images_BCHW: Tensor) -> np.ndarray:
     """Return (B, ROW_BYTES) uint8 of uint8 images on any device: 0.2 ms an image at 224 pixels."""
     cells_BHW = F.adaptive_avg_pool2d(images_BCHW.float().mean(1, keepdim=True), SIDE).squeeze(1)
-    prints = (cells_BHW + 0.5).floor().byte().flatten(1).cpu().numpy()  # not to even: one level more must show as one
+    prints = (cells_BHW + 0.5).floor().byte().flatten(1).cpu().numpy()  # half up, not half to even
     pixels = images_BCHW.contiguous().cpu().numpy()
     digests = [hashlib.blake2b(image, digest_size=DIGEST_BYTES).digest() for image in pixels]
     return np.concatenate([np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES), prints], axis=1)
 
 
 class Compared(NamedTuple):
-    """How the pixels of some rows differ from the cached ones."""
+    """Differences between the pixels of some rows and the cached ones."""
 
     differing: int
-    """Rows whose digest differs."""
+    """Number of rows whose digest differs."""
     levels: int
-    """Grey levels by which a cell's mean differs, at most."""
+    """Largest difference of a cell's mean, in grey levels."""
     worst: int
-    """The row where it does."""
+    """Row with the largest difference."""
 
 
 def compare(cached: np.ndarray, live: np.ndarray) -> Compared:

@@ -1,8 +1,8 @@
-"""Cached features by position, checked by id: the other half of a training batch. Runs in loader processes.
+"""Cached features by position, checked by id, for training batches. Runs in loader processes.
 
-A row group is fetched once per node, its sha256 compared with the manifest's, and kept in the block store with the
-images; rows are then read from its file, those of a cache on a local disk in place. Only the entries that a run uses
-are ever asked for.
+A row group is fetched once per node, verified by its sha256 in the manifest, and kept in the block store with the
+images; rows are then read from its file, or in place if the cache is on a local disk. Only the entries that a run uses
+are requested.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from mimkd_ray.teacher_cache.feature_manifest import (
 
 KEPT_MANIFESTS = 16
 KEPT_GROUPS = 256
-"""Row groups that a process knows the place of; each takes a file descriptor at most."""
+"""Row groups whose place a process caches; each takes at most one file descriptor."""
 
 MEND = "`python jobs/cache_teacher.py verify --cache.root {} --mend true` removes what is damaged; then build it again"
 
 
 class _Group(NamedTuple):
-    """A row group's arrays, as they are mapped, and how to see that the file is the one that was verified."""
+    """A row group's mapped arrays, and the identity of the file that was verified."""
 
     ids_N: np.ndarray
     rows_NB: np.ndarray
@@ -48,10 +48,10 @@ class _Group(NamedTuple):
     path: str
     identity: Identity | None
     used: list[float]
-    """When the store was told last."""
+    """Time at which the store was last told that the group is in use."""
 
     def is_sound(self) -> bool:
-        """Whether a file in place is still the same; one in the store is never written again."""
+        """Return whether a file in place is still the same; one in the store is never rewritten."""
         return not self.path or (self.identity is not None and _identity(self.path) == self.identity)
 
 
@@ -74,14 +74,17 @@ class FeatureReader:
         used: Sequence[str] = (),
         kept: np.ndarray | None = None,
     ) -> None:
-        """`keys` maps each entry's label to its key; `rows` is the number of cached rows. `used`: what comes with every
-        batch; the others are read only when asked for by label. `kept`: the rows (sorted) that the training set
-        consists of, where it is a part of what was cached; positions count within them."""
+        """Store the fields; nothing is read yet.
+
+        `keys` maps each entry's label to its key; `rows` is the number of cached rows. `used`: the entries that are
+        read with every batch; others are read only by label. `kept`: the rows (sorted) of the training set if it is a
+        part of the cached set; positions count within them.
+        """
         self.root, self.keys, self.rows, self.store = root, dict(keys), rows, store
         self.kept = kept
         self.used = tuple(used or self.keys)
         self.bytes_read = 0
-        """Bytes that this process has asked the storage for, manifests aside."""
+        """Bytes that this process has requested from storage, without manifests."""
         self._manifests: OrderedDict[tuple[str, int], ViewManifest] = OrderedDict()
         self._groups: OrderedDict[tuple[str, int, int], _Group] = OrderedDict()
 
@@ -89,7 +92,8 @@ class FeatureReader:
         return FeatureReader, (self.root, self.keys, self.rows, self.store, self.used, self.kept)
 
     def manifest(self, label: str, view: int) -> ViewManifest:
-        """Return the manifest of an entry's view; kept. Raises DamagedDataError if it is gone or does not fit."""
+        """Return the manifest of an entry's view, from memory if possible. Raises DamagedDataError if it is gone or
+        does not fit."""
         key = self.keys[label]
         found = self._manifests.get((label, view))
         if found is None:
@@ -109,7 +113,7 @@ class FeatureReader:
     ) -> dict[str, np.ndarray]:
         """Return {label: rows (B, row_bytes), uint8} of the images at `positions`, whose ids must be `ids`.
 
-        Raises DamagedDataError if they are not, and for what is missing, damaged or has no features.
+        Raises DamagedDataError if the ids differ, and for features that are missing or damaged.
         """
         rows = positions if self.kept is None else self.kept[positions]
         return {label: self._rows(label, view, rows, ids) for label in labels or self.used}
@@ -143,7 +147,7 @@ class FeatureReader:
         return out
 
     def fetch(self, view: int, first: int, stop: int) -> bool:
-        """See to it that the features of these positions are in the store; say whether they are."""
+        """Fetch the features of these positions into the store; return whether they are there."""
         if self.store is None:
             return False
         ends = [first, stop - 1] if self.kept is None else self.kept[[first, stop - 1]].tolist()
@@ -158,7 +162,7 @@ class FeatureReader:
 
     @property
     def distant(self) -> bool:
-        """Whether row groups are copied to the store, from object storage."""
+        """True if row groups are copied to the store, from object storage."""
         return storage.is_remote(self.root)
 
     def block_bytes(self, blocks: Blocks) -> int:
@@ -166,7 +170,7 @@ class FeatureReader:
         return sum(self.manifest(label, 0).bytes for label in self.used) // max(1, blocks.num_blocks)
 
     def _open(self, label: str, manifest: ViewManifest, number: int) -> _Group:
-        """Return a row group where it is kept; nothing is copied. Of those used of late it is known where that is."""
+        """Return a row group in place, without a copy. The places of recently used ones are cached."""
         name, now = (label, manifest.view, number), time.monotonic()
         group = self._groups.get(name)
         if group is not None and group.is_sound():
@@ -178,25 +182,25 @@ class FeatureReader:
         key, url = block_key(block), feature_url(self.root, manifest, record)
         in_place = self.store is not None and not storage.is_remote(url)
         path = str(storage.local_path(url)) if in_place else ""
-        identity = _identity(path) if in_place else None  # from before it is verified
+        identity = _identity(path) if in_place else None  # read before the group is verified
         data, _ = BlockReader(self.store).row(key, partial(self._load, manifest, record, block), 0)
         values = np.frombuffer(data, np.uint8, block.rows * manifest.row_bytes, block.values_at)
         ids_N = np.frombuffer(data, np.int64, block.rows, block.ids_at)
         group = _Group(ids_N, values.reshape(block.rows, manifest.row_bytes), key, path, identity, [now])
-        if self.store is not None:  # without one the process's memory is kept elsewhere, and bounded there
+        if self.store is not None:  # without a store, another cache holds the process's blocks and bounds their memory
             self._groups[name] = group
             while len(self._groups) > KEPT_GROUPS:
                 self._groups.popitem(last=False)
         return group
 
     def _load(self, manifest: ViewManifest, record: Record, block: FeatureBlock) -> StoredBlock:
-        """Fetch and verify a row group: a block of a single row. Of a cache on a local disk it stays in place."""
+        """Fetch and verify a row group: a block of a single row. It stays in place if the cache is on a local disk."""
         url = feature_url(self.root, manifest, record)
         self.bytes_read += block.length
         if storage.is_remote(url) or self.store is None:
             return StoredBlock.of([read_verified(self.root, manifest, record, block)], np.zeros(1, dtype=np.int64))
         path = storage.local_path(url)
-        # Looked at before it is read: what is verified is this file, or an older one, which will be noticed.
+        # Read before the file: the verified file is this one, or an older one, which will be noticed.
         identity = Identity.of(path.stat()) if path.exists() else None
         read_verified(self.root, manifest, record, block)
         offset, length, label = (np.array([value], dtype=np.int64) for value in (block.offset, block.length, 0))
@@ -209,12 +213,12 @@ def block_key(block: FeatureBlock) -> str:
 
 
 def feature_url(root: str, manifest: ViewManifest, record: Record) -> str:
-    """Return where a feature file is."""
+    """Return the URL of a feature file."""
     return storage.join(view_url(root, manifest.key, manifest.view), record.file)
 
 
 def read_verified(root: str, manifest: ViewManifest, record: Record, block: FeatureBlock) -> bytes:
-    """Return the bytes of a row group, in one request, after their sha256 was found right. Raises DamagedDataError."""
+    """Return the bytes of a row group, with one request, after checking their sha256. Raises DamagedDataError."""
     url = feature_url(root, manifest, record)
     mend = MEND.format(root)
     short = (

@@ -1,4 +1,4 @@
-"""Features to Parquet files, and their commit.
+"""Writing of features to Parquet files, and their commit.
 
 A file holds `id` (int64, with statistics) and `feature` (fixed-size binary), non-null, without compression, one page a
 column chunk: any Parquet reader reads it, and ours finds ids and features as plain arrays in the bytes of a row group,
@@ -26,20 +26,21 @@ from mimkd_ray.teacher_cache.feature_manifest import (
 )
 
 BLOCK_ROWS = 1024
-"""The most rows of a row group: larger blocks of the data set are cut, so that a few rows never cost many megabytes."""
+"""Most rows of a row group: larger blocks of the data set are cut, so that reading a few rows never takes many
+megabytes."""
 
 ONE_PAGE = 2**31 - 1
 
 
 def block_rows(counts: Sequence[int]) -> list[int]:
-    """Return the rows of the features' row groups for image blocks of `counts` rows: the same, large ones cut."""
+    """Return the rows of the features' row groups for image blocks of `counts` rows: equal, with large ones cut."""
     return [min(BLOCK_ROWS, rows - start) for rows in counts for start in range(0, rows, BLOCK_ROWS)]
 
 
 def feature_file(ids_N: np.ndarray, rows_NB: np.ndarray, counts: Sequence[int]) -> tuple[bytes, list[FeatureBlock]]:
     """Return a Parquet file of ids (int64) and features (uint8 rows), in row groups of `counts` rows, and its blocks.
 
-    The same bytes for the same input and version of pyarrow. Holds the features three times.
+    The same input and version of pyarrow give the same bytes. Holds the features three times in memory.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -62,7 +63,7 @@ def feature_file(ids_N: np.ndarray, rows_NB: np.ndarray, counts: Sequence[int]) 
 
 
 def _blocks(data: bytes, ids_N: np.ndarray, rows_NB: np.ndarray, counts: Sequence[int]) -> list[FeatureBlock]:
-    """Find the arrays in the file: they are what a column chunk ends with."""
+    """Find the arrays in the file: they are at the end of a column chunk."""
     import pyarrow.parquet as pq
 
     metadata = pq.read_metadata(io.BytesIO(data))
@@ -98,7 +99,7 @@ def write_shard(
     damaged: Sequence[int],
     error: Error,
 ) -> Record:
-    """Write the features of positions `first`, ... of a view, and commit them. Done twice it writes the same objects.
+    """Write the features of positions `first`, ... of a view, and commit them. A repeated call writes the same objects.
 
     Raises UserError for a full disk, StorageError.
     """

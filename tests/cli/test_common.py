@@ -101,7 +101,7 @@ BAD_FLAGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "truth value": (("--teacher.train", "perhaps"), ("--teacher.train", "perhaps", "('True', 'False')")),
     "stray word": (("demo", "--optim.lr", "0.1", "0.2"), ("0.2",)),
 }
-"""What tyro refuses, in its own words and lines."""
+"""Flags that tyro rejects, and parts of its own message."""
 
 BAD: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "recipe": (("r34_r81",), ("unknown recipe 'r34_r81'", "did you mean 'r34_r18'", "demo")),
@@ -157,7 +157,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def refused(places: Path) -> dict[str, Any]:
-    """What one process answered to every bad command."""
+    """Run every bad command in one process; return the answers."""
     plain = ["--teacher.train", "false", "--compare.seeds", "0"]
     commands: dict[str, list[str]] = {}
     for name, (argv, _) in {**BAD, **BAD_FLAGS}.items():

@@ -1,4 +1,4 @@
-"""How the errors of workers and tasks arrive, in a Ray that was there before: one line, a status, and no restart."""
+"""Errors of workers and tasks in an existing Ray: one line, a status, and no restart."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def _rank(rank: int, world: int, port: int, config: Config, folder: str) -> None
 
 
 def _both(config: Config, folder: Path) -> list[Any]:
-    """What two processes got."""
+    """Run the job in two processes; return the result or error of each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

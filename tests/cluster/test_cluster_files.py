@@ -1,4 +1,5 @@
-"""What is in cluster/: launcher files by Ray's own validation, KubeRay files by a strict schema, and rules of ours."""
+"""The files in cluster/: launcher files by Ray's own validation, KubeRay files by a strict schema, and rules of
+ours."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ TUNED = {
     "RAY_health_check_timeout_ms",
     "RAY_health_check_failure_threshold",
 }
-"""What makes recovery from a loss fast."""
+"""Settings that make recovery from a lost node fast."""
 
 
 def launcher(name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the tests of preparation share: small settings, and what lies in a folder."""
+"""Helpers of the tests of preparation: small settings, and the content of a folder."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def slow_score(critic, kind: str, teacher: torch.Tensor, student: torch.Tensor) 
 
 
 def slow_embedding(critic, who: int, feature: torch.Tensor) -> torch.Tensor:
-    """What a critic's side makes of one feature: 0 is the teacher's, 1 the student's."""
+    """Return the output of a critic's side for one feature: 0 is the teacher's, 1 the student's."""
     side = (critic.teacher, critic.student)[who]
     if isinstance(critic, DotCritic):
         return side(feature)

@@ -1,4 +1,4 @@
-"""Which locations are scored: every one equally often, and in expectation the loss over all of them."""
+"""The scored locations: every one equally often, and in expectation the loss over all of them."""
 
 from __future__ import annotations
 

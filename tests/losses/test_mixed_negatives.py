@@ -18,7 +18,8 @@ TERM = Term(kind="global", teacher="t", student="s", weight=1.0, teacher_channel
 
 
 def mixed_lane(size: int, kind: str) -> tuple[Tensor, Tensor]:
-    """What each image consists of, (size, size): pixels of one image are 1 in a channel of its own. And labels."""
+    """Return each image's share of every image, (size, size), from images that are 1 in a channel each; and the
+    labels."""
     config = MixConfig(**{f"{kind}_alpha": 1.0})
     images, labels = torch.eye(size)[:, :, None, None].expand(-1, -1, 8, 8), torch.arange(size)
     for step in range(20):

@@ -1,4 +1,4 @@
-"""How many workers a cluster gets asked for, without one: resources are given by the test."""
+"""The number of workers requested from a cluster, with resources given by the test."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _config(lanes: int = 8, **launch: Any) -> Config:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """What the cluster has; a test changes it."""
+    """Replace the cluster's resources by a dictionary that a test can change."""
     has: dict[str, float] = {"CPU": 16}
     monkeypatch.setattr(placement.ray, "cluster_resources", lambda: dict(has))
     node = {"Alive": True, "Resources": has}

@@ -1,4 +1,4 @@
-"""What a run exports to Prometheus: through a real Ray's endpoint, and in the dashboard."""
+"""The metrics that a run exports to Prometheus: through a real Ray's endpoint, and in the dashboard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker of Ray Train hears of the world outside, stop requests and preemptions, without a cluster."""
+"""Stop requests and preemptions in a worker of Ray Train, without a cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What trackers are shown of a trial, with a callback of Ray's form that remembers it."""
+"""The data of a trial that trackers get, with a callback of Ray's form that records it."""
 
 from __future__ import annotations
 

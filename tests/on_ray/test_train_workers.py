@@ -28,7 +28,7 @@ def command(root: Path, *more: str, python: tuple[str, ...] = (sys.executable,))
 
 
 def committed(run_dir: Path, count: int) -> bool:
-    """Whether ``count`` epochs have been saved."""
+    """Return whether ``count`` epochs have been saved."""
     return any((run_dir / "checkpoints").glob(f"step_{5 * count:08d}-*/committed.json"))
 
 

@@ -25,7 +25,7 @@ DONE = Ended(state="completed", seconds=2.0)
 
 
 def write_eval(search: Search, number: int, epoch: int, top1: float) -> dict[str, Any]:
-    """What a trial's own log keeps of an evaluation."""
+    """Write an evaluation to a trial's own log, and return it."""
     found = figures(epoch, top1)
     with (Path(search.place(number)) / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"kind": "eval", **found}) + "\n")

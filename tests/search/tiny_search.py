@@ -31,7 +31,7 @@ def tiny_search(folder: Path, **search: Any) -> Search:
 
 
 def figures(epoch: int, top1: float, nats: float = 1.0) -> dict[str, Any]:
-    """What a trial says of an evaluation."""
+    """Return the figures of an evaluation."""
     return {"epoch": epoch, "step": 3 * epoch, "top1": top1, "top5": 90.0, "cross_entropy": 1.0, "a/nats": nats}
 
 

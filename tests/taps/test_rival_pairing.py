@@ -1,4 +1,4 @@
-"""Which taps rivals read, and what is refused before anything starts."""
+"""The taps that rivals read, and the errors before anything starts."""
 
 from __future__ import annotations
 

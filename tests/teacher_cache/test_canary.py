@@ -1,4 +1,4 @@
-"""Which batches are looked at again, and what counts as drift."""
+"""The batches that are compared again, and the limits of drift."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which records count, and which manifest."""
+"""The records and the manifest that count."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_half_precision_and_zeros() -> None:
 
 
 def test_too_large_for_fp16_comes_back_as_not_finite() -> None:
-    """What a build refuses."""
+    """A build rejects such logits."""
     batch = logits(2)
     batch[1, 4] = 1e6
     codec = TopLogits(3, CLASSES)

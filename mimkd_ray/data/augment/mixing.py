@@ -1,7 +1,7 @@
-"""mixup and CutMix of a batch, replayable: what is mixed is a pure function of (seed, step, lane).
+"""mixup and CutMix of a batch, replayable: the mix is a pure function of (seed, step, lane).
 
-Each image is mixed with its neighbour in the batch, and so are the labels. Not for use with cached teacher features:
-features of a mix are no mix of features.
+Each image is mixed with its neighbour in the batch, and so are the labels. Mixing cannot be combined with cached
+teacher features, because the features of a mixed image are not a mix of features.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from mimkd_ray.data.order import random_numbers
 
 
 class Mix(NamedTuple):
-    """What is done to one batch. `own` is each image's share of its own mix; `box` the part replaced, or None."""
+    """The mix of one batch. `own` is each image's share of its own mix; `box` the replaced part, or None."""
 
     own: float
-    box: tuple[int, int, int, int] | None  # left, top, right, bottom, in pixels; None is mixup
+    box: tuple[int, int, int, int] | None  # left, top, right, bottom, in pixels; None for mixup
 
 
 def draw_mix(config: MixConfig, seed: int, step: int, lane: int, height: int, width: int) -> Mix | None:
-    """Return what happens to this batch of images (height, width), None if nothing. Host only, 35 us."""
+    """Draw the mix of this batch of images (height, width); None if it is not mixed. Runs on the host only, 35 us."""
     if not config.active:
         return None
     key = random_numbers.raw(2, seed, "batch mixing", step, lane)
@@ -56,9 +56,9 @@ def mix(
 ) -> tuple[Tensor, Tensor]:
     """Return the mixed floating-point images and the labels_BC, float32, whose rows sum to 1.
 
-    Image b is mixed with image b - 1 (the first with the last), as by torchvision v2's MixUp and CutMix. The images
-    come back as they are where nothing is mixed. On any device without waiting for it; one copy of the images: 26 ms
-    for 64 float32 images of 224 x 224 on one core with mixup (torchvision 47 ms), 6 ms with CutMix.
+    Image b is mixed with image b - 1 (the first with the last), as in torchvision v2's MixUp and CutMix. Batches that
+    are not mixed return the images unchanged. Runs on any device without waiting for it; makes one copy of the images:
+    26 ms for 64 float32 images of 224 x 224 on one core with mixup (torchvision 47 ms), 6 ms with CutMix.
     """
     labels_BC = torch.nn.functional.one_hot(labels_B, num_classes).float()
     what = draw_mix(config, seed, step, lane, *images_BCHW.shape[2:])

@@ -1,4 +1,4 @@
-"""The named augmentation pipelines, and any other by import path."""
+"""The named augmentation pipelines, and pipelines by import path."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mimkd_ray.errors import UserError
 
 
 class Pipeline(NamedTuple):
-    """The transforms of one image in training and in evaluation, and one of whole training batches.
+    """The transforms of one image in training and in evaluation, and the transform of whole training batches.
 
-    `eval` draws no random numbers. `batch` comes after `train`, on the device that the batch is on.
+    `eval` draws no random numbers. `batch` is applied after `train`, on the batch's device.
     """
 
     train: Transform
@@ -33,7 +33,7 @@ def make_pipeline(name: str, image_size: int) -> Pipeline:
     """Build a pipeline of uint8 images, `image_size` squared: one of PIPELINES, or "package.module:function".
 
     The function gets `image_size` and returns a transform (evaluation is then ImageNet's centre crop) or a pair for
-    training and evaluation; transforms take and give uint8 (3, H, W), as torchvision v2's do. They may draw from
+    training and evaluation. Transforms take and return uint8 (3, H, W), as torchvision v2's do. They may draw from
     torch's, Python's and NumPy's global generators. Raises UserError.
     """
     check_pipeline_name(name)
@@ -53,7 +53,7 @@ def _cifar(size: int, augment: str = "") -> Pipeline:
 
 
 def _augment(name: str) -> Transform:
-    from torchvision.transforms import v2  # takes longer to import than a short run's decoding
+    from torchvision.transforms import v2  # imported here because the import takes longer than a short run's decoding
 
     return OnPillow(getattr(v2, name)())
 
@@ -75,8 +75,8 @@ PIPELINES: dict[str, Callable[[int], Pipeline]] = {
     "digits": _digits,
     "none": _none,
 }
-"""TrivialAugment and RandAugment have torchvision's defaults. They are applied to the image of final size; `cifar_ta`
-before crop and flip, which are done for the whole batch."""
+"""Pipelines by name. TrivialAugment and RandAugment have torchvision's defaults and are applied to the image at its
+final size; `cifar_ta` applies them before crop and flip, which are computed for the whole batch."""
 
 
 def _imported(name: str, size: int) -> Pipeline:
@@ -93,15 +93,15 @@ def _imported(name: str, size: int) -> Pipeline:
 
 @dataclass(frozen=True)
 class _Reseeded:
-    """Seeds Python's and NumPy's generators as torch's was, and puts them back: 60 us.
+    """A transform with Python's and NumPy's generators seeded like torch's, and restored afterwards: 60 us.
 
-    torchvision v2 draws from torch's alone (all of its transforms, version 0.29); a function of a user's may not.
+    torchvision v2 draws from torch's generator alone (all of its transforms, version 0.29); a user's function may not.
     """
 
     transform: Transform
 
     def __call__(self, image: Tensor) -> Tensor:
-        seed = torch.initial_seed() % 2**32  # what `View` has seeded torch's generator with
+        seed = torch.initial_seed() % 2**32  # the seed that `View` gave torch's generator
         python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # others' global generator
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
@@ -114,7 +114,7 @@ class _Reseeded:
 
 @dataclass(frozen=True)
 class _Checked:
-    """Raises UserError for a result that cannot be put into a batch."""
+    """A transform that raises UserError for a result that cannot be put into a batch."""
 
     transform: Transform
     name: str

@@ -1,7 +1,8 @@
 """The transforms of single images: uint8 (3, H, W) to exactly (3, size, size).
 
 Pixels are those of torchvision v2, without its dispatch: a crop is copied to height, width, channel order, on which
-torch's uint8 resize is fastest. torchvision itself is not imported: that takes longer than a short run's decoding.
+torch's uint8 resize is fastest. torchvision itself is not imported, because that takes longer than a short run's
+decoding.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ Transform = Callable[[Tensor], Tensor]
 
 AREA = (0.08, 1.0)  # share of the image's area that a random crop takes
 ASPECT = (3 / 4, 4 / 3)  # its width over its height
-LOG_ASPECT = tuple(torch.log(torch.tensor(ASPECT)).tolist())  # float32, as torchvision has it
+LOG_ASPECT = tuple(torch.log(torch.tensor(ASPECT)).tolist())  # float32, as in torchvision
 
 
 def from_bytes(transform: Transform, data: Encoded, out: Tensor | None = None) -> Tensor:
-    """Return the transform of an encoded image; one with a method `from_bytes` decodes only what it needs.
+    """Return the transform of an encoded image; a transform with a method `from_bytes` decodes only what it needs.
 
-    With a method `into(data, out)` it may put the result where it is wanted, in `out`: (3, size, size), any layout.
+    A transform with a method `into(data, out)` may write the result to `out`: (3, size, size), any layout.
     """
     if out is not None and hasattr(transform, "into"):
         return transform.into(data, out)
@@ -37,23 +38,23 @@ def from_bytes(transform: Transform, data: Encoded, out: Tensor | None = None) -
 
 
 def resize(image: Tensor, height: int, width: int, out: Tensor | None = None) -> Tensor:
-    """Return `image` at (3, height, width): antialiased, bilinear, as torchvision v2 resizes uint8; in `out`, if given.
+    """Return `image` at (3, height, width), antialiased, bilinear, as torchvision v2 resizes uint8; in `out`, if given.
 
-    The image itself if it has that size. 70 us from 200 x 220, a part of a larger image, to 224 x 224.
+    Returns the image itself if it has that size. 70 us from 200 x 220, a part of a larger image, to 224 x 224.
     """
     if image.shape[1:] == (height, width):
         return image
     if out is None:
         out = torch.empty((height, width, 3), dtype=torch.uint8).permute(2, 0, 1)
-    # With a batch axis whose stride spans the image, torch keeps the layout; without, it repacks (60 us more).
+    # With a batch axis whose stride spans the image, torch keeps the layout; without one it repacks (60 us more).
     pixels_BCHW = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
-    # What torch's interpolate calls in the end, which has no place for a result.
+    # The operator that torch's interpolate calls; interpolate itself has no argument for the output.
     torch.ops.aten._upsample_bilinear2d_aa.out(pixels_BCHW, [height, width], False, None, None, out=out[None])
     return out
 
 
 class Crop(NamedTuple):
-    """A rectangle of an image, in pixels, and whether it is mirrored."""
+    """A rectangle of an image, in pixels, and its mirroring."""
 
     top: int
     left: int
@@ -62,7 +63,7 @@ class Crop(NamedTuple):
     flip: bool
 
     def shrunk(self, shrink: int) -> Crop:
-        """Return the rectangle in an image of 1/shrink of the size, its edges rounded to whole pixels."""
+        """Return the rectangle in an image scaled by 1/shrink, its edges rounded to whole pixels."""
         top, bottom, left, right = (
             (edge + shrink // 2) // shrink
             for edge in (self.top, self.top + self.height, self.left, self.left + self.width)
@@ -74,8 +75,8 @@ class Crop(NamedTuple):
 class ResizedCropFlip:
     """A random part of the image, resized to `size`, mirrored half of the time: ImageNet's training view.
 
-    Draws and pixels are those of torchvision v2's RandomResizedCrop(size) and RandomHorizontalFlip, from torch's
-    default generator. 160 us for a photograph of short side 256 at size 224; v2 takes 300 us, Pillow 620 us.
+    Random numbers and pixels are those of torchvision v2's RandomResizedCrop(size) and RandomHorizontalFlip, from
+    torch's default generator. 160 us for a photograph of short side 256 at size 224; v2 takes 300 us, Pillow 620 us.
     """
 
     size: int
@@ -84,19 +85,19 @@ class ResizedCropFlip:
         return self._take(image, self.draw(image.shape[1], image.shape[2]))
 
     def from_bytes(self, data: Encoded) -> Tensor:
-        """Return the view of an encoded image: draws first, then decodes no finer than the crop needs.
+        """Return the view of an encoded image; draws first, then decodes no finer than the crop needs.
 
-        The same pixels as `self(decode(data))`, unless the crop of a JPEG is at least twice `size` both ways: then it
-        is decoded at 1/2, 1/4 or 1/8 and its edges move to whole pixels of that scale. Against full decoding of the
-        moved crop, pixels differ by 1.5, 1.9 and 2.5 levels on average and at most 58 (at sharp edges); against the
-        crop as drawn by 3.6, 4.3 and 5.2, at most 119 (500 ImageNet photographs, sizes 112, 56 and 28). At size 224
-        images of 500 x 375 are never decoded smaller; a view of 1024 x 768 takes 2.6 ms instead of 3.1, one of
-        2048 x 1536 6.1 ms instead of 9.5.
+        The pixels are those of `self(decode(data))`, unless the crop of a JPEG is at least twice `size` in both
+        directions: then it is decoded at 1/2, 1/4 or 1/8 and its edges move to whole pixels of that scale. Compared
+        with full decoding of the moved crop, pixels differ by 1.5, 1.9 and 2.5 levels on average and at most 58 (at
+        sharp edges); compared with the crop as drawn by 3.6, 4.3 and 5.2, at most 119 (500 ImageNet photographs, sizes
+        112, 56 and 28). At size 224 images of 500 x 375 are never decoded smaller; a view of 1024 x 768 takes 2.6 ms
+        instead of 3.1, one of 2048 x 1536 6.1 ms instead of 9.5.
         """
         return self.into(data, None)
 
     def into(self, data: Encoded, out: Tensor | None) -> Tensor:
-        """Return `from_bytes(data)`, in `out` where that saves a copy."""
+        """Return `from_bytes(data)`, in `out` if that saves a copy."""
         bounds = jpeg_size(data)
         if bounds is None:
             return self(decode(data))
@@ -105,8 +106,8 @@ class ResizedCropFlip:
         return self._take(decode(data, shrink), crop.shrunk(shrink), out)
 
     def draw(self, height: int, width: int) -> Crop:
-        """Draw a crop of an image of this size: ten tries for a fitting one, else the central one. 12 us."""
-        number = torch.empty(1)  # in float32, in which torchvision draws
+        """Draw a crop of an image of this size: ten tries for a crop that fits, else the central one. 12 us."""
+        number = torch.empty(1)  # float32, because torchvision draws in it
         for _ in range(10):
             area = height * width * number.uniform_(*AREA).item()
             aspect = number.uniform_(*LOG_ASPECT).exp_().item()
@@ -123,13 +124,14 @@ class ResizedCropFlip:
 
     def _take(self, image: Tensor, crop: Crop, out: Tensor | None = None) -> Tensor:
         part = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-        # Mirrored first: the same pixels, for resizing is symmetric, and the result is where it belongs.
+        # Mirrored before resizing: the pixels are the same, because resizing is symmetric, and the result lands in
+        # `out`.
         return resize(part.flip(2) if crop.flip else part, self.size, self.size, out)
 
 
 @dataclass(frozen=True)
 class Then:
-    """`first`, and `rest` on its result."""
+    """A transform that applies `first` and then `rest`."""
 
     first: Transform
     rest: Transform
@@ -144,11 +146,11 @@ class Then:
 
 @dataclass(frozen=True)
 class OnPillow:
-    """A torchvision v2 transform of Pillow images, such as TrivialAugmentWide, for tensors.
+    """A torchvision v2 transform of Pillow images, such as TrivialAugmentWide, applied to tensors.
 
-    The same draws as on a tensor and, per operation, the same pixels but for one level (rotations and shears take
-    another neighbour for some of them); at 224 x 224 TrivialAugmentWide takes 400 us so and 930 us on the tensor,
-    RandAugment 620 us and 1,750 us, 80 us of it for going there and back.
+    The random numbers are those on a tensor and, per operation, the pixels differ by at most one level (rotations and
+    shears use another neighbour for some pixels). At 224 x 224 TrivialAugmentWide takes 400 us, and 930 us on the
+    tensor; RandAugment 620 us and 1,750 us; 80 us of each is the conversion.
     """
 
     transform: Callable[[Any], Any]
@@ -171,7 +173,7 @@ class FitSize:
 
 
 def can_be_resident(transform: Transform) -> bool:
-    """Return whether a training transform gives the same pixels in every view, so that it need be done only once."""
+    """Return whether a training transform gives the same pixels in every view and so has to run only once."""
     return isinstance(transform, FitSize)
 
 
@@ -191,6 +193,6 @@ class CentreCrop:
             image = resize(image, short, int(short * width / height))
         else:
             image = resize(image, int(short * height / width), short)
-        # Half a pixel goes to the even neighbour, as torchvision rounds.
+        # Half a pixel is rounded to the even neighbour, as in torchvision.
         top, left = (round((side - self.size) / 2) for side in image.shape[1:])
         return image[:, top : top + self.size, left : left + self.size]

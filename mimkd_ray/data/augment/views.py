@@ -1,10 +1,10 @@
 """Replayable augmentation: a view is a pure function of (seed, id, view number) and the image.
 
-Pipelines take and give uint8 (3, H, W) tensors; the result is exactly (3, size, size). Normalisation is not here: it
-happens on the device. Random numbers come from torch's default generator, re-seeded for each sample, so the generator
-must not be in use by another thread meanwhile: views are made in processes, not threads. torchvision v2 draws from no
-other generator; pipelines by import path have Python's and NumPy's re-seeded as well (pipelines.py). Transforms of
-whole batches have their numbers from the same three keys (batch_views.py).
+Pipelines take and return uint8 (3, H, W) tensors; the result is exactly (3, size, size). Normalisation happens later,
+on the device. Random numbers come from torch's default generator, re-seeded for each sample, so no other thread may use
+the generator at the same time: views are computed in processes, not threads. torchvision v2 draws from no other
+generator; pipelines by import path have Python's and NumPy's re-seeded as well (pipelines.py). Transforms of whole
+batches derive their numbers from the same three keys (batch_views.py).
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ _MASK = 2**64 - 1
 
 @dataclass(frozen=True)
 class View:
-    """A training transform and the seed under which it is replayed. Picklable."""
+    """A training transform and the seed of its views. Picklable."""
 
     transform: Transform
     seed: int
 
     def apply(self, image: Encoded | np.ndarray | Tensor, id: int, view: int, out: Tensor | None = None) -> Tensor:
-        """Return view number `view` of the sample: the same bytes in any process. Keeps the generator.
+        """Return view number `view` of the sample: the same bytes in any process. Restores the generator.
 
-        The result may be in `out`, where that saves a copy (`transforms.from_bytes`).
+        The result may be in `out` if that saves a copy (`transforms.from_bytes`).
 
         An encoded image or an (H, W, 3) array is decoded here; a transform with a method `from_bytes` decodes encoded
-        images itself, so that it need not decode more than it uses. Raises DamagedImageError.
+        images itself and only as far as it needs. Raises DamagedImageError.
         """
         with generator_kept():
             return self.replay(image, id, view, out)
 
     def replay(self, image: Encoded | np.ndarray | Tensor, id: int, view: int, out: Tensor | None = None) -> Tensor:
-        """Return what `apply` does, but leave the generator where the view took it; see `generator_kept`.
+        """Return the same as `apply` without restoring the generator; see `generator_kept`.
 
-        Costs 2 us beside decoding and transform, and 5 more where a transform draws from the generator.
+        Costs 2 us beside decoding and transform, and 5 more if a transform draws from the generator.
         """
         torch.default_generator.manual_seed(hash32(self.seed, id, view))
         if isinstance(image, Tensor):
@@ -77,7 +77,8 @@ class View:
 
 @contextmanager
 def generator_kept() -> Iterator[None]:
-    """Afterwards the model's own random numbers go on undisturbed. Once for a batch: 2 us, which count for an image."""
+    """Restore torch's generator after the with-block, so that the model's own random numbers are not disturbed. Used
+    once per batch: its 2 us would matter per image."""
     generator = torch.default_generator
     state = generator.get_state()
     try:
@@ -88,6 +89,6 @@ def generator_kept() -> Iterator[None]:
 
 def hash32(seed: int, id: int, view: int) -> int:
     """Return 32 well-mixed bits of the three numbers."""
-    # Not `seeds.derive`, which gives other numbers: teacher caches hold features of these views.
+    # Not `seeds.derive`, whose numbers differ: teacher caches hold features of these views.
     packed = _three_numbers(seed & _MASK, id & _MASK, view & _MASK)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=4).digest(), "little")

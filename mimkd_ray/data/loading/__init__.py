@@ -1,1 +1,1 @@
-"""Batches in loader processes, on their way to the device."""
+"""Batches made in loader processes and copied to the device."""

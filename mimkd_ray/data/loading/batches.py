@@ -1,10 +1,10 @@
-"""One batch: its rows are read, decoded, viewed and stacked. Runs in loader processes.
+"""One batch: its rows are read, decoded, augmented and stacked. Runs in loader processes.
 
-What a batch holds depends on (source, order, view, step, lane) only, never on who makes it.
+The content of a batch depends only on (source, order, view, step, lane), not on the process that makes it.
 
-A damaged image does not stop a run: it is named in `LaneBatch.damaged`, and in training its place is taken by
-the nearest intact image of the batch (the id repeats, so losses do not take the copies for negatives of each
-other). In evaluation it is left out. `DamageCounter` ends the run when there are too many.
+A damaged image does not stop a run: it is named in `LaneBatch.damaged`, and in training the nearest intact image of the
+batch takes its place (the id repeats, so losses do not use the copies as negatives of each other). In evaluation it is
+left out. `DamageCounter` ends the run if there are too many.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LaneBatch:
 
     step: int
     lane: int
-    images_BCHW: Tensor  # uint8; channels last in memory where the pipeline leaves images so
+    images_BCHW: Tensor  # uint8; channels last in memory if the pipeline returns images so
     labels_B: Tensor  # int64
     ids_B: Tensor  # int64
     view: int
@@ -53,7 +53,7 @@ class LaneBatch:
         return [self.images_BCHW, self.labels_B, self.ids_B, *self.features.values()]
 
     def each_tensor(self, change: Callable[[Tensor], Tensor]) -> LaneBatch:
-        """Return the batch with `change(tensor)` in the place of each tensor."""
+        """Return the batch with each tensor replaced by `change(tensor)`."""
         return replace(
             self,
             images_BCHW=change(self.images_BCHW),
@@ -72,7 +72,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Key:
-    """What to make: a whole batch is one unit of work for a loader process."""
+    """The positions, lane and view of one batch, the unit of work of a loader process."""
 
     step: int
     lane: int
@@ -82,7 +82,7 @@ class Key:
 
 @dataclass(frozen=True)
 class TrainKeys:
-    """The batches of steps start_step..stop_step-1 and these lanes, by (step, lane as given)."""
+    """The keys of steps start_step..stop_step-1 and these lanes, ordered by (step, lane as given)."""
 
     order: Order
     views: int
@@ -109,12 +109,12 @@ class FeatureSource(Protocol):
 
     @property
     def store(self) -> BlockStore | None:
-        """Where they are kept once they are read."""
+        """Store of the features that were read."""
         ...
 
     @property
     def distant(self) -> bool:
-        """Whether fetching them waits for a network."""
+        """True if fetching features waits for a network."""
         ...
 
     def block_bytes(self, blocks: Blocks) -> int:
@@ -122,16 +122,16 @@ class FeatureSource(Protocol):
         ...
 
     def fetch(self, view: int, first: int, stop: int) -> bool:
-        """See to it that the features of positions first..stop-1 are in the store; say whether they are."""
+        """Fetch the features of positions first..stop-1 into the store; return whether they are there."""
         ...
 
 
 class Batches(Protocol):
-    """Makes batches, in a loader process."""
+    """A maker of batches, run in a loader process."""
 
     @property
     def source(self) -> Source:
-        """Where the images are read from."""
+        """Source of the images."""
         ...
 
     def image_bytes(self) -> int:
@@ -145,7 +145,7 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class TrainBatches:
-    """Makes training batches of constant size; runs in loader processes."""
+    """A maker of training batches of constant size; runs in loader processes."""
 
     source: Source
     view: View
@@ -156,7 +156,7 @@ class TrainBatches:
         return self.view.apply(_BLANK, 0, 0).numel()
 
     def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch:
-        """Return the batch; its images in `memory` (bytes), if they fit."""
+        """Return the batch, with its images in `memory` (bytes) if they fit."""
 
         def transform(row: Row, out: Tensor | None) -> Tensor:
             return self.view.replay(row.image, row.id, key.view, out)
@@ -174,7 +174,7 @@ class TrainBatches:
 
 @dataclass(frozen=True)
 class ViewBatches:
-    """Makes batches of a view in which every row has its place, for caching; runs in loader processes.
+    """A maker of batches of one view that keep every row, for caching; runs in loader processes.
 
     A damaged image is black, and its label is -1.
     """
@@ -187,7 +187,7 @@ class ViewBatches:
         return self.view.apply(_BLANK, 0, 0).numel()
 
     def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch:
-        """Return the batch; its images in `memory` (bytes), if they fit."""
+        """Return the batch, with its images in `memory` (bytes) if they fit."""
         damaged: list[str] = []
         intact: list[bool] = []
         black = torch.zeros_like(self.view.apply(_BLANK, 0, 0))
@@ -209,7 +209,7 @@ class ViewBatches:
 
 @dataclass(frozen=True)
 class EvalBatches:
-    """Makes evaluation batches, without damaged images; runs in loader processes."""
+    """A maker of evaluation batches without damaged images; runs in loader processes."""
 
     source: Source
     transform: Transform
@@ -230,7 +230,7 @@ class EvalBatches:
 
 
 def nearest_intact(places: Sequence[int], count: int) -> list[int]:
-    """Return for each of `count` places which of the intact `places` is the nearest; of two equally near ones the
+    """Return for each of `count` places the index of the nearest of the intact `places`; of two equally near ones the
     lower."""
     return [min(range(len(places)), key=lambda i: abs(places[i] - place)) for place in range(count)]
 
@@ -249,7 +249,7 @@ class _AllDamagedError(DamagedDataError):
         self.names = tuple(names)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DamagedDataError, (str(self),)  # as which it travels to the training process
+        return DamagedDataError, (str(self),)  # the type as which it is sent to the training process
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ class _Decoded:
     damaged: tuple[str, ...]
 
     def chosen(self, which: list[int]) -> _Decoded:
-        """Return these of the images, in this order."""
+        """Return the given images in the given order."""
         places, labels, ids = ([of_all[i] for i in which] for of_all in (self.places, self.labels, self.ids))
         return _Decoded(self.images_BCHW[which], places, labels, ids, self.damaged)
 
@@ -275,15 +275,16 @@ class _Decoded:
 def _decode_all(
     source: Source, key: Key, transform: Callable[[Row, Tensor | None], Tensor], memory: Tensor | None
 ) -> _Decoded:
-    """Return the transformed images of the key's rows that are intact, in `memory`, if they fit.
+    """Return the transformed intact images of the key's rows, in `memory` if they fit.
 
-    `transform` takes a row and its image's place in the batch, where it may put the result; None for the first one.
+    `transform` takes a row and its image's place in the batch, to which it may write the result; None for the first
+    one.
 
-    Each image goes to its place at once, as it lies, mostly channels last: keeping all results would cost 50 us an
-    image for fresh memory, and another layout 60 us. Raises _AllDamagedError if no image is intact.
+    Each image is copied to its place at once, in its own layout, mostly channels last: keeping all results would cost
+    50 us an image for fresh memory, and another layout 60 us. Raises _AllDamagedError if no image is intact.
     """
     images_BCHW: Tensor | None = None
-    rooms: Iterator[Tensor] = iter(())  # one for each image; all made in one call, which saves 1 us an image
+    rooms: Iterator[Tensor] = iter(())  # one for each image; made in one call, which saves 1 us an image
     out: Tensor | None = None
     made = _Decoded(_NONE, [], [], [], ())
     damaged = []
@@ -310,7 +311,7 @@ def _decode_all(
 
 
 def _room_for(count: int, image: Tensor, memory: Tensor | None) -> Tensor:
-    """Return a tensor for `count` images that lie in memory as this one does."""
+    """Return a tensor for `count` images with the memory layout of this one."""
     size = count * image.numel()
     if memory is None or size > len(memory):
         memory = torch.empty(size, dtype=torch.uint8)
@@ -321,22 +322,22 @@ def _room_for(count: int, image: Tensor, memory: Tensor | None) -> Tensor:
 
 
 class DamageCounter:
-    """Counts damaged images against a limit: `max_share` of the `rows` this worker reads in an epoch.
+    """A counter of damaged images with a limit: `max_share` of the `rows` that this worker reads in an epoch.
 
-    Each damaged image is logged once. The count begins anew after `rows` rows, about an epoch: over many
-    epochs one worker comes across the damaged images of all, which must not be held against its own share.
+    Each damaged image is logged once. The count restarts after `rows` rows, about an epoch: over many epochs one worker
+    meets the damaged images of all workers, which must not count against its own share.
     """
 
     def __init__(self, max_share: float, rows: int) -> None:
         self.max_share = max_share
         self.rows = rows
         self._logged: set[str] = set()
-        self._counted: dict[str, None] = {}  # in the order met
+        self._counted: dict[str, None] = {}  # in the order of occurrence
         self._seen = 0
 
     @property
     def damaged(self) -> int:
-        """Distinct damaged images met so far."""
+        """Number of distinct damaged images so far."""
         return len(self._logged)
 
     def add(self, batch: LaneBatch) -> None:

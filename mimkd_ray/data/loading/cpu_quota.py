@@ -1,4 +1,4 @@
-"""The processor cores that this process may use: by its affinity and, in a container, by its share of time."""
+"""The processor cores that this process may use, by its affinity and a container's CPU quota."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "share period" in microseconds, or "ma
 
 
 def usable_cores() -> int:
-    """Return the whole cores that this process may use, at least 1.
+    """Return the number of whole cores that this process may use, at least 1.
 
-    A machine's cores (`os.cpu_count`) are more than that in a container with a CPU quota: processes and threads beyond
-    the quota are stopped by the kernel for the rest of each period.
+    In a container with a CPU quota this is less than the machine's cores (`os.cpu_count`): the kernel stops processes
+    and threads beyond the quota for the rest of each period.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if QUOTA.is_file():

@@ -1,12 +1,12 @@
-"""From an order to batches, in this process or in loader processes, and on to the device.
+"""Batches of an order, made in this process or in loader processes and copied to the device.
 
     order  ->  keys (step, lane, positions)  ->  loader processes: read, decode, view, stack  ->  batches in the order
     of keys, a few finished ahead of need
          `->  read-ahead: blocks into the node's store, before the loader processes need them
 
-A whole batch is one unit of work for a loader process. Processes, not threads: views draw from torch's default
-generator, of which a process has one. Training batches come by (step, lane) over the whole rest of a run, so loader
-processes are started once and live through epochs.
+A whole batch is one unit of work of a loader process. Processes are used and not threads, because views draw from
+torch's default generator, which exists once per process. Training batches are ordered by (step, lane) over the whole
+rest of a run, so loader processes are started once and live through epochs.
 """
 
 from __future__ import annotations
@@ -79,11 +79,10 @@ def train_batches(
 ) -> Iterator[LaneBatch]:
     """Yield the batches of steps start_step..stop_step-1 and the given lanes, by (step, lane as given).
 
-    `views` is the number of views of a sample (0: a new one each epoch); the schedule follows `order.seed`,
-    the pixels `view.seed`. `loader_workers` and `read_ahead` are those of DataConfig. `features`, which need a number
-    of views, are read and read ahead with the images. Raises UserError for a
-    senseless `loader_workers`, DamagedDataError for a batch without intact image or a damaged block,
-    StorageError for an object that cannot be read.
+    `views` is the number of views of a sample (0: a new one each epoch); the schedule follows `order.seed`, the pixels
+    `view.seed`. `loader_workers` and `read_ahead` are those of DataConfig. `features`, which need a fixed number of
+    views, are read and read ahead with the images. Raises UserError for an invalid `loader_workers`, DamagedDataError
+    for a batch without intact images or a damaged block, StorageError for an object that cannot be read.
     """
     workers = resolve_loader_workers(loader_workers, source)
     keys = TrainKeys(order, views, tuple(lanes), start_step, stop_step)
@@ -108,7 +107,7 @@ def view_batches(
     read_ahead: int = -1,
     pin_memory: bool = False,
 ) -> Iterator[LaneBatch]:
-    """Yield the batches of `keys`, in which every row has its place, damaged ones too (`ViewBatches`): for caching."""
+    """Yield the batches of `keys` with every row in its place, damaged ones too (`ViewBatches`), for caching."""
     workers = resolve_loader_workers(loader_workers, source)
     most = max((len(key.positions) for key in keys), default=1)
     far = distance(source, read_ahead, window=1, lanes=1, lane_batch=most, local_workers=local_world_size())
@@ -126,11 +125,10 @@ def eval_batches(
     read_ahead: int = -1,
     pin_memory: bool = False,
 ) -> Iterator[LaneBatch]:
-    """Yield this rank's contiguous slice of the set in batches; all slices together have each row once.
+    """Yield this rank's contiguous slice of the set in batches; all slices together contain each row once.
 
-    The last batch is smaller; a rank may get no row at all. `step` counts the batches. Damaged images are
-    left out. Raises UserError for senseless sizes, DamagedDataError if no image of a batch is intact
-    (a batch of one is left out).
+    The last batch is smaller; a rank may get no rows. `step` counts the batches. Damaged images are left out. Raises
+    UserError for invalid sizes, DamagedDataError if no image of a batch is intact (a batch of one is left out).
     """
     workers = resolve_loader_workers(loader_workers, source)
     if batch_size < 1:
@@ -145,10 +143,10 @@ def eval_batches(
 
 
 def to_device(batches: Iterable[LaneBatch], device: torch.device) -> Iterator[LaneBatch]:
-    """Yield the batches on `device`, each one copied while the one before it is in use; still uint8.
+    """Yield the batches on `device`, each copied while the previous one is in use; still uint8.
 
-    On CUDA a batch is copied from page-locked memory on a stream of its own. On the CPU batches are handed through.
-    An error of the loader is raised after the batch before it was handed over.
+    On CUDA a batch is copied from page-locked memory on a separate stream. On the CPU batches are passed through. An
+    error of the loader is raised after the preceding batch was yielded.
     """
     if device.type == "cpu":
         yield from batches
@@ -175,17 +173,18 @@ def to_device(batches: Iterable[LaneBatch], device: torch.device) -> Iterator[La
 
 @dataclass(frozen=True)
 class _Copy:
-    """A batch on its way to the device; `done` marks its arrival on a CUDA stream."""
+    """A batch being copied to the device; `done` marks the end of the copy on a CUDA stream."""
 
     batch: LaneBatch
     done: torch.cuda.Event | None = None
 
     def wait(self) -> LaneBatch:
-        """Make the current stream wait for the copy, not the caller; return the batch."""
+        """Make the current stream, not the caller, wait for the copy; return the batch."""
         if self.done is not None:
             stream = torch.cuda.current_stream(self.batch.images_BCHW.device)
             stream.wait_event(self.done)
-            # Its memory belongs to the side stream, which must not use it again before this one is done with it.
+            # The memory belongs to the side stream, which must not reuse it before the current stream has finished with
+            # it.
             batch = self.batch
             for tensor in (batch.images_BCHW, batch.labels_B, batch.ids_B, *batch.features.values()):
                 tensor.record_stream(stream)
@@ -205,7 +204,7 @@ def _cuda_copy(device: torch.device) -> Callable[[LaneBatch], _Copy]:
 
 
 def local_world_size() -> int:
-    """Return the training workers on this machine, as the launcher says in LOCAL_WORLD_SIZE; at least 1."""
+    """Return the number of training workers on this machine, from the launcher's LOCAL_WORLD_SIZE; at least 1."""
     value = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if not value.isdecimal() or int(value) < 1:
         raise UserError(f"LOCAL_WORLD_SIZE is '{value}' in the environment: give the training workers of this machine")
@@ -213,10 +212,10 @@ def local_world_size() -> int:
 
 
 def resolve_loader_workers(loader_workers: int, source: Source) -> int:
-    """Return the number of loader processes; none for a set in memory, else by default one per core of this worker's
-    share of the machine but one, which is for the training process and for reading ahead.
+    """Return the number of loader processes: none for a set in memory, else by default one per core of this worker's
+    share of the machine, minus one core for the training process and read-ahead.
 
-    Raises UserError for a senseless number.
+    Raises UserError for an invalid number.
     """
     if loader_workers == -1:
         return 0 if source.in_memory else max(1, usable_cores() // local_world_size() - 1)
@@ -225,7 +224,7 @@ def resolve_loader_workers(loader_workers: int, source: Source) -> int:
 
 
 def check_loader_workers(loader_workers: int) -> None:
-    """Raise UserError for a negative number of loader processes, or one far beyond this machine's cores."""
+    """Raise UserError for a negative number of loader processes, or one far above this machine's cores."""
     cores = os.cpu_count() or 1
     if not 0 <= loader_workers <= WORKERS_PER_CPU * cores:
         raise UserError(
@@ -269,7 +268,7 @@ def _run(
         pin_memory=pin_memory and torch.accelerator.is_available(),
         worker_init_fn=_start_worker,
         prefetch_factor=PREFETCH if loader_workers else None,
-        generator=torch.Generator(),  # its own: the loader's draw would move the training process's generator
+        generator=torch.Generator(),  # the loader's draw would change the training process's generator
     )
     try:
         yield from _opened(iter(loader), reader)
@@ -296,6 +295,6 @@ def _unchanged(answer: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)  # processes share the cores; threads in each would fight for them
-    gc.freeze()  # what was there before the fork is never garbage here, and need not be looked through again
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the training process decides
+    torch.set_num_threads(1)  # processes share the cores; threads in each would compete for them
+    gc.freeze()  # objects from before the fork are never garbage here and need not be scanned
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the training process decides

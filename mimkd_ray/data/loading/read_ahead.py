@@ -1,9 +1,9 @@
-"""Fetches the blocks that coming batches need into the block store, before decoders ask for them.
+"""Fetching of the blocks of coming batches into the block store, before decoders need them.
 
-One process per training worker (a thread, where the worker decodes by itself) walks the worker's own batches in
-their order, several fetches in flight, and stays a bounded number of blocks ahead of what the training loop has
-consumed. It decides nothing: a block that is not there yet, or could not be fetched, is fetched by the decoder that
-needs it, which then fails with the object's name in the batch concerned.
+One process per training worker (a thread if the worker decodes in its own process) walks through the worker's batches
+in order, with several fetches in flight, and stays a bounded number of blocks ahead of the training loop. Read-ahead is
+only an optimisation: a block that is not there yet, or could not be fetched, is fetched by the decoder that needs it,
+which then fails with the object's name in the batch concerned.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from mimkd_ray.data.store.block_store import BlockStore
 
 logger = logging.getLogger(__name__)
 
-FETCHES = 8  # in flight at a time over a network: at 30 ms a request, 260 requests a second
-CORES_A_FETCH = 16  # on a local disk: a thread verifies 1 GB/s, as much as so many decoders use, and takes their cores
-LEAST_AHEAD = 8  # blocks per lane, for windows smaller than that
-FULL_AHEAD = 4  # batches per lane, for an order without windows: each of their rows may be in another block
-LEAST_BATCHES = 64  # that it may look at ahead of the loop
-POLL_S = 0.03  # between two looks at what the loop has consumed
-PARENT_POLL_S = 0.5  # between two looks at whether the training process lives
+FETCHES = 8  # in flight at a time over a network: 260 requests a second at 30 ms each
+CORES_A_FETCH = 16  # local disk: a thread verifies 1 GB/s, as much as this many decoders read, and takes their cores
+LEAST_AHEAD = 8  # least blocks per lane, for smaller windows
+FULL_AHEAD = 4  # batches per lane, for an order without windows, where each row may be in another block
+LEAST_BATCHES = 64  # least batches that it may look ahead of the loop
+POLL_S = 0.03  # seconds between two checks of the loop's progress
+PARENT_POLL_S = 0.5  # seconds between two checks that the training process lives
 
 
 class AheadSource(Protocol):
-    """What can be read ahead: a source of images, or images together with cached features."""
+    """A source of blocks to read ahead: images, or images together with cached features."""
 
     @property
     def store(self) -> BlockStore | None:
-        """Where blocks are kept once they are read; None: there is nothing to read ahead."""
+        """Store of the blocks that were read; None: there is nothing to read ahead."""
         ...
 
     @property
@@ -56,21 +56,21 @@ class AheadSource(Protocol):
 
     @property
     def block_bytes(self) -> int:
-        """Their mean size."""
+        """Mean size of a block in bytes."""
         ...
 
     @property
     def distant(self) -> bool:
-        """Whether fetching waits for a network."""
+        """True if fetching waits for a network."""
         ...
 
     def fetch(self, block: int) -> bool:
-        """See to it that the block is in the store; say whether it is."""
+        """Fetch the block into the store; return whether it is there."""
         ...
 
 
 class WithFeatures:
-    """Images and their cached features as one thing to read ahead: place `view * rows + position`."""
+    """Images and their cached features as one source to read ahead, with place `view * rows + position`."""
 
     def __init__(self, source: Source, features: FeatureSource, views: int) -> None:
         self.source, self.features = source, features
@@ -80,11 +80,11 @@ class WithFeatures:
         self.distant: bool = source.distant or features.distant
 
     def places(self, positions: np.ndarray, view: int) -> np.ndarray:
-        """Return where images at `positions` are in view number `view`."""
+        """Return the places of the images at `positions` in view number `view`."""
         return positions + view * self.source.num_rows
 
     def fetch(self, block: int) -> bool:
-        """Fetch a block of images (where they have a store) and the features that belong to it in a view."""
+        """Fetch a block of images (if they have a store) and its features in a view."""
         view, number = divmod(block, self.source.blocks.num_blocks)
         if self.source.store is not None and not self.source.fetch(number):
             return False
@@ -92,7 +92,7 @@ class WithFeatures:
 
 
 class Distance(NamedTuple):
-    """How far to read ahead: blocks fetched before their batch's turn, and blocks in use at a time."""
+    """Distance of reading ahead: blocks fetched before their batch's turn, and blocks in use at a time."""
 
     ahead: int
     in_use: int
@@ -101,10 +101,10 @@ class Distance(NamedTuple):
 def distance(
     source: AheadSource, read_ahead: int, *, window: int, lanes: int, lane_batch: int, local_workers: int
 ) -> Distance | None:
-    """Return how far one worker may read ahead for all its `lanes` together; None: not at all.
+    """Return the distance by which one worker may read ahead for all its `lanes` together; None: no read-ahead.
 
-    `read_ahead` is in blocks per lane, -1 is another window of them. It is cut to what the store can hold beside the
-    blocks in use, shared between the workers of this node.
+    `read_ahead` is in blocks per lane; -1 means another window of them. It is limited to what the store can hold beside
+    the blocks in use, divided among the workers of this node.
     """
     if source.store is None or read_ahead == 0:
         return None
@@ -116,7 +116,7 @@ def distance(
 
 
 class ReadAhead:
-    """Reads ahead for `batches`, the positions of one batch after the other, until `close`."""
+    """Read-ahead for `batches`, the positions of one batch after the other, until `close`."""
 
     def __init__(self, source: AheadSource, batches: Iterable[np.ndarray], far: Distance, own_process: bool) -> None:
         self._consumed: Any = multiprocessing.Value("q", 0, lock=False)
@@ -133,21 +133,21 @@ class ReadAhead:
             thread.start()
 
     def consumed(self, batches: int) -> None:
-        """Tell how many batches the loop has taken."""
+        """Report the number of batches that the loop has taken."""
         self._consumed.value = batches
 
     def close(self) -> None:
-        """End it at once; fetches that a thread has in flight come to their end first."""
+        """Stop at once; fetches in flight in a thread finish first."""
         self._stop.set()
         if self.process is not None:
-            self.process.kill()  # any moment will do: a block is renamed into place when it is whole
+            self.process.kill()  # safe at any moment: a block is renamed into place only when it is whole
             self.process.join()
             self.process.close()
             self.process = None
 
 
 def _in_process(source: AheadSource, batches: Iterable[np.ndarray], far: Distance, consumed: Any, parent: int) -> None:
-    # Ctrl-C and SIGTERM reach the whole group: the training process decides, and kills this one when it is done.
+    # Ctrl-C and SIGTERM reach the whole group; the training process decides, and kills this process at the end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -172,21 +172,21 @@ def _sleep(seconds: float) -> bool:
 def _walk(
     source: AheadSource, batches: Iterable[np.ndarray], far: Distance, consumed: Any, wait: Callable[[float], bool]
 ) -> None:
-    """Fetch block after block; `wait(seconds)` says whether to stop."""
+    """Fetch block after block; `wait(seconds)` returns True to stop."""
     full = threading.Event()
-    known: OrderedDict[int, None] = OrderedDict()  # blocks asked for of late, which the store still holds
-    pending: deque[int] = deque()  # of each block fetched ahead: the number of the batch that needs it first
+    known: OrderedDict[int, None] = OrderedDict()  # recently requested blocks, which the store still holds
+    pending: deque[int] = deque()  # for each block fetched ahead: the number of the first batch that needs it
 
     def fetch(block: int) -> None:
         try:
             if not source.fetch(block):
-                full.set()  # what cannot be kept would be read twice
+                full.set()  # a block that cannot be kept would be read twice
         except Exception as error:
-            # The decoder that needs the block meets the same error, and its batch names it.
+            # The decoder that needs the block gets the same error, and its batch names it.
             logger.debug("reading ahead, block %d: %s", block, error)
 
     def may_go_on(near: Callable[[], bool]) -> bool:
-        """Wait until the loop has come near; say whether there is anything left to do."""
+        """Wait until the loop has come near; return False if there is nothing left to do."""
         while not full.is_set():
             is_near = near()
             if wait(0 if is_near else POLL_S):
@@ -204,7 +204,7 @@ def _walk(
     pool = ThreadPoolExecutor(fetches, thread_name_prefix="fetch")
     rows = (far.ahead + far.in_use) * source.blocks.num_rows / max(1, source.blocks.num_blocks)
     for number, positions in enumerate(batches):
-        # Where all blocks are known already, it is batches that must not run away.
+        # If all blocks are known already, the number of batches must be limited instead.
         most = number - max(LEAST_BATCHES, 2 * rows / len(positions))
         if not may_go_on(partial(_reached, consumed, most)):
             pool.shutdown(wait=False, cancel_futures=True)

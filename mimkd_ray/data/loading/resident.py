@@ -1,9 +1,9 @@
-"""A small set that lives on the device: decoded once, no loader processes, and a batch is a gather of rows.
+"""A small data set kept on the device: decoded once, without loader processes; a batch is a gather of rows.
 
-For sets such as CIFAR (50,000 images of 32 x 32: 154 MB), whose steps are shorter on a GPU than decoding and handing
-over their batches. The per-image part of the pipeline must draw no random numbers, because it is done once (it is the
-fit to the image size in `cifar`, `digits` and `none`); crop and flip are done for the batch, as always. Batches are
-those of the ordinary loader, bit for bit, damaged images included.
+This is for sets such as CIFAR (50,000 images of 32 x 32: 154 MB), whose steps on a GPU are shorter than decoding and
+transferring their batches. The per-image part of the pipeline must draw no random numbers, because it runs only once
+(in `cifar`, `digits` and `none` it is the resize to the image size); crop and flip are computed per batch, as always.
+Batches equal those of the ordinary loader bit for bit, damaged images included.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import DamagedDataError
 
-CHUNK = 512  # images that are decoded as one batch when the set is loaded
-MEMORY_SHARE = 8  # one part in so many of a GPU's memory may be taken without being asked for
+CHUNK = 512  # images decoded as one batch during loading
+MEMORY_SHARE = 8  # the set may take 1/8 of a GPU's memory without being requested
 
 
 def keeps_on_device(config: DataConfig, transform: Transform, rows: int, device: torch.device) -> bool:
-    """Return whether a training set of so many rows is kept on the device, by `data.resident`."""
+    """Return whether a training set of `rows` rows is kept on the device, by `data.resident`."""
     if config.resident != "auto":
         return config.resident == "on"
     if device.type != "cuda" or not can_be_resident(transform):
@@ -47,13 +47,13 @@ class Resident:
     images_NCHW: Tensor  # uint8, channels last in memory
     labels_N: Tensor  # int64
     ids_N: Tensor  # int64
-    damaged: dict[int, str]  # names of images that could not be decoded, by position; black here
+    damaged: dict[int, str]  # names of images that could not be decoded, by position; black in images_NCHW
 
     @classmethod
     def load(
         cls, source: Source, transform: Transform, device: torch.device, loader_workers: int, read_ahead: int = -1
     ) -> Resident:
-        """Decode the set. ``loader_workers`` and ``read_ahead`` are those of DataConfig.
+        """Decode the set to the device. ``loader_workers`` and ``read_ahead`` are those of DataConfig.
 
         Raises DamagedDataError for a damaged block, StorageError for an object that cannot be read.
         """
@@ -74,7 +74,7 @@ class Resident:
     def batch(self, key: Key, features: FeatureSource | None = None) -> LaneBatch:
         """Return the batch of a key, on the device. Cached features are read here, in this process.
 
-        The place of a damaged image is taken by the nearest intact one. Raises DamagedDataError if none is intact.
+        The nearest intact image takes the place of a damaged one. Raises DamagedDataError if none is intact.
         """
         device = self.images_NCHW.device
         positions, names = self._intact(key.positions)
@@ -94,11 +94,11 @@ class Resident:
 
     @cached_property
     def ids(self) -> np.ndarray:
-        """All ids, for what is read on the host."""
+        """All ids on the host."""
         return self.ids_N.cpu().numpy()
 
     def _intact(self, positions: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
-        """The positions with damaged ones replaced, and the names of those."""
+        """Return the positions with damaged ones replaced, and the names of the damaged images."""
         names = tuple(self.damaged[each] for each in positions.tolist() if each in self.damaged) if self.damaged else ()
         if not names:
             return np.ascontiguousarray(positions), ()
@@ -110,15 +110,15 @@ class Resident:
         return positions[places][nearest_intact(places, len(positions))], names
 
 
-# For the next run of a process with the same set: what it was decoded by, and the set.
+# Kept for the process's next run with the same set: the transform and the decoded set.
 _loaded: WeakKeyDictionary[Source, tuple[Transform, Resident]] = WeakKeyDictionary()
 
 
 def resident(
     source: Source, transform: Transform, device: torch.device, loader_workers: int, read_ahead: int = -1
 ) -> Resident:
-    """Return the set on the device: loaded now (see `Resident.load`), or by a run before this one with this source and
-    an equal transform."""
+    """Return the set on the device, loaded now (see `Resident.load`) or by an earlier run with this source and an equal
+    transform."""
     by, known = _loaded.get(source, (None, None))
     if known is None or by != transform or known.images_NCHW.device != device:
         known = Resident.load(source, transform, device, loader_workers, read_ahead)
@@ -136,6 +136,6 @@ def resident_batches(
     stop_step: int,
     features: FeatureSource | None = None,
 ) -> Iterator[LaneBatch]:
-    """Yield what loader.train_batches would, from the device's memory."""
+    """Yield the same batches as loader.train_batches, from the device's memory."""
     for key in TrainKeys(order, views, tuple(lanes), start_step, stop_step):
         yield resident.batch(key, features)

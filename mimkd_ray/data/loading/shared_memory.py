@@ -1,4 +1,4 @@
-"""How finished batches come from the loader processes: images through shared memory that is used again and again.
+"""Transfer of finished batches from loader processes: images go through reused shared memory.
 
 A fresh piece of shared memory for each batch, as torch's own loader has it, would cost 0.1 ms an image at 224 pixels
 (zeroed pages, two mappings, a file descriptor to send): measured, a quarter of the rate of one loader process with JPEG
@@ -29,7 +29,7 @@ from mimkd_ray.storage import StorageError
 
 
 class Slots:
-    """`count` pieces of `size` bytes, shared with the processes that are forked later; pages are taken on first use."""
+    """`count` pieces of `size` bytes, shared with processes forked later; pages are allocated on first use."""
 
     def __init__(self, count: int, size: int) -> None:
         self.size = size
@@ -39,29 +39,29 @@ class Slots:
         self._free = deque(range(count))
 
     def take(self) -> int | None:
-        """Return a free slot, the one last used first, or None if all are in use."""
+        """Return a free slot, the most recently used first, or None if all are in use."""
         return self._free.pop() if self._free else None
 
     def release(self, slot: int) -> None:
-        """Give back a slot that was taken, and was not made a tensor of."""
+        """Return a slot that was taken and not made into a tensor."""
         self._free.append(slot)
 
     def memory(self, slot: int) -> Tensor:
-        """Return the slot's bytes, to be written by who was given it."""
+        """Return the slot's bytes, writable by the process that holds the slot."""
         return torch.from_numpy(self._bytes(slot, self.size))
 
     def tensor(self, slot: int, size: int) -> Tensor:
-        """Return the slot's first `size` bytes. The slot is free again when no tensor uses its memory any more."""
+        """Return the slot's first `size` bytes. The slot becomes free when no tensor uses its memory any more."""
         array = self._bytes(slot, size)
         weakref.finalize(array, self._free.append, slot).atexit = False
-        return torch.from_numpy(array)  # it keeps `array`, also for its views
+        return torch.from_numpy(array)  # the tensor and its views keep `array` alive
 
     def _bytes(self, slot: int, size: int) -> np.ndarray:
         return np.frombuffer(self._memory, np.uint8, size, slot * self.size)
 
 
 def make_slots(batches: Batches, count: int, batch_size: int) -> Slots | None:
-    """Return slots for `count` batches of `batch_size` images; None where loader processes could not see them."""
+    """Return slots for `count` batches of `batch_size` images; None if loader processes could not see them."""
     if helper_context().get_start_method() != "fork":
         return None
     return Slots(count, batch_size * batches.image_bytes())
@@ -69,7 +69,7 @@ def make_slots(batches: Batches, count: int, batch_size: int) -> Slots | None:
 
 @dataclass(frozen=True)
 class Requests:
-    """The keys of a run, each with a slot that is free when its batch is asked for."""
+    """The keys of a run, each with a slot that is free when its batch is requested."""
 
     keys: Iterable[Key]
     slots: Slots | None
@@ -80,7 +80,7 @@ class Requests:
 
 @dataclass(frozen=True)
 class Answers:
-    """Makes what is asked for; the data set of the data loader, so to speak. Runs in loader processes."""
+    """The batches of requests, as the data set of a torch DataLoader. Runs in loader processes."""
 
     batches: Batches
     slots: Slots | None
@@ -94,7 +94,7 @@ class Answers:
         if not isinstance(made, LaneBatch) or made.images_BCHW.data_ptr() != memory.data_ptr():
             return Answer(made, self.slots.number, slot)
         images = made.images_BCHW
-        # No tensors: each would travel through shared memory of its own, and take 0.1 ms to be packed and unpacked.
+        # No tensors: each would be sent through separate shared memory and take 0.1 ms to pack and unpack.
         numbers = torch.stack([made.labels_B, made.ids_B]).numpy()
         features = {label: rows.numpy() for label, rows in made.features.items()}
         bare = _Bare(made.step, made.lane, made.view, made.damaged, numbers, features)
@@ -129,7 +129,7 @@ class _Bare(NamedTuple):
 class Answer:
     """A batch, or what stands in its place.
 
-    Of a bare batch the images are in the slot, in `shape`, channels first or last.
+    The images of a bare batch are in the slot, in `shape`, channels first or last.
     """
 
     made: LaneBatch | _Bare | LeftOut | Failed
@@ -164,5 +164,5 @@ class Answer:
         return LaneBatch(step, lane, images_BCHW, labels_B, ids_B, view, damaged, features)
 
 
-_SLOTS: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()  # an answer knows their number only
+_SLOTS: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()  # an answer carries only their number
 _numbers = itertools.count()

@@ -1,1 +1,1 @@
-"""Which rows a step and a lane see."""
+"""The rows of each step and lane."""

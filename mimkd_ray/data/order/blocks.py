@@ -1,4 +1,4 @@
-"""The row counts of a data set's blocks: where each block begins, and which block holds a row."""
+"""The row counts of a data set's blocks: the start of each block, and the block of a row."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import numpy as np
 class Blocks:
     """Consecutive blocks of rows. Positions count the rows through all of them, from 0.
 
-    Uniform blocks (all of `block_rows` rows, only the last one may be shorter) are pure arithmetic: no arrays,
-    whatever the size of the set. Others keep 8 bytes a block. Immutable, hashable, picklable.
+    Uniform blocks (all of `block_rows` rows; only the last may be shorter) need no arrays, whatever the size of the
+    set. Other blocks take 8 bytes each. Immutable, hashable, picklable.
     """
 
     __slots__ = ("_ends", "block_rows", "num_blocks", "num_rows")
 
     num_rows: int
     num_blocks: int
-    block_rows: int  # of every block but the last; 0: the blocks are uneven
-    _ends: np.ndarray | None  # of uneven blocks: the position behind each
+    block_rows: int  # of every block except the last; 0: the blocks are uneven
+    _ends: np.ndarray | None  # of uneven blocks: the position after each
 
     def __init__(self, num_rows: int, num_blocks: int, block_rows: int, ends: np.ndarray | None) -> None:
-        """Use `uniform` or `of`."""
+        """Store the fields; use `uniform` or `of` instead."""
         self.num_rows, self.num_blocks, self.block_rows, self._ends = num_rows, num_blocks, block_rows, ends
 
     @classmethod
     def uniform(cls, num_rows: int, block_rows: int) -> Blocks:
-        """Blocks of `block_rows` rows; the last one holds the rest. Raises ValueError for block_rows < 1."""
+        """Return blocks of `block_rows` rows; the last one holds the rest. Raises ValueError for block_rows < 1."""
         if block_rows < 1 or num_rows < 0:
             raise ValueError(f"{num_rows} rows in blocks of {block_rows}: blocks hold at least one row")
         return cls(num_rows, -(-num_rows // block_rows), block_rows, None)
 
     @classmethod
     def of(cls, counts: Sequence[int] | np.ndarray) -> Blocks:
-        """Blocks of the given row counts (empty ones are allowed); uniform ones are recognised."""
+        """Return blocks of the given row counts (empty ones are allowed), as uniform ones if they are."""
         rows = np.asarray(counts, dtype=np.int64)
         if np.any(rows < 0):
             raise ValueError("a block cannot hold fewer than 0 rows")
@@ -52,7 +52,7 @@ class Blocks:
         return counts
 
     def start(self, block: int) -> int:
-        """Return the position of the block's first row; of block `num_blocks`: the number of rows."""
+        """Return the position of the block's first row; for block `num_blocks`, the number of rows."""
         if self._ends is not None:
             return int(self._ends[block - 1]) if block else 0
         return min(block * self.block_rows, self.num_rows)

@@ -1,8 +1,8 @@
-"""Random numbers that are a pure function of (seed, purpose, epoch, part): no state, the same in every process.
+"""Random numbers that are a pure function of (seed, purpose, epoch, part), without state and the same in every process.
 
-They come from the raw 64-bit stream of a counter-based generator (Philox), whose values NumPy fixes for ever.
-Permutations of few numbers sort them, because NumPy may change its own shuffles between versions; permutations of
-many are a Feistel network, which is evaluated and inverted at single places, whatever their size.
+They come from the raw 64-bit stream of a counter-based generator (Philox), whose values NumPy guarantees. Small
+permutations are made by sorting such numbers, because NumPy may change its own shuffles between versions; large ones
+are a Feistel network, which is evaluated and inverted at single places, whatever their size.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from math import isqrt
 
 import numpy as np
 
-SORTED_COUNT = 2**16  # the largest permutation that is made by sorting: 3 ms, then kept
-KEPT = 64  # sorted permutations and their inverses that a process keeps: at most 32 MiB of each
+SORTED_COUNT = 2**16  # the largest permutation that is made by sorting: 3 ms, then cached
+KEPT = 64  # sorted permutations and their inverses cached per process: at most 32 MiB of each
 ROUNDS = 8
 
 
 def raw(count: int, seed: int, purpose: str, epoch: int = 0, part: int = 0) -> np.ndarray:
     """Return `count` uniform uint64 numbers. Different purposes, epochs and parts give unrelated streams."""
-    # Not `seeds.derive`, which gives other numbers: orders, splits and caches of earlier releases follow from this key.
+    # Not `seeds.derive`, whose numbers differ: orders, splits and caches of earlier releases follow from this key.
     key = [seed % 2**64, zlib.crc32(purpose.encode()) << 32 | epoch % 2**32]
-    # The counter goes up from its lowest word: two parts, which differ in a higher one, never meet.
+    # The counter counts up from its lowest word; two parts differ in a higher word, so their streams never overlap.
     counter = np.array([0, 0, part, 0], dtype=np.uint64)
     return np.random.Philox(key=np.array(key, dtype=np.uint64), counter=counter).random_raw(count)
 
@@ -36,10 +36,10 @@ def permutation(count: int, seed: int, purpose: str, epoch: int = 0) -> np.ndarr
 
 @dataclass(frozen=True)
 class Permutation:
-    """A permutation of 0..count-1 that is looked up place by place.
+    """A permutation of 0..count-1 that is evaluated place by place.
 
-    Up to 2**16 numbers it is exactly uniform (raw numbers, sorted; kept by the process). Above, a look-up
-    costs about 0.1 ms plus 1 us a place, and no memory.
+    Up to 2**16 numbers it is exactly uniform (sorted raw numbers, cached by the process). Above that, a look-up costs
+    about 0.1 ms plus 1 us a place, and no memory.
     """
 
     count: int
@@ -60,7 +60,7 @@ class Permutation:
             return _inverse(self)[numbers].astype(np.int64)
         return self._walk(numbers, self._backward)
 
-    # A Feistel network on pairs (high, low) with high < _highs and low < _lows: rounds in turn add a keyed hash of
+    # A Feistel network on pairs (high, low) with high < _highs and low < _lows: alternating rounds add a keyed hash of
     # one to the other, and are undone by subtracting it. _highs * _lows is hardly more than `count`, so almost no
     # number falls outside; one that does goes through the network again until it is inside ("cycle walking").
 
@@ -99,7 +99,7 @@ class Permutation:
 
 def _hash(x: np.ndarray, key: np.uint64, below: np.uint64) -> np.ndarray:
     """Return keyed numbers in 0..below-1 (below < 2**32), uint64."""
-    x = x + key  # then the finaliser of SplitMix64; its high bits are the best mixed
+    x = x + key  # the finaliser of SplitMix64; its high bits are the best mixed
     x = (x ^ (x >> _30)) * _FIRST
     x = (x ^ (x >> _27)) * _SECOND
     return ((x >> _32) * below) >> _32

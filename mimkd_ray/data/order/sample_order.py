@@ -1,11 +1,10 @@
 """The order of samples: the rows of a step and a lane, as a pure function of (seed, epoch).
 
     blocks of the epoch, permuted  ->  their rows on one line  ->  rows shuffled inside windows of `window`
-    blocks ->  the line cut into `lanes` equal contiguous pieces  ->  a lane's batches lie one behind the
-    other on its piece
+    blocks ->  the line cut into `lanes` equal contiguous pieces  ->  a lane's batches follow each other on its piece
 
-Workers do not occur here: whoever carries a lane reads the same rows. The step number alone says where a run
-is, and any step is reached by arithmetic: nothing is walked through, and no line is ever made.
+The order does not depend on workers: any worker that carries a lane reads the same rows. The step number alone gives
+the state of a run, and any step is reached by arithmetic: nothing is iterated, and no line is ever stored.
 """
 
 from __future__ import annotations
@@ -25,16 +24,15 @@ from mimkd_ray.errors import UserError
 class Order:
     """The order of a set of `blocks`; positions count through the blocks.
 
-    Each piece of the line holds `steps_per_epoch * lane_batch` rows. What is left at the end of the line,
-    fewer than `lanes * lane_batch` rows, is dropped; it differs from epoch to epoch.
+    Each piece of the line holds `steps_per_epoch * lane_batch` rows. The rest at the end of the line, fewer than `lanes
+    * lane_batch` rows, is dropped; it differs from epoch to epoch.
 
-    `window` = 0 is one permutation of all rows: ideal mixing, and each row is read from any block. With
-    `window` = W > 0 a lane has W blocks in use at a time, so a worker needs room for W blocks per lane it
-    carries.
+    `window` = 0 is one permutation of all rows: ideal mixing, and each row may come from any block. With `window` = W >
+    0 a lane has W blocks in use at a time, so a worker needs room for W blocks per lane that it carries.
 
-    With uniform blocks, or `window` = 0, every look-up costs the same, for a million rows and for a billion.
-    Uneven blocks keep 24 bytes a block of one epoch. Raises UserError for fewer rows than one step needs, or
-    lanes of fewer than 2.
+    With uniform blocks, or `window` = 0, every look-up costs the same for a million rows and for a billion. Uneven
+    blocks take 24 bytes a block of one epoch. Raises UserError for fewer rows than one step needs, or lanes of fewer
+    than 2 images.
     """
 
     blocks: Blocks
@@ -62,12 +60,12 @@ class Order:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the set."""
+        """Number of rows of the set."""
         return self.blocks.num_rows
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Full steps that the rows are enough for."""
+        """Number of full steps in an epoch."""
         return self.num_rows // (self.lanes * self.lane_batch)
 
     def epoch_of(self, step: int) -> int:
@@ -87,7 +85,7 @@ class Order:
         line = self._line(epoch)
         parts = []
         while start < stop:
-            # Window by window: the places that lie in it, shuffled inside it.
+            # One window after the other: its places on the line, shuffled inside it.
             window = line.block_place(start) // self.window
             first = line.start(window * self.window)
             end = line.start(min((window + 1) * self.window, self.blocks.num_blocks))
@@ -105,13 +103,13 @@ class Order:
         return kept[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept_line"}  # made anew elsewhere
+        return {name: value for name, value in self.__dict__.items() if name != "_kept_line"}  # rebuilt elsewhere
 
 
 class _UniformLine:
-    """Permuted uniform blocks on a line: block place p holds block `permuted[p]`. No array is made.
+    """Permuted uniform blocks on a line: block place p holds block `permuted[p]`. It stores no array.
 
-    Behind the place of the short last block, everything begins `missing` rows earlier than in a full line.
+    After the place of the short last block, everything begins `missing` rows earlier than in a full line.
     """
 
     def __init__(self, blocks: Blocks, permuted: Permutation) -> None:
@@ -130,13 +128,13 @@ class _UniformLine:
 
     def positions(self, rows: np.ndarray) -> np.ndarray:
         places, inside = np.divmod(np.where(rows >= self.short_end, rows + self.missing, rows), self.block_rows)
-        # Rows of few blocks ask for the same places again and again.
+        # The rows of a few blocks repeat the same places.
         distinct, which = np.unique(places, return_inverse=True)
         return self.permuted.at(distinct)[which] * self.block_rows + inside
 
 
 class _UnevenLine:
-    """Permuted blocks of any sizes on a line: one cumulative sum for the epoch."""
+    """Permuted blocks of any sizes on a line: one cumulative sum per epoch."""
 
     def __init__(self, blocks: Blocks, permuted: Permutation) -> None:
         counts = blocks.counts
@@ -156,9 +154,8 @@ class _UnevenLine:
 
 
 def view_number(seed: int, epoch: int, views: int) -> int:
-    """Return the view of every sample in an epoch.
+    """Return the view number of every sample in an epoch.
 
-    With `views` = 0 each epoch has its own (the epoch's number). Else a keyed permutation of 0..views-1 is
-    gone through again and again.
+    With `views` = 0 it is the epoch's number. Otherwise a keyed permutation of 0..views-1 is repeated.
     """
     return epoch if views == 0 else int(Permutation(views, seed, "views").at(np.array([epoch % views]))[0])

@@ -1,1 +1,1 @@
-"""Making a prepared set of shards from archives, class folders or Parquet files."""
+"""Preparation of a data set: shards made from archives, class folders or Parquet files."""

@@ -2,10 +2,10 @@
 
     ILSVRC2012_img_train.tar            one tar a class, `<wnid>.tar`
     ILSVRC2012_img_val.tar              50,000 images, `ILSVRC2012_val_00000001.JPEG`, ...
-    ILSVRC2012_devkit_t12.tar.gz        the labels of the latter
+    ILSVRC2012_devkit_t12.tar.gz        the labels of the validation images
 
-Classes are the WordNet ids in sorted order, so labels equal torchvision's. A class tar is one piece: reading it
-takes its 100 to 150 MB into memory.
+Classes are the WordNet ids in sorted order, so labels equal torchvision's. A class tar is one piece: reading it takes
+its 100 to 150 MB into memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ARCHIVES = {"train": TRAIN, "val": VAL, "validation": VAL}  # by split
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 # Bytes per request while the headers of an archive in an object store are listed. Class tars lie far apart: a little
-# around each header will do. Images lie close together: reading on is faster than asking for each header.
+# around each header is enough. Images lie close together: reading on is faster than a request for each header.
 FAR_APART = 1 << 16
 CLOSE = 8 << 20
 
@@ -40,8 +40,8 @@ CLOSE = 8 << 20
 def open_archives(root: str, split: str) -> Origin | None:
     """Return a split of the archives in folder `root`; None if its archive is not there.
 
-    Reads the headers of the archive: a thousand for training, all 50,000 for validation. Raises UserError for
-    an archive that is cut short, a missing development kit, or a ground truth that does not fit.
+    Reads the headers of the archive: a thousand for training, all 50,000 for validation. Raises UserError for a
+    truncated archive, a missing development kit, or a ground truth that does not fit.
     """
     name = ARCHIVES.get(split, "")
     sizes = {url.rpartition("/")[2]: size for url, size in storage.list_sizes(root).items()}
@@ -90,11 +90,11 @@ class ValSlice:
 
     @property
     def bytes(self) -> int:
-        """The images' bytes."""
+        """Total size of the images in bytes."""
         return sum(size for _, _, size in self.members)
 
     def samples(self) -> list[Sample]:
-        """Read from the first image to the last with one request: neighbours in number are neighbours in the tar."""
+        """Read from the first image to the last with one request: consecutive images are neighbours in the tar."""
         start = min(offset for _, offset, _ in self.members)
         stop = max(offset + size for _, offset, size in self.members)
         data = _read(self.url, self.archive_bytes, start, stop - start)
@@ -138,7 +138,7 @@ def _open_val(url: str, size: int, devkit: str) -> Origin:
 
 
 def _read_devkit(url: str) -> tuple[dict[int, str], list[int]]:
-    """Return ({ILSVRC id: wnid} of the classes, ILSVRC id of each validation image by its number)."""
+    """Return ({ILSVRC id: wnid} of the classes, [ILSVRC id of each validation image, by its number])."""
     from scipy.io import loadmat
 
     try:

@@ -1,7 +1,7 @@
-"""What data preparation reads: a source, cut into pieces that can be read anywhere and independently of each other.
+"""The input of data preparation: a source, cut into pieces that can be read independently and on any node.
 
-A piece is small enough for the memory of one task (about 1,000 images) and is read whole. Class folders and
-Hugging Face Parquet are here; the official ImageNet archives are in archives.py.
+A piece is small enough for the memory of one task (about 1,000 images) and is read whole. Class folders and Hugging
+Face Parquet are here; the official ImageNet archives are in archives.py.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mimkd_ray.data.sources.source import digest_of
 from mimkd_ray.errors import DamagedDataError, UserError, nearest
 
 PIECE_ROWS = 1000
-PIECES = 64  # a small source is cut finer, down to MIN_PIECE_ROWS, so that there is work for all
+PIECES = 64  # a small source is cut finer, down to MIN_PIECE_ROWS, so that every worker has a piece
 MIN_PIECE_ROWS = 16
 THREADS = 16  # requests at a time: listings, footers, and files of a piece in an object store
 
 
 class Sample(NamedTuple):
-    """One image as the source has it: an encoded file, or `b""` where there is none."""
+    """One image of the source: an encoded file, or `b""` if it is missing."""
 
     label: int
     name: str
@@ -38,7 +38,7 @@ class Piece(Protocol):
 
     @property
     def bytes(self) -> int:
-        """About how much is read: for progress and the need of disk space."""
+        """Approximate number of bytes to read, for progress and the estimate of disk space."""
         ...
 
     def samples(self) -> list[Sample]:
@@ -48,23 +48,23 @@ class Piece(Protocol):
 
 @dataclass(frozen=True)
 class Origin:
-    """One split of a source. `pieces` lie one behind the other in the order of its rows."""
+    """One split of a source. `pieces` follow each other in the order of its rows."""
 
     classes: tuple[str, ...]
     digest: str
-    """Changes with any file's name or size; reads no image."""
+    """Digest that changes with any file's name or size; computed without reading images."""
     pieces: tuple[Piece, ...]
     labels: tuple[np.ndarray, ...] | None
-    """Labels of each piece's rows, int64; None where every piece is one whole class, whose rows nobody has counted."""
+    """Labels of each piece's rows, int64; None if every piece is one whole class, whose rows have not been counted."""
 
 
 def rows_per_piece(rows: int) -> int:
-    """Return how many rows a piece of a source of `rows` rows has, at most or about."""
+    """Return the approximate number of rows of a piece of a source with `rows` rows."""
     return min(PIECE_ROWS, max(MIN_PIECE_ROWS, rows // PIECES))
 
 
 def read_files(urls: Sequence[str]) -> list[bytes]:
-    """Return the content of files, in order; from an object store many at a time. A missing file is a UserError."""
+    """Return the content of files, in order; many at a time from an object store. A missing file is a UserError."""
 
     def read(url: str) -> bytes:
         try:
@@ -74,7 +74,7 @@ def read_files(urls: Sequence[str]) -> list[bytes]:
 
     if not urls or not storage.is_remote(urls[0]):
         return [read(url) for url in urls]
-    with ThreadPoolExecutor(THREADS) as pool:  # waiting, not work
+    with ThreadPoolExecutor(THREADS) as pool:  # threads wait for the network and take no CPU
         return list(pool.map(read, urls))
 
 
@@ -94,9 +94,9 @@ class FolderPiece:
 
 
 def open_folders(root: str, classes: tuple[str, ...] | None) -> Origin:
-    """List the class folders below `root`. `classes` are the training set's, if they are known.
+    """List the class folders below `root`. `classes` are those of the training set, if they are known.
 
-    Raises UserError for folders without images or of unknown classes. One listing a folder.
+    Raises UserError for folders without images or of unknown classes. Makes one listing per folder.
     """
     folders = [url for url in storage.list_dirs(root) if not _name(url).startswith(".")]
     names = [_name(url) for url in folders]
@@ -142,7 +142,7 @@ def _name(url: str) -> str:
 
 @dataclass(frozen=True)
 class ParquetPiece:
-    """Neighbouring row groups of one Parquet file; `first_row` is the first one's number in the file."""
+    """Adjacent row groups of one Parquet file; `first_row` is the row number of the first one in the file."""
 
     url: str
     file_bytes: int
@@ -151,7 +151,7 @@ class ParquetPiece:
     bytes: int
 
     def samples(self) -> list[Sample]:
-        """Read the row groups, each with one request or a few."""
+        """Read the row groups, each with one or a few requests."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -164,7 +164,7 @@ class ParquetPiece:
         except FileNotFoundError:
             raise UserError(f"{self.url} was there when the source was listed, and is gone; put it back") from None
         except storage.StorageError:
-            raise  # not the file's content
+            raise  # not caused by the file's content
         except (pa.ArrowException, OSError) as error:
             raise DamagedDataError(
                 f"{self.url}: row groups {self.row_groups[0]} to {self.row_groups[-1]} cannot be read "
@@ -183,7 +183,7 @@ class ParquetPiece:
 def open_parquet(files: dict[str, int]) -> Origin:
     """Open Parquet files given as {URL: bytes}. Reads footers and label columns.
 
-    Raises UserError for files that are no image sets or disagree, and for labels without a class.
+    Raises UserError for files that are not image sets or disagree, and for labels without a class.
     """
     source = ParquetSource(files)
     labels = source.labels()

@@ -1,14 +1,14 @@
-"""Make a prepared set: shards of equal blocks, shuffled once so that every block holds all classes alike.
+"""Preparation of a data set: shards of equal blocks, shuffled once so that every block holds all classes evenly.
 
-`prepare` lists the source, cuts it into pieces, and has two kinds of units done by whoever it is given (Ray Data on
-all nodes, or this process): pieces become parts, parts become shards (work_units.py). Then it writes the
-manifest and removes the parts. What is committed is not done again, so a run that was killed goes on
-where it was, and ends with the same bytes as one that was not.
+`prepare` lists the source, cuts it into pieces, and has two kinds of units run by a `Runner` (Ray Data on all nodes, or
+this process): pieces become parts, parts become shards (work_units.py). Then it writes the manifest and removes the
+parts. Committed units are not repeated, so a run that was killed resumes, and its result has the same bytes as an
+uninterrupted one.
 
     TARGET/<split>-00000-of-00012.parquet   the shards
     TARGET/<split>.damaged.json             [name, reason] of every image that was left out
     TARGET/<split>.manifest.json            written last
-    TARGET/.prepare-<split>/                parts and sidecars, while it is being made
+    TARGET/.prepare-<split>/                parts and sidecars, during preparation
 """
 
 from __future__ import annotations
@@ -40,25 +40,26 @@ from mimkd_ray.errors import DamagedDataError, UserError
 
 Unit = PartUnit | ShardUnit
 Runner = Callable[[Sequence[Unit], str], Iterator[Done]]
-"""Does the units, in any order and anywhere, and yields what each did. The text says what is going on."""
+"""Runs the units, in any order and on any node, and yields the result of each. The text names the stage for
+progress."""
 
 
 def in_process(units: Sequence[Unit], title: str) -> Iterator[Done]:
-    """Do the units here, one after the other: a `Runner`."""
+    """Run the units in this process, one after the other; a `Runner`."""
     return (unit() for unit in units)
 
 
 def prepare(config: PrepareConfig, run: Runner = in_process) -> Manifest:
-    """Make the prepared split and return its manifest; a finished one is returned as it is.
+    """Make the prepared split and return its manifest; for a finished split, return its existing manifest.
 
-    Raises UserError for bad input (before any work), for a target that was begun with other settings, and for a
-    full disk; DamagedDataError for files that cannot be read; StorageError.
+    Raises UserError for bad input (before any work), for a target that was begun with other settings, and for a full
+    disk; DamagedDataError for files that cannot be read; StorageError.
     """
     config = replace(config, source=storage.absolute(config.source), target=storage.absolute(config.target))
     work = storage.join(config.target, f".prepare-{config.split}")
     finished = _finished(config)
     if finished is not None:
-        storage.remove_tree(work)  # a kill may have come before this
+        storage.remove_tree(work)  # an earlier run may have been killed before this
         return finished
     if not storage.exists(config.source):
         raise UserError(f"--source {config.source} does not exist; give a folder or a URL such as s3://bucket/imagenet")
@@ -90,7 +91,7 @@ def prepare(config: PrepareConfig, run: Runner = in_process) -> Manifest:
 
 
 def _finished(config: PrepareConfig) -> Manifest | None:
-    """The manifest of a finished split, if its settings are these; its source may be gone by now."""
+    """Return the manifest of a finished split and check its settings against these; the source may be gone by now."""
     manifest = read_manifest(config.target, config.split)
     if manifest is not None:
         origin = open_origin(config.source, config.split) if storage.exists(config.source) else None
@@ -99,7 +100,7 @@ def _finished(config: PrepareConfig) -> Manifest | None:
 
 
 def _claim(config: PrepareConfig, origin: Origin, work: str) -> dict[str, Any]:
-    """Begin the split, or go on with it if its settings are these. Returns the settings that it was begun with."""
+    """Begin the split, or resume it if its settings are the same. Returns the settings that it was begun with."""
     url = storage.join(work, "settings.json")
     settings = _settings(config, origin)
     begun: dict[str, Any] = {}
@@ -120,14 +121,14 @@ def _claim(config: PrepareConfig, origin: Origin, work: str) -> dict[str, Any]:
 def open_origin(source: str, split: str) -> Origin:
     """Find `split` in folder `source` and cut it into pieces: archives, else Parquet files, else class folders.
 
-    Lists files, and reads footers, label columns and headers; no image. Raises UserError for an unknown layout.
+    Lists files and reads footers, label columns and headers, but no image. Raises UserError for an unknown layout.
     """
     archives = open_archives(source, split)
     if archives is not None:
         return archives
     files, folders = storage.list_sizes(source), [url.rpartition("/")[2] for url in storage.list_dirs(source)]
     listings = [files]
-    if "data" in folders:  # where the Hugging Face hub keeps them
+    if "data" in folders:  # the folder used by the Hugging Face hub
         listings.append(storage.list_sizes(storage.join(source, "data")))
     for listing in listings:
         shards = {url: size for url, size in listing.items() if _is_shard(url, split)}
@@ -138,7 +139,7 @@ def open_origin(source: str, split: str) -> Origin:
         shards = storage.list_sizes(folder, ".parquet")
         if shards:
             return open_parquet(shards)
-        # The classes of a set are those of its training images: others may lack some.
+        # The classes of a set are those of its training images: other splits may lack some.
         whole = "train" in folders and split != "train"
         train = storage.list_dirs(storage.join(source, "train")) if whole else []
         names = (url.rpartition("/")[2] for url in train)
@@ -157,7 +158,7 @@ def _is_shard(url: str, split: str) -> bool:
 
 
 def _settings(config: PrepareConfig, origin: Origin | None) -> dict[str, Any]:
-    """What decides the bytes of the result, and where they come from."""
+    """Return the settings that determine the bytes of the result, and the source."""
     return {
         "source": config.source,
         **({"source_digest": origin.digest} if origin else {}),
@@ -170,7 +171,8 @@ def _settings(config: PrepareConfig, origin: Origin | None) -> dict[str, Any]:
 
 
 def _compare(config: PrepareConfig, old: dict[str, Any], new: dict[str, Any], verb: str) -> None:
-    """Refuse other settings than those of the target. The place of the source may change; its content may not."""
+    """Raise UserError if the settings differ from those of the target. The source may move, but its content may not
+    change."""
     differing = [
         f"{name} {old.get(name)} (now {value})"
         for name, value in new.items()
@@ -194,14 +196,14 @@ def _refuse_strangers(config: PrepareConfig) -> None:
 
 
 def _check_space(config: PrepareConfig, origin: Origin, work: str) -> None:
-    """Refuse a local target without room: parts and shards are there at the same time."""
+    """Raise UserError for a local target without enough room: parts and shards exist at the same time."""
     if storage.is_remote(config.target):
         return
     there = storage.list_sizes(work) | {
         u: n for u, n in storage.list_sizes(config.target).items() if _is_shard(u, config.split)
     }
     source = sum(piece.bytes for piece in origin.pieces)
-    # What is shrunk is mostly less than half of it; how much, nobody knows before.
+    # Shrunk images are mostly less than half as large; the exact size is not known beforehand.
     need = (source if config.short_side else 2 * source) - sum(there.values())
     place = storage.local_path(config.target)
     while not place.exists():
@@ -216,7 +218,7 @@ def _check_space(config: PrepareConfig, origin: Origin, work: str) -> None:
 
 
 def _make_parts(config: PrepareConfig, origin: Origin, work: str, run: Runner) -> list[Index]:
-    """Have the missing parts made; return the index of every part."""
+    """Have the missing parts made, and return the index of every part."""
     sizes = storage.list_sizes(work)
 
     def read(number: int) -> Index | None:
@@ -252,7 +254,7 @@ def _run_all(run: Runner, units: Sequence[Unit], title: str) -> None:
 def _make_shards(
     config: PrepareConfig, origin: Origin, indices: list[Index], work: str, run: Runner
 ) -> tuple[Shard, ...]:
-    """Have the missing shards made; return what is known of every shard."""
+    """Have the missing shards made, and return the description of every shard."""
     units = plan_shards(
         indices=indices,
         split=config.split,

@@ -10,7 +10,7 @@ from mimkd_ray.data.prepare.input_pieces import Origin
 from mimkd_ray.data.prepare.work_units import Index, ShardUnit, class_keys
 from mimkd_ray.errors import UserError
 
-SHARD_BYTES = 256 * 10**6  # of a shard by default; it is held twice in memory to be written
+SHARD_BYTES = 256 * 10**6  # of a shard by default; writing holds it twice in memory
 MAX_BLOCK_BYTES = 10**9  # a column of Arrow's binary type ends at 2 GiB
 
 
@@ -39,9 +39,9 @@ def plan_shards(
 ) -> list[ShardUnit]:
     """Rank all rows by key, cut the ranks into shards, and find each shard's range of bytes in every part.
 
-    Rows are ranked by (key, part, place in the part); a part holds its rows in that order already, so a shard takes
-    neighbours. `shard_rows` 0 makes shards of
-    about SHARD_BYTES. Raises UserError for blocks that are too large.
+    Rows are ranked by (key, part, place in the part); a part already holds its rows in that order, so a shard takes one
+    range of each part. `shard_rows` 0 gives shards of about SHARD_BYTES. Raises UserError for blocks that are too
+    large.
     """
     counts = [len(index.keys) for index in indices]
     rows = sum(counts)

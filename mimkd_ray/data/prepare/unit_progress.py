@@ -10,20 +10,21 @@ from tqdm import tqdm
 from mimkd_ray.data.prepare.work_units import Done
 
 LINE_SECONDS = 10.0
-"""Time between two lines of progress where there is no terminal."""
+"""Seconds between two lines of progress without a terminal."""
 
 
 class Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere; by bytes, because images differ in size.
+    """A progress bar on a terminal, otherwise a line every ten seconds; measured in bytes, because images differ in
+    size.
 
-    Speed is measured from the end of the first unit on: before it, Ray starts its processes.
+    Speed is measured from the end of the first unit, because Ray starts its processes before that.
     """
 
     def __init__(self, title: str, total_bytes: int) -> None:
         self.title, self.total_bytes = title, max(total_bytes, 1)
         self.rows = self.bytes = 0
         self.shown = time.monotonic()
-        self.first: tuple[float, int, int] | None = None  # when the first unit ended, its rows and bytes
+        self.first: tuple[float, int, int] | None = None  # time at which the first unit ended, its rows and bytes
         shows = sys.stderr.isatty()
         self.bar = tqdm(total=self.total_bytes, desc=title, bar_format="{desc} |{bar}|") if shows else None
         if self.bar is None:
@@ -39,7 +40,7 @@ class Progress:
             print(f"  {self.text(time.monotonic())}", flush=True)
 
     def add(self, done: Done) -> None:
-        """Count a finished unit, and show it when it is time."""
+        """Count a finished unit, and update the display if it is due."""
         self.rows, self.bytes = self.rows + done.rows, self.bytes + done.bytes
         now = time.monotonic()
         if self.first is None:

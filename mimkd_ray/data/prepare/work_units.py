@@ -1,11 +1,11 @@
 """The two kinds of work of data preparation. Each unit is restartable, and commits by one atomic write at its end.
 
-1. `make_part`: read a piece of the source, decode every image to check it, shrink it if asked, and write a *part*:
+1. `make_part`: read a piece of the source, decode every image to check it, shrink it if requested, and write a *part*:
    a blob of records sorted by the rows' random keys, and then its index, which commits it.
-2. `make_shard`: gather the rows of a shard, which lie in one byte range of every part, write the Parquet file, and then
-   its sidecar (what the manifest says of it), which commits it.
+2. `make_shard`: gather the rows of a shard, one byte range of every part, write the Parquet file, and then its
+   sidecar (its entry of the manifest), which commits it.
 
-A unit done twice writes the same bytes.
+A unit that runs twice writes the same bytes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from mimkd_ray.data.prepare.input_pieces import THREADS, Piece
 from mimkd_ray.data.sources.shard_manifest import Block, Shard
 from mimkd_ray.errors import DamagedDataError, UserError
 
-# A record is a header, the name, the image: key, label, bytes of name, bytes of image; crc32 of all but itself.
+# A record is a header, the name, the image: key, label, bytes of name, bytes of image; crc32 of all except itself.
 _FIELDS = struct.Struct("<dqIQ")
 _CRC = struct.Struct("<I")
 
 
 class Done(NamedTuple):
-    """What a finished unit did: rows that it wrote, and bytes of the source that are done with."""
+    """Result of a finished unit: rows written, and bytes of the source processed."""
 
     rows: int
     bytes: int
@@ -44,9 +44,9 @@ class Done(NamedTuple):
 def class_keys(count: int, seed: int, label: int) -> np.ndarray:
     """Return the random keys of a class's rows, in the source's order: float64 in [0, 1], one in each [i, i+1) / count.
 
-    Sorting all rows of a set by key spreads every class evenly. With N rows and C classes, of which this one has
-    n rows: below any key t lie n*t rows of it, give or take less than 1, so B neighbouring rows hold B * n / N of
-    it, give or take less than 2 + 2 * n * C / N (4 where classes are equal), for certain; most often less than 1.
+    Sorting all rows of a set by key spreads every class evenly. With N rows and C classes, of which this one has n
+    rows: below any key t lie n*t of its rows, with an error below 1, so B adjacent rows hold B * n / N of them, with an
+    error that is always below 2 + 2 * n * C / N (4 for equal classes) and mostly below 1.
     """
     rank = permutation(count, seed, "prepare rank", label)
     inside = (raw(count, seed, "prepare place", label) >> np.uint64(11)) * 2.0**-53
@@ -55,7 +55,7 @@ def class_keys(count: int, seed: int, label: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PartUnit:
-    """A piece of the source to be made a part."""
+    """A unit that makes a piece of the source into a part."""
 
     number: int
     piece: Piece
@@ -69,17 +69,17 @@ class PartUnit:
 
     @property
     def bytes(self) -> int:
-        """Bytes to read."""
+        """Number of bytes to read."""
         return self.piece.bytes
 
     def __call__(self) -> Done:
-        """Do it."""
+        """Make the part."""
         return make_part(self)
 
 
 @dataclass(frozen=True)
 class ShardUnit:
-    """Rows `first_id` .. `first_id + rows - 1` of the prepared set, to be made a shard."""
+    """A unit that makes rows `first_id` .. `first_id + rows - 1` of the prepared set into a shard."""
 
     number: int
     file: str
@@ -87,23 +87,23 @@ class ShardUnit:
     rows: int
     block_rows: int
     ranges: tuple[tuple[int, int, int], ...]
-    """(part, start, stop) of bytes, in the order of parts."""
+    """(part, start, stop) of each byte range, in the order of parts."""
     classes: tuple[str, ...]
     target: str
     work: str
 
     @property
     def bytes(self) -> int:
-        """Bytes to gather."""
+        """Number of bytes to gather."""
         return sum(stop - start for _, start, stop in self.ranges)
 
     def __call__(self) -> Done:
-        """Do it."""
+        """Make the shard."""
         return make_shard(self)
 
 
 class Index(NamedTuple):
-    """What a finished part holds: its rows' keys and record lengths in the blob's order, and what was left out."""
+    """Content of a finished part: its rows' keys and record lengths in the blob's order, and the images left out."""
 
     keys: list[float]
     lengths: list[int]
@@ -112,17 +112,17 @@ class Index(NamedTuple):
 
 
 def blob_url(work: str, part: int) -> str:
-    """Return where the records of a part are."""
+    """Return the URL of a part's records."""
     return storage.join(work, f"part-{part:05d}.blob")
 
 
 def index_url(work: str, part: int) -> str:
-    """Return where the index of a part is: it is there when the part is finished."""
+    """Return the URL of a part's index, which exists once the part is finished."""
     return storage.join(work, f"part-{part:05d}.json")
 
 
 def sidecar_url(work: str, shard: int) -> str:
-    """Return where the sidecar of a shard is: it is there when the shard is finished."""
+    """Return the URL of a shard's sidecar, which exists once the shard is finished."""
     return storage.join(work, f"shard-{shard:05d}.json")
 
 
@@ -148,9 +148,9 @@ def make_part(unit: PartUnit) -> Done:
 
 
 def checked(image: bytes, short_side: int, quality: int) -> bytes:
-    """Decode `image` fully; return it as it is, or as a JPEG whose short side is `short_side` if it is larger.
+    """Decode `image` fully; return it unchanged, or as a JPEG of short side `short_side` if it is larger.
 
-    Shrinks with antialiasing, bilinear as torchvision's Resize, whose rounding it follows. Raises DamagedImageError.
+    Shrinks with antialiasing, bilinear as torchvision's Resize, with the same rounding. Raises DamagedImageError.
     """
     pixels_CHW = decode(image)
     height, width = pixels_CHW.shape[1:]
@@ -168,7 +168,7 @@ def checked(image: bytes, short_side: int, quality: int) -> bytes:
 def make_shard(unit: ShardUnit) -> Done:
     """Write a shard and commit it. Holds its bytes twice in memory, and one block a third time.
 
-    Raises DamagedDataError if a part is not as it was written.
+    Raises DamagedDataError if a part differs from what was written.
     """
     rows = [row for _, row in sorted(_gather(unit), key=lambda pair: pair[0])]
     if len(rows) != unit.rows:
@@ -206,7 +206,7 @@ def _gather(unit: ShardUnit) -> Iterator[tuple[float, _Row]]:
     def read(place: tuple[int, int, int]) -> bytes:
         part, start, stop = place
         try:
-            # A reader asks for what is read and no more, so any length that is not too short will do.
+            # A reader requests only what is read, so any length that is long enough will do.
             with storage.open_file(blob_url(unit.work, part), stop) as file:
                 file.seek(start)
                 return file.read(stop - start)
@@ -241,7 +241,7 @@ def _gather(unit: ShardUnit) -> Iterator[tuple[float, _Row]]:
 
 
 def not_shared(work: str) -> str:
-    """Return what to do where one node does not see what another one wrote."""
+    """Return the remedy if one node does not see what another one wrote."""
     return f"on several nodes --target must be a folder or URL that all of them see, such as s3://bucket/set ({work})"
 
 
@@ -260,7 +260,8 @@ def schema(classes: tuple[str, ...]) -> Any:
 
 
 def _write_parquet(unit: ShardUnit, rows: list[_Row]) -> bytes:
-    """Return the file. Statistics on image bytes would cost a third of the speed of reading, and help nobody."""
+    """Return the bytes of the file. It has no statistics on image bytes: they would cost a third of the reading speed
+    and have no use."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -284,7 +285,7 @@ def _write_parquet(unit: ShardUnit, rows: list[_Row]) -> bytes:
 
 
 def _describe(file: str, data: bytes) -> Shard:
-    """Read the footer of a file back: its blocks, each with the bytes from its first column chunk to its last."""
+    """Describe a file from its footer: its blocks, each with the bytes from its first column chunk to its last."""
     import pyarrow.parquet as pq
 
     metadata = pq.read_metadata(io.BytesIO(data))
@@ -300,7 +301,7 @@ def _describe(file: str, data: bytes) -> Shard:
 
 
 def _read_commit(url: str, build: Callable[[Any], Any]) -> Any:
-    """Return `build(the JSON at url)`; None if there is none, or if it is damaged: then its unit is done again."""
+    """Return `build(the JSON at url)`; None if it is missing or damaged, so that its unit is run again."""
     try:
         return build(json.loads(storage.read_bytes(url)))
     except (FileNotFoundError, ValueError, TypeError):
@@ -313,7 +314,7 @@ def read_index(work: str, part: int) -> Index | None:
 
 
 def read_sidecar(work: str, shard: int) -> Shard | None:
-    """Return what is known of a shard; None if it is not finished."""
+    """Return the description of a shard; None if it is not finished."""
 
     def build(value: list[Any]) -> Shard:
         shard = Shard(*value)

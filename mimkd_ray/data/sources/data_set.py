@@ -1,4 +1,4 @@
-"""From a configuration to the training and validation set."""
+"""The training and validation set of a configuration."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class Data:
     num_classes: int
     digest: str
     whole: Source
-    """What a teacher cache is of: the training rows together with those that `holdout` takes from them."""
+    """The rows of a teacher cache: the training rows together with those that `holdout` takes from them."""
     kept: np.ndarray | None = None
-    """Positions of the training rows within the whole, sorted; None: all of it."""
+    """Positions of the training rows within `whole`, sorted; None: all of it."""
     own: OwnData | None = None
-    """The data sets that were given as objects, to open them again by."""
+    """The data sets that were passed as objects, for opening them again."""
 
 
 def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
-    """Open both splits: listings and Parquet footers only (with `holdout` or `subset` also the labels).
+    """Open both splits: reads listings and Parquet footers only (with `holdout` or `subset` also the labels).
 
     `own` data sets take the place of `config.root`. Raises UserError for a missing place or split, or for labels beyond
     the classes.
@@ -102,9 +102,9 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
 
 
 def _warn_of_slow_order(config: DataConfig, train: Source) -> None:
-    """Log a warning if the blocks that the order has in use at a time do not fit where they are kept."""
+    """Log a warning if the blocks that the order uses at a time do not fit into the store or memory."""
     if not train.block_bytes:
-        return  # rows are read one by one from where they are
+        return  # rows are read one by one in place
     room, place, remedy = (
         (int(config.store_gb * 1e9), "the block store holds", "make the store larger with --data.store-gb")
         if train.store
@@ -154,7 +154,7 @@ class _Digits:
 class _Root:
     """A folder with splits: `[data/]<split>-*.parquet`, `<split>/*.parquet` or `<split>/<class>/<image>`.
 
-    A split that has a `<split>.manifest.json` is a prepared one.
+    A split with a `<split>.manifest.json` is a prepared one.
     """
 
     def __init__(self, url: str, store: BlockStore | None) -> None:
@@ -173,7 +173,7 @@ class _Root:
             if not storage.exists(url):
                 raise UserError(f"data.root {url} does not exist; give 'digits', a folder or a URL such as s3://...")
             raise UserError(f"data.root {url} holds neither Parquet files nor folders; give the folder of the splits")
-        if "data" in self.dirs:  # where the Hugging Face hub keeps them
+        if "data" in self.dirs:  # the folder used by the Hugging Face hub
             self.files |= storage.list_entries(self.dirs["data"], ".parquet")
 
     def open(self, split: str, classes: tuple[str, ...] | None) -> Source | None:

@@ -1,6 +1,6 @@
-"""Handwritten digits that ship with scikit-learn: 1,797 grey images of 8x8. Real data without a download.
+"""The handwritten digits of scikit-learn: 1,797 grey images of 8x8. Real data without a download.
 
-The file is read from the package's folder; scikit-learn itself is not imported, which would take seconds.
+The file is read from the package's folder; scikit-learn itself is not imported, because that takes seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mimkd_ray.data.sources.source import Row, digest_of, stratified_split
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.errors import UserError
 
-VAL_ROWS = 450  # 45 of each digit; 1,347 are left for training
+VAL_ROWS = 450  # 45 of each digit; 1,347 remain for training
 BLOCK_ROWS = 64
 SPLIT_SEED = 0  # part of the data set's definition, not of a run
 

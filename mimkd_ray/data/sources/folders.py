@@ -1,12 +1,12 @@
 """Class folders: `root/<class>/<image>`, classes in sorted order, as in torchvision's ImageFolder.
 
-A sorted listing holds one class after the other, so a window of neighbouring rows would hold a single class.
-Therefore the listing is shuffled once, by keyed numbers with seed 0 that depend on its length alone, and a
-row's id is its place after that shuffle. Blocks are runs of `BLOCK_ROWS` of it. Adding or removing a file
-renumbers everything; it also changes the digest.
+A sorted listing holds one class after the other, so a window of adjacent rows would hold a single class. Therefore the
+listing is shuffled once, by keyed numbers with seed 0 that depend only on its length, and a row's id is its place after
+that shuffle. Blocks are runs of `BLOCK_ROWS` rows of it. Adding or removing a file renumbers all rows; it also changes
+the digest.
 
-Local files are read one by one where they are. On an object store, the files of a block are fetched together, by
-many requests at a time, into the block store.
+Local files are read one by one in place. On an object store, the files of a block are fetched together, with many
+requests at a time, into the block store.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ THREADS = 16  # requests of a block to an object store, and listings
 class FolderSource:
     """The images below `root`; id = position. Opening lists every class folder and reads no image.
 
-    `classes` fixes the class numbers (for a validation set: those of the training set); by default they are
-    the sorted folder names. `store` is used for object stores only. Raises UserError for no classes, a class
-    without images, or folders that are not in `classes`.
+    `classes` sets the class numbers (for a validation set: those of the training set); by default they are the sorted
+    folder names. `store` is used for object stores only. Raises UserError for no classes, a class without images, or
+    folders that are not in `classes`.
     """
 
     def __init__(self, root: str, classes: tuple[str, ...] | None = None, store: BlockStore | None = None) -> None:
@@ -70,7 +70,7 @@ class FolderSource:
         ]
         self.num_rows: int = len(found)
         order = permutation(self.num_rows, 0, "folder listing")
-        # Arrays, not lists: a million Python strings cost each loader process a copy of them.
+        # Arrays, not lists: a copy of a million Python strings in each loader process would be expensive.
         self._files = np.array([file.encode() for _, file, _ in found])[order]
         self._labels = np.array([label for label, _, _ in found], dtype=np.int64)[order]
         self.blocks: Blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
@@ -81,7 +81,7 @@ class FolderSource:
 
     @property
     def distant(self) -> bool:
-        """Whether images are copied to the store, from object storage."""
+        """True if images are copied from object storage to the store."""
         return self.store is not None
 
     @property
@@ -90,7 +90,7 @@ class FolderSource:
         return self.num_bytes // self.blocks.num_blocks if self.store else 0
 
     def labels(self) -> np.ndarray:
-        """Return all labels, int64. Free: they are folder numbers."""
+        """Return all labels, int64. Costs nothing: they are folder numbers."""
         return self._labels
 
     def label_range(self) -> tuple[int, int]:
@@ -114,7 +114,7 @@ class FolderSource:
         ]
 
     def fetch(self, block: int) -> bool:
-        """See to it that the block is in the store; say whether it is (False: no store, or no room)."""
+        """Fetch the block into the store; return whether it is there (False: no store, or no room)."""
         return self.store is not None and self.store.fetch(self._keys[block], partial(self._load, block))
 
     def _url(self, position: int) -> str:
@@ -125,7 +125,7 @@ class FolderSource:
         urls = [self._url(int(position)) for position in positions]
         try:
             if storage.is_remote(self.root):
-                with ThreadPoolExecutor(THREADS) as pool:  # waiting, not work: many requests at a time
+                with ThreadPoolExecutor(THREADS) as pool:  # threads wait for the network and take no CPU
                     return list(pool.map(partial(storage.read_bytes, small=True), urls))
             return [storage.read_bytes(url) for url in urls]
         except FileNotFoundError as error:
@@ -137,7 +137,7 @@ class FolderSource:
         return range(self.blocks.start(block), self.blocks.start(block + 1))
 
     def _key(self, block: int, versions: list[storage.Entry]) -> str:
-        """Name the block by what it is read from: a file that is written again makes another block."""
+        """Return the block's key, a digest of the files that it is read from and their versions."""
         digest = hashlib.sha256()
         for position in self._positions(block):
             digest.update(repr((self._url(position), *versions[position])).encode())

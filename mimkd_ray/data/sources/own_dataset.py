@@ -1,18 +1,18 @@
-"""Data sets that are objects of the program, not files: any map-style torch.utils.data.Dataset of (image, label).
+"""Data sets that are objects of the program instead of files: any map-style torch.utils.data.Dataset of (image, label).
 
     mimkd_ray.run(config, train=MyDataset("train"), validation=MyDataset("val"))
 
 An image is a Pillow image; a uint8 tensor (C, H, W) or (H, W), or array (H, W, C) or (H, W), of one or three channels;
 or a floating tensor (C, H, W) of values in 0..1, which is rounded to 256 levels. A label is a class number.
-Augmentation and normalisation are the config's (`data.pipeline`, `data.mean`, `data.std`): leave them out of the data
-set, or views are no function of seed, image and view number any more, and a resumed run is another one.
+Augmentation and normalisation belong to the config (`data.pipeline`, `data.mean`, `data.std`). A data set that augments
+makes views depend on more than seed, image and view number, so that a resumed run differs.
 
-Rows keep their numbers as ids. Labels are asked for once, at the start: they are the attribute `targets`, as the data
-sets of torchvision have it (or that of what a torch.utils.data.Subset is of), or else every row is read. Images are
-read in loader processes, which are forked on Linux and elsewhere pickled. An error of the data set ends the run.
+Rows keep their numbers as ids. Labels are read once, at the start: from the attribute `targets`, as in torchvision's
+data sets (or that of the set below a torch.utils.data.Subset), or else from every row. Images are read in loader
+processes, which are forked on Linux and pickled elsewhere. An error of the data set ends the run.
 
-The digest, by which a resumed run knows its data, is of the number of rows, the classes and all labels. It does not
-look at images: other pictures under the same labels are not noticed.
+The digest, by which a resumed run recognises its data, covers the number of rows, the classes and all labels. It does
+not cover images: other images with the same labels are not noticed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.errors import UserError
 
 SCHEME = "own://"
-"""Before the digest of data sets that were given: the `data.root` of their runs."""
+"""Prefix of `data.root` for data sets passed as objects; their digest follows it."""
 BLOCK_ROWS = 256
 VALIDATION = ("validation", "val", "valid", "test")
 
@@ -43,8 +43,8 @@ class OwnSource:
     """The rows of a map-style data set; id = position."""
 
     def __init__(self, dataset: Dataset, role: str, classes: tuple[str, ...] | None = None) -> None:
-        """``role`` is its name in errors. ``classes``: those of the training set. Raises UserError for what is no
-        map-style data set of (image, label), and for class names that differ from ``classes``."""
+        """Open a data set. ``role`` is its name in errors; ``classes`` are those of the training set. Raises UserError
+        unless it is a map-style data set of (image, label), and for class names that differ from ``classes``."""
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise UserError(
                 f"the {role} set is a {type(dataset).__name__}, which cannot be asked for its length and its rows by "
@@ -93,7 +93,7 @@ class OwnSource:
             row = Row(position, label, pixels_of(image, name), name)
         except UserError:
             raise
-        except Exception as error:  # the data set is foreign code: its error says what, and the note where
+        except Exception as error:  # foreign code: its error has the cause, and the note the row
             error.add_note(name)
             raise
         if label != self._labels[position]:
@@ -114,7 +114,7 @@ class OwnData:
 
     @classmethod
     def of(cls, train: Dataset | None, validation: Dataset | None) -> OwnData | None:
-        """Open what was given; None for nothing."""
+        """Open the data sets; None if none was given."""
         if train is None:
             if validation is not None:
                 raise UserError("a validation set was given and no training set: give both, or only train=")
@@ -122,16 +122,16 @@ class OwnData:
         return cls(train, validation)
 
     def open(self, split: str, classes: tuple[str, ...] | None) -> Source | None:
-        """Return the split, or None if it was not given. ``classes`` are the training set's in any case."""
+        """Return the split, or None if it was not given. ``classes`` is ignored: they are always the training set's."""
         return self.train if split == "train" else self.validation if split in VALIDATION else None
 
     def found(self) -> str:
-        """Return the names of what was given, for errors."""
+        """Return the names of the given sets, for errors."""
         return "train" if self.validation is None else "train, validation"
 
 
 def pixels_of(image: Any, name: str) -> np.ndarray:
-    """Return an image of a data set as (H, W, 3) uint8. Raises UserError for other kinds, shapes and values."""
+    """Convert an image of a data set to (H, W, 3) uint8. Raises UserError for other kinds, shapes and values."""
     if isinstance(image, Tensor) and image.dim() == 3 and image.is_floating_point():
         low, high = float(image.min()), float(image.max())
         if not (low >= 0 and high <= 1):
@@ -182,7 +182,7 @@ def _labels(dataset: Dataset, role: str) -> np.ndarray:
 
 
 def _targets(dataset: Any) -> np.ndarray | None:
-    """The labels that a data set has beside its images; None where it has none, or changes them on the way."""
+    """Return the labels that a data set has beside its images; None if it has none or transforms them."""
     if isinstance(dataset, Subset):
         whole = _targets(dataset.dataset)
         return None if whole is None else whole[np.asarray(dataset.indices, dtype=np.int64)]

@@ -1,12 +1,12 @@
 """Image data sets in Parquet: `image: struct<bytes, path>` (Hugging Face) or binary, `label: int64`.
 
-A file is a shard, a row group is a block. Opening reads footers only. A prepared set (`data/manifest.py`) has
-blocks of one size; each is read by one request, and its bytes are compared with the manifest's sha256 before
-anything is decoded. Of other files the row groups are taken as they are.
+A file is a shard, a row group is a block. Opening reads footers only. A prepared set (`shard_manifest.py`) has blocks
+of one size; each is read by one request, and its bytes are compared with the manifest's sha256 before anything is
+decoded. Row groups of other files are used in their own sizes.
 
-Blocks go through the block store, so a row group is fetched and decoded once per node; on a local disk uncompressed
-images stay where they are, and the store keeps where they lie. Without a store each process keeps the last blocks, and
-rows asked for from far more blocks than that cost a row group each, unless they are on a local disk.
+Blocks go through the block store, so a row group is fetched and decoded once per node. Uncompressed images on a local
+disk stay in their file, and the store keeps only their places. Without a store each process keeps the last blocks, and
+rows from far more blocks than that cost a row group each, unless they are on a local disk.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from mimkd_ray.data.store.stored_block import StoredBlock
 from mimkd_ray.errors import UserError
 
 FOOTER_THREADS = 16
-KEPT_PLACES = 2**16  # of blocks, some 250 bytes each; found in 3 us
-INDEX_BYTES = 24  # that the store keeps of a row which is read in place
+KEPT_PLACES = 2**16  # of blocks, some 250 bytes each; a look-up takes 3 us
+INDEX_BYTES = 24  # that the store keeps of a row that is read in place
 
 
 class _Footer(NamedTuple):
-    row_groups: tuple[tuple[int, int, int], ...]  # (rows, first byte, byte behind the last one) of each
+    row_groups: tuple[tuple[int, int, int], ...]  # (rows, first byte, byte after the last one) of each
     label_range: tuple[int, int] | None  # None: no statistics
     classes: tuple[str, ...]  # () if the file does not name them
     image_column: str  # "image.bytes", or "image" for a plain binary column
 
 
 class _Place(NamedTuple):
-    """Of a block: how it is found, its file's name, and the position of that file's first row."""
+    """Location of a block: its key, its file's name, and the position of that file's first row."""
 
     key: str
     name: str
@@ -51,7 +51,7 @@ class _Place(NamedTuple):
 
 
 class ParquetSource:
-    """The rows of Parquet files, one file behind the other in the order given; id = row number = position."""
+    """The rows of Parquet files, one file after the other in the given order; id = row number = position."""
 
     def __init__(
         self,
@@ -61,13 +61,13 @@ class ParquetSource:
         versions: Mapping[str, str] | None = None,
         store: BlockStore | None = None,
     ) -> None:
-        """`files` maps each URL to its size in bytes, as from `storage.list_sizes`.
+        """Open the files. `files` maps each URL to its size in bytes, as from `storage.list_sizes`.
 
-        With a `manifest` its shards are the files, in its order, and `files` is what they are checked against.
-        `versions` (of `storage.Entry`) tell files of one name and size apart in the store.
+        With a `manifest` its shards are the files, in its order, and `files` is checked against it. `versions` (of
+        `storage.Entry`) distinguish files of one name and size in the store.
 
-        Raises UserError for a file that is not Parquet, lacks columns, or disagrees with the others about
-        classes, and for a manifest that does not fit the files.
+        Raises UserError for a file that is not Parquet, lacks columns, or disagrees with the others about classes, and
+        for a manifest that does not fit the files.
         """
         if manifest is not None:
             files = _listed_shards(files, manifest)
@@ -105,12 +105,12 @@ class ParquetSource:
 
     @property
     def distant(self) -> bool:
-        """Whether blocks are copied to the store, from object storage or a network file system."""
+        """True if blocks are copied to the store, from object storage or a network file system."""
         return not self.in_place
 
     @property
     def block_bytes(self) -> int:
-        """Mean size of a block in the store: of a row group, or where that is read in place, of its index."""
+        """Mean size of a block in the store: of a row group, or of its index if it is read in place."""
         size = INDEX_BYTES * self.num_rows if self.in_place else self.num_bytes
         return size // self.blocks.num_blocks
 
@@ -121,7 +121,7 @@ class ParquetSource:
         return np.concatenate(columns)
 
     def label_range(self) -> tuple[int, int]:
-        """Return the smallest and largest label, from the footers' statistics where there are any."""
+        """Return the smallest and largest label, from the footers' statistics if all files have them."""
         known = [r for r in self._ranges if r is not None]
         if len(known) < len(self._ranges):
             labels = self.labels()
@@ -140,14 +140,14 @@ class ParquetSource:
         return rows
 
     def fetch(self, block: int) -> bool:
-        """See to it that the row group is in the store; say whether it is (False: no store, or no room)."""
+        """Fetch the row group into the store; return whether it is there (False: no store, or no room)."""
         return self.store is not None and self.store.fetch(self._key(block), partial(self._load, block))
 
     def _file(self, block: int) -> int:
         return int(np.searchsorted(self._file_block, block, side="right")) - 1
 
     def _place(self, block: int) -> _Place:
-        """Return what rows of the block need, and keep it: a batch may touch as many blocks as it has rows."""
+        """Return and cache the location of a block: a batch may use as many blocks as it has rows."""
         file = self._file(block)
         first = self.blocks.start(int(self._file_block[file]))
         if len(self._places) >= KEPT_PLACES:
@@ -188,7 +188,7 @@ _COPY_AGAIN = "copy the prepared set again as a whole, or prepare it anew"
 
 
 def _listed_shards(files: Mapping[str, int], manifest: Manifest) -> dict[str, int]:
-    """Return {URL: bytes} of the manifest's shards. Raises UserError for one that is missing or of another size."""
+    """Return {URL: bytes} of the manifest's shards. Raises UserError for one that is missing or has another size."""
     listed = {_base(url): (url, size) for url, size in files.items()}
     found = {}
     for shard in manifest.shards:
@@ -205,7 +205,7 @@ def _listed_shards(files: Mapping[str, int], manifest: Manifest) -> dict[str, in
 
 
 def _check_row_groups(url: str, footer: _Footer, shard: Shard) -> None:
-    """Raise UserError if the file's own row groups are not those of the manifest."""
+    """Raise UserError if the file's row groups differ from those of the manifest."""
     rows = sum(rows for rows, _, _ in footer.row_groups)
     if len(footer.row_groups) != len(shard.blocks) or rows != shard.rows:
         raise UserError(
@@ -249,7 +249,7 @@ def _read_footer(url: str, size: int) -> _Footer:
 
 
 def _span(group: Any) -> tuple[int, int]:
-    """Return (first byte, byte behind the last one) of a row group's columns."""
+    """Return (first byte, byte after the last one) of a row group's columns."""
     spans = [chunk_span(group.column(i)) for i in range(group.num_columns)]
     return min(start for start, _ in spans), max(stop for _, stop in spans)
 
@@ -265,7 +265,7 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
         names = json.loads((metadata or {})[b"huggingface"])["info"]["features"]["label"]["names"]
         return tuple(map(str, names))
     except (KeyError, TypeError, ValueError):
-        return ()  # the names are a courtesy of the format: numbers do as well
+        return ()  # the format need not have the names; numbers are used instead
 
 
 def _read_labels(url: str, size: int) -> np.ndarray:

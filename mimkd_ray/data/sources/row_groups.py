@@ -1,7 +1,7 @@
-"""One row group of a Parquet file: read by one request, verified where its digest is known, its rows found.
+"""One row group of a Parquet file: read by one request, verified if its digest is known, and its rows located.
 
-Arrow decodes the row group. Where its images lie in the file as they are (uncompressed, which is how prepared sets and
-most image sets are written), and the file is on a local disk, the images stay there and only their places are kept.
+Arrow decodes the row group. If its images are stored uncompressed in the file (as prepared sets and most image sets
+are) and the file is on a local disk, the images stay there and only their places are kept.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from mimkd_ray.data.store.stored_block import Identity, StoredBlock
 from mimkd_ray.errors import DamagedDataError, UserError
 
 KEPT_FOOTERS = 64  # parsed, per process
-HEAD_BYTES = 64  # of an image, by which it is looked for
-MAX_GAP = 1 << 16  # bytes of other columns that may lie between those wanted: one request costs more than they do
+HEAD_BYTES = 64  # first bytes of an image, by which it is searched
+MAX_GAP = 1 << 16  # bytes of other columns between those needed: reading them is cheaper than another request
 
 
 def read_row_group(
     url: str, size: int, group: int, image_column: str, listed: Block | None, first_id: int, in_place: bool
 ) -> StoredBlock:
-    """Return row group `group` of the file at `url` (`size` bytes); `in_place`: its images stay in the file, if they
-    lie there uncompressed.
+    """Return row group `group` of the file at `url` (`size` bytes). With `in_place`, its images stay in the file if
+    they are uncompressed there.
 
-    `listed` is the row group in the manifest of a prepared set: its bytes must have that digest, and its ids count from
-    `first_id` on. Raises DamagedDataError for what is gone, cut short, changed or unreadable, UserError for rows
-    without a label, StorageError.
+    `listed` is the row group in the manifest of a prepared set: its bytes must have that digest, and its ids count up
+    from `first_id`. Raises DamagedDataError if it is gone, truncated, changed or unreadable, UserError for rows without
+    a label, StorageError.
     """
     import pyarrow as pa
 
@@ -41,7 +41,7 @@ def read_row_group(
     except FileNotFoundError as error:
         raise DamagedDataError(f"{url} is gone: it was there when the set was opened; put it back") from error
     except storage.StorageError:
-        raise  # not the file's content
+        raise  # not caused by the file's content
     except (pa.ArrowInvalid, OSError) as error:
         raise DamagedDataError(f"{url}: row group {group} cannot be read ({error}); copy the file again") from error
 
@@ -61,7 +61,7 @@ def _read(
     elif stop - start > sum(end - first for first, end in spans) + MAX_GAP:
         with open_parquet(url, size, metadata) as file:
             return _decoded(file.read_row_group(group, columns=[image_column, "label"], use_threads=False), url, group)
-    # Before the bytes: if the file is written again in between, its identity is another one, and it is read again.
+    # Taken before the bytes are read: if the file is rewritten in between, its identity differs, and it is read again.
     identity = Identity.of(os.stat(storage.local_path(url))) if in_place else None
     data = _range(url, group, start, stop - start, listed)
     with pq.ParquetFile(_Part(data, start, size), metadata=metadata) as file:
@@ -77,7 +77,7 @@ def _read(
 
 
 def _range(url: str, group: int, offset: int, length: int, listed: Block | None) -> bytes:
-    """Return these bytes of the file: all of them, and the right ones as far as that is known."""
+    """Return these bytes of the file, with their length checked and, if known, their digest."""
     data = storage.read_range(url, offset, length)
     if len(data) < length:
         raise DamagedDataError(
@@ -103,11 +103,11 @@ def _check_ids(ids: np.ndarray, url: str, group: int, first_id: int) -> None:
 
 
 def _decoded(table: Any, url: str, group: int) -> StoredBlock:
-    """Return the images that Arrow has decoded, in its memory; a missing one is empty, and counts as damaged when it is
+    """Return the images as decoded by Arrow, in its memory; a missing one is empty and counts as damaged when it is
     viewed."""
     import pyarrow as pa
 
-    (column,) = table.select(["image"]).flatten().columns  # of a struct its only field that was read
+    (column,) = table.select(["image"]).flatten().columns  # the only field of the struct that was read
     images = column.cast(pa.large_binary()).combine_chunks()
     if images.null_count:
         images = images.fill_null(b"")
@@ -119,15 +119,15 @@ def _decoded(table: Any, url: str, group: int) -> StoredBlock:
 
 
 def find_images(data: bytes, block: StoredBlock) -> np.ndarray | None:
-    """Return where the images of `block` lie in `data` (int64), one behind the other; None if one is not found.
+    """Return the places of the images of `block` in `data` (int64), in their order; None if one is not found.
 
-    `data` is the row group that `block` was decoded from. What is found is compared byte by byte, so that it does not
-    matter how Parquet lays out its pages. 40 us for an image of 100 kB.
+    `data` is the row group that `block` was decoded from. Matches are compared byte by byte, so the page layout of
+    Parquet does not matter. 40 us for an image of 100 kB.
     """
     images, found, at = memoryview(block.data or b""), [], 0
     for offset, length in zip(block.offsets.tolist(), block.lengths.tolist(), strict=True):
         image = images[offset : offset + length]
-        # `find` prepares for the needle that it is given: 300 us for a whole image.
+        # `find` preprocesses its search string: 300 us for a whole image.
         head = image[:HEAD_BYTES]
         at = data.find(head, at)
         while at >= 0 and not data.startswith(image, at):
@@ -140,7 +140,7 @@ def find_images(data: bytes, block: StoredBlock) -> np.ndarray | None:
 
 
 class _Part(io.RawIOBase):
-    """A part of a file, in memory, at its own place: the rest of the file is not to be read."""
+    """A part of a file in memory, at its own offset; reads outside it are errors."""
 
     def __init__(self, data: bytes, offset: int, size: int) -> None:
         self._data = memoryview(data)
@@ -177,13 +177,13 @@ class _Part(io.RawIOBase):
 
 @lru_cache(maxsize=KEPT_FOOTERS)
 def read_metadata(url: str, size: int) -> Any:
-    """Return the file's footer, as pyarrow has it; this process keeps the last ones."""
+    """Return the file's footer as pyarrow's metadata; this process caches the last ones."""
     with open_parquet(url, size) as file:
         return file.metadata
 
 
 def open_parquet(url: str, size: int, metadata: Any = None) -> Any:
-    """Open a Parquet file of `size` bytes. Raises UserError for a file that cannot be read or is none."""
+    """Open a Parquet file of `size` bytes. Raises UserError for a file that cannot be read or is not Parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -191,7 +191,7 @@ def open_parquet(url: str, size: int, metadata: Any = None) -> Any:
         if storage.is_remote(url):
             # pre_buffer joins the ranges of a row group into few requests.
             return pq.ParquetFile(storage.open_file(url, size), metadata=metadata, pre_buffer=True)
-        # Plain reads: a memory map of a file that is cut short kills the process instead of raising.
+        # Plain reads: a memory map of a truncated file kills the process instead of raising.
         return pq.ParquetFile(str(storage.local_path(url)), metadata=metadata, pre_buffer=False)
     except PermissionError as error:
         raise UserError(f"cannot read {url}: {error}; check the permissions") from error
@@ -200,7 +200,7 @@ def open_parquet(url: str, size: int, metadata: Any = None) -> Any:
 
 
 def chunk_span(column: Any) -> tuple[int, int]:
-    """Return (first byte, byte behind the last one) of a column chunk."""
+    """Return (first byte, byte after the last one) of a column chunk."""
     start = column.data_page_offset
     if column.dictionary_page_offset is not None:
         start = min(start, column.dictionary_page_offset)
@@ -215,9 +215,9 @@ def label_array(column: Any, url: str) -> np.ndarray:
 
 
 def _integers(column: Any) -> np.ndarray:
-    """Return a column without nulls as int64, perhaps not writable."""
+    """Return a column without nulls as int64; the array may be read-only."""
     import pyarrow as pa
 
-    # Arrow's to_numpy imports pandas, if it is installed: 0.9 s of the first block, in every process that loads one.
+    # Arrow's to_numpy imports pandas if it is installed: 0.9 s for the first block in every process that loads one.
     numbers = np.from_dlpack(column.combine_chunks()) if pa.types.is_integer(column.type) else column.to_numpy()
     return numbers.astype(np.int64, copy=False)

@@ -1,7 +1,7 @@
-"""The manifest of a prepared split: what its shards hold, where each block lies, and what their bytes hash to.
+"""The manifest of a prepared split: its shards, the place of each block, and the digests of their bytes.
 
-A prepared set is `ROOT/<split>-00000-of-00012.parquet`, ... and `ROOT/<split>.manifest.json`. The manifest is
-written last, so a folder without one is not a prepared set, whatever else it holds.
+A prepared set is `ROOT/<split>-00000-of-00012.parquet`, ... and `ROOT/<split>.manifest.json`. The manifest is written
+last, so a folder without one is not a prepared set, whatever else it holds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ VERSION = 1
 
 
 class Block(NamedTuple):
-    """One row group: `length` bytes at `offset` of its file hold its column chunks, and nothing else does."""
+    """One row group: `length` bytes at `offset` of its file hold exactly its column chunks."""
 
     offset: int
     length: int
@@ -30,7 +30,7 @@ class Block(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """One Parquet file, named relative to the root; `sha256` is over all its bytes, the footer included."""
+    """One Parquet file, named relative to the root; `sha256` covers all its bytes, including the footer."""
 
     file: str
     rows: int
@@ -44,11 +44,11 @@ class Manifest:
     """One prepared split. Construction checks that the numbers agree with each other, and raises ValueError."""
 
     split: str
-    """Name of the split, which file names begin with."""
+    """Name of the split, with which file names begin."""
     rows: int
     """Images in the split; their ids are 0..rows-1 in file order."""
     block_rows: int
-    """Rows of every block but the very last one, which may have fewer."""
+    """Rows of every block except the very last one, which may have fewer."""
     classes: tuple[str, ...]
     """Class names; the label is the index."""
     digest: str
@@ -56,7 +56,7 @@ class Manifest:
     damaged: int
     """Images of the source that were left out."""
     settings: dict[str, Any]
-    """What the split was made from, and how."""
+    """Source and settings of the preparation."""
     shards: tuple[Shard, ...]
     """The files, in the order of ids."""
 
@@ -83,19 +83,19 @@ class Manifest:
 
 
 def content_digest(classes: Sequence[str], shards: Sequence[Shard]) -> str:
-    """Return the identity of a prepared split, 16 hex digits: equal when classes, rows and every byte are equal."""
+    """Return the identity of a prepared split, 16 hex digits: equal if classes, rows and every byte are equal."""
     return digest_of("prepared", tuple(classes), tuple(tuple(shard) for shard in shards))
 
 
 def manifest_url(root_url: str, split: str) -> str:
-    """Return where the manifest of `split` is."""
+    """Return the URL of the manifest of `split`."""
     return storage.join(root_url, split + MANIFEST_SUFFIX)
 
 
 def read_manifest(root_url: str, split: str) -> Manifest | None:
-    """Return the manifest of a prepared split; None when there is none. One request or two.
+    """Return the manifest of a prepared split; None if there is none. One or two requests.
 
-    Raises UserError for a file that is cut short, was edited, or comes from a version that is not known here.
+    Raises UserError for a manifest that is truncated, was edited, or has an unknown version.
     """
     url = manifest_url(root_url, split)
     try:
@@ -120,7 +120,7 @@ def read_manifest(root_url: str, split: str) -> Manifest | None:
 
 
 def write_manifest(root_url: str, manifest: Manifest) -> None:
-    """Publish the manifest of a split whose shards are all in place: from now on the set is prepared."""
+    """Write the manifest of a split whose shards are all in place; this makes the set a prepared one."""
     shards = [{**shard._asdict(), "blocks": [list(block) for block in shard.blocks]} for shard in manifest.shards]
     fields = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(Manifest)}
     value = {"version": VERSION, **fields, "shards": shards}

@@ -1,14 +1,12 @@
-"""What a data set is to the rest of the program: rows with stable ids, in blocks, read by position.
+"""The interface of a data set: rows with stable ids, in blocks, read by position.
 
-Two words that are easy to mix up:
+Two words that are easy to confuse:
 
-* **position**: 0 .. num_rows-1 within one source. `read` takes positions, `blocks` and `labels()` are in their
-order.
-* **id**: the row's number in the data set at rest. It names the sample for ever: views and cached features
-hang on it.
+* **position**: 0 .. num_rows-1 within one source. `read` takes positions; `blocks` and `labels()` are in their order.
+* **id**: the row's number in the stored data set. It identifies the sample permanently: views and cached features
+  depend on it.
 
-For a source that shows a whole split, position and id are the same number. A subset renumbers positions,
-never ids.
+For a source of a whole split, position and id are the same number. A subset renumbers positions but not ids.
 """
 
 from __future__ import annotations
@@ -27,8 +25,8 @@ from mimkd_ray.errors import UserError
 
 
 class Row(NamedTuple):
-    """One sample as stored: `image` is an encoded file, perhaps a part of a mapped one, or (H, W, 3) uint8; `name` says
-    where."""
+    """One stored sample: `image` is an encoded file (possibly a part of a mapped one) or (H, W, 3) uint8; `name` says
+    where it is stored."""
 
     id: int
     label: int
@@ -56,7 +54,7 @@ class Source(Protocol):
 
     @property
     def digest(self) -> str:
-        """A cheap identity from names, sizes and row counts; it does not look at the content of images."""
+        """A cheap identity from names, sizes and row counts; it does not depend on the content of images."""
         ...
 
     def labels(self) -> np.ndarray:
@@ -73,34 +71,34 @@ class Source(Protocol):
 
     @property
     def in_memory(self) -> bool:
-        """Whether rows are held in memory, decoded: a loader process would cost more than it gives."""
+        """True if rows are held in memory, decoded: loader processes would cost more than they save."""
         ...
 
     @property
     def store(self) -> BlockStore | None:
-        """Where blocks are kept once they are read; None: rows are read from where they are."""
+        """Store of the blocks that were read; None: rows are read in place."""
         ...
 
     @property
     def block_bytes(self) -> int:
-        """Mean size of a block at rest, in bytes; 0 where there is no store."""
+        """Mean size of a stored block, in bytes; 0 if there is no store."""
         ...
 
     @property
     def distant(self) -> bool:
-        """Whether fetching a block waits for a network, and does not only verify what lies on this machine's disk."""
+        """True if fetching a block waits for a network, False if it only verifies data on this machine's disk."""
         ...
 
     def fetch(self, block: int) -> bool:
-        """See to it that the block is in the store; say whether it is. Raises what `read` would."""
+        """Fetch the block into the store; return whether it is there. Raises the errors of `read`."""
         ...
 
 
 class SubsetSource:
     """The rows of `parent` at the given sorted, distinct positions.
 
-    Positions are renumbered from 0; `Row.id` stays the parent's, so views and caches of a sample do not
-    change. A block is what is left of the parent's block; empty ones are dropped.
+    Positions are renumbered from 0; `Row.id` stays the parent's, so views and caches of a sample do not change. A block
+    is the remaining part of the parent's block; empty ones are dropped.
     """
 
     def __init__(self, parent: Source, positions: Sequence[int] | np.ndarray) -> None:
@@ -132,12 +130,12 @@ class SubsetSource:
         return self.parent.read([int(self.kept[p]) for p in positions])
 
     def fetch(self, block: int) -> bool:
-        """Fetch the parent's whole block, which this subset's `block` is a part of."""
+        """Fetch the parent's whole block, of which this subset's `block` is a part."""
         return self.parent.fetch(int(self._parent_block[block]))
 
 
 def ids_of(source: Source) -> np.ndarray:
-    """Return the ids of all rows by position: int64, rising. Reads nothing."""
+    """Return the ids of all rows by position: int64, ascending. Reads nothing."""
     if isinstance(source, SubsetSource):
         return ids_of(source.parent)[source.kept]
     return np.arange(source.num_rows, dtype=np.int64)
@@ -146,9 +144,8 @@ def ids_of(source: Source) -> np.ndarray:
 def stratified_split(labels: np.ndarray, share_or_count: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Choose rows class by class; return (rest, chosen), both sorted positions, int64.
 
-    A float in (0, 1) chooses that share of every class. An int chooses so many rows, the same number of each
-    class as far as classes have them. A remainder goes to classes by keyed random numbers. Raises UserError
-    for too many.
+    A float in (0, 1) chooses that share of every class. An int chooses this many rows, the same number of each class as
+    far as classes have them. A remainder is assigned to classes by keyed random numbers. Raises UserError for too many.
     """
     sizes = np.bincount(labels) if len(labels) else np.zeros(1, dtype=np.int64)
     if isinstance(share_or_count, float):
@@ -161,7 +158,7 @@ def stratified_split(labels: np.ndarray, share_or_count: float | int, seed: int)
         remainder = np.zeros(len(sizes))
     if not 0 <= count <= len(labels):
         raise UserError(f"cannot choose {count:,} rows of a set of {len(labels):,}")
-    # One more row for some classes makes up the count: those with the largest remainder, ties by chance.
+    # One more row for some classes completes the count: those with the largest remainder, ties by chance.
     order = np.lexsort((raw(len(sizes), seed, "split classes"), -remainder))
     open_classes = order[quota[order] < sizes[order]]
     quota[open_classes[: max(0, count - int(quota.sum()))]] += 1

@@ -1,7 +1,7 @@
-"""Rows out of blocks, one at a time, wherever the blocks are kept.
+"""Reading of single rows from blocks, in the store or not.
 
-Each process keeps what it knows of the blocks that it used last (`CACHE_BYTES`): where rows lie or, without a store,
-the rows themselves. And it keeps the files that it used last mapped (`MAPPED_FILES`).
+Each process caches the blocks that it used last (`CACHE_BYTES`): the places of their rows or, without a store, the rows
+themselves. It also keeps the files that it used last mapped (`MAPPED_FILES`).
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from mimkd_ray.data.store.block_store import BlockStore, Load
 from mimkd_ray.data.store.stored_block import ChangedFileError, StoredBlock
 from mimkd_ray.errors import DamagedDataError
 
-CACHE_BYTES = 256 * 2**20  # of blocks that a process keeps
+CACHE_BYTES = 256 * 2**20  # of blocks that a process caches
 MAPPED_FILES = 256  # each of which takes a file descriptor
-TOUCH_S = 1.0  # between two notes in the store that a block is in use: 5 us of path, system call and journal
+TOUCH_S = 1.0  # seconds between two marks in the store that a block is in use: 5 us of path, system call and journal
 TRIES = 3  # to read a row from a file that changes
 
 
 class BlockReader:
-    """Reads the rows of a batch; what is asked for once of a block serves for all of its rows."""
+    """A reader of the rows of a batch; each block is looked up once for all of its rows."""
 
     def __init__(self, store: BlockStore | None) -> None:
         self.store = store
         self._open: dict[str, tuple[StoredBlock, memoryview]] = {}
 
     def row(self, key: str, load: Load, row: int) -> tuple[memoryview, int]:
-        """Return the encoded image and the label of a row of block `key`, which `load()` makes if need be.
+        """Return the encoded image and the label of a row of block `key`, which `load()` makes if it is missing.
 
-        The image is where it is kept: nothing is copied. Raises what `load` does, and DamagedDataError for a file that
-        is written again and again.
+        The image is a view of the cached or mapped bytes, without a copy. Raises the errors of `load`, and
+        DamagedDataError for a file that keeps changing.
         """
         found = self._open.get(key)
         if found is None:
@@ -49,7 +49,7 @@ class BlockReader:
                 return block, block.images(_kept().mapped)
             except ChangedFileError as error:
                 changed = error
-            # Removed to make room, or written again: what is there now is verified anew.
+            # Removed to make room, or rewritten: the present content is verified again.
             _kept().drop(key)
             if self.store is not None:
                 self.store.discard(key)
@@ -76,7 +76,7 @@ class _KeptBlocks:
         self.bytes = 0
         self._lock = threading.Lock()
         self._blocks: OrderedDict[str, StoredBlock] = OrderedDict()
-        self._noted: dict[str, float] = {}  # when the store was told last that a block is in use
+        self._noted: dict[str, float] = {}  # last time at which the store was told that a block is in use
         self._mapped: OrderedDict[str, memoryview] = OrderedDict()
 
     def __len__(self) -> int:
@@ -89,7 +89,7 @@ class _KeptBlocks:
             return self._blocks.get(key)
 
     def note_use(self, key: str) -> bool:
-        """Say whether the store should be told that the block is in use: not if it was within TOUCH_S."""
+        """Return whether the store should be told that the block is in use: not if it was told within TOUCH_S."""
         now = time.monotonic()
         with self._lock:
             if now - self._noted.get(key, 0.0) <= TOUCH_S:
@@ -118,7 +118,7 @@ class _KeptBlocks:
                 self._mapped.pop(block.path, None)
 
     def mapped(self, path: str) -> memoryview:
-        """Return the content of a file; it lasts as long as anybody uses it, also without its name."""
+        """Return the content of a file; the mapping lives as long as it is used, even if the file is deleted."""
         with self._lock:
             if path not in self._mapped:
                 try:
@@ -136,7 +136,7 @@ _blocks = _KeptBlocks()
 
 
 def _kept() -> _KeptBlocks:
-    """Return this process's blocks: a forked child must not wait for a lock that its parent held."""
+    """Return this process's blocks; a forked child gets new ones, because its parent may have held their lock."""
     global _blocks
     if _blocks.pid != os.getpid():
         _blocks = _KeptBlocks()

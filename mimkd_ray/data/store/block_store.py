@@ -1,12 +1,13 @@
 """A bounded folder of blocks on this node's disk, shared by all of its processes.
 
-A block lies there as one file (`stored_block.py`) named by a digest of its content, or of what its content is read
-from. Whoever needs a block that is missing takes the block's lock, reads and verifies it, writes a temporary file and
-renames it; the others wait for the lock and find it. Of a block that is read in place, from a data set on a local disk,
-the store keeps only where its rows lie, and that they were verified. The least recently used files go when the folder
-is full.
+A block is one file (`stored_block.py`) named by a digest of its content, or of the place that its content is read from.
+A process that needs a missing block takes the block's lock, reads and verifies it, writes a temporary file and renames
+it; others wait for the lock and find it. For a block that is read in place, from a data set on a local disk, the store
+keeps only the places of its rows, and the fact that they were verified. The least recently used files are removed when
+the folder is full.
 
-Nothing waits for the disk: after a power cut, which may lose what a renamed file holds, the store begins anew.
+Writes do not wait for the disk: after a power cut, which may lose the content of a renamed file, the store starts
+empty.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from mimkd_ray.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-LOCKS = 256  # lock files; blocks that share one wait for each other, which costs a little time and nothing else
+LOCKS = 256  # lock files; blocks that share one wait for each other, which costs only a little time
 SUFFIX = ".block"
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of Linux: another one after each start of the machine
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux: another value after each start of the machine
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Load = Callable[[], StoredBlock]
@@ -42,8 +43,8 @@ Load = Callable[[], StoredBlock]
 class BlockStore:
     """Blocks in `folder`, at most `max_bytes` of them (a little more while several processes write).
 
-    Picklable; the folder is made on first use, for this user alone. Raises UserError (on first use) for a folder
-    that cannot be made or belongs to someone else.
+    Picklable; the folder is created on first use, for this user alone. Raises UserError (on first use) for a folder
+    that cannot be created or belongs to someone else.
     """
 
     def __init__(self, folder: str | Path = "", max_bytes: int = 8 * 10**9) -> None:
@@ -65,18 +66,19 @@ class BlockStore:
             self._uses = multiprocessing.Array("q", 2, lock=False)
 
     def hit_rate(self) -> float | None:
-        """Share of the blocks fetched so far that were here, by this process and those it started; None: of none."""
+        """Return the share of the blocks fetched so far that were here, by this process and those it started; None: no
+        fetches."""
         found, others = self._uses
         return found / (found + others) if found + others else None
 
     def _count(self, which: int) -> None:
-        self._uses[which] += 1  # without a lock, which no other kind of process could share: a count may get lost
+        self._uses[which] += 1  # without a lock, which other kinds of process could not share: a count may get lost
 
     def get(self, key: str, load: Load) -> StoredBlock:
         """Return block `key`; if it is not here, `load()` makes it once.
 
-        Any error of `load` is passed on, and the next caller tries again. When the disk is full even after the
-        store has given up half of its blocks, the block is handed over from memory, with one warning.
+        Any error of `load` is passed on, and the next caller tries again. If the disk is full even after the store has
+        removed half of its blocks, the block is returned from memory, with one warning.
         """
         block = self._open(key)
         if block is not None:
@@ -89,7 +91,7 @@ class BlockStore:
             return block.at(self._path(key)) if self._keep(key, block) else block
 
     def fetch(self, key: str, load: Load) -> bool:
-        """See to it that block `key` is here; say whether it is (False: there is no room for it)."""
+        """Fetch block `key` into the store; return whether it is here (False: there is no room for it)."""
         self.prepare()
         if self.touch(key):
             self._count(0)
@@ -99,7 +101,7 @@ class BlockStore:
         return self._path(key).exists()
 
     def touch(self, key: str) -> bool:
-        """Mark block `key` as used just now; say whether it is here."""
+        """Mark block `key` as used just now; return whether it is here."""
         try:
             os.utime(self._path(key))
         except FileNotFoundError:
@@ -107,12 +109,12 @@ class BlockStore:
         return True
 
     def discard(self, key: str) -> None:
-        """Forget block `key`: what it was verified as is not what is there now."""
+        """Remove block `key`, whose data differs from what was verified."""
         self._path(key).unlink(missing_ok=True)
 
     def prepare(self) -> None:
-        """Make the folder, once; empty it after a restart of the machine. Raises UserError for one that cannot be."""
-        if self._ready and self.folder.is_dir():  # cleaners of temporary folders come at any time
+        """Create the folder, once; empty it after a restart of the machine. Raises UserError for an unusable folder."""
+        if self._ready and self.folder.is_dir():  # cleaners of temporary folders run at any time
             return
         remedy = "choose another folder with --data.store, or none with --data.store-gb 0"
         try:
@@ -154,7 +156,7 @@ class BlockStore:
         return block
 
     def _keep(self, key: str, block: StoredBlock) -> bool:
-        """Write the block; say whether that was possible. Holds the block's lock."""
+        """Write the block; return whether that was possible. The caller holds the block's lock."""
         path, part = self._path(key), self.folder / f"{_name(key)}.part"
         needed = block.file_bytes()
         for last_try in (False, True):
@@ -190,7 +192,7 @@ class BlockStore:
     def _reserve(self, needed: int, give_up_half: bool) -> None:
         """Make room for `needed` bytes and count them as used."""
         with locked(self.folder / "usage") as usage:
-            # The count drifts when processes are killed; each process's first block and each eviction set it right.
+            # The count drifts when processes are killed; each process's first block and each eviction correct it.
             used = int(os.pread(usage, 32, 0) or 0)
             if not self._counted or give_up_half or used + needed > self.max_bytes:
                 used = self._evict(self.max_bytes - needed, give_up_half)
@@ -198,7 +200,7 @@ class BlockStore:
             os.pwrite(usage, b"%032d" % (used + needed), 0)
 
     def _evict(self, limit: int, give_up_half: bool) -> int:
-        """Remove the files opened longest ago until `limit` bytes are left; return what is left."""
+        """Remove the least recently used files until `limit` bytes are left; return the bytes left."""
         found = []
         for entry in os.scandir(self.folder):
             if entry.name.endswith((SUFFIX, ".part")):
@@ -209,7 +211,7 @@ class BlockStore:
         if give_up_half:
             limit = min(limit, used // 2)
         elif used > limit:
-            limit -= limit // 16  # a little more than needed: this listing should be rare
+            limit -= limit // 16  # a little more than needed, so that this listing is rare
         for _, size, path in sorted(found):
             if used <= limit:
                 break
@@ -219,10 +221,10 @@ class BlockStore:
         return used
 
     def _begin_anew_after_a_restart(self) -> None:
-        """Empty a store that was filled before the machine was started last."""
+        """Empty a store that was filled before the machine was last started."""
         boot = _boot_id()
         if not boot:
-            return  # blocks are written durably then
+            return  # blocks are written durably in this case
         mark = self.folder / "boot"
         with locked(self.folder / "usage"):
             if mark.is_file() and mark.read_text() == boot:
@@ -240,7 +242,7 @@ def default_folder() -> Path:
 
 
 def _boot_id() -> str:
-    """Return the name of this start of the machine; "" where the system has none."""
+    """Return the identity of this start of the machine; "" if the system has none."""
     return BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ""
 
 
@@ -250,17 +252,17 @@ def _name(key: str) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[int]:
-    """Hold the lock of the file, made if missing, against all processes and threads of this machine."""
+    """Hold the lock of the file, created if missing, against all processes and threads of this machine."""
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file
     finally:
-        # Unlocked by name: a process that was forked meanwhile holds the file open, and the lock with it.
+        # Unlocked explicitly: a process forked in the meantime has the file open and so would keep the lock.
         fcntl.flock(file, fcntl.LOCK_UN)
         os.close(file)
 
 
 def open_store(config: DataConfig) -> BlockStore | None:
-    """Return the block store of a run, None for `data.store_gb` 0. Makes no folder yet."""
+    """Return the block store of a run, None for `data.store_gb` 0. Does not create the folder yet."""
     return BlockStore(config.store, int(config.store_gb * 1e9)) if config.store_gb else None

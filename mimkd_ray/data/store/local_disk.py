@@ -1,4 +1,4 @@
-"""Whether a path is on a disk of this machine, where any row can be read at any time, or on a network's file system."""
+"""Detection of local disks, on which any row can be read at any time, as opposed to network file systems."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _NETWORK |= {"orangefs", "pvfs2", "smb3", "smbfs", "virtiofs", "wekafs"}
 
 
 def is_on_local_disk(path: Path) -> bool:
-    """Say whether the file or folder at `path` is on no network file system that is known here.
+    """Return whether the file or folder at `path` is on no known network file system.
 
-    FUSE (`fuse.s3fs`, `fuse.gcsfuse`, ...) counts as network. Where the system lists no mounts, every path is local.
+    FUSE (`fuse.s3fs`, `fuse.gcsfuse`, ...) counts as network. If the system lists no mounts, every path is local.
     """
     place = Path(os.path.realpath(path))
     types = _mounted()

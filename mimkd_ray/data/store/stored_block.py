@@ -1,8 +1,8 @@
-"""One block as it is kept on this node: encoded images in a file, and where each of them lies.
+"""One block kept on this node: encoded images in a file, and the place of each.
 
-The images are those of the bytes that were fetched and verified. They are in a file of the store, with the index behind
-them; or in place, in the data set's own file on a local disk, and then the store's file holds the index alone. Files
-are mapped: no call to the system and no copy for each image, and processes share the pages.
+The images are those of the bytes that were fetched and verified. They are in a file of the store, followed by the
+index; or they stay in place, in the data set's own file on a local disk, and the store's file holds only the index.
+Files are mapped: reading an image needs no system call and no copy, and processes share the pages.
 
     file of the store:  images | offsets, lengths, labels (int64) | path of a file in place | trailer, checksum
 """
@@ -22,9 +22,9 @@ import numpy as np
 
 _MAGIC = b"mimkd\0b1"
 _TRAILER = struct.Struct("<8s6q")  # magic, rows, bytes of images, bytes of the path, identity
-_CHECKSUM = struct.Struct("<I")  # behind it, of all but the images
+_CHECKSUM = struct.Struct("<I")  # after the trailer; covers everything except the images
 _END_BYTES = _TRAILER.size + _CHECKSUM.size
-_NUMBERS = 3  # kept of each row
+_NUMBERS = 3  # kept for each row
 
 
 class ChangedFileError(Exception):
@@ -32,7 +32,7 @@ class ChangedFileError(Exception):
 
 
 class Identity(NamedTuple):
-    """What changes when a file is written again."""
+    """Properties of a file that change when it is rewritten."""
 
     size: int
     modified_ns: int
@@ -47,7 +47,7 @@ class Identity(NamedTuple):
 class StoredBlock:
     """The rows of a block: `lengths` bytes at `offsets` (int64) of `data`, or of the file at `path`, and `labels`.
 
-    With an `identity` the file is a data set's own and must still be the one that was verified.
+    With an `identity` the file belongs to the data set and must still be the one that was verified.
     """
 
     offsets: np.ndarray
@@ -65,33 +65,33 @@ class StoredBlock:
 
     @property
     def held_bytes(self) -> int:
-        """Memory that it takes."""
+        """Memory of the block in bytes."""
         return len(self.data or b"") + _NUMBERS * self.labels.nbytes
 
     @cached_property
     def _numbers(self) -> tuple[memoryview, memoryview, memoryview]:
-        """Of which single ones come as Python's numbers, without NumPy's scalars in between."""
+        """Offsets, lengths and labels as memoryviews, whose items are Python numbers and not NumPy scalars."""
         offsets, lengths, labels = (
             np.ascontiguousarray(each, dtype=np.int64).data for each in (self.offsets, self.lengths, self.labels)
         )
         return offsets, lengths, labels
 
     def row(self, row: int) -> tuple[slice, int]:
-        """Return where the image of a row lies in `images`, and its label."""
+        """Return the place of a row's image in `images`, and its label."""
         offsets, lengths, labels = self._numbers
         start = offsets[row]
         return slice(start, start + lengths[row]), labels[row]
 
     @cached_property
     def _end(self) -> int:
-        """The place behind the last image; looked at for every batch."""
+        """Place after the last image; used for every batch."""
         return int((self.offsets + self.lengths).max())
 
     def images(self, mapped: Callable[[str], memoryview]) -> memoryview:
-        """Return the bytes that `offsets` count in; `mapped` gives those of a file. Raises ChangedFileError.
+        """Return the bytes that `offsets` refer to; `mapped` returns those of a file. Raises ChangedFileError.
 
-        A file in place is looked at first. If somebody cuts it short after that and before a row is used, the system
-        ends the process: at the next start it is found to be damaged.
+        A file in place is checked first. If it is truncated between the check and the use of a row, the system kills
+        the process; the next start finds the file damaged.
         """
         if self.data is not None:
             return memoryview(self.data)
@@ -108,7 +108,7 @@ class StoredBlock:
         return view
 
     def write(self, path: Path, durable: bool) -> None:
-        """Write the file of the store; `durable` waits until a power cut cannot undo it."""
+        """Write the file of the store; with `durable`, wait until a power cut cannot undo it."""
         with open(path, "wb") as out:
             out.write(self.data or b"")
             out.write(self._index())
@@ -121,7 +121,7 @@ class StoredBlock:
         return len(self.data or b"") + _NUMBERS * self.labels.nbytes + len(os.fsencode(self.path)) + _END_BYTES
 
     def at(self, path: Path) -> StoredBlock:
-        """Return the block as `read_stored` would from where it has just been written."""
+        """Return the block in the form that `read_stored` returns, after it has been written to `path`."""
         return self if self.data is None else replace(self, data=None, path=str(path))
 
     def _index(self) -> bytes:
@@ -135,7 +135,8 @@ class StoredBlock:
 def read_stored(path: Path) -> StoredBlock:
     """Return the block whose file of the store is at `path`; its images stay there, or in place.
 
-    Raises FileNotFoundError if there is none, and ValueError for a damaged file. Two reads, whatever the images' size.
+    Raises FileNotFoundError if there is none, and ValueError for a damaged file. Makes two reads, whatever the images'
+    size.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size

@@ -2,9 +2,9 @@
 
     loss = sum over pairs of stages of the mean over images and places of (a(student) - a(teacher))^2
 
-The attention a of a map is the mean over channels of its squared values, over all places brought to unit length; the
-larger map is average-pooled to the smaller one first. The benchmark of CRD's authors takes the mean where the paper
-takes a norm, and has a weight of 1000. No parameters, and the two networks may have any channels.
+The attention a of a map is the mean over channels of its squared values, normalised to unit length over all places; the
+larger map is average-pooled to the smaller one first. The benchmark of CRD's authors takes a mean instead of the
+paper's norm, with a weight of 1000. The loss has no parameters, and the two networks may have any channels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mimkd_ray.losses.methods.base import Picked, Rival
 
 
 class AT(Rival):
-    """Maps of all stages; no parameters."""
+    """The AT loss on maps of all stages; no parameters."""
 
     def compare(self, teacher: Picked, student: Picked, labels_B: Tensor, ids_B: Tensor) -> Tensor:
         losses = []
@@ -28,5 +28,5 @@ class AT(Rival):
 
 
 def _attention(map_BCHW: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H * W), rows of unit length."""
+    """Return the attention of maps: (B, C, H, W) -> (B, H * W), rows of unit length."""
     return F.normalize(map_BCHW.square().mean(1).flatten(1), dim=1)

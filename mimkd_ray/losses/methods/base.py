@@ -1,4 +1,5 @@
-"""What all rivals have in common: they pick what they read, compute in float32, and leave the teacher alone."""
+"""The base class of all rivals: it selects the features that they read, computes in float32, and stops the teacher's
+gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from mimkd_ray.losses.precision import full_precision
 
 
 class Side(NamedTuple):
-    """A tap of one network, with the shape of what the loss reads there; a vector has height and width 1."""
+    """A tap of one network and the shape of its feature; a vector has height and width 1."""
 
     tap: str
     channels: int
@@ -35,7 +36,7 @@ class RivalTaps(NamedTuple):
 
 
 class Picked(NamedTuple):
-    """What one network says to a rival, in float32 (float64 stays), in the order of its taps."""
+    """Features of one network that a rival reads, in float32 (float64 is kept), in the order of its taps."""
 
     logits_BC: Tensor
     vectors: tuple[Tensor, ...]
@@ -43,10 +44,11 @@ class Picked(NamedTuple):
 
 
 class Rival(nn.Module):
-    """A distillation loss. Its connectors and embeddings train with the student, and are never exported.
+    """A distillation loss. Its connectors and embeddings are trained with the student and never exported.
 
-    ``forward(teacher, student, labels_B, ids_B)`` is a scalar, without its weight. Autocast is off in it, and no
-    gradient reaches the teacher. ``labels_B`` are class numbers; rivals that read none take mixed labels as well.
+    ``forward(teacher, student, labels_B, ids_B)`` returns a scalar without its weight. It turns autocast off, and no
+    gradient reaches the teacher. ``labels_B`` are class numbers; rivals that do not read labels accept mixed labels as
+    well.
     """
 
     def __init__(self, taps: RivalTaps) -> None:
@@ -59,12 +61,12 @@ class Rival(nn.Module):
             return self.compare(of_teacher, of_student, labels_B, ids_B)
 
     def compare(self, teacher: Picked, student: Picked, labels_B: Tensor, ids_B: Tensor) -> Tensor:
-        """The method's own formula: a scalar."""
+        """Return the method's own loss, a scalar."""
         raise NotImplementedError
 
 
 def _pick(features: Features, taps: RivalTaps, who: Literal["teacher", "student"]) -> Picked:
-    """What a rival with these taps reads of one network; a teacher's has no gradient."""
+    """Return the features of one network that a rival with these taps reads; those of a teacher have no gradient."""
 
     def read(value: Tensor) -> Tensor:
         return full_precision(value.detach() if who == "teacher" else value)

@@ -1,4 +1,4 @@
-"""The rivals of MIMKD, built by name. What each reads and weighs is told in registry.py."""
+"""The rivals of MIMKD, built by name. registry.py has their inputs and weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RivalPlan(NamedTuple):
 
 def build_rival(plan: RivalPlan, config: LossConfig, rows: TrainingRows | None = None) -> Rival:
     """Build the loss of a plan with the constants of ``config``. Its parameters are drawn from torch's generator.
-    ``rows``: of the training set, for a rival with a bank."""
+    ``rows`` are those of the training set, for a rival with a memory bank."""
     published = RIVALS[plan.method]
     file, _, name = published.loss.partition(":")
     build: Callable[..., Rival] = getattr(import_module(f"mimkd_ray.losses.methods.{file}"), name)

@@ -9,7 +9,7 @@ order 2 at x_i . x_j = 0:
 
 Published values: GAMMA 0.4, order 2. The weight, 100, is that of widely used re-implementations of this formula. The
 benchmark of CRD's authors has a weight of 0.02 for another formula under the same name (products of neighbouring
-differences of trained embeddings): its figures for CC are not figures of this loss.
+differences of trained embeddings), so its results for CC do not apply to this loss.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ORDER = 2
 
 
 class CC(Rival):
-    """Vectors of any two widths; no parameters. Holds B*B values."""
+    """The CC loss on vectors of any two widths; no parameters. Holds B*B values."""
 
     def compare(self, teacher: Picked, student: Picked, labels_B: Tensor, ids_B: Tensor) -> Tensor:
         return F.mse_loss(_kernel(student.vectors[0]), _kernel(teacher.vectors[0]))

@@ -2,26 +2,27 @@
 
     loss = NCE(teacher embedding, bank of student embeddings) + NCE(student embedding, bank of teacher embeddings)
 
-Each network's vector goes through a linear layer to 128 values of unit length. Two banks hold such an embedding of
-every training image for either network. An embedding v of one network is scored against the other network's bank, at
+A linear layer maps each network's vector to 128 values of unit length. Two banks hold such an embedding of every
+training image, one bank for each network. An embedding v of one network is scored against the other network's bank, at
 its own image (the positive) and at m random images of other classes: with x = exp(v . bank / TEMPERATURE) / Z,
 
     NCE = - ln(x+ / (x+ + m/N)) - sum over negatives of ln((m/N) / (x- + m/N)),   mean over the batch
 
-where Z is N times the mean of exp(v . bank / TEMPERATURE) over the first batch that the loss ever sees, and stays as it
-is. Then the banks take the batch's embeddings in: bank = normalised(MOMENTUM * bank + (1 - MOMENTUM) * v).
+where Z is N times the mean of exp(v . bank / TEMPERATURE) over the loss's first batch and does not change after it.
+Then the banks are updated with the batch's embeddings: bank = normalised(MOMENTUM * bank + (1 - MOMENTUM) * v).
 
 Published, and the values here: 128 values, m = 16,384, TEMPERATURE 0.07, MOMENTUM 0.5, weight 0.8. Negatives are drawn
-from torch's generator, with replacement: the authors' loader draws without it where a class leaves enough images, which
-has the same expectation. They add 1e-7 to the denominators, which a logarithm of a sum has no need of.
+from torch's generator, with replacement: the authors' loader draws without replacement if a class leaves enough images,
+which has the same expectation. They add 1e-7 to the denominators, which the logarithm of a sum does not need.
 
-Memory: the banks hold 2 * N * 128 values (1.3 GB in float32 at N = 1,281,167), and so much more is in a checkpoint.
-Scores of all negatives are B * (m + 1) values; the bank's rows that belong to them are 128 times as much, and the
-authors' code keeps them for the backward pass. Here the gradient of the embeddings is found together with the loss,
-from rows that are gathered a few images at a time; and where the whole bank is not much larger than the rows of one
-image, every image is scored with all of it by one matrix product, in B * N values and a small part of the time.
+Memory: the banks hold 2 * N * 128 values (1.3 GB in float32 at N = 1,281,167), and a checkpoint holds them as well.
+Scores of all negatives are B * (m + 1) values; the bank's rows for them are 128 times as much, and the authors' code
+keeps them for the backward pass. Here the gradient of the embeddings is computed together with the loss, from rows that
+are gathered for a few images at a time. If the whole bank is not much larger than the rows of one image, every image is
+scored with all of it by one matrix product, in B * N values and a small part of the time.
 
-The banks change within a step: this loss is for one lane. A run goes on bit for bit, for they are in its checkpoint.
+The banks change within a step, so this loss needs a single lane. They are in the checkpoint, so a resumed run is equal
+bit for bit.
 """
 
 from __future__ import annotations
@@ -38,20 +39,22 @@ from mimkd_ray.losses.methods.base import Picked, Rival, RivalTaps
 
 WIDTH, NEGATIVES, TEMPERATURE, MOMENTUM = 128, 16_384, 0.07, 0.5
 CPU_CHUNK_BYTES, CHUNK_BYTES = 8 * 2**20, 64 * 2**20
-"""Of gathered rows at a time. A CPU is 1.4 times as fast with what stays in its cache; elsewhere calls cost more."""
+"""Bytes of rows gathered at a time. A CPU is 1.4 times as fast if they stay in its cache; a GPU is faster with fewer
+calls."""
 DENSE = 8
-"""A bank of up to so many times m rows is multiplied as a whole: arithmetic is cheaper than fetching rows."""
+"""Largest bank, in multiples of m rows, that is multiplied as a whole: arithmetic is cheaper than fetching rows."""
 
 
 class TrainingRows(NamedTuple):
-    """The training images: their ids, rising, and their class numbers."""
+    """The training images: their ids, ascending, and their class numbers."""
 
     ids_N: Tensor
     labels_N: Tensor
 
 
 class CRD(Rival):
-    """Vectors, and ids; two embeddings and two banks. An id that is no training image's reads and writes another's."""
+    """The CRD loss on vectors and ids; two embeddings and two banks. An id outside the training set uses another
+    image's row."""
 
     ids_N: Tensor
     labels_N: Tensor
@@ -84,9 +87,10 @@ class CRD(Rival):
         bound = math.sqrt(3 / WIDTH)
         self.register_buffer("of_student_Nd", torch.empty(self.count, WIDTH).uniform_(-bound, bound))
         self.register_buffer("of_teacher_Nd", torch.empty(self.count, WIDTH).uniform_(-bound, bound))
-        # ln Z of the student's and of the teacher's scores; infinite until the first batch.
+        # ln Z of the student's and of the teacher's scores; infinite before the first batch.
         self.register_buffer("log_z_2", torch.full((2,), math.inf))
-        # Whether they are known to be set, without a look at the device. A compiled loss is compiled once more for it.
+        # True once both are known to be set, so that the device need not be queried. A compiled loss is recompiled once
+        # for it.
         self.settled = False
         self.register_load_state_dict_post_hook(_look_again)
 
@@ -104,35 +108,37 @@ class CRD(Rival):
         return loss
 
     def draw(self, rows_B: Tensor) -> Tensor:
-        """Random training rows of other classes than those of ``rows_B``: (B, m), evenly among all."""
+        """Return random training rows of other classes than those of ``rows_B``: (B, m), evenly among all."""
         labels_B1 = self.labels_N[rows_B].unsqueeze(1)
         starts_B1, sizes_B1 = self.class_starts[labels_B1], self.class_sizes[labels_B1]
-        # 62 random bits: the remainder favours no row by more than one in 10^12.
+        # 62 random bits: the remainder favours no row by more than 1 in 10^12.
         places = torch.randint(2**62, (len(rows_B), self.negatives), device=rows_B.device) % (self.count - sizes_B1)
         return self.by_class_N[torch.where(places < starts_B1, places, places + sizes_B1)]
 
     def _contrast(self, which: int, own_Bd: Tensor, bank_Nd: Tensor, rows_BK: Tensor) -> Tensor:
-        """NCE of embeddings against a bank, whose first column of rows is the positives."""
+        """Return the NCE of embeddings against a bank; the first column of ``rows_BK`` is the positives."""
         with torch.no_grad():
             against = self._whole if self._multiplies else self._gathered
             losses_B, slopes_Bd = against(which, own_Bd, bank_Nd, rows_BK)
             gradient_Bd = slopes_Bd / (TEMPERATURE * len(own_Bd))
-        # The loss with the gradient that was just found: own - own is 0.
+        # A loss with the gradient computed above: own - own is 0.
         return losses_B.mean() + (gradient_Bd * (own_Bd - own_Bd.detach())).sum()
 
     def _whole(self, which: int, own_Bd: Tensor, bank_Nd: Tensor, rows_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """NCE of each image (B,), and the sum of its rows by their slopes (B, 128), with all of the bank at once."""
+        """Return the NCE of each image (B,), and the sum of its rows times their slopes (B, 128), with the whole bank
+        at once."""
         scores_BK = (own_Bd @ bank_Nd.T).gather(1, rows_BK) / TEMPERATURE
         self._settle(which, scores_BK)
         losses_B, slope_BK = self._nce(which, scores_BK)
         return losses_B, slope_BK.new_zeros(len(rows_BK), self.count).scatter_add_(1, rows_BK, slope_BK) @ bank_Nd
 
     def _gathered(self, which: int, own_Bd: Tensor, bank_Nd: Tensor, rows_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from the rows alone, those of a few images at a time. Rows are fetched twice in the first step."""
+        """Return the same as `_whole` from the gathered rows of a few images at a time. The first step fetches rows
+        twice."""
         most = CPU_CHUNK_BYTES if bank_Nd.device.type == "cpu" else CHUNK_BYTES
         size = max(1, most // (rows_BK.shape[1] * WIDTH * bank_Nd.element_size()))
         chunks = list(zip(own_Bd.split(size), rows_BK.split(size), strict=True))
-        # One place for all chunks: memory of its own for each of them is not all given back by malloc.
+        # One buffer for all chunks: malloc does not give back all memory of separate ones.
         place = bank_Nd.new_empty(min(size, len(rows_BK)) * rows_BK.shape[1], WIDTH)
 
         def fetch(rows_bK: Tensor) -> Tensor:
@@ -152,14 +158,14 @@ class CRD(Rival):
         return torch.cat(losses), torch.cat(slopes)
 
     def _settle(self, which: int, scores_BK: Tensor) -> None:
-        """Fix Z on these scores, where it is not yet."""
+        """Set Z from these scores if it is not yet set."""
         log_mean = scores_BK.flatten().logsumexp(0) - math.log(scores_BK.numel())
         found = log_mean + math.log(self.count)
         self.log_z_2[which] = torch.where(self.log_z_2[which].isinf(), found, self.log_z_2[which])
 
     def _nce(self, which: int, scores_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,), and the slope of each by its scores (B, K)."""
-        # u = ln(x / (m/N)): the NCE is a logistic loss of u.
+        """Return the NCE (B,), and its slope by each score (B, K)."""
+        # With u = ln(x / (m/N)) the NCE is a logistic loss of u.
         u_BK = scores_BK - self.log_z_2[which] - math.log(self.negatives / self.count)
         slope_BK = u_BK.sigmoid()
         slope_BK[:, 0] -= 1
@@ -176,6 +182,6 @@ class CRD(Rival):
 
 
 def _look_again(loss: nn.Module, _: object) -> None:
-    """After a state was loaded."""
+    """Check whether Z is set after a state was loaded."""
     assert isinstance(loss, CRD)
     loss.settled = bool(loss.log_z_2.isfinite().all())

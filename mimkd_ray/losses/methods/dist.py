@@ -4,8 +4,8 @@
 
 r is Pearson's correlation, p and q are the softmaxes at temperature T of student and teacher: row p_i is an image's
 distribution over the classes ("inter-class"), column p^c a class's probabilities over the images of the batch
-("intra-class"). So the loss asks for linear relations instead of equal numbers. Published values: BETA and GAMMA 2
-beside a cross-entropy of weight 1; T 4 on CIFAR-100 and 1 on ImageNet (``loss.dist_temperature``).
+("intra-class"). The loss therefore asks for a linear relation instead of equal numbers. Published values: BETA and
+GAMMA 2 beside a cross-entropy of weight 1; T 4 on CIFAR-100 and 1 on ImageNet (``loss.dist_temperature``).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from mimkd_ray.losses.methods.base import Picked, Rival, RivalTaps
 
 BETA, GAMMA = 2.0, 2.0
 EPS = 1e-8
-"""Added to the denominator of a correlation: a constant row or column has none, and counts as uncorrelated."""
+"""Constant added to the denominator of a correlation, so that a constant row or column counts as uncorrelated."""
 
 
 class DIST(Rival):
-    """Logits; no parameters."""
+    """The DIST loss on logits; no parameters."""
 
     def __init__(self, taps: RivalTaps, temperature: float) -> None:
         super().__init__(taps)
@@ -35,7 +35,7 @@ class DIST(Rival):
 
 
 def _pearson(a_NM: Tensor, b_NM: Tensor) -> Tensor:
-    """Correlation of each row of one with the same row of the other: (N,)."""
+    """Return the correlation of each row of one with the same row of the other: (N,)."""
     a_NM = a_NM - a_NM.mean(1, keepdim=True)
     b_NM = b_NM - b_NM.mean(1, keepdim=True)
     return (a_NM * b_NM).sum(1) / (a_NM.norm(dim=1) * b_NM.norm(dim=1) + EPS)

@@ -7,9 +7,9 @@ With p the student's and q the teacher's softmax at temperature T, and y the lab
 * TCKD (target class): T^2 KL of the two-way distributions (q_y, 1 - q_y) || (p_y, 1 - p_y)
 * NCKD (other classes): T^2 KL of the softmaxes over all classes but y
 
-Mean over the batch. KD is TCKD + (1 - q_y) NCKD: DKD drops the factor. Published: weight 1, and for each pair of
-networks a beta (``loss.dkd_beta``), with T 4 and a weight that rises over 20 epochs on CIFAR-100, T 1 and one epoch on
-ImageNet (``loss.dkd_temperature``, ``loss.rival_warmup``). The recipes have the values of their pairs.
+Mean over the batch. KD is TCKD + (1 - q_y) NCKD; DKD replaces the factor 1 - q_y by beta. Published: weight 1, and a
+beta for each pair of networks (``loss.dkd_beta``), with T 4 and a weight that rises over 20 epochs on CIFAR-100, T 1
+and one epoch on ImageNet (``loss.dkd_temperature``, ``loss.rival_warmup``). The recipes have the values of their pairs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mimkd_ray.losses.methods.base import Picked, Rival, RivalTaps
 
 
 class DKD(Rival):
-    """Logits with labels; no parameters. Holds a handful of tensors of the logits' size."""
+    """The DKD loss on logits and labels; no parameters. Holds a few tensors of the logits' size."""
 
     def __init__(self, taps: RivalTaps, beta: float, temperature: float) -> None:
         super().__init__(taps)
@@ -37,7 +37,8 @@ class DKD(Rival):
 
 
 def _decouple(logits_BC: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (B, 2) of the label and of all others together, and (B, C - 1) of each among the others."""
+    """Return log-probabilities (B, 2) of the label and of all others together, and (B, C - 1) of each among the
+    others."""
     labels_B1 = labels_B.unsqueeze(1)
     classes = torch.arange(logits_BC.shape[1] - 1, device=labels_B.device)
     others_BC = logits_BC.gather(1, classes + (classes >= labels_B1))

@@ -2,12 +2,11 @@
 
     loss = mean over images, channels and places of (teacher map - regressor(student map))^2
 
-The regressor is a convolution, batch norm and ReLU, as in the benchmark of CRD's authors, whose weight is 100. It
-brings the student's channels to the teacher's, and its size as well: a student's map of twice the side goes through a
-3x3 convolution of stride 2, one of half the side through a transposed 4x4 convolution, a larger one by any other
-measure through a kernel of the difference; a smaller one (which the benchmark does not have) is first brought to the
-teacher's size by its nearest pixels. The paper trains hints in a stage of their own, before the cross-entropy; this,
-as the benchmark, does not.
+The regressor is a convolution, batch norm and ReLU, as in the benchmark of CRD's authors, whose weight is 100. It maps
+the student's channels to the teacher's, and its size as well: a student map of twice the side has a 3x3 convolution of
+stride 2, one of half the side a transposed 4x4 convolution, any other larger one a kernel as large as the difference
+plus 1. A smaller one (which the benchmark does not have) is first resized to the teacher's size by nearest pixels. The
+paper trains hints in a separate stage before the cross-entropy; the benchmark and this loss do not.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from mimkd_ray.losses.methods.base import Picked, Rival, RivalTaps, Side
 
 
 class FitNet(Rival):
-    """Maps; a regressor for each pair."""
+    """The FitNet loss on maps; a regressor for each pair."""
 
     def __init__(self, taps: RivalTaps) -> None:
         super().__init__(taps)
@@ -34,7 +33,8 @@ class FitNet(Rival):
 
 
 class Regressor(nn.Module):
-    """(B, student channels, h, w) -> (B, teacher channels, H, W), not negative."""
+    """A map from student to teacher features: (B, student channels, h, w) -> (B, teacher channels, H, W), not
+    negative."""
 
     def __init__(self, student: Side, teacher: Side) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from mimkd_ray.losses.precision import full_precision
 
 
 def kd_loss(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), mean over the batch, in float32; a scalar.
+    """Return T^2 * KL(softmax(teacher / T) || softmax(student / T)), mean over the batch, in float32; a scalar.
 
     The factor T^2 keeps the gradient's size independent of T. No gradient reaches the teacher.
     """

@@ -1,16 +1,16 @@
-"""The methods that `loss.name` may name: the one place to add one, with its file in this folder.
+"""The methods that `loss.name` may name: the one place to register one, beside its file in this folder.
 
-An entry tells what the method reads of the two networks, and the weight of its publication. Nothing is imported here,
-so that a config can be checked without any loss.
+An entry has the inputs of the method and its published weight. This module imports nothing of the package, so that a
+config can be checked without any loss.
 
-Weights are those of the benchmark by the authors of CRD (arXiv 1910.10699), which the field's CIFAR-100 tables go back
-to, and of the method's own paper where it is newer (DKD, DIST, ReviewKD). CC's is neither: the benchmark has another
-formula under its name. The cross-entropy has weight 1 beside all of them but KD, which has 0.1. What was published for
-a data set or a pair of networks (DKD's beta, temperatures, warm-up) are fields of LossConfig, which the recipes set.
-Formulae, sources and what differs from them are told in each loss's own file. Formulae and constants of DKD and
-ReviewKD were compared with their authors' code, DIST's formula too, CC's formula and constants with
-re-implementations. Written from memory, and not checked against a source: CC's weight, and what DIST has for CIFAR-100
-(2, 2 and temperature 4).
+Weights are those of the benchmark by the authors of CRD (arXiv 1910.10699), on which published CIFAR-100 tables are
+based, and of the method's own paper if it is newer (DKD, DIST, ReviewKD). CC's weight is from neither: the benchmark
+has another formula under its name. The cross-entropy has weight 1 beside all of them except KD, which has 0.1. Values
+that were published for a data set or a pair of networks (DKD's beta, temperatures, warm-up) are fields of LossConfig,
+which the recipes set. Each loss's own file has its formula, its source and its differences from the source. Formulae
+and constants of DKD and ReviewKD were compared with their authors' code, DIST's formula too, CC's formula and constants
+with re-implementations. CC's weight and DIST's values for CIFAR-100 (2, 2 and temperature 4) were written from memory
+and not checked against a source.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ Method = Literal["mimkd", "kd", "fitnet", "at", "sp", "cc", "vid", "rkd", "pkt",
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What is known of a rival before any network is."""
+    """Properties of a rival that do not depend on the networks."""
 
     loss: str
-    """Its file in this folder and its class there. KD's is a function, and has no taps of its own."""
+    """File in this folder and class in it. KD's is a function and has no taps."""
     fields: tuple[str, ...] = ()
-    """Fields of LossConfig that its class takes, after the taps."""
+    """Fields of LossConfig that the class takes after the taps."""
     weight: float
-    """Of its publication; `loss.rival_weight` multiplies it."""
+    """Published weight; `loss.rival_weight` multiplies it."""
     logits: bool = False
-    """Reads the teacher's logits."""
+    """True if it reads the teacher's logits."""
     vectors: bool = False
-    """Reads the pooled vectors of both networks."""
+    """True if it reads the pooled vectors of both networks."""
     maps: Literal["none", "second", "deepest", "all"] = "none"
-    """Which stages it reads as maps, of those that both networks have, paired deepest with deepest."""
+    """Stages that it reads as maps, of those that both networks have, paired from the deepest up."""
     warms_up: bool = False
-    """Rises to its weight over the first epochs (`loss.rival_warmup`)."""
+    """True if its weight rises over the first epochs (`loss.rival_warmup`)."""
     one_class: bool = False
-    """Needs images of one class each: it cannot be had with mixing."""
+    """True if it needs images of one class each and so cannot be used with mixing."""
     bank: bool = False
-    """Keeps something of every training image from step to step: one lane only."""
+    """True if it keeps data of every training image from step to step; it then needs a single lane."""
 
 
 KD_CE_WEIGHT = 0.1
@@ -64,4 +64,4 @@ RIVALS: dict[Method, Published] = {
     "dist": Published(loss="dist:DIST", fields=("dist_temperature",), weight=1.0, logits=True),
     "review": Published(loss="review:ReviewKD", weight=1.0, vectors=True, maps="all", warms_up=True),
 }
-"""In the order in which losses are added."""
+"""Rivals in the order in which their losses are added."""

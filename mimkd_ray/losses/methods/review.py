@@ -2,16 +2,16 @@
 
     loss = sum over levels of HCL(teacher level, fused student level)
 
-The levels are the stages of both networks and, deepest, their pooled vectors as 1x1 maps. Going from deep to shallow,
-each student map is brought to MIDDLE channels, is fused with what came from the deeper levels (resized by nearest
-pixels; two attention maps weigh the two), and gives by a 3x3 convolution what is compared with the teacher's map of
-that level. HCL compares two maps by the mean squared error, at their own size and average-pooled to 4x4, 2x2 and 1x1
-where that is smaller, with weights 1, 1/2, 1/4, 1/8 that are divided by their sum.
+The levels are the stages of both networks and, deepest, their pooled vectors as 1x1 maps. From deep to shallow, each
+student map is mapped to MIDDLE channels and fused with the result of the deeper levels (resized by nearest pixels; two
+attention maps weight the two). A 3x3 convolution of it is compared with the teacher's map of that level. HCL compares
+two maps by the mean squared error, at their own size and average-pooled to 4x4, 2x2 and 1x1 (the sizes that are
+smaller), with weights 1, 1/2, 1/4, 1/8 divided by their sum.
 
-Published: at most 512 channels in the middle (and no more than the student's deepest level has), a weight that rises
-over 20 epochs on CIFAR-100 (``loss.rival_warmup``) and was chosen for each pair of networks: 0.6 to 8 on CIFAR-100, 5
-for resnet32x4 -> resnet8x4; 1 on ImageNet, the value here. A gap: the authors read maps ahead of their last ReLU, and
-these are read where the taps are.
+Published: at most 512 channels in the middle (and no more than the student's deepest level has), and a weight that
+rises over 20 epochs on CIFAR-100 (``loss.rival_warmup``), chosen for each pair of networks: 0.6 to 8 on CIFAR-100, 5
+for resnet32x4 -> resnet8x4; 1 on ImageNet, the value here. A difference: the authors read maps before their last ReLU,
+and this loss reads them at the configured taps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIDES = (4, 2, 1)
 
 
 class ReviewKD(Rival):
-    """Maps of all stages, and vectors; a fusing block for each level."""
+    """The ReviewKD loss on maps of all stages and vectors; a fusing block for each level."""
 
     def __init__(self, taps: RivalTaps) -> None:
         super().__init__(taps)
@@ -48,13 +48,13 @@ class ReviewKD(Rival):
 
 
 def _levels(picked: Picked) -> list[Tensor]:
-    """The maps (B, C, H, W) of all levels, deep to shallow."""
+    """Return the maps (B, C, H, W) of all levels, deep to shallow."""
     vectors = [vector_BC[:, :, None, None] for vector_BC in picked.vectors]
     return [*reversed(vectors), *reversed(picked.maps)]
 
 
 class Fusion(nn.Module):
-    """One level of the student with the review of the deeper ones."""
+    """The fusion of one level of the student with the review of the deeper levels."""
 
     def __init__(self, student_channels: int, middle: int, teacher_channels: int, fuses: bool) -> None:
         super().__init__()
@@ -67,8 +67,8 @@ class Fusion(nn.Module):
         self.leave = nn.Sequential(last, nn.BatchNorm2d(teacher_channels))
 
     def forward(self, student_BCHW: Tensor, review: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
-        """Returns what is compared with the teacher, (B, teacher channels, *size), and the review for the next level,
-        (B, middle, *size)."""
+        """Return the map to compare with the teacher's, (B, teacher channels, *size), and the review for the next
+        level, (B, middle, *size)."""
         entered = self.enter(student_BCHW)
         if self.attention is not None:
             assert review is not None, "a level that fuses was given no review"
@@ -81,12 +81,12 @@ class Fusion(nn.Module):
 
 
 def hierarchical_loss(teacher_BCHW: Tensor, student_BCHW: Tensor) -> Tensor:
-    """HCL of two maps of one shape: a weighted mean of squared errors from fine to coarse."""
+    """Return the HCL of two maps of one shape: a weighted mean of squared errors from fine to coarse."""
     total, weight, weights = F.mse_loss(student_BCHW, teacher_BCHW), 1.0, 1.0
     for side in SIDES:
         if side < teacher_BCHW.shape[2]:
             weight /= 2
-            coarse = F.adaptive_avg_pool2d(student_BCHW - teacher_BCHW, (side, side))  # of a difference: both at once
+            coarse = F.adaptive_avg_pool2d(student_BCHW - teacher_BCHW, (side, side))  # pools both at once
             total = total + weight * coarse.square().mean()
             weights += weight
     return total / weights

@@ -2,8 +2,8 @@
 
     loss = 1 / B^2 * || G(teacher) - G(student) ||^2
 
-G is the matrix of inner products of the images' maps, taken as vectors of all their values, each row at unit length.
-Read at the deepest stage, with a weight of 3000, as in the paper and the benchmark of CRD's authors.
+G is the matrix of inner products of the images' flattened maps, each row normalised to unit length. It is computed at
+the deepest stage, with a weight of 3000, as in the paper and the benchmark of CRD's authors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mimkd_ray.losses.methods.base import Picked, Rival
 
 
 class SP(Rival):
-    """Maps of any two shapes; no parameters. Holds B*B values a pair."""
+    """The SP loss on maps of any two shapes; no parameters. Holds B*B values a pair."""
 
     def compare(self, teacher: Picked, student: Picked, labels_B: Tensor, ids_B: Tensor) -> Tensor:
         losses = [
@@ -26,6 +26,6 @@ class SP(Rival):
 
 
 def _similarity(map_BCHW: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, B)."""
+    """Return the normalised inner products: (B, C, H, W) -> (B, B)."""
     flat_BD = map_BCHW.flatten(1)
     return F.normalize(flat_BD @ flat_BD.T, dim=1)

@@ -2,10 +2,10 @@
 
     loss = sum over pairs of stages of the mean of 1/2 ((teacher - mu(student))^2 / variance + ln variance)
 
-The negative logarithm of a Gaussian that predicts the teacher's map from the student's, without its constant: a bound
-on their mutual information. Its mean mu is a network of three 1x1 convolutions, its variance one number a channel,
-softplus(alpha) + MIN_VARIANCE, and 5 at the start. The larger map is average-pooled to the smaller one. Weight 1, as in
-the benchmark of CRD's authors, whose networks are as wide as the teacher's map.
+This is the negative log-likelihood of a Gaussian that predicts the teacher's map from the student's, without its
+constant: a bound on their mutual information. Its mean mu is a network of three 1x1 convolutions; its variance is one
+number a channel, softplus(alpha) + MIN_VARIANCE, initially 5. The larger map is average-pooled to the smaller one.
+Weight 1, as in the benchmark of CRD's authors, whose networks are as wide as the teacher's map.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ START_VARIANCE, MIN_VARIANCE = 5.0, 1e-5
 
 
 class VID(Rival):
-    """Maps of all stages; a network and a variance for each pair."""
+    """The VID loss on maps of all stages; a network and a variance for each pair."""
 
     def __init__(self, taps: RivalTaps) -> None:
         super().__init__(taps)
@@ -38,7 +38,8 @@ class VID(Rival):
 
 
 class Gaussian(nn.Module):
-    """How unlikely a teacher's map (B, C_teacher, H, W) is, given the student's (B, C_student, H, W): a mean."""
+    """The mean negative log-likelihood of a teacher map (B, C_teacher, H, W), given the student's (B, C_student, H,
+    W)."""
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""report.html of a search: figures, tables, and the page around them."""
+"""The report.html of a search: figures, tables, and the page around them."""

@@ -1,4 +1,4 @@
-"""Axes of parameters: linear, logarithmic where the values span decades, or categories."""
+"""Axes of parameters: linear, logarithmic if the values span decades, or categories."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from mimkd_ray.search.report.wording import value_text
 from mimkd_ray.search.trials import Trial, Value
 
 LOG_SPAN, LOG_SPAN_OF_FEW = 30.0, 8.0
-"""Positive values whose largest is so many times the smallest are drawn on a logarithmic axis; less is enough for a
-few different ones, such as widths of 64, 128, 256 and 512."""
+"""Ratio of the largest to the smallest positive value from which an axis is logarithmic; the second applies to a few
+different values, such as widths of 64, 128, 256 and 512."""
 
 FEW = 6
-"""Up to so many different numbers each have a tick of their own."""
+"""Most different numbers that each have their own tick."""
 
 SMALLEST, LARGEST = 1e-100, 1e100
-"""Browsers cannot draw an axis over numbers that come close to the ends of what a double holds."""
+"""Range of magnitudes that axes can show: browsers cannot draw numbers close to the limits of a double."""
 
 
 def can_draw(value: float | None) -> TypeGuard[float]:
-    """Whether a number is there, finite, and of a size that no axis breaks on."""
+    """Return whether a number is given, finite, and of a magnitude that an axis can show."""
     return value is not None and (value == 0 or SMALLEST <= abs(value) <= LARGEST)
 
 
 def spans_decades(values: Sequence[float]) -> bool:
-    """Whether numbers that can be drawn belong on a logarithmic axis."""
+    """Return whether numbers that can be drawn belong on a logarithmic axis."""
     low, high = min(values, default=0.0), max(values, default=0.0)
     least = LOG_SPAN_OF_FEW if 2 < len(set(values)) <= FEW else LOG_SPAN
     return low > 0 and math.log10(high) - math.log10(low) >= math.log10(least)
 
 
 def value_of(trial: Trial, name: str) -> Value | None:
-    """Return the value that a trial had of a parameter; None if it had none, or a number that no axis can show."""
+    """Return a trial's value of a parameter; None if it has none, or a number that no axis can show."""
     value = trial.params.get(name)
     return None if isinstance(value, int | float) and not can_draw(value) else value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Maps the values of a parameter to 0..1."""
+    """A mapping of the values of a parameter to 0..1."""
 
     log: bool
-    """Numbers are placed by their logarithms."""
+    """True if numbers are placed by their logarithms."""
     low: float
     """The smallest number, or 0."""
     high: float
@@ -56,10 +56,11 @@ class Scale:
 
     @classmethod
     def of(cls, values: Sequence[Value], allow_log: bool = True) -> Scale:
-        """Return the scale of a parameter from all its values; numbers that can be drawn; at least one."""
+        """Return the scale of a parameter from all its values, at least one; numbers must be drawable."""
         numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
         if len(numbers) < len(values):
-            # Values of different types cannot be ordered: by type first. Those that read alike are one category.
+            # Values of different types cannot be ordered, so they are sorted by type first. Values with the same text
+            # are one category.
             names = tuple(dict.fromkeys(value_text(v) for v in sorted(values, key=lambda v: (type(v).__name__, v))))
             return cls(
                 log=False, low=0, high=len(names) - 1, categories=names, ticks=tuple(map(float, range(len(names))))
@@ -73,18 +74,18 @@ class Scale:
             step = max(1, len(decades) // FEW)
             ticks = [10.0**n for n in decades[::step]]
             ends = math.log10(low), math.log10(high)
-            room = (ends[1] - ends[0]) / 12  # no decade so close to an end that their labels touch
+            room = (ends[1] - ends[0]) / 12  # leaves out decades whose labels would touch those of an end
             ticks = [low, *(t for t in ticks if ends[0] + room < math.log10(t) < ends[1] - room), high]
         else:
             ticks = [low + (high - low) * part / 4 for part in range(5)]
         return cls(log=log, low=low, high=high, categories=(), ticks=tuple(ticks))
 
     def number(self, value: Value) -> float:
-        """Return a number as it is, and a category's index."""
+        """Return a number unchanged, and the index of a category."""
         return float(self.categories.index(value_text(value)) if self.categories else value)
 
     def place(self, number: float) -> float:
-        """Return where a number (or an index) lies: 0 for the lowest, 1 for the highest, 0.5 if there is but one."""
+        """Return the place of a number (or an index): 0 for the lowest, 1 for the highest, 0.5 if there is only one."""
         low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
         at = math.log10(number) if self.log else number
         return (at - low) / (high - low) if high > low else 0.5

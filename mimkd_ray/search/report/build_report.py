@@ -1,4 +1,4 @@
-"""report.html of a hyperparameter search: one file with plots, tables and the best config, readable without network."""
+"""The report.html of a hyperparameter search: one file with plots, tables and the best config, readable offline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mimkd_ray.train.records.metrics import clock
 from mimkd_ray.train.records.run_dir import jsonable
 
 MOST_AXES = 12
-"""Parameters in the parallel coordinates: the most important ones."""
+"""Most parameters in the parallel coordinates: the most important ones."""
 
 
 def report_html(
@@ -39,9 +39,9 @@ def report_html(
 
     Cost on one core: 0.6 s for 40 trials and 4 s for 300, and 3 s of imports once.
 
-    ``facts`` are shown at the top. The same input gives the same text. All strings are shown as they are, none is
-    taken for markup; numbers that are not finite are left out of plots and named in tables. Raises UserError for an
-    unknown metric.
+    ``facts`` are shown at the top. The same input gives the same text. All strings are shown literally, never as
+    markup; numbers that are not finite are left out of plots and named in tables. Raises UserError for an unknown
+    metric.
     """
     trials = sorted(trials, key=lambda trial: trial.number)
     best_first = ranked(trials, metric)

@@ -1,7 +1,7 @@
-"""The plots of a search's report, as Plotly figures. Titles are the page's: Plotly does not wrap them.
+"""The plots of a search's report, as Plotly figures. The page has their titles, because Plotly does not wrap titles.
 
-State is told by marker and by colour, in every plot alike; the colours are Okabe and Ito's, which colour-blind readers
-can tell apart. Trials that failed before they had a score lie on the lower edge of plots of the score.
+Marker and colour show a trial's state, the same in every plot; the colours are Okabe and Ito's, which colour-blind
+readers can distinguish. Trials that failed before they had a score lie on the lower edge of plots of the score.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mimkd_ray.search.trials import Final, Point, Trial, ranked
 
 
 class Style(NamedTuple):
-    """How trials of one state are drawn."""
+    """Marker and line of the trials of one state."""
 
     color: str
     symbol: str
@@ -58,7 +58,7 @@ def blank(x_title: str, y_title: str, height: int) -> Any:
 
 
 def objective_figure(trials: Sequence[Trial], metric: str) -> Any:
-    """The score by trial number, with the best so far."""
+    """Return the plot of the score by trial number, with the best so far."""
     figure = blank("trial number, in the order of their start", axis_label(metric), 420)
     best: list[Trial] = []
     for trial in sorted(trials, key=lambda trial: trial.number):
@@ -79,7 +79,8 @@ def objective_figure(trials: Sequence[Trial], metric: str) -> Any:
 
 
 def slice_figure(trials: Sequence[Trial], metric: str, name: str) -> Any:
-    """One parameter against the score: trials that have it, and a bar at the median of each category."""
+    """Return the plot of one parameter against the score: the trials that have it, and a bar at the median of each
+    category."""
     have = [(trial, value) for trial in trials if (value := value_of(trial, name)) is not None]
     scale = Scale.of([value for _, value in have])
     x = {trial.number: scale.number(value) for trial, value in have}
@@ -87,7 +88,7 @@ def slice_figure(trials: Sequence[Trial], metric: str, name: str) -> Any:
     figure.update_layout(showlegend=False)
     if scale.categories:
         _add_medians(figure, [(x[trial.number], trial.score) for trial, _ in have if can_draw(trial.score)], metric)
-        # Side by side, always at the same place: the golden section spreads any run of numbers evenly.
+        # Spread sideways, always to the same place: the golden section spreads any run of numbers evenly.
         x = {number: at + ((number * 0.618034) % 1 - 0.5) * 0.5 for number, at in x.items()}
         figure.update_xaxes(range=[-0.6, scale.high + 0.6], showgrid=False)
     if scale.categories or (len(scale.ticks) <= FEW and set(scale.ticks) == set(x.values())):
@@ -100,7 +101,7 @@ def slice_figure(trials: Sequence[Trial], metric: str, name: str) -> Any:
 
 
 def importance_figure(found: Sequence[Importance]) -> Any:
-    """Bars, the largest on top."""
+    """Return the bars of importances, the largest on top."""
     figure = blank("share of variance (%)", "", 90 + 30 * len(found))
     for everywhere, label, color in (
         (True, "in every trial", STYLES["completed"].color),
@@ -132,13 +133,13 @@ def importance_figure(found: Sequence[Importance]) -> Any:
 
 
 def curves_figure(trials: Sequence[Trial], metric: str) -> Any:
-    """The metric by epoch, one line a trial, with a marker where it ended; the best one on top."""
+    """Return the plot of the metric by epoch, one line a trial, with a marker where it ended; the best trial on top."""
     figure = blank("epoch", axis_label(metric), 460)
     best = next(iter(ranked(trials, metric)), None)
     for state, style in STYLES.items():
         lines = [(trial, _points(trial, metric)) for trial in trials if trial.state == state]
         lines = [(trial, points) for trial, points in lines if points]
-        # One trace for all, with a gap behind each trial: hundreds of traces would make the page slow.
+        # One trace for all, with a gap after each trial: hundreds of traces would make the page slow.
         whole = [(trial, point) for trial, points in lines for point in [*points, None]]
         figure.add_scatter(
             x=[point and point.epoch for _, point in whole],
@@ -182,7 +183,8 @@ def curves_figure(trials: Sequence[Trial], metric: str) -> Any:
 
 
 def information_figure(trials: Sequence[Trial], metric: str) -> Any | None:
-    """Mutual information against top-1, each trial at its best evaluation; None where no trial has read it."""
+    """Return the plot of mutual information against top-1, each trial at its best evaluation; None if no trial measured
+    it."""
     at = [(trial, point) for trial in trials if (point := _read(trial)) is not None]
     if not at:
         return None
@@ -205,7 +207,7 @@ def information_figure(trials: Sequence[Trial], metric: str) -> Any | None:
 
 
 def finals_figure(finals: Sequence[Final]) -> Any:
-    """Top-1 of every seed, with mean and standard deviation; the first one on top."""
+    """Return the plot of top-1 for every seed, with mean and standard deviation; the first finalist on top."""
     names = [f"trial {final.trial}" for final in finals]
     figure = blank("top-1 on the held-out training rows (%)", "", 110 + 44 * len(finals))
     dots = [
@@ -237,7 +239,7 @@ def finals_figure(finals: Sequence[Final]) -> Any:
 
 
 def mean_text(final: Final) -> str:
-    """Return "70.12 ± 0.31 % (3 seeds)"."""
+    """Return a text such as "70.12 ± 0.31 % (3 seeds)"."""
     seeds = "1 seed" if len(final.seeds) == 1 else f"{len(final.seeds)} seeds"
     return f"{final.mean:.2f}{'' if final.sd is None else f' ± {final.sd:.2f}'} % ({seeds})"
 
@@ -299,6 +301,6 @@ def _points(trial: Trial, metric: str) -> list[Point]:
 
 
 def _read(trial: Trial) -> Point | None:
-    """Return the evaluation at the best epoch, or the last one, of those that have read mutual information."""
+    """Return the evaluation at the best epoch, or the last one, among those with mutual information."""
     read = [point for point in trial.curve if can_draw(point.nats) and can_draw(point.top1)]
     return next((point for point in read if point.epoch == trial.best_epoch), read[-1] if read else None)

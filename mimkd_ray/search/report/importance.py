@@ -1,4 +1,4 @@
-"""How much each hyperparameter matters, by Optuna's fANOVA; conditional spaces included."""
+"""Importance of each hyperparameter, by Optuna's fANOVA, including conditional spaces."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from mimkd_ray.search.report.wording import value_text
 from mimkd_ray.search.trials import Trial, Value, param_names, ranked
 
 LEAST_TRIALS = 8
-"""A group of fewer trials says nothing about what matters in it."""
+"""Fewest trials of a group for which importances are computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Importance:
-    """What one parameter explains among the trials that have it."""
+    """Importance of one parameter among the trials that have it."""
 
     name: str
     share: float
-    """Part of the explained variance of the score's rank, 0..1; those of one group's parameters sum to 1."""
+    """Share of the explained variance of the score's rank, 0..1; the shares of one group's parameters sum to 1."""
     trials: int
     """Size of the group: trials that have the parameter, and a score."""
     everywhere: bool
-    """Whether the group is all trials with a score."""
+    """True if the group is all trials with a score."""
 
 
 def importances(trials: Sequence[Trial], metric: str) -> list[Importance]:
     """Return the importance of every parameter that varies, largest first.
 
     A conditional parameter is judged among the trials that have it: trials are grouped by that, and each group is a
-    study of its own over the parameters that all of it have. Scores enter as ranks, so a trial that diverged to a
-    cross-entropy of 1e6 counts as the worst and does not drown the others. Failed trials do not enter. Groups of
-    fewer than `LEAST_TRIALS`, or of equal scores, give nothing.
+    separate study of the parameters that all of its trials have. Scores enter as ranks, so a trial that diverged to a
+    cross-entropy of 1e6 counts as the worst without hiding the others. Failed trials are left out. Groups of fewer than
+    `LEAST_TRIALS`, or of equal scores, give nothing.
 
     Cost on one core, with 11 parameters: 0.4 s for 40 trials, 3.5 s for 300; the first call imports for 3 s. Shares for
     40 trials lie within 3 points of those of a forest four times as large.
@@ -45,7 +45,7 @@ def importances(trials: Sequence[Trial], metric: str) -> list[Importance]:
         members = tuple(i for i, trial in enumerate(scored) if value_of(trial, name) is not None)
         if len(members) >= LEAST_TRIALS:
             groups.setdefault(members, []).append(name)
-    # The same score has the same rank: the mean of its places.
+    # Equal scores have the same rank: the mean of their places.
     places: dict[float, list[int]] = {}
     for place, trial in enumerate(scored):
         places.setdefault(trial.score or 0.0, []).append(place)
@@ -64,8 +64,9 @@ def importances(trials: Sequence[Trial], metric: str) -> list[Importance]:
 
 
 def _fanova(trials: Sequence[Trial], ranks: Sequence[float]) -> dict[str, float]:
-    """Return the share of each parameter that all the trials have and that varies; {} if none does, or all agree."""
-    # Seconds of imports, which only a report needs.
+    """Return the share of each parameter that all the trials have and that varies; {} if there is none, or all scores
+    agree."""
+    # These imports take seconds, and only a report needs them.
     from optuna import create_study
     from optuna.distributions import FloatDistribution
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
@@ -95,10 +96,11 @@ def _fanova(trials: Sequence[Trial], ranks: Sequence[float]) -> dict[str, float]
 
 
 def _coordinate(scale: Scale, value: Value) -> float:
-    """Return where a value lies on its axis, 0..1: fANOVA averages over the axis as it is drawn.
+    """Return the place of a value on its axis, 0..1: fANOVA averages over the axis as it is drawn.
 
-    Every category has an equal part of the axis. Optuna's own categories, a column for each, would also average over
-    points that are in none or in several of them: of a score 2a + b of two flags, a's share would be 0.83, not 0.8.
+    Every category has an equal part of the axis. Optuna's own categories, one column each, would also average over
+    points that belong to none or several of them: for a score 2a + b of two flags, a's share would be 0.83 instead of
+    0.8.
     """
     number = scale.number(value)
     return (number + 0.5) / len(scale.categories) if scale.categories else scale.place(number)
@@ -106,7 +108,7 @@ def _coordinate(scale: Scale, value: Value) -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """A with-block in which Optuna does not announce the study that is made in memory."""
+    """Silence Optuna's message about the study that is created in memory, during the with-block."""
     from optuna import logging
 
     before = logging.get_verbosity()

@@ -1,4 +1,5 @@
-"""The page around the plots: one HTML file that asks no server for anything, which its security policy enforces."""
+"""The page around the plots: one HTML file that requests nothing from any server, which its security policy
+enforces."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-"""What a browser lets the page do: run what is written in it, and load nothing."""
+"""Content security policy: the page may run its own scripts and load nothing."""
 
 STYLE = """
 :root { color-scheme: light; }
@@ -79,13 +80,13 @@ class Cell(NamedTuple):
 
     text: str
     key: float | None = None
-    """In a column of numbers: what it is sorted by; NaN puts it last, in either order."""
+    """Sort key in a column of numbers; NaN puts the cell last, in either order."""
     long: bool = False
-    """Wraps, and is wide enough for sentences."""
+    """True for a cell that wraps and is wide enough for sentences."""
 
 
 class Page:
-    """Collects sections, and returns the file. Every string that comes in is text, never markup."""
+    """A collection of sections that becomes the file. Every string passed in is text, never markup."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -105,27 +106,27 @@ class Page:
         self._parts.append(f"<p>{html.escape(text)}</p>")
 
     def tiles(self, tiles: Sequence[tuple[str, str]]) -> None:
-        """Add (number, what it is) in boxes."""
+        """Add boxes of (number, description)."""
         boxes = (f"<div class=tile><b>{html.escape(n)}</b><span>{html.escape(what)}</span></div>" for n, what in tiles)
         self._parts.append(f"<div class=tiles>{''.join(boxes)}</div>")
 
     def facts(self, facts: Sequence[tuple[str, str]]) -> None:
-        """Add (name, value) as a list."""
+        """Add a list of (name, value)."""
         rows = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts)
         self._parts.append(f"<dl>{''.join(rows)}</dl>")
 
     def figure(self, figure: Any, least_width: int = 0) -> None:
-        """Add a Plotly figure, as wide as the page; it scrolls sideways where the page is under `least_width`."""
+        """Add a Plotly figure, as wide as the page; it scrolls sideways if the page is narrower than `least_width`."""
         style = f' style="min-width:{least_width}px"' if least_width else ""
         self._parts.append(f"<div class=wide><div{style}>{self._plot(figure)}</div></div>")
 
     def figures(self, figures: Sequence[tuple[str, Any]]) -> None:
-        """Add (title, Plotly figure), as many side by side as there is room for."""
+        """Add (title, Plotly figure) pairs, as many side by side as fit."""
         cells = (f"<div><h3>{html.escape(title)}</h3>{self._plot(figure)}</div>" for title, figure in figures)
         self._parts.append(f"<div class=slices>{''.join(cells)}</div>")
 
     def table(self, heads: Sequence[str], rows: Sequence[Sequence[Cell]], sortable: bool = False) -> None:
-        """Add a table, which scrolls inside its frame; a click on a head sorts it if it is `sortable`."""
+        """Add a table, which scrolls inside its frame; if it is `sortable`, a click on a head sorts it."""
         texts = [f"<button>{html.escape(head)}</button>" if sortable else html.escape(head) for head in heads]
         head = "".join(f"<th scope=col>{text}</th>" for text in texts)
         body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
@@ -135,7 +136,7 @@ class Page:
         )
 
     def code(self, text: str) -> None:
-        """Add text as it is, in lines."""
+        """Add preformatted text."""
         self._parts.append(f"<pre>{html.escape(text)}</pre>")
 
     def html(self) -> str:

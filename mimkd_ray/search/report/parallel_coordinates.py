@@ -1,6 +1,6 @@
 """Parallel coordinates: one line a trial, over an axis for each parameter and one for the score.
 
-Drawn as lines, not as Plotly's own parallel coordinates: those need WebGL, show no hover text, and have no place for
+Drawn as lines instead of Plotly's own parallel coordinates, which need WebGL, show no hover text, and have no place for
 a parameter that a trial did not have.
 """
 
@@ -16,10 +16,10 @@ from mimkd_ray.search.report.wording import axis_label, cut, hover, plot_text, w
 from mimkd_ray.search.trials import Trial, ranked
 
 MISSING = -0.13
-"""Where a line passes the axis of a parameter that its trial did not have, below the axis."""
+"""Place, below the axis, where a line passes the axis of a parameter that its trial did not have."""
 
 AXIS_WIDTH = 92
-"""CSS pixels between two axes below which labels collide; the page scrolls instead."""
+"""Least distance of two axes in CSS pixels, below which labels would collide; the page scrolls instead."""
 
 
 def parallel_figure(trials: Sequence[Trial], metric: str, names: Sequence[str]) -> Any:
@@ -34,14 +34,14 @@ def parallel_figure(trials: Sequence[Trial], metric: str, names: Sequence[str]) 
 
     opacity = min(0.6, max(0.2, 50 / len(trials)))
     figure = blank("", "", 480)
-    # The best are drawn last, on top of the others; those that failed first.
+    # The best are drawn last, on top of the others; failed ones first.
     for trial in sorted(trials, key=lambda trial: place_of.get(trial.number, len(trials)), reverse=True):
         values = [value_of(trial, name) for name in names]
         y = [MISSING if v is None else axis.place(axis.number(v)) for axis, v in zip(axes, values, strict=True)]
         y.append(score_axis.place(trial.score) if can_draw(trial.score) else MISSING)
         usable, best = trial.number in place_of, place_of.get(trial.number) == 0
         goodness = 0.0 if y[-1] == MISSING else y[-1] if metric == "top1" else 1 - y[-1]
-        # Viridis without its pale end, which a white page swallows.
+        # Viridis without its pale end, which is hardly visible on a white page.
         color = sample_colorscale("Viridis", [0.9 * (1 - goodness)])[0] if usable else STYLES[trial.state].color
         figure.add_scatter(
             x=list(range(len(y))),

@@ -1,4 +1,4 @@
-"""How a trial is put into words: for tables, axes and hover texts."""
+"""Texts about a trial for tables, axes and hover texts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ LABELS = {"top1": "held-out top-1", "cross_entropy": "held-out cross-entropy"}
 UNITS = {"top1": "%", "cross_entropy": "nats"}
 
 MOST_PARAMS = 16
-"""Parameters that a hover text shows; the table has them all."""
+"""Most parameters in a hover text; the table has them all."""
 
 
 def axis_label(metric: str) -> str:
-    """Return "held-out top-1 (%)"."""
+    """Return the label of an axis, such as "held-out top-1 (%)"."""
     return f"{LABELS[metric]} ({UNITS[metric]})"
 
 
 def score_text(score: float | None, metric: str) -> str:
-    """Return "63.21 %", "1.432 nats", "-" for none; NaN and infinities by their names."""
+    """Return a score as text, such as "63.21 %" or "1.432 nats", a dash for None, and NaN and infinities by their
+    names."""
     if score is None:
         return "–"
     if not math.isfinite(score):
@@ -32,7 +33,7 @@ def score_text(score: float | None, metric: str) -> str:
 
 
 def value_text(value: Value) -> str:
-    """Return a parameter's value as one writes it: 0.05, 128, true, nce. Floats with four digits."""
+    """Return a parameter's value as text: 0.05, 128, true, nce. Floats with four digits."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -44,7 +45,7 @@ def cut(text: str, width: int) -> str:
 
 
 def wrapped_name(name: str, width: int) -> str:
-    """Return a parameter's name for Plotly in lines of about `width` characters, broken behind signs and spaces."""
+    """Return a parameter's name for Plotly in lines of about `width` characters, broken after signs and spaces."""
     lines = [""]
     for part in re.findall(r"[^._/: ]*[._/: ]|[^._/: ]+", cut(name, 4 * width)):
         if lines[-1] and len(lines[-1]) + len(part) > width:
@@ -54,17 +55,17 @@ def wrapped_name(name: str, width: int) -> str:
 
 
 def plot_text(text: str) -> str:
-    """Return `text` such that Plotly, which reads a few HTML tags in its labels, shows it as it is."""
+    """Return `text` escaped for Plotly, which interprets a few HTML tags in its labels."""
     return html.escape(text, quote=False)
 
 
 def plot_lines(lines: Iterable[str]) -> str:
-    """Return several lines of one Plotly label, each shown as it is."""
+    """Return several lines of one Plotly label, each shown literally."""
     return "<br>".join(map(plot_text, lines))
 
 
 def hover(trial: Trial, metric: str, *more: str) -> str:
-    """Return the hover text of a trial: number, state, score, `more` lines, parameters, and why it ended."""
+    """Return the hover text of a trial: number, state, score, `more` lines, parameters, and the reason of its end."""
     state = f"{trial.state} ({trial.kind})" if trial.kind else trial.state
     lines = [f"trial {trial.number}, {state}", *more]
     if is_finite(trial.score):

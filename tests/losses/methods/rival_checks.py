@@ -27,7 +27,7 @@ TEACHER_MAPS, STUDENT_MAPS = ((4, 8, 8), (6, 4, 4), (7, 2, 2)), ((3, 8, 8), (5, 
 
 
 class Arrays(NamedTuple):
-    """What one network says, as numpy arrays."""
+    """Features of one network, as numpy arrays."""
 
     logits: np.ndarray
     vector: np.ndarray

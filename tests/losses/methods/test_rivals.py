@@ -1,4 +1,4 @@
-"""What all rivals promise, and how MIMKDLoss and LossConfig hold them."""
+"""The promises of all rivals, and their use in MIMKDLoss and LossConfig."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_dist(seed: int) -> None:
 
 @pytest.mark.usefixtures("no_eps")
 def test_constants_of_imagenet() -> None:
-    """What was published for it: DKD's beta 0.5 and temperature 1, DIST's temperature 1."""
+    """The published constants of ImageNet: DKD's beta 0.5 and temperature 1, DIST's temperature 1."""
     dkd = build("dkd", taps(), dkd_beta=0.5, dkd_temperature=1.0)
     check(dkd, partial(slow_dkd, beta=0.5, temperature=1.0), *both())
     check(build("dist", taps(), dist_temperature=1.0), partial(slow_dist, temperature=1.0), *both())

@@ -18,7 +18,7 @@ EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>&lt;</pre><!-- $x
 
 
 class Reader(HTMLParser):
-    """What a browser finds in the file: elements, texts and scripts."""
+    """A parser that collects the file's elements, texts and scripts, as a browser would."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the plots of a report show, read from the figures."""
+"""The content of a report's plots, read from the figures."""
 
 from __future__ import annotations
 
