@@ -1,6 +1,6 @@
 """What the teacher cache costs and saves: training with it, building it, reading it, and what its codecs lose.
 
-* Training, images/s of whole sessions that share one loader configuration: plain (the student alone), ideal (its
+* Training, images/s of whole steps that share one loader configuration: plain (the student alone), ideal (its
   distillation loss, with features that lie in memory), cached (features read, checked, decoded) and live (the teacher
   runs). All four are up in one process and take turns of a few steps, in alternating order; figures are medians of the
   rounds' ratios.
@@ -53,7 +53,7 @@ from mimkd_ray.teacher_cache.writer import write_shard
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.from_cache.fit_codecs import sample_keys
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import Student
 
 CODECS = ("fp32", "fp16", "bf16", "uint8", "pool4,fp16", "pool4,uint8", "pool4,pca256,uint8")
 READ_ROWS, READ_BYTES, READ_BLOCK = 65_536, 4096, 256
@@ -125,7 +125,7 @@ class InMemory:
 
 
 class Arm:
-    """A session that takes turns."""
+    """A student that takes turns."""
 
     def __init__(self, config: Config, kind: str, network: torch.nn.Module, folder: Path) -> None:
         if kind == "plain":
@@ -135,22 +135,22 @@ class Arm:
         data, context = open_data(config.data), LocalContext(torch.device("cpu"))
         teacher = None if kind == "plain" else network
         cached = open_cached(config, data, teacher, context, str(folder))
-        self.session = Session(config, data, teacher, context, cached)
+        self.student = Student(config, data, teacher, context, cached)
         self.kind, self.step = kind, 0
         if kind == "ideal":
-            self.session.supply.features = None
-            assert self.session.teacher is not None
+            self.student.supply.features = None
+            assert self.student.teacher is not None
             images = torch.randn(config.train.lane_batch, 3, config.data.image_size, config.data.image_size)
-            self.session.feed.cached = InMemory(self.session.teacher.features(images))  # type: ignore[assignment]
-        self.batches: Iterator[LaneBatch] = self.session.batches(0)
+            self.student.feed.cached = InMemory(self.student.teacher.features(images))  # type: ignore[assignment]
+        self.batches: Iterator[LaneBatch] = self.student.batches(0)
 
     def turn(self, steps: int) -> float:
         """Images/s of so many steps."""
         began = time.perf_counter()
         for _ in range(steps):
-            self.session.step(self.step, self.batches)
+            self.student.step(self.step, self.batches)
             self.step += 1
-        return steps * self.session.config.train.lane_batch / (time.perf_counter() - began)
+        return steps * self.student.config.train.lane_batch / (time.perf_counter() - began)
 
 
 def training(name: str, pair: Pair, config: Config, folder: Path, rounds: int) -> dict[str, float]:

@@ -28,7 +28,7 @@ from mimkd_ray.recipes import CIFAR_PAIRS
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.captured import WARM_STEPS, make_engine
 from mimkd_ray.train.inputs import Supply
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import Student
 
 PACK = ("alone", "kd", "feature_3", "best", "queue")
 
@@ -41,15 +41,15 @@ def measure(config: Config, data: Data, losses: Sequence[LossConfig], steps: int
     configs = [replace(config, loss=replace(loss, queue=LossConfig.queue)) for loss in losses]
     configs.sort(key=lambda one: not one.loss.uses_teacher)
     supply = Supply([one for one in configs if one.loss.uses_teacher] or configs, data, teacher, context)
-    sessions = [
-        Session(one, data, teacher if one.loss.uses_teacher else None, context, supply=supply) for one in configs
+    students = [
+        Student(one, data, teacher if one.loss.uses_teacher else None, context, supply=supply) for one in configs
     ]
-    engine = make_engine(sessions)
+    engine = make_engine(students)
     batches = supply.batches(0)
 
     def run(first: int, count: int) -> None:
         for step in range(first, first + count):
-            engine.step(sessions, step, batches)
+            engine.step(students, step, batches)
         if context.device.type == "cuda":
             torch.cuda.synchronize()
 

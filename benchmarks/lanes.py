@@ -13,8 +13,8 @@ import time
 from itertools import islice
 
 import torch
+from made_students import batches, make_student
 from report import finish, parser, table
-from sessions import batches, make_session
 
 LANES = (1, 2, 4, 8)
 
@@ -29,8 +29,8 @@ def main() -> int:
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if cuda else "cpu")
-    arms = {k: make_session("resnet34", "resnet18", k, args.batch // k, args.size, device) for k in LANES}
-    feeds = {k: batches(session) for k, session in arms.items()}
+    arms = {k: make_student("resnet34", "resnet18", k, args.batch // k, args.size, device) for k in LANES}
+    feeds = {k: batches(student) for k, student in arms.items()}
     done = dict.fromkeys(LANES, 0)
 
     def seconds(k: int, steps: int) -> float:

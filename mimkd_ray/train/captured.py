@@ -27,19 +27,19 @@ from mimkd_ray.train.distributed import Context
 from mimkd_ray.train.inputs import Supply
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.step import seed_lane
-from mimkd_ray.train.student import Session, StepRecord, advance
+from mimkd_ray.train.student import StepRecord, Student, advance
 
 WARM_STEPS = 3
 """Steps before the recording."""
 
-Advanced = tuple[dict[Session, StepRecord], dict[Session, str]]
+Advanced = tuple[dict[Student, StepRecord], dict[Student, str]]
 """The records of the students that took a step, and what the allocator said to those that found no memory."""
 
 
 class Engine(Protocol):
     """Takes the steps of the students of a process."""
 
-    def step(self, sessions: Sequence[Session], step: int, batches: Iterator[LaneBatch]) -> Advanced:
+    def step(self, students: Sequence[Student], step: int, batches: Iterator[LaneBatch]) -> Advanced:
         """One optimiser step of every student, on the same lanes."""
 
 
@@ -50,15 +50,15 @@ class PlainEngine:
         """``spare``: a student that finds no memory has no record, and the others have their step."""
         self.supply, self.spare = supply, spare
 
-    def step(self, sessions: Sequence[Session], step: int, batches: Iterator[LaneBatch]) -> Advanced:
+    def step(self, students: Sequence[Student], step: int, batches: Iterator[LaneBatch]) -> Advanced:
         """One optimiser step of every student, on the same lanes."""
-        for session in sessions:
-            session.schedule(step)
+        for student in students:
+            student.schedule(step)
         lanes = self.supply.feed.step(step, self.supply.my_lanes, batches)
         seeds = partial(seed_lane, self.supply.config.train.seed, step)
-        records, failed = advance(sessions, lanes, seeds, self.spare)
-        for session in records:
-            session.after_step()
+        records, failed = advance(students, lanes, seeds, self.spare)
+        for student in records:
+            student.after_step()
         return records, failed
 
 
@@ -67,17 +67,17 @@ class _Recorded(NamedTuple):
     which the graph leaves them all."""
 
     graph: torch.cuda.CUDAGraph | None
-    sessions: list[Session]
+    students: list[Student]
     names: list[list[str]]
     figures_M: Tensor | None
 
-    def logs(self) -> dict[Session, dict[str, Tensor]]:
+    def logs(self) -> dict[Student, dict[str, Tensor]]:
         """The figures of the newest replay."""
         assert self.figures_M is not None
         parts = self.figures_M.clone().split([len(names) for names in self.names])
         return {
-            session: dict(zip(names, part.unbind(), strict=True))
-            for session, names, part in zip(self.sessions, self.names, parts, strict=True)
+            student: dict(zip(names, part.unbind(), strict=True))
+            for student, names, part in zip(self.students, self.names, parts, strict=True)
         }
 
 
@@ -98,26 +98,26 @@ class CapturedEngine:
         self.stream = torch.cuda.Stream(context.device) if self.on_gpu else None
         self.streams: list[torch.cuda.Stream] = []
 
-    def step(self, sessions: Sequence[Session], step: int, batches: Iterator[LaneBatch]) -> Advanced:
+    def step(self, students: Sequence[Student], step: int, batches: Iterator[LaneBatch]) -> Advanced:
         """One optimiser step of every student, on the same lanes."""
         if self.gave_up:
-            return self.plain.step(sessions, step, batches)
-        if self.recorded is not None and self.recorded.sessions != list(sessions):
+            return self.plain.step(students, step, batches)
+        if self.recorded is not None and self.recorded.students != list(students):
             self.recorded, self.warm = None, 0  # a student has left
         lanes = [self.supply.feed.next(step, lane, batches) for lane in self.supply.my_lanes]
         self._load(step, lanes)
-        for session in sessions:
-            session.schedule(step)
+        for student in students:
+            student.schedule(step)
         if self.recorded is None and self.warm >= WARM_STEPS:
-            self._record(sessions)
+            self._record(students)
         if self.recorded is None:
-            records, failed = self._warm_step(sessions, step)
+            records, failed = self._warm_step(students, step)
         else:
             records, failed = self._replay(self.recorded, step)
         ids = [lane.ids_B for lane in lanes]
-        for session in records:
-            session.after_step()
-        return {session: StepRecord(found.log, ids, lanes[-1].view) for session, found in records.items()}, failed
+        for student in records:
+            student.after_step()
+        return {student: StepRecord(found.log, ids, lanes[-1].view) for student, found in records.items()}, failed
 
     def _load(self, step: int, lanes: Sequence[LaneBatch]) -> None:
         """Copy a step's batches to where the graph reads them. The canary looks at those that are due."""
@@ -136,55 +136,55 @@ class CapturedEngine:
                 assert features is not None
                 feed.check.look(lane, pixels, ready.images_BCHW, features)
 
-    def _advance(self, sessions: Sequence[Session], seeds: Callable[[int], None] | None, spare: bool) -> Advanced:
+    def _advance(self, students: Sequence[Student], seeds: Callable[[int], None] | None, spare: bool) -> Advanced:
         """A step from the buffers: what is recorded."""
         feed = self.supply.feed
         ready = (
             feed.with_teacher(feed.finish(buffer, key)[1], buffer.features)
             for buffer, key in zip(self.buffers, self.keys, strict=True)
         )
-        return advance(sessions, feed.with_others(ready), seeds, spare, self.streams)
+        return advance(students, feed.with_others(ready), seeds, spare, self.streams)
 
-    def _warm_step(self, sessions: Sequence[Session], step: int) -> Advanced:
+    def _warm_step(self, students: Sequence[Student], step: int) -> Advanced:
         """A step without a graph, which shows whether the networks draw random numbers."""
-        if self.on_gpu and len(sessions) > 1 and len(self.streams) != len(sessions):
-            self.streams = [torch.cuda.Stream(self.context.device) for _ in sessions]
+        if self.on_gpu and len(students) > 1 and len(self.streams) != len(students):
+            self.streams = [torch.cuda.Stream(self.context.device) for _ in students]
         self.warm += 1
         seeds = _Seeds(self.supply.config.train.seed, step, self.context.device)
         if self.stream is None:
-            done = self._advance(sessions, seeds, self.spare)
+            done = self._advance(students, seeds, self.spare)
         else:
             here = torch.cuda.current_stream()
             self.stream.wait_stream(here)
             with torch.cuda.stream(self.stream):
-                done = self._advance(sessions, seeds, self.spare)
+                done = self._advance(students, seeds, self.spare)
             here.wait_stream(self.stream)
-        if len(sessions) * len(self.buffers) > 1 and seeds.drawn():
+        if len(students) * len(self.buffers) > 1 and seeds.drawn():
             self._give_up("networks or losses draw random numbers, of which each lane and student has its own")
         return done
 
-    def _record(self, sessions: Sequence[Session]) -> None:
+    def _record(self, students: Sequence[Student]) -> None:
         """Record a step, which is not run by that."""
         if self.stream is None:
-            self.recorded = _Recorded(None, list(sessions), [], None)
+            self.recorded = _Recorded(None, list(students), [], None)
             return
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
-                records, _ = self._advance(sessions, None, False)
-                logs = [records[session].log for session in sessions]
+                records, _ = self._advance(students, None, False)
+                logs = [records[student].log for student in students]
                 figures_M = torch.stack([value for log in logs for value in log.values()])
         except RuntimeError as error:
             self._give_up(str(error).partition("\n")[0])
             return
-        self.recorded = _Recorded(graph, list(sessions), [list(log) for log in logs], figures_M)
+        self.recorded = _Recorded(graph, list(students), [list(log) for log in logs], figures_M)
 
     def _replay(self, recorded: _Recorded, step: int) -> Advanced:
         seed_lane(self.supply.config.train.seed, step, self.supply.my_lanes[0])
         if recorded.graph is None:
-            return self._advance(recorded.sessions, None, self.spare)
+            return self._advance(recorded.students, None, self.spare)
         recorded.graph.replay()
-        return {session: StepRecord(log, [], 0) for session, log in recorded.logs().items()}, {}
+        return {student: StepRecord(log, [], 0) for student, log in recorded.logs().items()}, {}
 
     def _give_up(self, why: str) -> None:
         self.gave_up = True
@@ -215,13 +215,13 @@ class _Seeds:
         return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
 
 
-def make_engine(sessions: Sequence[Session], spare: bool = False) -> Engine:
+def make_engine(students: Sequence[Student], spare: bool = False) -> Engine:
     """Return the engine of students with one supply; where it is plain and could be asked for otherwise, say why.
 
     ``spare``: a student that finds no memory has no record, and the others have their step.
     """
-    first = sessions[0]
-    reasons = {session.plain_because for session in sessions} - {""}
+    first = students[0]
+    reasons = {student.plain_because for student in students} - {""}
     if not reasons:
         return CapturedEngine(first.supply, first.context, spare)
     engine, device = first.config.train.engine, first.context.device

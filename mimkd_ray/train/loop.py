@@ -23,7 +23,7 @@ from mimkd_ray.train.records.metrics import Meter, Progress, reading, say
 from mimkd_ray.train.records.run_dir import MetricsLog, read_json
 from mimkd_ray.train.records.save_and_stop import Rhythm
 from mimkd_ray.train.run_record import Run
-from mimkd_ray.train.student import Session, StepRecord
+from mimkd_ray.train.student import StepRecord, Student
 
 
 def train(
@@ -47,17 +47,17 @@ def train(
     began = time.perf_counter()
     cached = open_cached(config, data, teacher, context, run_dir)
     start_times.mark("cache")
-    session = Session(config, data, teacher, context, cached)
-    start = session.resume(run_dir)
+    student = Student(config, data, teacher, context, cached)
+    start = student.resume(run_dir)
     resumed = time.perf_counter() - began
     if start:
         say(context, f"resumed from step {start} of {run_dir} in {resumed:.1f} s")
-    run = Run(session, run_dir, start, began, extra or {})
+    run = Run(student, run_dir, start, began, extra or {})
     loop = Loop([run], config.recipe, quiet)
     try:
         loop.go()
     finally:
-        session.supply.close()
+        student.supply.close()
     return loop.results[run]
 
 
@@ -74,12 +74,12 @@ class Loop:
     def __init__(self, runs: Sequence[Run], label: str, quiet: bool = False, commits: bool = False) -> None:
         """``commits``: whether all that belongs to an evaluation is committed before it is told."""
         self.runs, self.label, self.quiet = list(runs), label, quiet
-        session = runs[0].session
-        self.config, self.context, self.supply = session.config, session.context, session.supply
-        self.start, self.total, self.steps_per_epoch = runs[0].start, session.total_steps, session.order.steps_per_epoch
+        student = runs[0].student
+        self.config, self.context, self.supply = student.config, student.context, student.supply
+        self.start, self.total, self.steps_per_epoch = runs[0].start, student.total_steps, student.order.steps_per_epoch
         self.commits = commits or self.context.reports_are_final
         self.global_batch = self.config.train.lanes * self.config.train.lane_batch
-        self.engine = make_engine([run.session for run in self.runs], self.spares)
+        self.engine = make_engine([run.student for run in self.runs], self.spares)
         self.meter = Meter(self.context.device, self.global_batch)
         self.results: dict[Run, dict[str, Any]] = {}
 
@@ -129,17 +129,17 @@ class Loop:
 
     def _step(self, step: int, batches: Iterator[LaneBatch]) -> dict[Run, StepRecord]:
         """One step of every run, and what is written of it."""
-        found, failed = self.engine.step([run.session for run in self.runs], step, batches)
-        records = {run: found[run.session] for run in self.runs if run.session in found}
-        for run in [run for run in self.runs if run.session in failed]:
-            self.leave(run, MemberMemoryError(f"out of memory in step {step + 1}: {failed[run.session]}"))
+        found, failed = self.engine.step([run.student for run in self.runs], step, batches)
+        records = {run: found[run.student] for run in self.runs if run.student in found}
+        for run in [run for run in self.runs if run.student in failed]:
+            self.leave(run, MemberMemoryError(f"out of memory in step {step + 1}: {failed[run.student]}"))
         self._still_finite(lambda run: run.guard.add(step, records[run].log, records[run].ids))
         self.meter.step()
         start_times.mark("first_step")
         done = step + 1
         for run in self.runs:
             if done % self.config.train.log_every == 0 or done == self.total:
-                line = write_step(run.log, run.session, done, records[run].log, self.meter)
+                line = write_step(run.log, run.student, done, records[run].log, self.meter)
                 if line is not None:
                     self.context.observe(run.run_dir, {"step": done, **line})
             run.write_samples(done, records[run])
@@ -159,7 +159,7 @@ class Loop:
 
     def evaluate(self, done: int) -> list[dict[str, Any]]:
         """Held-out figures of every run after ``done`` steps. A pack's run may leave meanwhile, and has none."""
-        return [run.session.evaluate() for run in self.runs]
+        return [run.student.evaluate() for run in self.runs]
 
     def save(self, done: int) -> None:
         """Checkpoint every run."""
@@ -189,20 +189,20 @@ class Loop:
 
 
 def write_step(
-    log: MetricsLog | None, session: Session, done: int, record: Mapping[str, Tensor], meter: Meter
+    log: MetricsLog | None, student: Student, done: int, record: Mapping[str, Tensor], meter: Meter
 ) -> dict[str, float] | None:
     """Average a step's breakdown over all lanes and write it. Every worker takes part; the one with the log gets what
     was written."""
-    share = len(session.my_lanes) / session.config.train.lanes
+    share = len(student.my_lanes) / student.config.train.lanes
     values = all_sum(torch.stack([value.double() for value in record.values()]) * share).tolist()
     if log is not None:
         rates = {
             "images_per_second": meter.rate(),
-            "data_wait": session.feed.waited / max(meter.elapsed(), 1e-9),
-            "lr": float(session.optimizer.param_groups[0]["lr"]),
-            "epoch": done / session.order.steps_per_epoch,
+            "data_wait": student.feed.waited / max(meter.elapsed(), 1e-9),
+            "lr": float(student.optimizer.param_groups[0]["lr"]),
+            "epoch": done / student.order.steps_per_epoch,
         }
-        hits = session.supply.cache_hit_rate()
+        hits = student.supply.cache_hit_rate()
         if hits is not None:
             rates["cache_hit_rate"] = hits
         line = dict(zip(record, values, strict=True)) | rates

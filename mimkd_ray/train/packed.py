@@ -36,7 +36,7 @@ from mimkd_ray.train.records import checkpoint, start_times
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.run_dir import jsonable, read_json, read_metrics, write_json
 from mimkd_ray.train.run_record import Run
-from mimkd_ray.train.student import Session, StepRecord, evaluate_together
+from mimkd_ray.train.student import StepRecord, Student, evaluate_together
 from mimkd_ray.train.worker import claim
 
 RESULT, STOPPED, FAILED = "result.json", "stopped.json", "failed.json"
@@ -201,28 +201,28 @@ def _open(
     start_times.mark("cache")
     supply = Supply(readers or configs, data, network, context, cached)
     start, contents = checkpoint.newest_shared(places)
-    sessions: dict[int, Session] = {}
+    students: dict[int, Student] = {}
     lost: dict[int, Outcome] = {}
     for at, (number, config, place) in enumerate(zip(going, configs, places, strict=True)):
         try:
-            session = Session(config, data, network if config.loss.uses_teacher else None, context, supply=supply)
+            student = Student(config, data, network if config.loss.uses_teacher else None, context, supply=supply)
             if contents:
-                session.restore(place, contents[at])
+                student.restore(place, contents[at])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             lost[number] = _fail(place, MemberMemoryError(f"out of memory before the first step: {error}"))
             continue
         checkpoint.drop_after(place, start)
-        sessions[number] = session
-    if not sessions:
+        students[number] = student
+    if not students:
         return supply, None, lost
     if start:
         seconds = time.perf_counter() - began
-        say(context, f"resumed {len(sessions)} members from step {start} of {', '.join(places)} in {seconds:.1f} s")
+        say(context, f"resumed {len(students)} members from step {start} of {', '.join(places)} in {seconds:.1f} s")
     runs = {
-        number: Run(session, members[number].run_dir, start, began, extra, FEWEST_CHECKPOINTS)
-        for number, session in sessions.items()
+        number: Run(student, members[number].run_dir, start, began, extra, FEWEST_CHECKPOINTS)
+        for number, student in students.items()
     }
     told = {number: told_before(member.run_dir) for number, member in enumerate(members)} if judge is not None else {}
     return supply, _Pack(runs, judge, told), lost
@@ -272,12 +272,12 @@ class _Pack(Loop):
 
     def evaluate(self, done: int) -> list[dict[str, Any]]:
         """In one pass for all."""
-        failed: dict[Session, str] = {}
-        found = evaluate_together([run.session for run in self.runs], failed)
+        failed: dict[Student, str] = {}
+        found = evaluate_together([run.student for run in self.runs], failed)
         self._leave_for_memory(
-            {run: failed[run.session] for run in self.runs if run.session in failed}, "evaluation", done
+            {run: failed[run.student] for run in self.runs if run.student in failed}, "evaluation", done
         )
-        return [found[run.session] for run in self.runs]
+        return [found[run.student] for run in self.runs]
 
     def save(self, done: int) -> None:
         """A member removes its oldest checkpoint when it commits this one: by then all have the one before."""

@@ -49,10 +49,10 @@ class StepRecord(NamedTuple):
     view: int
 
 
-class Session:
+class Student:
     """One student in one worker: ``step()`` advances it, ``evaluate()`` looks at it, ``save()`` is for a restart.
 
-    What feeds it is a :class:`Supply`: its own, or that of a pack, whose sessions are advanced together.
+    What feeds it is a :class:`Supply`: its own, or that of a pack, whose students are advanced together.
     """
 
     def __init__(
@@ -251,48 +251,48 @@ class Session:
 
 
 def advance(
-    sessions: Sequence[Session],
+    students: Sequence[Student],
     lanes: Iterable[Lane],
     seeds: Callable[[int], None] | None,
     spare: bool = False,
     streams: Sequence[torch.cuda.Stream] = (),
-) -> tuple[dict[Session, StepRecord], dict[Session, str]]:
-    """One optimiser step of every session, on the same lanes, after :meth:`Session.schedule`. One student's activations
+) -> tuple[dict[Student, StepRecord], dict[Student, str]]:
+    """One optimiser step of every student, on the same lanes, after :meth:`Student.schedule`. One student's activations
     are held at a time.
 
     ``seeds`` is called with a lane's number before each student takes it, and seeds the networks' random numbers; None:
-    they are seeded already. With ``spare`` a session that finds no
+    they are seeded already. With ``spare`` a student that finds no
     memory gives up its own and has no record; what the allocator said stands in the second result, and the others have
-    their step. ``streams``: one a session, on which it works beside the others.
+    their step. ``streams``: one a student, on which it works beside the others.
     """
-    failed: dict[Session, str] = {}
+    failed: dict[Student, str] = {}
 
-    def all_do(act: Callable[[Session], T]) -> dict[Session, T]:
-        done: dict[Session, T] = {}
-        for number, session in enumerate(sessions):
+    def all_do(act: Callable[[Student], T]) -> dict[Student, T]:
+        done: dict[Student, T] = {}
+        for number, student in enumerate(students):
             gone = len(failed)
             with _forked(streams[number]) if streams else nullcontext():
-                done |= each([session], act, failed if spare else None)
+                done |= each([student], act, failed if spare else None)
                 if len(failed) > gone:
-                    session.optimizer.zero_grad(set_to_none=True)  # the next one may need the room
+                    student.optimizer.zero_grad(set_to_none=True)  # the next one may need the room
         for stream in streams:
             torch.cuda.current_stream().wait_stream(stream)
         return done
 
-    def take(session: Session, lane: Lane) -> None:
+    def take(student: Student, lane: Lane) -> None:
         if seeds is not None:
             seeds(lane.number)
-        session.take(lane)
+        student.take(lane)
 
-    all_do(lambda session: session.begin_step())
+    all_do(lambda student: student.begin_step())
     ids: list[Tensor] = []
     view = 0
     for lane in lanes:
         all_do(partial(take, lane=lane))
         ids.append(lane.ids_B)
         view = lane.view
-    logs = all_do(lambda session: session.end_step())
-    return {session: StepRecord(log, ids, view) for session, log in logs.items()}, failed
+    logs = all_do(lambda student: student.end_step())
+    return {student: StepRecord(log, ids, view) for student, log in logs.items()}, failed
 
 
 @contextmanager
@@ -304,39 +304,39 @@ def _forked(stream: torch.cuda.Stream) -> Iterator[None]:
 
 
 def evaluate_together(
-    sessions: Sequence[Session], failed: dict[Session, str] | None = None
-) -> dict[Session, dict[str, Any]]:
-    """:meth:`Session.evaluate` of sessions with one supply: images are decoded, and the teacher runs, once for all.
+    students: Sequence[Student], failed: dict[Student, str] | None = None
+) -> dict[Student, dict[str, Any]]:
+    """:meth:`Student.evaluate` of students with one supply: images are decoded, and the teacher runs, once for all.
 
-    A session that finds no memory is added to ``failed`` with what the allocator said, and has no figures; None: its
+    A student that finds no memory is added to ``failed`` with what the allocator said, and has no figures; None: its
     error is raised.
     """
-    supply = sessions[0].supply
+    supply = students[0].supply
     train, images = supply.config.train, supply.config.data
     with ExitStack() as stack:
-        for session in sessions:
-            stack.enter_context(session.settled())
+        for student in students:
+            stack.enter_context(student.settled())
         # With their taps: the network alone would leave those of its last batch in the hooks that are on it.
-        networks = {session: session.tapped() for session in sessions}
+        networks = {student: student.tapped() for student in students}
         training = {network: network.training for network in networks.values()}
         for network in training:
             network.eval()
-        logits = {session: partial(_logits, network) for session, network in networks.items()}
+        logits = {student: partial(_logits, network) for student, network in networks.items()}
         batches = supply.held_out(train.eval_batch or train.lane_batch)
         measured = accuracies(
             logits, batches, supply.normalize, images.max_damaged, held_out_name(images), failed=failed
         )
         for network, mode in training.items():
             network.train(mode)
-        values: dict[Session, dict[str, Any]] = {session: found._asdict() for session, found in measured.items()}
-        readable = {session: session.distiller for session in values if session.distiller.loss.plan}
+        values: dict[Student, dict[str, Any]] = {student: found._asdict() for student, found in measured.items()}
+        readable = {student: student.distiller for student in values if student.distiller.loss.plan}
         if supply.teacher is not None and readable and train.information_rows:
             # In batches of a lane, so that held-out nats have the ceiling of those in training.
             lanes = supply.held_out(train.lane_batch)
             read = read_information(readable, supply.teacher, lanes, supply.normalize, train.information_rows, failed)
-            for session, information in read.items():
-                values[session] |= information
-    return {session: found for session, found in values.items() if session not in (failed or {})}
+            for student, information in read.items():
+                values[student] |= information
+    return {student: found for student, found in values.items() if student not in (failed or {})}
 
 
 def _logits(tapped: TappedModel, images_BCHW: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from mimkd_ray.train.captured import WARM_STEPS, CapturedEngine, make_engine
 from mimkd_ray.train.inputs import Supply
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.records import checkpoint
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import Student
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = LocalContext(torch.device("cuda"))
@@ -39,16 +39,16 @@ def on_gpu(engine: str, members: int, steps: int, **train: Any) -> list[list[flo
     supply = Supply([config], data, teacher, GPU)
     rates = [config.optim.lr / (1 + number) for number in range(members)]
     configs = [replace(config, optim=replace(config.optim, lr=rate)) for rate in rates]
-    sessions = [Session(own, data, teacher, GPU, supply=supply) for own in configs]
-    runner = make_engine(sessions)
+    students = [Student(own, data, teacher, GPU, supply=supply) for own in configs]
+    runner = make_engine(students)
     batches = supply.batches(0)
     losses = []
     for step in range(steps):
         if engine == "captured" and step == WARM_STEPS + 2:
             torch.cuda.set_sync_debug_mode("error")
-        records, _ = runner.step(sessions, step, batches)
+        records, _ = runner.step(students, step, batches)
         torch.cuda.set_sync_debug_mode("default")
-        losses.append([float(records[session].log["loss"]) for session in sessions])
+        losses.append([float(records[student].log["loss"]) for student in students])
     assert engine == "plain" or (isinstance(runner, CapturedEngine) and runner.recorded is not None)
     supply.close()
     return losses
