@@ -40,7 +40,6 @@ from mimkd_ray.cache_build.build_units import in_process
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import CacheConfig, Config, DataConfig, LossConfig, ModelConfig, TeacherConfig, TrainConfig
 from mimkd_ray.config.codec_spec import parse_spec
-from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.losses.features import Features
@@ -138,17 +137,17 @@ class Arm:
         self.student = Student(config, data, teacher, context, cached)
         self.kind, self.step = kind, 0
         if kind == "ideal":
-            self.student.supply.features = None
-            assert self.student.teacher is not None
+            self.student.inputs.features = None
+            assert self.student.inputs.teacher is not None
             images = torch.randn(config.train.lane_batch, 3, config.data.image_size, config.data.image_size)
-            self.student.feed.cached = InMemory(self.student.teacher.features(images))  # type: ignore[assignment]
-        self.batches: Iterator[LaneBatch] = self.student.batches(0)
+            self.student.inputs.decoder = InMemory(self.student.inputs.teacher.features(images))  # type: ignore[assignment]
+        self.student.inputs.start(0)
 
     def turn(self, steps: int) -> float:
         """Images/s of so many steps."""
         began = time.perf_counter()
         for _ in range(steps):
-            self.student.step(self.step, self.batches)
+            self.student.step(self.step)
             self.step += 1
         return steps * self.student.config.train.lane_batch / (time.perf_counter() - began)
 

@@ -132,10 +132,9 @@ def open_student(config: Config, folder: Path) -> Student:
 
 def trained(student: Student, steps: int) -> None:
     """Train a student for some steps."""
-    batches = student.batches(0)
+    student.inputs.start(0)
     for step in range(steps):
-        student.step(step, batches)
-    batches.close()  # type: ignore[attr-defined]
+        student.step(step)
 
 
 def make_teacher(place: Place, steps: int) -> str:
@@ -168,16 +167,15 @@ class Seen(NamedTuple):
 def look(config: Config, folder: Path, steps: int) -> Seen:
     """Features, losses and the sum of gradients of the first steps, at the weights of the start."""
     student = open_student(config, folder)
-    batches = student.batches(0)
+    student.inputs.start(0)
     features, losses = [], []
     for step in range(steps):
-        for lane in student.feed.step(step, student.my_lanes, batches):
+        for lane in student.inputs.step(step):
             assert lane.teacher is not None
             features.append(lane.teacher)
             log = backward_lane(student.model, lane.images_BCHW, lane.labels_B, lane.ids_B, lane.teacher, 1.0, True)
             losses.append(float(log["loss"]))
-    batches.close()  # type: ignore[attr-defined]
-    student.supply.close()
+    student.inputs.close()
     gradient = torch.cat([p.grad.flatten() for p in student.distiller.parameters() if p.grad is not None])
     return Seen(features, losses, gradient)
 
@@ -238,14 +236,15 @@ class HeldOut(NamedTuple):
 @torch.no_grad()
 def held_out(student: Student, rows: int) -> HeldOut:
     """Cross-entropy of the student on the first `rows` held-out images, and the loss that it was trained with."""
-    assert student.teacher is not None
-    batches: Iterator[LaneBatch] = islice(student.held_out(HELD_OUT_BATCH), max(1, rows // HELD_OUT_BATCH))
+    inputs = student.inputs
+    assert inputs.teacher is not None
+    batches: Iterator[LaneBatch] = islice(inputs.held_out(HELD_OUT_BATCH), max(1, rows // HELD_OUT_BATCH))
     student.distiller.eval()
     losses = []
     for batch in batches:
-        images = student.normalize(batch.images_BCHW)
+        images = inputs.normalize(batch.images_BCHW)
         output, logits = student.distiller.output(
-            images, batch.labels_B, batch.ids_B, student.teacher.features(images), reading=True
+            images, batch.labels_B, batch.ids_B, inputs.teacher.features(images), reading=True
         )
         losses.append((float(F.cross_entropy(logits, batch.labels_B)), float(output.total)))
     return HeldOut(*(statistics.fmean(column) for column in zip(*losses, strict=True)))
@@ -266,7 +265,7 @@ def train_students(place: Place, args: Any) -> dict[str, list[HeldOut]]:
             student = open_student(config if arm == "live" else from_cache(config, place, arm), place.folder)
             trained(student, args.steps)
             values.append(held_out(student, args.held_out))
-            student.supply.close()
+            student.inputs.close()
             print(
                 f"seed {seed}, {arm}: held-out cross-entropy {values[-1].cross_entropy:.4f}, distillation loss "
                 f"{values[-1].distillation:.4f} after {args.steps} steps, {time.perf_counter() - began:.0f} s",

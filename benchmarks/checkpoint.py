@@ -15,11 +15,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 import torch
-from made_students import batches, make_student
+from made_students import make_student
 from report import finish, parser, table
 
 from mimkd_ray import storage
@@ -34,7 +33,6 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = make_student("resnet34", "resnet18", 2, 4, 64, device)
-    feed = batches(student)
     parts: dict[str, list[float]] = {}
 
     def note(part: str, call: Callable[..., Any], *values: Any) -> Any:
@@ -48,7 +46,7 @@ def main() -> int:
         root = args.root or folder
         writer = checkpoint.Writer(root, 2, lambda: None)
         for step in range(args.rounds):
-            student.step(step, islice(feed, 2))  # momentum is there from the first step on
+            student.step(step)  # momentum is there from the first step on
             note("stall", student.save, step + 1, writer)
             note("in the background", writer.wait)
             state = student.state(step + 1, [student.norms.flat().cpu()])

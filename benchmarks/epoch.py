@@ -118,13 +118,14 @@ class Ours:
         data, context = open_data(config.data), LocalContext(device)
         cached = open_cached(config, data, network, context, str(folder))
         self.student = Student(config, data, network, context, cached)
-        self.batches, self.step = self.student.batches(0), 0
+        self.student.inputs.start(0)
+        self.step = 0
 
     def turn(self, steps: int) -> float:
         """Images/s of so many steps."""
         began = time.perf_counter()
         for _ in range(steps):
-            self.student.step(self.step, self.batches)
+            self.student.step(self.step)
             self.step += 1
         if self.student.context.device.type == "cuda":
             torch.cuda.synchronize()

@@ -27,7 +27,7 @@ from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.recipes import CIFAR_PAIRS
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.captured import WARM_STEPS, make_engine
-from mimkd_ray.train.inputs import Supply
+from mimkd_ray.train.inputs import Inputs
 from mimkd_ray.train.student import Student
 
 PACK = ("alone", "kd", "feature_3", "best", "queue")
@@ -40,16 +40,16 @@ def measure(config: Config, data: Data, losses: Sequence[LossConfig], steps: int
     teacher = build_network(config, data.num_classes, "random")
     configs = [replace(config, loss=replace(loss, queue=LossConfig.queue)) for loss in losses]
     configs.sort(key=lambda one: not one.loss.uses_teacher)
-    supply = Supply([one for one in configs if one.loss.uses_teacher] or configs, data, teacher, context)
+    inputs = Inputs([one for one in configs if one.loss.uses_teacher] or configs, data, teacher, context)
     students = [
-        Student(one, data, teacher if one.loss.uses_teacher else None, context, supply=supply) for one in configs
+        Student(one, data, teacher if one.loss.uses_teacher else None, context, inputs=inputs) for one in configs
     ]
     engine = make_engine(students)
-    batches = supply.batches(0)
+    inputs.start(0)
 
     def run(first: int, count: int) -> None:
         for step in range(first, first + count):
-            engine.step(students, step, batches)
+            engine.step(students, step)
         if context.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -57,7 +57,7 @@ def measure(config: Config, data: Data, losses: Sequence[LossConfig], steps: int
     ready = time.perf_counter()
     run(2 * WARM_STEPS, steps)
     seconds = (time.perf_counter() - ready) / steps
-    supply.close()
+    inputs.close()
     return seconds, ready - began
 
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from itertools import islice
 
 import torch
-from made_students import batches, make_student
+from made_students import make_student
 from report import finish, parser, table
 
 LANES = (1, 2, 4, 8)
@@ -30,13 +29,12 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if cuda else "cpu")
     arms = {k: make_student("resnet34", "resnet18", k, args.batch // k, args.size, device) for k in LANES}
-    feeds = {k: batches(student) for k, student in arms.items()}
     done = dict.fromkeys(LANES, 0)
 
     def seconds(k: int, steps: int) -> float:
         began = time.perf_counter()
         for step in range(done[k], done[k] + steps):
-            arms[k].step(step, islice(feeds[k], k))
+            arms[k].step(step)
         done[k] += steps
         if cuda:
             torch.cuda.synchronize()

@@ -16,7 +16,7 @@ from mimkd_ray.train.student import Student
 
 
 def make_student(teacher: str, student: str, lanes: int, lane_batch: int, size: int, device: torch.device) -> Student:
-    """A student with the accuracy loss on images of ``size`` squared; teacher and student are random."""
+    """A student with the accuracy loss on images of ``size`` squared, about to take step 0; all weights are random."""
     base = IMAGENET_RECIPES["r34_r18"]()
     config = replace(
         base,
@@ -25,10 +25,12 @@ def make_student(teacher: str, student: str, lanes: int, lane_batch: int, size: 
         student=replace(base.student, name=student),
         train=replace(base.train, lanes=lanes, lane_batch=lane_batch),
     )
-    return Student(config, open_data(config.data), build_model(teacher, 10), LocalContext(device))
+    made = Student(config, open_data(config.data), build_model(teacher, 10), LocalContext(device))
+    made.inputs.start(0, batches(made))
+    return made
 
 
-def batches(student: Student, start: int = 0) -> Iterator[LaneBatch]:
+def batches(student: Student) -> Iterator[LaneBatch]:
     """The same random images again and again, labelled with the step and lane that are next."""
     train, size = student.config.train, student.config.data.image_size
     generator = torch.Generator().manual_seed(0)
@@ -36,7 +38,7 @@ def batches(student: Student, start: int = 0) -> Iterator[LaneBatch]:
     labels = torch.randint(0, 10, (train.lane_batch,), generator=generator)
     ids, device = torch.arange(train.lane_batch), student.context.device
     images, labels, ids = images.to(device), labels.to(device), ids.to(device)
-    step = start
+    step = 0
     while True:
         for lane in range(train.lanes):
             yield LaneBatch(step, lane, images, labels, ids, 0, ())

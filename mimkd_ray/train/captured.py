@@ -14,7 +14,7 @@ graphs, and the same code is called for every step; so it is tested.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.train.distributed import Context
-from mimkd_ray.train.inputs import Supply
+from mimkd_ray.train.inputs import Inputs
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.step import seed_lane
 from mimkd_ray.train.student import StepRecord, Student, advance
@@ -39,24 +39,23 @@ Advanced = tuple[dict[Student, StepRecord], dict[Student, str]]
 class Engine(Protocol):
     """Takes the steps of the students of a process."""
 
-    def step(self, students: Sequence[Student], step: int, batches: Iterator[LaneBatch]) -> Advanced:
+    def step(self, students: Sequence[Student], step: int) -> Advanced:
         """One optimiser step of every student, on the same lanes."""
 
 
 class PlainEngine:
     """Asks the device for one operation after the other."""
 
-    def __init__(self, supply: Supply, spare: bool = False) -> None:
+    def __init__(self, inputs: Inputs, spare: bool = False) -> None:
         """``spare``: a student that finds no memory has no record, and the others have their step."""
-        self.supply, self.spare = supply, spare
+        self.inputs, self.spare = inputs, spare
 
-    def step(self, students: Sequence[Student], step: int, batches: Iterator[LaneBatch]) -> Advanced:
+    def step(self, students: Sequence[Student], step: int) -> Advanced:
         """One optimiser step of every student, on the same lanes."""
         for student in students:
             student.schedule(step)
-        lanes = self.supply.feed.step(step, self.supply.my_lanes, batches)
-        seeds = partial(seed_lane, self.supply.config.train.seed, step)
-        records, failed = advance(students, lanes, seeds, self.spare)
+        seeds = partial(seed_lane, self.inputs.config.train.seed, step)
+        records, failed = advance(students, self.inputs.step(step), seeds, self.spare)
         for student in records:
             student.after_step()
         return records, failed
@@ -85,10 +84,10 @@ class CapturedEngine:
     """Records a step as a CUDA graph and replays it. Where that turns out to be impossible, goes on plainly and says
     why. Memory: the activations of all students of a pack at once."""
 
-    def __init__(self, supply: Supply, context: Context, spare: bool = False) -> None:
+    def __init__(self, inputs: Inputs, context: Context, spare: bool = False) -> None:
         """``spare``: as for :class:`PlainEngine`, until the step is recorded."""
-        self.supply, self.context, self.spare = supply, context, spare
-        self.plain = PlainEngine(supply, spare)
+        self.inputs, self.context, self.spare = inputs, context, spare
+        self.plain = PlainEngine(inputs, spare)
         self.gave_up = False
         self.recorded: _Recorded | None = None
         self.warm = 0
@@ -98,13 +97,13 @@ class CapturedEngine:
         self.stream = torch.cuda.Stream(context.device) if self.on_gpu else None
         self.streams: list[torch.cuda.Stream] = []
 
-    def step(self, students: Sequence[Student], step: int, batches: Iterator[LaneBatch]) -> Advanced:
+    def step(self, students: Sequence[Student], step: int) -> Advanced:
         """One optimiser step of every student, on the same lanes."""
         if self.gave_up:
-            return self.plain.step(students, step, batches)
+            return self.plain.step(students, step)
         if self.recorded is not None and self.recorded.students != list(students):
             self.recorded, self.warm = None, 0  # a student has left
-        lanes = [self.supply.feed.next(step, lane, batches) for lane in self.supply.my_lanes]
+        lanes = self.inputs.batches_of(step)
         self._load(step, lanes)
         for student in students:
             student.schedule(step)
@@ -121,36 +120,25 @@ class CapturedEngine:
 
     def _load(self, step: int, lanes: Sequence[LaneBatch]) -> None:
         """Copy a step's batches to where the graph reads them. The canary looks at those that are due."""
-        feed, device = self.supply.feed, self.context.device
         if not self.buffers:
             self.buffers = [lane.each_tensor(torch.empty_like) for lane in lanes]
-            self.keys = [torch.zeros((), dtype=torch.int64, device=device) for _ in lanes]
+            self.keys = [torch.zeros((), dtype=torch.int64, device=self.context.device) for _ in lanes]
         for buffer, key, lane in zip(self.buffers, self.keys, lanes, strict=True):
-            number = view_key(lane.view, feed.config.view_seed)
-            key.fill_(number)
+            key.fill_(view_key(lane.view, self.inputs.config.view_seed))
             for place, value in zip(buffer.tensors(), lane.tensors(), strict=True):
                 place.copy_(value, non_blocking=True)
-            if feed.check is not None and feed.check.due(step, lane.lane):
-                pixels, ready = feed.finish(lane, number)
-                features = feed.with_teacher(ready, lane.features).teacher
-                assert features is not None
-                feed.check.look(lane, pixels, ready.images_BCHW, features)
+            self.inputs.check_cached(step, lane)
 
     def _advance(self, students: Sequence[Student], seeds: Callable[[int], None] | None, spare: bool) -> Advanced:
         """A step from the buffers: what is recorded."""
-        feed = self.supply.feed
-        ready = (
-            feed.with_teacher(feed.finish(buffer, key)[1], buffer.features)
-            for buffer, key in zip(self.buffers, self.keys, strict=True)
-        )
-        return advance(students, feed.with_others(ready), seeds, spare, self.streams)
+        return advance(students, self.inputs.lanes_of(self.buffers, self.keys), seeds, spare, self.streams)
 
     def _warm_step(self, students: Sequence[Student], step: int) -> Advanced:
         """A step without a graph, which shows whether the networks draw random numbers."""
         if self.on_gpu and len(students) > 1 and len(self.streams) != len(students):
             self.streams = [torch.cuda.Stream(self.context.device) for _ in students]
         self.warm += 1
-        seeds = _Seeds(self.supply.config.train.seed, step, self.context.device)
+        seeds = _Seeds(self.inputs.config.train.seed, step, self.context.device)
         if self.stream is None:
             done = self._advance(students, seeds, self.spare)
         else:
@@ -180,7 +168,7 @@ class CapturedEngine:
         self.recorded = _Recorded(graph, list(students), [list(log) for log in logs], figures_M)
 
     def _replay(self, recorded: _Recorded, step: int) -> Advanced:
-        seed_lane(self.supply.config.train.seed, step, self.supply.my_lanes[0])
+        seed_lane(self.inputs.config.train.seed, step, self.inputs.my_lanes[0])
         if recorded.graph is None:
             return self._advance(recorded.students, None, self.spare)
         recorded.graph.replay()
@@ -216,15 +204,15 @@ class _Seeds:
 
 
 def make_engine(students: Sequence[Student], spare: bool = False) -> Engine:
-    """Return the engine of students with one supply; where it is plain and could be asked for otherwise, say why.
+    """Return the engine of students with the same inputs; where it is plain and could be asked for otherwise, say why.
 
     ``spare``: a student that finds no memory has no record, and the others have their step.
     """
     first = students[0]
     reasons = {student.plain_because for student in students} - {""}
     if not reasons:
-        return CapturedEngine(first.supply, first.context, spare)
+        return CapturedEngine(first.inputs, first.context, spare)
     engine, device = first.config.train.engine, first.context.device
     if engine == "captured" or (engine == "auto" and device.type == "cuda"):
         say(first.context, f"steps are not captured, and run operation by operation: {', '.join(sorted(reasons))}")
-    return PlainEngine(first.supply, spare)
+    return PlainEngine(first.inputs, spare)

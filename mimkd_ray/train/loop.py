@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config
-from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
 from mimkd_ray.train.captured import make_engine
@@ -57,12 +56,12 @@ def train(
     try:
         loop.go()
     finally:
-        student.supply.close()
+        student.inputs.close()
     return loop.results[run]
 
 
 class Loop:
-    """Takes runs with one supply from the step where they stand to their end.
+    """Takes runs with the same inputs from the step where they stand to their end.
 
     As it is, it trains a single student. A pack (train/pack.py) has several, looks at them in one pass, and lets
     members leave.
@@ -75,7 +74,7 @@ class Loop:
         """``commits``: whether all that belongs to an evaluation is committed before it is told."""
         self.runs, self.label, self.quiet = list(runs), label, quiet
         student = runs[0].student
-        self.config, self.context, self.supply = student.config, student.context, student.supply
+        self.config, self.context, self.inputs = student.config, student.context, student.inputs
         self.start, self.total, self.steps_per_epoch = runs[0].start, student.total_steps, student.order.steps_per_epoch
         self.commits = commits or self.context.reports_are_final
         self.global_batch = self.config.train.lanes * self.config.train.lane_batch
@@ -88,10 +87,10 @@ class Loop:
         context = self.context
         progress = Progress(context, self.label, self.start, self.total, self.global_batch, self.quiet)
         rhythm = Rhythm(self.config.run, context, self.steps_per_epoch, self.start)
-        batches = self.supply.batches(self.start)
+        self.inputs.start(self.start)
         start_times.mark("built")
         for step in range(self.start, self.total):
-            records = self._step(step, batches)
+            records = self._step(step)
             done, last = step + 1, step + 1 == self.total
             epoch, rest = divmod(done, self.steps_per_epoch)
             every = self.config.train.eval_every
@@ -127,9 +126,9 @@ class Loop:
                 raise Interrupted(f"asked to stop: saved at step {done} of {self.total} in {places}")
         progress.close()
 
-    def _step(self, step: int, batches: Iterator[LaneBatch]) -> dict[Run, StepRecord]:
+    def _step(self, step: int) -> dict[Run, StepRecord]:
         """One step of every run, and what is written of it."""
-        found, failed = self.engine.step([run.student for run in self.runs], step, batches)
+        found, failed = self.engine.step([run.student for run in self.runs], step)
         records = {run: found[run.student] for run in self.runs if run.student in found}
         for run in [run for run in self.runs if run.student in failed]:
             self.leave(run, MemberMemoryError(f"out of memory in step {step + 1}: {failed[run.student]}"))
@@ -198,11 +197,11 @@ def write_step(
     if log is not None:
         rates = {
             "images_per_second": meter.rate(),
-            "data_wait": student.feed.waited / max(meter.elapsed(), 1e-9),
+            "data_wait": student.inputs.waited / max(meter.elapsed(), 1e-9),
             "lr": float(student.optimizer.param_groups[0]["lr"]),
             "epoch": done / student.order.steps_per_epoch,
         }
-        hits = student.supply.cache_hit_rate()
+        hits = student.inputs.cache_hit_rate()
         if hits is not None:
             rates["cache_hit_rate"] = hits
         line = dict(zip(record, values, strict=True)) | rates

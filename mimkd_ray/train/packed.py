@@ -29,7 +29,7 @@ from mimkd_ray.errors import MemberMemoryError, NonFiniteLossError, UserError
 from mimkd_ray.train.build import build_student, teacher_plan
 from mimkd_ray.train.distributed import Context
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
-from mimkd_ray.train.inputs import Supply
+from mimkd_ray.train.inputs import Inputs
 from mimkd_ray.train.loop import Loop
 from mimkd_ray.train.out_of_memory import each, is_out_of_memory
 from mimkd_ray.train.records import checkpoint, start_times
@@ -101,13 +101,13 @@ def train_pack(
             outcomes[number] = _cannot_be_built(member.config, data, teacher)
     going = [number for number, outcome in outcomes.items() if outcome is None]
     if going:
-        supply, pack, lost = _open(members, going, data, teacher, context, judge, extra or {})
+        inputs, pack, lost = _open(members, going, data, teacher, context, judge, extra or {})
         try:
             if pack is not None:
                 pack.go()
                 outcomes |= pack.outcomes
         finally:
-            supply.close()
+            inputs.close()
         outcomes |= lost
     return [outcome for outcome in outcomes.values() if outcome is not None]
 
@@ -188,8 +188,8 @@ def _open(
     context: Context,
     judge: Judge | None,
     extra: Mapping[str, Any],
-) -> tuple[Supply, _Pack | None, dict[int, Outcome]]:
-    """What feeds the members that are ``going``, their pack at the newest step that they share, and the outcomes of
+) -> tuple[Inputs, _Pack | None, dict[int, Outcome]]:
+    """The inputs of the members that are ``going``, their pack at the newest step that they share, and the outcomes of
     those for which there was no memory. No pack where that is all of them."""
     began = time.perf_counter()
     configs = [members[number].config for number in going]
@@ -199,13 +199,13 @@ def _open(
     # What is fitted without a cache is kept with the first member, whoever goes on.
     cached = open_cached(readers[0], data, network, context, members[0].run_dir, readers[1:]) if readers else None
     start_times.mark("cache")
-    supply = Supply(readers or configs, data, network, context, cached)
+    inputs = Inputs(readers or configs, data, network, context, cached)
     start, contents = checkpoint.newest_shared(places)
     students: dict[int, Student] = {}
     lost: dict[int, Outcome] = {}
     for at, (number, config, place) in enumerate(zip(going, configs, places, strict=True)):
         try:
-            student = Student(config, data, network if config.loss.uses_teacher else None, context, supply=supply)
+            student = Student(config, data, network if config.loss.uses_teacher else None, context, inputs=inputs)
             if contents:
                 student.restore(place, contents[at])
         except Exception as error:
@@ -216,7 +216,7 @@ def _open(
         checkpoint.drop_after(place, start)
         students[number] = student
     if not students:
-        return supply, None, lost
+        return inputs, None, lost
     if start:
         seconds = time.perf_counter() - began
         say(context, f"resumed {len(students)} members from step {start} of {', '.join(places)} in {seconds:.1f} s")
@@ -225,7 +225,7 @@ def _open(
         for number, student in students.items()
     }
     told = {number: told_before(member.run_dir) for number, member in enumerate(members)} if judge is not None else {}
-    return supply, _Pack(runs, judge, told), lost
+    return inputs, _Pack(runs, judge, told), lost
 
 
 def _fail(run_dir: str, error: NonFiniteLossError | MemberMemoryError) -> Outcome:

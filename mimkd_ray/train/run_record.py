@@ -82,7 +82,7 @@ class Run:
     def finish(self, meter: Meter) -> dict[str, Any]:
         """Write student.safetensors and then result.json, and return what it says."""
         student = self.student
-        damaged = torch.tensor(student.supply.damage.damaged, device=student.context.device)
+        damaged = torch.tensor(student.inputs.damage.damaged, device=student.context.device)
         seconds = time.perf_counter() - self.began
         result = {
             **describe(student, self.held_out, meter, self.start, seconds),

@@ -13,7 +13,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mimkd_ray.config import Config
 from mimkd_ray.config.digest import differences, refuse_changes, training_dict
-from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.losses.features import Features
 from mimkd_ray.taps.tapped_model import TappedModel
@@ -21,8 +20,7 @@ from mimkd_ray.train.build import build_distiller, has_compiler, why_plain
 from mimkd_ray.train.distributed import Context, gather_by_rank, gather_lanes, is_distributed, share_from_first
 from mimkd_ray.train.evaluate import accuracies, held_out_name, read_information
 from mimkd_ray.train.from_cache.cached_teacher import Cached
-from mimkd_ray.train.input_lanes import Lane
-from mimkd_ray.train.inputs import Supply
+from mimkd_ray.train.inputs import Inputs, Lane
 from mimkd_ray.train.optim import (
     build_optimizer,
     learning_rate,
@@ -52,7 +50,8 @@ class StepRecord(NamedTuple):
 class Student:
     """One student in one worker: ``step()`` advances it, ``evaluate()`` looks at it, ``save()`` is for a restart.
 
-    What feeds it is a :class:`Supply`: its own, or that of a pack, whose students are advanced together.
+    Its steps are given what they train on by :class:`Inputs`: its own, or that of a pack, whose students are advanced
+    together.
     """
 
     def __init__(
@@ -62,16 +61,15 @@ class Student:
         teacher: torch.nn.Module | None,
         context: Context,
         cached: Cached | None = None,
-        supply: Supply | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
-        """``cached``: codecs and, where the run reads a cache, its features (train/cached.py). ``supply``: that of the
-        pack; the student's own is made of ``cached`` otherwise."""
+        """``cached``: codecs and, where the run reads a cache, its features (train/from_cache/cached_teacher.py).
+        ``inputs``: those of the pack; the student's own are made of ``cached`` otherwise."""
         self.config, self.data, self.context = config, data, context
         train, device = config.train, context.device
         self.plain_because = why_plain(config, device)
-        self.supply = supply if supply is not None else Supply([config], data, teacher, context, cached)
-        self.order, self.total_steps, self.my_lanes = self.supply.order, self.supply.total_steps, self.supply.my_lanes
-        self.normalize, self.teacher, self.feed = self.supply.normalize, self.supply.teacher, self.supply.feed
+        self.inputs = inputs if inputs is not None else Inputs([config], data, teacher, context, cached)
+        self.order, self.total_steps, self.my_lanes = self.inputs.order, self.inputs.total_steps, self.inputs.my_lanes
         self.distiller = build_distiller(config, data, teacher, device)
         self.ema = (
             AveragedModel(self.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
@@ -98,18 +96,14 @@ class Student:
         # compiled at all.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
         self.distiller.compile()
-        if self.teacher is not None:
-            self.teacher.tapped.compile()
+        if self.inputs.teacher is not None:
+            self.inputs.teacher.tapped.compile()
 
-    def batches(self, start_step: int) -> Iterator[LaneBatch]:
-        """This worker's lanes of all remaining steps, on the device ahead of need."""
-        return self.supply.batches(start_step)
-
-    def step(self, step: int, batches: Iterator[LaneBatch]) -> StepRecord:
+    def step(self, step: int) -> StepRecord:
         """One optimiser step over this worker's lanes."""
         self.schedule(step)
         seeds = partial(seed_lane, self.config.train.seed, step)
-        records, _ = advance([self], self.feed.step(step, self.my_lanes, batches), seeds)
+        records, _ = advance([self], self.inputs.step(step), seeds)
         self.after_step()
         return records[self]
 
@@ -191,10 +185,6 @@ class Student:
                 name: value.detach().to("cpu", copy=True).contiguous()
                 for name, value in self.exported().state_dict().items()
             }
-
-    def held_out(self, batch_size: int) -> Iterator[LaneBatch]:
-        """This worker's slice of the held-out rows."""
-        return self.supply.held_out(batch_size)
 
     def evaluate(self) -> dict[str, Any]:
         """Held-out top-1, top-5, cross-entropy, and mutual information per term. Training goes on as if nobody had
@@ -306,13 +296,13 @@ def _forked(stream: torch.cuda.Stream) -> Iterator[None]:
 def evaluate_together(
     students: Sequence[Student], failed: dict[Student, str] | None = None
 ) -> dict[Student, dict[str, Any]]:
-    """:meth:`Student.evaluate` of students with one supply: images are decoded, and the teacher runs, once for all.
+    """:meth:`Student.evaluate` of students with the same inputs: images are decoded and the teacher runs once.
 
     A student that finds no memory is added to ``failed`` with what the allocator said, and has no figures; None: its
     error is raised.
     """
-    supply = students[0].supply
-    train, images = supply.config.train, supply.config.data
+    inputs = students[0].inputs
+    train, images = inputs.config.train, inputs.config.data
     with ExitStack() as stack:
         for student in students:
             stack.enter_context(student.settled())
@@ -322,18 +312,18 @@ def evaluate_together(
         for network in training:
             network.eval()
         logits = {student: partial(_logits, network) for student, network in networks.items()}
-        batches = supply.held_out(train.eval_batch or train.lane_batch)
+        batches = inputs.held_out(train.eval_batch or train.lane_batch)
         measured = accuracies(
-            logits, batches, supply.normalize, images.max_damaged, held_out_name(images), failed=failed
+            logits, batches, inputs.normalize, images.max_damaged, held_out_name(images), failed=failed
         )
         for network, mode in training.items():
             network.train(mode)
         values: dict[Student, dict[str, Any]] = {student: found._asdict() for student, found in measured.items()}
         readable = {student: student.distiller for student in values if student.distiller.loss.plan}
-        if supply.teacher is not None and readable and train.information_rows:
+        if inputs.teacher is not None and readable and train.information_rows:
             # In batches of a lane, so that held-out nats have the ceiling of those in training.
-            lanes = supply.held_out(train.lane_batch)
-            read = read_information(readable, supply.teacher, lanes, supply.normalize, train.information_rows, failed)
+            lanes = inputs.held_out(train.lane_batch)
+            read = read_information(readable, inputs.teacher, lanes, inputs.normalize, train.information_rows, failed)
             for student, information in read.items():
                 values[student] |= information
     return {student: found for student, found in values.items() if student not in (failed or {})}

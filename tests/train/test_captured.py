@@ -160,9 +160,9 @@ def test_nothing_of_a_step_needs_the_host(name: str, lanes: int) -> None:
     student = Student(config, data, build_network(config, data.num_classes, "random"), cpu())
     engine = make_engine([student])
     assert isinstance(engine, CapturedEngine)
-    batches = student.batches(0)
+    student.inputs.start(0)
     for step in range(WARM_STEPS):
-        engine.step([student], step, batches)
+        engine.step([student], step)
     with NoHost():
         records, _ = engine._advance([student], None, False)
     assert torch.isfinite(records[student].log["loss"])

@@ -16,7 +16,7 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.captured import WARM_STEPS, CapturedEngine, make_engine
-from mimkd_ray.train.inputs import Supply
+from mimkd_ray.train.inputs import Inputs
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.student import Student
@@ -36,21 +36,21 @@ def on_gpu(engine: str, members: int, steps: int, **train: Any) -> list[list[flo
     )
     data = open_data(config.data)
     teacher = build_network(config, data.num_classes, "random")
-    supply = Supply([config], data, teacher, GPU)
+    inputs = Inputs([config], data, teacher, GPU)
     rates = [config.optim.lr / (1 + number) for number in range(members)]
     configs = [replace(config, optim=replace(config.optim, lr=rate)) for rate in rates]
-    students = [Student(own, data, teacher, GPU, supply=supply) for own in configs]
+    students = [Student(own, data, teacher, GPU, inputs=inputs) for own in configs]
     runner = make_engine(students)
-    batches = supply.batches(0)
+    inputs.start(0)
     losses = []
     for step in range(steps):
         if engine == "captured" and step == WARM_STEPS + 2:
             torch.cuda.set_sync_debug_mode("error")
-        records, _ = runner.step(students, step, batches)
+        records, _ = runner.step(students, step)
         torch.cuda.set_sync_debug_mode("default")
         losses.append([float(records[student].log["loss"]) for student in students])
     assert engine == "plain" or (isinstance(runner, CapturedEngine) and runner.recorded is not None)
-    supply.close()
+    inputs.close()
     return losses
 
 

@@ -23,7 +23,7 @@ from mimkd_ray.seeds import derive
 from mimkd_ray.train import distiller as module
 from mimkd_ray.train.build import build_student
 from mimkd_ray.train.distiller import Distiller, distill
-from mimkd_ray.train.input_lanes import Lane
+from mimkd_ray.train.inputs import Lane
 from mimkd_ray.train.optim import build_optimizer, learning_rate
 from mimkd_ray.train.step import seed_lane
 from mimkd_ray.train.student import Student, advance
@@ -89,10 +89,10 @@ def own_step(
 def test_thirty_steps_have_the_losses_of_a_run(loss: dict[str, Any]) -> None:
     config = run_config(loss=loss)
     trained, own, optimizer = student_and_distiller(config)
-    batches = trained.batches(0)
+    trained.inputs.start(0)
     theirs, ours = [], []
     for step in range(30):
-        lanes = list(trained.feed.step(step, [0], batches))
+        lanes = list(trained.inputs.step(step))
         trained.schedule(step)
         records, _ = advance([trained], lanes, partial(seed_lane, config.train.seed, step))
         theirs.append(float(records[trained].log["loss"]))
@@ -342,8 +342,8 @@ def _rank(rank: int, world: int, folder: str, negatives: str, compiled: bool) ->
     torch.set_num_threads(1)
     config = _ranks_config(negatives)
     trained, own, _ = student_and_distiller(config)  # for its batches: before there is a process group
-    batches = trained.batches(0)
-    taken = [list(trained.feed.step(step, range(2), batches))[rank] for step in range(4)]
+    trained.inputs.start(0)
+    taken = [list(trained.inputs.step(step))[rank] for step in range(4)]
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     if compiled:
         torch._dynamo.config.optimize_ddp = False
@@ -361,8 +361,8 @@ def _rank(rank: int, world: int, folder: str, negatives: str, compiled: bool) ->
 @pytest.mark.parametrize(("negatives", "compiled"), [("queue", False), ("step", False), ("queue", True)])
 def test_two_ranks_under_ddp_train_as_two_lanes_of_a_run(negatives: str, compiled: bool, tmp_path: Path) -> None:
     trained, _, _ = student_and_distiller(_ranks_config(negatives))
-    batches = trained.batches(0)
-    expected = torch.stack([trained.step(step, batches).log["loss"] for step in range(4)])
+    trained.inputs.start(0)
+    expected = torch.stack([trained.step(step).log["loss"] for step in range(4)])
     start_ranks(_rank, (2, str(tmp_path), negatives, compiled), 2)
     found = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for rank in found:

@@ -74,7 +74,7 @@ def test_the_held_out_set_is_named_in_a_run() -> None:
     """Of a holdout, all of whose images are damaged and may be so."""
     config = tiny_config(data={"holdout": 0.1, "max_damaged": 1.0}, loss={"preset": "paper"})
     student = Student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
-    student.supply.held_out = lambda _: iter([_batch(0, ("x.jpg",))])  # type: ignore[method-assign]
+    student.inputs.held_out = lambda _: iter([_batch(0, ("x.jpg",))])  # type: ignore[method-assign]
     with pytest.raises(
         UserError, match=r"held-out part of digits \(data.holdout 0.1 of split 'train'\) gave no images"
     ):
@@ -143,11 +143,11 @@ def test_information_is_read_over_all_pairs_in_evaluation_mode_and_leaves_no_tra
     # The same reading by hand: DV over all off-diagonal pairs of each batch, weighted by its rows.
     student.distiller.eval()
     total = torch.zeros(())
-    assert student.teacher is not None
-    for batch in student.held_out(50):
-        images = student.normalize(batch.images_BCHW)
+    assert student.inputs.teacher is not None
+    for batch in student.inputs.held_out(50):
+        images = student.inputs.normalize(batch.images_BCHW)
         with torch.no_grad():
-            teacher = student.teacher.features(images).vectors["pool"]
+            teacher = student.inputs.teacher.features(images).vectors["pool"]
             _, taps = student.distiller.student(images)
             critic = student.distiller.loss.critics[0]
             a, b = critic.embed_student(taps["pool"]), critic.embed_teacher(teacher)
@@ -158,9 +158,9 @@ def test_information_is_read_over_all_pairs_in_evaluation_mode_and_leaves_no_tra
     assert values["global/pool-pool/nats"] == pytest.approx(float(total) / 450, rel=1e-4)
 
     # And the gradient of a term on the first 32 images, as a run of so few would have it.
-    first = next(student.held_out(32))
-    images = student.normalize(first.images_BCHW)
-    seen = student.teacher.features(images)
+    first = next(student.inputs.held_out(32))
+    images = student.inputs.normalize(first.images_BCHW)
+    seen = student.inputs.teacher.features(images)
     output, _ = student.distiller.output(images, first.labels_B, first.ids_B, seen, reading=True)
     for name in ("ce", "feature/stage3-stage3"):
         student.distiller.zero_grad()

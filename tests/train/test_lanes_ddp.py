@@ -39,10 +39,10 @@ def _attempt(context: LocalContext, config: Config, run_dir: str, stop: int) -> 
     teacher = build_model("cifar/resnet8", 10)
     student = Student(config, tiny_data(config), teacher, context)
     start = student.resume(run_dir)
-    batches = student.batches(start)
+    student.inputs.start(start)
     seen: dict[str, Any] = {"samples": [], "losses": []}
     for step in range(start, stop):
-        record = student.step(step, batches)
+        record = student.step(step)
         ids_LB = gather_lanes(torch.stack(record.ids), LANES)
         seen["samples"] += [(step, lane, record.view, ids) for lane, ids in enumerate(ids_LB.tolist())]
         share = len(student.my_lanes) / LANES

@@ -132,9 +132,10 @@ def test_the_moving_average_is_what_is_exported(tmp_path: Path) -> None:
     # By hand: the average starts as the first step's student, then moves half-way to each step's.
     config = tiny_config(loss=labels_only, train={"epochs": 1})
     student = Student(config, tiny_data(config), None, cpu())
-    batches, mean = student.batches(0), torch.zeros(())
+    student.inputs.start(0)
+    mean = torch.zeros(())
     for step in range(student.total_steps):
-        student.step(step, batches)
+        student.step(step)
         weight = student.distiller.student.model.head.weight.detach().clone()
         mean = weight if step == 0 else 0.5 * mean + 0.5 * weight
     exported = load_file(tmp_path / "student.safetensors")["head.weight"]
@@ -145,7 +146,8 @@ def test_the_moving_average_is_what_is_exported(tmp_path: Path) -> None:
 def test_clipping_bounds_the_gradient() -> None:
     config = tiny_config(optim={"clip_norm": 1e-3})
     student = Student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
-    student.step(0, student.batches(0))
+    student.inputs.start(0)
+    student.step(0)
     norm = torch.stack([p.grad.norm() for p in student.distiller.parameters() if p.grad is not None]).norm()
     assert float(norm) <= 1e-3 * (1 + 1e-4)
 
@@ -173,8 +175,8 @@ def test_compiled_training_without_graph_breaks_equals_eager() -> None:
         student = Student(config, tiny_data(config), teacher, cpu())
         if mode == "on":
             student.distiller.compile(backend="aot_eager", fullgraph=True)
-        batches = student.batches(0)
-        losses[mode] = [float(student.step(step, batches)[0]["loss"]) for step in range(2)]
+        student.inputs.start(0)
+        losses[mode] = [float(student.step(step)[0]["loss"]) for step in range(2)]
     assert losses["on"] == pytest.approx(losses["off"], rel=1e-10)
 
 

@@ -129,8 +129,8 @@ def test_lanes_share_batch_norms_of_regressors(tmp_path: Path) -> None:
     config = tiny_config(loss={"name": ("mimkd", "fitnet", "review", "vid")})
     data = open_data(config.data)
     student = Student(config, data, build_network(config, data.num_classes, "random"), cpu())
-    batches = student.batches(0)
-    record = student.step(0, batches)
+    student.inputs.start(0)
+    record = student.step(0)
     assert all(value.isfinite() for value in record.log.values())
     norms = [m for m in student.distiller.loss.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(norms) == 1 + 2 * 4

@@ -46,10 +46,10 @@ def test_the_gradient_of_a_step_is_the_mean_over_its_lanes() -> None:
     student = Student(config, data, teacher, cpu())
     reference = Student(config, data, teacher, cpu())
     student.optimizer.step = lambda *_: None  # type: ignore[method-assign, assignment]
-    student.step(0, student.batches(0))
+    student.step(0)
 
     grads: list[list[torch.Tensor]] = []
-    for lane in reference.feed.step(0, range(3), reference.batches(0)):
+    for lane in reference.inputs.step(0):
         reference.distiller.zero_grad()
         loss, _ = reference.distiller(lane.images_BCHW, lane.labels_B, lane.ids_B, lane.teacher)
         loss.backward()
@@ -63,7 +63,7 @@ def test_gradients_reach_student_and_critics_and_never_the_teacher() -> None:
     teacher = build_model("cifar/resnet8", 10)
     student = Student(config, tiny_data(config), teacher, cpu())
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    student.step(0, student.batches(0))
+    student.step(0)
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.distiller.student.parameters())
     silent = [n for n, p in student.distiller.loss.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]

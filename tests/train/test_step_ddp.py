@@ -37,10 +37,10 @@ def _train(context: LocalContext, compiled: bool) -> dict[str, torch.Tensor]:
         torch._dynamo.config.optimize_ddp = False
         student.distiller.compile(backend="aot_eager", fullgraph=True)
     log, meter = _Lines(), Meter(context.device, 30)
-    batches = student.batches(0)
+    student.inputs.start(0)
     found = {}
     for step in range(STEPS):
-        record = student.step(step, batches)
+        record = student.step(step)
         write_step(log, student, step + 1, record.log, meter)  # type: ignore[arg-type]
         if step == 0:
             found["gradients"] = torch.cat([p.grad.flatten() for p in student.distiller.parameters()])

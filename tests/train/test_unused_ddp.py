@@ -51,10 +51,10 @@ def _config(lanes: int) -> Config:
 def _train(context: LocalContext, config: Config) -> dict[str, Tensor]:
     torch.manual_seed(7)
     student = Student(config, tiny_data(config), build_model("cifar/resnet8", 10), context)
-    batches = student.batches(0)
+    student.inputs.start(0)
     seen = {"start": student.exported().get_parameter("never.weight").detach().clone()}
     for step in range(STEPS):
-        student.step(step, batches)
+        student.step(step)
         for name, parameter in student.exported().named_parameters():
             seen[f"{step} has {name}"] = torch.tensor(parameter.grad is not None)
     with student.settled():

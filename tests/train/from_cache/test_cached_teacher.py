@@ -42,7 +42,7 @@ def walk(config: Config, run_dir: Path) -> dict[str, Any]:
     cached = open_cached(config, data, network, cpu(), str(run_dir))
     student = Student(config, data, network, cpu(), cached)
     seen: dict[str, Any] = {"features": [], "losses": [], "samples": []}
-    real = student.feed.step
+    real = student.inputs.step
 
     def step(*arguments: Any) -> Any:
         for lane in real(*arguments):
@@ -50,10 +50,10 @@ def walk(config: Config, run_dir: Path) -> dict[str, Any]:
             seen["samples"].append((lane.number, lane.view, lane.ids_B.tolist()))
             yield lane
 
-    student.feed.step = step  # type: ignore[method-assign]
-    batches = student.batches(0)
+    student.inputs.step = step  # type: ignore[method-assign]
+    student.inputs.start(0)
     for number in range(STEPS):
-        record = student.step(number, batches)
+        record = student.step(number)
         seen["losses"].append(float(record.log["loss"]))
         seen["log"] = record.log
         if number == 0:
@@ -381,10 +381,10 @@ def test_the_canary_looks_and_finds_nothing(tmp_path: Path) -> None:
     network = build_network(config, data.num_classes, config.teacher.weights)
     cached = open_cached(config, data, network, cpu(), str(tmp_path / "run"))
     student = Student(config, data, network, cpu(), cached)
-    check = student.feed.check
-    batches = student.batches(0)
+    check = student.inputs.check
+    student.inputs.start(0)
     for step in range(student.total_steps):
-        student.step(step, batches)
+        student.step(step)
     assert 2 <= check.looked <= 3
     assert set(check.relative) == {"pool:vector", "stage3:map", "logits"}
     assert 0 < check.relative["stage3:map"] < 0.02
