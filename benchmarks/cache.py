@@ -50,9 +50,8 @@ from mimkd_ray.teacher_cache.feature_manifest import Error, ViewManifest, publis
 from mimkd_ray.teacher_cache.reader import FeatureReader
 from mimkd_ray.teacher_cache.writer import write_shard
 from mimkd_ray.train.build import build_network
-from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.from_cache.fit_codecs import sample_keys
-from mimkd_ray.train.student import Student
+from mimkd_ray.train.student import lone_student
 
 CODECS = ("fp32", "fp16", "bf16", "uint8", "pool4,fp16", "pool4,uint8", "pool4,pca256,uint8")
 READ_ROWS, READ_BYTES, READ_BLOCK = 65_536, 4096, 256
@@ -133,8 +132,7 @@ class Arm:
             config = replace(config, cache=replace(config.cache, live=True))
         data, context = open_data(config.data), LocalContext(torch.device("cpu"))
         teacher = None if kind == "plain" else network
-        cached = open_cached(config, data, teacher, context, str(folder))
-        self.student = Student(config, data, teacher, context, cached)
+        self.student = lone_student(config, data, teacher, context, str(folder))
         self.kind, self.step = kind, 0
         if kind == "ideal":
             self.student.inputs.features = None

@@ -55,9 +55,8 @@ from mimkd_ray.losses.features import Features
 from mimkd_ray.recipes import CIFAR_MEAN, CIFAR_STD
 from mimkd_ray.taps.tap_codecs import by_label
 from mimkd_ray.train.build import build_network
-from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.step import backward_lane
-from mimkd_ray.train.student import Student
+from mimkd_ray.train.student import Student, lone_student
 
 TEACHER, STUDENT = "cifar/resnet20", "cifar/resnet8"
 LANE_BATCH = 64
@@ -127,7 +126,7 @@ def open_student(config: Config, folder: Path) -> Student:
     teacher = None
     if config.loss.uses_teacher:
         teacher = build_network(config, data.num_classes, config.teacher.weights)
-    return Student(config, data, teacher, context, open_cached(config, data, teacher, context, str(folder)))
+    return lone_student(config, data, teacher, context, str(folder))
 
 
 def trained(student: Student, steps: int) -> None:

@@ -44,8 +44,7 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import CIFAR_MEAN, CIFAR_STD
 from mimkd_ray.train.build import build_network
-from mimkd_ray.train.from_cache.cached_teacher import open_cached
-from mimkd_ray.train.student import Student
+from mimkd_ray.train.student import lone_student
 
 PAIR = PAIRS["resnet32x4_resnet8x4"]
 EPOCH = 50_000
@@ -116,8 +115,7 @@ class Ours:
 
     def __init__(self, config: Config, network: torch.nn.Module, folder: Path, device: torch.device) -> None:
         data, context = open_data(config.data), LocalContext(device)
-        cached = open_cached(config, data, network, context, str(folder))
-        self.student = Student(config, data, network, context, cached)
+        self.student = lone_student(config, data, network, context, str(folder))
         self.student.inputs.start(0)
         self.step = 0
 

@@ -25,7 +25,7 @@ from mimkd_ray.cli.local_launch import LocalContext, pick_device
 from mimkd_ray.config import Config, LossConfig
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.recipes import CIFAR_PAIRS
-from mimkd_ray.train.build import build_network
+from mimkd_ray.train.build import build_network, plan_student
 from mimkd_ray.train.captured import WARM_STEPS, make_engine
 from mimkd_ray.train.inputs import Inputs
 from mimkd_ray.train.student import Student
@@ -40,10 +40,9 @@ def measure(config: Config, data: Data, losses: Sequence[LossConfig], steps: int
     teacher = build_network(config, data.num_classes, "random")
     configs = [replace(config, loss=replace(loss, queue=LossConfig.queue)) for loss in losses]
     configs.sort(key=lambda one: not one.loss.uses_teacher)
-    inputs = Inputs([one for one in configs if one.loss.uses_teacher] or configs, data, teacher, context)
-    students = [
-        Student(one, data, teacher if one.loss.uses_teacher else None, context, inputs=inputs) for one in configs
-    ]
+    planned = [plan_student(one, teacher if one.loss.uses_teacher else None, data.num_classes) for one in configs]
+    inputs = Inputs(planned, data, teacher, context)
+    students = [Student(one, inputs) for one in planned]
     engine = make_engine(students)
     inputs.start(0)
 

@@ -12,7 +12,7 @@ from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import IMAGENET_RECIPES
-from mimkd_ray.train.student import Student
+from mimkd_ray.train.student import Student, lone_student
 
 
 def make_student(teacher: str, student: str, lanes: int, lane_batch: int, size: int, device: torch.device) -> Student:
@@ -25,7 +25,7 @@ def make_student(teacher: str, student: str, lanes: int, lane_batch: int, size: 
         student=replace(base.student, name=student),
         train=replace(base.train, lanes=lanes, lane_batch=lane_batch),
     )
-    made = Student(config, open_data(config.data), build_model(teacher, 10), LocalContext(device))
+    made = lone_student(config, open_data(config.data), build_model(teacher, 10), LocalContext(device))
     made.inputs.start(0, batches(made))
     return made
 

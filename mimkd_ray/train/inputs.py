@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mimkd_ray.config import Config
 from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.augment.mixing import mix
 from mimkd_ray.data.augment.views import View, make_pipeline
@@ -19,7 +18,14 @@ from mimkd_ray.data.loading.resident import keeps_on_device, resident, resident_
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.features import Features, Others
-from mimkd_ray.train.build import build_teacher, choose_kernels, make_order, parameter_dtype, uses_channels_last
+from mimkd_ray.train.build import (
+    PlannedStudent,
+    build_teacher,
+    choose_kernels,
+    make_order,
+    parameter_dtype,
+    uses_channels_last,
+)
 from mimkd_ray.train.distributed import Context, gather_lanes
 from mimkd_ray.train.from_cache.cached_negatives import CachedNegatives
 from mimkd_ray.train.from_cache.cached_teacher import Cached
@@ -52,16 +58,16 @@ class Inputs:
 
     def __init__(
         self,
-        configs: Sequence[Config],
+        planned: Sequence[PlannedStudent],
         data: Data,
         teacher: nn.Module | None,
         context: Context,
         cached: Cached | None = None,
     ) -> None:
-        """``configs`` agree in data, mixing, cache, teacher and lanes. ``teacher`` is tapped where any of them reads
-        it. ``cached``: codecs and, where the run reads a cache, its features (train/from_cache/cached_teacher.py); the
-        teacher is then asked for a few lanes alone, to check them."""
-        config, device = configs[0], context.device
+        """The students' configs agree in data, mixing, cache, teacher and lanes. ``teacher``: its taps are those that
+        any of them reads; None: none does. ``cached``: codecs and, where the run reads a cache, its features
+        (train/from_cache/cached_teacher.py); the teacher is then asked for a few lanes alone, to check them."""
+        config, device = planned[0].config, context.device
         train = config.train
         self.config, self.data, self.context = config, data, context
         if context.world_size > train.lanes:
@@ -92,10 +98,9 @@ class Inputs:
         coding = cached.coding if cached is not None else None
         self.features = cached.reader if cached is not None else None
         self.decoder = coding if self.features is not None else None
-        self.teacher = (
-            build_teacher(configs, teacher, data.num_classes, device, coding) if teacher is not None else None
-        )
-        asked = {own.loss.resolved_negatives for own in configs if own.loss.uses_teacher}
+        self.teacher = build_teacher(planned, teacher, device, coding) if teacher is not None else None
+        losses = [one.config.loss for one in planned]
+        asked = {loss.resolved_negatives for loss in losses if loss.uses_teacher}
         self.shares_vectors = "step" in asked and self.teacher is not None and bool(self.teacher.vectors)
         self.check = self._canary()
         self.negatives = self._cached_negatives() if "cache" in asked else None

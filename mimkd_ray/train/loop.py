@@ -16,13 +16,12 @@ from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
 from mimkd_ray.train.captured import make_engine
 from mimkd_ray.train.distributed import Context, Preemption, all_sum, barrier, share_from_first
-from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.records import start_times
 from mimkd_ray.train.records.metrics import Meter, Progress, reading, say
 from mimkd_ray.train.records.run_dir import MetricsLog, read_json
 from mimkd_ray.train.records.save_and_stop import Rhythm
 from mimkd_ray.train.run_record import Run
-from mimkd_ray.train.student import StepRecord, Student
+from mimkd_ray.train.student import StepRecord, Student, lone_student
 
 
 def train(
@@ -44,9 +43,7 @@ def train(
     if finished is not None:
         return finished
     began = time.perf_counter()
-    cached = open_cached(config, data, teacher, context, run_dir)
-    start_times.mark("cache")
-    student = Student(config, data, teacher, context, cached)
+    student = lone_student(config, data, teacher, context, run_dir)
     start = student.resume(run_dir)
     resumed = time.perf_counter() - began
     if start:

@@ -16,10 +16,10 @@ from mimkd_ray.config.digest import differences, refuse_changes, training_dict
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.losses.features import Features
 from mimkd_ray.taps.tapped_model import TappedModel
-from mimkd_ray.train.build import build_distiller, has_compiler, why_plain
+from mimkd_ray.train.build import PlannedStudent, build_distiller, has_compiler, plan_student, why_plain
 from mimkd_ray.train.distributed import Context, gather_by_rank, gather_lanes, is_distributed, share_from_first
 from mimkd_ray.train.evaluate import accuracies, held_out_name, read_information
-from mimkd_ray.train.from_cache.cached_teacher import Cached
+from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.inputs import Inputs, Lane
 from mimkd_ray.train.optim import (
     build_optimizer,
@@ -29,7 +29,7 @@ from mimkd_ray.train.optim import (
     set_learning_rate,
 )
 from mimkd_ray.train.out_of_memory import each
-from mimkd_ray.train.records import checkpoint
+from mimkd_ray.train.records import checkpoint, start_times
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.step import LaneNorms, backward_lane, data_parallel, seed_lane
 
@@ -54,23 +54,14 @@ class Student:
     together.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        data: Data,
-        teacher: torch.nn.Module | None,
-        context: Context,
-        cached: Cached | None = None,
-        inputs: Inputs | None = None,
-    ) -> None:
-        """``cached``: codecs and, where the run reads a cache, its features (train/from_cache/cached_teacher.py).
-        ``inputs``: those of the pack; the student's own are made of ``cached`` otherwise."""
-        self.config, self.data, self.context = config, data, context
+    def __init__(self, planned: PlannedStudent, inputs: Inputs) -> None:
+        """``inputs`` were made for this student, perhaps among others."""
+        config, context = planned.config, inputs.context
+        self.config, self.inputs, self.data, self.context = config, inputs, inputs.data, context
         train, device = config.train, context.device
         self.plain_because = why_plain(config, device)
-        self.inputs = inputs if inputs is not None else Inputs([config], data, teacher, context, cached)
-        self.order, self.total_steps, self.my_lanes = self.inputs.order, self.inputs.total_steps, self.inputs.my_lanes
-        self.distiller = build_distiller(config, data, teacher, device)
+        self.order, self.total_steps, self.my_lanes = inputs.order, inputs.total_steps, inputs.my_lanes
+        self.distiller = build_distiller(planned, self.data.train, device)
         self.ema = (
             AveragedModel(self.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
             if train.ema_decay
@@ -238,6 +229,20 @@ class Student:
             self.norms.load(state["own_statistics"][self.context.rank])
             self._ema_follows()
         return int(state["step"])
+
+
+def lone_student(
+    config: Config, data: Data, teacher: torch.nn.Module | None, context: Context, run_dir: str = ""
+) -> Student:
+    """Make the one student of a run, at its start: plan its taps, open its cache, tap the teacher.
+
+    ``teacher`` is None where the loss needs none. ``run_dir`` keeps the numbers of codecs that are fitted without a
+    cache; a config without codecs needs none. Every worker calls it.
+    """
+    planned = plan_student(config, teacher, data.num_classes)
+    cached = open_cached([planned], data, teacher, context, run_dir)
+    start_times.mark("cache")
+    return Student(planned, Inputs([planned], data, teacher, context, cached))
 
 
 def advance(

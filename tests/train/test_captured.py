@@ -21,7 +21,7 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.captured import WARM_STEPS, CapturedEngine, make_engine
-from mimkd_ray.train.student import Student
+from mimkd_ray.train.student import Student, lone_student
 
 DRAWING = (1, 3)
 """Of the variants: a network with dropout, and terms that read random locations."""
@@ -157,7 +157,7 @@ def test_nothing_of_a_step_needs_the_host(name: str, lanes: int) -> None:
     config = captured(tiny_config(train={"lanes": lanes, "lane_batch": 10}, optim={"clip_norm": 1.0}))
     config = replace(config, loss=OPTIONS[name])
     data = open_data(config.data)
-    student = Student(config, data, build_network(config, data.num_classes, "random"), cpu())
+    student = lone_student(config, data, build_network(config, data.num_classes, "random"), cpu())
     engine = make_engine([student])
     assert isinstance(engine, CapturedEngine)
     student.inputs.start(0)

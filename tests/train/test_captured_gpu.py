@@ -14,7 +14,7 @@ from tiny_run import tiny_config
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.distillation import MIMKDLoss
-from mimkd_ray.train.build import build_network
+from mimkd_ray.train.build import build_network, plan_student
 from mimkd_ray.train.captured import WARM_STEPS, CapturedEngine, make_engine
 from mimkd_ray.train.inputs import Inputs
 from mimkd_ray.train.loop import train
@@ -36,10 +36,11 @@ def on_gpu(engine: str, members: int, steps: int, **train: Any) -> list[list[flo
     )
     data = open_data(config.data)
     teacher = build_network(config, data.num_classes, "random")
-    inputs = Inputs([config], data, teacher, GPU)
     rates = [config.optim.lr / (1 + number) for number in range(members)]
     configs = [replace(config, optim=replace(config.optim, lr=rate)) for rate in rates]
-    students = [Student(own, data, teacher, GPU, inputs=inputs) for own in configs]
+    planned = [plan_student(own, teacher, data.num_classes) for own in configs]
+    inputs = Inputs(planned, data, teacher, GPU)
+    students = [Student(one, inputs) for one in planned]
     runner = make_engine(students)
     inputs.start(0)
     losses = []

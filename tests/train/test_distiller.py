@@ -26,7 +26,7 @@ from mimkd_ray.train.distiller import Distiller, distill
 from mimkd_ray.train.inputs import Lane
 from mimkd_ray.train.optim import build_optimizer, learning_rate
 from mimkd_ray.train.step import seed_lane
-from mimkd_ray.train.student import Student, advance
+from mimkd_ray.train.student import Student, advance, lone_student
 
 
 def networks(seed: int = 0) -> tuple[nn.Module, nn.Module]:
@@ -54,7 +54,7 @@ def student_and_distiller(config: Config) -> tuple[Student, Distiller, torch.opt
     """A student in training, and a distiller of the same start with the same kind of optimiser."""
     torch.manual_seed(7)
     teacher = build_model("cifar/resnet8", 10).double()
-    trained = Student(config, tiny_data(config), copy.deepcopy(teacher), cpu())
+    trained = lone_student(config, tiny_data(config), copy.deepcopy(teacher), cpu())
     student = build_student(config, 10).double()
     torch.manual_seed(derive(config.train.seed, "critics"))
     steps = trained.order.steps_per_epoch

@@ -17,7 +17,7 @@ from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.evaluate import GRADIENT_IMAGES, accuracy, held_out_name
 from mimkd_ray.train.step import Normalizer
-from mimkd_ray.train.student import Student
+from mimkd_ray.train.student import lone_student
 
 
 def _normalizer() -> Normalizer:
@@ -73,7 +73,7 @@ def test_a_set_without_images_is_named_with_the_remedy(batches: list[LaneBatch])
 def test_the_held_out_set_is_named_in_a_run() -> None:
     """Of a holdout, all of whose images are damaged and may be so."""
     config = tiny_config(data={"holdout": 0.1, "max_damaged": 1.0}, loss={"preset": "paper"})
-    student = Student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    student = lone_student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
     student.inputs.held_out = lambda _: iter([_batch(0, ("x.jpg",))])  # type: ignore[method-assign]
     with pytest.raises(
         UserError, match=r"held-out part of digits \(data.holdout 0.1 of split 'train'\) gave no images"
@@ -112,7 +112,7 @@ def test_every_number_of_workers_measures_the_same(tmp_path: Path) -> None:
 def test_an_evaluation_keeps_no_activations(ema_decay: float) -> None:
     """Counted by weak references to what the tapped layers of the evaluated network return."""
     config = tiny_config(train={"ema_decay": ema_decay, "information_rows": 0})
-    student = Student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    student = lone_student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
     layers = dict(student.exported().named_modules())
     names = student.distiller.student.names
     seen: list[weakref.ref[torch.Tensor]] = []
@@ -127,7 +127,7 @@ def test_an_evaluation_keeps_no_activations(ema_decay: float) -> None:
 
 def test_information_is_read_over_all_pairs_in_evaluation_mode_and_leaves_no_trace() -> None:
     config = tiny_config(loss={"preset": "paper"}, data={"subset": 100}, train={"lane_batch": 50})
-    student = Student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    student = lone_student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
     state = {name: value.clone() for name, value in student.distiller.state_dict().items()}
     graphs: list[int] = []
     layer = dict(student.exported().named_modules())["stage3"]

@@ -19,7 +19,7 @@ from mimkd_ray.config import Config, CriticConfig
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.distributed import gather_lanes, is_distributed
 from mimkd_ray.train.records import checkpoint
-from mimkd_ray.train.student import Student
+from mimkd_ray.train.student import lone_student
 
 LANES = 4
 
@@ -37,7 +37,7 @@ def _attempt(context: LocalContext, config: Config, run_dir: str, stop: int) -> 
     """Go on from the newest checkpoint to step ``stop`` and leave one there. What this attempt saw, by rank."""
     torch.manual_seed(7)
     teacher = build_model("cifar/resnet8", 10)
-    student = Student(config, tiny_data(config), teacher, context)
+    student = lone_student(config, tiny_data(config), teacher, context)
     start = student.resume(run_dir)
     student.inputs.start(start)
     seen: dict[str, Any] = {"samples": [], "losses": []}

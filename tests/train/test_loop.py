@@ -13,7 +13,7 @@ from tiny_run import cpu, run_tiny, tiny_config, tiny_data
 from mimkd_ray.errors import NonFiniteLossError, UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train import loop
-from mimkd_ray.train.student import Student
+from mimkd_ray.train.student import Student, lone_student
 from mimkd_ray.train.worker import run_job
 
 
@@ -55,7 +55,7 @@ def test_the_exported_student_is_the_evaluated_network(tmp_path: Path) -> None:
     config = tiny_config()
     network = build_model("cifar/resnet8_w4", 10)
     network.load_state_dict(load_file(tmp_path / "student.safetensors"))
-    student = Student(config, tiny_data(config), None, cpu())
+    student = lone_student(config, tiny_data(config), None, cpu())
     student.distiller.student.model.load_state_dict(network.state_dict())
     assert student.evaluate()["top1"] == pytest.approx(result["student"]["top1"])
 
@@ -131,7 +131,7 @@ def test_the_moving_average_is_what_is_exported(tmp_path: Path) -> None:
     run_tiny(tmp_path, loss=labels_only, **sections)
     # By hand: the average starts as the first step's student, then moves half-way to each step's.
     config = tiny_config(loss=labels_only, train={"epochs": 1})
-    student = Student(config, tiny_data(config), None, cpu())
+    student = lone_student(config, tiny_data(config), None, cpu())
     student.inputs.start(0)
     mean = torch.zeros(())
     for step in range(student.total_steps):
@@ -145,7 +145,7 @@ def test_the_moving_average_is_what_is_exported(tmp_path: Path) -> None:
 
 def test_clipping_bounds_the_gradient() -> None:
     config = tiny_config(optim={"clip_norm": 1e-3})
-    student = Student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    student = lone_student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
     student.inputs.start(0)
     student.step(0)
     norm = torch.stack([p.grad.norm() for p in student.distiller.parameters() if p.grad is not None]).norm()
@@ -156,7 +156,7 @@ def test_more_workers_than_lanes_is_an_error() -> None:
     context = cpu()
     context.world_size = 3
     with pytest.raises(UserError, match="3 workers for 2 lanes"):
-        Student(tiny_config(), tiny_data(), None, context)
+        lone_student(tiny_config(), tiny_data(), None, context)
 
 
 def test_label_only_runs_need_no_teacher(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_compiled_training_without_graph_breaks_equals_eager() -> None:
     teacher = build_model("cifar/resnet8", 10)
     for mode in ("off", "on"):
         config = tiny_config(train={"compile": "off", "precision": "float64"})
-        student = Student(config, tiny_data(config), teacher, cpu())
+        student = lone_student(config, tiny_data(config), teacher, cpu())
         if mode == "on":
             student.distiller.compile(backend="aot_eager", fullgraph=True)
         student.inputs.start(0)
@@ -184,7 +184,7 @@ def test_compilation_without_a_compiler_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mimkd_ray.train.student.has_compiler", lambda: False)
-    Student(tiny_config(train={"compile": "on"}), tiny_data(), None, cpu())
+    lone_student(tiny_config(train={"compile": "on"}), tiny_data(), None, cpu())
     assert capsys.readouterr().out.splitlines() == [
         "compilation is off: no C++ compiler (c++, g++ or clang++) was found"
     ]

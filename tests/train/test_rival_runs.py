@@ -19,7 +19,7 @@ from mimkd_ray.losses.methods.registry import RIVALS, Method
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.packed import Member, train_pack
-from mimkd_ray.train.student import Student
+from mimkd_ray.train.student import Student, lone_student
 
 METHODS: list[tuple[Method, ...]] = [*((method,) for method in RIVALS), ("mimkd", "crd", "review")]
 IDS = ["+".join(name) for name in METHODS]
@@ -128,7 +128,7 @@ def test_lanes_share_batch_norms_of_regressors(tmp_path: Path) -> None:
     """Two lanes, and a critic beside: every statistic of a rival's layer has moved, and stayed finite."""
     config = tiny_config(loss={"name": ("mimkd", "fitnet", "review", "vid")})
     data = open_data(config.data)
-    student = Student(config, data, build_network(config, data.num_classes, "random"), cpu())
+    student = lone_student(config, data, build_network(config, data.num_classes, "random"), cpu())
     student.inputs.start(0)
     record = student.step(0)
     assert all(value.isfinite() for value in record.log.values())

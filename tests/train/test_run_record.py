@@ -23,7 +23,7 @@ from mimkd_ray.train.build import build_network
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.run_record import Run
-from mimkd_ray.train.student import Student
+from mimkd_ray.train.student import Student, lone_student
 from mimkd_ray.train.teacher import Teacher
 
 LABELS = {"global_weight": 0.0, "local_weight": 0.0, "feature_weight": 0.0}
@@ -179,7 +179,7 @@ def test_information_is_read_on_so_many_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, batches: int
 ) -> None:
     config = tiny_config(train={"information_rows": rows})
-    student = Student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    student = lone_student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
     calls = []
     real = Teacher.features
     monkeypatch.setattr(Teacher, "features", lambda self, images: calls.append(len(images)) or real(self, images))

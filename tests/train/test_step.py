@@ -6,7 +6,7 @@ from torch import nn
 
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.step import LaneNorms, Normalizer
-from mimkd_ray.train.student import Student
+from mimkd_ray.train.student import lone_student
 
 
 def test_normalizer_is_torchvisions() -> None:
@@ -43,8 +43,8 @@ def test_running_statistics_are_the_average_of_lanes_that_each_start_alike() -> 
 def test_the_gradient_of_a_step_is_the_mean_over_its_lanes() -> None:
     config = tiny_config(train={"precision": "float64", "lanes": 3})
     data, teacher = tiny_data(config), build_model("cifar/resnet8", 10)
-    student = Student(config, data, teacher, cpu())
-    reference = Student(config, data, teacher, cpu())
+    student = lone_student(config, data, teacher, cpu())
+    reference = lone_student(config, data, teacher, cpu())
     student.optimizer.step = lambda *_: None  # type: ignore[method-assign, assignment]
     student.step(0)
 
@@ -61,7 +61,7 @@ def test_the_gradient_of_a_step_is_the_mean_over_its_lanes() -> None:
 def test_gradients_reach_student_and_critics_and_never_the_teacher() -> None:
     config = tiny_config()
     teacher = build_model("cifar/resnet8", 10)
-    student = Student(config, tiny_data(config), teacher, cpu())
+    student = lone_student(config, tiny_data(config), teacher, cpu())
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     student.step(0)
     assert all(p.grad is None for p in teacher.parameters())

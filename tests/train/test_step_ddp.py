@@ -14,7 +14,7 @@ from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.loop import write_step
 from mimkd_ray.train.records.metrics import Meter
-from mimkd_ray.train.student import Student
+from mimkd_ray.train.student import lone_student
 
 STEPS = 3
 
@@ -32,7 +32,7 @@ def _train(context: LocalContext, compiled: bool) -> dict[str, torch.Tensor]:
     torch.manual_seed(7)
     teacher = build_model("cifar/resnet8", 10)
     config = tiny_config(train={"lanes": 3, "precision": "float64"})
-    student = Student(config, tiny_data(config), teacher, context)
+    student = lone_student(config, tiny_data(config), teacher, context)
     if compiled:
         torch._dynamo.config.optimize_ddp = False
         student.distiller.compile(backend="aot_eager", fullgraph=True)

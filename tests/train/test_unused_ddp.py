@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import Config, ModelConfig
 from mimkd_ray.models.zoo import build_model
-from mimkd_ray.train.student import Student
+from mimkd_ray.train.student import lone_student
 
 STEPS = 5
 
@@ -50,7 +50,7 @@ def _config(lanes: int) -> Config:
 
 def _train(context: LocalContext, config: Config) -> dict[str, Tensor]:
     torch.manual_seed(7)
-    student = Student(config, tiny_data(config), build_model("cifar/resnet8", 10), context)
+    student = lone_student(config, tiny_data(config), build_model("cifar/resnet8", 10), context)
     student.inputs.start(0)
     seen = {"start": student.exported().get_parameter("never.weight").detach().clone()}
     for step in range(STEPS):

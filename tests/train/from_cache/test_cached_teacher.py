@@ -23,8 +23,7 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
 from mimkd_ray.train.build import build_network
-from mimkd_ray.train.from_cache.cached_teacher import open_cached
-from mimkd_ray.train.student import Student
+from mimkd_ray.train.student import lone_student
 from mimkd_ray.train.worker import run_job
 
 STEPS = 4
@@ -39,8 +38,7 @@ def walk(config: Config, run_dir: Path) -> dict[str, Any]:
     """Some steps over both epochs: what each lane was fed, the losses, and the first gradient."""
     data = open_data(config.data)
     network = build_network(config, data.num_classes, config.teacher.weights)
-    cached = open_cached(config, data, network, cpu(), str(run_dir))
-    student = Student(config, data, network, cpu(), cached)
+    student = lone_student(config, data, network, cpu(), str(run_dir))
     seen: dict[str, Any] = {"features": [], "losses": [], "samples": []}
     real = student.inputs.step
 
@@ -379,8 +377,7 @@ def test_the_canary_looks_and_finds_nothing(tmp_path: Path) -> None:
     build_here(config)
     data = open_data(config.data)
     network = build_network(config, data.num_classes, config.teacher.weights)
-    cached = open_cached(config, data, network, cpu(), str(tmp_path / "run"))
-    student = Student(config, data, network, cpu(), cached)
+    student = lone_student(config, data, network, cpu(), str(tmp_path / "run"))
     check = student.inputs.check
     student.inputs.start(0)
     for step in range(student.total_steps):
