@@ -27,19 +27,20 @@ from mimkd_ray.train.distributed import Context
 from mimkd_ray.train.inputs import Inputs
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.step import seed_lane
-from mimkd_ray.train.student import StepRecord, Student, advance
+from mimkd_ray.train.student import StepRecord, Student, optimisation_step
+from mimkd_ray.train.turns import NoMemory
 
 WARM_STEPS = 3
 """Steps before the recording."""
 
-Advanced = tuple[dict[Student, StepRecord], dict[Student, str]]
-"""The records of the students that took a step, and what the allocator said to those that found no memory."""
+Taken = dict[Student, StepRecord | NoMemory]
+"""What a step was to each student."""
 
 
 class Engine(Protocol):
     """Takes the steps of the students of a process."""
 
-    def step(self, students: Sequence[Student], step: int) -> Advanced:
+    def step(self, students: Sequence[Student], step: int) -> Taken:
         """One optimiser step of every student, on the same lanes."""
 
 
@@ -50,15 +51,16 @@ class PlainEngine:
         """``spare``: a student that finds no memory has no record, and the others have their step."""
         self.inputs, self.spare = inputs, spare
 
-    def step(self, students: Sequence[Student], step: int) -> Advanced:
+    def step(self, students: Sequence[Student], step: int) -> Taken:
         """One optimiser step of every student, on the same lanes."""
         for student in students:
             student.schedule(step)
         seeds = partial(seed_lane, self.inputs.config.train.seed, step)
-        records, failed = advance(students, self.inputs.step(step), seeds, self.spare)
-        for student in records:
-            student.after_step()
-        return records, failed
+        taken = optimisation_step(students, self.inputs.step(step), seeds, self.spare)
+        for student, found in taken.items():
+            if isinstance(found, StepRecord):
+                student.follow()
+        return taken
 
 
 class _Recorded(NamedTuple):
@@ -97,7 +99,7 @@ class CapturedEngine:
         self.stream = torch.cuda.Stream(context.device) if self.on_gpu else None
         self.streams: list[torch.cuda.Stream] = []
 
-    def step(self, students: Sequence[Student], step: int) -> Advanced:
+    def step(self, students: Sequence[Student], step: int) -> Taken:
         """One optimiser step of every student, on the same lanes."""
         if self.gave_up:
             return self.plain.step(students, step)
@@ -109,14 +111,13 @@ class CapturedEngine:
             student.schedule(step)
         if self.recorded is None and self.warm >= WARM_STEPS:
             self._record(students)
-        if self.recorded is None:
-            records, failed = self._warm_step(students, step)
-        else:
-            records, failed = self._replay(self.recorded, step)
-        ids = [lane.ids_B for lane in lanes]
-        for student in records:
-            student.after_step()
-        return {student: StepRecord(found.log, ids, lanes[-1].view) for student, found in records.items()}, failed
+        taken = self._warm_step(students, step) if self.recorded is None else self._replay(self.recorded, step)
+        ids, view = [lane.ids_B for lane in lanes], lanes[-1].view  # the buffers' will be those of the next step
+        for student, found in taken.items():
+            if isinstance(found, StepRecord):
+                student.follow()
+                taken[student] = found._replace(ids=ids, view=view)
+        return taken
 
     def _load(self, step: int, lanes: Sequence[LaneBatch]) -> None:
         """Copy a step's batches to where the graph reads them. The canary looks at those that are due."""
@@ -129,23 +130,23 @@ class CapturedEngine:
                 place.copy_(value, non_blocking=True)
             self.inputs.check_cached(step, lane)
 
-    def _advance(self, students: Sequence[Student], seeds: Callable[[int], None] | None, spare: bool) -> Advanced:
+    def _take(self, students: Sequence[Student], seeds: Callable[[int], None] | None, spare: bool) -> Taken:
         """A step from the buffers: what is recorded."""
-        return advance(students, self.inputs.lanes_of(self.buffers, self.keys), seeds, spare, self.streams)
+        return optimisation_step(students, self.inputs.lanes_of(self.buffers, self.keys), seeds, spare, self.streams)
 
-    def _warm_step(self, students: Sequence[Student], step: int) -> Advanced:
+    def _warm_step(self, students: Sequence[Student], step: int) -> Taken:
         """A step without a graph, which shows whether the networks draw random numbers."""
         if self.on_gpu and len(students) > 1 and len(self.streams) != len(students):
             self.streams = [torch.cuda.Stream(self.context.device) for _ in students]
         self.warm += 1
         seeds = _Seeds(self.inputs.config.train.seed, step, self.context.device)
         if self.stream is None:
-            done = self._advance(students, seeds, self.spare)
+            done = self._take(students, seeds, self.spare)
         else:
             here = torch.cuda.current_stream()
             self.stream.wait_stream(here)
             with torch.cuda.stream(self.stream):
-                done = self._advance(students, seeds, self.spare)
+                done = self._take(students, seeds, self.spare)
             here.wait_stream(self.stream)
         if len(students) * len(self.buffers) > 1 and seeds.drawn():
             self._give_up("networks or losses draw random numbers, of which each lane and student has its own")
@@ -159,20 +160,20 @@ class CapturedEngine:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
-                records, _ = self._advance(students, None, False)
-                logs = [records[student].log for student in students]
+                taken = self._take(students, None, False)
+                logs = [found.log for found in taken.values() if isinstance(found, StepRecord)]
                 figures_M = torch.stack([value for log in logs for value in log.values()])
         except RuntimeError as error:
             self._give_up(str(error).partition("\n")[0])
             return
         self.recorded = _Recorded(graph, list(students), [list(log) for log in logs], figures_M)
 
-    def _replay(self, recorded: _Recorded, step: int) -> Advanced:
+    def _replay(self, recorded: _Recorded, step: int) -> Taken:
         seed_lane(self.inputs.config.train.seed, step, self.inputs.my_lanes[0])
         if recorded.graph is None:
-            return self._advance(recorded.students, None, self.spare)
+            return self._take(recorded.students, None, self.spare)
         recorded.graph.replay()
-        return {student: StepRecord(log, [], 0) for student, log in recorded.logs().items()}, {}
+        return {student: StepRecord(log, [], 0) for student, log in recorded.logs().items()}
 
     def _give_up(self, why: str) -> None:
         self.gave_up = True

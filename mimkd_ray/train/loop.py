@@ -22,6 +22,7 @@ from mimkd_ray.train.records.run_dir import MetricsLog, read_json
 from mimkd_ray.train.records.save_and_stop import Rhythm
 from mimkd_ray.train.run_record import Run
 from mimkd_ray.train.student import StepRecord, Student, lone_student
+from mimkd_ray.train.turns import NoMemory
 
 
 def train(
@@ -125,10 +126,14 @@ class Loop:
 
     def _step(self, step: int) -> dict[Run, StepRecord]:
         """One step of every run, and what is written of it."""
-        found, failed = self.engine.step([run.student for run in self.runs], step)
-        records = {run: found[run.student] for run in self.runs if run.student in found}
-        for run in [run for run in self.runs if run.student in failed]:
-            self.leave(run, MemberMemoryError(f"out of memory in step {step + 1}: {failed[run.student]}"))
+        taken = self.engine.step([run.student for run in self.runs], step)
+        records: dict[Run, StepRecord] = {}
+        for run in list(self.runs):
+            found = taken[run.student]
+            if isinstance(found, NoMemory):
+                self.leave(run, MemberMemoryError(f"out of memory in step {step + 1}: {found.said}"))
+            else:
+                records[run] = found
         self._still_finite(lambda run: run.guard.add(step, records[run].log, records[run].ids))
         self.meter.step()
         start_times.mark("first_step")

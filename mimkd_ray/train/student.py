@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,12 +28,10 @@ from mimkd_ray.train.optim import (
     portable_state,
     set_learning_rate,
 )
-from mimkd_ray.train.out_of_memory import each
 from mimkd_ray.train.records import checkpoint, start_times
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.step import LaneNorms, backward_lane, data_parallel, seed_lane
-
-T = TypeVar("T")
+from mimkd_ray.train.turns import NoMemory, Turns
 
 GRAPHS = 64
 """Students (and lane sizes) that one process compiles; torch's own limit is 8."""
@@ -70,7 +68,6 @@ class Student:
         self.optimizer = build_optimizer(config.optim, self.distiller, not self.plain_because)
         self.norms = LaneNorms(self.distiller, len(self.my_lanes), train.lanes)
         self.model = data_parallel(self.distiller) if is_distributed() else self.distiller
-        self._logs: list[dict[str, Tensor]] = []
         if self.plain_because:
             self._compile()
 
@@ -90,14 +87,6 @@ class Student:
         if self.inputs.teacher is not None:
             self.inputs.teacher.tapped.compile()
 
-    def step(self, step: int) -> StepRecord:
-        """One optimiser step over this worker's lanes."""
-        self.schedule(step)
-        seeds = partial(seed_lane, self.config.train.seed, step)
-        records, _ = advance([self], self.inputs.step(step), seeds)
-        self.after_step()
-        return records[self]
-
     def schedule(self, step: int) -> None:
         """Set what follows from the step's number: the learning rate and the loss's weights."""
         epoch = step / self.order.steps_per_epoch
@@ -105,45 +94,26 @@ class Student:
         lr = learning_rate(self.config.optim, step, self.order.steps_per_epoch, self.config.train.epochs)
         set_learning_rate(self.optimizer, lr)
 
-    def begin_step(self) -> None:
-        """Be ready for the lanes of a step."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.norms.begin_step()
-        self._logs = []
-
-    def take(self, lane: Lane) -> None:
-        """Forward and backward of one lane."""
-        weight = self.context.world_size / self.config.train.lanes
-        last = lane.number == self.my_lanes[-1]
-        features = self._asked(lane.teacher)
-        self._logs.append(
-            backward_lane(self.model, lane.images_BCHW, lane.labels_B, lane.ids_B, features, weight, last)
-        )
-        self.distiller.loss.observe(features, lane.labels_B, lane.ids_B)
-        self.norms.end_lane()
-
-    def _asked(self, features: Features | None) -> Features | None:
+    def asks_for(self, features: Features | None) -> Features | None:
         """Of what the teacher says to all students of a pack, what this one asks for."""
         loss = self.config.loss
         if features is None or not loss.uses_teacher:
             return None
         return features if loss.resolved_negatives in ("step", "cache") else features._replace(others=None)
 
-    def end_step(self) -> dict[str, Tensor]:
-        """Update the weights. Returns the mean breakdown of the lanes."""
-        self.norms.end_step()
-        if self.config.optim.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.distiller.parameters(), self.config.optim.clip_norm)
-        self.optimizer.step()
-        self.distiller.loss.after_step(partial(gather_lanes, lanes=self.config.train.lanes))
-        lanes_LM = torch.stack([torch.stack(list(log.values())) for log in self._logs])
-        means_M = lanes_LM.mean(0) if len(lanes_LM) > 1 else lanes_LM[0]
-        return dict(zip(self._logs[0], means_M.unbind(), strict=True))
-
-    def after_step(self) -> None:
-        """Let the moving average follow."""
+    def follow(self) -> None:
+        """Let the moving average follow, after a step."""
         if self.ema is not None:
             self.ema.update_parameters(self.distiller.student)
+
+    def step(self, step: int) -> StepRecord:
+        """Take one step alone, as PlainEngine does (train/captured.py)."""
+        self.schedule(step)
+        seed = partial(seed_lane, self.config.train.seed, step)
+        record = optimisation_step([self], self.inputs.step(step), seed)[self]
+        assert isinstance(record, StepRecord)
+        self.follow()
+        return record
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -231,6 +201,13 @@ class Student:
         return int(state["step"])
 
 
+def mean_log(logs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean breakdown of lanes."""
+    lanes_LM = torch.stack([torch.stack(list(log.values())) for log in logs])
+    means_M = lanes_LM.mean(0) if len(lanes_LM) > 1 else lanes_LM[0]
+    return dict(zip(logs[0], means_M.unbind(), strict=True))
+
+
 def lone_student(
     config: Config, data: Data, teacher: torch.nn.Module | None, context: Context, run_dir: str = ""
 ) -> Student:
@@ -245,57 +222,61 @@ def lone_student(
     return Student(planned, Inputs([planned], data, teacher, context, cached))
 
 
-def advance(
+def optimisation_step(
     students: Sequence[Student],
     lanes: Iterable[Lane],
-    seeds: Callable[[int], None] | None,
+    seed: Callable[[int], None] | None,
     spare: bool = False,
     streams: Sequence[torch.cuda.Stream] = (),
-) -> tuple[dict[Student, StepRecord], dict[Student, str]]:
-    """One optimiser step of every student, on the same lanes, after :meth:`Student.schedule`. One student's activations
-    are held at a time.
+) -> dict[Student, StepRecord | NoMemory]:
+    """One optimisation step of every student, on the same lanes, from zeroed gradients to the loss's bookkeeping.
 
-    ``seeds`` is called with a lane's number before each student takes it, and seeds the networks' random numbers; None:
-    they are seeded already. With ``spare`` a student that finds no
-    memory gives up its own and has no record; what the allocator said stands in the second result, and the others have
-    their step. ``streams``: one a student, on which it works beside the others.
+    Before it, :meth:`Student.schedule` has set the step's learning rate and weights; after it, :meth:`Student.follow`
+    moves the average. Everything between them runs on the device, so that it can be recorded (train/captured.py).
+
+    ``seed`` is called with a lane's number before each student takes it, and seeds the networks' random numbers; None:
+    they are seeded already. Students take turns (:class:`Turns`): one student's activations are held at a time. With
+    ``spare`` a student that finds no memory leaves, and the others have their step. ``streams``: one a student, on
+    which it works beside the others.
     """
-    failed: dict[Student, str] = {}
-
-    def all_do(act: Callable[[Student], T]) -> dict[Student, T]:
-        done: dict[Student, T] = {}
-        for number, student in enumerate(students):
-            gone = len(failed)
-            with _forked(streams[number]) if streams else nullcontext():
-                done |= each([student], act, failed if spare else None)
-                if len(failed) > gone:
-                    student.optimizer.zero_grad(set_to_none=True)  # the next one may need the room
-        for stream in streams:
-            torch.cuda.current_stream().wait_stream(stream)
-        return done
-
-    def take(student: Student, lane: Lane) -> None:
-        if seeds is not None:
-            seeds(lane.number)
-        student.take(lane)
-
-    all_do(lambda student: student.begin_step())
+    turns = Turns(students, spare, streams)
+    logs: dict[Student, list[dict[str, Tensor]]] = {student: [] for student in students}
+    records: dict[Student, StepRecord | NoMemory] = {}
     ids: list[Tensor] = []
     view = 0
+    for student in turns:
+        with turns.of(student):
+            student.optimizer.zero_grad(set_to_none=True)
+            student.norms.begin_step()
     for lane in lanes:
-        all_do(partial(take, lane=lane))
+        for student in turns:
+            with turns.of(student):
+                if seed is not None:
+                    seed(lane.number)
+                features = student.asks_for(lane.teacher)
+                log = backward_lane(  # forward and backward; the last lane of a step adds up the workers' gradients
+                    student.model,
+                    lane.images_BCHW,
+                    lane.labels_B,
+                    lane.ids_B,
+                    features,
+                    weight=student.context.world_size / student.config.train.lanes,
+                    last=lane.number == student.my_lanes[-1],
+                )
+                logs[student].append(log)
+                student.distiller.loss.observe(features, lane.labels_B, lane.ids_B)
+                student.norms.end_lane()
         ids.append(lane.ids_B)
         view = lane.view
-    logs = all_do(lambda student: student.end_step())
-    return {student: StepRecord(log, ids, view) for student, log in logs.items()}, failed
-
-
-@contextmanager
-def _forked(stream: torch.cuda.Stream) -> Iterator[None]:
-    """A with-block whose GPU work runs on ``stream``, after all that was asked for until now."""
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
+    for student in turns:
+        with turns.of(student):
+            student.norms.end_step()
+            if student.config.optim.clip_norm:
+                torch.nn.utils.clip_grad_norm_(student.distiller.parameters(), student.config.optim.clip_norm)
+            student.optimizer.step()
+            student.distiller.loss.after_step(partial(gather_lanes, lanes=student.config.train.lanes))
+            records[student] = StepRecord(mean_log(logs[student]), ids, view)
+    return records | turns.left
 
 
 def evaluate_together(

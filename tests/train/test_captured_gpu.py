@@ -47,9 +47,9 @@ def on_gpu(engine: str, members: int, steps: int, **train: Any) -> list[list[flo
     for step in range(steps):
         if engine == "captured" and step == WARM_STEPS + 2:
             torch.cuda.set_sync_debug_mode("error")
-        records, _ = runner.step(students, step)
+        taken = runner.step(students, step)
         torch.cuda.set_sync_debug_mode("default")
-        losses.append([float(records[student].log["loss"]) for student in students])
+        losses.append([float(taken[student].log["loss"]) for student in students])
     assert engine == "plain" or (isinstance(runner, CapturedEngine) and runner.recorded is not None)
     inputs.close()
     return losses

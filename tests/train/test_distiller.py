@@ -26,7 +26,7 @@ from mimkd_ray.train.distiller import Distiller, distill
 from mimkd_ray.train.inputs import Lane
 from mimkd_ray.train.optim import build_optimizer, learning_rate
 from mimkd_ray.train.step import seed_lane
-from mimkd_ray.train.student import Student, advance, lone_student
+from mimkd_ray.train.student import Student, lone_student, optimisation_step
 
 
 def networks(seed: int = 0) -> tuple[nn.Module, nn.Module]:
@@ -94,8 +94,8 @@ def test_thirty_steps_have_the_losses_of_a_run(loss: dict[str, Any]) -> None:
     for step in range(30):
         lanes = list(trained.inputs.step(step))
         trained.schedule(step)
-        records, _ = advance([trained], lanes, partial(seed_lane, config.train.seed, step))
-        theirs.append(float(records[trained].log["loss"]))
+        taken = optimisation_step([trained], lanes, partial(seed_lane, config.train.seed, step))
+        theirs.append(float(taken[trained].log["loss"]))
         ours.append(float(own_step(own, optimizer, config, step, lanes[0])))
     assert ours == pytest.approx(theirs, rel=1e-10)
     assert len(set(ours)) == 30

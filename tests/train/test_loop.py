@@ -98,7 +98,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run_tiny(tmp_path)
-    monkeypatch.setattr(Student, "step", lambda *_: pytest.fail("a finished run took a step"))
+    monkeypatch.setattr(Student, "schedule", lambda *_: pytest.fail("a finished run took a step"))
     assert run_tiny(tmp_path) == json.loads(json.dumps(result))
 
 
