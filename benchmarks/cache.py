@@ -1,6 +1,6 @@
 """Cost and savings of the teacher cache: training with it, building it, reading it, and the errors of its codecs.
 
-* Training, images/s of whole sessions that share one loader configuration: plain (the student alone), ideal (its
+* Training, images/s of whole steps that share one loader configuration: plain (the student alone), ideal (its
   distillation loss, with features in memory), cached (features read, checked, decoded) and live (the teacher runs).
   All four are up in one process and take turns of a few steps, in alternating order; figures are medians of the
   rounds' ratios.
@@ -40,7 +40,6 @@ from mimkd_ray.cache_build.build_units import in_process
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import CacheConfig, Config, DataConfig, LossConfig, ModelConfig, TeacherConfig, TrainConfig
 from mimkd_ray.config.codec_spec import parse_spec
-from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.losses.features import Features
@@ -51,9 +50,8 @@ from mimkd_ray.teacher_cache.feature_manifest import Error, ViewManifest, publis
 from mimkd_ray.teacher_cache.reader import FeatureReader
 from mimkd_ray.teacher_cache.writer import write_shard
 from mimkd_ray.train.build import build_network
-from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.from_cache.fit_codecs import sample_keys
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import lone_student
 
 CODECS = ("fp32", "fp16", "bf16", "uint8", "pool4,fp16", "pool4,uint8", "pool4,pca256,uint8")
 READ_ROWS, READ_BYTES, READ_BLOCK = 65_536, 4096, 256
@@ -125,7 +123,7 @@ class InMemory:
 
 
 class Arm:
-    """A session that takes turns."""
+    """A student that takes turns."""
 
     def __init__(self, config: Config, kind: str, network: torch.nn.Module, folder: Path) -> None:
         if kind == "plain":
@@ -134,23 +132,22 @@ class Arm:
             config = replace(config, cache=replace(config.cache, live=True))
         data, context = open_data(config.data), LocalContext(torch.device("cpu"))
         teacher = None if kind == "plain" else network
-        cached = open_cached(config, data, teacher, context, str(folder))
-        self.session = Session(config, data, teacher, context, cached)
+        self.student = lone_student(config, data, teacher, context, str(folder))
         self.kind, self.step = kind, 0
         if kind == "ideal":
-            self.session.supply.features = None
-            assert self.session.teacher is not None
+            self.student.inputs.features = None
+            assert self.student.inputs.teacher is not None
             images = torch.randn(config.train.lane_batch, 3, config.data.image_size, config.data.image_size)
-            self.session.feed.cached = InMemory(self.session.teacher.features(images))  # type: ignore[assignment]
-        self.batches: Iterator[LaneBatch] = self.session.batches(0)
+            self.student.inputs.decoder = InMemory(self.student.inputs.teacher.features(images))  # type: ignore[assignment]
+        self.student.inputs.start(0)
 
     def turn(self, steps: int) -> float:
         """Return the images/s of this many steps."""
         began = time.perf_counter()
         for _ in range(steps):
-            self.session.step(self.step, self.batches)
+            self.student.step(self.step)
             self.step += 1
-        return steps * self.session.config.train.lane_batch / (time.perf_counter() - began)
+        return steps * self.student.config.train.lane_batch / (time.perf_counter() - began)
 
 
 def training(name: str, pair: Pair, config: Config, folder: Path, rounds: int) -> dict[str, float]:

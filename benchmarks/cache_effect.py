@@ -55,9 +55,8 @@ from mimkd_ray.losses.features import Features
 from mimkd_ray.recipes import CIFAR_MEAN, CIFAR_STD
 from mimkd_ray.taps.tap_codecs import by_label
 from mimkd_ray.train.build import build_network
-from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.step import backward_lane
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import Student, lone_student
 
 TEACHER, STUDENT = "cifar/resnet20", "cifar/resnet8"
 LANE_BATCH = 64
@@ -121,27 +120,26 @@ def from_cache(config: Config, place: Place, name: str, live: bool = False) -> C
     return replace(config, cache=CacheConfig(root=root, codecs=own.codecs, logits=own.logits, live=live, canary=0.0))
 
 
-def open_session(config: Config, folder: Path) -> Session:
-    """Return a run at its start, in this process."""
+def open_student(config: Config, folder: Path) -> Student:
+    """A run at its start, in this process."""
     data, context = open_data(config.data), LocalContext(torch.device("cpu"))
     teacher = None
     if config.loss.uses_teacher:
         teacher = build_network(config, data.num_classes, config.teacher.weights)
-    return Session(config, data, teacher, context, open_cached(config, data, teacher, context, str(folder)))
+    return lone_student(config, data, teacher, context, str(folder))
 
 
-def trained(session: Session, steps: int) -> None:
-    """Train a session for some steps."""
-    batches = session.batches(0)
+def trained(student: Student, steps: int) -> None:
+    """Train a student for some steps."""
+    student.inputs.start(0)
     for step in range(steps):
-        session.step(step, batches)
-    batches.close()  # type: ignore[attr-defined]
+        student.step(step)
 
 
 def make_teacher(place: Place, steps: int) -> str:
     """Train the teacher on labels and all images; return its weights file."""
     config = config_of(place, 0, 0)
-    session = open_session(
+    student = open_student(
         replace(
             config,
             student=ModelConfig(name=TEACHER),
@@ -151,9 +149,9 @@ def make_teacher(place: Place, steps: int) -> str:
         ),
         place.folder,
     )
-    trained(session, steps)
+    trained(student, steps)
     file = place.folder / "teacher.safetensors"
-    save_file({name: value.contiguous() for name, value in session.exported().state_dict().items()}, file)
+    save_file({name: value.contiguous() for name, value in student.exported().state_dict().items()}, file)
     return str(file)
 
 
@@ -166,19 +164,18 @@ class Seen(NamedTuple):
 
 
 def look(config: Config, folder: Path, steps: int) -> Seen:
-    """Return features, losses and the sum of gradients of the first steps, at the initial weights."""
-    session = open_session(config, folder)
-    batches = session.batches(0)
+    """Features, losses and the sum of gradients of the first steps, at the weights of the start."""
+    student = open_student(config, folder)
+    student.inputs.start(0)
     features, losses = [], []
     for step in range(steps):
-        for lane in session.feed.step(step, session.my_lanes, batches):
+        for lane in student.inputs.step(step):
             assert lane.teacher is not None
             features.append(lane.teacher)
-            log = backward_lane(session.model, lane.images_BCHW, lane.labels_B, lane.ids_B, lane.teacher, 1.0, True)
+            log = backward_lane(student.model, lane.images_BCHW, lane.labels_B, lane.ids_B, lane.teacher, 1.0, True)
             losses.append(float(log["loss"]))
-    batches.close()  # type: ignore[attr-defined]
-    session.supply.close()
-    gradient = torch.cat([p.grad.flatten() for p in session.distiller.parameters() if p.grad is not None])
+    student.inputs.close()
+    gradient = torch.cat([p.grad.flatten() for p in student.distiller.parameters() if p.grad is not None])
     return Seen(features, losses, gradient)
 
 
@@ -236,23 +233,23 @@ class HeldOut(NamedTuple):
 
 
 @torch.no_grad()
-def held_out(session: Session, rows: int) -> HeldOut:
-    """Return the cross-entropy of the student on the first `rows` held-out images, and the loss that it was trained
-    with."""
-    assert session.teacher is not None
-    batches: Iterator[LaneBatch] = islice(session.held_out(HELD_OUT_BATCH), max(1, rows // HELD_OUT_BATCH))
-    session.distiller.eval()
+def held_out(student: Student, rows: int) -> HeldOut:
+    """Cross-entropy of the student on the first `rows` held-out images, and the loss that it was trained with."""
+    inputs = student.inputs
+    assert inputs.teacher is not None
+    batches: Iterator[LaneBatch] = islice(inputs.held_out(HELD_OUT_BATCH), max(1, rows // HELD_OUT_BATCH))
+    student.distiller.eval()
     losses = []
     for batch in batches:
-        images = session.normalize(batch.images_BCHW)
-        output, logits = session.distiller.output(
-            images, batch.labels_B, batch.ids_B, session.teacher.features(images), reading=True
+        images = inputs.normalize(batch.images_BCHW)
+        output, logits = student.distiller.output(
+            images, batch.labels_B, batch.ids_B, inputs.teacher.features(images), reading=True
         )
         losses.append((float(F.cross_entropy(logits, batch.labels_B)), float(output.total)))
     return HeldOut(*(statistics.fmean(column) for column in zip(*losses, strict=True)))
 
 
-def students(place: Place, args: Any) -> dict[str, list[HeldOut]]:
+def train_students(place: Place, args: Any) -> dict[str, list[HeldOut]]:
     """Train a student of each arm and seed, arm by arm within a seed."""
     found: dict[str, list[HeldOut]] = {arm: [] for arm in ("live", *TRAINED)}
     for name in TRAINED:
@@ -264,10 +261,10 @@ def students(place: Place, args: Any) -> dict[str, list[HeldOut]]:
         for arm, values in found.items():
             began = time.perf_counter()
             config = config_of(place, args.rows, args.views, seed)
-            session = open_session(config if arm == "live" else from_cache(config, place, arm), place.folder)
-            trained(session, args.steps)
-            values.append(held_out(session, args.held_out))
-            session.supply.close()
+            student = open_student(config if arm == "live" else from_cache(config, place, arm), place.folder)
+            trained(student, args.steps)
+            values.append(held_out(student, args.held_out))
+            student.inputs.close()
             print(
                 f"seed {seed}, {arm}: held-out cross-entropy {values[-1].cross_entropy:.4f}, distillation loss "
                 f"{values[-1].distillation:.4f} after {args.steps} steps, {time.perf_counter() - began:.0f} s",
@@ -321,7 +318,7 @@ def main() -> int:
             print(f"teacher trained for {args.teacher_steps} steps: {time.perf_counter() - began:.0f} s", flush=True)
         figures = identity(place)
         print(table(["figure", "measured"], [[key, value] for key, value in figures.items()]), flush=True)
-        figures |= compared(students(place, args))
+        figures |= compared(train_students(place, args))
     targets: dict[str, tuple[Literal[">=", "<="], float]] = {
         f"{name}/{what}": ("<=", own.limit)
         for name, own in CODECS.items()

@@ -14,12 +14,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 import torch
+from made_students import make_student
 from report import finish, parser, table
-from sessions import batches, make_session
 
 from mimkd_ray import storage
 from mimkd_ray.train.records import checkpoint
@@ -32,8 +31,7 @@ def main() -> int:
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    session = make_session("resnet34", "resnet18", 2, 4, 64, device)
-    feed = batches(session)
+    student = make_student("resnet34", "resnet18", 2, 4, 64, device)
     parts: dict[str, list[float]] = {}
 
     def note(part: str, call: Callable[..., Any], *values: Any) -> Any:
@@ -47,20 +45,20 @@ def main() -> int:
         root = args.root or folder
         writer = checkpoint.Writer(root, 2, lambda: None)
         for step in range(args.rounds):
-            session.step(step, islice(feed, 2))  # momentum is there from the first step on
-            note("stall", session.save, step + 1, writer)
+            student.step(step)  # momentum is there from the first step on
+            note("stall", student.save, step + 1, writer)
             note("in the background", writer.wait)
-            state = session.state(step + 1, [session.norms.flat().cpu()])
+            state = student.state(step + 1, [student.norms.flat().cpu()])
             buffer = io.BytesIO()
             note("of it: serialise", torch.save, state, buffer)
             data = buffer.getvalue()
             note("of it: hash", lambda data: hashlib.sha256(data).hexdigest(), data)
             note("of it: write", storage.write_bytes, storage.join(root, "probe"), data)
             note("in the foreground", checkpoint.save, root, step + 1, state, 2)
-            note("resume", session.resume, root)
+            note("resume", student.resume, root)
             _, found = note("of it: find, read, check", checkpoint.newest, root)
             parsed = note("of it: parse", checkpoint.parse, found, device)
-            note("of it: load the networks", session.distiller.load_state_dict, parsed["distiller"])
+            note("of it: load the networks", student.distiller.load_state_dict, parsed["distiller"])
     middle = {part: statistics.median(seconds) for part, seconds in parts.items()}
     megabytes = len(data) / 1e6
     print(f"state of {megabytes:.0f} MB, {'local folder' if not args.root else args.root.split(':')[0]}")

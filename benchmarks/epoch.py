@@ -44,8 +44,7 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import CIFAR_MEAN, CIFAR_STD
 from mimkd_ray.train.build import build_network
-from mimkd_ray.train.from_cache.cached_teacher import open_cached
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import lone_student
 
 PAIR = PAIRS["resnet32x4_resnet8x4"]
 EPOCH = 50_000
@@ -112,21 +111,21 @@ class Public:
 
 
 class Ours:
-    """A session."""
+    """Our student, with its steps."""
 
     def __init__(self, config: Config, network: torch.nn.Module, folder: Path, device: torch.device) -> None:
         data, context = open_data(config.data), LocalContext(device)
-        cached = open_cached(config, data, network, context, str(folder))
-        self.session = Session(config, data, network, context, cached)
-        self.batches, self.step = self.session.batches(0), 0
+        self.student = lone_student(config, data, network, context, str(folder))
+        self.student.inputs.start(0)
+        self.step = 0
 
     def turn(self, steps: int) -> float:
         """Return the images/s of this many steps."""
         began = time.perf_counter()
         for _ in range(steps):
-            self.session.step(self.step, self.batches)
+            self.student.step(self.step)
             self.step += 1
-        if self.session.context.device.type == "cuda":
+        if self.student.context.device.type == "cuda":
             torch.cuda.synchronize()
         return steps * PAIR.lane_batch / (time.perf_counter() - began)
 

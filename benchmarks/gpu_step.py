@@ -26,10 +26,10 @@ from mimkd_ray.cli.local_launch import LocalContext, pick_device
 from mimkd_ray.config import Config, LossConfig
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.recipes import CIFAR_PAIRS
-from mimkd_ray.train.build import build_network
+from mimkd_ray.train.build import build_network, plan_student
 from mimkd_ray.train.captured import WARM_STEPS, make_engine
-from mimkd_ray.train.inputs import Supply
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.inputs import Inputs
+from mimkd_ray.train.student import Student
 
 PACK = ("alone", "kd", "feature_3", "best", "queue")
 
@@ -41,16 +41,15 @@ def measure(config: Config, data: Data, losses: Sequence[LossConfig], steps: int
     teacher = build_network(config, data.num_classes, "random")
     configs = [replace(config, loss=replace(loss, queue=LossConfig.queue)) for loss in losses]
     configs.sort(key=lambda one: not one.loss.uses_teacher)
-    supply = Supply([one for one in configs if one.loss.uses_teacher] or configs, data, teacher, context)
-    sessions = [
-        Session(one, data, teacher if one.loss.uses_teacher else None, context, supply=supply) for one in configs
-    ]
-    engine = make_engine(sessions)
-    batches = supply.batches(0)
+    planned = [plan_student(one, teacher if one.loss.uses_teacher else None, data.num_classes) for one in configs]
+    inputs = Inputs(planned, data, teacher, context)
+    students = [Student(one, inputs) for one in planned]
+    engine = make_engine(students)
+    inputs.start(0)
 
     def run(first: int, count: int) -> None:
         for step in range(first, first + count):
-            engine.step(sessions, step, batches)
+            engine.step(students, step)
         if context.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -58,7 +57,7 @@ def measure(config: Config, data: Data, losses: Sequence[LossConfig], steps: int
     ready = time.perf_counter()
     run(2 * WARM_STEPS, steps)
     seconds = (time.perf_counter() - ready) / steps
-    supply.close()
+    inputs.close()
     return seconds, ready - began
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from itertools import islice
 
 import torch
+from made_students import make_student
 from report import finish, parser, table
-from sessions import batches, make_session
 
 LANES = (1, 2, 4, 8)
 
@@ -29,14 +28,13 @@ def main() -> int:
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if cuda else "cpu")
-    arms = {k: make_session("resnet34", "resnet18", k, args.batch // k, args.size, device) for k in LANES}
-    feeds = {k: batches(session) for k, session in arms.items()}
+    arms = {k: make_student("resnet34", "resnet18", k, args.batch // k, args.size, device) for k in LANES}
     done = dict.fromkeys(LANES, 0)
 
     def seconds(k: int, steps: int) -> float:
         began = time.perf_counter()
         for step in range(done[k], done[k] + steps):
-            arms[k].step(step, islice(feeds[k], k))
+            arms[k].step(step)
         done[k] += steps
         if cuda:
             torch.cuda.synchronize()

@@ -23,7 +23,7 @@ from mimkd_ray.teacher_cache.codec import needs_calibration
 from mimkd_ray.teacher_cache.keys import Entry, Origin, calibration_url, logits_entry, parts_of, pixels_entry
 from mimkd_ray.teacher_cache.pixel_digests import PIXELS, ROW_BYTES
 from mimkd_ray.teacher_cache.writer import block_rows
-from mimkd_ray.train.build import build_network, place, teacher_autocast, teacher_plan
+from mimkd_ray.train.build import build_network, place, plan_student, teacher_autocast, teacher_taps
 from mimkd_ray.train.from_cache.cached_teacher import origin_of
 from mimkd_ray.train.from_cache.fit_codecs import Sight
 from mimkd_ray.train.teacher import Teacher
@@ -93,9 +93,8 @@ class Setup:
         self.data = data or open_data(config.data)
         self.network: nn.Module = build_network(config, self.data.num_classes, config.teacher.weights)
         self.origin: Origin = origin_of(config, self.data, self.network, device)
-        plan = teacher_plan(config, self.network, self.data.num_classes)
-        vectors, maps = plan.teacher_taps()
-        shapes = dict(plan.teacher_shapes)
+        self.planned = plan_student(config, self.network, self.data.num_classes)
+        shapes, vectors, maps = teacher_taps([self.planned])
         for text in config.cache.taps:
             tap, _, kind = text.partition(":")
             if kind not in ("", "map", "vector"):

@@ -25,7 +25,7 @@ BATCHES = 3
 def measured_plan(setup: Setup) -> Plan:
     """Measure and plan. Reads BATCHES + 1 batches of images, and writes nothing."""
     config = setup.config
-    used = {entry.label for entry in entries_of([config], setup.network, setup.data.num_classes)}
+    used = {entry.label for entry in entries_of([setup.planned], setup.network, setup.data.num_classes)}
     sizes = tuple(Sized(e, e.row_bytes, e.label in used) for e in setup.entries)
     vectors = sum(s.row_bytes for s in sizes if s.used and s.entry.kind == "vector")
     rows = setup.data.whole.num_rows
@@ -72,7 +72,7 @@ def _measure(setup: Setup) -> Measured:
 
     with torch.inference_mode():
         of_teacher = seconds(lambda: teacher.features(on_device))
-    distiller = build_distiller(config, setup.data, setup.network, setup.device)
+    distiller = build_distiller(setup.planned, setup.data.train, setup.device)
     given = features if config.loss.uses_teacher else None
     labels = first.labels_B.clamp(min=0)
     of_student = seconds(lambda: backward_lane(distiller, on_device, labels, first.ids_B, given, 1.0, True))

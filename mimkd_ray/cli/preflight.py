@@ -18,7 +18,7 @@ from mimkd_ray.models.zoo import build_model
 from mimkd_ray.teacher_cache import calibration
 from mimkd_ray.teacher_cache.codec import needs_calibration
 from mimkd_ray.teacher_cache.keys import calibration_url, logits_entry
-from mimkd_ray.train.build import build_network, make_order, plan_taps
+from mimkd_ray.train.build import PlannedStudent, build_network, make_order, plan_taps
 from mimkd_ray.train.from_cache.cached_teacher import entries_of, origin_of, parts_of_run, what_is_missing
 from mimkd_ray.train.worker import first_runs, needs_teacher
 
@@ -45,24 +45,29 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
         build_model(config.student.name, data.num_classes, config.student.weights, config.data.image_size)
     if not needs_teacher(config):
         return
-    for run in first_runs(config):
-        plan = plan_taps(run.loss, teacher, student, config.data.image_size, config.cache)
-        check_size(run.loss.queue, queue_channels(run.loss, plan.terms))
+    size = config.data.image_size
+    planned = [
+        PlannedStudent(run, student, plan_taps(run.loss, teacher, student, size, run.cache))
+        for run in first_runs(config)
+    ]
+    for one in planned:
+        check_size(one.config.loss.queue, queue_channels(one.config.loss, one.plan.terms))
     logits_entry(data.num_classes, config.cache.logits)
     reads = config.cache.reads and not config.teacher.train and config.teacher.weights != "published"
     if reads or config.teacher.weights not in NO_FILE:
         network = build_network(config, data.num_classes, config.teacher.weights)
-        for run in first_runs(config) if reads else ():
-            if run.loss.uses_teacher:
-                check_cache(run, data, network)
+        for one in planned if reads else ():
+            if one.config.loss.uses_teacher:
+                check_cache(one, data, network)
 
 
-def check_cache(config: Config, data: Data, network: nn.Module) -> None:
-    """Raise UserError for a cache that no worker of ``config`` could use, whatever its device; DamagedDataError.
+def check_cache(planned: PlannedStudent, data: Data, network: nn.Module) -> None:
+    """Raise UserError for a cache that no worker of this student could use, whatever its device; DamagedDataError.
 
     Reads calibrations, listings and, if something is missing, every key. Hashes the weights.
     """
-    entries = entries_of([config], network, data.num_classes)
+    config = planned.config
+    entries = entries_of([planned], network, data.num_classes)
     fitted = [entry for entry in entries if needs_calibration(entry.spec, entry.shape)]
     root, rows = config.cache.root, config.cache.calibration_rows
     here = origin_of(config, data, network, torch.device("cpu"))

@@ -19,7 +19,7 @@ from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import Interrupted, NonFiniteLossError
 from mimkd_ray.search.optuna_study import halving
 from mimkd_ray.search.trial_folders import Ended, Ending, Planned, point_of
-from mimkd_ray.train.build import make_order
+from mimkd_ray.train.build import make_order, plan_student
 from mimkd_ray.train.distributed import Context, Preemption
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.loop import train
@@ -91,7 +91,7 @@ def prepare(config: Config, folder: str, device: torch.device) -> None:
     context = TrialContext(device, lambda _: None)
     data, teacher, _ = _opened.get(config, context, folder)
     if config.cache.reads:
-        open_cached(config, data, teacher, context, folder)
+        open_cached([plan_student(config, teacher, data.num_classes)], data, teacher, context, folder)
 
 
 def run_trials(

@@ -12,7 +12,6 @@ from torch import nn
 from mimkd_ray.config import CacheConfig, Config, LossConfig, TrainConfig
 from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.data.order.sample_order import Order
-from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.data.sources.source import Source, ids_of
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.methods.build_method import RivalPlan
@@ -197,18 +196,37 @@ def training_rows(config: LossConfig, train: Source) -> TrainingRows | None:
     return TrainingRows(torch.from_numpy(ids_of(train)), torch.from_numpy(train.labels()))
 
 
-def build_distiller(config: Config, data: Data, teacher: nn.Module | None, device: torch.device) -> StudentModule:
-    """The student with its taps, critics and loss, on the device. The teacher's network gives the tap shapes."""
-    student = build_student(config, data.num_classes)
-    plan = TapPlan()
-    if teacher is not None:
-        plan = plan_taps(config.loss, teacher, student, config.data.image_size, config.cache)
+@dataclass(frozen=True, eq=False)
+class PlannedStudent:
+    """A student at its start, and the taps that its loss reads: what the cache and the teacher of a run depend on."""
+
+    config: Config
+    student: nn.Module
+    plan: TapPlan
+
+
+def plan_student(config: Config, teacher: nn.Module | None, num_classes: int) -> PlannedStudent:
+    """Build the student of a run and choose its taps, once for the run. ``teacher`` is None where the loss needs none.
+
+    Runs both networks dry. Raises UserError for a network that does not exist and for layers that do not fit.
+    """
+    student = build_student(config, num_classes)
+    if teacher is None:
+        return PlannedStudent(config, student, TapPlan())
+    return PlannedStudent(
+        config, student, plan_taps(config.loss, teacher, student, config.data.image_size, config.cache)
+    )
+
+
+def build_distiller(planned: PlannedStudent, train: Source, device: torch.device) -> StudentModule:
+    """The planned student with its taps, critics and loss, on the device. ``train`` are the training images."""
+    config, plan = planned.config, planned.plan
     # Seeded again, so that the critics' start does not depend on the student's size.
     torch.manual_seed(derive(config.train.seed, "critics"))
-    loss = MIMKDLoss(config.loss, plan.terms, plan.rivals, training_rows(config.loss, data.train))
+    loss = MIMKDLoss(config.loss, plan.terms, plan.rivals, training_rows(config.loss, train))
     vectors, maps = plan.student_taps()
     autocast = autocast_dtype(config.train, device)
-    distiller = StudentModule(student, plan.student_shapes, vectors, maps, loss, autocast)
+    distiller = StudentModule(planned.student, plan.student_shapes, vectors, maps, loss, autocast)
     placed = place(distiller, config.train, device)
     assert isinstance(placed, StudentModule)
     return placed
@@ -220,19 +238,9 @@ def build_network(config: Config, num_classes: int, weights: str) -> nn.Module:
     return build_model(config.teacher.name, num_classes, weights, config.data.image_size)
 
 
-def teacher_plan(config: Config, model: nn.Module, num_classes: int) -> TapPlan:
-    """The taps of a teacher that the loss of ``config`` reads."""
-    with torch.random.fork_rng(devices=[]):
-        student = build_student(config, num_classes)
-    return plan_taps(config.loss, model, student, config.data.image_size, config.cache)
-
-
-def teacher_taps(
-    configs: Sequence[Config], model: nn.Module, num_classes: int
-) -> tuple[dict[str, TapShape], list[str], list[str]]:
-    """Shapes of the teacher's taps that the losses of any of ``configs`` read, and which are read as vectors, and as
-    maps."""
-    plans = [teacher_plan(config, model, num_classes) for config in configs]
+def teacher_taps(planned: Sequence[PlannedStudent]) -> tuple[dict[str, TapShape], list[str], list[str]]:
+    """Shapes of the teacher's taps that any of the students read, and which are read as vectors, and as maps."""
+    plans = [one.plan for one in planned]
     return (
         {name: shape for plan in plans for name, shape in plan.teacher_shapes.items()},
         _unique(name for plan in plans for name in plan.teacher_taps()[0]),
@@ -241,12 +249,11 @@ def teacher_taps(
 
 
 def build_teacher(
-    configs: Sequence[Config], model: nn.Module, num_classes: int, device: torch.device, coding: Coding | None = None
+    planned: Sequence[PlannedStudent], model: nn.Module, device: torch.device, coding: Coding | None = None
 ) -> Teacher:
-    """The frozen teacher with the taps that the losses of ``configs`` read: one, or those of a pack, which agree in
-    the rest."""
-    shapes, vectors, maps = teacher_taps(configs, model, num_classes)
-    config = configs[0]
+    """The frozen teacher with the taps that the students read: one, or those of a pack, which agree in the rest."""
+    shapes, vectors, maps = teacher_taps(planned)
+    config = planned[0].config
     autocast = teacher_autocast(config, device)
     return Teacher(place(model, config.train, device), shapes, vectors, maps, autocast, coding)
 

@@ -26,42 +26,43 @@ from torch import Tensor
 from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.train.distributed import Context
-from mimkd_ray.train.inputs import Supply
+from mimkd_ray.train.inputs import Inputs
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.step import seed_lane
-from mimkd_ray.train.student import Session, StepRecord, advance
+from mimkd_ray.train.student import StepRecord, Student, optimisation_step
+from mimkd_ray.train.turns import NoMemory
 
 WARM_STEPS = 3
 """Steps before the recording."""
 
-Advanced = tuple[dict[Session, StepRecord], dict[Session, str]]
-"""The records of the students that took a step, and what the allocator said to those that found no memory."""
+Taken = dict[Student, StepRecord | NoMemory]
+"""What a step was to each student."""
 
 
 class Engine(Protocol):
     """Takes the steps of the students of a process."""
 
-    def step(self, sessions: Sequence[Session], step: int, batches: Iterator[LaneBatch]) -> Advanced:
+    def step(self, students: Sequence[Student], step: int) -> Taken:
         """One optimiser step of every student, on the same lanes."""
 
 
 class PlainEngine:
     """Asks the device for one operation after the other."""
 
-    def __init__(self, supply: Supply, spare: bool = False) -> None:
+    def __init__(self, inputs: Inputs, spare: bool = False) -> None:
         """``spare``: a student that finds no memory has no record, and the others have their step."""
-        self.supply, self.spare = supply, spare
+        self.inputs, self.spare = inputs, spare
 
-    def step(self, sessions: Sequence[Session], step: int, batches: Iterator[LaneBatch]) -> Advanced:
+    def step(self, students: Sequence[Student], step: int) -> Taken:
         """One optimiser step of every student, on the same lanes."""
-        for session in sessions:
-            session.schedule(step)
-        lanes = self.supply.feed.step(step, self.supply.my_lanes, batches)
-        seeds = partial(seed_lane, self.supply.config.train.seed, step)
-        records, failed = advance(sessions, lanes, seeds, self.spare)
-        for session in records:
-            session.after_step()
-        return records, failed
+        for student in students:
+            student.schedule(step)
+        seeds = partial(seed_lane, self.inputs.config.train.seed, step)
+        taken = optimisation_step(students, self.inputs.step(step), seeds, self.spare)
+        for student, found in taken.items():
+            if isinstance(found, StepRecord):
+                student.follow()
+        return taken
 
 
 class _Recorded(NamedTuple):
@@ -69,17 +70,17 @@ class _Recorded(NamedTuple):
     which the graph leaves them all."""
 
     graph: torch.cuda.CUDAGraph | None
-    sessions: list[Session]
+    students: list[Student]
     names: list[list[str]]
     figures_M: Tensor | None
 
-    def logs(self) -> dict[Session, dict[str, Tensor]]:
+    def logs(self) -> dict[Student, dict[str, Tensor]]:
         """The figures of the newest replay."""
         assert self.figures_M is not None
         parts = self.figures_M.clone().split([len(names) for names in self.names])
         return {
-            session: dict(zip(names, part.unbind(), strict=True))
-            for session, names, part in zip(self.sessions, self.names, parts, strict=True)
+            student: dict(zip(names, part.unbind(), strict=True))
+            for student, names, part in zip(self.students, self.names, parts, strict=True)
         }
 
 
@@ -87,10 +88,10 @@ class CapturedEngine:
     """Records a step as a CUDA graph and replays it. Where that turns out to be impossible, goes on plainly and says
     why. Memory: the activations of all students of a pack at once."""
 
-    def __init__(self, supply: Supply, context: Context, spare: bool = False) -> None:
+    def __init__(self, inputs: Inputs, context: Context, spare: bool = False) -> None:
         """``spare``: as for :class:`PlainEngine`, until the step is recorded."""
-        self.supply, self.context, self.spare = supply, context, spare
-        self.plain = PlainEngine(supply, spare)
+        self.inputs, self.context, self.spare = inputs, context, spare
+        self.plain = PlainEngine(inputs, spare)
         self.gave_up = False
         self.recorded: _Recorded | None = None
         self.warm = 0
@@ -100,96 +101,84 @@ class CapturedEngine:
         self.stream = torch.cuda.Stream(context.device) if self.on_gpu else None
         self.streams: list[torch.cuda.Stream] = []
 
-    def step(self, sessions: Sequence[Session], step: int, batches: Iterator[LaneBatch]) -> Advanced:
+    def step(self, students: Sequence[Student], step: int) -> Taken:
         """One optimiser step of every student, on the same lanes."""
         if self.gave_up:
-            return self.plain.step(sessions, step, batches)
-        if self.recorded is not None and self.recorded.sessions != list(sessions):
+            return self.plain.step(students, step)
+        if self.recorded is not None and self.recorded.students != list(students):
             self.recorded, self.warm = None, 0  # a student has left
-        lanes = [self.supply.feed.next(step, lane, batches) for lane in self.supply.my_lanes]
+        lanes = self.inputs.batches_of(step)
         self._load(step, lanes)
-        for session in sessions:
-            session.schedule(step)
+        for student in students:
+            student.schedule(step)
         if self.recorded is None and self.warm >= WARM_STEPS:
-            self._record(sessions)
-        if self.recorded is None:
-            records, failed = self._warm_step(sessions, step)
-        else:
-            records, failed = self._replay(self.recorded, step)
-        ids = [lane.ids_B for lane in lanes]
-        for session in records:
-            session.after_step()
-        return {session: StepRecord(found.log, ids, lanes[-1].view) for session, found in records.items()}, failed
+            self._record(students)
+        taken = self._warm_step(students, step) if self.recorded is None else self._replay(self.recorded, step)
+        ids, view = [lane.ids_B for lane in lanes], lanes[-1].view  # the buffers' will be those of the next step
+        for student, found in taken.items():
+            if isinstance(found, StepRecord):
+                student.follow()
+                taken[student] = found._replace(ids=ids, view=view)
+        return taken
 
     def _load(self, step: int, lanes: Sequence[LaneBatch]) -> None:
         """Copy a step's batches to where the graph reads them. The canary looks at those that are due."""
-        feed, device = self.supply.feed, self.context.device
         if not self.buffers:
             self.buffers = [lane.each_tensor(torch.empty_like) for lane in lanes]
-            self.keys = [torch.zeros((), dtype=torch.int64, device=device) for _ in lanes]
+            self.keys = [torch.zeros((), dtype=torch.int64, device=self.context.device) for _ in lanes]
         for buffer, key, lane in zip(self.buffers, self.keys, lanes, strict=True):
-            number = view_key(lane.view, feed.config.view_seed)
-            key.fill_(number)
+            key.fill_(view_key(lane.view, self.inputs.config.view_seed))
             for place, value in zip(buffer.tensors(), lane.tensors(), strict=True):
                 place.copy_(value, non_blocking=True)
-            if feed.check is not None and feed.check.due(step, lane.lane):
-                pixels, ready = feed.finish(lane, number)
-                features = feed.with_teacher(ready, lane.features).teacher
-                assert features is not None
-                feed.check.look(lane, pixels, ready.images_BCHW, features)
+            self.inputs.check_cached(step, lane)
 
-    def _advance(self, sessions: Sequence[Session], seeds: Callable[[int], None] | None, spare: bool) -> Advanced:
+    def _take(self, students: Sequence[Student], seeds: Callable[[int], None] | None, spare: bool) -> Taken:
         """A step from the buffers: what is recorded."""
-        feed = self.supply.feed
-        ready = (
-            feed.with_teacher(feed.finish(buffer, key)[1], buffer.features)
-            for buffer, key in zip(self.buffers, self.keys, strict=True)
-        )
-        return advance(sessions, feed.with_others(ready), seeds, spare, self.streams)
+        return optimisation_step(students, self.inputs.lanes_of(self.buffers, self.keys), seeds, spare, self.streams)
 
-    def _warm_step(self, sessions: Sequence[Session], step: int) -> Advanced:
+    def _warm_step(self, students: Sequence[Student], step: int) -> Taken:
         """A step without a graph, which shows whether the networks draw random numbers."""
-        if self.on_gpu and len(sessions) > 1 and len(self.streams) != len(sessions):
-            self.streams = [torch.cuda.Stream(self.context.device) for _ in sessions]
+        if self.on_gpu and len(students) > 1 and len(self.streams) != len(students):
+            self.streams = [torch.cuda.Stream(self.context.device) for _ in students]
         self.warm += 1
-        seeds = _Seeds(self.supply.config.train.seed, step, self.context.device)
+        seeds = _Seeds(self.inputs.config.train.seed, step, self.context.device)
         if self.stream is None:
-            done = self._advance(sessions, seeds, self.spare)
+            done = self._take(students, seeds, self.spare)
         else:
             here = torch.cuda.current_stream()
             self.stream.wait_stream(here)
             with torch.cuda.stream(self.stream), _waits_noted() as waits:
-                done = self._advance(sessions, seeds, self.spare)
+                done = self._take(students, seeds, self.spare)
             here.wait_stream(self.stream)
             if waits and self.warm == WARM_STEPS:  # in the first steps libraries set themselves up
                 self._give_up(f"a network or a loss waits for the device ({waits[0]})")
-        if len(sessions) * len(self.buffers) > 1 and seeds.drawn():
+        if len(students) * len(self.buffers) > 1 and seeds.drawn():
             self._give_up("networks or losses draw random numbers, of which each lane and student has its own")
         return done
 
-    def _record(self, sessions: Sequence[Session]) -> None:
+    def _record(self, students: Sequence[Student]) -> None:
         """Record a step, which is not run by that."""
         if self.stream is None:
-            self.recorded = _Recorded(None, list(sessions), [], None)
+            self.recorded = _Recorded(None, list(students), [], None)
             return
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
-                records, _ = self._advance(sessions, None, False)
-                logs = [records[session].log for session in sessions]
+                taken = self._take(students, None, False)
+                logs = [found.log for found in taken.values() if isinstance(found, StepRecord)]
                 figures_M = torch.stack([value for log in logs for value in log.values()])
         except RuntimeError as error:
             torch.cuda.set_stream(here)
             self._give_up(str(error).partition("\n")[0])
             return
-        self.recorded = _Recorded(graph, list(sessions), [list(log) for log in logs], figures_M)
+        self.recorded = _Recorded(graph, list(students), [list(log) for log in logs], figures_M)
 
-    def _replay(self, recorded: _Recorded, step: int) -> Advanced:
-        seed_lane(self.supply.config.train.seed, step, self.supply.my_lanes[0])
+    def _replay(self, recorded: _Recorded, step: int) -> Taken:
+        seed_lane(self.inputs.config.train.seed, step, self.inputs.my_lanes[0])
         if recorded.graph is None:
-            return self._advance(recorded.sessions, None, self.spare)
+            return self._take(recorded.students, None, self.spare)
         recorded.graph.replay()
-        return {session: StepRecord(log, [], 0) for session, log in recorded.logs().items()}, {}
+        return {student: StepRecord(log, [], 0) for student, log in recorded.logs().items()}
 
     def _give_up(self, why: str) -> None:
         self.gave_up = True
@@ -240,16 +229,16 @@ class _Seeds:
         return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
 
 
-def make_engine(sessions: Sequence[Session], spare: bool = False) -> Engine:
-    """Return the engine of students with one supply; where it is plain and could be asked for otherwise, say why.
+def make_engine(students: Sequence[Student], spare: bool = False) -> Engine:
+    """Return the engine of students with the same inputs; where it is plain and could be asked for otherwise, say why.
 
     ``spare``: a student that finds no memory has no record, and the others have their step.
     """
-    first = sessions[0]
-    reasons = {session.plain_because for session in sessions} - {""}
+    first = students[0]
+    reasons = {student.plain_because for student in students} - {""}
     if not reasons:
-        return CapturedEngine(first.supply, first.context, spare)
+        return CapturedEngine(first.inputs, first.context, spare)
     engine, device = first.config.train.engine, first.context.device
     if engine == "captured" or (engine == "auto" and device.type == "cuda"):
         say(first.context, f"steps are not captured, and run operation by operation: {', '.join(sorted(reasons))}")
-    return PlainEngine(first.supply, spare)
+    return PlainEngine(first.inputs, spare)

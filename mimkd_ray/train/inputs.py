@@ -1,44 +1,75 @@
-"""What the students of a process have in common: the order and the batches, the teacher, and the feed of lanes."""
+"""The input of a step: images in their views on the device, mixed, with the teacher's features. One object for all
+students of a process, which share the order, the batches and the teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from mimkd_ray.config import Config
+from mimkd_ray.data.augment.batch_views import view_key
+from mimkd_ray.data.augment.mixing import mix
 from mimkd_ray.data.augment.views import View, make_pipeline
 from mimkd_ray.data.loading.loader import DamageCounter, LaneBatch, eval_batches, to_device, train_batches
 from mimkd_ray.data.loading.resident import keeps_on_device, resident, resident_batches
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import UserError
-from mimkd_ray.train.build import build_teacher, choose_kernels, make_order, parameter_dtype, uses_channels_last
-from mimkd_ray.train.distributed import Context
+from mimkd_ray.losses.features import Features, Others
+from mimkd_ray.train.build import (
+    PlannedStudent,
+    build_teacher,
+    choose_kernels,
+    make_order,
+    parameter_dtype,
+    uses_channels_last,
+)
+from mimkd_ray.train.distributed import Context, gather_lanes
 from mimkd_ray.train.from_cache.cached_negatives import CachedNegatives
 from mimkd_ray.train.from_cache.cached_teacher import Cached
 from mimkd_ray.train.from_cache.live_check import CacheCheck
-from mimkd_ray.train.input_lanes import Feed
+from mimkd_ray.train.records import start_times
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.step import Normalizer
 
 
-class Supply:
-    """Feeds one student, or all students of a pack: their configs agree in data, mixing, cache, teacher and lanes."""
+class Lane(NamedTuple):
+    """One lane of one step, ready for the student."""
+
+    number: int
+    view: int
+    images_BCHW: Tensor  # normalised, on the device
+    labels_B: Tensor  # class numbers, or (B, classes) probabilities of mixed images
+    ids_B: Tensor
+    teacher: Features | None
+
+
+class Inputs:
+    """Gives the steps of one student, or of all students of a pack, what they train on.
+
+    ``start(step)``, then ``step(i)`` for the lanes of each step in turn, of this worker: their views are finished on
+    the device, they are mixed, and the teacher is run or its cached features are decoded. The batches are read ahead.
+
+    One lane is held at a time, for all students of a pack. With ``negatives=step`` all of this worker's lanes are,
+    because their teacher vectors go to the other workers before the first lane is trained on.
+    """
 
     def __init__(
         self,
-        configs: Sequence[Config],
+        planned: Sequence[PlannedStudent],
         data: Data,
         teacher: nn.Module | None,
         context: Context,
         cached: Cached | None = None,
     ) -> None:
-        """``teacher`` is tapped where any of ``configs`` reads it. ``cached``: codecs and, where the run reads a cache,
-        its features (train/cached.py)."""
-        config, device = configs[0], context.device
+        """The students' configs agree in data, mixing, cache, teacher and lanes. ``teacher``: its taps are those that
+        any of them reads; None: none does. ``cached``: codecs and, where the run reads a cache, its features
+        (train/from_cache/cached_teacher.py); the teacher is then asked for a few lanes alone, to check them."""
+        config, device = planned[0].config, context.device
         train = config.train
         self.config, self.data, self.context = config, data, context
-        self.features = cached.reader if cached is not None else None
         if context.world_size > train.lanes:
             raise UserError(
                 f"{context.world_size} workers for {train.lanes} lanes: a worker needs a lane of its own; "
@@ -57,7 +88,6 @@ class Supply:
             )
         self.pipeline = make_pipeline(config.data.pipeline, config.data.image_size)
         self.is_resident = keeps_on_device(config.data, self.pipeline.train, data.train.num_rows, device)
-        self._held_out: dict[int, list[LaneBatch]] = {}
         self.normalize = Normalizer(
             config.data.mean,
             config.data.std,
@@ -66,23 +96,18 @@ class Supply:
             uses_channels_last(train, device),
         )
         coding = cached.coding if cached is not None else None
-        self.teacher = (
-            build_teacher(configs, teacher, data.num_classes, device, coding) if teacher is not None else None
-        )
-        asked = {own.loss.resolved_negatives for own in configs if own.loss.uses_teacher}
+        self.features = cached.reader if cached is not None else None
+        self.decoder = coding if self.features is not None else None
+        self.teacher = build_teacher(planned, teacher, device, coding) if teacher is not None else None
+        losses = [one.config.loss for one in planned]
+        asked = {loss.resolved_negatives for loss in losses if loss.uses_teacher}
+        self.shares_vectors = "step" in asked and self.teacher is not None and bool(self.teacher.vectors)
+        self.check = self._canary()
+        self.negatives = self._cached_negatives() if "cache" in asked else None
         self.damage = DamageCounter(config.data.max_damaged, max(1, data.train.num_rows // context.world_size))
-        self.feed = Feed(
-            config,
-            data.num_classes,
-            self.pipeline.batch,
-            self.normalize,
-            self.teacher,
-            self.damage,
-            coding if self.features is not None else None,
-            self._canary(),
-            self._cached_negatives() if "cache" in asked else None,
-            shares_vectors="step" in asked,
-        )
+        self.waited = 0.0  # seconds that steps waited for the loader
+        self._batches: Iterator[LaneBatch] | None = None
+        self._held_out: dict[int, list[LaneBatch]] = {}
 
     def _canary(self) -> CacheCheck | None:
         if self.features is None or self.teacher is None or not self.config.cache.canary:
@@ -95,8 +120,37 @@ class Supply:
         say(self.context, "collecting teacher vectors of the cache for negatives")
         return CachedNegatives(self.config, self.features)
 
-    def batches(self, start_step: int) -> Iterator[LaneBatch]:
-        """This worker's lanes of all remaining steps, on the device ahead of need."""
+    def start(self, step: int, batches: Iterator[LaneBatch] | None = None) -> None:
+        """Begin reading at ``step``. ``batches``, made beforehand, take the place of the data set's."""
+        self._batches = batches if batches is not None else self._read(step)
+
+    def step(self, step: int) -> Iterable[Lane]:
+        """Return this worker's lanes of the step, in their order. Steps are asked for one after the other, from where
+        reading began."""
+        return self._with_others(self._lane(step, self._next(step, lane)) for lane in self.my_lanes)
+
+    def batches_of(self, step: int) -> list[LaneBatch]:
+        """Return the batches of this worker's lanes of the step, for :meth:`lanes_of` of a captured step."""
+        return [self._next(step, lane) for lane in self.my_lanes]
+
+    def lanes_of(self, batches: Sequence[LaneBatch], keys: Sequence[Tensor]) -> Iterable[Lane]:
+        """Return the lanes of a step from batches in buffers, without a word to the host. ``keys`` are of their views.
+
+        Images that are mixed, and negatives from a cache, need the host: :meth:`step` alone has them.
+        """
+        return self._with_others(
+            self._with_teacher(self._finish(batch, key)[1], batch.features)
+            for batch, key in zip(batches, keys, strict=True)
+        )
+
+    def check_cached(self, step: int, batch: LaneBatch) -> None:
+        """Compare the cached features of a batch with the live teacher's where that is due."""
+        if self.check is not None and self.check.due(step, batch.lane):
+            pixels, lane = self._finish(batch, view_key(batch.view, self.config.view_seed))
+            self._look(batch, pixels, self._with_teacher(lane, batch.features))
+
+    def _read(self, start: int) -> Iterator[LaneBatch]:
+        """This worker's batches of all remaining steps, on the device ahead of need."""
         if self.is_resident:
             return resident_batches(
                 resident(
@@ -109,7 +163,7 @@ class Supply:
                 self.order,
                 views=self.config.data.views,
                 lanes=self.my_lanes,
-                start_step=start_step,
+                start_step=start,
                 stop_step=self.total_steps,
                 features=self.features,
             )
@@ -119,7 +173,7 @@ class Supply:
             View(self.pipeline.train, self.config.view_seed),
             views=self.config.data.views,
             lanes=self.my_lanes,
-            start_step=start_step,
+            start_step=start,
             stop_step=self.total_steps,
             loader_workers=self.config.data.loader_workers,
             read_ahead=self.config.data.read_ahead,
@@ -127,6 +181,76 @@ class Supply:
             features=self.features,
         )
         return to_device(batches, self.context.device)
+
+    def _next(self, step: int, lane: int) -> LaneBatch:
+        """Return the next batch, which is that of a step's lane. Damaged images in it are counted."""
+        if self._batches is None:
+            self.start(step)
+        assert self._batches is not None
+        asked = time.perf_counter()
+        batch = next(self._batches)
+        self.waited += time.perf_counter() - asked
+        start_times.mark("first_batch")
+        assert (batch.step, batch.lane) == (step, lane), f"step {step} lane {lane} got {batch.step} {batch.lane}"
+        self.damage.add(batch)
+        return batch
+
+    def _lane(self, step: int, batch: LaneBatch) -> Lane:
+        pixels, ready = self._finish(batch, view_key(batch.view, self.config.view_seed))
+        mixing, lane = self.config.mix, batch.lane
+        if mixing.active:
+            seed, classes = self.config.train.seed, self.data.num_classes
+            images, labels_B = mix(ready.images_BCHW, ready.labels_B, classes, mixing, seed, step, lane)
+            ready = ready._replace(images_BCHW=images, labels_B=labels_B)
+        ready = self._with_teacher(ready, batch.features)
+        if self.check is not None and self.check.due(step, lane):
+            self._look(batch, pixels, ready)
+        if self.negatives is not None:
+            assert self.decoder is not None
+            assert ready.teacher is not None
+            rows, ids_M = self.negatives.draw(step, lane, ready.images_BCHW.device)
+            others = Others(self.decoder.decode(rows).vectors, ids_M)
+            ready = ready._replace(teacher=ready.teacher._replace(others=others))
+        return ready
+
+    def _finish(self, batch: LaneBatch, key: int | Tensor) -> tuple[Tensor, Lane]:
+        """Return a batch's images in their view, uint8, and the lane with them normalised. ``key``: the view's."""
+        images = batch.images_BCHW
+        if self.pipeline.batch is not None:
+            images = self.pipeline.batch(images, batch.ids_B, key)
+        return images, Lane(batch.lane, batch.view, self.normalize(images), batch.labels_B, batch.ids_B, None)
+
+    def _with_teacher(self, lane: Lane, cached: Mapping[str, Tensor]) -> Lane:
+        """Give a lane what its cached features say, or, without a cache, what the teacher says of its images."""
+        if self.decoder is not None:
+            return lane._replace(teacher=self.decoder.decode(cached))
+        if self.teacher is not None:
+            return lane._replace(teacher=self.teacher.features(lane.images_BCHW))
+        return lane
+
+    def _look(self, batch: LaneBatch, pixels_BCHW: Tensor, lane: Lane) -> None:
+        assert self.check is not None
+        assert lane.teacher is not None
+        self.check.look(batch, pixels_BCHW, lane.images_BCHW, lane.teacher)
+
+    def _with_others(self, lanes: Iterable[Lane]) -> Iterable[Lane]:
+        """Give each lane the teacher vectors of all other lanes of the step, where any loss asks for them."""
+        return self._exchanged(list(lanes)) if self.shares_vectors else lanes
+
+    def _exchanged(self, mine: list[Lane]) -> list[Lane]:
+        lanes = self.config.train.lanes
+        features = [lane.teacher for lane in mine if lane.teacher is not None]
+        vectors_LBC = {
+            tap: gather_lanes(torch.stack([f.vectors[tap].float() for f in features]), lanes)
+            for tap in features[0].vectors
+        }
+        ids_LB = gather_lanes(torch.stack([lane.ids_B for lane in mine]), lanes)
+        ready = []
+        for lane, own in zip(mine, features, strict=True):
+            rest = [other for other in range(lanes) if other != lane.number]
+            others = Others({tap: v[rest].flatten(0, 1) for tap, v in vectors_LBC.items()}, ids_LB[rest].flatten())
+            ready.append(lane._replace(teacher=own._replace(others=others)))
+        return ready
 
     def cache_hit_rate(self) -> float | None:
         """Share of the blocks of images and cached features that this worker read ahead and its node had already; None
@@ -154,6 +278,7 @@ class Supply:
         return iter(self._held_out[batch_size])
 
     def close(self) -> None:
-        """Take the hooks off the teacher, which other runs may use after this one."""
+        """End reading, and take the hooks off the teacher, which other runs may use after this one."""
+        self._batches = None
         if self.teacher is not None:
             self.teacher.tapped.release()

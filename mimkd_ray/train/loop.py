@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,18 +12,17 @@ from torch import Tensor, nn
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config
-from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
 from mimkd_ray.train.captured import make_engine
 from mimkd_ray.train.distributed import Context, Preemption, all_sum, barrier, share_from_first
-from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.records import start_times
 from mimkd_ray.train.records.metrics import Meter, Progress, reading, say
 from mimkd_ray.train.records.run_dir import MetricsLog, read_json
 from mimkd_ray.train.records.save_and_stop import Rhythm
 from mimkd_ray.train.run_record import Run
-from mimkd_ray.train.student import Session, StepRecord
+from mimkd_ray.train.student import StepRecord, Student, lone_student
+from mimkd_ray.train.turns import NoMemory
 
 
 def train(
@@ -45,24 +44,22 @@ def train(
     if finished is not None:
         return finished
     began = time.perf_counter()
-    cached = open_cached(config, data, teacher, context, run_dir)
-    start_times.mark("cache")
-    session = Session(config, data, teacher, context, cached)
-    start = session.resume(run_dir)
+    student = lone_student(config, data, teacher, context, run_dir)
+    start = student.resume(run_dir)
     resumed = time.perf_counter() - began
     if start:
         say(context, f"resumed from step {start} of {run_dir} in {resumed:.1f} s")
-    run = Run(session, run_dir, start, began, extra or {})
+    run = Run(student, run_dir, start, began, extra or {})
     loop = Loop([run], config.recipe, quiet)
     try:
         loop.go()
     finally:
-        session.supply.close()
+        student.inputs.close()
     return loop.results[run]
 
 
 class Loop:
-    """Takes runs with one supply from the step where they stand to their end.
+    """Takes runs with the same inputs from the step where they stand to their end.
 
     As it is, it trains a single student. A pack (train/pack.py) has several, looks at them in one pass, and lets
     members leave.
@@ -74,12 +71,12 @@ class Loop:
     def __init__(self, runs: Sequence[Run], label: str, quiet: bool = False, commits: bool = False) -> None:
         """``commits``: whether all that belongs to an evaluation is committed before it is told."""
         self.runs, self.label, self.quiet = list(runs), label, quiet
-        session = runs[0].session
-        self.config, self.context, self.supply = session.config, session.context, session.supply
-        self.start, self.total, self.steps_per_epoch = runs[0].start, session.total_steps, session.order.steps_per_epoch
+        student = runs[0].student
+        self.config, self.context, self.inputs = student.config, student.context, student.inputs
+        self.start, self.total, self.steps_per_epoch = runs[0].start, student.total_steps, student.order.steps_per_epoch
         self.commits = commits or self.context.reports_are_final
         self.global_batch = self.config.train.lanes * self.config.train.lane_batch
-        self.engine = make_engine([run.session for run in self.runs], self.spares)
+        self.engine = make_engine([run.student for run in self.runs], self.spares)
         self.meter = Meter(self.context.device, self.global_batch)
         self.results: dict[Run, dict[str, Any]] = {}
 
@@ -88,10 +85,10 @@ class Loop:
         context = self.context
         progress = Progress(context, self.label, self.start, self.total, self.global_batch, self.quiet)
         rhythm = Rhythm(self.config.run, context, self.steps_per_epoch, self.start)
-        batches = self.supply.batches(self.start)
+        self.inputs.start(self.start)
         start_times.mark("built")
         for step in range(self.start, self.total):
-            records = self._step(step, batches)
+            records = self._step(step)
             done, last = step + 1, step + 1 == self.total
             epoch, rest = divmod(done, self.steps_per_epoch)
             every = self.config.train.eval_every
@@ -127,19 +124,23 @@ class Loop:
                 raise Interrupted(f"asked to stop: saved at step {done} of {self.total} in {places}")
         progress.close()
 
-    def _step(self, step: int, batches: Iterator[LaneBatch]) -> dict[Run, StepRecord]:
+    def _step(self, step: int) -> dict[Run, StepRecord]:
         """One step of every run, and what is written of it."""
-        found, failed = self.engine.step([run.session for run in self.runs], step, batches)
-        records = {run: found[run.session] for run in self.runs if run.session in found}
-        for run in [run for run in self.runs if run.session in failed]:
-            self.leave(run, MemberMemoryError(f"out of memory in step {step + 1}: {failed[run.session]}"))
+        taken = self.engine.step([run.student for run in self.runs], step)
+        records: dict[Run, StepRecord] = {}
+        for run in list(self.runs):
+            found = taken[run.student]
+            if isinstance(found, NoMemory):
+                self.leave(run, MemberMemoryError(f"out of memory in step {step + 1}: {found.said}"))
+            else:
+                records[run] = found
         self._still_finite(lambda run: run.guard.add(step, records[run].log, records[run].ids))
         self.meter.step()
         start_times.mark("first_step")
         done = step + 1
         for run in self.runs:
             if done % self.config.train.log_every == 0 or done == self.total:
-                line = write_step(run.log, run.session, done, records[run].log, self.meter)
+                line = write_step(run.log, run.student, done, records[run].log, self.meter)
                 if line is not None:
                     self.context.observe(run.run_dir, {"step": done, **line})
             run.write_samples(done, records[run])
@@ -159,7 +160,7 @@ class Loop:
 
     def evaluate(self, done: int) -> list[dict[str, Any]]:
         """Held-out figures of every run after ``done`` steps. A pack's run may leave meanwhile, and has none."""
-        return [run.session.evaluate() for run in self.runs]
+        return [run.student.evaluate() for run in self.runs]
 
     def save(self, done: int) -> None:
         """Checkpoint every run."""
@@ -189,20 +190,20 @@ class Loop:
 
 
 def write_step(
-    log: MetricsLog | None, session: Session, done: int, record: Mapping[str, Tensor], meter: Meter
+    log: MetricsLog | None, student: Student, done: int, record: Mapping[str, Tensor], meter: Meter
 ) -> dict[str, float] | None:
     """Average a step's breakdown over all lanes and write it. Every worker takes part; the one with the log gets what
     was written."""
-    share = len(session.my_lanes) / session.config.train.lanes
+    share = len(student.my_lanes) / student.config.train.lanes
     values = all_sum(torch.stack([value.double() for value in record.values()]) * share).tolist()
     if log is not None:
         rates = {
             "images_per_second": meter.rate(),
-            "data_wait": session.feed.waited / max(meter.elapsed(), 1e-9),
-            "lr": float(session.optimizer.param_groups[0]["lr"]),
-            "epoch": done / session.order.steps_per_epoch,
+            "data_wait": student.inputs.waited / max(meter.elapsed(), 1e-9),
+            "lr": float(student.optimizer.param_groups[0]["lr"]),
+            "epoch": done / student.order.steps_per_epoch,
         }
-        hits = session.supply.cache_hit_rate()
+        hits = student.inputs.cache_hit_rate()
         if hits is not None:
             rates["cache_hit_rate"] = hits
         line = dict(zip(record, values, strict=True)) | rates

@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from mimkd_ray import storage
@@ -26,17 +25,17 @@ from mimkd_ray.config.digest import differences
 from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import MemberMemoryError, NonFiniteLossError, UserError
-from mimkd_ray.train.build import build_student, teacher_plan
+from mimkd_ray.train.build import PlannedStudent, plan_student
 from mimkd_ray.train.distributed import Context
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
-from mimkd_ray.train.inputs import Supply
+from mimkd_ray.train.inputs import Inputs
 from mimkd_ray.train.loop import Loop
 from mimkd_ray.train.out_of_memory import each, is_out_of_memory
 from mimkd_ray.train.records import checkpoint, start_times
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.run_dir import jsonable, read_json, read_metrics, write_json
 from mimkd_ray.train.run_record import Run
-from mimkd_ray.train.student import Session, StepRecord, evaluate_together
+from mimkd_ray.train.student import StepRecord, Student, evaluate_together
 from mimkd_ray.train.worker import claim
 
 RESULT, STOPPED, FAILED = "result.json", "stopped.json", "failed.json"
@@ -96,18 +95,22 @@ def train_pack(
         raise UserError(f"a pack is trained by one worker, and there are {context.world_size}: pass --launch.workers 1")
     check_members(members)
     outcomes = {number: read_outcome(member.run_dir) for number, member in enumerate(members)}
+    going: dict[int, PlannedStudent] = {}
     for number, member in enumerate(members):
         if outcomes[number] is None:
-            outcomes[number] = _cannot_be_built(member.config, data, teacher)
-    going = [number for number, outcome in outcomes.items() if outcome is None]
+            planned = _planned(member, data, teacher)
+            if isinstance(planned, PlannedStudent):
+                going[number] = planned
+            else:
+                outcomes[number] = planned
     if going:
-        supply, pack, lost = _open(members, going, data, teacher, context, judge, extra or {})
+        inputs, pack, lost = _open(members, going, data, teacher, context, judge, extra or {})
         try:
             if pack is not None:
                 pack.go()
                 outcomes |= pack.outcomes
         finally:
-            supply.close()
+            inputs.close()
         outcomes |= lost
     return [outcome for outcome in outcomes.values() if outcome is not None]
 
@@ -163,17 +166,21 @@ def read_outcome(run_dir: str) -> Outcome | None:
     return None if failed is None else Outcome(error=_ERRORS[failed["kind"]](failed["message"]))
 
 
-def _cannot_be_built(config: Config, data: Data, teacher: nn.Module | None) -> Outcome | None:
-    """The outcome of a member whose student or taps are wrong; None if they are right."""
+def _planned(member: Member, data: Data, teacher: nn.Module | None) -> PlannedStudent | Outcome:
+    """Plan the student of a member. Returns its outcome where student or taps are wrong, or memory is short."""
+    config = member.config
     try:
-        if teacher is not None and config.loss.uses_teacher:
-            teacher_plan(config, teacher, data.num_classes)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                build_student(config, data.num_classes)
+        return plan_student(config, teacher if config.loss.uses_teacher else None, data.num_classes)
     except UserError as error:
         return Outcome(error=error)
-    return None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return _found_no_memory(member.run_dir, error)
+
+
+def _found_no_memory(run_dir: str, error: Exception) -> Outcome:
+    return _fail(run_dir, MemberMemoryError(f"out of memory before the first step: {error}"))
 
 
 _ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (NonFiniteLossError, MemberMemoryError)}
@@ -182,50 +189,49 @@ _ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (NonFinit
 
 def _open(
     members: Sequence[Member],
-    going: Sequence[int],
+    going: Mapping[int, PlannedStudent],
     data: Data,
     teacher: nn.Module | None,
     context: Context,
     judge: Judge | None,
     extra: Mapping[str, Any],
-) -> tuple[Supply, _Pack | None, dict[int, Outcome]]:
-    """What feeds the members that are ``going``, their pack at the newest step that they share, and the outcomes of
+) -> tuple[Inputs, _Pack | None, dict[int, Outcome]]:
+    """The inputs of the members that are ``going``, their pack at the newest step that they share, and the outcomes of
     those for which there was no memory. No pack where that is all of them."""
     began = time.perf_counter()
-    configs = [members[number].config for number in going]
     places = [members[number].run_dir for number in going]
-    readers = [config for config in configs if config.loss.uses_teacher]
+    readers = [planned for planned in going.values() if planned.config.loss.uses_teacher]
     network = teacher if readers else None
     # What is fitted without a cache is kept with the first member, whoever goes on.
-    cached = open_cached(readers[0], data, network, context, members[0].run_dir, readers[1:]) if readers else None
+    cached = open_cached(readers, data, network, context, members[0].run_dir) if readers else None
     start_times.mark("cache")
-    supply = Supply(readers or configs, data, network, context, cached)
+    inputs = Inputs(list(going.values()), data, network, context, cached)
     start, contents = checkpoint.newest_shared(places)
-    sessions: dict[int, Session] = {}
+    students: dict[int, Student] = {}
     lost: dict[int, Outcome] = {}
-    for at, (number, config, place) in enumerate(zip(going, configs, places, strict=True)):
+    for at, ((number, planned), place) in enumerate(zip(going.items(), places, strict=True)):
         try:
-            session = Session(config, data, network if config.loss.uses_teacher else None, context, supply=supply)
+            student = Student(planned, inputs)
             if contents:
-                session.restore(place, contents[at])
+                student.restore(place, contents[at])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            lost[number] = _fail(place, MemberMemoryError(f"out of memory before the first step: {error}"))
+            lost[number] = _found_no_memory(place, error)
             continue
         checkpoint.drop_after(place, start)
-        sessions[number] = session
-    if not sessions:
-        return supply, None, lost
+        students[number] = student
+    if not students:
+        return inputs, None, lost
     if start:
         seconds = time.perf_counter() - began
-        say(context, f"resumed {len(sessions)} members from step {start} of {', '.join(places)} in {seconds:.1f} s")
+        say(context, f"resumed {len(students)} members from step {start} of {', '.join(places)} in {seconds:.1f} s")
     runs = {
-        number: Run(session, members[number].run_dir, start, began, extra, FEWEST_CHECKPOINTS)
-        for number, session in sessions.items()
+        number: Run(student, members[number].run_dir, start, began, extra, FEWEST_CHECKPOINTS)
+        for number, student in students.items()
     }
     told = {number: told_before(member.run_dir) for number, member in enumerate(members)} if judge is not None else {}
-    return supply, _Pack(runs, judge, told), lost
+    return inputs, _Pack(runs, judge, told), lost
 
 
 def _fail(run_dir: str, error: NonFiniteLossError | MemberMemoryError) -> Outcome:
@@ -272,12 +278,12 @@ class _Pack(Loop):
 
     def evaluate(self, done: int) -> list[dict[str, Any]]:
         """In one pass for all."""
-        failed: dict[Session, str] = {}
-        found = evaluate_together([run.session for run in self.runs], failed)
+        failed: dict[Student, str] = {}
+        found = evaluate_together([run.student for run in self.runs], failed)
         self._leave_for_memory(
-            {run: failed[run.session] for run in self.runs if run.session in failed}, "evaluation", done
+            {run: failed[run.student] for run in self.runs if run.student in failed}, "evaluation", done
         )
-        return [found[run.session] for run in self.runs]
+        return [found[run.student] for run in self.runs]
 
     def save(self, done: int) -> None:
         """A member removes its oldest checkpoint when it commits this one: by then all have the one before."""

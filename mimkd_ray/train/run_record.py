@@ -17,7 +17,7 @@ from mimkd_ray.train.distributed import all_sum, barrier, gather_lanes, share_fr
 from mimkd_ray.train.records import checkpoint, start_times
 from mimkd_ray.train.records.metrics import FiniteGuard, Meter
 from mimkd_ray.train.records.run_dir import MetricsLog, read_json, write_json
-from mimkd_ray.train.student import Session, StepRecord
+from mimkd_ray.train.student import StepRecord, Student
 from mimkd_ray.versions import versions
 
 
@@ -28,13 +28,13 @@ class Run:
     """
 
     def __init__(
-        self, session: Session, run_dir: str, start: int, began: float, extra: Mapping[str, Any], keep: int = 0
+        self, student: Student, run_dir: str, start: int, began: float, extra: Mapping[str, Any], keep: int = 0
     ) -> None:
-        """``session`` stands at step ``start``. ``began``: when work on this run began, by perf_counter. ``keep``:
+        """``student`` stands at step ``start``. ``began``: when work on this run began, by perf_counter. ``keep``:
         checkpoints that are kept at least."""
-        self.session, self.run_dir, self.start = session, run_dir, start
+        self.student, self.run_dir, self.start = student, run_dir, start
         self.began, self.extra = began, extra
-        config, context = session.config, session.context
+        config, context = student.config, student.context
         self.log: MetricsLog | None = None
         self.writer: checkpoint.Writer | None = None
         if context.rank == 0:
@@ -42,13 +42,13 @@ class Run:
             self.log = MetricsLog(run_dir, start, config.run)
             self.writer = checkpoint.Writer(run_dir, max(keep, config.run.keep_checkpoints), self.log.publish)
         self.guard = FiniteGuard(context.device)
-        self.best = Best(session, run_dir, start) if config.run.keep_best else None
+        self.best = Best(student, run_dir, start) if config.run.keep_best else None
         self.held_out: dict[str, Any] = {}
 
     def write_samples(self, done: int, record: StepRecord) -> None:
         """Note what step number ``done`` trained on, where the run keeps such notes."""
-        if self.session.config.run.log_samples:
-            ids_LB = gather_lanes(torch.stack(record.ids), self.session.config.train.lanes)
+        if self.student.config.run.log_samples:
+            ids_LB = gather_lanes(torch.stack(record.ids), self.student.config.train.lanes)
             if self.log is not None:
                 self.log.write_samples(done, record.view, ids_LB)
 
@@ -64,9 +64,9 @@ class Run:
 
     def save(self, done: int) -> None:
         """Checkpoint, in the background."""
-        self.session.save(done, self.writer)
+        self.student.save(done, self.writer)
         if self.writer is not None:
-            self.session.context.observe(self.run_dir, {"checkpoint_stall": self.writer.stalls[-1]})
+            self.student.context.observe(self.run_dir, {"checkpoint_stall": self.writer.stalls[-1]})
 
     def wait(self) -> None:
         """Return when everything is committed."""
@@ -81,15 +81,15 @@ class Run:
 
     def finish(self, meter: Meter) -> dict[str, Any]:
         """Write student.safetensors and then result.json, and return what it says."""
-        session = self.session
-        damaged = torch.tensor(session.supply.damage.damaged, device=session.context.device)
+        student = self.student
+        damaged = torch.tensor(student.inputs.damage.damaged, device=student.context.device)
         seconds = time.perf_counter() - self.began
         result = {
-            **describe(session, self.held_out, meter, self.start, seconds),
+            **describe(student, self.held_out, meter, self.start, seconds),
             **self.extra,
             "damaged": int(all_sum(damaged).item()),
         }
-        weights = session.weights()
+        weights = student.weights()
         if self.writer is not None:
             self.close()
             result["checkpoints"] = {"saved": len(self.writer.stalls), "stall_seconds": sum(self.writer.stalls)}
@@ -103,11 +103,11 @@ class Best:
     """best.safetensors and best.json: the exported student with the highest held-out top-1 so far; of equal ones the
     earliest."""
 
-    def __init__(self, session: Session, run_dir: str, start: int) -> None:
+    def __init__(self, student: Student, run_dir: str, start: int) -> None:
         """Goes on from the best.json that is there, unless it is of a later step than the run goes on from."""
-        self.session = session
+        self.student = student
         self.weights, self.figures = (storage.join(run_dir, name) for name in ("best.safetensors", "best.json"))
-        known = share_from_first(read_json(self.figures) if session.context.rank == 0 else None)
+        known = share_from_first(read_json(self.figures) if student.context.rank == 0 else None)
         self.top1 = known["top1"] if known is not None and known["step"] <= start else float("-inf")
 
     def consider(self, done: int, epoch: int, held_out: Mapping[str, Any]) -> None:
@@ -116,18 +116,18 @@ class Best:
         if held_out["top1"] <= self.top1:
             return
         self.top1 = held_out["top1"]
-        weights: dict[str, Tensor] = self.session.weights()
-        if self.session.context.rank == 0:
+        weights: dict[str, Tensor] = self.student.weights()
+        if self.student.context.rank == 0:
             storage.write_bytes(self.weights, save_safetensors(weights))
             write_json(self.figures, {"step": done, "epoch": epoch, **held_out})
 
 
-def describe(session: Session, held_out: Mapping[str, Any], meter: Meter, start: int, seconds: float) -> dict[str, Any]:
+def describe(student: Student, held_out: Mapping[str, Any], meter: Meter, start: int, seconds: float) -> dict[str, Any]:
     """What result.json says of this run."""
-    config = session.config
+    config = student.config
     nats = {
         term.name: {key: held_out.get(f"{term.name}/{key}") for key in ("nats", "ceiling")}
-        for term in session.distiller.loss.plan
+        for term in student.distiller.loss.plan
     }
     return {
         "recipe": config.recipe,
@@ -138,14 +138,14 @@ def describe(session: Session, held_out: Mapping[str, Any], meter: Meter, start:
         "nats": nats,
         "images_per_second": meter.rate(),
         "seconds": seconds,
-        "steps": session.total_steps,
-        "epochs": session.total_steps / session.order.steps_per_epoch,
-        "workers": session.context.world_size,
+        "steps": student.total_steps,
+        "epochs": student.total_steps / student.order.steps_per_epoch,
+        "workers": student.context.world_size,
         "lanes": config.train.lanes,
         "lane_batch": config.train.lane_batch,
         "seed": config.train.seed,
         "resumed_from": start,
         "timeline": start_times.marks(),
-        "digests": {"config": digest(config), "data": session.data.digest},
+        "digests": {"config": digest(config), "data": student.data.digest},
         "versions": versions(),
     }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,16 +13,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mimkd_ray.config import Config
 from mimkd_ray.config.digest import differences, refuse_changes, training_dict
-from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.losses.features import Features
 from mimkd_ray.taps.tapped_model import TappedModel
-from mimkd_ray.train.build import build_distiller, has_compiler, why_plain
+from mimkd_ray.train.build import PlannedStudent, build_distiller, has_compiler, plan_student, why_plain
 from mimkd_ray.train.distributed import Context, gather_by_rank, gather_lanes, is_distributed, share_from_first
 from mimkd_ray.train.evaluate import accuracies, held_out_name, read_information
-from mimkd_ray.train.from_cache.cached_teacher import Cached
-from mimkd_ray.train.input_lanes import Lane
-from mimkd_ray.train.inputs import Supply
+from mimkd_ray.train.from_cache.cached_teacher import open_cached
+from mimkd_ray.train.inputs import Inputs, Lane
 from mimkd_ray.train.optim import (
     build_optimizer,
     learning_rate,
@@ -30,12 +28,10 @@ from mimkd_ray.train.optim import (
     portable_state,
     set_learning_rate,
 )
-from mimkd_ray.train.out_of_memory import each
-from mimkd_ray.train.records import checkpoint
+from mimkd_ray.train.records import checkpoint, start_times
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.step import LaneNorms, backward_lane, data_parallel, seed_lane
-
-T = TypeVar("T")
+from mimkd_ray.train.turns import NoMemory, Turns
 
 GRAPHS = 64
 """Students (and lane sizes) that one process compiles; torch's own limit is 8."""
@@ -49,30 +45,21 @@ class StepRecord(NamedTuple):
     view: int
 
 
-class Session:
+class Student:
     """One student in one worker: ``step()`` advances it, ``evaluate()`` looks at it, ``save()`` is for a restart.
 
-    What feeds it is a :class:`Supply`: its own, or that of a pack, whose sessions are advanced together.
+    Its steps are given what they train on by :class:`Inputs`: its own, or that of a pack, whose students are advanced
+    together.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        data: Data,
-        teacher: torch.nn.Module | None,
-        context: Context,
-        cached: Cached | None = None,
-        supply: Supply | None = None,
-    ) -> None:
-        """``cached``: codecs and, where the run reads a cache, its features (train/cached.py). ``supply``: that of the
-        pack; the student's own is made of ``cached`` otherwise."""
-        self.config, self.data, self.context = config, data, context
+    def __init__(self, planned: PlannedStudent, inputs: Inputs) -> None:
+        """``inputs`` were made for this student, perhaps among others."""
+        config, context = planned.config, inputs.context
+        self.config, self.inputs, self.data, self.context = config, inputs, inputs.data, context
         train, device = config.train, context.device
         self.plain_because = why_plain(config, device)
-        self.supply = supply if supply is not None else Supply([config], data, teacher, context, cached)
-        self.order, self.total_steps, self.my_lanes = self.supply.order, self.supply.total_steps, self.supply.my_lanes
-        self.normalize, self.teacher, self.feed = self.supply.normalize, self.supply.teacher, self.supply.feed
-        self.distiller = build_distiller(config, data, teacher, device)
+        self.order, self.total_steps, self.my_lanes = inputs.order, inputs.total_steps, inputs.my_lanes
+        self.distiller = build_distiller(planned, self.data.train, device)
         self.ema = (
             AveragedModel(self.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
             if train.ema_decay
@@ -81,7 +68,6 @@ class Session:
         self.optimizer = build_optimizer(config.optim, self.distiller, not self.plain_because)
         self.norms = LaneNorms(self.distiller, len(self.my_lanes), train.lanes)
         self.model = data_parallel(self.distiller) if is_distributed() else self.distiller
-        self._logs: list[dict[str, Tensor]] = []
         if self.plain_because:
             self._compile()
 
@@ -98,20 +84,8 @@ class Session:
         # compiled at all.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
         self.distiller.compile()
-        if self.teacher is not None:
-            self.teacher.tapped.compile()
-
-    def batches(self, start_step: int) -> Iterator[LaneBatch]:
-        """This worker's lanes of all remaining steps, on the device ahead of need."""
-        return self.supply.batches(start_step)
-
-    def step(self, step: int, batches: Iterator[LaneBatch]) -> StepRecord:
-        """One optimiser step over this worker's lanes."""
-        self.schedule(step)
-        seeds = partial(seed_lane, self.config.train.seed, step)
-        records, _ = advance([self], self.feed.step(step, self.my_lanes, batches), seeds)
-        self.after_step()
-        return records[self]
+        if self.inputs.teacher is not None:
+            self.inputs.teacher.tapped.compile()
 
     def schedule(self, step: int) -> None:
         """Set what follows from the step's number: the learning rate and the loss's weights."""
@@ -120,45 +94,26 @@ class Session:
         lr = learning_rate(self.config.optim, step, self.order.steps_per_epoch, self.config.train.epochs)
         set_learning_rate(self.optimizer, lr)
 
-    def begin_step(self) -> None:
-        """Be ready for the lanes of a step."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.norms.begin_step()
-        self._logs = []
-
-    def take(self, lane: Lane) -> None:
-        """Forward and backward of one lane."""
-        weight = self.context.world_size / self.config.train.lanes
-        last = lane.number == self.my_lanes[-1]
-        features = self._asked(lane.teacher)
-        self._logs.append(
-            backward_lane(self.model, lane.images_BCHW, lane.labels_B, lane.ids_B, features, weight, last)
-        )
-        self.distiller.loss.observe(features, lane.labels_B, lane.ids_B)
-        self.norms.end_lane()
-
-    def _asked(self, features: Features | None) -> Features | None:
+    def asks_for(self, features: Features | None) -> Features | None:
         """Of what the teacher says to all students of a pack, what this one asks for."""
         loss = self.config.loss
         if features is None or not loss.uses_teacher:
             return None
         return features if loss.resolved_negatives in ("step", "cache") else features._replace(others=None)
 
-    def end_step(self) -> dict[str, Tensor]:
-        """Update the weights. Returns the mean breakdown of the lanes."""
-        self.norms.end_step()
-        if self.config.optim.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.distiller.parameters(), self.config.optim.clip_norm)
-        self.optimizer.step()
-        self.distiller.loss.after_step(partial(gather_lanes, lanes=self.config.train.lanes))
-        lanes_LM = torch.stack([torch.stack(list(log.values())) for log in self._logs])
-        means_M = lanes_LM.mean(0) if len(lanes_LM) > 1 else lanes_LM[0]
-        return dict(zip(self._logs[0], means_M.unbind(), strict=True))
-
-    def after_step(self) -> None:
-        """Let the moving average follow."""
+    def follow(self) -> None:
+        """Let the moving average follow, after a step."""
         if self.ema is not None:
             self.ema.update_parameters(self.distiller.student)
+
+    def step(self, step: int) -> StepRecord:
+        """Take one step alone, as PlainEngine does (train/captured.py)."""
+        self.schedule(step)
+        seed = partial(seed_lane, self.config.train.seed, step)
+        record = optimisation_step([self], self.inputs.step(step), seed)[self]
+        assert isinstance(record, StepRecord)
+        self.follow()
+        return record
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -191,10 +146,6 @@ class Session:
                 name: value.detach().to("cpu", copy=True).contiguous()
                 for name, value in self.exported().state_dict().items()
             }
-
-    def held_out(self, batch_size: int) -> Iterator[LaneBatch]:
-        """This worker's slice of the held-out rows."""
-        return self.supply.held_out(batch_size)
 
     def evaluate(self) -> dict[str, Any]:
         """Held-out top-1, top-5, cross-entropy, and mutual information per term. Training goes on as if nobody had
@@ -250,93 +201,118 @@ class Session:
         return int(state["step"])
 
 
-def advance(
-    sessions: Sequence[Session],
+def mean_log(logs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean breakdown of lanes."""
+    lanes_LM = torch.stack([torch.stack(list(log.values())) for log in logs])
+    means_M = lanes_LM.mean(0) if len(lanes_LM) > 1 else lanes_LM[0]
+    return dict(zip(logs[0], means_M.unbind(), strict=True))
+
+
+def lone_student(
+    config: Config, data: Data, teacher: torch.nn.Module | None, context: Context, run_dir: str = ""
+) -> Student:
+    """Make the one student of a run, at its start: plan its taps, open its cache, tap the teacher.
+
+    ``teacher`` is None where the loss needs none. ``run_dir`` keeps the numbers of codecs that are fitted without a
+    cache; a config without codecs needs none. Every worker calls it.
+    """
+    planned = plan_student(config, teacher, data.num_classes)
+    cached = open_cached([planned], data, teacher, context, run_dir)
+    start_times.mark("cache")
+    return Student(planned, Inputs([planned], data, teacher, context, cached))
+
+
+def optimisation_step(
+    students: Sequence[Student],
     lanes: Iterable[Lane],
-    seeds: Callable[[int], None] | None,
+    seed: Callable[[int], None] | None,
     spare: bool = False,
     streams: Sequence[torch.cuda.Stream] = (),
-) -> tuple[dict[Session, StepRecord], dict[Session, str]]:
-    """One optimiser step of every session, on the same lanes, after :meth:`Session.schedule`. One student's activations
-    are held at a time.
+) -> dict[Student, StepRecord | NoMemory]:
+    """One optimisation step of every student, on the same lanes, from zeroed gradients to the loss's bookkeeping.
 
-    ``seeds`` is called with a lane's number before each student takes it, and seeds the networks' random numbers; None:
-    they are seeded already. With ``spare`` a session that finds no
-    memory gives up its own and has no record; what the allocator said stands in the second result, and the others have
-    their step. ``streams``: one a session, on which it works beside the others.
+    Before it, :meth:`Student.schedule` has set the step's learning rate and weights; after it, :meth:`Student.follow`
+    moves the average. Everything between them runs on the device, so that it can be recorded (train/captured.py).
+
+    ``seed`` is called with a lane's number before each student takes it, and seeds the networks' random numbers; None:
+    they are seeded already. Students take turns (:class:`Turns`): one student's activations are held at a time. With
+    ``spare`` a student that finds no memory leaves, and the others have their step. ``streams``: one a student, on
+    which it works beside the others.
     """
-    failed: dict[Session, str] = {}
-
-    def all_do(act: Callable[[Session], T]) -> dict[Session, T]:
-        done: dict[Session, T] = {}
-        for number, session in enumerate(sessions):
-            gone = len(failed)
-            with _forked(streams[number]) if streams else nullcontext():
-                done |= each([session], act, failed if spare else None)
-                if len(failed) > gone:
-                    session.optimizer.zero_grad(set_to_none=True)  # the next one may need the room
-        for stream in streams:
-            torch.cuda.current_stream().wait_stream(stream)
-        return done
-
-    def take(session: Session, lane: Lane) -> None:
-        if seeds is not None:
-            seeds(lane.number)
-        session.take(lane)
-
-    all_do(lambda session: session.begin_step())
+    turns = Turns(students, spare, streams)
+    logs: dict[Student, list[dict[str, Tensor]]] = {student: [] for student in students}
+    records: dict[Student, StepRecord | NoMemory] = {}
     ids: list[Tensor] = []
     view = 0
+    for student in turns:
+        with turns.of(student):
+            student.optimizer.zero_grad(set_to_none=True)
+            student.norms.begin_step()
     for lane in lanes:
-        all_do(partial(take, lane=lane))
+        for student in turns:
+            with turns.of(student):
+                if seed is not None:
+                    seed(lane.number)
+                features = student.asks_for(lane.teacher)
+                log = backward_lane(  # forward and backward; the last lane of a step adds up the workers' gradients
+                    student.model,
+                    lane.images_BCHW,
+                    lane.labels_B,
+                    lane.ids_B,
+                    features,
+                    weight=student.context.world_size / student.config.train.lanes,
+                    last=lane.number == student.my_lanes[-1],
+                )
+                logs[student].append(log)
+                student.distiller.loss.observe(features, lane.labels_B, lane.ids_B)
+                student.norms.end_lane()
         ids.append(lane.ids_B)
         view = lane.view
-    logs = all_do(lambda session: session.end_step())
-    return {session: StepRecord(log, ids, view) for session, log in logs.items()}, failed
-
-
-@contextmanager
-def _forked(stream: torch.cuda.Stream) -> Iterator[None]:
-    """A with-block whose GPU work runs on ``stream``, after all that was asked for until now."""
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
+    for student in turns:
+        with turns.of(student):
+            student.norms.end_step()
+            if student.config.optim.clip_norm:
+                torch.nn.utils.clip_grad_norm_(student.distiller.parameters(), student.config.optim.clip_norm)
+            student.optimizer.step()
+            student.distiller.loss.after_step(partial(gather_lanes, lanes=student.config.train.lanes))
+            records[student] = StepRecord(mean_log(logs[student]), ids, view)
+    return records | turns.left
 
 
 def evaluate_together(
-    sessions: Sequence[Session], failed: dict[Session, str] | None = None
-) -> dict[Session, dict[str, Any]]:
-    """:meth:`Session.evaluate` of sessions with one supply: images are decoded, and the teacher runs, once for all.
+    students: Sequence[Student], failed: dict[Student, str] | None = None
+) -> dict[Student, dict[str, Any]]:
+    """:meth:`Student.evaluate` of students with the same inputs: images are decoded and the teacher runs once.
 
-    A session that finds no memory is added to ``failed`` with what the allocator said, and has no figures; None: its
+    A student that finds no memory is added to ``failed`` with what the allocator said, and has no figures; None: its
     error is raised.
     """
-    supply = sessions[0].supply
-    train, images = supply.config.train, supply.config.data
+    inputs = students[0].inputs
+    train, images = inputs.config.train, inputs.config.data
     with ExitStack() as stack:
-        for session in sessions:
-            stack.enter_context(session.settled())
+        for student in students:
+            stack.enter_context(student.settled())
         # With their taps: the network alone would leave those of its last batch in the hooks that are on it.
-        networks = {session: session.tapped() for session in sessions}
+        networks = {student: student.tapped() for student in students}
         training = {network: network.training for network in networks.values()}
         for network in training:
             network.eval()
-        logits = {session: partial(_logits, network) for session, network in networks.items()}
-        batches = supply.held_out(train.eval_batch or train.lane_batch)
+        logits = {student: partial(_logits, network) for student, network in networks.items()}
+        batches = inputs.held_out(train.eval_batch or train.lane_batch)
         measured = accuracies(
-            logits, batches, supply.normalize, images.max_damaged, held_out_name(images), failed=failed
+            logits, batches, inputs.normalize, images.max_damaged, held_out_name(images), failed=failed
         )
         for network, mode in training.items():
             network.train(mode)
-        values: dict[Session, dict[str, Any]] = {session: found._asdict() for session, found in measured.items()}
-        readable = {session: session.distiller for session in values if session.distiller.loss.plan}
-        if supply.teacher is not None and readable and train.information_rows:
+        values: dict[Student, dict[str, Any]] = {student: found._asdict() for student, found in measured.items()}
+        readable = {student: student.distiller for student in values if student.distiller.loss.plan}
+        if inputs.teacher is not None and readable and train.information_rows:
             # In batches of a lane, so that held-out nats have the ceiling of those in training.
-            lanes = supply.held_out(train.lane_batch)
-            read = read_information(readable, supply.teacher, lanes, supply.normalize, train.information_rows, failed)
-            for session, information in read.items():
-                values[session] |= information
-    return {session: found for session, found in values.items() if session not in (failed or {})}
+            lanes = inputs.held_out(train.lane_batch)
+            read = read_information(readable, inputs.teacher, lanes, inputs.normalize, train.information_rows, failed)
+            for student, information in read.items():
+                values[student] |= information
+    return {student: found for student, found in values.items() if student not in (failed or {})}
 
 
 def _logits(tapped: TappedModel, images_BCHW: Tensor) -> Tensor:

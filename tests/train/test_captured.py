@@ -21,7 +21,7 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.captured import WARM_STEPS, CapturedEngine, make_engine
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import Student, lone_student
 
 DRAWING = (1, 3)
 """Of the variants: a network with dropout, and terms that read random locations."""
@@ -100,15 +100,15 @@ def test_any_engine_goes_on_from_any_checkpoint(
         "optim": {"name": "adamw", "lr": 0.002},
     }
     run_tiny(tmp_path / "whole", **sections)
-    real = Session.schedule
+    real = Student.schedule
 
-    def dies(self: Session, step: int) -> None:
+    def dies(self: Student, step: int) -> None:
         if step == 7:
             raise RuntimeError("killed")
         real(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "schedule", dies)
+        patch.setattr(Student, "schedule", dies)
         with pytest.raises(RuntimeError, match="killed"):
             run_tiny(tmp_path / "halves", **sections | {"train": sections["train"] | {"engine": first}})
     wait_for_checkpoints()
@@ -122,7 +122,7 @@ def test_a_member_that_leaves_ends_no_other(tmp_path: Path, monkeypatch: pytest.
     configs = [base, replace(base, optim=replace(base.optim, lr=0.02))]
     with engines(monkeypatch) as made:
         pack([captured(config) for config in configs], tmp_path / "pack", lambda epoch, _: {0} if epoch == 2 else set())
-    assert made[0].recorded.sessions == [made[0].recorded.sessions[0]]
+    assert made[0].recorded.students == [made[0].recorded.students[0]]
     alone(configs[1:], tmp_path / "alone")
     same(tmp_path / "pack/1", tmp_path / "alone/0")
 
@@ -157,15 +157,15 @@ def test_nothing_of_a_step_needs_the_host(name: str, lanes: int) -> None:
     config = captured(tiny_config(train={"lanes": lanes, "lane_batch": 10}, optim={"clip_norm": 1.0}))
     config = replace(config, loss=OPTIONS[name])
     data = open_data(config.data)
-    session = Session(config, data, build_network(config, data.num_classes, "random"), cpu())
-    engine = make_engine([session])
+    student = lone_student(config, data, build_network(config, data.num_classes, "random"), cpu())
+    engine = make_engine([student])
     assert isinstance(engine, CapturedEngine)
-    batches = session.batches(0)
+    student.inputs.start(0)
     for step in range(WARM_STEPS):
-        engine.step([session], step, batches)
+        engine.step([student], step)
     with NoHost():
-        records, _ = engine._advance([session], None, False)
-    assert torch.isfinite(records[session].log["loss"])
+        taken = engine._take([student], None, False)
+    assert torch.isfinite(taken[student].log["loss"])
 
 
 def test_the_mode_refuses_what_it_says() -> None:

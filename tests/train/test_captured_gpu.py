@@ -14,12 +14,12 @@ from tiny_run import tiny_config
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.distillation import MIMKDLoss
-from mimkd_ray.train.build import build_network
+from mimkd_ray.train.build import build_network, plan_student
 from mimkd_ray.train.captured import WARM_STEPS, CapturedEngine, make_engine
-from mimkd_ray.train.inputs import Supply
+from mimkd_ray.train.inputs import Inputs
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.records import checkpoint
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import Student
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = LocalContext(torch.device("cuda"))
@@ -36,21 +36,22 @@ def on_gpu(engine: str, members: int, steps: int, **train: Any) -> list[list[flo
     )
     data = open_data(config.data)
     teacher = build_network(config, data.num_classes, "random")
-    supply = Supply([config], data, teacher, GPU)
     rates = [config.optim.lr / (1 + number) for number in range(members)]
     configs = [replace(config, optim=replace(config.optim, lr=rate)) for rate in rates]
-    sessions = [Session(own, data, teacher, GPU, supply=supply) for own in configs]
-    runner = make_engine(sessions)
-    batches = supply.batches(0)
+    planned = [plan_student(own, teacher, data.num_classes) for own in configs]
+    inputs = Inputs(planned, data, teacher, GPU)
+    students = [Student(one, inputs) for one in planned]
+    runner = make_engine(students)
+    inputs.start(0)
     losses = []
     for step in range(steps):
         if engine == "captured" and step == WARM_STEPS + 2:
             torch.cuda.set_sync_debug_mode("error")
-        records, _ = runner.step(sessions, step, batches)
+        taken = runner.step(students, step)
         torch.cuda.set_sync_debug_mode("default")
-        losses.append([float(records[session].log["loss"]) for session in sessions])
+        losses.append([float(taken[student].log["loss"]) for student in students])
     assert engine == "plain" or (isinstance(runner, CapturedEngine) and runner.recorded is not None)
-    supply.close()
+    inputs.close()
     return losses
 
 

@@ -23,10 +23,10 @@ from mimkd_ray.seeds import derive
 from mimkd_ray.train import distiller as module
 from mimkd_ray.train.build import build_student
 from mimkd_ray.train.distiller import Distiller, distill
-from mimkd_ray.train.input_lanes import Lane
+from mimkd_ray.train.inputs import Lane
 from mimkd_ray.train.optim import build_optimizer, learning_rate
 from mimkd_ray.train.step import seed_lane
-from mimkd_ray.train.student import Session, advance
+from mimkd_ray.train.student import Student, lone_student, optimisation_step
 
 
 def networks(seed: int = 0) -> tuple[nn.Module, nn.Module]:
@@ -50,16 +50,16 @@ def run_config(**sections: dict[str, Any]) -> Config:
     return tiny_config(**sections)
 
 
-def session_and_distiller(config: Config) -> tuple[Session, Distiller, torch.optim.Optimizer]:
-    """A session, and a distiller of the same start with the same kind of optimiser."""
+def student_and_distiller(config: Config) -> tuple[Student, Distiller, torch.optim.Optimizer]:
+    """A student in training, and a distiller of the same start with the same kind of optimiser."""
     torch.manual_seed(7)
     teacher = build_model("cifar/resnet8", 10).double()
-    session = Session(config, tiny_data(config), copy.deepcopy(teacher), cpu())
+    trained = lone_student(config, tiny_data(config), copy.deepcopy(teacher), cpu())
     student = build_student(config, 10).double()
     torch.manual_seed(derive(config.train.seed, "critics"))
-    steps = session.order.steps_per_epoch
+    steps = trained.order.steps_per_epoch
     own = distill(teacher, student, 8, config.loss, steps=steps * config.train.epochs, epoch_steps=steps)
-    return session, own, build_optimizer(config.optim, own)
+    return trained, own, build_optimizer(config.optim, own)
 
 
 def own_step(
@@ -88,14 +88,14 @@ def own_step(
 )
 def test_thirty_steps_have_the_losses_of_a_run(loss: dict[str, Any]) -> None:
     config = run_config(loss=loss)
-    session, own, optimizer = session_and_distiller(config)
-    batches = session.batches(0)
+    trained, own, optimizer = student_and_distiller(config)
+    trained.inputs.start(0)
     theirs, ours = [], []
     for step in range(30):
-        lanes = list(session.feed.step(step, [0], batches))
-        session.schedule(step)
-        records, _ = advance([session], lanes, partial(seed_lane, config.train.seed, step))
-        theirs.append(float(records[session].log["loss"]))
+        lanes = list(trained.inputs.step(step))
+        trained.schedule(step)
+        taken = optimisation_step([trained], lanes, partial(seed_lane, config.train.seed, step))
+        theirs.append(float(taken[trained].log["loss"]))
         ours.append(float(own_step(own, optimizer, config, step, lanes[0])))
     assert ours == pytest.approx(theirs, rel=1e-10)
     assert len(set(ours)) == 30
@@ -341,9 +341,9 @@ def _ranks_config(negatives: str) -> Config:
 def _rank(rank: int, world: int, folder: str, negatives: str, compiled: bool) -> None:
     torch.set_num_threads(1)
     config = _ranks_config(negatives)
-    session, own, _ = session_and_distiller(config)  # for its batches: before there is a process group
-    batches = session.batches(0)
-    taken = [list(session.feed.step(step, range(2), batches))[rank] for step in range(4)]
+    trained, own, _ = student_and_distiller(config)  # for its batches: before there is a process group
+    trained.inputs.start(0)
+    taken = [list(trained.inputs.step(step))[rank] for step in range(4)]
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     if compiled:
         torch._dynamo.config.optimize_ddp = False
@@ -360,9 +360,9 @@ def _rank(rank: int, world: int, folder: str, negatives: str, compiled: bool) ->
 
 @pytest.mark.parametrize(("negatives", "compiled"), [("queue", False), ("step", False), ("queue", True)])
 def test_two_ranks_under_ddp_train_as_two_lanes_of_a_run(negatives: str, compiled: bool, tmp_path: Path) -> None:
-    session, _, _ = session_and_distiller(_ranks_config(negatives))
-    batches = session.batches(0)
-    expected = torch.stack([session.step(step, batches).log["loss"] for step in range(4)])
+    trained, _, _ = student_and_distiller(_ranks_config(negatives))
+    trained.inputs.start(0)
+    expected = torch.stack([trained.step(step).log["loss"] for step in range(4)])
     start_ranks(_rank, (2, str(tmp_path), negatives, compiled), 2)
     found = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for rank in found:
@@ -370,4 +370,4 @@ def test_two_ranks_under_ddp_train_as_two_lanes_of_a_run(negatives: str, compile
     assert sorted(torch.cat([rank["ids"] for rank in found]).tolist()) == list(range(6)), "ids of ranks never meet"
     if negatives == "queue":
         for rank in found:
-            assert torch.equal(rank["queue"], session.distiller.loss.queue.ids_Q)
+            assert torch.equal(rank["queue"], trained.distiller.loss.queue.ids_Q)

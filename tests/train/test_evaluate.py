@@ -17,7 +17,7 @@ from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.evaluate import GRADIENT_IMAGES, accuracy, held_out_name
 from mimkd_ray.train.step import Normalizer
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import lone_student
 
 
 def _normalizer() -> Normalizer:
@@ -73,12 +73,12 @@ def test_a_set_without_images_is_named_with_the_remedy(batches: list[LaneBatch])
 def test_the_held_out_set_is_named_in_a_run() -> None:
     """Of a holdout, all of whose images are damaged and may be so."""
     config = tiny_config(data={"holdout": 0.1, "max_damaged": 1.0}, loss={"preset": "paper"})
-    session = Session(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
-    session.supply.held_out = lambda _: iter([_batch(0, ("x.jpg",))])  # type: ignore[method-assign]
+    student = lone_student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    student.inputs.held_out = lambda _: iter([_batch(0, ("x.jpg",))])  # type: ignore[method-assign]
     with pytest.raises(
         UserError, match=r"held-out part of digits \(data.holdout 0.1 of split 'train'\) gave no images"
     ):
-        session.evaluate()
+        student.evaluate()
 
 
 def _rank(rank: int, world: int, folder: str) -> None:
@@ -112,12 +112,12 @@ def test_every_number_of_workers_measures_the_same(tmp_path: Path) -> None:
 def test_an_evaluation_keeps_no_activations(ema_decay: float) -> None:
     """Counted by weak references to what the tapped layers of the evaluated network return."""
     config = tiny_config(train={"ema_decay": ema_decay, "information_rows": 0})
-    session = Session(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
-    layers = dict(session.exported().named_modules())
-    names = session.distiller.student.names
+    student = lone_student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    layers = dict(student.exported().named_modules())
+    names = student.distiller.student.names
     seen: list[weakref.ref[torch.Tensor]] = []
     handles = [layers[name].register_forward_hook(lambda m, i, out: seen.append(weakref.ref(out))) for name in names]
-    session.evaluate()
+    student.evaluate()
     assert len(seen) == 3 * len(names) > 0, "450 rows in batches of 150"
     gc.collect()
     assert not [ref for ref in seen if ref() is not None]
@@ -127,29 +127,29 @@ def test_an_evaluation_keeps_no_activations(ema_decay: float) -> None:
 
 def test_information_is_read_over_all_pairs_in_evaluation_mode_and_leaves_no_trace() -> None:
     config = tiny_config(loss={"preset": "paper"}, data={"subset": 100}, train={"lane_batch": 50})
-    session = Session(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
-    state = {name: value.clone() for name, value in session.distiller.state_dict().items()}
+    student = lone_student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    state = {name: value.clone() for name, value in student.distiller.state_dict().items()}
     graphs: list[int] = []
-    layer = dict(session.exported().named_modules())["stage3"]
+    layer = dict(student.exported().named_modules())["stage3"]
     handle = layer.register_forward_hook(lambda m, i, out: graphs.append(len(out)) if out.requires_grad else None)
-    values = session.evaluate()
+    values = student.evaluate()
     handle.remove()
     assert graphs == [GRADIENT_IMAGES] == [32], "no graph of the other images of the batch, nor of any other batch"
-    assert session.distiller.training
-    for name, value in session.distiller.state_dict().items():
+    assert student.distiller.training
+    for name, value in student.distiller.state_dict().items():
         assert torch.equal(value, state[name]), name
-    assert all(parameter.grad is None for parameter in session.distiller.parameters())
+    assert all(parameter.grad is None for parameter in student.distiller.parameters())
 
     # The same reading by hand: DV over all off-diagonal pairs of each batch, weighted by its rows.
-    session.distiller.eval()
+    student.distiller.eval()
     total = torch.zeros(())
-    assert session.teacher is not None
-    for batch in session.held_out(50):
-        images = session.normalize(batch.images_BCHW)
+    assert student.inputs.teacher is not None
+    for batch in student.inputs.held_out(50):
+        images = student.inputs.normalize(batch.images_BCHW)
         with torch.no_grad():
-            teacher = session.teacher.features(images).vectors["pool"]
-            _, taps = session.distiller.student(images)
-            critic = session.distiller.loss.critics[0]
+            teacher = student.inputs.teacher.features(images).vectors["pool"]
+            _, taps = student.distiller.student(images)
+            critic = student.distiller.loss.critics[0]
             a, b = critic.embed_student(taps["pool"]), critic.embed_teacher(teacher)
             scores = a @ b.T / 0.1
             off = scores[~torch.eye(len(scores), dtype=torch.bool)]
@@ -158,13 +158,13 @@ def test_information_is_read_over_all_pairs_in_evaluation_mode_and_leaves_no_tra
     assert values["global/pool-pool/nats"] == pytest.approx(float(total) / 450, rel=1e-4)
 
     # And the gradient of a term on the first 32 images, as a run of so few would have it.
-    first = next(session.held_out(32))
-    images = session.normalize(first.images_BCHW)
-    seen = session.teacher.features(images)
-    output, _ = session.distiller.output(images, first.labels_B, first.ids_B, seen, reading=True)
+    first = next(student.inputs.held_out(32))
+    images = student.inputs.normalize(first.images_BCHW)
+    seen = student.inputs.teacher.features(images)
+    output, _ = student.distiller.output(images, first.labels_B, first.ids_B, seen, reading=True)
     for name in ("ce", "feature/stage3-stage3"):
-        session.distiller.zero_grad()
+        student.distiller.zero_grad()
         output.terms[name].backward(retain_graph=True)
-        grads = [p.grad.flatten() for p in session.distiller.student.parameters() if p.grad is not None]
+        grads = [p.grad.flatten() for p in student.distiller.student.parameters() if p.grad is not None]
         assert values[f"{name}/grad_norm"] == pytest.approx(float(torch.cat(grads).norm()), rel=1e-4)
         assert values[f"{name}/grad_norm"] > 0

@@ -19,7 +19,7 @@ from mimkd_ray.config import Config, CriticConfig
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.distributed import gather_lanes, is_distributed
 from mimkd_ray.train.records import checkpoint
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import lone_student
 
 LANES = 4
 
@@ -37,31 +37,31 @@ def _attempt(context: LocalContext, config: Config, run_dir: str, stop: int) -> 
     """Go on from the newest checkpoint to step ``stop`` and leave one there. What this attempt saw, by rank."""
     torch.manual_seed(7)
     teacher = build_model("cifar/resnet8", 10)
-    session = Session(config, tiny_data(config), teacher, context)
-    start = session.resume(run_dir)
-    batches = session.batches(start)
+    student = lone_student(config, tiny_data(config), teacher, context)
+    start = student.resume(run_dir)
+    student.inputs.start(start)
     seen: dict[str, Any] = {"samples": [], "losses": []}
     for step in range(start, stop):
-        record = session.step(step, batches)
+        record = student.step(step)
         ids_LB = gather_lanes(torch.stack(record.ids), LANES)
         seen["samples"] += [(step, lane, record.view, ids) for lane, ids in enumerate(ids_LB.tolist())]
-        share = len(session.my_lanes) / LANES
+        share = len(student.my_lanes) / LANES
         loss = record.log["loss"].double() * share
         if is_distributed():
             dist.all_reduce(loss)
         seen["losses"].append(float(loss))
         if step == 0:
-            seen["gradient"] = torch.cat([p.grad.flatten() for p in session.distiller.parameters()])
+            seen["gradient"] = torch.cat([p.grad.flatten() for p in student.distiller.parameters()])
     writer = checkpoint.Writer(run_dir, 2, lambda: None) if context.rank == 0 else None
-    session.save(stop, writer)
+    student.save(stop, writer)
     if writer is not None:
         writer.wait()
-    with session.settled():
-        seen["weights"] = torch.cat([value.flatten() for value in session.distiller.state_dict().values()])
-        seen["statistics"] = session.norms.flat()
-        for name, network in {"student": session.distiller.student.model, "exported": session.exported()}.items():
+    with student.settled():
+        seen["weights"] = torch.cat([value.flatten() for value in student.distiller.state_dict().values()])
+        seen["statistics"] = student.norms.flat()
+        for name, network in {"student": student.distiller.student.model, "exported": student.exported()}.items():
             seen[name] = {key: value.clone() for key, value in network.state_dict().items()}
-    seen["own"] = session.norms.flat()
+    seen["own"] = student.norms.flat()
     return seen
 
 

@@ -13,7 +13,7 @@ from tiny_run import cpu, run_tiny, tiny_config, tiny_data
 from mimkd_ray.errors import NonFiniteLossError, UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train import loop
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import Student, lone_student
 from mimkd_ray.train.worker import run_job
 
 
@@ -55,9 +55,9 @@ def test_the_exported_student_is_the_evaluated_network(tmp_path: Path) -> None:
     config = tiny_config()
     network = build_model("cifar/resnet8_w4", 10)
     network.load_state_dict(load_file(tmp_path / "student.safetensors"))
-    session = Session(config, tiny_data(config), None, cpu())
-    session.distiller.student.model.load_state_dict(network.state_dict())
-    assert session.evaluate()["top1"] == pytest.approx(result["student"]["top1"])
+    student = lone_student(config, tiny_data(config), None, cpu())
+    student.distiller.student.model.load_state_dict(network.state_dict())
+    assert student.evaluate()["top1"] == pytest.approx(result["student"]["top1"])
 
 
 class _StopError(Exception):
@@ -72,14 +72,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     sections = {"train": {"epochs": 3, "ema_decay": ema}, "loss": {"preset": preset, "queue": 100, "schedule": "fall"}}
     run_tiny(tmp_path / "whole", **sections)
 
-    evaluate = Session.evaluate
+    evaluate = Student.evaluate
 
-    def dies_in_the_second_evaluation(self: Session) -> dict[str, Any]:
+    def dies_in_the_second_evaluation(self: Student) -> dict[str, Any]:
         if len(_metrics(tmp_path / "cut", "eval")) == 1:
             raise _StopError
         return evaluate(self)
 
-    monkeypatch.setattr(Session, "evaluate", dies_in_the_second_evaluation)
+    monkeypatch.setattr(Student, "evaluate", dies_in_the_second_evaluation)
     with pytest.raises(_StopError):
         run_tiny(tmp_path / "cut", **sections)
     monkeypatch.undo()
@@ -98,7 +98,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run_tiny(tmp_path)
-    monkeypatch.setattr(Session, "step", lambda *_: pytest.fail("a finished run took a step"))
+    monkeypatch.setattr(Student, "schedule", lambda *_: pytest.fail("a finished run took a step"))
     assert run_tiny(tmp_path) == json.loads(json.dumps(result))
 
 
@@ -131,11 +131,12 @@ def test_the_moving_average_is_what_is_exported(tmp_path: Path) -> None:
     run_tiny(tmp_path, loss=labels_only, **sections)
     # By hand: the average starts as the first step's student, then moves half-way to each step's.
     config = tiny_config(loss=labels_only, train={"epochs": 1})
-    session = Session(config, tiny_data(config), None, cpu())
-    batches, mean = session.batches(0), torch.zeros(())
-    for step in range(session.total_steps):
-        session.step(step, batches)
-        weight = session.distiller.student.model.head.weight.detach().clone()
+    student = lone_student(config, tiny_data(config), None, cpu())
+    student.inputs.start(0)
+    mean = torch.zeros(())
+    for step in range(student.total_steps):
+        student.step(step)
+        weight = student.distiller.student.model.head.weight.detach().clone()
         mean = weight if step == 0 else 0.5 * mean + 0.5 * weight
     exported = load_file(tmp_path / "student.safetensors")["head.weight"]
     torch.testing.assert_close(exported, mean, rtol=1e-6, atol=1e-7)
@@ -144,9 +145,10 @@ def test_the_moving_average_is_what_is_exported(tmp_path: Path) -> None:
 
 def test_clipping_bounds_the_gradient() -> None:
     config = tiny_config(optim={"clip_norm": 1e-3})
-    session = Session(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
-    session.step(0, session.batches(0))
-    norm = torch.stack([p.grad.norm() for p in session.distiller.parameters() if p.grad is not None]).norm()
+    student = lone_student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    student.inputs.start(0)
+    student.step(0)
+    norm = torch.stack([p.grad.norm() for p in student.distiller.parameters() if p.grad is not None]).norm()
     assert float(norm) <= 1e-3 * (1 + 1e-4)
 
 
@@ -154,7 +156,7 @@ def test_more_workers_than_lanes_is_an_error() -> None:
     context = cpu()
     context.world_size = 3
     with pytest.raises(UserError, match="3 workers for 2 lanes"):
-        Session(tiny_config(), tiny_data(), None, context)
+        lone_student(tiny_config(), tiny_data(), None, context)
 
 
 def test_label_only_runs_need_no_teacher(tmp_path: Path) -> None:
@@ -170,11 +172,11 @@ def test_compiled_training_without_graph_breaks_equals_eager() -> None:
     teacher = build_model("cifar/resnet8", 10)
     for mode in ("off", "on"):
         config = tiny_config(train={"compile": "off", "precision": "float64"})
-        session = Session(config, tiny_data(config), teacher, cpu())
+        student = lone_student(config, tiny_data(config), teacher, cpu())
         if mode == "on":
-            session.distiller.compile(backend="aot_eager", fullgraph=True)
-        batches = session.batches(0)
-        losses[mode] = [float(session.step(step, batches)[0]["loss"]) for step in range(2)]
+            student.distiller.compile(backend="aot_eager", fullgraph=True)
+        student.inputs.start(0)
+        losses[mode] = [float(student.step(step)[0]["loss"]) for step in range(2)]
     assert losses["on"] == pytest.approx(losses["off"], rel=1e-10)
 
 
@@ -182,7 +184,7 @@ def test_compilation_without_a_compiler_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mimkd_ray.train.student.has_compiler", lambda: False)
-    Session(tiny_config(train={"compile": "on"}), tiny_data(), None, cpu())
+    lone_student(tiny_config(train={"compile": "on"}), tiny_data(), None, cpu())
     assert capsys.readouterr().out.splitlines() == [
         "compilation is off: no C++ compiler (c++, g++ or clang++) was found"
     ]

@@ -25,7 +25,7 @@ from mimkd_ray.train.build import build_network
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.packed import Member, Outcome, train_pack
 from mimkd_ray.train.records import checkpoint
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import Student
 from mimkd_ray.train.teacher import Teacher
 
 TRAIN = {"epochs": 3, "information_rows": 30}
@@ -235,15 +235,15 @@ class _KillError(Exception):
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, step: int, configs: list[Config], root: Path, judge: Any = None) -> None:
     """Train until the first student would begin this step."""
-    real = Session.schedule
+    real = Student.schedule
 
-    def schedule(self: Session, now: int) -> None:
+    def schedule(self: Student, now: int) -> None:
         if now == step:
             raise _KillError
         real(self, now)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "schedule", schedule)
+        patch.setattr(Student, "schedule", schedule)
         with pytest.raises(_KillError):
             pack(configs, root, judge)
     wait_for_checkpoints()
@@ -386,7 +386,7 @@ def test_one_that_failed_is_not_trained_again_and_if_all_fail_the_pack_ends(
 ) -> None:
     configs = [replace(config, optim=replace(config.optim, lr=1e38, schedule="constant")) for config in quick()]
     first = pack(configs, tmp_path)
-    monkeypatch.setattr(Session, "schedule", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Student, "schedule", lambda *_: pytest.fail("trained again"))
     again = pack(configs, tmp_path)
     assert [str(outcome.error) for outcome in again] == [str(outcome.error) for outcome in first]
     assert all(isinstance(outcome.error, NonFiniteLossError) for outcome in (*first, *again))
@@ -394,16 +394,16 @@ def test_one_that_failed_is_not_trained_again_and_if_all_fail_the_pack_ends(
 
 def test_a_request_to_stop_saves_all_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = quick()
-    real = Session.schedule
+    real = Student.schedule
 
-    def schedule(self: Session, step: int) -> None:
+    def schedule(self: Student, step: int) -> None:
         if step == 8:
             stopping.append(1)
         real(self, step)
 
     stopping: list[int] = []
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "schedule", schedule)
+        patch.setattr(Student, "schedule", schedule)
         patch.setattr("mimkd_ray.cli.local_launch.LocalContext.stop_requested", lambda _: bool(stopping))
         patch.setattr("mimkd_ray.train.records.save_and_stop.AGREE_STEPS", 1)
         with pytest.raises(Interrupted, match=r"saved at step 9 of 24 in .*/0, .*/1, .*/2"):

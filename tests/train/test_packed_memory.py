@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mimkd_ray.config import CriticConfig
 from mimkd_ray.errors import MemberMemoryError
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import Student
 
 
 class Hungry(Dropping):
@@ -48,7 +48,7 @@ def test_a_member_without_memory_leaves_and_the_others_go_on(tmp_path: Path, mon
 
     both = pack([one, wide], tmp_path / "none")
     assert all(isinstance(outcome.error, MemberMemoryError) for outcome in both)
-    monkeypatch.setattr(Session, "schedule", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Student, "schedule", lambda *_: pytest.fail("trained again"))
     again = pack([one, wide], tmp_path / "none")
     assert [str(outcome.error) for outcome in again] == [str(outcome.error) for outcome in both]
 

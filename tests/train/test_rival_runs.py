@@ -19,7 +19,7 @@ from mimkd_ray.losses.methods.registry import RIVALS, Method
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.packed import Member, train_pack
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import Student, lone_student
 
 METHODS: list[tuple[Method, ...]] = [*((method,) for method in RIVALS), ("mimkd", "crd", "review")]
 IDS = ["+".join(name) for name in METHODS]
@@ -68,14 +68,14 @@ def test_a_run_that_was_cut_is_the_pack_member_bit_for_bit(
     pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     config, whole = _live()[number], pack / IDS[number]
-    evaluate = Session.evaluate
+    evaluate = Student.evaluate
 
-    def dies_in_the_second_evaluation(self: Session) -> dict[str, Any]:
+    def dies_in_the_second_evaluation(self: Student) -> dict[str, Any]:
         if len(log(tmp_path, "eval")) == 1:
             raise _StopError
         return evaluate(self)
 
-    monkeypatch.setattr(Session, "evaluate", dies_in_the_second_evaluation)
+    monkeypatch.setattr(Student, "evaluate", dies_in_the_second_evaluation)
     with pytest.raises(_StopError):
         run(config, tmp_path)
     monkeypatch.undo()
@@ -128,11 +128,11 @@ def test_lanes_share_batch_norms_of_regressors(tmp_path: Path) -> None:
     """Two lanes, and a critic beside: every statistic of a rival's layer has moved, and stayed finite."""
     config = tiny_config(loss={"name": ("mimkd", "fitnet", "review", "vid")})
     data = open_data(config.data)
-    session = Session(config, data, build_network(config, data.num_classes, "random"), cpu())
-    batches = session.batches(0)
-    record = session.step(0, batches)
+    student = lone_student(config, data, build_network(config, data.num_classes, "random"), cpu())
+    student.inputs.start(0)
+    record = student.step(0)
     assert all(value.isfinite() for value in record.log.values())
-    norms = [m for m in session.distiller.loss.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    norms = [m for m in student.distiller.loss.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(norms) == 1 + 2 * 4
     for norm in norms:
         assert norm.running_mean is not None

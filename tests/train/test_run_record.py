@@ -23,7 +23,7 @@ from mimkd_ray.train.build import build_network
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.run_record import Run
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import Student, lone_student
 from mimkd_ray.train.teacher import Teacher
 
 LABELS = {"global_weight": 0.0, "local_weight": 0.0, "feature_weight": 0.0}
@@ -122,8 +122,8 @@ def test_what_is_written_of_a_step_is_shown_live_and_so_is_what_a_checkpoint_cos
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *tops: float) -> None:
     """Evaluations that find these top-1, one after the other."""
-    real, left = Session.evaluate, list(tops)
-    monkeypatch.setattr(Session, "evaluate", lambda self: real(self) | {"top1": left.pop(0)})
+    real, left = Student.evaluate, list(tops)
+    monkeypatch.setattr(Student, "evaluate", lambda self: real(self) | {"top1": left.pop(0)})
 
 
 def best(folder: Path) -> tuple[int, int, float]:
@@ -179,11 +179,11 @@ def test_information_is_read_on_so_many_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, batches: int
 ) -> None:
     config = tiny_config(train={"information_rows": rows})
-    session = Session(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    student = lone_student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
     calls = []
     real = Teacher.features
     monkeypatch.setattr(Teacher, "features", lambda self, images: calls.append(len(images)) or real(self, images))
-    values = session.evaluate()
+    values = student.evaluate()
     assert calls == [10] * batches
     assert ("global/pool-pool/nats" in values) is (rows > 0)
     assert values["rows"] == 450

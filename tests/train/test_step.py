@@ -6,7 +6,7 @@ from torch import nn
 
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.step import LaneNorms, Normalizer
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import lone_student
 
 
 def test_normalizer_is_torchvisions() -> None:
@@ -43,30 +43,30 @@ def test_running_statistics_are_the_average_of_lanes_that_each_start_alike() -> 
 def test_the_gradient_of_a_step_is_the_mean_over_its_lanes() -> None:
     config = tiny_config(train={"precision": "float64", "lanes": 3})
     data, teacher = tiny_data(config), build_model("cifar/resnet8", 10)
-    session = Session(config, data, teacher, cpu())
-    reference = Session(config, data, teacher, cpu())
-    session.optimizer.step = lambda *_: None  # type: ignore[method-assign, assignment]
-    session.step(0, session.batches(0))
+    student = lone_student(config, data, teacher, cpu())
+    reference = lone_student(config, data, teacher, cpu())
+    student.optimizer.step = lambda *_: None  # type: ignore[method-assign, assignment]
+    student.step(0)
 
     grads: list[list[torch.Tensor]] = []
-    for lane in reference.feed.step(0, range(3), reference.batches(0)):
+    for lane in reference.inputs.step(0):
         reference.distiller.zero_grad()
         loss, _ = reference.distiller(lane.images_BCHW, lane.labels_B, lane.ids_B, lane.teacher)
         loss.backward()
         grads.append([p.grad.clone() for p in reference.distiller.parameters()])
-    for parameter, *lanes in zip(session.distiller.parameters(), *grads, strict=True):
+    for parameter, *lanes in zip(student.distiller.parameters(), *grads, strict=True):
         torch.testing.assert_close(parameter.grad, torch.stack(lanes).mean(0), rtol=1e-10, atol=1e-12)
 
 
 def test_gradients_reach_student_and_critics_and_never_the_teacher() -> None:
     config = tiny_config()
     teacher = build_model("cifar/resnet8", 10)
-    session = Session(config, tiny_data(config), teacher, cpu())
+    student = lone_student(config, tiny_data(config), teacher, cpu())
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    session.step(0, session.batches(0))
+    student.step(0)
     assert all(p.grad is None for p in teacher.parameters())
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in session.distiller.student.parameters())
-    silent = [n for n, p in session.distiller.loss.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.distiller.student.parameters())
+    silent = [n for n, p in student.distiller.loss.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
     assert all(name.endswith("bias") for name in silent), silent  # b cancels in InfoNCE
     for name, value in teacher.state_dict().items():
         assert torch.equal(value, before[name]), f"the teacher's {name} changed"

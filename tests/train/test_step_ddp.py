@@ -14,7 +14,7 @@ from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.loop import write_step
 from mimkd_ray.train.records.metrics import Meter
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import lone_student
 
 STEPS = 3
 
@@ -32,20 +32,20 @@ def _train(context: LocalContext, compiled: bool) -> dict[str, torch.Tensor]:
     torch.manual_seed(7)
     teacher = build_model("cifar/resnet8", 10)
     config = tiny_config(train={"lanes": 3, "precision": "float64"})
-    session = Session(config, tiny_data(config), teacher, context)
+    student = lone_student(config, tiny_data(config), teacher, context)
     if compiled:
         torch._dynamo.config.optimize_ddp = False
-        session.distiller.compile(backend="aot_eager", fullgraph=True)
+        student.distiller.compile(backend="aot_eager", fullgraph=True)
     log, meter = _Lines(), Meter(context.device, 30)
-    batches = session.batches(0)
+    student.inputs.start(0)
     found = {}
     for step in range(STEPS):
-        record = session.step(step, batches)
-        write_step(log, session, step + 1, record.log, meter)  # type: ignore[arg-type]
+        record = student.step(step)
+        write_step(log, student, step + 1, record.log, meter)  # type: ignore[arg-type]
         if step == 0:
-            found["gradients"] = torch.cat([p.grad.flatten() for p in session.distiller.parameters()])
-    with session.settled():
-        found["statistics"] = session.norms.flat()
+            found["gradients"] = torch.cat([p.grad.flatten() for p in student.distiller.parameters()])
+    with student.settled():
+        found["statistics"] = student.norms.flat()
     found["losses"] = torch.tensor([line["loss"] for line in log.lines], dtype=torch.float64)
     return found
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import Config, ModelConfig
 from mimkd_ray.models.zoo import build_model
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import lone_student
 
 STEPS = 5
 
@@ -50,15 +50,15 @@ def _config(lanes: int) -> Config:
 
 def _train(context: LocalContext, config: Config) -> dict[str, Tensor]:
     torch.manual_seed(7)
-    session = Session(config, tiny_data(config), build_model("cifar/resnet8", 10), context)
-    batches = session.batches(0)
-    seen = {"start": session.exported().get_parameter("never.weight").detach().clone()}
+    student = lone_student(config, tiny_data(config), build_model("cifar/resnet8", 10), context)
+    student.inputs.start(0)
+    seen = {"start": student.exported().get_parameter("never.weight").detach().clone()}
     for step in range(STEPS):
-        session.step(step, batches)
-        for name, parameter in session.exported().named_parameters():
+        student.step(step)
+        for name, parameter in student.exported().named_parameters():
             seen[f"{step} has {name}"] = torch.tensor(parameter.grad is not None)
-    with session.settled():
-        return seen | {name: value.clone() for name, value in session.distiller.state_dict().items()}
+    with student.settled():
+        return seen | {name: value.clone() for name, value in student.distiller.state_dict().items()}
 
 
 def _rank(rank: int, world: int, config: Config, folder: str) -> None:

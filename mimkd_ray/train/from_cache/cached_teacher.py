@@ -23,7 +23,7 @@ from mimkd_ray.teacher_cache.feature_manifest import views_there
 from mimkd_ray.teacher_cache.keys import Entry, Origin, calibration_url, key_of, logits_entry, parts_of, pixels_entry
 from mimkd_ray.teacher_cache.pixel_digests import PIXELS, ROW_BYTES
 from mimkd_ray.teacher_cache.reader import FeatureReader
-from mimkd_ray.train.build import build_teacher, parameter_dtype, teacher_autocast, teacher_taps
+from mimkd_ray.train.build import PlannedStudent, build_teacher, parameter_dtype, teacher_autocast, teacher_taps
 from mimkd_ray.train.distributed import Context, barrier, share_from_first
 from mimkd_ray.train.from_cache.fit_codecs import Sight, fit
 from mimkd_ray.train.from_cache.missing_features import Wanted, explain
@@ -55,18 +55,18 @@ def origin_of(config: Config, data: Data, network: nn.Module, device: torch.devi
     )
 
 
-def entries_of(configs: Sequence[Config], network: nn.Module, num_classes: int) -> list[Entry]:
-    """The entries that the losses of ``configs`` read: one, or those of a pack, which share the cache. Raises UserError
-    for a codec of no tap."""
-    shapes, vectors, maps = teacher_taps(configs, network, num_classes)
-    cache = configs[0].cache
+def entries_of(planned: Sequence[PlannedStudent], network: nn.Module, num_classes: int) -> list[Entry]:
+    """The entries that the students' losses read: one student, or those of a pack, which share the cache. Raises
+    UserError for a codec of no tap."""
+    shapes, vectors, maps = teacher_taps(planned)
+    cache = planned[0].config.cache
     entries = tap_entries(shapes, vectors, maps, cache)
     # A cache may hold more than this run reads: then any layer may have a codec.
     named = [parse_rule(text)[0].partition(":")[0] for text in cache.codecs if cache.root]
     layers = {path for path, _ in network.named_modules() if path}
     others = [name for name in named if layer_of(name) in layers]
     check_rules(cache, [*(entry.tap for entry in entries), *others])
-    with_logits = any(own.loss.uses_logits for own in configs)
+    with_logits = any(one.config.loss.uses_logits for one in planned)
     return [*entries, logits_entry(num_classes, cache.logits)] if with_logits else entries
 
 
@@ -79,23 +79,17 @@ def parts_of_run(
 
 
 def open_cached(
-    config: Config,
-    data: Data,
-    network: nn.Module | None,
-    context: Context,
-    run_dir: str,
-    others: Sequence[Config] = (),
+    planned: Sequence[PlannedStudent], data: Data, network: nn.Module | None, context: Context, run_dir: str
 ) -> Cached | None:
     """The codecs and features of a run; None where the config asks for neither. All workers call it together.
 
-    A run with codecs and no cache fits them itself, and keeps the numbers in its directory. ``others`` are the configs
-    of more students of a pack, which read the same cache. Raises UserError where the cache lacks what is needed, naming
-    what differs.
+    A run with codecs and no cache fits them itself, and keeps the numbers in its directory. The students, where they
+    are a pack's, read the same cache. Raises UserError where the cache lacks what is needed, naming what differs.
     """
+    config = planned[0].config
     if network is None or not config.cache.codes:
         return None
-    configs = [config, *others]
-    entries = entries_of(configs, network, data.num_classes)
+    entries = entries_of(planned, network, data.num_classes)
     origin = origin_of(config, data, network, context.device)
     place = config.cache.root or run_dir
     fitted = [entry for entry in entries if needs_calibration(entry.spec, entry.shape)]
@@ -105,7 +99,7 @@ def open_cached(
     missing = [entry for entry in fitted if known[entry.label] is None]
     if missing and not config.cache.reads:
         # Every worker does the same work: waiting for one of them could outlast a collective's patience.
-        teacher = build_teacher(configs, network, data.num_classes, context.device)
+        teacher = build_teacher(planned, network, context.device)
         pipeline = make_pipeline(config.data.pipeline, config.data.image_size)
         made = fit(Sight(config, data, pipeline, teacher, context.device), missing)
         teacher.tapped.release()
@@ -116,6 +110,7 @@ def open_cached(
     reader = None
     if config.cache.reads:
         parts = parts_of_run(entries, origin, known)
+        configs = [one.config for one in planned]
         reader = open_reader(configs, data, context, parts, [entry.label for entry in missing])
     return Cached(Coding(entries, numbers, context.device, parameter_dtype(config.train)), reader)
 

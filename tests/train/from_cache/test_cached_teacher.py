@@ -23,8 +23,7 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
 from mimkd_ray.train.build import build_network
-from mimkd_ray.train.from_cache.cached_teacher import open_cached
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import lone_student
 from mimkd_ray.train.worker import run_job
 
 STEPS = 4
@@ -39,10 +38,9 @@ def walk(config: Config, run_dir: Path) -> dict[str, Any]:
     """Some steps over both epochs: what each lane was fed, the losses, and the first gradient."""
     data = open_data(config.data)
     network = build_network(config, data.num_classes, config.teacher.weights)
-    cached = open_cached(config, data, network, cpu(), str(run_dir))
-    session = Session(config, data, network, cpu(), cached)
+    student = lone_student(config, data, network, cpu(), str(run_dir))
     seen: dict[str, Any] = {"features": [], "losses": [], "samples": []}
-    real = session.feed.step
+    real = student.inputs.step
 
     def step(*arguments: Any) -> Any:
         for lane in real(*arguments):
@@ -50,14 +48,14 @@ def walk(config: Config, run_dir: Path) -> dict[str, Any]:
             seen["samples"].append((lane.number, lane.view, lane.ids_B.tolist()))
             yield lane
 
-    session.feed.step = step  # type: ignore[method-assign]
-    batches = session.batches(0)
+    student.inputs.step = step  # type: ignore[method-assign]
+    student.inputs.start(0)
     for number in range(STEPS):
-        record = session.step(number, batches)
+        record = student.step(number)
         seen["losses"].append(float(record.log["loss"]))
         seen["log"] = record.log
         if number == 0:
-            seen["gradient"] = torch.cat([p.grad.flatten() for p in session.distiller.parameters()])
+            seen["gradient"] = torch.cat([p.grad.flatten() for p in student.distiller.parameters()])
     return seen
 
 
@@ -379,12 +377,11 @@ def test_the_canary_looks_and_finds_nothing(tmp_path: Path) -> None:
     build_here(config)
     data = open_data(config.data)
     network = build_network(config, data.num_classes, config.teacher.weights)
-    cached = open_cached(config, data, network, cpu(), str(tmp_path / "run"))
-    session = Session(config, data, network, cpu(), cached)
-    check = session.feed.check
-    batches = session.batches(0)
-    for step in range(session.total_steps):
-        session.step(step, batches)
+    student = lone_student(config, data, network, cpu(), str(tmp_path / "run"))
+    check = student.inputs.check
+    student.inputs.start(0)
+    for step in range(student.total_steps):
+        student.step(step)
     assert 2 <= check.looked <= 3
     assert set(check.relative) == {"pool:vector", "stage3:map", "logits"}
     assert 0 < check.relative["stage3:map"] < 0.02

@@ -1,4 +1,4 @@
-"""Training sessions in this process, with batches that are made beforehand, without the loader."""
+"""Training students in this process, fed with batches that are made beforehand: the loader takes no part."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import IMAGENET_RECIPES
-from mimkd_ray.train.student import Session
+from mimkd_ray.train.student import Student, lone_student
 
 
-def make_session(teacher: str, student: str, lanes: int, lane_batch: int, size: int, device: torch.device) -> Session:
-    """Return a session with the accuracy loss on images of ``size`` squared; teacher and student are random."""
+def make_student(teacher: str, student: str, lanes: int, lane_batch: int, size: int, device: torch.device) -> Student:
+    """A student with the accuracy loss on images of ``size`` squared, about to take step 0; all weights are random."""
     base = IMAGENET_RECIPES["r34_r18"]()
     config = replace(
         base,
@@ -25,18 +25,20 @@ def make_session(teacher: str, student: str, lanes: int, lane_batch: int, size: 
         student=replace(base.student, name=student),
         train=replace(base.train, lanes=lanes, lane_batch=lane_batch),
     )
-    return Session(config, open_data(config.data), build_model(teacher, 10), LocalContext(device))
+    made = lone_student(config, open_data(config.data), build_model(teacher, 10), LocalContext(device))
+    made.inputs.start(0, batches(made))
+    return made
 
 
-def batches(session: Session, start: int = 0) -> Iterator[LaneBatch]:
-    """Yield the same random images repeatedly, labelled with the next step and lane."""
-    train, size = session.config.train, session.config.data.image_size
+def batches(student: Student) -> Iterator[LaneBatch]:
+    """The same random images again and again, labelled with the step and lane that are next."""
+    train, size = student.config.train, student.config.data.image_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (train.lane_batch, 3, size, size), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 10, (train.lane_batch,), generator=generator)
-    ids, device = torch.arange(train.lane_batch), session.context.device
+    ids, device = torch.arange(train.lane_batch), student.context.device
     images, labels, ids = images.to(device), labels.to(device), ids.to(device)
-    step = start
+    step = 0
     while True:
         for lane in range(train.lanes):
             yield LaneBatch(step, lane, images, labels, ids, 0, ())

@@ -1,0 +1,73 @@
+"""Students that do the parts of a step in turn, of which one may find no memory and leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from mimkd_ray.train.out_of_memory import is_out_of_memory
+
+
+class Trained(Protocol):
+    """What has gradients."""
+
+    optimizer: torch.optim.Optimizer
+
+
+S = TypeVar("S", bound=Trained)
+
+
+@dataclass(frozen=True)
+class NoMemory:
+    """A student found no memory in a step, and has no figures of it."""
+
+    said: str
+    """The allocator's words."""
+
+
+class Turns(Generic[S]):
+    """``for student in turns: with turns.of(student): ...`` does a part of a step for every student that is left.
+
+    A student that finds no memory in its turn gives up its gradients and is left out of the turns that follow.
+    """
+
+    def __init__(self, students: Sequence[S], spare: bool = False, streams: Sequence[torch.cuda.Stream] = ()) -> None:
+        """``spare``: whether a student that finds no memory leaves; otherwise its error is raised. ``streams``: one a
+        student, on which it works beside the others; none: one works after the other."""
+        self.students, self.spare = students, spare
+        self.streams = dict(zip(students, streams, strict=True)) if streams else {}
+        self.left: dict[S, NoMemory] = {}
+
+    def __iter__(self) -> Iterator[S]:
+        """Go through the students that are left. What is asked for after the last one's turn waits for all streams."""
+        for student in self.students:
+            if student not in self.left:
+                yield student
+        for stream in self.streams.values():
+            torch.cuda.current_stream().wait_stream(stream)
+
+    @contextmanager
+    def of(self, student: S) -> Iterator[None]:
+        """A with-block that is a student's turn."""
+        try:
+            with _forked(self.streams[student]) if self.streams else nullcontext():
+                yield
+        except Exception as error:
+            if not self.spare or not is_out_of_memory(error):
+                raise
+            # The text alone: the error's traceback holds what had been allocated.
+            self.left[student] = NoMemory(str(error) or type(error).__name__)
+        if student in self.left:
+            student.optimizer.zero_grad(set_to_none=True)  # the next one may need the room
+
+
+@contextmanager
+def _forked(stream: torch.cuda.Stream) -> Iterator[None]:
+    """A with-block whose GPU work runs on ``stream``, after all that was asked for until now."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield

@@ -1,0 +1,61 @@
+"""Turns of students: who finds no memory leaves without a trace, and other errors are nobody's to keep."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+from mimkd_ray.train.turns import NoMemory, Turns
+
+
+class Trained:
+    """A weight with a gradient."""
+
+    def __init__(self) -> None:
+        self.weight = torch.nn.Parameter(torch.ones(3))
+        self.weight.grad = torch.ones(3)
+        self.optimizer = torch.optim.SGD([self.weight])
+
+
+def test_one_without_memory_leaves_and_what_it_held_is_free() -> None:
+    first, second = Trained(), Trained()
+    turns = Turns([first, second], spare=True)
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def forward() -> None:
+        activations = torch.zeros(5)
+        held.append(weakref.ref(activations))
+        torch.empty(2**45, dtype=torch.uint8)
+
+    seen = []
+    for _ in range(2):
+        for student in turns:
+            with turns.of(student):
+                seen.append(student)
+                if student is first:
+                    forward()
+                assert held[0]() is None, "activations of the one that left are gone before the next one's turn"
+    assert seen == [first, second, second]
+    assert list(turns.left) == [first]
+    assert "can't allocate memory" in turns.left[first].said
+    assert first.weight.grad is None
+    assert second.weight.grad is not None
+
+
+def test_an_error_without_words_is_named_by_its_kind() -> None:
+    student = Trained()
+    turns = Turns([student], spare=True)
+    with turns.of(student):
+        raise MemoryError
+    assert turns.left == {student: NoMemory("MemoryError")}
+
+
+@pytest.mark.parametrize(("error", "spare"), [(MemoryError("no room"), False), (ValueError("wrong shape"), True)])
+def test_other_errors_are_raised(error: Exception, spare: bool) -> None:
+    student = Trained()
+    turns = Turns([student], spare=spare)
+    with pytest.raises(type(error), match=str(error)), turns.of(student):
+        raise error
+    assert turns.left == {}
