@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from image_sets import SHARED, encode, pixels
 
 from mimkd_ray.config.pipeline_name import PIPELINE_NAMES, check_pipeline_name
+from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.augment.transforms import (
     SHRINKS,
     CentreCrop,
@@ -42,7 +43,7 @@ def view_of(name: str, seed: int, id: int, view: int, height: int = 40, width: i
     pipeline = make_pipeline(name, SIZE)
     image = View(pipeline.train, seed).apply(picture(height, width), id, view)
     if pipeline.batch is not None:
-        image = pipeline.batch(image[None], torch.tensor([id]), view, seed)[0]
+        image = pipeline.batch(image[None], torch.tensor([id]), view_key(view, seed))[0]
     return image
 
 
