@@ -132,8 +132,7 @@ class Batches(Protocol):
         ...
 
     def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch | str:
-        """Return the batch, with its images in `memory` (bytes) if they fit; or the name of its only image, which is
-        damaged."""
+        """Return the batch, its images in `memory` (bytes) if they fit; or the name of its only image, if damaged."""
         ...
 
 
@@ -213,21 +212,18 @@ class EvalBatches:
         return self.transform(_BLANK).numel()
 
     def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch | str:
-        """Return the batch, with its images in `memory` (bytes) if they fit; or the name of its only image, which is
-        damaged."""
+        """Return the batch, its images in `memory` (bytes) if they fit; or the name of its only image, if damaged."""
         try:
             return _decode_all(self.source, key, lambda row, _: self.transform(decode(row.image)), memory).batch(key)
         except _AllDamagedError as error:
             if len(key.positions) > 1:
                 raise
-            # A slice may end in a batch of one image. If that is damaged, it is a single one and does not indicate a
-            # broken set.
+            # A slice may end in a batch of one image, whose damage does not indicate a broken set.
             return error.names[0]
 
 
 def nearest_intact(places: Sequence[int], count: int) -> list[int]:
-    """Return for each of `count` places the index of the nearest of the intact `places`; of two equally near ones the
-    lower."""
+    """Return for each of `count` places the index of the nearest intact place; the lower of two equally near ones."""
     return [min(range(len(places)), key=lambda i: abs(places[i] - place)) for place in range(count)]
 
 
@@ -273,8 +269,7 @@ def _decode_all(
 ) -> _Decoded:
     """Return the transformed intact images of the key's rows, in `memory` if they fit.
 
-    `transform` takes a row and its image's place in the batch, to which it may write the result; None for the first
-    one.
+    `transform` takes a row and its image's place in the batch, where it may write the result; None for the first one.
 
     Each image is copied to its place at once, in its own layout, mostly channels last: keeping all results would cost
     50 us an image for fresh memory, and another layout 60 us. Raises _AllDamagedError if no image is intact.
