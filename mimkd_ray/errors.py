@@ -28,7 +28,7 @@ class Interrupted(Exception):
     resumes it."""
 
 
-def nearest(name: str, names: Iterable[str], limit: int = 3) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
     """Return "; did you mean 'a', 'b'?" for the closest known names, or "" when none is close."""
-    close = difflib.get_close_matches(name, list(names), n=limit, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
     return f"; did you mean {', '.join(map(repr, close))}?" if close else ""

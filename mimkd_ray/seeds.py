@@ -3,7 +3,7 @@
 Each use of random numbers has its own purpose, so that no two uses share a stream: the student's initialisation and the
 dropout of a step never draw the same numbers, whatever the seeds of two runs.
 
-Order, splits, mixing (data/order/permutations.py) and views (data/augment/views.py, batch_views.py) keep their own,
+Order, splits, mixing (data/order/random_numbers.py) and views (data/augment/views.py, batch_views.py) keep their own,
 older formulae: changing them would invalidate existing caches and sample orders.
 """
 

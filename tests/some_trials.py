@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import random
 from typing import Any
 
+import pyarrow.parquet as pq
+
+from mimkd_ray import storage
 from mimkd_ray.search.trials import Point, Trial
 
 
@@ -48,3 +53,25 @@ def search(count: int = 12) -> list[Trial]:
             )
         )
     return trials
+
+
+def from_table(table: Any) -> tuple[list[Trial], str]:
+    """Return the trials of a table, and their metric."""
+    names = [field.name for field in table.schema if field.name.startswith("param/")]
+    as_json = {name for name in names if (table.schema.field(name).metadata or {}).get(b"encoding") == b"json"}
+    trials = []
+    for row in table.to_pylist():
+        params = {
+            name.removeprefix("param/"): json.loads(row[name]) if name in as_json else row[name]
+            for name in names
+            if row[name] is not None
+        }
+        plain = {name: row[name] for name in ("number", "state", "kind", "reason", "score", "best_epoch", "seconds")}
+        curve = tuple(Point(**point) for point in row["curve"])
+        trials.append(Trial(**plain, params=params, config=json.loads(row["config"]), curve=curve))
+    return trials, table.schema.metadata[b"metric"].decode()
+
+
+def read_trials(url: str) -> tuple[list[Trial], str]:
+    """Return the trials at `url`, and their metric."""
+    return from_table(pq.read_table(io.BytesIO(storage.read_bytes(url))))

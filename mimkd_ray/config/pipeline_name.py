@@ -12,13 +12,13 @@ PIPELINE_NAMES = ("imagenet", "imagenet_ta", "imagenet_ra", "cifar", "cifar_ta",
 """The names in data/augment/pipelines.py, in its order."""
 
 
-def check_pipeline_name(name: str, field: str = "pipeline") -> None:
-    """Raise UserError, naming `field`, if there is no such pipeline. Only a name with a colon causes an import."""
+def check_pipeline_name(name: str) -> None:
+    """Raise UserError if there is no such pipeline. Only a name with a colon causes an import."""
     if ":" in name:
         pipeline_function(name)
     elif name not in PIPELINE_NAMES:
         raise UserError(
-            f"{field} '{name}' is unknown{nearest(name, PIPELINE_NAMES)}; there are: {', '.join(PIPELINE_NAMES)}, "
+            f"pipeline '{name}' is unknown{nearest(name, PIPELINE_NAMES)}; there are: {', '.join(PIPELINE_NAMES)}, "
             "and any function of yours by its import path, 'package.module:function'"
         )
 

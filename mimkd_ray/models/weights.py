@@ -139,6 +139,6 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
 
 
-def _some(names: Iterable[str], limit: int = 3) -> str:
+def _some(names: Iterable[str]) -> str:
     listed = list(names)
-    return ", ".join(listed[:limit]) + (", ..." if len(listed) > limit else "")
+    return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")

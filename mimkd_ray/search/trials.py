@@ -12,7 +12,6 @@ infinities, which are legal doubles in Parquet. The config is strict JSON, in wh
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import statistics
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard, get_args
 
 from mimkd_ray import storage
-from mimkd_ray.errors import DamagedDataError, UserError, nearest
+from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.train.records.run_dir import jsonable
 
 State = Literal["running", "completed", "stopped", "failed"]
@@ -170,26 +169,6 @@ def to_table(trials: Sequence[Trial], metric: str) -> Any:
     return pa.table([pa.array(values, field.type) for field, values in columns], schema=schema)
 
 
-def from_table(table: Any) -> tuple[list[Trial], str]:
-    """Return the trials of a table, and their metric. Raises KeyError or ValueError for another kind of table."""
-    metric = (table.schema.metadata or {})[b"metric"].decode()
-    if metric not in DIRECTIONS:
-        raise ValueError(f"its metric is {metric!r}")
-    names = [field.name for field in table.schema if field.name.startswith(_PARAM)]
-    as_json = {name for name in names if _is_json(table.schema.field(name))}
-    trials = []
-    for row in table.to_pylist():
-        params = {
-            name.removeprefix(_PARAM): json.loads(row[name]) if name in as_json else row[name]
-            for name in names
-            if row[name] is not None
-        }
-        plain = {name: row[name] for name in ("number", "state", "kind", "reason", "score", "best_epoch", "seconds")}
-        curve = tuple(Point(**point) for point in row["curve"])
-        trials.append(Trial(**plain, params=params, config=json.loads(row["config"]), curve=curve))
-    return trials, metric
-
-
 def write_trials(url: str, trials: Sequence[Trial], metric: str) -> None:
     """Write trials.parquet to `url`, local or remote, atomically: readers see the old table or the new one."""
     import pyarrow as pa
@@ -198,21 +177,6 @@ def write_trials(url: str, trials: Sequence[Trial], metric: str) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(to_table(trials, metric), sink, compression="zstd")
     storage.write_bytes(url, sink.getvalue().to_pybytes())
-
-
-def read_trials(url: str) -> tuple[list[Trial], str]:
-    """Return the trials at `url`, and their metric. Raises FileNotFoundError, and DamagedDataError for another file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    data = storage.read_bytes(url)
-    try:
-        return from_table(pq.read_table(io.BytesIO(data)))
-    except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
-        raise DamagedDataError(
-            f"{url}: {len(data)} bytes that are no table of trials: {error!r}; remove it, and give the search's "
-            "command again, which writes it anew"
-        ) from error
 
 
 def param_names(trials: Sequence[Trial]) -> list[str]:
@@ -237,10 +201,6 @@ def _param_column(name: str, values: list[Value | None]) -> tuple[Any, list[Any]
             return pa.field(_PARAM + name, arrow), values
     field = pa.field(_PARAM + name, pa.string(), metadata=_JSON)
     return field, [None if value is None else json.dumps(value) for value in values]
-
-
-def _is_json(field: Any) -> bool:
-    return (field.metadata or {}).get(b"encoding") == b"json"
 
 
 def _to_json(config: Mapping[str, Any]) -> str:

@@ -153,10 +153,6 @@ class Codec:
             return ((values - low_K) / step_K).round_().clamp_(0, 255).to(torch.uint8).flatten(1)
         return values.to(DTYPES[self.kind]).contiguous().flatten(1).view(torch.uint8)
 
-    def encode(self, feature: Tensor) -> Tensor:
-        """Return the rows (B, row_bytes), uint8, of a batch of taps."""
-        return self.pack(self.apply(feature))
-
     def decode(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return (B, K, h, w), channels last in memory, or (B, K), from rows (B, row_bytes). uint8 takes one fused
         multiply-add."""

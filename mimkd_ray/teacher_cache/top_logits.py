@@ -50,10 +50,6 @@ class TopLogits:
         floats_BK1 = torch.cat([head_BK, share_B1], dim=1).to(_FLOAT)
         return torch.cat([floats_BK1.view(torch.uint8), numbers_BK.to(self.number).view(torch.uint8)], dim=1)
 
-    def encode(self, logits_BC: Tensor) -> Tensor:
-        """Return the rows (B, row_bytes), uint8, of a batch of logits."""
-        return self.pack(self.apply(logits_BC))
-
     def decode(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return logits (B, C) from rows (B, row_bytes)."""
         # Copied separately: a view of another type must start at a multiple of that type's size.

@@ -32,7 +32,7 @@ def evaluate(
         data: a :class:`DataConfig`, whose validation set is decoded, cropped and normalised as a run does it; or
             batches of your own, such as a DataLoader: (normalised images, class numbers).
         validation: with a :class:`DataConfig`: a map-style data set of (image, label) in the place of its own
-            (data/own_dataset.py).
+            (data/sources/own_dataset.py).
         batch: images of a batch, where the batches are made here.
 
     In a process group the figures are those of all ranks: validation sets are dealt to them; of batches of your own

@@ -1,6 +1,6 @@
 """What the training loop knows of the world outside, and the few collectives it needs.
 
-`launch/local.py` implements :class:`Context` for a plain process and for torchrun, `launch/ray_train.py` for Ray
+`cli/local_launch.py` implements :class:`Context` for a plain process and for torchrun, `on_ray/train_workers.py` for Ray
 Train. The process group, where there is one, is set up by them.
 """
 

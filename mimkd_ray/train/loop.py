@@ -61,7 +61,7 @@ def train(
 class Loop:
     """Takes runs with the same inputs from the step where they stand to their end.
 
-    As it is, it trains a single student. A pack (train/pack.py) has several, looks at them in one pass, and lets
+    As it is, it trains a single student. A pack (train/packed.py) has several, looks at them in one pass, and lets
     members leave.
     """
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from jobs_here import ENVIRONMENT, JOB, ROOT, Job, kill, processes, read_lines, run
+from some_trials import read_trials
 
 from mimkd_ray.cli.search import main
 from mimkd_ray.config import Config, SearchConfig
@@ -23,7 +24,6 @@ from mimkd_ray.recipes import demo
 from mimkd_ray.search.run_trials import run_trials
 from mimkd_ray.search.spaces import SPACES
 from mimkd_ray.search.trial_folders import Planned
-from mimkd_ray.search.trials import read_trials
 
 # Digits, a random teacher, trials of three epochs of four steps.
 FLAGS = (

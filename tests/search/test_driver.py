@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from some_trials import read_trials
 from tiny_search import figures, tiny_job, tiny_search
 
 from mimkd_ray.config import Config, SearchConfig
@@ -18,7 +19,7 @@ from mimkd_ray.search.finals import Finals
 from mimkd_ray.search.spaces import SPACES
 from mimkd_ray.search.suggest import find_spaces
 from mimkd_ray.search.trial_folders import Ended
-from mimkd_ray.search.trials import Trial, read_trials
+from mimkd_ray.search.trials import Trial
 from mimkd_ray.train.records.run_dir import read_json
 
 DONE = Ended(state="completed", seconds=2.0)

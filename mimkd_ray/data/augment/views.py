@@ -19,19 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimkd_ray.data.augment.batch_views import BatchTransform
 from mimkd_ray.data.augment.decode import DamagedImageError, Encoded, decode
-from mimkd_ray.data.augment.pipelines import PIPELINES, Pipeline, make_pipeline
-from mimkd_ray.data.augment.transforms import CentreCrop, FitSize, ResizedCropFlip, Transform, from_bytes
+from mimkd_ray.data.augment.pipelines import Pipeline, make_pipeline
+from mimkd_ray.data.augment.transforms import Transform, from_bytes
 
 __all__ = [
-    "PIPELINES",
-    "BatchTransform",
-    "CentreCrop",
     "DamagedImageError",
-    "FitSize",
     "Pipeline",
-    "ResizedCropFlip",
     "Transform",
     "View",
     "decode",
@@ -51,21 +45,20 @@ class View:
     transform: Transform
     seed: int
 
-    def apply(self, image: Encoded | np.ndarray | Tensor, id: int, view: int, out: Tensor | None = None) -> Tensor:
+    def apply(self, image: Encoded | np.ndarray | Tensor, id: int, view: int) -> Tensor:
         """Return view number `view` of the sample: the same bytes in any process. Restores the generator.
-
-        The result may be in `out` if that saves a copy (`transforms.from_bytes`).
 
         An encoded image or an (H, W, 3) array is decoded here; a transform with a method `from_bytes` decodes encoded
         images itself and only as far as it needs. Raises DamagedImageError.
         """
         with generator_kept():
-            return self.replay(image, id, view, out)
+            return self.replay(image, id, view)
 
     def replay(self, image: Encoded | np.ndarray | Tensor, id: int, view: int, out: Tensor | None = None) -> Tensor:
         """Return the same as `apply` without restoring the generator; see `generator_kept`.
 
-        Costs 2 us beside decoding and transform, and 5 more if a transform draws from the generator.
+        The result may be in `out` if that saves a copy (`transforms.from_bytes`). Costs 2 us beside decoding and
+        transform, and 5 more if a transform draws from the generator.
         """
         torch.default_generator.manual_seed(hash32(self.seed, id, view))
         if isinstance(image, Tensor):

@@ -230,8 +230,7 @@ class EvalBatches:
 
 
 def nearest_intact(places: Sequence[int], count: int) -> list[int]:
-    """Return for each of `count` places the index of the nearest of the intact `places`; of two equally near ones the
-    lower."""
+    """Return for each of `count` places the index of the nearest intact place; the lower of two equally near ones."""
     return [min(range(len(places)), key=lambda i: abs(places[i] - place)) for place in range(count)]
 
 
@@ -277,8 +276,7 @@ def _decode_all(
 ) -> _Decoded:
     """Return the transformed intact images of the key's rows, in `memory` if they fit.
 
-    `transform` takes a row and its image's place in the batch, to which it may write the result; None for the first
-    one.
+    `transform` takes a row and its image's place in the batch, where it may write the result; None for the first one.
 
     Each image is copied to its place at once, in its own layout, mostly channels last: keeping all results would cost
     50 us an image for fresh memory, and another layout 60 us. Raises _AllDamagedError if no image is intact.

@@ -123,7 +123,6 @@ def eval_batches(
     batch_size: int,
     loader_workers: int = 0,
     read_ahead: int = -1,
-    pin_memory: bool = False,
 ) -> Iterator[LaneBatch]:
     """Yield this rank's contiguous slice of the set in batches; all slices together contain each row once.
 
@@ -139,7 +138,7 @@ def eval_batches(
         for step, first in enumerate(range(start, stop, batch_size))
     ]
     far = distance(source, read_ahead, window=1, lanes=1, lane_batch=batch_size, local_workers=local_world_size())
-    return _run(EvalBatches(source, transform), keys, batch_size, workers, source, far, pin_memory)
+    return _run(EvalBatches(source, transform), keys, batch_size, workers, source, far, False)
 
 
 def to_device(batches: Iterable[LaneBatch], device: torch.device) -> Iterator[LaneBatch]:

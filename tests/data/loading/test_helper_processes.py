@@ -14,7 +14,8 @@ import torch
 from image_sets import prepared_set
 
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.augment.views import FitSize, View
+from mimkd_ray.data.augment.transforms import FitSize
+from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.loading import shared_memory
 from mimkd_ray.data.loading.helper_processes import helper_context
 from mimkd_ray.data.loading.loader import PREFETCH, SPARE_SLOTS, train_batches

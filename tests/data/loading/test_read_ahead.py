@@ -16,7 +16,8 @@ from image_sets import prepared_set
 
 from mimkd_ray import storage
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.augment.views import FitSize, View
+from mimkd_ray.data.augment.transforms import FitSize
+from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.loading import cpu_quota
 from mimkd_ray.data.loading.loader import train_batches
 from mimkd_ray.data.loading.read_ahead import Distance, ReadAhead, distance

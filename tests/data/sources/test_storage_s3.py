@@ -17,7 +17,8 @@ from image_sets import folder_set, parquet_set, prepared_set
 
 from mimkd_ray import remote, storage
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.augment.views import FitSize, View
+from mimkd_ray.data.augment.transforms import FitSize
+from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.loading.loader import eval_batches, train_batches
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.data_set import open_data
