@@ -52,8 +52,8 @@ def run(config: Config, train: Dataset | None = None, validation: Dataset | None
     """Run ``config`` to its end, print its table and return its result. A finished run only prints it.
 
     ``train`` and ``validation`` are map-style data sets of (image, class number), in the place of ``config.data.root``
-    (see data/sources/own_dataset.py); without ``validation`` set ``config.data.holdout``. They need ``launch.backend`` local: a
-    plain process, or torchrun. Everything else is as with data at rest: lanes, views, resuming.
+    (see data/sources/own_dataset.py); without ``validation`` set ``config.data.holdout``. They need ``launch.backend``
+    local: a plain process, or torchrun. Everything else is as with data at rest: lanes, views, resuming.
 
     Under torchrun every process calls it, and all follow what the first finds in the run directory.
     """

@@ -1,7 +1,7 @@
-"""What the training loop knows of the world outside, and the few collectives it needs.
+"""The training loop's view of the outside (:class:`Context`), and the collectives that it needs.
 
-`cli/local_launch.py` implements :class:`Context` for a plain process and for torchrun, `on_ray/train_workers.py` for Ray
-Train. The process group, where there is one, is set up by them.
+`cli/local_launch.py` implements :class:`Context` for a plain process and for torchrun, `on_ray/train_workers.py` for
+Ray Train. They set up the process group, if there is one.
 """
 
 from __future__ import annotations
