@@ -17,7 +17,7 @@ from mimkd_ray.config import Config, LaunchConfig
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.train.distributed import GROUP_SECONDS, Preemption, share_from_first
 from mimkd_ray.train.records import start_times
-from mimkd_ray.train.worker import run_job
+from mimkd_ray.train.worker import do_job
 
 
 class LocalContext:
@@ -79,7 +79,8 @@ def local_context(launch: LaunchConfig) -> Iterator[LocalContext]:
 
 
 def run_local(config: Config, context: LocalContext, run_dir: str, given: OwnData | None = None) -> dict[str, Any]:
-    """Run the job here; under torchrun, as one rank of many. ``given``: data sets in the place of ``data.root``."""
+    """Run a job that was begun and has no result, here; under torchrun, as one rank of many. ``given``: data sets in
+    the place of ``data.root``."""
     start_times.mark("worker")
     context.stop_on_sigterm()
-    return run_job(config, context, run_dir, given)
+    return do_job(config, context, run_dir, given)

@@ -20,8 +20,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray import environment
 from mimkd_ray.train.distributed import ask_first
 from mimkd_ray.train.records import start_times
-from mimkd_ray.train.records.run_dir import read_json
-from mimkd_ray.train.worker import claim
+from mimkd_ray.train.records.outcomes import claim, find_result
 
 C = TypeVar("C", bound=Config)
 
@@ -94,15 +93,14 @@ def _run(
     config: Config, run_dir: str, first: bool, work: Callable[[], dict[str, Any]], given: OwnData | None = None
 ) -> dict[str, Any]:
     """Return the result of a finished run, or check the job and do the ``work``. ``first`` says who prints."""
-    finished = ask_first(lambda: _begin(config, run_dir))
+    finished = ask_first(lambda: _finished(config, run_dir))
     if finished is not None:
         if first:
             print(result_table(finished))
             print(f"this run was finished before; --run.overwrite true does it again\nrun directory: {run_dir}")
         return finished
     preflight(config, given)
-    # The first worker does it too, but another config should not cost a start of workers.
-    ask_first(lambda: claim(config, run_dir))
+    ask_first(lambda: claim(config, run_dir))  # not before: a config that cannot be run leaves nothing behind
     start_times.mark("checked")
     result = work()
     if first:
@@ -110,15 +108,12 @@ def _run(
     return result
 
 
-def _begin(config: Config, run_dir: str) -> dict[str, Any] | None:
+def _finished(config: Config, run_dir: str) -> dict[str, Any] | None:
     """Delete an old run if ``run.overwrite`` says so, and return the result of a finished one. For one process alone:
     another must not read what this one is about to delete."""
     if config.run.overwrite:
         storage.remove_tree(run_dir)
-    finished: dict[str, Any] | None = read_json(storage.join(run_dir, "result.json"))
-    if finished is not None:
-        claim(config, run_dir)
-    return finished
+    return find_result(config, run_dir)
 
 
 def _run_on_ray(config: Config, run_dir: str) -> dict[str, Any]:

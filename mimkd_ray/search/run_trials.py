@@ -24,8 +24,9 @@ from mimkd_ray.train.distributed import Context, Preemption
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.out_of_memory import is_out_of_memory
-from mimkd_ray.train.packed import Member, Outcome, train_pack
+from mimkd_ray.train.packed import Member, train_pack
 from mimkd_ray.train.records import start_times
+from mimkd_ray.train.records.outcomes import Failed, Outcome, Stopped
 from mimkd_ray.train.worker import obtain_teacher
 
 Tell = Callable[[Mapping[int, Mapping[str, Any]]], None]
@@ -180,13 +181,11 @@ def _train(
 
 
 def _ended(search: SearchConfig, outcome: Outcome) -> Ended:
-    if outcome.error is not None:
+    if isinstance(outcome, Failed):
         kind, reason = explain(outcome.error)
         return Ended(state="failed", kind=kind, reason=reason)
-    if outcome.stopped is not None:
-        reason = (
-            f"behind at epoch {outcome.stopped}: one trial of the pack in {search.reduction} goes on past this rung"
-        )
+    if isinstance(outcome, Stopped):
+        reason = f"behind at epoch {outcome.epoch}: one trial of the pack in {search.reduction} goes on past this rung"
         return Ended(state="stopped", kind="early", reason=reason)
     return Ended(state="completed")
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mimkd_ray import storage
 from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
 from mimkd_ray.train.captured import make_engine
-from mimkd_ray.train.distributed import Context, Preemption, all_sum, barrier, share_from_first
+from mimkd_ray.train.distributed import Context, Preemption, all_sum, ask_first, barrier
 from mimkd_ray.train.records import start_times
 from mimkd_ray.train.records.metrics import Meter, Progress, reading, say
-from mimkd_ray.train.records.run_dir import MetricsLog, read_json
+from mimkd_ray.train.records.outcomes import begin
+from mimkd_ray.train.records.run_dir import MetricsLog
 from mimkd_ray.train.records.save_and_stop import Rhythm
 from mimkd_ray.train.run_record import Run
 from mimkd_ray.train.student import StepRecord, Student, lone_student
@@ -34,15 +34,27 @@ def train(
     extra: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
+    """Begin or go on with a run of its own directory, and return what result.json says. A finished run is returned as
+    it is. The rest is as in :func:`train_on`."""
+    finished = ask_first(lambda: begin(config, run_dir))
+    return train_on(config, data, teacher, context, run_dir, extra, quiet) if finished is None else finished
+
+
+def train_on(
+    config: Config,
+    data: Data,
+    teacher: nn.Module | None,
+    context: Context,
+    run_dir: str,
+    extra: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Train the student of ``config`` to its end and return what result.json says.
 
-    Goes on from the newest checkpoint in ``run_dir``; a finished run is returned as it is. ``teacher`` is None where
-    the loss needs none; ``extra`` (about the teacher, say) is added to the result. Raises Interrupted, on all workers,
-    when the job was asked to stop and has saved its state.
+    Goes on from the newest checkpoint in ``run_dir``, which was begun (records/outcomes.py) and has no result.
+    ``teacher`` is None where the loss needs none; ``extra`` (about the teacher, say) is added to the result. Raises
+    Interrupted, on all workers, when the job was asked to stop and has saved its state.
     """
-    finished = share_from_first(read_json(storage.join(run_dir, "result.json")) if context.rank == 0 else None)
-    if finished is not None:
-        return finished
     began = time.perf_counter()
     student = lone_student(config, data, teacher, context, run_dir)
     start = student.resume(run_dir)
