@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,6 @@ from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
 from mimkd_ray.train.captured import make_engine
 from mimkd_ray.train.distributed import Context, Preemption, all_sum, ask_first, barrier
-from mimkd_ray.train.records import start_times
 from mimkd_ray.train.records.metrics import Meter, Progress, reading, say
 from mimkd_ray.train.records.outcomes import begin
 from mimkd_ray.train.records.run_dir import MetricsLog
@@ -23,6 +23,9 @@ from mimkd_ray.train.records.save_and_stop import Rhythm
 from mimkd_ray.train.run_record import Run
 from mimkd_ray.train.student import StepRecord, Student, lone_student
 from mimkd_ray.train.turns import NoMemory
+
+GRAPHS = 64
+"""Students (and lane sizes) that one process compiles; torch's own limit is 8."""
 
 
 def train(
@@ -94,11 +97,15 @@ class Loop:
 
     def go(self) -> None:
         """Train to the end, which leaves ``results``. Raises Interrupted when the job was asked to stop."""
+        with compile_settings() if any(run.student.compiled for run in self.runs) else nullcontext():
+            self._go()
+
+    def _go(self) -> None:
         context = self.context
         progress = Progress(context, self.label, self.start, self.total, self.global_batch, self.quiet)
         rhythm = Rhythm(self.config.run, context, self.steps_per_epoch, self.start)
         self.inputs.start(self.start)
-        start_times.mark("built")
+        context.times.mark("built")
         for step in range(self.start, self.total):
             records = self._step(step)
             done, last = step + 1, step + 1 == self.total
@@ -148,7 +155,7 @@ class Loop:
                 records[run] = found
         self._still_finite(lambda run: run.guard.add(step, records[run].log, records[run].ids))
         self.meter.step()
-        start_times.mark("first_step")
+        self.context.times.mark("first_step")
         done = step + 1
         for run in self.runs:
             if done % self.config.train.log_every == 0 or done == self.total:
@@ -199,6 +206,19 @@ class Loop:
     def finish(self) -> None:
         """Write the results of every run."""
         self.results = {run: run.finish(self.meter) for run in self.runs}
+
+
+@contextmanager
+def compile_settings() -> Iterator[None]:
+    """A with-block with the settings of torch.compile that students need. torch has them for a whole process alone."""
+    with torch._dynamo.config.patch(
+        # The graph holds recomputed chunks (a higher-order operator), which DDP's graph splitter refuses.
+        optimize_ddp=False,
+        # Students of one process share the code of forward, and each has a graph: past the limit they would not be
+        # compiled at all.
+        recompile_limit=max(torch._dynamo.config.recompile_limit, GRAPHS),
+    ):
+        yield
 
 
 def write_step(

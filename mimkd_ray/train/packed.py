@@ -31,7 +31,7 @@ from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.inputs import Inputs
 from mimkd_ray.train.loop import Loop
 from mimkd_ray.train.out_of_memory import each, is_out_of_memory
-from mimkd_ray.train.records import checkpoint, start_times
+from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import STOPPED, Failed, Finished, Outcome, Stopped, claim, fail, read_outcome
 from mimkd_ray.train.records.run_dir import jsonable, read_metrics, write_json
@@ -174,7 +174,7 @@ def _open(
     network = teacher if readers else None
     # What is fitted without a cache is kept with the first member, whoever goes on.
     cached = open_cached(readers, data, network, context, members[0].run_dir) if readers else None
-    start_times.mark("cache")
+    context.times.mark("cache")
     inputs = Inputs(list(going.values()), data, network, context, cached)
     start, contents = checkpoint.newest_shared(places)
     students: dict[int, Student] = {}

@@ -13,7 +13,7 @@ from torch import Tensor
 from mimkd_ray import storage
 from mimkd_ray.config.digest import digest
 from mimkd_ray.train.distributed import all_sum, barrier, gather_lanes, share_from_first
-from mimkd_ray.train.records import checkpoint, start_times
+from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import FiniteGuard, Meter
 from mimkd_ray.train.records.outcomes import RESULT
 from mimkd_ray.train.records.run_dir import MetricsLog, read_json, write_json
@@ -144,7 +144,7 @@ def describe(student: Student, held_out: Mapping[str, Any], meter: Meter, start:
         "lane_batch": config.train.lane_batch,
         "seed": config.train.seed,
         "resumed_from": start,
-        "timeline": start_times.marks(),
+        "timeline": student.context.times.marks(),
         "digests": {"config": digest(config), "data": student.data.digest},
         "versions": versions(),
     }

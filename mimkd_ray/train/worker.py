@@ -18,7 +18,6 @@ from mimkd_ray.train.compare import arm_config, compare
 from mimkd_ray.train.distributed import Context, ask_first, share_from_first
 from mimkd_ray.train.evaluate import accuracy, held_out_name
 from mimkd_ray.train.loop import train, train_on
-from mimkd_ray.train.records import start_times
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import begin
 from mimkd_ray.train.records.run_dir import read_json, write_json
@@ -39,9 +38,9 @@ def run_job(config: Config, context: Context, run_dir: str, given: OwnData | Non
 def do_job(config: Config, context: Context, run_dir: str, given: OwnData | None = None) -> dict[str, Any]:
     """Do a job whose directory was begun (records/outcomes.py) and has no result. Every worker calls this."""
     data = open_data(config.data, given)
-    start_times.mark("data")
+    context.times.mark("data")
     teacher, facts = obtain_teacher(config, data, context, run_dir)
-    start_times.mark("teacher")
+    context.times.mark("teacher")
     if config.compare.seeds:
         return compare(config, data, teacher, facts, context, run_dir)
     return train_on(config, data, teacher, context, run_dir, facts)
