@@ -19,6 +19,7 @@ from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import cifar100
 from mimkd_ray.train.build import build_network, place
 from mimkd_ray.train.packed import Member, train_pack
+from mimkd_ray.train.records.outcomes import Failed
 from mimkd_ray.train.records.run_dir import read_json, write_json
 from mimkd_ray.train.worker import measure
 
@@ -170,7 +171,7 @@ def train_together(pack: Pack, at: float = float("inf"), threads: int = 1) -> di
     began = time.monotonic()
     outcomes = train_pack(pack.members(), data, teacher, context)
     for arm, outcome in zip(pack.losses, outcomes, strict=True):
-        if outcome.error is not None:
+        if isinstance(outcome, Failed):
             print(f"{pack.name} {arm}: {outcome.error}", flush=True)
         elif pack.base.data.val_split == "choose":
             test_of(pack.config(arm), pack.folder(arm), context)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from mimkd_ray.config import Config, LaunchConfig
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.train.distributed import GROUP_SECONDS, Preemption, share_from_first
-from mimkd_ray.train.records import start_times
-from mimkd_ray.train.worker import run_job
+from mimkd_ray.train.start_times import StartTimes
+from mimkd_ray.train.worker import do_job
 
 
 class LocalContext:
@@ -25,7 +25,15 @@ class LocalContext:
 
     reports_are_final = False
 
-    def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1, launch_id: str = "") -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        launch_id: str = "",
+        times: StartTimes | None = None,
+    ) -> None:
+        self.times = times or StartTimes()
         self.rank, self.world_size, self.device = rank, world_size, device
         self.launch_id = launch_id or uuid.uuid4().hex
         self._stopping = False
@@ -62,10 +70,11 @@ def under_torchrun() -> bool:
 
 
 @contextmanager
-def local_context(launch: LaunchConfig) -> Iterator[LocalContext]:
-    """Yield the context of the process group that torchrun created, or of a plain process."""
+def local_context(launch: LaunchConfig, times: StartTimes) -> Iterator[LocalContext]:
+    """Yield the context of the process group that torchrun created, or of a plain process. ``times``: the stages of
+    this start so far."""
     if not under_torchrun():
-        yield LocalContext(pick_device(launch, 0))
+        yield LocalContext(pick_device(launch, 0), times=times)
         return
     device = pick_device(launch, int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
@@ -73,14 +82,14 @@ def local_context(launch: LaunchConfig) -> Iterator[LocalContext]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=GROUP_SECONDS))
     try:
         launch_id = share_from_first(uuid.uuid4().hex)
-        yield LocalContext(device, dist.get_rank(), dist.get_world_size(), launch_id)
+        yield LocalContext(device, dist.get_rank(), dist.get_world_size(), launch_id, times)
     finally:
         dist.destroy_process_group()
 
 
 def run_local(config: Config, context: LocalContext, run_dir: str, given: OwnData | None = None) -> dict[str, Any]:
-    """Run the job in this process; under torchrun, as one rank of many. ``given``: data sets in place of
-    ``data.root``."""
-    start_times.mark("worker")
+    """Run a job that has begun and has no result in this process; under torchrun, as one rank of many. ``given``: data
+    sets in place of ``data.root``."""
+    context.times.mark("worker")
     context.stop_on_sigterm()
-    return run_job(config, context, run_dir, given)
+    return do_job(config, context, run_dir, given)

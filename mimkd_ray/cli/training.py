@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from torch.utils.data import Dataset
@@ -19,9 +20,8 @@ from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray import environment
 from mimkd_ray.train.distributed import ask_first
-from mimkd_ray.train.records import start_times
-from mimkd_ray.train.records.run_dir import read_json
-from mimkd_ray.train.worker import claim
+from mimkd_ray.train.records.outcomes import claim, find_result
+from mimkd_ray.train.start_times import StartTimes
 
 C = TypeVar("C", bound=Config)
 
@@ -57,22 +57,23 @@ def run(config: Config, train: Dataset | None = None, validation: Dataset | None
 
     Under torchrun every process calls it, and all follow what the first finds in the run directory.
     """
-    start_times.begin()
-    start_times.mark("parsed")
+    times = StartTimes()
+    times.mark("parsed")
     given = OwnData.of(train, validation)
     config = absolute(config)
     if given is not None:
         config = _with_given(config, given)
     run_dir = run_directory(config)
     if config.launch.backend == "local":
-        with local_context(config.launch) as context:
-            return _run(config, run_dir, context.rank == 0, lambda: run_local(config, context, run_dir, given), given)
+        with local_context(config.launch, times) as context:
+            work = partial(run_local, config, context, run_dir, given)
+            return _run(config, run_dir, context.rank == 0, work, times, given)
     if under_torchrun():
         raise UserError(
             "torchrun started this process, and launch.backend is ray, which starts workers by itself: pass "
             "--launch.backend local, or start the job without torchrun"
         )
-    return _run(config, run_dir, True, lambda: _run_on_ray(config, run_dir))
+    return _run(config, run_dir, True, partial(_run_on_ray, config, run_dir, times), times)
 
 
 def _with_given(config: Config, given: OwnData) -> Config:
@@ -91,38 +92,39 @@ def _with_given(config: Config, given: OwnData) -> Config:
 
 
 def _run(
-    config: Config, run_dir: str, first: bool, work: Callable[[], dict[str, Any]], given: OwnData | None = None
+    config: Config,
+    run_dir: str,
+    first: bool,
+    work: Callable[[], dict[str, Any]],
+    times: StartTimes,
+    given: OwnData | None = None,
 ) -> dict[str, Any]:
     """Return the result of a finished run, or check the job and do the ``work``. ``first`` says who prints."""
-    finished = ask_first(lambda: _begin(config, run_dir))
+    finished = ask_first(lambda: _finished(config, run_dir))
     if finished is not None:
         if first:
             print(result_table(finished))
             print(f"this run was finished before; --run.overwrite true does it again\nrun directory: {run_dir}")
         return finished
     preflight(config, given)
-    # The first worker does it too, but another config should not cost a start of workers.
-    ask_first(lambda: claim(config, run_dir))
-    start_times.mark("checked")
+    ask_first(lambda: claim(config, run_dir))  # not before: a config that cannot be run leaves nothing behind
+    times.mark("checked")
     result = work()
     if first:
         print(f"\n{result_table(result)}\nrun directory: {run_dir}", flush=True)
     return result
 
 
-def _begin(config: Config, run_dir: str) -> dict[str, Any] | None:
+def _finished(config: Config, run_dir: str) -> dict[str, Any] | None:
     """Delete an old run if ``run.overwrite`` says so, and return the result of a finished one. For one process alone:
     another must not read what this one is about to delete."""
     if config.run.overwrite:
         storage.remove_tree(run_dir)
-    finished: dict[str, Any] | None = read_json(storage.join(run_dir, "result.json"))
-    if finished is not None:
-        claim(config, run_dir)
-    return finished
+    return find_result(config, run_dir)
 
 
-def _run_on_ray(config: Config, run_dir: str) -> dict[str, Any]:
+def _run_on_ray(config: Config, run_dir: str, times: StartTimes) -> dict[str, Any]:
     environment.prepare(config.launch.address)
     from mimkd_ray.on_ray.train_workers import run_ray  # Ray takes seconds to import, and reads its environment then
 
-    return run_ray(config, run_dir)
+    return run_ray(config, run_dir, times)

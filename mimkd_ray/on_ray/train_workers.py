@@ -26,8 +26,8 @@ from mimkd_ray.on_ray.cluster import connect
 from mimkd_ray.on_ray.placement import LossWatch, scaling
 from mimkd_ray.on_ray.prometheus import LiveMetrics
 from mimkd_ray.train.distributed import GROUP_SECONDS, Preemption, share_from_first
-from mimkd_ray.train.records import start_times
 from mimkd_ray.train.records.run_dir import read_json, write_json
+from mimkd_ray.train.start_times import StartTimes
 from mimkd_ray.train.worker import run_job
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ class RayContext:
 
     reports_are_final = False
 
-    def __init__(self, launch_id: str, run_dir: str, joined: bool) -> None:
+    def __init__(self, launch_id: str, run_dir: str, joined: bool, times: StartTimes | None = None) -> None:
+        self.times = times or StartTimes()
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
@@ -129,9 +130,9 @@ class EndAtOnce(UserCallback):
 def worker(setup: dict[str, Any]) -> None:
     """Run training in a Ray worker. An error that a restart does not cure is written to the run directory for the
     driver."""
-    start_times.begin(setup["timeline"])
-    start_times.mark("worker")
-    context = RayContext(setup["launch_id"], setup["run_dir"], setup["joined"])
+    times = StartTimes(setup["timeline"])
+    times.mark("worker")
+    context = RayContext(setup["launch_id"], setup["run_dir"], setup["joined"], times)
     url = storage.join(setup["run_dir"], "error.json")
     earlier = read_json(url)
     if earlier is not None and earlier["launch_id"] == context.launch_id:
@@ -177,18 +178,18 @@ def forwarded_stop(run_dir: str, launch_id: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run_ray(config: Config, run_dir: str) -> dict[str, Any]:
+def run_ray(config: Config, run_dir: str, times: StartTimes) -> dict[str, Any]:
     """Run the job on Ray Train workers, of a cluster or of a Ray started here, and return its result."""
     own = connect(config.launch.address, "--launch.address", state_api=True, ignore_reinit_error=True)
-    start_times.mark("connected")
+    times.mark("connected")
     try:
-        return fit_workers(config, run_dir, own)
+        return fit_workers(config, run_dir, own, times)
     finally:
         if own:
             ray.shutdown()
 
 
-def fit_workers(config: Config, run_dir: str, own: bool) -> dict[str, Any]:
+def fit_workers(config: Config, run_dir: str, own: bool, times: StartTimes | None = None) -> dict[str, Any]:
     """Run the job within the connected Ray and return its result. ``own``: this process started it. Outside the main
     thread, SIGTERM is not handled and lost nodes are waited for without limit."""
     launch_id = uuid.uuid4().hex
@@ -203,7 +204,7 @@ def fit_workers(config: Config, run_dir: str, own: bool) -> dict[str, Any]:
                 "run_dir": run_dir,
                 "launch_id": launch_id,
                 "joined": not own,
-                "timeline": start_times.marks(),
+                "timeline": times.marks() if times is not None else {},
             },
             scaling_config=watch.scaling,
             torch_config=TorchConfig(timeout_s=GROUP_SECONDS),

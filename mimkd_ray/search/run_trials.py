@@ -24,8 +24,9 @@ from mimkd_ray.train.distributed import Context, Preemption
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.out_of_memory import is_out_of_memory
-from mimkd_ray.train.packed import Member, Outcome, train_pack
-from mimkd_ray.train.records import start_times
+from mimkd_ray.train.packed import Member, train_pack
+from mimkd_ray.train.records.outcomes import Failed, Outcome, Stopped
+from mimkd_ray.train.start_times import StartTimes
 from mimkd_ray.train.worker import obtain_teacher
 
 Tell = Callable[[Mapping[int, Mapping[str, Any]]], None]
@@ -41,7 +42,10 @@ class TrialContext:
     rank, world_size = 0, 1
     reports_are_final = True
 
-    def __init__(self, device: torch.device, tell: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(
+        self, device: torch.device, tell: Callable[[Mapping[str, Any]], None], times: StartTimes | None = None
+    ) -> None:
+        self.times = times or StartTimes()
         self.device, self.launch_id, self._tell = device, uuid.uuid4().hex, tell
 
     def report(self, metrics: Mapping[str, Any]) -> None:
@@ -74,11 +78,11 @@ class Opened:
         if key != self.key:
             self.key = None
             data = open_data(config.data)
-            start_times.mark("data")
+            context.times.mark("data")
             self.found = (data, *obtain_teacher(config, data, context, folder))
             self.key = key
-        start_times.mark("data")  # immediate if it was open
-        start_times.mark("teacher")
+        context.times.mark("data")  # immediate if it was open
+        context.times.mark("teacher")
         return self.found
 
 
@@ -107,11 +111,11 @@ def run_trials(
     ``folder`` is the search's (the teacher is there), ``places`` are the trials' own. Raises what ``tell`` raises.
     """
     began = time.perf_counter()
-    start_times.begin()
-    start_times.mark("asked")
+    times = StartTimes()
+    times.mark("asked")
     telling = Telling(tell)
     try:
-        outcomes = _train(search, planned, folder, places, device, telling)
+        outcomes = _train(search, planned, folder, places, device, telling, times)
     except Exception as error:
         if error is telling.raised or isinstance(error, Interrupted):
             raise
@@ -124,7 +128,7 @@ def run_trials(
     gc.collect()  # frees memory after a failed allocation, before the next trial
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    marks = start_times.marks()
+    marks = times.marks()
     stages = {name: at - marks["asked"] for name, at in marks.items()}
     seconds = time.perf_counter() - began
     return {
@@ -155,15 +159,16 @@ def _train(
     places: Mapping[int, str],
     device: torch.device,
     tell: Tell,
+    times: StartTimes,
 ) -> dict[int, Ended]:
     configs = [from_dict(Config, each.config) for each in planned]
     if len(planned) == 1:
         number = planned[0].number
-        context = TrialContext(device, lambda metrics: tell({number: metrics}))
+        context = TrialContext(device, lambda metrics: tell({number: metrics}), times)
         data, teacher, facts = _opened.get(configs[0], context, folder)
         train(configs[0], data, teacher, context, places[number], facts, quiet=True)
         return {number: Ended(state="completed")}
-    context = TrialContext(device, lambda _: None)
+    context = TrialContext(device, lambda _: None, times)
     with_teacher = next((config for config in configs if config.loss.uses_teacher), configs[0])
     data, teacher, facts = _opened.get(with_teacher, context, folder)
     members = [Member(config, places[each.number]) for config, each in zip(configs, planned, strict=True)]
@@ -180,13 +185,11 @@ def _train(
 
 
 def _ended(search: SearchConfig, outcome: Outcome) -> Ended:
-    if outcome.error is not None:
+    if isinstance(outcome, Failed):
         kind, reason = explain(outcome.error)
         return Ended(state="failed", kind=kind, reason=reason)
-    if outcome.stopped is not None:
-        reason = (
-            f"behind at epoch {outcome.stopped}: one trial of the pack in {search.reduction} goes on past this rung"
-        )
+    if isinstance(outcome, Stopped):
+        reason = f"behind at epoch {outcome.epoch}: one trial of the pack in {search.reduction} goes on past this rung"
         return Ended(state="stopped", kind="early", reason=reason)
     return Ended(state="completed")
 

@@ -18,7 +18,8 @@ from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.train.distributed import Context, barrier
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.records.metrics import say
-from mimkd_ray.train.records.run_dir import read_json, write_json
+from mimkd_ray.train.records.outcomes import RESULT
+from mimkd_ray.train.records.run_dir import write_json
 from mimkd_ray.versions import versions
 
 
@@ -53,9 +54,9 @@ def compare(
 ) -> dict[str, Any]:
     """Train every arm with every seed and return the comparison, which is also the job's result.json.
 
-    A run that is finished is not repeated, so a killed comparison goes on where it was.
+    A run that is finished is not repeated, so a killed comparison goes on where it was. The comparison's own directory
+    was begun (records/outcomes.py) and has no result.
     """
-    url = storage.join(run_dir, "result.json")
     began = time.perf_counter()
     results: dict[Arm, list[dict[str, Any]]] = {arm: [] for arm in config.compare.arms}
     for seed in range(config.compare.seeds):
@@ -82,8 +83,8 @@ def compare(
         "digests": {"config": digest(config), "data": data.digest},
         "versions": versions(),
     }
-    if context.rank == 0 and read_json(url) is None:
-        write_json(url, result)
+    if context.rank == 0:
+        write_json(storage.join(run_dir, RESULT), result)
     barrier()
     return result
 

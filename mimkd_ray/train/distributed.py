@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mimkd_ray.errors import UserError
 from mimkd_ray.storage import StorageError
+from mimkd_ray.train.start_times import StartTimes
 
 T = TypeVar("T")
 
@@ -46,6 +47,8 @@ class Context(Protocol):
     launch_id: str
     #: Whether a worker may be ended inside ``report``: all that belongs to an evaluation is committed before it then.
     reports_are_final: bool
+    #: The stages of this start of the job.
+    times: StartTimes
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Hand metrics to the launcher's own dashboard. Called by all ranks after an evaluation; may be slow."""

@@ -30,7 +30,6 @@ from mimkd_ray.train.distributed import Context, gather_lanes
 from mimkd_ray.train.from_cache.cached_negatives import CachedNegatives
 from mimkd_ray.train.from_cache.cached_teacher import Cached
 from mimkd_ray.train.from_cache.live_check import CacheCheck
-from mimkd_ray.train.records import start_times
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.step import Normalizer
 
@@ -190,7 +189,7 @@ class Inputs:
         asked = time.perf_counter()
         batch = next(self._batches)
         self.waited += time.perf_counter() - asked
-        start_times.mark("first_batch")
+        self.context.times.mark("first_batch")
         assert (batch.step, batch.lane) == (step, lane), f"step {step} lane {lane} got {batch.step} {batch.lane}"
         self.damage.add(batch)
         return batch

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mimkd_ray import storage
 from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
 from mimkd_ray.train.captured import make_engine
-from mimkd_ray.train.distributed import Context, Preemption, all_sum, barrier, share_from_first
-from mimkd_ray.train.records import start_times
+from mimkd_ray.train.distributed import Context, Preemption, all_sum, ask_first, barrier
 from mimkd_ray.train.records.metrics import Meter, Progress, reading, say
-from mimkd_ray.train.records.run_dir import MetricsLog, read_json
+from mimkd_ray.train.records.outcomes import begin
+from mimkd_ray.train.records.run_dir import MetricsLog
 from mimkd_ray.train.records.save_and_stop import Rhythm
 from mimkd_ray.train.run_record import Run
 from mimkd_ray.train.student import StepRecord, Student, lone_student
 from mimkd_ray.train.turns import NoMemory
+
+GRAPHS = 64
+"""Students (and lane sizes) that one process compiles; torch's own limit is 8."""
 
 
 def train(
@@ -34,15 +37,27 @@ def train(
     extra: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
+    """Begin or go on with a run of its own directory, and return what result.json says. A finished run is returned as
+    it is. The rest is as in :func:`train_on`."""
+    finished = ask_first(lambda: begin(config, run_dir))
+    return train_on(config, data, teacher, context, run_dir, extra, quiet) if finished is None else finished
+
+
+def train_on(
+    config: Config,
+    data: Data,
+    teacher: nn.Module | None,
+    context: Context,
+    run_dir: str,
+    extra: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Train the student of ``config`` to its end and return what result.json says.
 
-    Goes on from the newest checkpoint in ``run_dir``; a finished run is returned as it is. ``teacher`` is None where
-    the loss needs none; ``extra`` (about the teacher, say) is added to the result. Raises Interrupted, on all workers,
-    when the job was asked to stop and has saved its state.
+    Goes on from the newest checkpoint in ``run_dir``, which was begun (records/outcomes.py) and has no result.
+    ``teacher`` is None where the loss needs none; ``extra`` (about the teacher, say) is added to the result. Raises
+    Interrupted, on all workers, when the job was asked to stop and has saved its state.
     """
-    finished = share_from_first(read_json(storage.join(run_dir, "result.json")) if context.rank == 0 else None)
-    if finished is not None:
-        return finished
     began = time.perf_counter()
     student = lone_student(config, data, teacher, context, run_dir)
     start = student.resume(run_dir)
@@ -82,11 +97,15 @@ class Loop:
 
     def go(self) -> None:
         """Train to the end, which leaves ``results``. Raises Interrupted when the job was asked to stop."""
+        with compile_settings() if any(run.student.compiled for run in self.runs) else nullcontext():
+            self._go()
+
+    def _go(self) -> None:
         context = self.context
         progress = Progress(context, self.label, self.start, self.total, self.global_batch, self.quiet)
         rhythm = Rhythm(self.config.run, context, self.steps_per_epoch, self.start)
         self.inputs.start(self.start)
-        start_times.mark("built")
+        context.times.mark("built")
         for step in range(self.start, self.total):
             records = self._step(step)
             done, last = step + 1, step + 1 == self.total
@@ -136,7 +155,7 @@ class Loop:
                 records[run] = found
         self._still_finite(lambda run: run.guard.add(step, records[run].log, records[run].ids))
         self.meter.step()
-        start_times.mark("first_step")
+        self.context.times.mark("first_step")
         done = step + 1
         for run in self.runs:
             if done % self.config.train.log_every == 0 or done == self.total:
@@ -187,6 +206,19 @@ class Loop:
     def finish(self) -> None:
         """Write the results of every run."""
         self.results = {run: run.finish(self.meter) for run in self.runs}
+
+
+@contextmanager
+def compile_settings() -> Iterator[None]:
+    """A with-block with the settings of torch.compile that students need. torch has them for a whole process alone."""
+    with torch._dynamo.config.patch(
+        # The graph holds recomputed chunks (a higher-order operator), which DDP's graph splitter refuses.
+        optimize_ddp=False,
+        # Students of one process share the code of forward, and each has a graph: past the limit they would not be
+        # compiled at all.
+        recompile_limit=max(torch._dynamo.config.recompile_limit, GRAPHS),
+    ):
+        yield
 
 
 def write_step(

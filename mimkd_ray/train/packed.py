@@ -31,14 +31,12 @@ from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.inputs import Inputs
 from mimkd_ray.train.loop import Loop
 from mimkd_ray.train.out_of_memory import each, is_out_of_memory
-from mimkd_ray.train.records import checkpoint, start_times
+from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import say
-from mimkd_ray.train.records.run_dir import jsonable, read_json, read_metrics, write_json
+from mimkd_ray.train.records.outcomes import STOPPED, Failed, Finished, Outcome, Stopped, claim, fail, read_outcome
+from mimkd_ray.train.records.run_dir import jsonable, read_metrics, write_json
 from mimkd_ray.train.run_record import Run
 from mimkd_ray.train.student import StepRecord, Student, evaluate_together
-from mimkd_ray.train.worker import claim
-
-RESULT, STOPPED, FAILED = "result.json", "stopped.json", "failed.json"
 
 FEWEST_CHECKPOINTS = 2
 """That a member keeps: a kill may come when some have committed a step and others only the one before."""
@@ -50,18 +48,6 @@ class Member:
 
     config: Config
     run_dir: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a member ended: exactly one of the three."""
-
-    result: dict[str, Any] | None = None
-    """What result.json says of a finished member."""
-    error: Exception | None = None
-    """What ended this member alone; the others went on."""
-    stopped: int | None = None
-    """The epoch at which the judge stopped it."""
 
 
 Judge = Callable[[int, Mapping[int, Mapping[str, Any]]], Collection[int]]
@@ -154,25 +140,13 @@ def check_members(members: Sequence[Member]) -> None:
         claim(member.config, member.run_dir)
 
 
-def read_outcome(run_dir: str) -> Outcome | None:
-    """How the member with this directory ended; None if it has not."""
-    result = read_json(storage.join(run_dir, RESULT))
-    if result is not None:
-        return Outcome(result=result)
-    stopped = read_json(storage.join(run_dir, STOPPED))
-    if stopped is not None:
-        return Outcome(stopped=stopped["epoch"])
-    failed = read_json(storage.join(run_dir, FAILED))
-    return None if failed is None else Outcome(error=_ERRORS[failed["kind"]](failed["message"]))
-
-
 def _planned(member: Member, data: Data, teacher: nn.Module | None) -> PlannedStudent | Outcome:
     """Plan the student of a member. Returns its outcome where student or taps are wrong, or memory is short."""
     config = member.config
     try:
         return plan_student(config, teacher if config.loss.uses_teacher else None, data.num_classes)
     except UserError as error:
-        return Outcome(error=error)
+        return Failed(error)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -180,11 +154,7 @@ def _planned(member: Member, data: Data, teacher: nn.Module | None) -> PlannedSt
 
 
 def _found_no_memory(run_dir: str, error: Exception) -> Outcome:
-    return _fail(run_dir, MemberMemoryError(f"out of memory before the first step: {error}"))
-
-
-_ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (NonFiniteLossError, MemberMemoryError)}
-"""What ends a member alone, by the name in failed.json."""
+    return fail(run_dir, MemberMemoryError(f"out of memory before the first step: {error}"))
 
 
 def _open(
@@ -204,7 +174,7 @@ def _open(
     network = teacher if readers else None
     # What is fitted without a cache is kept with the first member, whoever goes on.
     cached = open_cached(readers, data, network, context, members[0].run_dir) if readers else None
-    start_times.mark("cache")
+    context.times.mark("cache")
     inputs = Inputs(list(going.values()), data, network, context, cached)
     start, contents = checkpoint.newest_shared(places)
     students: dict[int, Student] = {}
@@ -232,12 +202,6 @@ def _open(
     }
     told = {number: told_before(member.run_dir) for number, member in enumerate(members)} if judge is not None else {}
     return inputs, _Pack(runs, judge, told), lost
-
-
-def _fail(run_dir: str, error: NonFiniteLossError | MemberMemoryError) -> Outcome:
-    """Write down what ended a member alone."""
-    write_json(storage.join(run_dir, FAILED), {"kind": type(error).__name__, "message": str(error)})
-    return Outcome(error=error)
 
 
 def told_before(run_dir: str) -> dict[int, dict[str, Any]]:
@@ -318,13 +282,13 @@ class _Pack(Loop):
                 say(self.context, f"member {number} of the {self.label} ({run.run_dir}) is stopped at epoch {epoch}")
                 run.close()  # the file comes last: what it says is then all committed
                 write_json(storage.join(run.run_dir, STOPPED), {"epoch": epoch, "step": done})
-                self._end(run, Outcome(stopped=epoch))
+                self._end(run, Stopped(epoch))
 
     def leave(self, run: Run, error: NonFiniteLossError | MemberMemoryError) -> None:
         """The others go on without it."""
         say(self.context, f"member {self.numbers[run]} of the {self.label} ({run.run_dir}) leaves: {error}")
         run.close()
-        self._end(run, _fail(run.run_dir, error))
+        self._end(run, fail(run.run_dir, error))
 
     def _end(self, run: Run, outcome: Outcome) -> None:
         """A member has ended before the others."""
@@ -336,4 +300,4 @@ class _Pack(Loop):
         failed: dict[Run, str] = {}
         self.results = each(self.runs, lambda run: run.finish(self.meter), failed)
         self._leave_for_memory(failed, "export", self.total)
-        self.outcomes |= {self.numbers[run]: Outcome(result=jsonable(told)) for run, told in self.results.items()}
+        self.outcomes |= {self.numbers[run]: Finished(jsonable(told)) for run, told in self.results.items()}

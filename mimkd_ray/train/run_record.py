@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mimkd_ray import storage
 from mimkd_ray.config.digest import digest
-from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.train.distributed import all_sum, barrier, gather_lanes, share_from_first
-from mimkd_ray.train.records import checkpoint, start_times
+from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import FiniteGuard, Meter
+from mimkd_ray.train.records.outcomes import RESULT
 from mimkd_ray.train.records.run_dir import MetricsLog, read_json, write_json
 from mimkd_ray.train.student import StepRecord, Student
 from mimkd_ray.versions import versions
@@ -38,7 +38,6 @@ class Run:
         self.log: MetricsLog | None = None
         self.writer: checkpoint.Writer | None = None
         if context.rank == 0:
-            write_json(storage.join(run_dir, "config.json"), to_dict(config))
             self.log = MetricsLog(run_dir, start, config.run)
             self.writer = checkpoint.Writer(run_dir, max(keep, config.run.keep_checkpoints), self.log.publish)
         self.guard = FiniteGuard(context.device)
@@ -94,7 +93,7 @@ class Run:
             self.close()
             result["checkpoints"] = {"saved": len(self.writer.stalls), "stall_seconds": sum(self.writer.stalls)}
             storage.write_bytes(storage.join(self.run_dir, "student.safetensors"), save_safetensors(weights))
-            write_json(storage.join(self.run_dir, "result.json"), result)
+            write_json(storage.join(self.run_dir, RESULT), result)
         barrier()
         return share_from_first(result)
 
@@ -145,7 +144,7 @@ def describe(student: Student, held_out: Mapping[str, Any], meter: Meter, start:
         "lane_batch": config.train.lane_batch,
         "seed": config.train.seed,
         "resumed_from": start,
-        "timeline": start_times.marks(),
+        "timeline": student.context.times.marks(),
         "digests": {"config": digest(config), "data": student.data.digest},
         "versions": versions(),
     }

@@ -28,13 +28,10 @@ from mimkd_ray.train.optim import (
     portable_state,
     set_learning_rate,
 )
-from mimkd_ray.train.records import checkpoint, start_times
+from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.step import LaneNorms, backward_lane, data_parallel, seed_lane
 from mimkd_ray.train.turns import NoMemory, Turns
-
-GRAPHS = 64
-"""Students (and lane sizes) that one process compiles; torch's own limit is 8."""
 
 
 class StepRecord(NamedTuple):
@@ -68,6 +65,7 @@ class Student:
         self.optimizer = build_optimizer(config.optim, self.distiller, not self.plain_because)
         self.norms = LaneNorms(self.distiller, len(self.my_lanes), train.lanes)
         self.model = data_parallel(self.distiller) if is_distributed() else self.distiller
+        self.compiled = False
         if self.plain_because:
             self._compile()
 
@@ -78,11 +76,7 @@ class Student:
         if not has_compiler():
             say(self.context, "compilation is off: no C++ compiler (c++, g++ or clang++) was found")
             return
-        # The graph holds recomputed chunks (a higher-order operator), which DDP's graph splitter refuses.
-        torch._dynamo.config.optimize_ddp = False
-        # Students of one process share the code of forward, and each has a graph: past the limit they would not be
-        # compiled at all.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+        self.compiled = True
         self.distiller.compile()
         if self.inputs.teacher is not None:
             self.inputs.teacher.tapped.compile()
@@ -218,7 +212,7 @@ def lone_student(
     """
     planned = plan_student(config, teacher, data.num_classes)
     cached = open_cached([planned], data, teacher, context, run_dir)
-    start_times.mark("cache")
+    context.times.mark("cache")
     return Student(planned, Inputs([planned], data, teacher, context, cached))
 
 

@@ -9,19 +9,17 @@ from torch import nn
 
 from mimkd_ray import storage
 from mimkd_ray.config import CompareConfig, Config, LossConfig, ModelConfig
-from mimkd_ray.config.digest import differences, refuse_changes, training_dict, training_part
-from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.loading.loader import eval_batches
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.train.build import build_network, parameter_dtype, place, uses_channels_last
 from mimkd_ray.train.compare import arm_config, compare
-from mimkd_ray.train.distributed import Context, barrier, share_from_first
+from mimkd_ray.train.distributed import Context, ask_first, share_from_first
 from mimkd_ray.train.evaluate import accuracy, held_out_name
-from mimkd_ray.train.loop import train
-from mimkd_ray.train.records import start_times
+from mimkd_ray.train.loop import train, train_on
 from mimkd_ray.train.records.metrics import say
+from mimkd_ray.train.records.outcomes import begin
 from mimkd_ray.train.records.run_dir import read_json, write_json
 from mimkd_ray.train.step import Normalizer
 from mimkd_ray.train.teacher import check_accuracy, weights_digest
@@ -32,29 +30,20 @@ NO_TEACHER = LossConfig(name=())
 
 def run_job(config: Config, context: Context, run_dir: str, given: OwnData | None = None) -> dict[str, Any]:
     """Do what ``config`` says in ``run_dir``, with the ``given`` data sets in the place of ``data.root``, and return
-    the result. Every worker calls this."""
-    if context.rank == 0:
-        claim(config, run_dir)
-    barrier()
-    finished = share_from_first(read_json(storage.join(run_dir, "result.json")) if context.rank == 0 else None)
-    if finished is not None:
-        return finished
+    the result. A finished job is returned as it is. Every worker calls this."""
+    finished = ask_first(lambda: begin(config, run_dir))
+    return do_job(config, context, run_dir, given) if finished is None else finished
+
+
+def do_job(config: Config, context: Context, run_dir: str, given: OwnData | None = None) -> dict[str, Any]:
+    """Do a job whose directory was begun (records/outcomes.py) and has no result. Every worker calls this."""
     data = open_data(config.data, given)
-    start_times.mark("data")
+    context.times.mark("data")
     teacher, facts = obtain_teacher(config, data, context, run_dir)
-    start_times.mark("teacher")
+    context.times.mark("teacher")
     if config.compare.seeds:
         return compare(config, data, teacher, facts, context, run_dir)
-    return train(config, data, teacher, context, run_dir, facts)
-
-
-def claim(config: Config, run_dir: str) -> None:
-    """Write the run's config.json, or refuse a directory that was begun with another training configuration."""
-    url = storage.join(run_dir, "config.json")
-    old = read_json(url)
-    if old is not None:
-        refuse_changes(run_dir, differences(training_part(old), training_dict(config)))
-    write_json(url, to_dict(config))
+    return train_on(config, data, teacher, context, run_dir, facts)
 
 
 def first_runs(config: Config) -> list[Config]:

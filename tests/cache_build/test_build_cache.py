@@ -18,6 +18,7 @@ from mimkd_ray.cache_build import build_setup, build_units
 from mimkd_ray.cache_build.build_cache import build
 from mimkd_ray.cache_build.build_setup import Setup, shards_of
 from mimkd_ray.cache_build.build_units import in_process
+from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.augment.views import View, make_pipeline
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.sources.data_set import open_data
@@ -66,7 +67,7 @@ def test_features_are_the_teachers(tmp_path: Path) -> None:
             assert sorted(rows[label]) == sorted(row.id for row in stored)
         for row in stored:
             image = View(pipeline.train, config.train.seed).apply(row.image, row.id, view)
-            pixels = pipeline.batch(image[None], torch.tensor([row.id]), view, config.train.seed)
+            pixels = pipeline.batch(image[None], torch.tensor([row.id]), view_key(view, config.train.seed))
             with torch.no_grad():
                 logits = network((pixels / 255 - mean) / std)[0]
             got = {name: torch.frombuffer(bytearray(rows[name][row.id]), dtype=torch.float32) for name in LABELS[:2]}

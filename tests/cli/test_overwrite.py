@@ -78,3 +78,39 @@ def test_torchrun_and_ray_together_are_refused(tmp_path: Path, monkeypatch: pyte
     config = replace(tiny_config(launch={"backend": "ray"}), run=RunConfig(root=str(tmp_path)))
     with pytest.raises(UserError, match=r"launch\.backend is ray.*--launch\.backend local"):
         training.run(config)
+
+
+def test_a_config_that_cannot_be_run_leaves_no_directory(tmp_path: Path) -> None:
+    """Nor is the one that mends it refused because something else was trained there."""
+    config = tiny_config(
+        run={"root": str(tmp_path), "name": "one"}, train={"max_steps": 1}, launch={"gpu": "off"}, loss={"name": ()}
+    )
+    with pytest.raises(UserError, match="nowhere"):
+        training.run(replace(config, data=replace(config.data, root=str(tmp_path / "nowhere"))))
+    assert not (tmp_path / "one").exists()
+    assert training.run(config)["steps"] == 1
+
+
+def test_a_run_writes_its_config_once_and_is_asked_once_for_a_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(
+        run={"root": str(tmp_path), "name": "one"}, train={"max_steps": 1}, launch={"gpu": "off"}, loss={"name": ()}
+    )
+    written: list[str] = []
+    asked: list[str] = []
+    exists, write_bytes = storage.exists, storage.write_bytes
+
+    def noted_exists(url: str) -> bool:
+        asked.append(url)
+        return exists(url)
+
+    def noted_write(url: str, data: bytes) -> None:
+        written.append(url)
+        write_bytes(url, data)
+
+    monkeypatch.setattr(storage, "exists", noted_exists)
+    monkeypatch.setattr(storage, "write_bytes", noted_write)
+    training.run(config)
+    assert [url for url in written if url.endswith("config.json")] == [str(tmp_path / "one" / "config.json")]
+    assert [url for url in asked if url.endswith("result.json")] == [str(tmp_path / "one" / "result.json")]

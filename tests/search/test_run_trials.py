@@ -19,7 +19,7 @@ from mimkd_ray.search.driver import trial_config
 from mimkd_ray.search.run_trials import explain, prepare, run_trials
 from mimkd_ray.search.trial_folders import Ended, Planned
 from mimkd_ray.train.loop import train
-from mimkd_ray.train.packed import Outcome
+from mimkd_ray.train.records.outcomes import Finished, Outcome, Stopped
 from mimkd_ray.train.records.run_dir import read_json
 from mimkd_ray.train.worker import obtain_teacher
 
@@ -164,7 +164,7 @@ def test_a_pack_halves_by_what_json_cannot_hold(tmp_path: Path, monkeypatch: pyt
     def train_pack(members: Any, data: Any, teacher: Any, context: Any, judge: Any, extra: Any) -> list[Outcome]:
         figures = {"top1": 1.0, "top5": 1.0, "cross_entropy": 2.0}
         stopped.append(set(judge(1, {0: figures | {"cross_entropy": None}, 1: figures})))
-        return [Outcome(stopped=1), Outcome(result={})]
+        return [Stopped(1), Finished({})]
 
     monkeypatch.setattr("mimkd_ray.search.run_trials.train_pack", train_pack)
     ended, _ = run(tmp_path, job, [base, with_lr(base, 0.01)])

@@ -190,6 +190,28 @@ def test_compilation_without_a_compiler_is_one_line(
     ]
 
 
+def test_settings_of_the_compiler_are_those_of_training_while_it_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("optimize_ddp", "recompile_limit")
+    before = [getattr(torch._dynamo.config, name) for name in names]
+    assert before != [False, loop.GRAPHS]
+    seen = []
+    real = Student.schedule
+
+    def schedule(self: Student, step: int) -> None:
+        seen.append([getattr(torch._dynamo.config, name) for name in names])
+        real(self, step)
+
+    monkeypatch.setattr(Student, "schedule", schedule)
+    monkeypatch.setattr("mimkd_ray.train.student.has_compiler", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    run_tiny(tmp_path / "compiled", train={"compile": "on", "max_steps": 1})
+    run_tiny(tmp_path / "plain", train={"max_steps": 1})
+    assert seen == [[False, loop.GRAPHS], before]
+    assert [getattr(torch._dynamo.config, name) for name in names] == before
+
+
 def test_the_log_frequency_does_not_change_training(tmp_path: Path) -> None:
     run_tiny(tmp_path / "often")
     run_tiny(tmp_path / "seldom", train={"log_every": 5, "eval_every": 0})

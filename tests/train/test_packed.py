@@ -23,8 +23,9 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import Interrupted, NonFiniteLossError, UserError
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.loop import train
-from mimkd_ray.train.packed import Member, Outcome, train_pack
+from mimkd_ray.train.packed import Member, train_pack
 from mimkd_ray.train.records import checkpoint
+from mimkd_ray.train.records.outcomes import Failed, Finished, Outcome, Stopped
 from mimkd_ray.train.student import Student
 from mimkd_ray.train.teacher import Teacher
 
@@ -170,7 +171,7 @@ def test_members_are_their_lone_twins_bit_for_bit(tmp_path: Path, kind: str) -> 
     alone(configs, tmp_path / "alone")
     for number, outcome in enumerate(outcomes):
         same(tmp_path / "pack" / str(number), tmp_path / "alone" / str(number))
-        assert outcome == Outcome(result=json.loads((tmp_path / f"pack/{number}/result.json").read_text()))
+        assert outcome == Finished(json.loads((tmp_path / f"pack/{number}/result.json").read_text()))
     assert len({json.dumps(lines(tmp_path / "pack" / str(number))) for number in range(5)}) == 5, "five students"
 
 
@@ -213,8 +214,8 @@ def test_the_judge_hears_every_evaluation_and_stops_members(tmp_path: Path) -> N
         (3, [0, 2]),
         (4, [0, 2]),
     ]
-    assert [outcome.stopped for outcome in outcomes] == [None, 2, None]
-    assert [outcome.result is None for outcome in outcomes] == [False, True, False]
+    assert [type(outcome) for outcome in outcomes] == [Finished, Stopped, Finished]
+    assert outcomes[1] == Stopped(2)
     assert json.loads((tmp_path / "pack/1/stopped.json").read_text()) == {"epoch": 2, "step": 12}
     alone(configs, tmp_path / "alone")
     for number in (0, 2):
@@ -226,7 +227,7 @@ def test_the_judge_hears_every_evaluation_and_stops_members(tmp_path: Path) -> N
 
 def test_a_pack_whose_members_are_all_stopped_ends(tmp_path: Path) -> None:
     outcomes = pack(quick(), tmp_path, lambda epoch, figures: figures)
-    assert [outcome.stopped for outcome in outcomes] == [1, 1, 1]
+    assert outcomes == [Stopped(1)] * 3
 
 
 class _KillError(Exception):
@@ -274,7 +275,7 @@ def test_a_killed_pack_goes_on_from_what_all_members_have(
     outcomes = pack(configs, tmp_path / "cut")
     alone(configs, tmp_path / "alone")
     for number, outcome in enumerate(outcomes):
-        assert outcome.result is not None
+        assert isinstance(outcome, Finished)
         assert outcome.result["resumed_from"] == start
         same(tmp_path / "cut" / str(number), tmp_path / "alone" / str(number))
         ours, theirs = ((tmp_path / where / str(number) / "samples.jsonl").read_bytes() for where in ("cut", "alone"))
@@ -290,7 +291,7 @@ def test_a_damaged_checkpoint_of_one_member_sets_all_back(
     (broken / checkpoint.STATE).write_bytes(b"half of")
     outcomes = pack(configs, tmp_path / "cut")
     assert "step_00000012" in caplog.text
-    assert [outcome.result["resumed_from"] for outcome in outcomes if outcome.result] == [6, 6, 6]
+    assert [outcome.result["resumed_from"] for outcome in outcomes if isinstance(outcome, Finished)] == [6, 6, 6]
 
 
 def test_at_any_time_there_is_a_step_that_all_members_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,11 +334,11 @@ def test_a_kill_before_the_verdict_was_carried_out_asks_the_judge_again(
     asked, heard = heard, []
     whole = pack(configs, tmp_path / "whole", lambda *arguments: worst(*arguments) if arguments[0] > 1 else [])
     assert asked == heard
-    assert [outcome.stopped for outcome in outcomes] == [outcome.stopped for outcome in whole]
-    assert [outcome.stopped for outcome in outcomes].count(2) == 1
+    assert [type(outcome) for outcome in outcomes] == [type(outcome) for outcome in whole]
+    assert outcomes.count(Stopped(2)) == whole.count(Stopped(2)) == 1
 
     # A kill between two members' ends: the judge sees the figures of the one that has ended as well.
-    (stopped,) = (number for number, outcome in enumerate(whole) if outcome.stopped)
+    (stopped,) = (number for number, outcome in enumerate(whole) if isinstance(outcome, Stopped))
     again = tmp_path / "again"
     with pytest.raises(_KillError):
         pack(configs, again, dies)
@@ -353,6 +354,7 @@ def test_a_member_whose_loss_is_no_number_leaves_and_the_others_go_on(tmp_path: 
     outcomes = pack(configs, tmp_path / "pack")
     with pytest.raises(NonFiniteLossError) as caught:
         alone(configs[1:2], tmp_path / "broken")
+    assert isinstance(outcomes[1], Failed)
     assert isinstance(outcomes[1].error, NonFiniteLossError)
     assert str(outcomes[1].error) == str(caught.value)
     assert json.loads((tmp_path / "pack/1/failed.json").read_text()) == {
@@ -375,6 +377,7 @@ def test_a_member_with_wrong_taps_or_no_student_is_the_only_one_that_fails(tmp_p
         (outcomes[0], "layer 'nowhere' not found"),
         (outcomes[2], "unknown model 'cifar/nothing'"),
     ):
+        assert isinstance(outcome, Failed)
         assert isinstance(outcome.error, UserError)
         assert message in str(outcome.error)
     alone(configs[1:2], tmp_path / "alone")
@@ -411,7 +414,7 @@ def test_a_request_to_stop_saves_all_members(tmp_path: Path, monkeypatch: pytest
     outcomes = pack(configs, tmp_path / "cut")
     alone(configs, tmp_path / "alone")
     for number, outcome in enumerate(outcomes):
-        assert outcome.result is not None
+        assert isinstance(outcome, Finished)
         assert outcome.result["resumed_from"] == 9
         same(tmp_path / "cut" / str(number), tmp_path / "alone" / str(number))
 

@@ -19,6 +19,7 @@ from mimkd_ray.losses.methods.registry import RIVALS, Method
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.packed import Member, train_pack
+from mimkd_ray.train.records.outcomes import Finished
 from mimkd_ray.train.student import Student, lone_student
 
 METHODS: list[tuple[Method, ...]] = [*((method,) for method in RIVALS), ("mimkd", "crd", "review")]
@@ -51,7 +52,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     members = [Member(config, str(root / name)) for config, name in zip(_live(), IDS, strict=True)]
     data = open_data(members[0].config.data)
     outcomes = train_pack(members, data, build_network(members[0].config, data.num_classes, "random"), cpu())
-    assert [outcome.error for outcome in outcomes] == [None] * len(METHODS)
+    assert [type(outcome) for outcome in outcomes] == [Finished] * len(METHODS)
     return root
 
 
