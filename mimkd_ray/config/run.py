@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.places import check_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class RunConfig:
     """Write samples.jsonl: step, lane, view and sample ids of everything that is trained on."""
 
     def __post_init__(self) -> None:
+        if self.name:
+            check_name("run.name", self.name)
         if min(self.checkpoint_every, self.checkpoint_steps, self.checkpoint_minutes) < 0 or self.keep_checkpoints < 1:
             raise UserError(
                 f"run.checkpoint_every {self.checkpoint_every}, checkpoint_steps {self.checkpoint_steps} and "
