@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from mimkd_ray import local_files
 from mimkd_ray.errors import UserError
+from mimkd_ray.places import place
 from mimkd_ray.remote import StorageError as StorageError
 from mimkd_ray.remote import attempt as _attempt
 from mimkd_ray.remote import explained as explained
@@ -53,8 +54,8 @@ def local_path(url: str) -> Path:
 
 
 def absolute(url: str) -> str:
-    """Return `url` without a slash at its end; a local path as an absolute one, for processes that start elsewhere."""
-    return url.rstrip("/") if is_remote(url) else os.path.abspath(local_path(url))
+    """Return the place that a user typed as it is for every process, wherever it starts: see places.py."""
+    return place(url)
 
 
 def join(url: str, *parts: str) -> str:

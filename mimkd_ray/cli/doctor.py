@@ -6,7 +6,6 @@ process a node that reserves nothing, and for the all-reduce a GPU on each node 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -42,9 +41,9 @@ def doctor(config: DoctorConfig) -> int:
 
 
 def _absolute(config: DoctorConfig) -> DoctorConfig:
-    """Local paths made absolute: Ray's workers start in folders of their own."""
+    """What users typed for places, made into places (places.py): Ray's workers start in folders of their own."""
 
     def full(path: str) -> str:
-        return path if not path or storage.is_remote(path) else os.path.abspath(storage.local_path(path))
+        return storage.absolute(path) if path else ""
 
-    return replace(config, root=tuple(map(full, config.root)), store=full(config.store))
+    return replace(config, root=tuple(map(full, config.root)), store=full(config.store), json=full(config.json))

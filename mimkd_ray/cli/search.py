@@ -15,7 +15,7 @@ from mimkd_ray import storage
 from mimkd_ray.cli import common
 from mimkd_ray.cli.local_launch import pick_device
 from mimkd_ray.cli.preflight import preflight
-from mimkd_ray.cli.training import absolute
+from mimkd_ray.cli.training import absolute, below_root
 from mimkd_ray.config import Config, SearchJob
 from mimkd_ray.config.search import search_job
 from mimkd_ray.errors import Interrupted
@@ -63,7 +63,7 @@ def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
     """Run a search to its end, and write what came of it. Returns the exit status."""
     found = find_spaces(job.search.space, spaces)
     job = absolute(job)
-    folder = storage.join(job.run.root, job.run.name or f"search-{job.recipe}-{search_digest(job)[:8]}")
+    folder = below_root(job, f"search-{job.recipe}-{search_digest(job)[:8]}")
     if job.run.overwrite:
         storage.remove_tree(folder)
     state = Search(job, folder, found)
