@@ -71,3 +71,12 @@ def entries(folder: Path) -> list[tuple[str, bool, int, str]]:
         return sorted((n, d, 0 if d else s.st_size, str(s.st_mtime_ns)) for n, d, s in there)
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def tree(folder: Path) -> list[str]:
+    """Return the paths in the folder of all files and links below it, sorted; links are not followed."""
+    found: list[str] = []
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        found += [os.path.relpath(os.path.join(place, name), folder) for name in (*files, *links)]
+    return sorted(found)

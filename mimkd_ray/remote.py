@@ -10,7 +10,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from mimkd_ray.errors import UserError
@@ -37,6 +37,8 @@ _TRANSIENT_NAMES = {
     "http": {"IncompleteRead"},
     "httpx": {"TransportError"},
 }
+_FLAT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"}
+"""Object stores: a folder is no more than the beginning of names, and goes with them."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CREDENTIAL_ERRORS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
 
@@ -69,6 +71,38 @@ def filesystem(url: str) -> Any:
     if key not in _FILESYSTEMS:
         _FILESYSTEMS[key] = kind(**options, skip_instance_cache=True, use_listings_cache=False)
     return _FILESYSTEMS[key]
+
+
+def tree(fs: Any, path: str) -> tuple[list[str], list[str]]:
+    """Return the files of a tree, and its folders where the store has real ones, each sorted; a file is a tree too.
+
+    By their literal names: `fs.rm` takes `[`, `*` and `?` in a name for a pattern, so that `lr[0]` removed `lr0`.
+    """
+    fs.invalidate_cache()
+    path = path.rstrip("/")
+    try:
+        found = fs.find(path, withdirs=True, detail=True)
+    except FileNotFoundError:
+        return [], []
+    inside = {name: entry["type"] for name, entry in found.items() if name == path or name.startswith(f"{path}/")}
+    # An object that marks a folder is listed as a folder, under a name with a slash at its end.
+    files = sorted(name for name, kind in inside.items() if kind != "directory" or name.endswith("/"))
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    real = [] if protocols & _FLAT else sorted(set(inside) - set(files))
+    return files, real
+
+
+def remove_key(fs: Any, path: str) -> None:
+    """Remove one file by its literal name; nothing there is fine."""
+    with suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
+def remove_folders(fs: Any, folders: list[str]) -> None:
+    """Remove empty folders, those within others first; what is gone is fine."""
+    for folder in sorted(folders, reverse=True):
+        if fs.isdir(folder):
+            fs.rmdir(folder)
 
 
 def attempt(url: str, verb: str, call: Callable[[], T]) -> T:

@@ -15,17 +15,23 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from mimkd_ray import local_files
 from mimkd_ray.errors import UserError
+from mimkd_ray.places import place
 from mimkd_ray.remote import StorageError as StorageError
 from mimkd_ray.remote import attempt as _attempt
 from mimkd_ray.remote import explained as explained
 from mimkd_ray.remote import filesystem as _filesystem
+from mimkd_ray.remote import remove_folders, remove_key, tree
 
 _S3 = ("s3://", "s3a://")
+
+THREADS = 16
+"""Objects that are removed at a time."""
 
 T = TypeVar("T")
 
@@ -49,9 +55,8 @@ def local_path(url: str) -> Path:
 
 
 def absolute(url: str) -> str:
-    """Return `url` without a trailing slash; a local path becomes absolute, for processes with another working
-    directory."""
-    return url.rstrip("/") if is_remote(url) else os.path.abspath(local_path(url))
+    """Return the place that a user typed as it is for every process, wherever it starts: see places.py."""
+    return place(url)
 
 
 def join(url: str, *parts: str) -> str:
@@ -206,31 +211,47 @@ def upload(path: str | Path, url: str) -> None:
         _attempt(url, "upload to", lambda: local_files.publish(local_path(url), copy))
 
 
+def list_tree(url: str) -> list[str]:
+    """Return the files below folder `url` by their paths in it, sorted; [] if there is no folder.
+
+    Of a local folder, links are listed and not followed.
+    """
+    if not is_remote(url):
+        return _attempt(url, "list", lambda: local_files.tree(local_path(url)))
+    start = len(_remote(url, "list", lambda fs, path: path.rstrip("/"))) + 1
+    return [path[start:] for path in _remote(url, "list", tree)[0] if path[start:]]
+
+
+def remove_file(url: str) -> None:
+    """Remove the file (or link) at `url`, whatever its name; nothing there is fine."""
+    if is_remote(url):
+        _remote(url, "remove", remove_key)
+    else:
+        _attempt(url, "remove", lambda: local_path(url).unlink(missing_ok=True))
+
+
 def remove_tree(url: str) -> None:
     """Remove the folder (or file) at `url` and everything below it; do nothing if it does not exist.
 
-    Raises UserError for the root of a disk, a bucket or the home folder.
+    Names are taken literally, never for patterns. Raises UserError for the root of a disk or a bucket, and for a folder
+    that holds the home folder or the current one.
     """
     if not is_remote(url):
-        path = local_path(url).absolute()
-        if path in (Path(path.anchor), Path.home()):
-            raise UserError(f"refusing to remove {url}: it is {path}; name a folder below it")
+        path = Path(os.path.abspath(local_path(url)))
+        if path == Path(path.anchor) or any(each.is_relative_to(path) for each in (Path.home(), Path.cwd())):
+            raise UserError(f"refusing to remove {url}: {path} holds much else; name a folder below it")
         if path.is_dir() and not path.is_symlink():
             _attempt(url, "remove", lambda: shutil.rmtree(path))
         else:
             path.unlink(missing_ok=True)
         return
-    if not url.split("://", 1)[1].strip("/").partition("/")[2]:
-        raise UserError(f"refusing to remove {url}: it is a whole bucket; name a folder in it")
-
-    def remove(fs: Any, path: str) -> None:
-        fs.invalidate_cache()
-        try:
-            fs.rm(path, recursive=True)
-        except FileNotFoundError:
-            return
-
-    _remote(url, "remove", remove)
+    parts = url.split("://", 1)[1].strip("/").split("/")
+    if not any(parts[1:]) or {".", ".."} & set(parts):
+        raise UserError(f"refusing to remove {url}: it is a whole bucket, or may be; name a folder in it")
+    files, folders = _remote(url, "list", tree)
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda path: _remote(url, "remove", lambda fs, _: remove_key(fs, path)), files))
+    _remote(url, "remove", lambda fs, _: remove_folders(fs, folders))
 
 
 def open_file(url: str, length: int | None = None) -> BinaryIO:

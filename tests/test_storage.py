@@ -189,6 +189,33 @@ def test_remove_tree_refuses_roots(place: str) -> None:
         storage.remove_tree(place)
 
 
+def test_remove_tree_refuses_what_holds_home_or_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, work = tmp_path / "people" / "me", tmp_path / "work" / "here"
+    (home / "runs").mkdir(parents=True)
+    work.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(work)
+    for place in (home, home / "runs" / "..", home.parent, work, work.parent, "~/runs/..", "..", "."):
+        with pytest.raises(UserError, match="refusing to remove"):
+            storage.remove_tree(str(place))
+    assert (home / "runs").is_dir()
+    assert work.is_dir()
+    storage.remove_tree("~/runs")
+    assert not (home / "runs").exists()
+
+
+def test_a_listed_tree_does_not_follow_links(tmp_path: Path) -> None:
+    for name in ("a/b/c.bin", "a/d", "elsewhere/mine"):
+        storage.write_bytes(str(tmp_path / name), b"x")
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "elsewhere")
+    assert storage.list_tree(str(tmp_path / "a")) == ["b/c.bin", "d", "link"]
+    storage.remove_file(str(tmp_path / "a" / "link"))
+    assert (tmp_path / "elsewhere" / "mine").exists()
+    assert storage.list_tree(str(tmp_path / "nothing")) == []
+
+
 def test_unknown_protocol() -> None:
     with pytest.raises(UserError, match="nosuch://"):
         storage.exists("nosuch://x/y")

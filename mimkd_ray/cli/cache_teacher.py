@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from mimkd_ray import storage
 from mimkd_ray.cache_build.build_cache import Built, build
 from mimkd_ray.cache_build.build_setup import Runner, Setup, Unit
 from mimkd_ray.cache_build.build_units import in_process
@@ -70,11 +71,12 @@ def look_after(command: str, arguments: Sequence[str], program: str) -> int:
     job = common.from_flags(AdminJob, arguments, prog=program)
     if job is None:
         return 0
+    root = storage.absolute(job.cache.root) if job.cache.root else ""
     found = admin.Verified()
     lines = {
-        "ls": lambda: admin.ls(job.cache.root),
-        "verify": lambda: admin.verify(job.cache.root, job.mend, found),
-        "gc": lambda: admin.gc(job.cache.root, job.hours, job.delete),
+        "ls": lambda: admin.ls(root),
+        "verify": lambda: admin.verify(root, job.mend, found),
+        "gc": lambda: admin.gc(root, job.hours, job.delete),
     }[command]()
     for line in lines:
         print(line, flush=True)

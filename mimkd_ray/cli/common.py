@@ -109,6 +109,7 @@ def parse(recipes: Mapping[str, Callable[[], C]], default: str, argv: Sequence[s
 
 def read_config(path: str, kind: type[C]) -> C:
     """Return a config from a JSON file (path or URL)."""
+    path = storage.absolute(path)
     if not storage.exists(path):
         raise UserError(f"--config {path}: there is no such file")
     try:

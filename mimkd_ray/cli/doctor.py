@@ -6,7 +6,6 @@ per node without reservations, and for the all-reduce one GPU on each node if al
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -42,9 +41,9 @@ def doctor(config: DoctorConfig) -> int:
 
 
 def _absolute(config: DoctorConfig) -> DoctorConfig:
-    """Return the config with absolute local paths: Ray's workers start in other folders."""
+    """Return the config with its places as any process needs them (places.py); Ray's workers start elsewhere."""
 
     def full(path: str) -> str:
-        return path if not path or storage.is_remote(path) else os.path.abspath(storage.local_path(path))
+        return storage.absolute(path) if path else ""
 
-    return replace(config, root=tuple(map(full, config.root)), store=full(config.store))
+    return replace(config, root=tuple(map(full, config.root)), store=full(config.store), json=full(config.json))

@@ -53,7 +53,7 @@ def _comparison(result: Mapping[str, Any]) -> str:
             error = "" if paired["standard_error"] is None else f" ± {paired['standard_error']:.2f}"
             gain, wins = f"{paired['mean']:+.2f}{error}", f"{paired['wins']} of {paired['of']}"
         rate = f"{value['images_per_second']:.0f}"
-        rows.append([LABELS[arm], f"{value['mean']:.2f}{spread}", gain, wins, rate])
+        rows.append([LABELS.get(arm, f"student, {arm}"), f"{value['mean']:.2f}{spread}", gain, wins, rate])
     head = (
         f"{result['recipe']}: student {result['student']['name']}, {result['train_rows']} training images, "
         f"{result['held_out_rows']} held out, {result['seeds']} seeds, {result['workers']} workers\n"

@@ -15,7 +15,7 @@ from mimkd_ray import storage
 from mimkd_ray.cli import common
 from mimkd_ray.cli.local_launch import pick_device
 from mimkd_ray.cli.preflight import preflight
-from mimkd_ray.cli.training import absolute
+from mimkd_ray.cli.training import absolute, below_root
 from mimkd_ray.config import Config, SearchJob
 from mimkd_ray.config.search import search_job
 from mimkd_ray.errors import Interrupted
@@ -27,6 +27,7 @@ from mimkd_ray.search.run_trials import prepare, run_trials
 from mimkd_ray.search.suggest import Space, find_spaces
 from mimkd_ray.search.trial_folders import Ended, Planned
 from mimkd_ray.search.trials import Final
+from mimkd_ray.train.records import run_files
 from mimkd_ray.train.records.metrics import clock
 
 LINE_SECONDS = 10.0
@@ -63,9 +64,9 @@ def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
     """Run a search to its end and write its results; return the exit status."""
     found = find_spaces(job.search.space, spaces)
     job = absolute(job)
-    folder = storage.join(job.run.root, job.run.name or f"search-{job.recipe}-{search_digest(job)[:8]}")
+    folder = below_root(job, f"search-{job.recipe}-{search_digest(job)[:8]}")
     if job.run.overwrite:
-        storage.remove_tree(folder)
+        run_files.overwrite(folder)
     state = Search(job, folder, found)
     widest = state.widest()
     preflight(widest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,7 +18,9 @@ from mimkd_ray.config.digest import digest
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray import environment
+from mimkd_ray.places import NAME_BYTES, check_name
 from mimkd_ray.train.distributed import ask_first
+from mimkd_ray.train.records import run_files
 from mimkd_ray.train.records.outcomes import claim, find_result
 from mimkd_ray.train.start_times import StartTimes
 
@@ -29,14 +30,22 @@ C = TypeVar("C", bound=Config)
 def run_directory(config: Config) -> str:
     """URL or absolute path of the run. The default name holds a digest of what is trained: the same command finds
     its run again, another configuration gets another directory."""
-    return storage.join(config.run.root, config.run.name or f"{config.recipe}-{digest(config)[:8]}")
+    return below_root(config, f"{config.recipe}-{digest(config)[:8]}")
+
+
+def below_root(config: Config, name: str) -> str:
+    """The directory of ``run.name``, or of the default ``name``. Raises UserError for a recipe that makes a bad one."""
+    if not config.run.name:
+        check_name("recipe", config.recipe)
+        check_name("the run's name", name, limit=NAME_BYTES + 20)
+    return storage.join(config.run.root, config.run.name or name)
 
 
 def absolute(config: C) -> C:
-    """Local paths made absolute: Ray's workers start in folders of their own."""
+    """Return the config with its places as any process needs them (places.py); Ray's workers start elsewhere."""
 
     def full(path: str, *names: str) -> str:
-        return path if path in names or storage.is_remote(path) else os.path.abspath(path)
+        return path if path in names else storage.absolute(path)
 
     return replace(
         config,
@@ -119,7 +128,7 @@ def _finished(config: Config, run_dir: str) -> dict[str, Any] | None:
     """Delete an old run if ``run.overwrite`` says so, and return the result of a finished one. For one process alone:
     another must not read what this one is about to delete."""
     if config.run.overwrite:
-        storage.remove_tree(run_dir)
+        run_files.overwrite(run_dir)
     return find_result(config, run_dir)
 
 

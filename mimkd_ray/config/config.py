@@ -17,6 +17,7 @@ from mimkd_ray.config.teacher import TeacherConfig
 from mimkd_ray.config.train import TrainConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.methods.registry import RIVALS
+from mimkd_ray.places import NAME_BYTES, check_name
 from mimkd_ray.seeds import SEEDS
 
 
@@ -50,6 +51,7 @@ class Config:
     """The workers and their machines."""
 
     def __post_init__(self) -> None:
+        check_name("recipe", self.recipe, limit=2 * NAME_BYTES)  # derived ones are longer, and name no folder
         if self.cache.reads and self.mix.active:
             raise UserError(
                 "mix.mixup_alpha or mix.cutmix_alpha is on, and cache.root is set: features of a mixed image are no "

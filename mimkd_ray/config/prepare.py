@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mimkd_ray import storage
 from mimkd_ray.errors import UserError
+from mimkd_ray.places import check_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if not self.source or not self.target:
             raise UserError("--source and --target are needed: a folder or a URL such as s3://bucket/imagenet")
-        if not self.split or "/" in self.split or self.split.startswith("."):
+        check_name("--split", self.split)
+        if self.split.startswith("."):
             raise UserError(f"--split '{self.split}' is no name; give train, validation or the like")
         if self.short_side < 0:
             raise UserError(f"--short-side {self.short_side}: give 1 pixel or more, or 0 to keep every file as it is")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.places import check_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,8 @@ class RunConfig:
     name: str = ""
     """Name of the run's directory; unset: the recipe and a digest of the fields that determine the training."""
     overwrite: bool = False
-    """Delete the contents of the directory and start anew, instead of resuming or repeating the result."""
+    """Delete what a run has written in the directory and start anew, instead of resuming or repeating the result. Other
+    files stay; a directory that is no run's is refused."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints; 0: not by epochs."""
     checkpoint_steps: int = 0
@@ -33,6 +35,8 @@ class RunConfig:
     """Write samples.jsonl: step, lane, view and sample ids of every training batch."""
 
     def __post_init__(self) -> None:
+        if self.name:
+            check_name("run.name", self.name)
         if min(self.checkpoint_every, self.checkpoint_steps, self.checkpoint_minutes) < 0 or self.keep_checkpoints < 1:
             raise UserError(
                 f"run.checkpoint_every {self.checkpoint_every}, checkpoint_steps {self.checkpoint_steps} and "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.places import place
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 """Endings of weights files; all except the first are read by torch.load with weights_only=True."""
@@ -59,7 +60,7 @@ def _read(path: str) -> bytes:
     import fsspec
 
     try:
-        with fsspec.open(path, "rb") as file:
+        with fsspec.open(place(path), "rb") as file:
             return file.read()
     except FileNotFoundError as error:
         raise UserError(f"weights {path}: no such file; pass an existing file, 'published' or 'random'") from error

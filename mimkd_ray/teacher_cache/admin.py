@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,6 @@ from mimkd_ray import storage
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.teacher_cache import calibration
 from mimkd_ray.teacher_cache.feature_manifest import (
-    MANIFEST_SUFFIX,
     Record,
     ViewManifest,
     manifest_url,
@@ -22,6 +22,13 @@ from mimkd_ray.teacher_cache.feature_manifest import (
     views_there,
 )
 from mimkd_ray.teacher_cache.keys import CALIBRATIONS, LOGITS, THREADS, read_keys
+
+# The names of what a build writes below a cache's root.
+_VIEW = re.compile(r"view-\d{5,}")
+_FEATURES = re.compile(r"\d{10,}-\d{10,}-[0-9a-f]{16}\.(parquet|json)")
+_CALIBRATION = re.compile(r"[0-9a-f]{24}\.safetensors")
+_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]+\.tmp")
+"""Of local files (local_files.py)."""
 
 
 def check_root(root: str) -> None:
@@ -134,7 +141,7 @@ def gc(root: str, hours: float, delete: bool) -> Iterator[str]:
     """Yield a line for each object that no manifest lists, and remove it with `delete`.
 
     In a finished view these are all objects except its manifest's files. Objects of unfinished views may belong to a
-    build in progress and are removed only if they are `hours` old.
+    build in progress and are removed only if they are `hours` old. Files with names that no build writes stay.
     """
     check_root(root)
     keys = read_keys(root)
@@ -143,17 +150,24 @@ def gc(root: str, hours: float, delete: bool) -> Iterator[str]:
     for key in sorted(keys):
         finished = views_there(root, key)
         for url, size in storage.list_sizes(storage.join(root, key)).items():
-            if not url.endswith(("/key.json", MANIFEST_SUFFIX)) and _old(url, hours):
+            if _TEMPORARY.fullmatch(_name(url)) and _old(url, hours):
                 garbage.append((url, size))  # a writer was killed in the middle
         for folder in storage.list_dirs(storage.join(root, key)):
+            if not _VIEW.fullmatch(_name(folder)):
+                continue
             view = int(folder.rpartition("-")[2])
             manifest = read_manifest(root, key, view) if view in finished else None
             listed = {shard.file for shard in manifest.shards} if manifest else set()
             listed |= {file.removesuffix(".parquet") + ".json" for file in listed}
             for url, size in storage.list_sizes(folder).items():
-                if url.rpartition("/")[2] not in listed and (manifest or _old(url, hours)):
+                written = _FEATURES.fullmatch(_name(url)) or _TEMPORARY.fullmatch(_name(url))
+                if written and _name(url) not in listed and (manifest or _old(url, hours)):
                     garbage.append((url, size))
     for url, size in storage.list_sizes(storage.join(root, CALIBRATIONS)).items():
+        if _TEMPORARY.fullmatch(_name(url)) and _old(url, hours):
+            garbage.append((url, size))
+        if not _CALIBRATION.fullmatch(_name(url)):
+            continue
         data = calibration.read(url)
         if data is not None and calibration.digest(data) not in used and _old(url, hours):
             garbage.append((url, size))
@@ -164,6 +178,10 @@ def gc(root: str, hours: float, delete: bool) -> Iterator[str]:
     total = sum(size for _, size in garbage)
     hint = "" if delete or not garbage else "; --delete true removes them"
     yield f"{len(garbage):,} objects, {total / 1e6:,.1f} MB that no manifest lists{hint}"
+
+
+def _name(url: str) -> str:
+    return url.rpartition("/")[2]
 
 
 def _old(url: str, hours: float) -> bool:

@@ -164,6 +164,26 @@ def test_damage_is_mended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(RECIPES, ["verify", *admin]) == 0
 
 
+def test_garbage_is_nothing_that_no_build_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "cache"
+    assert main(RECIPES, local(root)) == 0
+    key = next(path.parent for path in root.glob("*/view-00000.manifest.json"))
+    (root / "calibrations").mkdir(exist_ok=True)
+    (key / "plots").mkdir()
+    mine = [
+        "notes.txt",
+        "plots/a.png",
+        "view-00000/train-0.parquet",
+        "../calibrations/mine.safetensors",
+        "../x.parquet",
+    ]
+    for name in mine:
+        (key / name).write_bytes(b"mine")
+    assert main(RECIPES, ["gc", "--cache.root", str(root), "--hours", "0", "--delete", "true"]) == 0
+    assert "0 objects" in capsys.readouterr().out.splitlines()[-1]
+    assert [name for name in mine if not (key / name).exists()] == []
+
+
 def test_garbage_is_what_no_manifest_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "cache"
     assert main(RECIPES, local(root)) == 0

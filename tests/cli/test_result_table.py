@@ -114,3 +114,8 @@ def test_one_seed_has_no_spread_and_no_verdict() -> None:
     table = result_table(comparison([80.0], mimkd=[90.0]))
     assert cells(table, "student, MIMKD") == ["90.00", "+10.00", "1", "of", "1", "100"]
     assert "helps" not in table
+
+
+def test_a_rival_as_an_arm() -> None:
+    said = result_table(comparison([90.0, 91.0], dkd=[92.0, 93.5]))
+    assert "student, dkd" in said

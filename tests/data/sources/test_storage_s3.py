@@ -213,3 +213,25 @@ def test_a_damaged_object_is_not_trained_on(bucket: str, tmp_path: Path) -> None
     with pytest.raises(DamagedDataError, match=rf"{shard}: row group 0 is damaged"):
         train.read([0])
     assert train.read([5])[0].id == 5
+
+
+@pytest.mark.parametrize("name", ["lr[0]", "lr*", "lr?", "lr[!x]", "a#b", "a%41", "é ü"])
+def test_a_tree_is_removed_by_its_name_and_not_by_a_pattern(bucket: str, name: str) -> None:
+    """`lr[0]` as a pattern matches `lr0`: somebody else's run was removed, and the own one stayed."""
+    for other in (name, "lr0", "lrx", "lr", "lr[0]9", "aAb", "aA"):
+        for file in ("config.json", "checkpoints/step_1/state.pt"):
+            storage.write_bytes(f"{bucket}/{other}/{file}", b"x")
+    remote.filesystem(bucket).pipe_file(f"{bucket.removeprefix('s3://')}/{name}/empty/", b"")  # marks a folder
+    assert storage.list_tree(f"{bucket}/{name}") == ["checkpoints/step_1/state.pt", "config.json", "empty/"]
+    before = set(storage.list_dirs(bucket))
+    storage.remove_tree(f"{bucket}/{name}")
+    assert before - set(storage.list_dirs(bucket)) == {f"{bucket}/{name}"}
+    storage.remove_file(f"{bucket}/lr0/config.json")
+    storage.remove_file(f"{bucket}/lr0/config.json")
+    assert storage.list_tree(f"{bucket}/lr0") == ["checkpoints/step_1/state.pt"]
+
+
+@pytest.mark.parametrize("place", ["/..", "/x/..", "//", "/./"])
+def test_what_may_be_a_whole_bucket_is_not_removed(bucket: str, place: str) -> None:
+    with pytest.raises(UserError, match="whole bucket"):
+        storage.remove_tree(f"{bucket}{place}")
