@@ -27,7 +27,7 @@ from mimkd_ray.taps.tap_codecs import Coding, coded_term
 from mimkd_ray.taps.tapped_model import TapShape, find_shapes
 from mimkd_ray.taps.tracing import dry_run
 from mimkd_ray.train.distributed import is_distributed
-from mimkd_ray.train.step import StudentModule
+from mimkd_ray.train.student_module import StudentModule
 from mimkd_ray.train.teacher import Teacher
 
 KINDS: tuple[Kind, ...] = ("global", "local", "feature")

@@ -28,8 +28,8 @@ from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.train.distributed import Context
 from mimkd_ray.train.inputs import Inputs
 from mimkd_ray.train.records.metrics import say
-from mimkd_ray.train.step import seed_lane
-from mimkd_ray.train.student import StepRecord, Student, optimisation_step
+from mimkd_ray.train.step import StepRecord, optimisation_step, seed_lane
+from mimkd_ray.train.student import Student
 from mimkd_ray.train.turns import NoMemory
 
 WARM_STEPS = 3

@@ -31,7 +31,7 @@ from mimkd_ray.train.from_cache.cached_negatives import CachedNegatives
 from mimkd_ray.train.from_cache.cached_teacher import Cached
 from mimkd_ray.train.from_cache.live_check import CacheCheck
 from mimkd_ray.train.records.metrics import say
-from mimkd_ray.train.step import Normalizer
+from mimkd_ray.train.student_module import Normalizer
 
 
 class Lane(NamedTuple):

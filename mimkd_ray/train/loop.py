@@ -21,7 +21,8 @@ from mimkd_ray.train.records.outcomes import begin
 from mimkd_ray.train.records.run_dir import MetricsLog
 from mimkd_ray.train.records.save_and_stop import Rhythm
 from mimkd_ray.train.run_record import Run
-from mimkd_ray.train.student import StepRecord, Student, lone_student
+from mimkd_ray.train.step import StepRecord
+from mimkd_ray.train.student import Student, lone_student
 from mimkd_ray.train.turns import NoMemory
 
 GRAPHS = 64

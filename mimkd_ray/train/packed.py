@@ -36,7 +36,8 @@ from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import STOPPED, Failed, Finished, Outcome, Stopped, claim, fail, read_outcome
 from mimkd_ray.train.records.run_dir import jsonable, read_metrics, write_json
 from mimkd_ray.train.run_record import Run
-from mimkd_ray.train.student import StepRecord, Student, evaluate_together
+from mimkd_ray.train.step import StepRecord
+from mimkd_ray.train.student import Student, evaluate_together
 
 FEWEST_CHECKPOINTS = 2
 """That a member keeps: a kill may come when some have committed a step and others only the one before."""

@@ -17,7 +17,8 @@ from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import FiniteGuard, Meter
 from mimkd_ray.train.records.outcomes import RESULT
 from mimkd_ray.train.records.run_dir import MetricsLog, read_json, write_json
-from mimkd_ray.train.student import StepRecord, Student
+from mimkd_ray.train.step import StepRecord
+from mimkd_ray.train.student import Student
 from mimkd_ray.versions import versions
 
 

@@ -1,179 +1,113 @@
-"""One module for student, taps, critics and loss, and one optimiser step over the lanes of a worker."""
+"""One optimisation step of a student, or of the students of a pack, from zeroed gradients to the loss's bookkeeping."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mimkd_ray.losses.distillation import LossOutput, MIMKDLoss
+from mimkd_ray.config import Config
 from mimkd_ray.losses.features import Features
 from mimkd_ray.seeds import derive
-from mimkd_ray.taps.tapped_model import TappedModel, TapShape
-from mimkd_ray.train.distributed import all_sum
-from mimkd_ray.train.teacher import canonical
+from mimkd_ray.train.distributed import Context, gather_lanes
+from mimkd_ray.train.inputs import Lane
+from mimkd_ray.train.student_module import LaneNorms, StudentModule
+from mimkd_ray.train.turns import NoMemory, Turns
 
 
-class StudentModule(nn.Module):
-    """Student, taps, critics and loss: forward gives (loss, breakdown), so compilation and DDP see all of it.
+class Steps(Protocol):
+    """The parts of a student (train/student.py) that a step uses."""
 
-    Hooks are set before compilation, ``compile()`` goes inside and DDP outside.
+    config: Config
+    context: Context
+    my_lanes: range
+    optimizer: torch.optim.Optimizer
+    norms: LaneNorms
+    distiller: StudentModule
+    model: DistributedDataParallel | StudentModule
+
+    def asks_for(self, features: Features | None) -> Features | None:
+        """Return the part of the teacher's features that its loss reads."""
+
+
+S = TypeVar("S", bound=Steps)
+
+
+class StepRecord(NamedTuple):
+    """The figures of a step: the mean breakdown of this worker's lanes, their sample ids, and the view."""
+
+    log: dict[str, Tensor]
+    ids: list[Tensor]
+    view: int
+
+
+def optimisation_step(
+    students: Sequence[S],
+    lanes: Iterable[Lane],
+    seed: Callable[[int], None] | None,
+    spare: bool = False,
+    streams: Sequence[torch.cuda.Stream] = (),
+) -> dict[S, StepRecord | NoMemory]:
+    """One optimisation step of every student, on the same lanes, from zeroed gradients to the loss's bookkeeping.
+
+    Before it, :meth:`Student.schedule` has set the step's learning rate and weights; after it, :meth:`Student.follow`
+    moves the average. Everything between them runs on the device, so that it can be recorded (train/captured.py).
+
+    ``seed`` is called with a lane's number before each student takes it, and seeds the networks' random numbers; None:
+    they are seeded already. Students take turns (:class:`Turns`): one student's activations are held at a time. With
+    ``spare`` a student that finds no memory leaves, and the others have their step. ``streams``: one a student, on
+    which it works beside the others.
     """
-
-    def __init__(
-        self,
-        student: nn.Module,
-        shapes: Mapping[str, TapShape],
-        vectors: Iterable[str],
-        maps: Iterable[str],
-        loss: MIMKDLoss,
-        autocast: torch.dtype | None,
-    ) -> None:
-        super().__init__()
-        self.vectors, self.maps = tuple(vectors), tuple(maps)
-        self.shapes = dict(shapes)
-        self.student = TappedModel(student, sorted({*self.vectors, *self.maps}))
-        self.loss = loss
-        self.autocast = autocast
-
-    def output(
-        self,
-        images_BCHW: Tensor,
-        labels_B: Tensor,
-        ids_B: Tensor,
-        teacher: Features | None,
-        reading: bool = False,
-    ) -> tuple[LossOutput, Tensor]:
-        """The loss with all its parts, and the student's logits. Images are normalised."""
-        with torch.autocast(images_BCHW.device.type, self.autocast, enabled=self.autocast is not None):
-            logits_BC, taps = self.student(images_BCHW)
-        features = canonical(logits_BC, taps, self.shapes, self.vectors, self.maps)
-        return self.loss(teacher, features, labels_B, ids_B, reading), logits_BC
-
-    def forward(
-        self, images_BCHW: Tensor, labels_B: Tensor, ids_B: Tensor, teacher: Features | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one lane (scalar) and its breakdown (detached scalars)."""
-        result, _ = self.output(images_BCHW, labels_B, ids_B, teacher)
-        return result.total, result.log
-
-
-class Normalizer:
-    """uint8 images to normalised floats on the device, in the run's memory format."""
-
-    def __init__(
-        self,
-        mean: Sequence[float],
-        std: Sequence[float],
-        device: torch.device,
-        dtype: torch.dtype,
-        channels_last: bool,
-    ) -> None:
-        # (x / 255 - mean) / std = x * scale + shift: one fused multiply-add over the batch
-        self.scale = torch.tensor([1 / (255 * s) for s in std], dtype=dtype, device=device).view(3, 1, 1)
-        self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=dtype, device=device).view(
-            3, 1, 1
-        )
-        self.device, self.dtype = device, dtype
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-
-    def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 on any device -> normalised, on this device."""
-        images = images_BCHW.to(self.device, non_blocking=True).to(self.dtype, memory_format=self.memory_format)
-        return torch.addcmul(self.shift, images, self.scale)
+    turns = Turns(students, spare, streams)
+    logs: dict[S, list[dict[str, Tensor]]] = {student: [] for student in students}
+    records: dict[S, StepRecord | NoMemory] = {}
+    ids: list[Tensor] = []
+    view = 0
+    for student in turns:
+        with turns.of(student):
+            student.optimizer.zero_grad(set_to_none=True)
+            student.norms.begin_step()
+    for lane in lanes:
+        for student in turns:
+            with turns.of(student):
+                if seed is not None:
+                    seed(lane.number)
+                features = student.asks_for(lane.teacher)
+                log = backward_lane(  # forward and backward; the last lane of a step adds up the workers' gradients
+                    student.model,
+                    lane.images_BCHW,
+                    lane.labels_B,
+                    lane.ids_B,
+                    features,
+                    weight=student.context.world_size / student.config.train.lanes,
+                    last=lane.number == student.my_lanes[-1],
+                )
+                logs[student].append(log)
+                student.distiller.loss.observe(features, lane.labels_B, lane.ids_B)
+                student.norms.end_lane()
+        ids.append(lane.ids_B)
+        view = lane.view
+    for student in turns:
+        with turns.of(student):
+            student.norms.end_step()
+            if student.config.optim.clip_norm:
+                torch.nn.utils.clip_grad_norm_(student.distiller.parameters(), student.config.optim.clip_norm)
+            student.optimizer.step()
+            student.distiller.loss.after_step(partial(gather_lanes, lanes=student.config.train.lanes))
+            records[student] = StepRecord(mean_log(logs[student]), ids, view)
+    return records | turns.left
 
 
-class LaneNorms:
-    """Running batch-norm statistics over several lanes of one step.
-
-    Every lane starts from the step's initial statistics and the results are averaged: an exponential average is
-    linear, so this equals one worker per lane whose statistics are averaged later.
-    """
-
-    def __init__(self, module: nn.Module, my_lanes: int, lanes: int) -> None:
-        self.my_lanes, self.lanes = my_lanes, lanes
-        self.buffers = [
-            buffer
-            for norm in module.modules()
-            if isinstance(norm, _BatchNorm) and norm.track_running_stats
-            for buffer in (norm.running_mean, norm.running_var)
-            if buffer is not None
-        ]
-        self.counters = [
-            norm.num_batches_tracked
-            for norm in module.modules()
-            if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None
-        ]
-
-    def begin_step(self) -> None:
-        """Remember the step's initial statistics."""
-        if self.my_lanes > 1:
-            self.start = [buffer.clone() for buffer in self.buffers]
-            self.total = [torch.zeros_like(buffer) for buffer in self.buffers]
-            self.counts = [counter.clone() for counter in self.counters]
-
-    def end_lane(self) -> None:
-        """Collect what a lane made of them, and go back to the start."""
-        if self.my_lanes > 1 and self.buffers:
-            torch._foreach_add_(self.total, self.buffers)
-            torch._foreach_copy_(self.buffers, self.start)
-
-    def end_step(self) -> None:
-        """Keep the average over this worker's lanes."""
-        if self.my_lanes > 1:
-            for buffer, total in zip(self.buffers, self.total, strict=True):
-                buffer.copy_(total / self.my_lanes)
-            for counter, count in zip(self.counters, self.counts, strict=True):
-                counter.copy_(count + 1)  # a step counts once, whoever carries how many lanes
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """A with-block in which the statistics are averages over all workers, weighted by their lanes: for an
-        evaluation or an export. Each worker then goes on from its own, so that looking changes nothing."""
-        own = [buffer.clone() for buffer in self.buffers]
-        self.average_()
-        yield
-        for buffer, value in zip(self.buffers, own, strict=True):
-            buffer.copy_(value)
-
-    def average_(self) -> None:
-        """Average the statistics over all workers, weighted by their lanes. Every worker takes part."""
-        if self.buffers and self.my_lanes != self.lanes:
-            self.load(all_sum(self.flat() * (self.my_lanes / self.lanes)))
-
-    def flat(self) -> Tensor:
-        """This worker's statistics as one vector."""
-        return torch.cat([buffer.flatten() for buffer in self.buffers]) if self.buffers else torch.zeros(0)
-
-    def load(self, flat: Tensor) -> None:
-        """Take over statistics in the form of :meth:`flat`."""
-        parts = flat.split([buffer.numel() for buffer in self.buffers])
-        for buffer, part in zip(self.buffers, parts, strict=True):
-            buffer.copy_(part.view_as(buffer))
-
-
-def data_parallel(module: nn.Module) -> DistributedDataParallel:
-    """Wrap ``module`` in DDP with the same arithmetic after a restart, buffers left alone. Call it before ``compile``.
-
-    With find_unused_parameters a parameter may go without a gradient, always or in some steps (a layer that the
-    network has and does not use, a lane without a valid negative), and several workers then train as one does. DDP
-    also keeps the buckets that it made at the start. Otherwise it deals gradients to other buckets after the first
-    backward of a process, and with three or more ranks the place in a bucket decides how a sum is rounded: a resumed
-    run would drift from an undisturbed one. It costs a walk through the graph of a step's last lane and the sum of one
-    integer for each parameter. Where every parameter has a gradient, torch warns once that the option may be left out.
-
-    Batch-norm statistics belong to lanes and are averaged by :class:`LaneNorms`.
-    """
-    # torch 2.15 renames the option and warns about the old name.
-    new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    options: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-    return DistributedDataParallel(module, find_unused_parameters=True, **options)
+def mean_log(logs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean breakdown of lanes."""
+    lanes_LM = torch.stack([torch.stack(list(log.values())) for log in logs])
+    means_M = lanes_LM.mean(0) if len(lanes_LM) > 1 else lanes_LM[0]
+    return dict(zip(logs[0], means_M.unbind(), strict=True))
 
 
 def seed_lane(seed: int, step: int, lane: int) -> None:

@@ -1,14 +1,15 @@
-"""What a student in training is: networks, optimiser and statistics; how it takes a step and is saved."""
+"""A student in training: its networks, optimiser and statistics, its evaluation, and its state for a restart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mimkd_ray.config import Config
@@ -17,10 +18,10 @@ from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.losses.features import Features
 from mimkd_ray.taps.tapped_model import TappedModel
 from mimkd_ray.train.build import PlannedStudent, build_distiller, has_compiler, plan_student, why_plain
-from mimkd_ray.train.distributed import Context, gather_by_rank, gather_lanes, is_distributed, share_from_first
+from mimkd_ray.train.distributed import Context, gather_by_rank, is_distributed, share_from_first
 from mimkd_ray.train.evaluate import accuracies, held_out_name, read_information
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
-from mimkd_ray.train.inputs import Inputs, Lane
+from mimkd_ray.train.inputs import Inputs
 from mimkd_ray.train.optim import (
     build_optimizer,
     learning_rate,
@@ -30,16 +31,8 @@ from mimkd_ray.train.optim import (
 )
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import say
-from mimkd_ray.train.step import LaneNorms, backward_lane, data_parallel, seed_lane
-from mimkd_ray.train.turns import NoMemory, Turns
-
-
-class StepRecord(NamedTuple):
-    """What a step was: the mean breakdown of this worker's lanes, their sample ids, and the view."""
-
-    log: dict[str, Tensor]
-    ids: list[Tensor]
-    view: int
+from mimkd_ray.train.step import StepRecord, optimisation_step, seed_lane
+from mimkd_ray.train.student_module import LaneNorms, StudentModule, data_parallel
 
 
 class Student:
@@ -64,7 +57,9 @@ class Student:
         )
         self.optimizer = build_optimizer(config.optim, self.distiller, not self.plain_because)
         self.norms = LaneNorms(self.distiller, len(self.my_lanes), train.lanes)
-        self.model = data_parallel(self.distiller) if is_distributed() else self.distiller
+        self.model: DistributedDataParallel | StudentModule = (
+            data_parallel(self.distiller) if is_distributed() else self.distiller
+        )
         self.compiled = False
         if self.plain_because:
             self._compile()
@@ -195,13 +190,6 @@ class Student:
         return int(state["step"])
 
 
-def mean_log(logs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean breakdown of lanes."""
-    lanes_LM = torch.stack([torch.stack(list(log.values())) for log in logs])
-    means_M = lanes_LM.mean(0) if len(lanes_LM) > 1 else lanes_LM[0]
-    return dict(zip(logs[0], means_M.unbind(), strict=True))
-
-
 def lone_student(
     config: Config, data: Data, teacher: torch.nn.Module | None, context: Context, run_dir: str = ""
 ) -> Student:
@@ -214,63 +202,6 @@ def lone_student(
     cached = open_cached([planned], data, teacher, context, run_dir)
     context.times.mark("cache")
     return Student(planned, Inputs([planned], data, teacher, context, cached))
-
-
-def optimisation_step(
-    students: Sequence[Student],
-    lanes: Iterable[Lane],
-    seed: Callable[[int], None] | None,
-    spare: bool = False,
-    streams: Sequence[torch.cuda.Stream] = (),
-) -> dict[Student, StepRecord | NoMemory]:
-    """One optimisation step of every student, on the same lanes, from zeroed gradients to the loss's bookkeeping.
-
-    Before it, :meth:`Student.schedule` has set the step's learning rate and weights; after it, :meth:`Student.follow`
-    moves the average. Everything between them runs on the device, so that it can be recorded (train/captured.py).
-
-    ``seed`` is called with a lane's number before each student takes it, and seeds the networks' random numbers; None:
-    they are seeded already. Students take turns (:class:`Turns`): one student's activations are held at a time. With
-    ``spare`` a student that finds no memory leaves, and the others have their step. ``streams``: one a student, on
-    which it works beside the others.
-    """
-    turns = Turns(students, spare, streams)
-    logs: dict[Student, list[dict[str, Tensor]]] = {student: [] for student in students}
-    records: dict[Student, StepRecord | NoMemory] = {}
-    ids: list[Tensor] = []
-    view = 0
-    for student in turns:
-        with turns.of(student):
-            student.optimizer.zero_grad(set_to_none=True)
-            student.norms.begin_step()
-    for lane in lanes:
-        for student in turns:
-            with turns.of(student):
-                if seed is not None:
-                    seed(lane.number)
-                features = student.asks_for(lane.teacher)
-                log = backward_lane(  # forward and backward; the last lane of a step adds up the workers' gradients
-                    student.model,
-                    lane.images_BCHW,
-                    lane.labels_B,
-                    lane.ids_B,
-                    features,
-                    weight=student.context.world_size / student.config.train.lanes,
-                    last=lane.number == student.my_lanes[-1],
-                )
-                logs[student].append(log)
-                student.distiller.loss.observe(features, lane.labels_B, lane.ids_B)
-                student.norms.end_lane()
-        ids.append(lane.ids_B)
-        view = lane.view
-    for student in turns:
-        with turns.of(student):
-            student.norms.end_step()
-            if student.config.optim.clip_norm:
-                torch.nn.utils.clip_grad_norm_(student.distiller.parameters(), student.config.optim.clip_norm)
-            student.optimizer.step()
-            student.distiller.loss.after_step(partial(gather_lanes, lanes=student.config.train.lanes))
-            records[student] = StepRecord(mean_log(logs[student]), ids, view)
-    return records | turns.left
 
 
 def evaluate_together(

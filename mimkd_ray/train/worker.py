@@ -21,7 +21,7 @@ from mimkd_ray.train.loop import train, train_on
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import begin
 from mimkd_ray.train.records.run_dir import read_json, write_json
-from mimkd_ray.train.step import Normalizer
+from mimkd_ray.train.student_module import Normalizer
 from mimkd_ray.train.teacher import check_accuracy, weights_digest
 
 NO_TEACHER = LossConfig(name=())

@@ -25,8 +25,8 @@ from mimkd_ray.train.build import build_student
 from mimkd_ray.train.distiller import Distiller, distill
 from mimkd_ray.train.inputs import Lane
 from mimkd_ray.train.optim import build_optimizer, learning_rate
-from mimkd_ray.train.step import seed_lane
-from mimkd_ray.train.student import Student, lone_student, optimisation_step
+from mimkd_ray.train.step import optimisation_step, seed_lane
+from mimkd_ray.train.student import Student, lone_student
 
 
 def networks(seed: int = 0) -> tuple[nn.Module, nn.Module]:
