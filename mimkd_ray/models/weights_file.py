@@ -11,6 +11,7 @@ import io
 import os
 import pathlib
 import pickle
+import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +26,7 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin")
 """Endings of weights files. What is in a file is seen from its first bytes."""
 HUB, FOLDER = "hf-hub:", "local-dir:"
 """In front of a model of the Hugging Face hub, ORG/NAME, and of a folder that holds one."""
+WEB = ("http://", "https://")
 IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights file of such a model."""
 WRAPPERS = (
@@ -50,7 +52,7 @@ def shown(path: str) -> str:
 
 def is_weights_file(path: str) -> bool:
     """Say whether `path` can be a weights file: by its ending, as a URL or a model of a hub, or if it is there."""
-    if path.startswith((HUB, FOLDER, "http://", "https://")):
+    if path.startswith((HUB, FOLDER, *WEB)):
         return True
     return urlsplit(path).path.endswith(SUFFIXES) or path.endswith(SUFFIXES) or os.path.isfile(path)
 
@@ -106,15 +108,20 @@ def _read(path: str) -> bytes:
         path = _from_hub(path.removeprefix(HUB))
     elif path.startswith(FOLDER):
         path = _in_folder(path.removeprefix(FOLDER))
+    # A signature is of the address as it was given: yarl would write another one for the same.
+    options = {"encoded": True} if path.startswith(WEB) and "%" in path else {}
     try:
-        with fsspec.open(path, "rb") as file:
-            return file.read()
+        files, place = fsspec.url_to_fs(path, **options)
+        return bytes(files.cat_file(place))
     except FileNotFoundError as error:
         raise UserError(
             f"weights {shown(path)}: no such file; pass an existing file, 'published' or 'random'"
         ) from error
     except Exception as error:  # each file system has its own: no storage, no driver, no permission
-        reason = str(error).replace(path, shown(path)) or type(error).__name__
+        reason = re.sub(r"\?[^\s'\")]*", "", str(error)) if path.startswith(WEB) else str(error)
+        reason = " ".join(reason.split()) or type(error).__name__
+        if status := getattr(error, "status", None):  # of a web server
+            reason = f"the server answers {status}, as it does to an address that has expired"
         raise UserError(
             f"weights {shown(path)}: cannot be read: {reason}; copy the file here and pass its path"
         ) from error
