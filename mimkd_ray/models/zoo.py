@@ -52,6 +52,8 @@ def build_model(
         load_weights(model, weights, num_classes, _AUX if name in _WITH_AUX else (), new_head)
     # Lets messages name the network as the user did; not part of its state.
     vars(model)["zoo_name"] = name
+    # By which `logits_of` knows them among other outputs.
+    vars(model)["zoo_classes"] = num_classes
     return model
 
 
