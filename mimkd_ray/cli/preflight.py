@@ -15,7 +15,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.losses.distillation import queue_channels
 from mimkd_ray.losses.teacher_queue import check_size
 from mimkd_ray.models.weights_file import FOLDER, HUB, WEB
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.taps.dry_checks import build_without_weights, check_logits
 from mimkd_ray.teacher_cache import calibration
 from mimkd_ray.teacher_cache.codec import needs_calibration
 from mimkd_ray.teacher_cache.keys import calibration_url, logits_entry
@@ -30,7 +30,8 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
     """Raise UserError for missing data, wrong class counts, impossible layers, queues that are too large, weights and
     caches that do not fit.
 
-    Reads listings, footers and weights; builds the networks without memory (on the meta device) and runs them dry.
+    Reads listings, footers and weights; builds the networks without memory (on the meta device, where they can be)
+    and runs them dry.
     Published weights may not be on this machine: a cache of theirs is looked at by the workers alone.
     """
     data = open_data(config.data, given)
@@ -39,10 +40,12 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
         at_hub = weights.startswith((HUB, FOLDER, *WEB))  # a server may refuse to say, and still give
         if weights not in NO_FILE and not at_hub and not storage.exists(weights):
             raise UserError(f"there is no weights file {weights}")
-    with torch.device("meta"):
-        student = build_model(config.student.name, data.num_classes, "random", config.data.image_size)
-        if needs_teacher(config):
-            teacher = build_model(config.teacher.name, data.num_classes, "random", config.data.image_size)
+    size = config.data.image_size
+    student = build_without_weights(config.student.name, data.num_classes, size)
+    check_logits(student, size, data.num_classes, trained=True)
+    if needs_teacher(config):
+        teacher = build_without_weights(config.teacher.name, data.num_classes, size)
+        check_logits(teacher, size, data.num_classes, trained=config.teacher.train)
     if config.student.weights not in NO_FILE:
         build_student(config, data.num_classes)
     if not needs_teacher(config):
