@@ -125,10 +125,10 @@ class TappedModel(nn.Module):
 
     forward: images (B, 3, H, W) -> (logits (B, classes), {name: tap as the layer returned it, or was given it}, in
     the order of `names`). The logits are found by `logits_of` in what the network returns. A tap is the network's own
-    tensor, not a copy: check names with `find_shapes` first, which refuses what is overwritten later. The exception is the input of a layer with `inplace` set, such as
-    nn.ReLU(inplace=True): it would turn into the layer's output, so the tap is a copy, with its gradient; that
-    takes the memory of one more map and the time to copy it. A layer that is called several times yields its
-    last call.
+    tensor, not a copy: check names with `find_shapes` first, which refuses what is overwritten later. The exception
+    is the input of a layer with `inplace` set, such as nn.ReLU(inplace=True): it would turn into the layer's output,
+    so the tap is a copy, with its gradient; that takes the memory of one more map and the time to copy it. A layer
+    that is called several times yields its last call.
 
     Hooks are set here, so construct it before torch.compile and DDP. `model` is the network itself: export
     its state_dict. `release()` takes the hooks off. Raises UserError for a name that the network does not
