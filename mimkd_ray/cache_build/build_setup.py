@@ -16,6 +16,7 @@ from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import UserError
+from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.taps.tap_codecs import Coding, tap_entries
 from mimkd_ray.taps.tapped_model import find_shapes
 from mimkd_ray.teacher_cache import calibration
@@ -92,6 +93,7 @@ class Setup:
         self.config, self.device = config, device
         self.data = data or open_data(config.data)
         self.network: nn.Module = build_network(config, self.data.num_classes, config.teacher.weights)
+        check_logits(self.network, config.data.image_size, self.data.num_classes)
         self.origin: Origin = origin_of(config, self.data, self.network, device)
         self.planned = plan_student(config, self.network, self.data.num_classes)
         shapes, vectors, maps = teacher_taps([self.planned])

@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-import torch
-from torch import nn
-
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.zoo import build_model
 from mimkd_ray.taps.default_stages import before_activation, default_taps
+from mimkd_ray.taps.dry_checks import build_without_weights
 from mimkd_ray.taps.tapped_model import TapShape, find_shapes
 
 
@@ -35,7 +32,7 @@ def layer_table(name: str, image_size: int | None, num_classes: int, every: bool
     if image_size is not None and image_size < 1:
         raise UserError(f"--image-size {image_size}: expected at least 1 pixel")
     side = image_size or (32 if name.startswith("cifar/") else 224)
-    model = _without_weights(name, num_classes, image_size)
+    model = build_without_weights(name, num_classes, image_size, side)
     shapes = find_shapes(model, side)
     stages = default_taps(model, side)
     marks = dict.fromkeys(stages.maps, "map")
@@ -80,12 +77,3 @@ def layer_table(name: str, image_size: int | None, num_classes: int, every: bool
     inputs = "LAYER@input is what a layer is given"
     lines.append(f"{inputs}; default taps before their activation: {' '.join(before)}" if before else inputs)
     return lines
-
-
-def _without_weights(name: str, num_classes: int, image_size: int | None) -> nn.Module:
-    """Return the network on the meta device, which takes no time and no memory; a real one if that is not possible."""
-    try:
-        with torch.device("meta"):
-            return build_model(name, num_classes, image_size=image_size)
-    except (NotImplementedError, RuntimeError):  # the constructor computes with tensors, as RegNet's does
-        return build_model(name, num_classes, image_size=image_size)

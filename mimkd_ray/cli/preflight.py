@@ -14,11 +14,12 @@ from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.distillation import queue_channels
 from mimkd_ray.losses.teacher_queue import check_size
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.weights_file import FOLDER, HUB, WEB
+from mimkd_ray.taps.dry_checks import build_without_weights, check_logits
 from mimkd_ray.teacher_cache import calibration
 from mimkd_ray.teacher_cache.codec import needs_calibration
 from mimkd_ray.teacher_cache.keys import calibration_url, logits_entry
-from mimkd_ray.train.build import PlannedStudent, build_network, make_order, plan_taps
+from mimkd_ray.train.build import PlannedStudent, build_network, build_student, make_order, plan_taps
 from mimkd_ray.train.from_cache.cached_teacher import entries_of, origin_of, parts_of_run, what_is_missing
 from mimkd_ray.train.worker import first_runs, needs_teacher
 
@@ -35,14 +36,17 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
     data = open_data(config.data, given)
     make_order(config, data.train)
     for weights in (config.teacher.weights, config.student.weights):
-        if weights not in NO_FILE and not storage.exists(weights):
+        at_hub = weights.startswith((HUB, FOLDER, *WEB))  # a server may refuse to say, and still give
+        if weights not in NO_FILE and not at_hub and not storage.exists(weights):
             raise UserError(f"there is no weights file {weights}")
-    with torch.device("meta"):
-        student = build_model(config.student.name, data.num_classes, "random", config.data.image_size)
-        if needs_teacher(config):
-            teacher = build_model(config.teacher.name, data.num_classes, "random", config.data.image_size)
+    size = config.data.image_size
+    student = build_without_weights(config.student.name, data.num_classes, size)
+    check_logits(student, size, data.num_classes, trained=True)
+    if needs_teacher(config):
+        teacher = build_without_weights(config.teacher.name, data.num_classes, size)
+        check_logits(teacher, size, data.num_classes, trained=config.teacher.train)
     if config.student.weights not in NO_FILE:
-        build_model(config.student.name, data.num_classes, config.student.weights, config.data.image_size)
+        build_student(config, data.num_classes)
     if not needs_teacher(config):
         return
     size = config.data.image_size

@@ -17,6 +17,7 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.digest import digest
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.errors import UserError
+from mimkd_ray.models.weights_file import FOLDER, HUB
 from mimkd_ray.on_ray import environment
 from mimkd_ray.places import NAME_BYTES, check_name
 from mimkd_ray.train.distributed import ask_first
@@ -47,11 +48,19 @@ def absolute(config: C) -> C:
     def full(path: str, *names: str) -> str:
         return path if path in names else storage.absolute(path)
 
+    def network(text: str) -> str:
+        """A weights file, or the name of a network: a folder that holds one is a path too."""
+        scheme, _, folder = text.partition(FOLDER)
+        return f"{scheme}{FOLDER}{storage.absolute(folder)}" if folder and scheme in ("", "timm/") else text
+
+    def weights(text: str) -> str:
+        return network(text) if text.startswith((HUB, FOLDER)) else full(text, "random", "published")
+
     return replace(
         config,
         data=replace(config.data, root=full(config.data.root, "digits"), store=full(config.data.store, "")),
-        teacher=replace(config.teacher, weights=full(config.teacher.weights, "random", "published")),
-        student=replace(config.student, weights=full(config.student.weights, "random", "published")),
+        teacher=replace(config.teacher, name=network(config.teacher.name), weights=weights(config.teacher.weights)),
+        student=replace(config.student, name=network(config.student.name), weights=weights(config.student.weights)),
         cache=replace(config.cache, root=full(config.cache.root, "")),
         run=replace(config.run, root=full(config.run.root)),
     )

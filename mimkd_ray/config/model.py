@@ -12,9 +12,10 @@ class ModelConfig:
     """A network and its initial weights."""
 
     name: str
-    """torchvision name (resnet34), cifar/NAME, timm/NAME, or package.module:function."""
+    """torchvision name, cifar/NAME, timm/NAME, hf-hub:ORG/NAME, local-dir:FOLDER or package.module:function."""
     weights: str = "random"
-    """random, published, or a .safetensors, .pt, .pth or .bin file (local or any fsspec URL)."""
+    """random, published, a .safetensors, .pth, .ckpt ... file (path or URL), hf-hub:ORG/NAME or local-dir:FOLDER.
+    A student whose weights are of other classes has a new classifier."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without importing anything."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
+from mimkd_ray.by_name import named_function
 from mimkd_ray.errors import UserError, nearest
 
 PIPELINE_NAMES = ("imagenet", "imagenet_ta", "imagenet_ra", "cifar", "cifar_ta", "digits", "none")
@@ -25,18 +25,4 @@ def check_pipeline_name(name: str) -> None:
 
 def pipeline_function(name: str) -> Callable[..., Any]:
     """Import the function "package.module:function" that makes a pipeline. Raises UserError."""
-    module_name, _, function_name = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise UserError(
-            f"pipeline '{name}': cannot import '{module_name}': {error}; put its folder on PYTHONPATH, or ship it with "
-            "the job's working directory"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(
-            f"pipeline '{name}': {module_name} has no function '{function_name}'{nearest(function_name, there)}"
-        )
-    return function
+    return named_function("pipeline", name)

@@ -12,9 +12,9 @@ class TeacherConfig:
     """The strong network and its expected accuracy."""
 
     name: str = "cifar/resnet20"
-    """torchvision name, cifar/NAME, timm/NAME or package.module:function."""
+    """torchvision name, cifar/NAME, timm/NAME, hf-hub:ORG/NAME, local-dir:FOLDER or package.module:function."""
     weights: str = "random"
-    """random, published, or a .safetensors or .pth file (path or URL)."""
+    """random, published, a .safetensors, .pth, .ckpt ... file (path or URL), hf-hub:ORG/NAME or local-dir:FOLDER."""
     train: bool = False
     """Train the teacher first, on the same data with labels only; a finished teacher is reused."""
     epochs: int = 0

@@ -1,101 +1,92 @@
-"""Loading of weights files into networks: .safetensors or PyTorch, local or any fsspec URL; every tensor must fit."""
+"""Loading a weights file into a network: names of other people's code are understood, and all must fit."""
 
 from __future__ import annotations
 
-import io
-import pickle
+import functools
+import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mimkd_ray.errors import UserError
-from mimkd_ray.places import place
+from mimkd_ray.models.other_names import best_fit
+from mimkd_ray.models.weights_file import read_states, shown
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-"""Endings of weights files; all except the first are read by torch.load with weights_only=True."""
-_WRAPPERS = ("state_dict", "model", "student")
+logger = logging.getLogger(__name__)
+_COUNTER = "num_batches_tracked"
+"""Of batch norms: files of PyTorch before 0.4.1, and of other frameworks, do not have it, and nothing here reads it."""
 
 
-def load_weights(model: nn.Module, path: str, num_classes: int, ignore: tuple[str, ...] = ()) -> None:
-    """Load the state dict at `path` into `model`, in place; every key and shape must fit.
+def load_weights(
+    model: nn.Module, path: str, num_classes: int, ignore: tuple[str, ...] = (), new_head: bool = False
+) -> None:
+    """Load the weights file at `path` into `model`, in place; every key and shape must fit.
 
-    Half-precision tensors become the parameters' dtype; keys that start with one of `ignore` are left out. Raises
-    UserError for a file that is missing, unreadable or does not fit; in the last case with counts and names, or with
-    both numbers of classes if only those differ.
+    Which state dict of the file, without which prefix and by whose names is what agrees best with the network; one
+    line says what was done to the names. Half-precision tensors become the parameters' dtype; keys that start with
+    one of `ignore` are left out. With `new_head`, a classifier of another number of classes, or none, leaves that of
+    `model` as it is, and one line says so. Raises UserError for a file that is missing, unreadable or does not fit, in
+    the last case with counts and names; a file of another number of classes is called that.
     """
-    state = read_state_dict(path)
-    state = {key: value for key, value in state.items() if not key.startswith(ignore or ("\0",))}
-    _check(model, state, path, num_classes)
+    put_state(model, read_states(path), shown(path), num_classes, ignore, new_head)
+
+
+def put_state(
+    model: nn.Module,
+    states: Mapping[str, Mapping[str, Tensor]],
+    name: str,
+    num_classes: int,
+    ignore: tuple[str, ...] = (),
+    new_head: bool = False,
+) -> None:
+    """Load what fits best of the state dicts of a file called `name`, as `load_weights` does."""
+    own = model.state_dict()
+    fit = best_fit(own, states)
+    state = {key: value for key, value in fit.state.items() if not key.startswith(ignore or ("\0",))}
+    state |= {key: value for key, value in own.items() if key.endswith(_COUNTER) and key not in state}
+    if told := fit.told():
+        say_once(f"weights {name}: {told}")
+    kept = _new_head(model, own, state, num_classes) if new_head else []
+    if kept:
+        classes = {len(state[key]) for key in kept if key in state}
+        say_once(new_head_line(name, classes.pop() if classes else 0, num_classes))
+        state |= {key: own[key] for key in kept}
+    _check(own, state, name, num_classes)
     model.load_state_dict(state)
 
 
-def read_state_dict(path: str) -> dict[str, Tensor]:
-    """Return the tensors of a weights file by name, on the CPU, without "module." prefixes. Raises UserError."""
-    if not path.endswith(SUFFIXES):
-        raise UserError(f"weights {path!r}: expected 'random', 'published' or a file ending in {', '.join(SUFFIXES)}")
-    data = _read(path)
-    if path.endswith(".safetensors"):
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        try:
-            state: Any = load(data)
-        except SafetensorError as error:
-            raise UserError(f"weights {path}: not a readable safetensors file of {len(data)} bytes: {error}") from error
-    else:
-        try:
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            first = str(error).strip().split("\n")[0]
-            raise UserError(
-                f"weights {path}: not a PyTorch file of plain tensors ({len(data)} bytes): {first}; "
-                f"save model.state_dict() with torch.save, or use safetensors"
-            ) from error
-    return _state_dict(state, path)
+def new_head_line(source: str, found: int, num_classes: int) -> str:
+    """Return the line for weights whose classifier, of `found` classes or none, is not taken."""
+    had = f"have {found} classes" if found else "have no classifier"
+    return f"weights {source} {had}, the data has {num_classes}: the classifier starts anew, all else is loaded"
 
 
-def _read(path: str) -> bytes:
-    import fsspec
-
-    try:
-        with fsspec.open(place(path), "rb") as file:
-            return file.read()
-    except FileNotFoundError as error:
-        raise UserError(f"weights {path}: no such file; pass an existing file, 'published' or 'random'") from error
-    except (OSError, ImportError, ValueError) as error:  # unreachable storage, a protocol without its driver
-        raise UserError(f"weights {path}: cannot be read: {error}; copy the file here and pass its path") from error
+@functools.lru_cache(maxsize=1000)
+def say_once(line: str) -> None:
+    """Log one line, once in this process: networks are built several times on the way to a run."""
+    logger.warning(line)
 
 
-def _state_dict(content: Any, path: str) -> dict[str, Tensor]:
-    """Return the state dict in a file's content: bare, or under one of the usual keys."""
-    found = content
-    if isinstance(found, Mapping) and not _is_state_dict(found):
-        inner = [found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)]
-        found = inner[0] if inner else found
-    if not _is_state_dict(found):
-        keys = _some(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-        raise UserError(
-            f"weights {path}: no state dict in it (found {keys}); expected names with tensors, bare or under "
-            f"one of {', '.join(map(repr, _WRAPPERS))}"
-        )
-    # Data parallel wrappers add the prefix; it is removed only if every key has it.
-    while all(key.startswith("module.") for key in found):
-        found = {key.removeprefix("module."): value for key, value in found.items()}
-    return dict(found)
+def _new_head(model: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Tensor], num_classes: int) -> list[str]:
+    """Names of the classifier's tensors where they, and only they, differ from the file's in the number of classes or
+    are not in it; [] otherwise."""
+    differ = [key for key in own if key not in state or state[key].shape != own[key].shape]
+    ends = {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.shape[0] == num_classes
+    }
+    others = [
+        key
+        for key in differ
+        if key.rpartition(".")[0] not in ends or (key in state and not _is_head(own[key], state[key], num_classes))
+    ]
+    # Without a classifier in the file only one layer may be missing: more of them is another network.
+    missing = {key.rpartition(".")[0] for key in differ if key not in state}
+    return [] if others or len(missing) > 1 else differ
 
 
-def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(isinstance(key, str) and isinstance(item, Tensor) for key, item in value.items())
-    )
-
-
-def _check(model: nn.Module, state: Mapping[str, Tensor], path: str, num_classes: int) -> None:
-    own = model.state_dict()
+def _check(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str, num_classes: int) -> None:
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     wrong = [key for key in own if key in state and own[key].shape != state[key].shape]

@@ -7,14 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-import torch
-
 from mimkd_ray.config import Config
 from mimkd_ray.config.loss_presets import Kind
-from mimkd_ray.models.zoo import build_model
 from mimkd_ray.search.suggest import Candidates, Suggest
 from mimkd_ray.search.trials import Value
 from mimkd_ray.taps.default_stages import Stages, default_taps
+from mimkd_ray.taps.dry_checks import build_without_weights
 from mimkd_ray.taps.pairing import choose_pairs
 from mimkd_ray.taps.tapped_model import find_shapes
 from mimkd_ray.train.build import KINDS
@@ -29,12 +27,10 @@ V = TypeVar("V", bound=Value)
 
 
 def find_candidates(config: Config, num_classes: int) -> Candidates:
-    """Return the candidate pairs of teacher and student: those that the config names, else stages of the same depth
-    from the deepest up and those one stage apart, if the student's map is at most 16x16. Builds both networks without
-    memory."""
-    with torch.device("meta"):
-        teacher = build_model(config.teacher.name, num_classes, "random", config.data.image_size)
-        student = build_model(config.student.name, num_classes, "random", config.data.image_size)
+    """The candidate pairs of teacher and student: those that the config names, else their stages, deepest with deepest
+    and with those one stage apart, where the student's map is at most 16x16. Builds both without memory."""
+    teacher = build_without_weights(config.teacher.name, num_classes, config.data.image_size)
+    student = build_without_weights(config.student.name, num_classes, config.data.image_size)
     teacher_stages = default_taps(teacher, config.data.image_size)
     student_stages = default_taps(student, config.data.image_size)
     shapes = find_shapes(student, config.data.image_size, student_stages.maps)

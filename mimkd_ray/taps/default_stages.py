@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.models.outputs import describe
 from mimkd_ray.taps.tapped_model import TapShape, shape_of, tap_shape
-from mimkd_ray.taps.tracing import Call, DryRun, describe, dry_run
+from mimkd_ray.taps.tracing import Call, DryRun, dry_run
 
 _POOLING = (_AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd)
 _ACTIVATIONS = (
@@ -122,7 +123,7 @@ def _before_head(run: DryRun) -> list[Call]:
     pooling) belongs to it.
     """
     calls = list(run.calls.values())
-    classes = run.logits.shape[1] if isinstance(run.logits, Tensor) and run.logits.dim() == 2 else None
+    classes = run.logits.shape[1] if run.logits.dim() == 2 else None
     for number in range(len(calls) - 1, -1, -1):
         call = calls[number]
         if next(call.module.parameters(recurse=False), None) is not None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mimkd_ray.errors import UserError, nearest
-from mimkd_ray.taps.tracing import BATCH, INPUT, Call, DryRun, describe, dry_run, overwrites_input
+from mimkd_ray.models.outputs import describe, logits_from
+from mimkd_ray.taps.tracing import BATCH, INPUT, Call, DryRun, dry_run, overwrites_input
 
 MOST_PREFIX_TOKENS = 16
 """Most class and register tokens that are recognised in front of a token grid."""
@@ -123,11 +124,12 @@ def _watch(module: nn.Module, store: dict[str, Tensor], name: str) -> RemovableH
 class TappedModel(nn.Module):
     """An unmodified network whose forward also returns the outputs (PATH) and inputs (PATH@input) of named layers.
 
-    forward: images (B, 3, H, W) -> (logits (B, classes), {name: tap in the layer's own layout}, in the order of
-    `names`). A tap is the network's own tensor, not a copy: check names with `find_shapes` first, which rejects tensors
-    that are overwritten later. The exception is the input of a layer with `inplace` set, such as nn.ReLU(inplace=True):
-    the layer overwrites it with its output, so the tap is a copy, with its gradient, which takes the memory of one more
-    map and the time to copy it. For a layer that is called several times, the last call is returned.
+    forward: images (B, 3, H, W) -> (logits (B, classes), {name: tap as the layer returned it, or was given it}, in
+    the order of `names`). The logits are found by `logits_of` in what the network returns. A tap is the network's own
+    tensor, not a copy: check names with `find_shapes` first, which refuses what is overwritten later. The exception
+    is the input of a layer with `inplace` set, such as nn.ReLU(inplace=True): it would turn into the layer's output,
+    so the tap is a copy, with its gradient; that takes the memory of one more map and the time to copy it. A layer
+    that is called several times yields its last call.
 
     Hooks are set here, so construct it before torch.compile and DDP. `model` is the network itself: export its
     state_dict. `release()` removes the hooks. Raises UserError for a name that the network does not have.
@@ -147,7 +149,7 @@ class TappedModel(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Map images (B, 3, H, W) to logits (B, classes) and the taps by name."""
         self._store.clear()
-        logits = self.model(images)
+        logits = logits_from(self.model, images)
         if len(self._store) != len(self.names):
             missing = next(name for name in self.names if name not in self._store)
             path = layer_of(missing)

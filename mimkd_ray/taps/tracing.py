@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.models.outputs import describe, logits_of
 
 BATCH = 2
 """Images of a dry run: two, so that the batch dimension cannot be mistaken for a dimension of size one."""
@@ -50,8 +51,9 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class DryRun:
-    """The record of a dry forward pass. The root module (path "") is not among the calls; its output is `logits`."""
+    """What a dry forward saw. The root module (path "") is not among the calls."""
 
+    model: nn.Module
     side: int
     calls: dict[str, Call]
     """Path -> last call, in the order in which the modules finished; single floating tensors only."""
@@ -60,10 +62,16 @@ class DryRun:
     inputs: dict[str, Call]
     """Path of the module -> its input in its last call; single floating tensors only."""
     other_inputs: dict[str, str]
-    """Path of the module -> its first positional argument, if that was not one floating tensor."""
-    logits: Any
+    """Path of the module -> its first positional argument, where that was not one floating tensor."""
+    output: Any
+    """What the network returned."""
     dropped: frozenset[int]
     """Memories that an in-place dropout would overwrite in training (in the dry run it does nothing)."""
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits in `output`. Raises UserError where there are none."""
+        return logits_of(self.model, self.output)
 
     def overwritten(self, call: Call) -> bool:
         """Return True if a tap of the tensor would not keep its values: they change in place, in this pass or in
@@ -71,8 +79,9 @@ class DryRun:
         return not call.copied and (call.tensor._version != call.version or _memory(call.tensor) in self.dropped)
 
 
-def dry_run(model: nn.Module, image_size: int, channels: int = 3) -> DryRun:
-    """Run two zero images (2, channels, image_size, image_size) through `model` in eval mode, without gradients.
+def dry_run(model: nn.Module, image_size: int, channels: int = 3, training: bool = False) -> DryRun:
+    """Run two zero images (2, channels, image_size, image_size) through `model`, no gradients, in eval mode or, where
+    `training`, in training mode.
 
     Training mode, parameters, buffers and random state are restored. Raises UserError if the network does not take such
     images.
@@ -84,10 +93,10 @@ def dry_run(model: nn.Module, image_size: int, channels: int = 3) -> DryRun:
     if device.type != "meta":
         # A network that cannot run on the meta device runs on its own.
         with contextlib.suppress(Exception), _kept(model, device):
-            return _forward(_on_meta(model), torch.zeros(shape, dtype=dtype, device="meta"))
+            return _forward(_on_meta(model), torch.zeros(shape, dtype=dtype, device="meta"), training)
     try:
         with _kept(model, device):
-            return _forward(model, torch.zeros(shape, dtype=dtype, device=device))
+            return _forward(model, torch.zeros(shape, dtype=dtype, device=device), training)
     except UserError:
         raise
     except Exception as error:  # the network is foreign code: its error is the message
@@ -97,18 +106,13 @@ def dry_run(model: nn.Module, image_size: int, channels: int = 3) -> DryRun:
         ) from error
 
 
-def describe(model: nn.Module) -> str:
-    """Return the name by which `build_model` made the network, or its class name."""
-    return str(getattr(model, "zoo_name", None) or type(model).__name__)
-
-
 def overwrites_input(module: nn.Module) -> bool:
     """Return whether a module declares that it works in place, like nn.ReLU(inplace=True); a tap of its input is a
     copy."""
     return bool(getattr(module, "inplace", False))
 
 
-def _forward(model: nn.Module, images: Tensor) -> DryRun:
+def _forward(model: nn.Module, images: Tensor, training: bool) -> DryRun:
     calls: dict[str, Call] = {}
     others: dict[str, str] = {}
     inputs: dict[str, Call] = {}
@@ -153,16 +157,16 @@ def _forward(model: nn.Module, images: Tensor) -> DryRun:
         if isinstance(module, _DropoutNd) and module.inplace and module.p > 0:
             handles.append(module.register_forward_pre_hook(note_dropout))
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    model.train(training)
     try:
         with torch.no_grad():
-            logits = model(images)
+            output = model(images)
     finally:
         for handle in handles:
             handle.remove()
         for module, training in modes.items():
             module.training = training
-    return DryRun(images.shape[-1], calls, others, inputs, other_inputs, logits, frozenset(dropped))
+    return DryRun(model, images.shape[-1], calls, others, inputs, other_inputs, output, frozenset(dropped))
 
 
 def _kind(value: Any) -> str:

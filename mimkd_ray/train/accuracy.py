@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from mimkd_ray.data.loading.loader import LaneBatch, eval_batches
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.own_dataset import OwnSource
 from mimkd_ray.errors import UserError
+from mimkd_ray.models.outputs import logits_from
 from mimkd_ray.train.distributed import is_distributed
 from mimkd_ray.train.evaluate import Accuracy, accuracy, held_out_name
 from mimkd_ray.train.student_module import Normalizer
@@ -46,7 +48,12 @@ def evaluate(
             return _of_config(model, data, validation, batch, parameter)
         if validation is not None:
             raise UserError("validation goes with a DataConfig, whose size and normalisation it takes; give one")
-        return accuracy(model, _as_lanes(data, parameter.device), _AsGiven(parameter.device), name="the iterable")
+        return accuracy(
+            partial(logits_from, model),
+            _as_lanes(data, parameter.device),
+            _AsGiven(parameter.device),
+            name="the iterable",
+        )
     finally:
         model.train(training)
 
@@ -67,7 +74,7 @@ def _of_config(
     )
     normalize = Normalizer(data.mean, data.std, parameter.device, parameter.dtype, channels_last=False)
     name = held_out_name(data) if validation is None else "the validation set"
-    return accuracy(model, batches, normalize, data.max_damaged, name)
+    return accuracy(partial(logits_from, model), batches, normalize, data.max_damaged, name)
 
 
 class _AsGiven(Normalizer):

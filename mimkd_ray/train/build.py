@@ -186,7 +186,8 @@ def place(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Mod
 def build_student(config: Config, num_classes: int) -> nn.Module:
     """The student at its start: a function of train.seed alone."""
     torch.manual_seed(derive(config.train.seed, "student"))
-    return build_model(config.student.name, num_classes, config.student.weights, config.data.image_size)
+    size = config.data.image_size
+    return build_model(config.student.name, num_classes, config.student.weights, size, new_head=True)
 
 
 def training_rows(config: LossConfig, train: Source) -> TrainingRows | None:

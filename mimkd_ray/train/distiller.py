@@ -28,6 +28,7 @@ from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features, Others
 from mimkd_ray.losses.methods.registry import RIVALS
+from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.taps.tapped_model import TappedModel
 from mimkd_ray.train.build import TapPlan, plan_taps
 from mimkd_ray.train.distributed import gather_lanes, is_distributed
@@ -237,6 +238,8 @@ def distill(
     """
     loss = _with_pairs(loss or LossConfig(), pairs or {})
     _check(teacher, student, loss, steps, epoch_steps)
+    check_logits(teacher, image_size)
+    check_logits(student, image_size, trained=True)
     return Distiller(teacher, student, plan_taps(loss, teacher, student, image_size), loss, steps, epoch_steps)
 
 

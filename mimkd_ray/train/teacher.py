@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mimkd_ray.config import TeacherConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.features import Features
+from mimkd_ray.models.weights_file import shown
 from mimkd_ray.taps.tap_codecs import Coding
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape, to_map, to_vector
 
@@ -80,7 +81,7 @@ def check_accuracy(config: TeacherConfig, top1: float, rows: int) -> None:
     """Compare the teacher's held-out top-1 (percent) with what the recipe expects."""
     if config.expect_top1 and top1 < config.expect_top1 - config.tolerance:
         raise UserError(
-            f"teacher {config.name} with weights {config.weights} reaches {top1:.2f} % top-1 on {rows} held-out "
+            f"teacher {config.name} with weights {shown(config.weights)} reaches {top1:.2f} % top-1 on {rows} held-out "
             f"images; {config.expect_top1:.2f} % was expected: check weights, class order, data.mean/std "
             "and data.image_size, or pass --teacher.expect-top1 0"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,8 @@ from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.loading.loader import eval_batches
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.own_dataset import OwnData
+from mimkd_ray.models.outputs import logits_from
+from mimkd_ray.models.weights_file import shown
 from mimkd_ray.train.build import build_network, parameter_dtype, place, uses_channels_last
 from mimkd_ray.train.compare import arm_config, compare
 from mimkd_ray.train.distributed import Context, ask_first, share_from_first
@@ -94,13 +97,13 @@ def obtain_teacher(
     url = storage.join(run_dir, "teacher.json")
     known = share_from_first(read_json(url) if context.rank == 0 else None)
     if known is None or (known["sha256"], known["data"]) != (digest, data.digest):
-        known = {"name": teacher.name, "weights": weights, **measure(model, config, data, context)}
+        known = {"name": teacher.name, "weights": shown(weights), **measure(model, config, data, context)}
         known |= {"sha256": digest, "data": data.digest}
         if context.rank == 0:
             write_json(url, known)
     say(
         context,
-        f"teacher {teacher.name} ({weights}): top-1 {known['top1']:.2f} % on {known['rows']} held-out images",
+        f"teacher {teacher.name} ({shown(weights)}): top-1 {known['top1']:.2f} % on {known['rows']} held-out images",
     )
     check_accuracy(teacher, known["top1"], known["rows"])
     return model, {"teacher": known}
@@ -119,5 +122,7 @@ def measure(model: nn.Module, config: Config, data: Data, context: Context) -> d
         loader_workers=config.data.loader_workers,
         read_ahead=config.data.read_ahead,
     )
-    measured = accuracy(model, batches, normalize, config.data.max_damaged, held_out_name(config.data))
+    measured = accuracy(
+        partial(logits_from, model), batches, normalize, config.data.max_damaged, held_out_name(config.data)
+    )
     return {"top1": measured.top1, "top5": measured.top5, "rows": measured.rows}

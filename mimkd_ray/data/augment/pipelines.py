@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mimkd_ray.by_name import call_named
 from mimkd_ray.config.pipeline_name import check_pipeline_name, pipeline_function
 from mimkd_ray.data.augment.batch_views import BatchTransform, CropFlip
 from mimkd_ray.data.augment.transforms import CentreCrop, FitSize, OnPillow, ResizedCropFlip, Then, Transform
@@ -80,7 +81,7 @@ final size; `cifar_ta` applies them before crop and flip, which are computed for
 
 
 def _imported(name: str, size: int) -> Pipeline:
-    made = pipeline_function(name)(size)
+    made = call_named("pipeline", name, pipeline_function(name), size)
     pair = made if isinstance(made, tuple) else (made, CentreCrop(size))
     if len(pair) != 2 or not all(map(callable, pair)):
         kinds = ", ".join(type(part).__name__ for part in pair)

@@ -1,0 +1,123 @@
+"""Networks of torchvision, timm and the Hugging Face hub with the weights that these publish, which are downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import nn
+
+from mimkd_ray.errors import UserError, nearest
+from mimkd_ray.models.weights_file import FOLDER, HUB, bring, cause, hub_file
+
+
+@dataclass(frozen=True)
+class OfTimm:
+    """A network that timm builds."""
+
+    name: str
+    """As timm knows it."""
+    create: Callable[..., nn.Module]
+    classes: int
+    """Of the published weights; 0: there are none."""
+    fixed_size: bool
+    """It is made for one image size, and is told which."""
+    advice: str
+    """What to do where nothing can be downloaded."""
+
+    def build(self, pretrained: bool, **options: Any) -> nn.Module:
+        """The network; errors of downloads are UserErrors, those of building random networks are timm's own."""
+        if not pretrained:
+            return self.create(self.name, pretrained=False, **options)
+        return download(self.name, self.advice, lambda: self.create(self.name, pretrained=True, **options))
+
+
+def download(name: str, advice: str, make: Callable[[], Any]) -> Any:
+    """Return what `make` downloads; whatever goes wrong on the network is told with the way around it."""
+    try:
+        return make()
+    except Exception as error:  # each hub's client has its own exceptions; the cause is in the message
+        raise UserError(f"published weights of {name} could not be downloaded: {cause(error)}; {advice}") from error
+
+
+def of_torchvision(name: str, url: str, options: Mapping[str, Any]) -> nn.Module:
+    """A network of torchvision with its default weights, which are at `url`."""
+    from torchvision import models
+
+    return download(
+        name, bring(url, _hub_place(url)), lambda: models.get_model(name, weights="DEFAULT", progress=False, **options)
+    )
+
+
+def of_timm(name: str) -> OfTimm:
+    """What timm/NAME, hf-hub:ORG/NAME or local-dir:FOLDER is. Raises UserError where there is no such network."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"model {name!r} needs timm, which is not installed: pip install mimkd-ray[timm]") from error
+    short = name.removeprefix("timm/")
+    if short.startswith((HUB, FOLDER)):
+        return _of_hub(short, timm.create_model)
+    if not timm.is_model(short):
+        raise UserError(f"unknown timm model {short!r}{nearest(short, timm.list_models())}; see timm.list_models()")
+    config = timm.get_pretrained_cfg(short)
+    published = config is not None and timm.is_model_pretrained(short)
+    return OfTimm(
+        short,
+        timm.create_model,
+        (config.num_classes or 0) if published else 0,
+        bool(timm.get_pretrained_cfg_value(short, "fixed_input_size")),
+        _advice(config) if published else "",
+    )
+
+
+def _of_hub(name: str, create: Callable[..., nn.Module]) -> OfTimm:
+    import timm
+    from timm.models import load_model_config_from_hf
+
+    if name.startswith(HUB):
+        model = name.removeprefix(HUB)
+        advice = (
+            f"bring the folder of {hub_file(model)} with its config.json from a machine with network, and name the "
+            f"network {FOLDER}FOLDER"
+        )
+        config, made_by, _ = download(name, advice, lambda: load_model_config_from_hf(model))
+        classes = config.get("num_classes")
+    else:
+        advice = ""
+        made_by, classes = _config_in(name.removeprefix(FOLDER), name)
+    if not timm.is_model(made_by):
+        raise UserError(f"model {name!r} is a {made_by!r}, which this timm does not know: timm's own models work")
+    fixed = bool(timm.get_pretrained_cfg_value(made_by, "fixed_input_size"))
+    return OfTimm(name, create, int(classes or 0), fixed, advice)
+
+
+def _config_in(folder: str, name: str) -> tuple[str, int | None]:
+    """The architecture and the number of classes in a folder's config.json."""
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+        inner = config.get("pretrained_cfg", config)
+        return config["architecture"], config.get("num_classes") or inner.get("num_classes")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"model {name!r}: {path} cannot be read as timm writes it ({type(error).__name__}: {error}); pass a folder "
+            "with the config.json and the model.safetensors of a timm model"
+        ) from error
+
+
+def _advice(config: Any) -> str:
+    if config.hf_hub_id:
+        return bring(hub_file(config.hf_hub_id, config.hf_hub_filename or "model.safetensors"))
+    return bring(config.url, _hub_place(config.url)) if config.url else "pass a weights file"
+
+
+def _hub_place(url: str) -> str:
+    """Where torch.hub keeps what it downloads from `url`."""
+    return os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(urlsplit(url).path))

@@ -1,0 +1,68 @@
+"""What a dry run tells about a network before anything starts: whether it can be built, and what its logits are."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from mimkd_ray.errors import UserError
+from mimkd_ray.models.outputs import describe
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.taps.tracing import dry_run
+
+
+def build_without_weights(name: str, num_classes: int, image_size: int | None, side: int | None = None) -> nn.Module:
+    """The network on the meta device, which takes no time and no memory; for real where that cannot be.
+
+    It cannot where the constructor or the forward pass reads a value (`.item()`, `.tolist()`), as RegNet's constructor
+    does, drop-path rates of Swin or DINOv2 in other people's files, and masks. `side`: pixels of the dry run if not
+    `image_size`. torch's random state is left as it was. Raises UserError for what cannot be built at all.
+    """
+    with torch.random.fork_rng(devices=[]):
+        with contextlib.suppress(Exception):  # foreign code; whatever it is, building for real says what is wrong
+            with torch.device("meta"):
+                model = build_model(name, num_classes, image_size=image_size)
+            if size := side or image_size:
+                dry_run(model, size)
+            return model
+        return build_model(name, num_classes, image_size=image_size)
+
+
+def check_logits(model: nn.Module, image_size: int, num_classes: int | None = None, trained: bool = False) -> None:
+    """Raise UserError unless the network returns logits (B, num_classes), or (B, any number) for None.
+
+    `trained`: also in training mode, where auxiliary classifiers come in. What a network cannot do there without data
+    (synchronised batch norms, targets) is left to the training to tell.
+    """
+    _check(dry_run(model, image_size).logits, model, num_classes, "")
+    if trained:
+        with contextlib.suppress(_DryError):
+            run = _training_run(model, image_size)
+            _check(run, model, num_classes, " in training mode")
+
+
+class _DryError(Exception):
+    """A network does not run in training mode without data."""
+
+
+def _training_run(model: nn.Module, image_size: int) -> Tensor:
+    try:
+        run = dry_run(model, image_size, training=True)
+    except UserError as error:
+        raise _DryError from error
+    return run.logits
+
+
+def _check(logits: Tensor, model: nn.Module, num_classes: int | None, when: str) -> None:
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise UserError(
+            f"{describe(model)} returns a tensor of shape {tuple(logits.shape)} and {logits.dtype} for 2 images{when}, "
+            "not logits (2, classes): end it with a classifier"
+        )
+    if num_classes is not None and logits.shape[1] != num_classes:
+        raise UserError(
+            f"{describe(model)} gives {logits.shape[1]} logits{when}, and the data has {num_classes} classes: its "
+            f"function was called with num_classes={num_classes}, and must make the last layer of that size"
+        )

@@ -1,0 +1,77 @@
+"""Functions by import path: found in the current folder whatever started the process; what they raise is one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mimkd_ray.by_name import call_named, named_function
+from mimkd_ray.data.augment.pipelines import make_pipeline
+from mimkd_ray.errors import UserError
+from mimkd_ray.models.zoo import build_model
+
+ROOT = Path(__file__).parents[1]
+MODULE = """
+from torch import nn
+from mimkd_ray.models import cifar_registry
+
+def net(num_classes):
+    return cifar_registry.NETWORKS["resnet8_w4"](num_classes)
+
+def views(size):
+    return nn.Identity()
+"""
+
+
+def fails(num_classes: int) -> None:
+    raise RuntimeError(f"no weights\nfor {num_classes} classes")
+
+
+def fails_at_size(size: int) -> None:
+    raise KeyError(size)
+
+
+def refuses(num_classes: int) -> None:
+    raise UserError("train it first")
+
+
+@pytest.mark.parametrize("flags", [("--data.pipeline", "mine:views"), ("--student.name", "mine:net")])
+def test_a_job_finds_modules_of_the_current_folder(tmp_path: Path, flags: tuple[str, str]) -> None:
+    (tmp_path / "mine.py").write_text(MODULE)
+    code = (
+        "import sys; from mimkd_ray.cli.common import parse; from mimkd_ray.recipes import IMAGENET_RECIPES as recipes;"
+        " from mimkd_ray.cli.preflight import preflight; preflight(parse(recipes, 'demo', sys.argv[1:], 'job'))"
+    )
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "job.py").write_text(code)
+    command = [sys.executable, "scripts/job.py", *flags]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_a_factory_raises_is_one_line_with_its_place() -> None:
+    line = r"model 'test_by_name:fails': called with num_classes=7, it raised RuntimeError: no weights for 7 classes \("
+    with pytest.raises(UserError, match=rf"{line}.*test_by_name\.py, line \d+\)$"):
+        build_model("test_by_name:fails", 7)
+    with pytest.raises(UserError, match=r"pipeline 'test_by_name:fails_at_size': called with 32, it raised KeyError"):
+        make_pipeline("test_by_name:fails_at_size", 32)
+    with pytest.raises(UserError, match=r"^train it first$"):
+        call_named("model", "test_by_name:refuses", refuses, num_classes=3)
+
+
+def test_a_module_that_cannot_be_imported_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_nets.py").write_text("def net(:\n")
+    (tmp_path / "raising_nets.py").write_text("import math\nmath.nothing\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(UserError, match=r"model 'broken_nets:net': importing 'broken_nets' failed: SyntaxError"):
+        named_function("model", "broken_nets:net")
+    with pytest.raises(UserError, match=r"failed: AttributeError: .*nothing.* \(.*raising_nets.py, line 2\)"):
+        named_function("model", "raising_nets:net")
+    with pytest.raises(UserError, match=rf"cannot import 'absent_nets': .*start from its folder \({tmp_path}"):
+        named_function("model", "absent_nets:net")
