@@ -9,6 +9,9 @@ from typing import Literal
 from mimkd_ray.config.pipeline_name import check_pipeline_name
 from mimkd_ray.errors import UserError
 
+MOST_PIXELS = 178_956_970
+"""Twice Pillow's MAX_IMAGE_PIXELS: what declares more is refused by Pillow itself."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -61,6 +64,10 @@ class DataConfig:
     eighth at most."""
     max_damaged: float = 0.001
     """Share of images that may be damaged before the run stops."""
+    max_pixels: int = 50_000_000
+    """Images that declare more pixels than this count as damaged, and are not decoded."""
+    exif: Literal["apply", "ignore"] = "apply"
+    """Turn photographs upright by their orientation tags, or leave them as the camera stored them."""
 
     def __post_init__(self) -> None:
         if not self.root:
@@ -81,6 +88,8 @@ class DataConfig:
             )
         if not 0 <= self.store_gb < math.inf:
             raise UserError(f"data.store_gb = {self.store_gb}: give a size in GB, or 0 for no store")
+        if not 1 <= self.max_pixels <= MOST_PIXELS:
+            raise UserError(f"data.max_pixels = {self.max_pixels:,}: give 1 to {MOST_PIXELS:,}, which Pillow decodes")
         check_pipeline_name(self.pipeline)
         if self.image_size < 1:
             raise UserError(f"data.image_size = {self.image_size}: give the height and width in pixels")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mimkd_ray import storage
+from mimkd_ray.config.data import MOST_PIXELS
 from mimkd_ray.errors import UserError
 
 
@@ -26,10 +27,12 @@ class PrepareConfig:
     shard_rows: int = 0
     """Images in a file, a multiple of block-rows; 0 = about 256 MB."""
     short_side: int = 0
-    """Shrink images to this short side in pixels and encode them as JPEG; 0 = keep every file as it is. Images that
-    are not larger are kept as they are."""
+    """Shrink images to this short side in pixels, upright by their orientation tags, and encode them as JPEG; 0 = keep
+    every file as it is. Images that are not larger are kept as they are."""
     quality: int = 90
     """JPEG quality of images that are shrunk."""
+    max_pixels: int = 50_000_000
+    """Images that declare more pixels than this are left out as damaged, and are not decoded."""
 
     def __post_init__(self) -> None:
         if not self.source or not self.target:
@@ -45,6 +48,8 @@ class PrepareConfig:
             raise UserError(
                 f"--shard-rows {self.shard_rows} is no multiple of --block-rows {self.block_rows}; {near} is"
             )
+        if not 1 <= self.max_pixels <= MOST_PIXELS:
+            raise UserError(f"--max-pixels {self.max_pixels:,}: give 1 to {MOST_PIXELS:,}, which Pillow decodes")
         if not 1 <= self.quality <= 95:
             raise UserError(f"--quality {self.quality}: JPEG quality goes from 1 to 95")
         if f"{storage.absolute(self.target)}/".startswith(f"{storage.absolute(self.source)}/"):

@@ -49,8 +49,9 @@ CHANGED: dict[str, Any] = {
     "std": (1.0, 1.0, 2.0),
     "view_seed": 1,
     "data": "d2",
+    "exif": "apply",
 }
-OF_PIXELS = ("pipeline", "image_size", "view_seed", "data")
+OF_PIXELS = ("pipeline", "image_size", "view_seed", "data", "exif")
 
 
 @pytest.mark.parametrize("name", CHANGED)

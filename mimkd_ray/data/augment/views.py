@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.data.augment.batch_views import BatchTransform
-from mimkd_ray.data.augment.decode import DamagedImageError, Encoded, decode
+from mimkd_ray.data.augment.decode import DECODING, DamagedImageError, Decoding, Encoded, decode
 from mimkd_ray.data.augment.pipelines import PIPELINES, Pipeline, make_pipeline
 from mimkd_ray.data.augment.transforms import CentreCrop, FitSize, ResizedCropFlip, Transform, from_bytes
 
@@ -51,7 +51,14 @@ class View:
     transform: Transform
     seed: int
 
-    def apply(self, image: Encoded | np.ndarray | Tensor, id: int, view: int, out: Tensor | None = None) -> Tensor:
+    def apply(
+        self,
+        image: Encoded | np.ndarray | Tensor,
+        id: int,
+        view: int,
+        out: Tensor | None = None,
+        how: Decoding = DECODING,
+    ) -> Tensor:
         """Return view number `view` of the sample: the same bytes in any process. Keeps the generator.
 
         The result may be in `out`, where that saves a copy (`transforms.from_bytes`).
@@ -60,9 +67,16 @@ class View:
         images itself, so that it need not decode more than it uses. Raises DamagedImageError.
         """
         with generator_kept():
-            return self.replay(image, id, view, out)
+            return self.replay(image, id, view, out, how)
 
-    def replay(self, image: Encoded | np.ndarray | Tensor, id: int, view: int, out: Tensor | None = None) -> Tensor:
+    def replay(
+        self,
+        image: Encoded | np.ndarray | Tensor,
+        id: int,
+        view: int,
+        out: Tensor | None = None,
+        how: Decoding = DECODING,
+    ) -> Tensor:
         """Return what `apply` does, but leave the generator where the view took it; see `generator_kept`.
 
         Costs 2 us beside decoding and transform, and 5 more where a transform draws from the generator.
@@ -72,7 +86,7 @@ class View:
             return self.transform(image)
         if isinstance(image, np.ndarray):
             return self.transform(decode(image))
-        return from_bytes(self.transform, image, out)
+        return from_bytes(self.transform, image, out, how)
 
 
 @contextmanager

@@ -159,7 +159,7 @@ class TrainBatches:
         """Return the batch; its images in `memory` (bytes), if they fit."""
 
         def transform(row: Row, out: Tensor | None) -> Tensor:
-            return self.view.replay(row.image, row.id, key.view, out)
+            return self.view.replay(row.image, row.id, key.view, out, row.how)
 
         with generator_kept():
             made = _decode_all(self.source, key, transform, memory)
@@ -194,7 +194,7 @@ class ViewBatches:
 
         def transform(row: Row, out: Tensor | None) -> Tensor:
             try:
-                image = self.view.replay(row.image, row.id, key.view, out)
+                image = self.view.replay(row.image, row.id, key.view, out, row.how)
             except DamagedImageError as error:
                 damaged.append(f"{row.name} ({error})")
                 image = black
@@ -221,12 +221,15 @@ class EvalBatches:
     def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch | LeftOut:
         """Return the batch, its images in `memory` (bytes), if they fit; or the one image of it that is damaged."""
         try:
-            return _decode_all(self.source, key, lambda row, _: self.transform(decode(row.image)), memory).batch(key)
+            return _decode_all(self.source, key, self._view, memory).batch(key)
         except _AllDamagedError as error:
             if len(key.positions) > 1:
                 raise
             # A slice may end in a batch of one: if damaged, that is one image, and no sign of a broken set.
             return LeftOut(error.names[0])
+
+    def _view(self, row: Row, out: Tensor | None) -> Tensor:
+        return self.transform(decode(row.image, how=row.how))
 
 
 def nearest_intact(places: Sequence[int], count: int) -> list[int]:

@@ -94,7 +94,10 @@ def _finished(config: PrepareConfig) -> Manifest | None:
     manifest = read_manifest(config.target, config.split)
     if manifest is not None:
         origin = open_origin(config.source, config.split) if storage.exists(config.source) else None
-        _compare(config, manifest.settings, _settings(config, origin), "holds")
+        # A set that was finished before these settings were there stays what it is.
+        later = [name for name in ("max_pixels", "exif") if name not in manifest.settings]
+        wanted = {name: value for name, value in _settings(config, origin).items() if name not in later}
+        _compare(config, manifest.settings, wanted, "holds")
     return manifest
 
 
@@ -166,6 +169,8 @@ def _settings(config: PrepareConfig, origin: Origin | None) -> dict[str, Any]:
         "shard_rows": config.shard_rows,
         "short_side": config.short_side,
         "quality": config.quality if config.short_side else 0,
+        "max_pixels": config.max_pixels,
+        "exif": "applied" if config.short_side else "kept",
     }
 
 
@@ -230,7 +235,16 @@ def _make_parts(config: PrepareConfig, origin: Origin, work: str, run: Runner) -
         indices = dict(zip(begun, pool.map(read, begun), strict=True))
         missing = [number for number in range(len(origin.pieces)) if indices.get(number) is None]
         units = [
-            PartUnit(number, origin.pieces[number], keys[number], config.seed, config.short_side, config.quality, work)
+            PartUnit(
+                number,
+                origin.pieces[number],
+                keys[number],
+                config.seed,
+                config.short_side,
+                config.quality,
+                work,
+                config.max_pixels,
+            )
             for number in missing
         ]
         _run_all(run, units, f"checking images ({len(units):,} of {len(origin.pieces):,} parts to do)")

@@ -9,6 +9,7 @@ import numpy as np
 
 from mimkd_ray import storage
 from mimkd_ray.config import DataConfig
+from mimkd_ray.data.augment.decode import Decoding
 from mimkd_ray.data.augment.transforms import can_be_resident
 from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.sources.digits import DigitsSource
@@ -18,7 +19,7 @@ from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.sources.shard_manifest import MANIFEST_SUFFIX, read_manifest
 from mimkd_ray.data.sources.source import Source, SubsetSource, digest_of, stratified_split
 from mimkd_ray.data.store.block_reader import CACHE_BYTES
-from mimkd_ray.data.store.block_store import BlockStore, open_store
+from mimkd_ray.data.store.block_store import open_store
 from mimkd_ray.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,11 @@ class Data:
     own: OwnData | None = None
     """The data sets that were given as objects, to open them again by."""
 
+    @property
+    def are_arrays(self) -> bool:
+        """Whether images come decoded, so that they have no tags."""
+        return self.own is not None or self.whole.in_memory
+
 
 def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
     """Open both splits: listings and Parquet footers only (with `holdout` or `subset` also the labels).
@@ -54,7 +60,7 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
             f"data.resident is on, and pipeline '{config.pipeline}' draws random numbers for each image, which is "
             "decoded anew for each view: pass --data.resident off, or a pipeline such as cifar"
         )
-    root = own or (_Digits() if config.root == "digits" else _Root(config.root, open_store(config)))
+    root = own or (_Digits() if config.root == "digits" else _Root(config))
     train = root.open(config.train_split, None)
     if train is None:
         raise UserError(
@@ -99,6 +105,11 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
     _warn_of_slow_order(config, train)
     digest = digest_of("data", train.digest, val.digest, num_classes)
     return Data(train, val, classes, num_classes, digest, whole, kept, own)
+
+
+def decoding_of(config: DataConfig) -> Decoding:
+    """Return how the images of a data set are decoded."""
+    return Decoding(config.max_pixels, config.exif == "apply")
 
 
 def _warn_of_slow_order(config: DataConfig, train: Source) -> None:
@@ -157,14 +168,15 @@ class _Root:
     A split that has a `<split>.manifest.json` is a prepared one.
     """
 
-    def __init__(self, url: str, store: BlockStore | None) -> None:
+    def __init__(self, config: DataConfig) -> None:
+        url = config.root
         if url.startswith(SCHEME):
             raise UserError(
                 f"data.root {url} stands for data sets that were given to mimkd_ray.run(config, train=..., "
                 "validation=...): give them again"
             )
         self.url = url
-        self.store = store
+        self.store, self.how = open_store(config), decoding_of(config)
         listing = storage.list_entries(url)
         self.files = {file: entry for file, entry in listing.items() if file.endswith(".parquet")}
         self.manifests = {file for file in listing if file.endswith(MANIFEST_SUFFIX)}
@@ -183,7 +195,7 @@ class _Root:
         if not files and split in self.dirs:
             files = storage.list_entries(self.dirs[split], ".parquet")
             if not files:
-                return FolderSource(self.dirs[split], classes, self.store)
+                return FolderSource(self.dirs[split], classes, self.store, self.how)
         manifest = None
         if storage.join(self.url, split + MANIFEST_SUFFIX) in self.manifests:
             manifest = read_manifest(self.url, split)
@@ -194,6 +206,7 @@ class _Root:
             manifest=manifest,
             versions={url: entry.version for url, entry in files.items()},
             store=self.store,
+            how=self.how,
         )
         if classes and source.classes != classes and not (_numbered(classes) or _numbered(source.classes)):
             first = next((p for p in zip(classes, source.classes, strict=False) if p[0] != p[1]), None)

@@ -19,7 +19,7 @@ from functools import partial
 import numpy as np
 
 from mimkd_ray import storage
-from mimkd_ray.data.augment.decode import Encoded
+from mimkd_ray.data.augment.decode import DECODING, Decoding, Encoded
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.random_numbers import permutation
 from mimkd_ray.data.sources.source import Row, digest_of
@@ -41,8 +41,15 @@ class FolderSource:
     without images, or folders that are not in `classes`.
     """
 
-    def __init__(self, root: str, classes: tuple[str, ...] | None = None, store: BlockStore | None = None) -> None:
+    def __init__(
+        self,
+        root: str,
+        classes: tuple[str, ...] | None = None,
+        store: BlockStore | None = None,
+        how: Decoding = DECODING,
+    ) -> None:
         self.root = root
+        self.how = how
         self.in_memory: bool = False
         self.store: BlockStore | None = store if storage.is_remote(root) else None
         folders = {url.rpartition("/")[2]: url for url in storage.list_dirs(root)}
@@ -109,7 +116,7 @@ class FolderSource:
                 for block, inside in zip(*map(np.ndarray.tolist, self.blocks.locate(positions)), strict=True)
             ]
         return [
-            Row(int(position), int(self._labels[position]), image, self._url(int(position)))
+            Row(int(position), int(self._labels[position]), image, self._url(int(position)), self.how)
             for position, image in zip(positions, images, strict=True)
         ]
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mimkd_ray import storage
+from mimkd_ray.data.augment.decode import DECODING, Decoding
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.sources.row_groups import chunk_span, label_array, open_parquet, read_row_group
 from mimkd_ray.data.sources.shard_manifest import Block, Manifest, Shard
@@ -60,6 +61,7 @@ class ParquetSource:
         manifest: Manifest | None = None,
         versions: Mapping[str, str] | None = None,
         store: BlockStore | None = None,
+        how: Decoding = DECODING,
     ) -> None:
         """`files` maps each URL to its size in bytes, as from `storage.list_sizes`.
 
@@ -73,6 +75,7 @@ class ParquetSource:
             files = _listed_shards(files, manifest)
         self.files: tuple[tuple[str, int], ...] = tuple(files.items())
         self.store: BlockStore | None = store
+        self.how = how
         self.in_memory: bool = False
         first = next(iter(files), "")
         self.in_place: bool = not storage.is_remote(first) and is_on_local_disk(storage.local_path(first))
@@ -136,7 +139,7 @@ class ParquetSource:
         for position, block, inside in zip(positions, blocks.tolist(), insides.tolist(), strict=True):
             key, name, first = self._places.get(block) or self._place(block)
             image, label = reader.row(key, partial(self._load, block), inside)
-            rows.append(Row(int(position), label, image, f"{name} row {position - first}"))
+            rows.append(Row(int(position), label, image, f"{name} row {position - first}", self.how))
         return rows
 
     def fetch(self, block: int) -> bool:

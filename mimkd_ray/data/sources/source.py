@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from mimkd_ray.data.augment.decode import Encoded
+from mimkd_ray.data.augment.decode import DECODING, Decoding, Encoded
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.random_numbers import permutation, raw
 from mimkd_ray.data.store.block_store import BlockStore
@@ -28,12 +28,13 @@ from mimkd_ray.errors import UserError
 
 class Row(NamedTuple):
     """One sample as stored: `image` is an encoded file, perhaps a part of a mapped one, or (H, W, 3) uint8; `name` says
-    where."""
+    where; `how` it is decoded."""
 
     id: int
     label: int
     image: Encoded | np.ndarray
     name: str
+    how: Decoding = DECODING
 
 
 class Source(Protocol):
