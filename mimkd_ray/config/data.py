@@ -63,7 +63,7 @@ class DataConfig:
     only the batch part draws random numbers (cifar, digits, none); auto: on a GPU of which the training set takes an
     eighth at most."""
     max_damaged: float = 0.001
-    """Share of images that may be damaged before the run stops."""
+    """Share of images that may be damaged before the run stops; of a small set five, unless it is 0."""
     max_pixels: int = 50_000_000
     """Images that declare more pixels than this count as damaged, and are not decoded."""
     exif: Literal["apply", "ignore"] = "apply"

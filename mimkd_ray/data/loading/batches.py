@@ -4,12 +4,11 @@ What a batch holds depends on (source, order, view, step, lane) only, never on w
 
 A damaged image does not stop a run: it is named in `LaneBatch.damaged`, and in training its place is taken by
 the nearest intact image of the batch (the id repeats, so losses do not take the copies for negatives of each
-other). In evaluation it is left out. `DamageCounter` ends the run when there are too many.
+other). In evaluation it is left out. `DamageCounter` (damage.py) ends the run when there are too many.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -19,14 +18,12 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.data.augment.views import DamagedImageError, Transform, View, decode, generator_kept
+from mimkd_ray.data.loading.damage import first_three
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.sample_order import Order, view_number
 from mimkd_ray.data.sources.source import Row, Source
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.errors import DamagedDataError
-
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, eq=False)
 class LaneBatch:
@@ -247,7 +244,7 @@ class _AllDamagedError(DamagedDataError):
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(
-            f"none of the {len(names)} images of a batch can be decoded: {_first_three(names)}; repair the data"
+            f"none of the {len(names)} images of a batch can be decoded: {first_three(names)}; repair the data"
         )
         self.names = tuple(names)
 
@@ -321,45 +318,3 @@ def _room_for(count: int, image: Tensor, memory: Tensor | None) -> Tensor:
     if image.is_contiguous():
         return memory[:size].view(count, channels, height, width)
     return memory[:size].view(count, height, width, channels).permute(0, 3, 1, 2)
-
-
-class DamageCounter:
-    """Counts damaged images against a limit: `max_share` of the `rows` this worker reads in an epoch.
-
-    Each damaged image is logged once. The count begins anew after `rows` rows, about an epoch: over many
-    epochs one worker comes across the damaged images of all, which must not be held against its own share.
-    """
-
-    def __init__(self, max_share: float, rows: int) -> None:
-        self.max_share = max_share
-        self.rows = rows
-        self._logged: set[str] = set()
-        self._counted: dict[str, None] = {}  # in the order met
-        self._seen = 0
-
-    @property
-    def damaged(self) -> int:
-        """Distinct damaged images met so far."""
-        return len(self._logged)
-
-    def add(self, batch: LaneBatch) -> None:
-        """Count the batch's damaged images. Raises DamagedDataError when there are too many."""
-        if self._seen >= self.rows:
-            self._seen = 0
-            self._counted.clear()
-        self._seen += len(batch)
-        for name in batch.damaged:
-            if name not in self._logged:
-                self._logged.add(name)
-                logger.warning("damaged image, left out: %s", name)
-            self._counted[name] = None
-        if len(self._counted) > self.max_share * self.rows:
-            raise DamagedDataError(
-                f"{len(self._counted):,} of {self.rows:,} images cannot be decoded, more than the allowed "
-                f"share of {self.max_share:g}: {_first_three(list(self._counted))}; repair the data, or "
-                "allow more with --data.max-damaged"
-            )
-
-
-def _first_three(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
