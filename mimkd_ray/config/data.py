@@ -9,6 +9,10 @@ from typing import Literal
 from mimkd_ray.config.pipeline_name import check_pipeline_name
 from mimkd_ray.errors import UserError
 
+MOST_CLASSES = 1_000_000
+"""Beyond them a head of 512 inputs takes 2 GB, and a label is more likely to be something else."""
+LARGEST_SIDE = 8192
+"""Of what the networks see: an image of it has 201 MB."""
 MOST_PIXELS = 178_956_970
 """Twice Pillow's MAX_IMAGE_PIXELS: what declares more is refused by Pillow itself."""
 
@@ -82,6 +86,8 @@ class DataConfig:
         for name in ("loader_workers", "read_ahead", "view_seed"):
             if getattr(self, name) < -1:
                 raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more, or -1 (automatic)")
+        if self.num_classes > MOST_CLASSES:
+            raise UserError(f"data.num_classes = {self.num_classes:,}: give {MOST_CLASSES:,} or less, or 0")
         if self.window != "full" and not (isinstance(self.window, int) and self.window >= 1):
             raise UserError(
                 f"data.window = {self.window}: give 'full' (one permutation of all rows) or 1 block or more"
@@ -91,8 +97,10 @@ class DataConfig:
         if not 1 <= self.max_pixels <= MOST_PIXELS:
             raise UserError(f"data.max_pixels = {self.max_pixels:,}: give 1 to {MOST_PIXELS:,}, which Pillow decodes")
         check_pipeline_name(self.pipeline)
-        if self.image_size < 1:
-            raise UserError(f"data.image_size = {self.image_size}: give the height and width in pixels")
+        if not 1 <= self.image_size <= LARGEST_SIDE:
+            raise UserError(
+                f"data.image_size = {self.image_size}: give the height and width in pixels, {LARGEST_SIDE} at most"
+            )
         if not all(map(math.isfinite, self.mean)) or not all(s > 0 and math.isfinite(s) for s in self.std):
             raise UserError(
                 f"data.mean = {self.mean}, data.std = {self.std}: give finite means and positive deviations "

@@ -14,6 +14,7 @@ from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.data.sources.source import Source, ids_of
+from mimkd_ray.errors import UserError
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.methods.build_method import RivalPlan
 from mimkd_ray.losses.methods.crd import TrainingRows
@@ -198,7 +199,15 @@ def training_rows(config: LossConfig, train: Source) -> TrainingRows | None:
 
 
 def build_distiller(config: Config, data: Data, teacher: nn.Module | None, device: torch.device) -> StudentModule:
-    """The student with its taps, critics and loss, on the device. The teacher's network gives the tap shapes."""
+    """The student with its taps, critics and loss, on the device. The teacher's network gives the tap shapes.
+
+    Raises UserError for a rival that needs more classes than the data has."""
+    for method in config.loss.rivals:
+        if data.num_classes < RIVALS[method].fewest_classes:
+            raise UserError(
+                f"loss.name has {method}, which compares the label with the other classes, and the data has "
+                f"{data.num_classes} class: choose another loss, or set --data.num-classes"
+            )
     student = build_student(config, data.num_classes)
     plan = TapPlan()
     if teacher is not None:

@@ -25,6 +25,7 @@ from mimkd_ray.data.sources.source import Row, Source
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.errors import DamagedDataError
 
+
 @dataclass(frozen=True, eq=False)
 class LaneBatch:
     """The images of one lane of one step (in evaluation: of one batch; lane and view are 0)."""

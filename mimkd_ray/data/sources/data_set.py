@@ -69,6 +69,8 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
             f"{root.found()}; name it with --data.train-split"
         )
     classes, whole, kept = train.classes, train, None
+    num_classes = config.num_classes or len(classes)
+    _check_labels(config, "training", train, num_classes)
     if config.holdout > 0:
         if own is not None and own.validation is not None:
             raise UserError(
@@ -89,22 +91,24 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
             raise UserError(f"data.subset = {config.subset:,}, but there are {train.num_rows:,} training rows")
         train = SubsetSource(train, stratified_split(train.labels(), config.subset, config.subset_seed)[1])
         whole, kept = train, None
-    num_classes = config.num_classes or len(classes)
-    for role, source in (("training", train), ("validation", val)):
-        low, high = source.label_range()
-        if low < 0:
-            raise UserError(
-                f"{config.root}: the {role} set has labels down to {low}, as sets with hidden labels have; "
-                "choose another split with --data.val-split or --data.train-split"
-            )
-        if high >= num_classes:
-            raise UserError(
-                f"{config.root}: the {role} set has labels up to {high}, but there are {num_classes} "
-                f"classes; set --data.num-classes {high + 1} or more, or leave it 0"
-            )
+    _check_labels(config, "validation", val, num_classes)
     _warn_of_slow_order(config, train)
     digest = digest_of("data", train.digest, val.digest, num_classes)
     return Data(train, val, classes, num_classes, digest, whole, kept, own)
+
+
+def _check_labels(config: DataConfig, role: str, source: Source, num_classes: int) -> None:
+    low, high = source.label_range()
+    if low < 0:
+        raise UserError(
+            f"{config.root}: the {role} set has labels down to {low}, as sets with hidden labels have; "
+            "choose another split with --data.val-split or --data.train-split"
+        )
+    if high >= num_classes:
+        raise UserError(
+            f"{config.root}: the {role} set has labels up to {high:,}, but there are {num_classes:,} "
+            f"classes; set --data.num-classes {high + 1} or more, or leave it 0"
+        )
 
 
 def decoding_of(config: DataConfig) -> Decoding:

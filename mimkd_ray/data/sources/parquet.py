@@ -24,7 +24,7 @@ from mimkd_ray.data.augment.decode import DECODING, Decoding
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.sources.row_groups import chunk_span, label_array, open_parquet, read_row_group
 from mimkd_ray.data.sources.shard_manifest import Block, Manifest, Shard
-from mimkd_ray.data.sources.source import Row, digest_of
+from mimkd_ray.data.sources.source import Row, digest_of, numbered_classes
 from mimkd_ray.data.store.block_reader import BlockReader
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.data.store.local_disk import is_on_local_disk
@@ -180,7 +180,7 @@ class ParquetSource:
                     f"{url} names {len(footer.classes)} classes and {self.files[0][0]} names {len(first)}, "
                     "or others: the files of one split must agree; remove the file that does not belong to it"
                 )
-        return first or tuple(map(str, range(self.label_range()[1] + 1)))
+        return first or numbered_classes(self.label_range()[1], self.files[0][0])
 
 
 def _base(url: str) -> str:

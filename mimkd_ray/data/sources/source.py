@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from mimkd_ray.config.data import MOST_CLASSES
 from mimkd_ray.data.augment.decode import DECODING, Decoding, Encoded
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.random_numbers import permutation, raw
@@ -135,6 +136,16 @@ class SubsetSource:
     def fetch(self, block: int) -> bool:
         """Fetch the parent's whole block, which this subset's `block` is a part of."""
         return self.parent.fetch(int(self._parent_block[block]))
+
+
+def numbered_classes(highest: int, where: str) -> tuple[str, ...]:
+    """Return names for classes 0..highest that have none. Raises UserError for what cannot be class numbers."""
+    if highest >= MOST_CLASSES:
+        raise UserError(
+            f"{where} has labels up to {highest:,}, and class numbers go up to {MOST_CLASSES - 1:,}: mend them, or "
+            "name another column with --data.label-column"
+        )
+    return tuple(map(str, range(highest + 1)))
 
 
 def ids_of(source: Source) -> np.ndarray:

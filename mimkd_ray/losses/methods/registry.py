@@ -41,6 +41,8 @@ class Published:
     """Rises to its weight over the first epochs (`loss.rival_warmup`)."""
     one_class: bool = False
     """Needs images of one class each: it cannot be had with mixing."""
+    fewest_classes: int = 1
+    """Of the data; with fewer it compares nothing."""
     bank: bool = False
     """Keeps something of every training image from step to step: one lane only."""
 
@@ -59,7 +61,13 @@ RIVALS: dict[Method, Published] = {
     "pkt": Published(loss="pkt:PKT", weight=30_000.0, vectors=True),
     "crd": Published(loss="crd:CRD", weight=0.8, vectors=True, one_class=True, bank=True),
     "dkd": Published(
-        loss="dkd:DKD", fields=("dkd_beta", "dkd_temperature"), weight=1.0, logits=True, warms_up=True, one_class=True
+        loss="dkd:DKD",
+        fields=("dkd_beta", "dkd_temperature"),
+        weight=1.0,
+        logits=True,
+        warms_up=True,
+        one_class=True,
+        fewest_classes=2,
     ),
     "dist": Published(loss="dist:DIST", fields=("dist_temperature",), weight=1.0, logits=True),
     "review": Published(loss="review:ReviewKD", weight=1.0, vectors=True, maps="all", warms_up=True),
