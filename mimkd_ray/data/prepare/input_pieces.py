@@ -14,10 +14,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from mimkd_ray import storage
-from mimkd_ray.data.sources.folders import SUFFIXES
+from mimkd_ray.data.sources.folders import list_classes, printable
 from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.sources.source import digest_of
-from mimkd_ray.errors import DamagedDataError, UserError, nearest
+from mimkd_ray.errors import DamagedDataError, UserError
 
 PIECE_ROWS = 1000
 PIECES = 64  # a small source is cut finer, down to MIN_PIECE_ROWS, so that there is work for all
@@ -70,7 +70,9 @@ def read_files(urls: Sequence[str]) -> list[bytes]:
         try:
             return storage.read_bytes(url)
         except FileNotFoundError:
-            raise UserError(f"{url} was there when the source was listed, and is gone; put it back") from None
+            raise UserError(
+                f"{printable(url)} was there when the source was listed, and is gone; put it back"
+            ) from None
 
     if not urls or not storage.is_remote(urls[0]):
         return [read(url) for url in urls]
@@ -96,30 +98,15 @@ class FolderPiece:
 def open_folders(root: str, classes: tuple[str, ...] | None) -> Origin:
     """List the class folders below `root`. `classes` are the training set's, if they are known.
 
-    Raises UserError for folders without images or of unknown classes. One listing a folder.
+    Raises UserError for no images, and for folders of unknown classes. One listing a folder.
     """
-    folders = [url for url in storage.list_dirs(root) if not _name(url).startswith(".")]
-    names = [_name(url) for url in folders]
-    classes = classes or tuple(names)
-    unknown = [name for name in names if name not in set(classes)]
-    if unknown:
-        raise UserError(
-            f"{root}: {len(unknown)} class folder(s) are not among the {len(classes)} training classes, the first is "
-            f"'{unknown[0]}'{nearest(unknown[0], classes)}; rename or remove them"
-        )
-    with ThreadPoolExecutor(THREADS) as pool:
-        listings = list(pool.map(_images, folders))
-    empty = [name for name, images in zip(names, listings, strict=True) if not images]
-    if empty or not names:
-        raise UserError(
-            f"{root}: {len(empty)} of {len(names)} class folders hold no image ({', '.join(SUFFIXES)})"
-            + (f", the first is '{empty[0]}'; add images or remove them" if empty else "; expected <class>/<image>")
-        )
+    listed = list_classes(root, classes)
+    classes = listed.classes
     number = {name: label for label, name in enumerate(classes)}
     rows = [
-        (f"{name}/{file}", number[name], size)
-        for name, images in zip(names, listings, strict=True)
-        for file, size in images.items()
+        (f"{name}/{file}", number[name], entry.size)
+        for name in listed.folders
+        for file, entry in listed.images[name].items()
     ]
     step = rows_per_piece(len(rows))
     pieces = []
@@ -129,11 +116,6 @@ def open_folders(root: str, classes: tuple[str, ...] | None) -> Origin:
     return Origin(
         classes, digest_of("folders", classes, rows), tuple(pieces), tuple(np.array(p.labels, np.int64) for p in pieces)
     )
-
-
-def _images(folder: str) -> dict[str, int]:
-    found = {_name(url): size for url, size in storage.list_sizes(folder).items()}
-    return {n: size for n, size in found.items() if n.lower().endswith(SUFFIXES) and not n.startswith(".")}
 
 
 def _name(url: str) -> str:
