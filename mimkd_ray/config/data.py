@@ -35,6 +35,10 @@ class DataConfig:
     """Seed of `holdout`."""
     subset_seed: int = 0
     """Seed of `subset`; apart from `split_seed`, so that several subsets share one held-out set."""
+    image_column: str = ""
+    """Parquet column of the images; unset: `image` or another usual name, else the only one of that type."""
+    label_column: str = ""
+    """Parquet column of the labels, integers or text; unset: `label` or another usual name."""
     num_classes: int = 0
     """Number of classes; 0 = as the data says."""
     pipeline: str = "digits"

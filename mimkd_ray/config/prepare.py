@@ -20,6 +20,10 @@ class PrepareConfig:
     """Folder or URL of the prepared set; several splits go to the same one."""
     split: str = "train"
     """Name of the split, there and here."""
+    image_column: str = ""
+    """Parquet column of the images, where it cannot be told from names and types."""
+    label_column: str = ""
+    """Parquet column of the labels, likewise."""
     seed: int = 0
     """Seed of the shuffle."""
     block_rows: int = 256

@@ -62,7 +62,7 @@ def prepare(config: PrepareConfig, run: Runner = in_process) -> Manifest:
         return finished
     if not storage.exists(config.source):
         raise UserError(f"--source {config.source} does not exist; give a folder or a URL such as s3://bucket/imagenet")
-    origin = open_origin(config.source, config.split)
+    origin = open_origin(config)
     settings = _claim(config, origin, work)
     indices = _make_parts(config, origin, work, run)
     damaged = [entry for index in indices for entry in index.damaged]
@@ -93,7 +93,7 @@ def _finished(config: PrepareConfig) -> Manifest | None:
     """The manifest of a finished split, if its settings are these; its source may be gone by now."""
     manifest = read_manifest(config.target, config.split)
     if manifest is not None:
-        origin = open_origin(config.source, config.split) if storage.exists(config.source) else None
+        origin = open_origin(config) if storage.exists(config.source) else None
         # A set that was finished before these settings were there stays what it is.
         later = [name for name in ("max_pixels", "exif") if name not in manifest.settings]
         wanted = {name: value for name, value in _settings(config, origin).items() if name not in later}
@@ -120,11 +120,12 @@ def _claim(config: PrepareConfig, origin: Origin, work: str) -> dict[str, Any]:
     return begun or settings
 
 
-def open_origin(source: str, split: str) -> Origin:
-    """Find `split` in folder `source` and cut it into pieces: archives, else Parquet files, else class folders.
+def open_origin(config: PrepareConfig) -> Origin:
+    """Find the split in the source and cut it into pieces: archives, else Parquet files, else class folders.
 
     Lists files, and reads footers, label columns and headers; no image. Raises UserError for an unknown layout.
     """
+    source, split = config.source, config.split
     archives = open_archives(source, split)
     if archives is not None:
         return archives
@@ -135,12 +136,12 @@ def open_origin(source: str, split: str) -> Origin:
     for listing in listings:
         shards = {url: size for url, size in listing.items() if _is_shard(url, split)}
         if shards:
-            return open_parquet(shards)
+            return open_parquet(shards, config.image_column, config.label_column)
     if split in folders:
         folder = storage.join(source, split)
         shards = storage.list_sizes(folder, ".parquet")
         if shards:
-            return open_parquet(shards)
+            return open_parquet(shards, config.image_column, config.label_column)
         # The classes of a set are those of its training images: others may lack some.
         whole = "train" in folders and split != "train"
         train = storage.list_dirs(storage.join(source, "train")) if whole else []

@@ -85,7 +85,7 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
         val: Source = SubsetSource(train, held)
         train, kept = SubsetSource(train, rest), rest
     else:
-        val = _open_val(config, root, train)
+        val = _labelled(config, _open_val(config, root, train))
     if config.subset:
         if config.subset > train.num_rows:
             raise UserError(f"data.subset = {config.subset:,}, but there are {train.num_rows:,} training rows")
@@ -97,8 +97,28 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
     return Data(train, val, classes, num_classes, digest, whole, kept, own)
 
 
+def _labelled(config: DataConfig, val: Source) -> Source:
+    """Return the rows of a validation set that have a label, with a line where some have none; all of it if none has,
+    which is refused."""
+    if val.label_range()[0] >= 0:
+        return val
+    kept = np.flatnonzero(val.labels() >= 0)
+    if not len(kept):
+        return val
+    logger.warning(
+        "%s: %d of %d validation rows have no label (null or negative): they are left out of every evaluation",
+        config.root,
+        val.num_rows - len(kept),
+        val.num_rows,
+    )
+    return SubsetSource(val, kept)
+
+
 def _check_labels(config: DataConfig, role: str, source: Source, num_classes: int) -> None:
     low, high = source.label_range()
+    if isinstance(source, SubsetSource):  # whose range is that of the rows that were left out, too
+        labels = source.labels()
+        low, high = int(labels.min()), int(labels.max())
     if low < 0:
         raise UserError(
             f"{config.root}: the {role} set has labels down to {low}, as sets with hidden labels have; "
@@ -173,7 +193,7 @@ class _Root:
     """
 
     def __init__(self, config: DataConfig) -> None:
-        url = config.root
+        self.config, url = config, config.root
         if url.startswith(SCHEME):
             raise UserError(
                 f"data.root {url} stands for data sets that were given to mimkd_ray.run(config, train=..., "
@@ -211,6 +231,9 @@ class _Root:
             versions={url: entry.version for url, entry in files.items()},
             store=self.store,
             how=self.how,
+            image_column=self.config.image_column,
+            label_column=self.config.label_column,
+            classes=classes,
         )
         if classes and source.classes != classes and not (_numbered(classes) or _numbered(source.classes)):
             first = next((p for p in zip(classes, source.classes, strict=False) if p[0] != p[1]), None)

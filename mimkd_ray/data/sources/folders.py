@@ -78,8 +78,9 @@ def list_classes(root: str, classes: tuple[str, ...] | None) -> ClassFolders:
         )
     if not any(images.values()):
         raise UserError(
-            f"{printable(root)}: none of {len(folders)} class folders holds an image ({', '.join(SUFFIXES)}); expected "
-            "<class>/<image>"
+            f"{printable(root)}: none of {len(folders)} class folders holds an image ({', '.join(SUFFIXES)})"
+            + (f", the first is '{printable(next(iter(folders)))}'" if folders else "")
+            + "; expected <class>/<image>"
         )
     passed_over = [f"{name}/{file}" for name, files in listings.items() for file in files if file not in images[name]]
     if passed_over:

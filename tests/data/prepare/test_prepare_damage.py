@@ -150,7 +150,7 @@ def test_bad_input_is_refused_before_work(folders: Path, undisturbed: Path, tmp_
         ((tmp_path / "nowhere", target), "nowhere does not exist"),
         ((tmp_path / "empty", target), r"has no split 'train': expected train-\*\.parquet .* found nothing"),
         ((folders, target, {"split": "val"}), r"ILSVRC2012_img_val\.tar; found train/; name it with --split"),
-        ((tmp_path / "bare", target), r"1 of 1 class folders hold no image .* the first is 'cat'"),
+        ((tmp_path / "bare", target), r"none of 1 class folders holds an image .* the first is 'cat'"),
         ((folders, folders / "set"), r"set lies in --source .*; give a place outside it"),
         ((folders, folders), r"lies in --source"),
         ((folders, target, {"short_side": -1}), "--short-side -1: give 1 pixel or more"),

@@ -72,7 +72,7 @@ def test_opening_reads_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError("a row group or label column was read")
 
     monkeypatch.setattr(parquet.ParquetSource, "_load", never)
-    monkeypatch.setattr(parquet, "_read_labels", never)
+    monkeypatch.setattr(parquet, "_label_column", never)
     open_data(DataConfig(root=str(tmp_path)))
 
 
