@@ -235,6 +235,17 @@ class _Root:
             label_column=self.config.label_column,
             classes=classes,
         )
+        others = next((columns for columns in source.columns if not columns.usual), None)
+        if others is not None and not (self.config.image_column and self.config.label_column):
+            logger.warning(
+                "%s: split '%s' has its images in column '%s' and its labels in '%s'%s (--data.image-column and "
+                "--data.label-column name others)",
+                self.url,
+                split,
+                others.image,
+                others.label,
+                ", which are text" if others.text else "",
+            )
         if classes and source.classes != classes and not (_numbered(classes) or _numbered(source.classes)):
             first = next((p for p in zip(classes, source.classes, strict=False) if p[0] != p[1]), None)
             raise UserError(

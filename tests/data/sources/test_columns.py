@@ -49,7 +49,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_columns_of_other_names_and_types(tmp_path: Path, case: str) -> None:
+def test_columns_of_other_names_and_types(tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
     columns, options = CASES[case]
     root = write(tmp_path, columns)
     data = open_data(DataConfig(root=root, **options))
@@ -59,6 +59,9 @@ def test_columns_of_other_names_and_types(tmp_path: Path, case: str) -> None:
         assert [bytes(row.image) for row in rows] == FILES
         assert source.label_range() == (0, 2)
     assert data.classes == (("ant", "bee", "dog") if "text" in case else ("0", "1", "2"))
+    said = "split 'train' has its images in column 'scan' and its labels in 'grade' (--data.image-column"
+    assert (said in caplog.text) == (case == "by type")
+    assert bool(caplog.records) == (case != "named")
     manifest = prepare(config(tmp_path, tmp_path.parent / f"{tmp_path.name}-made", **options))
     assert manifest.classes == data.classes
     made = table(tmp_path.parent / f"{tmp_path.name}-made", manifest)
