@@ -108,6 +108,29 @@ def list_dirs(url: str) -> list[str]:
     return [join(url, name) for name, is_dir, _, _ in _entries(url) if is_dir]
 
 
+def find_files(url: str, deepest: int, wanted: Callable[[str], bool]) -> dict[str, Entry]:
+    """Return {path below `url`: Entry} for files in the folder and its folders, `deepest` of them in each other.
+
+    `wanted` says of a name whether it counts. One listing a folder; no folder twice, wherever links lead.
+    """
+    found: dict[str, Entry] = {}
+    seen: set[str] = set()
+    left = [("", 0)]
+    while left:
+        below, depth = left.pop()
+        folder = join(url, below)
+        real = folder if is_remote(folder) else os.path.realpath(local_path(folder))
+        entries = [] if real in seen else _entries(folder)
+        seen.add(real)
+        for name, is_dir, length, version in filter(lambda entry: wanted(entry[0]), entries):
+            path = f"{below}/{name}" if below else name
+            if not is_dir:
+                found[path] = Entry(length, version)
+            elif depth < deepest:
+                left.append((path, depth + 1))
+    return found
+
+
 def size(url: str) -> int:
     """Return the size of the file at `url` in bytes. Raises FileNotFoundError."""
     if not is_remote(url):

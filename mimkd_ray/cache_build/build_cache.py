@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from mimkd_ray import storage
 from mimkd_ray.cache_build.build_setup import CalibrationUnit, Runner, Setup, ShardUnit
 from mimkd_ray.config import Config
+from mimkd_ray.data.loading.damage import damaged_allowed
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.teacher_cache import feature_manifest
 from mimkd_ray.teacher_cache.feature_manifest import ViewManifest, committed, views_there
@@ -111,7 +112,7 @@ def _publish(root: str, setup: Setup, key: str, label: str, view: int) -> None:
     entry = next(entry for entry in setup.entries if entry.label == label)
     made = ViewManifest(key=key, view=view, row_bytes=entry.row_bytes, shards=tuple(records[place] for place in wanted))
     limit = setup.config.data.max_damaged
-    if len(made.damaged) > limit * made.rows:
+    if len(made.damaged) > damaged_allowed(limit, made.rows):
         raise DamagedDataError(
             f"{len(made.damaged):,} of {made.rows:,} images cannot be decoded, more than the allowed share of "
             f"{limit:g}, such as image {int(made.damaged[0])}; repair the data, or allow more with --data.max-damaged"

@@ -9,6 +9,13 @@ from typing import Literal
 from mimkd_ray.config.pipeline_name import check_pipeline_name
 from mimkd_ray.errors import UserError
 
+MOST_CLASSES = 1_000_000
+"""Beyond them a head of 512 inputs takes 2 GB, and a label is more likely to be something else."""
+LARGEST_SIDE = 8192
+"""Of what the networks see: an image of it has 201 MB."""
+MOST_PIXELS = 178_956_970
+"""Twice Pillow's MAX_IMAGE_PIXELS: what declares more is refused by Pillow itself."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -27,7 +34,11 @@ class DataConfig:
     split_seed: int = 0
     """Seed of `holdout`."""
     subset_seed: int = 0
-    """Seed of `subset`, separate from `split_seed` so that several subsets share one held-out set."""
+    """Seed of `subset`; apart from `split_seed`, so that several subsets share one held-out set."""
+    image_column: str = ""
+    """Parquet column of the images; unset: `image` or another usual name, else the only one of that type."""
+    label_column: str = ""
+    """Parquet column of the labels, integers or text; unset: `label` or another usual name."""
     num_classes: int = 0
     """Number of classes; 0 = taken from the data."""
     pipeline: str = "digits"
@@ -60,7 +71,11 @@ class DataConfig:
     which only the batch part draws random numbers (cifar, digits, none). auto: on a GPU, if the training set takes at
     most an eighth of its memory."""
     max_damaged: float = 0.001
-    """Largest share of images that may be damaged before the run stops."""
+    """Share of images that may be damaged before the run stops; of a small set five, unless it is 0."""
+    max_pixels: int = 50_000_000
+    """Images that declare more pixels than this count as damaged, and are not decoded."""
+    exif: Literal["apply", "ignore"] = "apply"
+    """Turn photographs upright by their orientation tags, or leave them as the camera stored them."""
 
     def __post_init__(self) -> None:
         if not self.root:
@@ -75,15 +90,21 @@ class DataConfig:
         for name in ("loader_workers", "read_ahead", "view_seed"):
             if getattr(self, name) < -1:
                 raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more, or -1 (automatic)")
+        if self.num_classes > MOST_CLASSES:
+            raise UserError(f"data.num_classes = {self.num_classes:,}: give {MOST_CLASSES:,} or less, or 0")
         if self.window != "full" and not (isinstance(self.window, int) and self.window >= 1):
             raise UserError(
                 f"data.window = {self.window}: give 'full' (one permutation of all rows) or 1 block or more"
             )
         if not 0 <= self.store_gb < math.inf:
             raise UserError(f"data.store_gb = {self.store_gb}: give a size in GB, or 0 for no store")
+        if not 1 <= self.max_pixels <= MOST_PIXELS:
+            raise UserError(f"data.max_pixels = {self.max_pixels:,}: give 1 to {MOST_PIXELS:,}, which Pillow decodes")
         check_pipeline_name(self.pipeline)
-        if self.image_size < 1:
-            raise UserError(f"data.image_size = {self.image_size}: give the height and width in pixels")
+        if not 1 <= self.image_size <= LARGEST_SIDE:
+            raise UserError(
+                f"data.image_size = {self.image_size}: give the height and width in pixels, {LARGEST_SIDE} at most"
+            )
         if not all(map(math.isfinite, self.mean)) or not all(s > 0 and math.isfinite(s) for s in self.std):
             raise UserError(
                 f"data.mean = {self.mean}, data.std = {self.std}: give finite means and positive deviations "

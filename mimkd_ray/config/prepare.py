@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mimkd_ray import storage
+from mimkd_ray.config.data import MOST_PIXELS
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import check_name
 
@@ -19,7 +20,11 @@ class PrepareConfig:
     target: str
     """Folder or URL of the prepared set; several splits can share one."""
     split: str = "train"
-    """Name of the split, in the source and the target."""
+    """Name of the split, there and here."""
+    image_column: str = ""
+    """Parquet column of the images, where it cannot be told from names and types."""
+    label_column: str = ""
+    """Parquet column of the labels, likewise."""
     seed: int = 0
     """Seed of the shuffle."""
     block_rows: int = 256
@@ -27,10 +32,12 @@ class PrepareConfig:
     shard_rows: int = 0
     """Images in a file, a multiple of block-rows; 0 = about 256 MB."""
     short_side: int = 0
-    """Shrink images to this short side in pixels and encode them as JPEG; 0 = copy every file unchanged. Images that
-    are not larger are copied unchanged."""
+    """Shrink images to this short side in pixels, upright by their orientation tags, and encode them as JPEG; 0 = keep
+    every file as it is. Images that are not larger are kept as they are."""
     quality: int = 90
     """JPEG quality of images that are shrunk."""
+    max_pixels: int = 50_000_000
+    """Images that declare more pixels than this are left out as damaged, and are not decoded."""
 
     def __post_init__(self) -> None:
         if not self.source or not self.target:
@@ -47,6 +54,8 @@ class PrepareConfig:
             raise UserError(
                 f"--shard-rows {self.shard_rows} is no multiple of --block-rows {self.block_rows}; {near} is"
             )
+        if not 1 <= self.max_pixels <= MOST_PIXELS:
+            raise UserError(f"--max-pixels {self.max_pixels:,}: give 1 to {MOST_PIXELS:,}, which Pillow decodes")
         if not 1 <= self.quality <= 95:
             raise UserError(f"--quality {self.quality}: JPEG quality goes from 1 to 95")
         if f"{storage.absolute(self.target)}/".startswith(f"{storage.absolute(self.source)}/"):

@@ -90,13 +90,18 @@ class Origin:
     view_seed: int
     data: str
     """Digest of the training set as opened."""
+    exif: Literal["", "apply"] = ""
+    """Whether photographs are turned upright. Empty where they are not, and for images that have no tags: keys are then
+    what they were before there was the choice."""
 
 
 def parts_of(entry: Entry, origin: Origin, calibration: str = "") -> dict[str, Any]:
     """Return the named parts of an entry's key; `calibration` is the digest of its codec's fitted values."""
     seen = asdict(origin)
     if entry.kind == "pixels":
-        seen = {name: seen[name] for name in ("pipeline", "image_size", "view_seed", "data")}
+        seen = {name: seen[name] for name in ("pipeline", "image_size", "view_seed", "data", "exif")}
+    if not seen["exif"]:
+        del seen["exif"]
     tap = {"tap": entry.tap, "kind": entry.kind, "shape": list(entry.shape)}
     codec = {"codec": str(entry.spec), "codec_version": CODEC_VERSION, "calibration": calibration}
     return json.loads(json.dumps({"format": FORMAT, **tap, **codec, **seen}))
@@ -157,7 +162,10 @@ _WORDS = {
     "std": "deviation (--data.std)",
     "view_seed": "seed of the views (--data.view-seed)",
     "data": "data set (--data.root, its split, holdout or subset)",
+    "exif": "orientation tags (--data.exif)",
 }
+_ABSENT = {"exif": "ignore"}
+"""What it means that a key lacks a part."""
 
 
 def difference(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
@@ -167,7 +175,10 @@ def difference(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]
     if len(differing) > 1 and "calibration" in differing:
         differing.remove("calibration")
     words = {**_WORDS, "codec": "codec (--cache.logits)"} if wanted.get("kind") == "logits" else _WORDS
-    return [f"{words[name]}: {_short(there.get(name))}, {_not(wanted.get(name))}" for name in differing]
+    return [
+        f"{words[name]}: {_short(there.get(name, _ABSENT.get(name)))}, {_not(wanted.get(name, _ABSENT.get(name)))}"
+        for name in differing
+    ]
 
 
 def nearest_key(wanted: Mapping[str, Any], keys: Mapping[str, Mapping[str, Any]]) -> str | None:

@@ -13,6 +13,7 @@ from mimkd_ray.config import CacheConfig, Config, LossConfig, TrainConfig
 from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.source import Source, ids_of
+from mimkd_ray.errors import UserError
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.methods.build_method import RivalPlan
 from mimkd_ray.losses.methods.crd import TrainingRows
@@ -209,8 +210,15 @@ class PlannedStudent:
 def plan_student(config: Config, teacher: nn.Module | None, num_classes: int) -> PlannedStudent:
     """Build the student of a run and choose its taps, once for the run. ``teacher`` is None where the loss needs none.
 
-    Runs both networks dry. Raises UserError for a network that does not exist and for layers that do not fit.
+    Runs both networks dry. Raises UserError for a network that does not exist, for layers that do not fit, and for a
+    rival that needs more classes than the data has.
     """
+    for method in config.loss.rivals:
+        if num_classes < RIVALS[method].fewest_classes:
+            raise UserError(
+                f"loss.name has {method}, which compares the label with the other classes, and the data has "
+                f"{num_classes} class: choose another loss, or set --data.num-classes"
+            )
     student = build_student(config, num_classes)
     if teacher is None:
         return PlannedStudent(config, student, TapPlan())

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimkd_ray.config import DataConfig
+from mimkd_ray.data.loading.damage import damaged_allowed
 from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
@@ -53,8 +54,8 @@ def accuracy(
 ) -> Accuracy:
     """Top-1, top-5 and cross-entropy over the batches of all ranks. Damaged images are left out and counted.
 
-    ``name`` is the set's, for errors. Raises, on all ranks alike, DamagedDataError if the share of damaged images
-    exceeds ``max_damaged``, and UserError if no image is left.
+    ``name`` is the set's, for errors. Raises, on all ranks alike, DamagedDataError if more images are damaged than
+    ``max_damaged`` allows (``data.loading.damage``), and UserError if no image is left.
     """
     return accuracies({0: logits_of}, batches, normalize, max_damaged, name)[0]
 
@@ -96,7 +97,7 @@ def accuracies(
     if not found:
         return {}
     rows, damaged = next(iter(found.values()))[3:]
-    if damaged > max_damaged * (rows + damaged):
+    if damaged > damaged_allowed(max_damaged, int(rows + damaged)):
         raise DamagedDataError(
             f"{damaged:.0f} of {rows + damaged:.0f} held-out images cannot be decoded ({', '.join(unreadable[:3])}); "
             f"data.max_damaged allows {max_damaged:.2%}: mend the data, or raise --data.max-damaged"

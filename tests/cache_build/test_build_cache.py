@@ -212,7 +212,7 @@ def test_damaged_images_have_no_features(tmp_path: Path, monkeypatch: pytest.Mon
     source = open_data(cached_config(tmp_path).data).train
     bad = [row.id for row in source.read([7, 8, 9, 10, 11, 12, 13, 14, 15, 30])]
 
-    def replay(self: View, image: Any, id: int, view: int, out: Any = None) -> torch.Tensor:
+    def replay(self: View, image: Any, id: int, view: int, out: Any = None, how: Any = None) -> torch.Tensor:
         if id in bad:
             raise DamagedImageError("no image")
         return real(self, image, id, view, out)

@@ -49,8 +49,16 @@ CHANGED: dict[str, Any] = {
     "std": (1.0, 1.0, 2.0),
     "view_seed": 1,
     "data": "d2",
+    "exif": "apply",
 }
-OF_PIXELS = ("pipeline", "image_size", "view_seed", "data")
+OF_PIXELS = ("pipeline", "image_size", "view_seed", "data", "exif")
+
+
+def test_images_as_stored_have_the_keys_of_before_there_was_a_choice() -> None:
+    assert "exif" not in parts_of(MAP, ORIGIN, "c")
+    applied = parts_of(MAP, replace(ORIGIN, exif="apply"), "c")
+    assert difference(parts_of(MAP, ORIGIN, "c"), applied) == ["orientation tags (--data.exif): apply, not ignore"]
+    assert difference(applied, parts_of(MAP, ORIGIN, "c")) == ["orientation tags (--data.exif): ignore, not apply"]
 
 
 @pytest.mark.parametrize("name", CHANGED)

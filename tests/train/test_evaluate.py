@@ -54,9 +54,16 @@ def test_against_a_slow_count() -> None:
 
 
 def test_too_many_damaged_images_stop_the_run() -> None:
-    with pytest.raises(DamagedDataError, match=r"2 of 10 .*x\.jpg"):
-        accuracy(_logits, [_batch(8, ("x.jpg", "y.jpg"))], _normalizer(), max_damaged=0.1)
-    assert accuracy(_logits, [_batch(8, ("x.jpg", "y.jpg"))], _normalizer(), max_damaged=0.2).damaged == 2
+    six = tuple(f"{name}.jpg" for name in "uvwxyz")
+    with pytest.raises(DamagedDataError, match=r"6 of 14 .*u\.jpg"):
+        accuracy(_logits, [_batch(8, six)], _normalizer(), max_damaged=0.1)
+    assert accuracy(_logits, [_batch(8, six)], _normalizer(), max_damaged=0.5).damaged == 6
+
+
+def test_a_handful_of_damaged_images_does_not() -> None:
+    assert accuracy(_logits, [_batch(8, ("x.jpg",))], _normalizer(), max_damaged=0.001).damaged == 1
+    with pytest.raises(DamagedDataError, match="1 of 9"):
+        accuracy(_logits, [_batch(8, ("x.jpg",))], _normalizer(), max_damaged=0.0)
 
 
 @pytest.mark.parametrize("batches", [[], [_batch(0)], [_batch(0, ("x.jpg", "y.jpg"))]])

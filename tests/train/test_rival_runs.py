@@ -15,6 +15,7 @@ from tiny_run import cpu, tiny_config
 
 from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.errors import UserError
 from mimkd_ray.losses.methods.registry import RIVALS, Method
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.loop import train
@@ -145,3 +146,11 @@ def test_no_rival_is_exported(pack: Path) -> None:
     alone = load_file(pack / "kd" / "student.safetensors")
     for name in IDS:
         assert load_file(pack / name / "student.safetensors").keys() == alone.keys()
+
+
+def test_dkd_of_one_class_is_refused(tmp_path: Path) -> None:
+    base = tiny_config(train=TRAIN)
+    data = replace(open_data(base.data), num_classes=1)
+    network = build_network(base, 1, "random")
+    with pytest.raises(UserError, match=r"loss\.name has dkd.* 1 class"):
+        train(replace(base, loss=replace(base.loss, name=("dkd",))), data, network, cpu(), str(tmp_path), quiet=True)

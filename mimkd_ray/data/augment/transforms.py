@@ -16,25 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimkd_ray.data.augment.decode import SHRINKS, Encoded, decode, jpeg_size
+from mimkd_ray.data.augment.decode import DECODING, SHRINKS, DamagedImageError, Decoding, Encoded, decode, jpeg_size
 
 Transform = Callable[[Tensor], Tensor]
 
 AREA = (0.08, 1.0)  # share of the image's area that a random crop takes
 ASPECT = (3 / 4, 4 / 3)  # its width over its height
-LOG_ASPECT = tuple(torch.log(torch.tensor(ASPECT)).tolist())  # float32, as in torchvision
+MOST_RESIZED = 50_000_000  # pixels that an image is resized to before its centre is taken: 150 MB
+LOG_ASPECT = tuple(torch.log(torch.tensor(ASPECT)).tolist())  # float32, as torchvision has it
 
 
-def from_bytes(transform: Transform, data: Encoded, out: Tensor | None = None) -> Tensor:
-    """Return the transform of an encoded image; a transform with a method `from_bytes` decodes only what it needs.
+def from_bytes(transform: Transform, data: Encoded, out: Tensor | None = None, how: Decoding = DECODING) -> Tensor:
+    """Return the transform of an encoded image; one with a method `from_bytes` decodes only what it needs.
 
-    A transform with a method `into(data, out)` may write the result to `out`: (3, size, size), any layout.
+    With a method `into(data, out, how)` it may put the result where it is wanted, in `out`: (3, size, size), any
+    layout.
     """
     if out is not None and hasattr(transform, "into"):
-        return transform.into(data, out)
+        return transform.into(data, out, how)
     if hasattr(transform, "from_bytes"):
-        return transform.from_bytes(data)
-    return transform(decode(data))
+        return transform.from_bytes(data, how)
+    return transform(decode(data, how=how))
 
 
 def resize(image: Tensor, height: int, width: int, out: Tensor | None = None) -> Tensor:
@@ -84,8 +86,8 @@ class ResizedCropFlip:
     def __call__(self, image: Tensor) -> Tensor:
         return self._take(image, self.draw(image.shape[1], image.shape[2]))
 
-    def from_bytes(self, data: Encoded) -> Tensor:
-        """Return the view of an encoded image; draws first, then decodes no finer than the crop needs.
+    def from_bytes(self, data: Encoded, how: Decoding = DECODING) -> Tensor:
+        """Return the view of an encoded image: draws first, then decodes no finer than the crop needs.
 
         The pixels are those of `self(decode(data))`, unless the crop of a JPEG is at least twice `size` in both
         directions: then it is decoded at 1/2, 1/4 or 1/8 and its edges move to whole pixels of that scale. Compared
@@ -94,16 +96,16 @@ class ResizedCropFlip:
         112, 56 and 28). At size 224 images of 500 x 375 are never decoded smaller; a view of 1024 x 768 takes 2.6 ms
         instead of 3.1, one of 2048 x 1536 6.1 ms instead of 9.5.
         """
-        return self.into(data, None)
+        return self.into(data, None, how)
 
-    def into(self, data: Encoded, out: Tensor | None) -> Tensor:
-        """Return `from_bytes(data)`, in `out` if that saves a copy."""
-        bounds = jpeg_size(data)
+    def into(self, data: Encoded, out: Tensor | None, how: Decoding = DECODING) -> Tensor:
+        """Return `from_bytes(data)`, in `out` where that saves a copy."""
+        bounds = jpeg_size(data, how)
         if bounds is None:
-            return self(decode(data))
+            return self(decode(data, how=how))
         crop = self.draw(*bounds)
         shrink = next((s for s in SHRINKS if min(crop.height, crop.width) >= s * self.size), 1)
-        return self._take(decode(data, shrink), crop.shrunk(shrink), out)
+        return self._take(decode(data, shrink, how), crop.shrunk(shrink), out)
 
     def draw(self, height: int, width: int) -> Crop:
         """Draw a crop of an image of this size: ten tries for a crop that fits, else the central one. 12 us."""
@@ -139,9 +141,9 @@ class Then:
     def __call__(self, image: Tensor) -> Tensor:
         return self.rest(self.first(image))
 
-    def from_bytes(self, data: Encoded) -> Tensor:
+    def from_bytes(self, data: Encoded, how: Decoding = DECODING) -> Tensor:
         """Return the view of an encoded image; see ResizedCropFlip.from_bytes."""
-        return self.rest(from_bytes(self.first, data))
+        return self.rest(from_bytes(self.first, data, how=how))
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ def can_be_resident(transform: Transform) -> bool:
 class CentreCrop:
     """Resize the short side to size * 256/224, crop the centre: ImageNet's evaluation, as torchvision v2 does it.
 
+    A strip whose long side would then take all memory is damaged: 60,000 x 1 pixels at size 224 make 11.8 GB.
     6 us for an image of short side 256 at size 224, which is only cropped (v2: 19 us).
     """
 
@@ -189,10 +192,10 @@ class CentreCrop:
     def __call__(self, image: Tensor) -> Tensor:
         height, width = image.shape[1:]
         short = round(self.size * 256 / 224)
-        if height <= width:
-            image = resize(image, short, int(short * width / height))
-        else:
-            image = resize(image, int(short * height / width), short)
-        # Half a pixel is rounded to the even neighbour, as in torchvision.
+        long = int(short * width / height) if height <= width else int(short * height / width)
+        if short * long > max(MOST_RESIZED, 4 * short**2):
+            raise DamagedImageError(f"has {width:,} x {height:,} pixels: too long a strip to be resized for its centre")
+        image = resize(image, short, long) if height <= width else resize(image, long, short)
+        # Half a pixel goes to the even neighbour, as torchvision rounds.
         top, left = (round((side - self.size) / 2) for side in image.shape[1:])
         return image[:, top : top + self.size, left : left + self.size]

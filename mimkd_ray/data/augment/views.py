@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimkd_ray.data.augment.decode import DamagedImageError, Encoded, decode
+from mimkd_ray.data.augment.decode import DECODING, DamagedImageError, Decoding, Encoded, decode
 from mimkd_ray.data.augment.pipelines import Pipeline, make_pipeline
 from mimkd_ray.data.augment.transforms import Transform, from_bytes
 
@@ -45,17 +45,33 @@ class View:
     transform: Transform
     seed: int
 
-    def apply(self, image: Encoded | np.ndarray | Tensor, id: int, view: int) -> Tensor:
-        """Return view number `view` of the sample: the same bytes in any process. Restores the generator.
+    def apply(
+        self,
+        image: Encoded | np.ndarray | Tensor,
+        id: int,
+        view: int,
+        out: Tensor | None = None,
+        how: Decoding = DECODING,
+    ) -> Tensor:
+        """Return view number `view` of the sample: the same bytes in any process. Keeps the generator.
+
+        The result may be in `out`, where that saves a copy (`transforms.from_bytes`).
 
         An encoded image or an (H, W, 3) array is decoded here; a transform with a method `from_bytes` decodes encoded
         images itself and only as far as it needs. Raises DamagedImageError.
         """
         with generator_kept():
-            return self.replay(image, id, view)
+            return self.replay(image, id, view, out, how)
 
-    def replay(self, image: Encoded | np.ndarray | Tensor, id: int, view: int, out: Tensor | None = None) -> Tensor:
-        """Return the same as `apply` without restoring the generator; see `generator_kept`.
+    def replay(
+        self,
+        image: Encoded | np.ndarray | Tensor,
+        id: int,
+        view: int,
+        out: Tensor | None = None,
+        how: Decoding = DECODING,
+    ) -> Tensor:
+        """Return what `apply` does, but leave the generator where the view took it; see `generator_kept`.
 
         The result may be in `out` if that saves a copy (`transforms.from_bytes`). Costs 2 us beside decoding and
         transform, and 5 more if a transform draws from the generator.
@@ -65,7 +81,7 @@ class View:
             return self.transform(image)
         if isinstance(image, np.ndarray):
             return self.transform(decode(image))
-        return from_bytes(self.transform, image, out)
+        return from_bytes(self.transform, image, out, how)
 
 
 @contextmanager

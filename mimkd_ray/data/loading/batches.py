@@ -2,14 +2,13 @@
 
 The content of a batch depends only on (source, order, view, step, lane), not on the process that makes it.
 
-A damaged image does not stop a run: it is named in `LaneBatch.damaged`, and in training the nearest intact image of the
-batch takes its place (the id repeats, so losses do not use the copies as negatives of each other). In evaluation it is
-left out. `DamageCounter` ends the run if there are too many.
+A damaged image does not stop a run: it is named in `LaneBatch.damaged`, and in training its place is taken by
+the nearest intact image of the batch (the id repeats, so losses do not take the copies for negatives of each
+other). In evaluation it is left out. `DamageCounter` (damage.py) ends the run when there are too many.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -19,13 +18,12 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.data.augment.views import DamagedImageError, Transform, View, decode, generator_kept
+from mimkd_ray.data.loading.damage import first_three
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.sample_order import Order, view_number
 from mimkd_ray.data.sources.source import Row, Source
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.errors import DamagedDataError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +157,7 @@ class TrainBatches:
         """Return the batch, with its images in `memory` (bytes) if they fit."""
 
         def transform(row: Row, out: Tensor | None) -> Tensor:
-            return self.view.replay(row.image, row.id, key.view, out)
+            return self.view.replay(row.image, row.id, key.view, out, row.how)
 
         with generator_kept():
             made = _decode_all(self.source, key, transform, memory)
@@ -194,7 +192,7 @@ class ViewBatches:
 
         def transform(row: Row, out: Tensor | None) -> Tensor:
             try:
-                image = self.view.replay(row.image, row.id, key.view, out)
+                image = self.view.replay(row.image, row.id, key.view, out, row.how)
             except DamagedImageError as error:
                 damaged.append(f"{row.name} ({error})")
                 image = black
@@ -221,12 +219,15 @@ class EvalBatches:
     def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch | LeftOut:
         """Return the batch, its images in `memory` (bytes), if they fit; or the one image of it that is damaged."""
         try:
-            return _decode_all(self.source, key, lambda row, _: self.transform(decode(row.image)), memory).batch(key)
+            return _decode_all(self.source, key, self._view, memory).batch(key)
         except _AllDamagedError as error:
             if len(key.positions) > 1:
                 raise
             # A slice may end in a batch of one: if damaged, that is one image, and no sign of a broken set.
             return LeftOut(error.names[0])
+
+    def _view(self, row: Row, out: Tensor | None) -> Tensor:
+        return self.transform(decode(row.image, how=row.how))
 
 
 def nearest_intact(places: Sequence[int], count: int) -> list[int]:
@@ -243,7 +244,7 @@ class _AllDamagedError(DamagedDataError):
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(
-            f"none of the {len(names)} images of a batch can be decoded: {_first_three(names)}; repair the data"
+            f"none of the {len(names)} images of a batch can be decoded: {first_three(names)}; repair the data"
         )
         self.names = tuple(names)
 
@@ -317,45 +318,3 @@ def _room_for(count: int, image: Tensor, memory: Tensor | None) -> Tensor:
     if image.is_contiguous():
         return memory[:size].view(count, channels, height, width)
     return memory[:size].view(count, height, width, channels).permute(0, 3, 1, 2)
-
-
-class DamageCounter:
-    """A counter of damaged images with a limit: `max_share` of the `rows` that this worker reads in an epoch.
-
-    Each damaged image is logged once. The count restarts after `rows` rows, about an epoch: over many epochs one worker
-    meets the damaged images of all workers, which must not count against its own share.
-    """
-
-    def __init__(self, max_share: float, rows: int) -> None:
-        self.max_share = max_share
-        self.rows = rows
-        self._logged: set[str] = set()
-        self._counted: dict[str, None] = {}  # in the order of occurrence
-        self._seen = 0
-
-    @property
-    def damaged(self) -> int:
-        """Number of distinct damaged images so far."""
-        return len(self._logged)
-
-    def add(self, batch: LaneBatch) -> None:
-        """Count the batch's damaged images. Raises DamagedDataError when there are too many."""
-        if self._seen >= self.rows:
-            self._seen = 0
-            self._counted.clear()
-        self._seen += len(batch)
-        for name in batch.damaged:
-            if name not in self._logged:
-                self._logged.add(name)
-                logger.warning("damaged image, left out: %s", name)
-            self._counted[name] = None
-        if len(self._counted) > self.max_share * self.rows:
-            raise DamagedDataError(
-                f"{len(self._counted):,} of {self.rows:,} images cannot be decoded, more than the allowed "
-                f"share of {self.max_share:g}: {_first_three(list(self._counted))}; repair the data, or "
-                "allow more with --data.max-damaged"
-            )
-
-
-def _first_three(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

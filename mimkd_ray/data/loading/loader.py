@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader
 from mimkd_ray.data.augment.views import Transform, View
 from mimkd_ray.data.loading.batches import (
     Batches,
-    DamageCounter,
     EvalBatches,
     FeatureSource,
     Key,
@@ -37,6 +36,7 @@ from mimkd_ray.data.loading.batches import (
     ViewBatches,
 )
 from mimkd_ray.data.loading.cpu_quota import usable_cores
+from mimkd_ray.data.loading.damage import DamageCounter
 from mimkd_ray.data.loading.helper_processes import helper_context
 from mimkd_ray.data.loading.read_ahead import AheadSource, Distance, ReadAhead, WithFeatures, distance
 from mimkd_ray.data.loading.shared_memory import Answer, Answers, Failed, Requests, make_slots

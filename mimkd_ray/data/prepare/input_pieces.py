@@ -14,10 +14,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from mimkd_ray import storage
-from mimkd_ray.data.sources.folders import SUFFIXES
+from mimkd_ray.data.sources.columns import Columns, label_array
+from mimkd_ray.data.sources.folders import list_classes, printable
 from mimkd_ray.data.sources.parquet import ParquetSource
+from mimkd_ray.data.sources.row_groups import read_beside
 from mimkd_ray.data.sources.source import digest_of
-from mimkd_ray.errors import DamagedDataError, UserError, nearest
+from mimkd_ray.errors import DamagedDataError, UserError
 
 PIECE_ROWS = 1000
 PIECES = 64  # a small source is cut finer, down to MIN_PIECE_ROWS, so that every worker has a piece
@@ -70,7 +72,9 @@ def read_files(urls: Sequence[str]) -> list[bytes]:
         try:
             return storage.read_bytes(url)
         except FileNotFoundError:
-            raise UserError(f"{url} was there when the source was listed, and is gone; put it back") from None
+            raise UserError(
+                f"{printable(url)} was there when the source was listed, and is gone; put it back"
+            ) from None
 
     if not urls or not storage.is_remote(urls[0]):
         return [read(url) for url in urls]
@@ -96,30 +100,15 @@ class FolderPiece:
 def open_folders(root: str, classes: tuple[str, ...] | None) -> Origin:
     """List the class folders below `root`. `classes` are those of the training set, if they are known.
 
-    Raises UserError for folders without images or of unknown classes. Makes one listing per folder.
+    Raises UserError for no images, and for folders of unknown classes. One listing a folder.
     """
-    folders = [url for url in storage.list_dirs(root) if not _name(url).startswith(".")]
-    names = [_name(url) for url in folders]
-    classes = classes or tuple(names)
-    unknown = [name for name in names if name not in set(classes)]
-    if unknown:
-        raise UserError(
-            f"{root}: {len(unknown)} class folder(s) are not among the {len(classes)} training classes, the first is "
-            f"'{unknown[0]}'{nearest(unknown[0], classes)}; rename or remove them"
-        )
-    with ThreadPoolExecutor(THREADS) as pool:
-        listings = list(pool.map(_images, folders))
-    empty = [name for name, images in zip(names, listings, strict=True) if not images]
-    if empty or not names:
-        raise UserError(
-            f"{root}: {len(empty)} of {len(names)} class folders hold no image ({', '.join(SUFFIXES)})"
-            + (f", the first is '{empty[0]}'; add images or remove them" if empty else "; expected <class>/<image>")
-        )
+    listed = list_classes(root, classes)
+    classes = listed.classes
     number = {name: label for label, name in enumerate(classes)}
     rows = [
-        (f"{name}/{file}", number[name], size)
-        for name, images in zip(names, listings, strict=True)
-        for file, size in images.items()
+        (f"{name}/{file}", number[name], entry.size)
+        for name in listed.folders
+        for file, entry in listed.images[name].items()
     ]
     step = rows_per_piece(len(rows))
     pieces = []
@@ -129,11 +118,6 @@ def open_folders(root: str, classes: tuple[str, ...] | None) -> Origin:
     return Origin(
         classes, digest_of("folders", classes, rows), tuple(pieces), tuple(np.array(p.labels, np.int64) for p in pieces)
     )
-
-
-def _images(folder: str) -> dict[str, int]:
-    found = {_name(url): size for url, size in storage.list_sizes(folder).items()}
-    return {n: size for n, size in found.items() if n.lower().endswith(SUFFIXES) and not n.startswith(".")}
 
 
 def _name(url: str) -> str:
@@ -149,6 +133,9 @@ class ParquetPiece:
     row_groups: tuple[int, ...]
     first_row: int
     bytes: int
+    columns: Columns
+    names: tuple[str, ...] | None
+    """Classes of labels that are text."""
 
     def samples(self) -> list[Sample]:
         """Read the row groups, each with one or a few requests."""
@@ -160,7 +147,9 @@ class ParquetPiece:
                 storage.open_file(self.url, self.file_bytes) as opened,
                 pq.ParquetFile(opened, pre_buffer=True) as file,
             ):
-                table = file.read_row_groups(list(self.row_groups), columns=["image", "label"], use_threads=False)
+                table = file.read_row_groups(
+                    list(self.row_groups), columns=[self.columns.image, self.columns.label], use_threads=False
+                )
         except FileNotFoundError:
             raise UserError(f"{self.url} was there when the source was listed, and is gone; put it back") from None
         except storage.StorageError:
@@ -171,21 +160,20 @@ class ParquetPiece:
                 f"({error}); copy the file again"
             ) from error
         samples = []
-        for number, (image, label) in enumerate(
-            zip(table["image"].to_pylist(), table["label"].to_pylist(), strict=True)
-        ):
+        labels = label_array(table[self.columns.label], self.url, self.names).tolist()
+        for number, (image, label) in enumerate(zip(table[self.columns.image].to_pylist(), labels, strict=True)):
             value = image if isinstance(image, dict) else {"bytes": image}
             name = value.get("path") or f"{_name(self.url)} row {self.first_row + number}"
-            samples.append(Sample(label, name, value["bytes"] or b""))
+            samples.append(Sample(label, name, value["bytes"] or read_beside(self.url, value.get("path"))))
         return samples
 
 
-def open_parquet(files: dict[str, int]) -> Origin:
+def open_parquet(files: dict[str, int], image_column: str = "", label_column: str = "") -> Origin:
     """Open Parquet files given as {URL: bytes}. Reads footers and label columns.
 
     Raises UserError for files that are not image sets or disagree, and for labels without a class.
     """
-    source = ParquetSource(files)
+    source = ParquetSource(files, image_column=image_column, label_column=label_column)
     labels = source.labels()
     if labels.min() < 0 or labels.max() >= len(source.classes):
         raise UserError(
@@ -196,14 +184,14 @@ def open_parquet(files: dict[str, int]) -> Origin:
         groups = list(pool.map(lambda file: _row_groups(*file), files.items()))
     step = rows_per_piece(source.num_rows)
     pieces, counts = [], []
-    for (url, size), of_file in zip(files.items(), groups, strict=True):
+    for (url, size), of_file, columns in zip(files.items(), groups, source.columns, strict=True):
         taken: list[int] = []
         first_row = row = held = 0
         for group, (rows, num_bytes) in enumerate(of_file):
             taken.append(group)
             row, held = row + rows, held + num_bytes
             if row - first_row >= step or group + 1 == len(of_file):
-                pieces.append(ParquetPiece(url, size, tuple(taken), first_row, held))
+                pieces.append(ParquetPiece(url, size, tuple(taken), first_row, held, columns, source.names))
                 counts.append(row - first_row)
                 taken, first_row, held = [], row, 0
     return Origin(source.classes, source.digest, tuple(pieces), tuple(np.split(labels, np.cumsum(counts)[:-1])))

@@ -63,7 +63,7 @@ def prepare(config: PrepareConfig, run: Runner = in_process) -> Manifest:
         return finished
     if not storage.exists(config.source):
         raise UserError(f"--source {config.source} does not exist; give a folder or a URL such as s3://bucket/imagenet")
-    origin = open_origin(config.source, config.split)
+    origin = open_origin(config)
     settings = _claim(config, origin, work)
     indices = _make_parts(config, origin, work, run)
     damaged = [entry for index in indices for entry in index.damaged]
@@ -94,8 +94,11 @@ def _finished(config: PrepareConfig) -> Manifest | None:
     """Return the manifest of a finished split and check its settings against these; the source may be gone by now."""
     manifest = read_manifest(config.target, config.split)
     if manifest is not None:
-        origin = open_origin(config.source, config.split) if storage.exists(config.source) else None
-        _compare(config, manifest.settings, _settings(config, origin), "holds")
+        origin = open_origin(config) if storage.exists(config.source) else None
+        # A set that was finished before these settings were there stays what it is.
+        later = [name for name in ("max_pixels", "exif") if name not in manifest.settings]
+        wanted = {name: value for name, value in _settings(config, origin).items() if name not in later}
+        _compare(config, manifest.settings, wanted, "holds")
     return manifest
 
 
@@ -118,11 +121,12 @@ def _claim(config: PrepareConfig, origin: Origin, work: str) -> dict[str, Any]:
     return begun or settings
 
 
-def open_origin(source: str, split: str) -> Origin:
-    """Find `split` in folder `source` and cut it into pieces: archives, else Parquet files, else class folders.
+def open_origin(config: PrepareConfig) -> Origin:
+    """Find the split in the source and cut it into pieces: archives, else Parquet files, else class folders.
 
     Lists files and reads footers, label columns and headers, but no image. Raises UserError for an unknown layout.
     """
+    source, split = config.source, config.split
     archives = open_archives(source, split)
     if archives is not None:
         return archives
@@ -133,13 +137,13 @@ def open_origin(source: str, split: str) -> Origin:
     for listing in listings:
         shards = {url: size for url, size in listing.items() if _is_shard(url, split)}
         if shards:
-            return open_parquet(shards)
+            return open_parquet(shards, config.image_column, config.label_column)
     if split in folders:
         folder = storage.join(source, split)
         shards = storage.list_sizes(folder, ".parquet")
         if shards:
-            return open_parquet(shards)
-        # The classes of a set are those of its training images: other splits may lack some.
+            return open_parquet(shards, config.image_column, config.label_column)
+        # The classes of a set are those of its training images: others may lack some.
         whole = "train" in folders and split != "train"
         train = storage.list_dirs(storage.join(source, "train")) if whole else []
         names = (url.rpartition("/")[2] for url in train)
@@ -167,6 +171,8 @@ def _settings(config: PrepareConfig, origin: Origin | None) -> dict[str, Any]:
         "shard_rows": config.shard_rows,
         "short_side": config.short_side,
         "quality": config.quality if config.short_side else 0,
+        "max_pixels": config.max_pixels,
+        "exif": "applied" if config.short_side else "kept",
     }
 
 
@@ -232,7 +238,16 @@ def _make_parts(config: PrepareConfig, origin: Origin, work: str, run: Runner) -
         indices = dict(zip(begun, pool.map(read, begun), strict=True))
         missing = [number for number in range(len(origin.pieces)) if indices.get(number) is None]
         units = [
-            PartUnit(number, origin.pieces[number], keys[number], config.seed, config.short_side, config.quality, work)
+            PartUnit(
+                number,
+                origin.pieces[number],
+                keys[number],
+                config.seed,
+                config.short_side,
+                config.quality,
+                work,
+                config.max_pixels,
+            )
             for number in missing
         ]
         _run_all(run, units, f"checking images ({len(units):,} of {len(origin.pieces):,} parts to do)")

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mimkd_ray import storage
-from mimkd_ray.data.augment.decode import DamagedImageError, decode
+from mimkd_ray.data.augment.decode import DECODING, DamagedImageError, Decoding, decode
 from mimkd_ray.data.order.random_numbers import permutation, raw
 from mimkd_ray.data.prepare.input_pieces import THREADS, Piece
 from mimkd_ray.data.sources.shard_manifest import Block, Shard
@@ -66,6 +66,7 @@ class PartUnit:
     quality: int
     work: str
     """Folder or URL of parts and sidecars."""
+    max_pixels: int = DECODING.max_pixels
 
     @property
     def bytes(self) -> int:
@@ -134,7 +135,7 @@ def make_part(unit: PartUnit) -> Done:
     damaged: list[list[str]] = []
     for key, sample in zip(keys.tolist(), samples, strict=True):
         try:
-            image = checked(sample.image, unit.short_side, unit.quality)
+            image = checked(sample.image, unit.short_side, unit.quality, unit.max_pixels)
         except DamagedImageError as error:
             damaged.append([sample.name, str(error)])
         else:
@@ -147,12 +148,12 @@ def make_part(unit: PartUnit) -> Done:
     return Done(len(records), unit.piece.bytes)
 
 
-def checked(image: bytes, short_side: int, quality: int) -> bytes:
-    """Decode `image` fully; return it unchanged, or as a JPEG of short side `short_side` if it is larger.
+def checked(image: bytes, short_side: int, quality: int, max_pixels: int = DECODING.max_pixels) -> bytes:
+    """Decode `image` fully; return it as it is, or as an upright JPEG whose short side is `short_side` if it is larger.
 
     Shrinks with antialiasing, bilinear as torchvision's Resize, with the same rounding. Raises DamagedImageError.
     """
-    pixels_CHW = decode(image)
+    pixels_CHW = decode(image, how=Decoding(max_pixels))
     height, width = pixels_CHW.shape[1:]
     if not 0 < short_side < min(height, width):
         return image

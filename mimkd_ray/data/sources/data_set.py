@@ -9,6 +9,7 @@ import numpy as np
 
 from mimkd_ray import storage
 from mimkd_ray.config import DataConfig
+from mimkd_ray.data.augment.decode import Decoding
 from mimkd_ray.data.augment.transforms import can_be_resident
 from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.sources.digits import DigitsSource
@@ -18,7 +19,7 @@ from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.sources.shard_manifest import MANIFEST_SUFFIX, read_manifest
 from mimkd_ray.data.sources.source import Source, SubsetSource, digest_of, stratified_split
 from mimkd_ray.data.store.block_reader import CACHE_BYTES
-from mimkd_ray.data.store.block_store import BlockStore, open_store
+from mimkd_ray.data.store.block_store import open_store
 from mimkd_ray.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,11 @@ class Data:
     own: OwnData | None = None
     """The data sets that were passed as objects, for opening them again."""
 
+    @property
+    def are_arrays(self) -> bool:
+        """Whether images come decoded, so that they have no tags."""
+        return self.own is not None or self.whole.in_memory
+
 
 def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
     """Open both splits: reads listings and Parquet footers only (with `holdout` or `subset` also the labels).
@@ -54,7 +60,7 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
             f"data.resident is on, and pipeline '{config.pipeline}' draws random numbers for each image, which is "
             "decoded anew for each view: pass --data.resident off, or a pipeline such as cifar"
         )
-    root = own or (_Digits() if config.root == "digits" else _Root(config.root, open_store(config)))
+    root = own or (_Digits() if config.root == "digits" else _Root(config))
     train = root.open(config.train_split, None)
     if train is None:
         raise UserError(
@@ -63,6 +69,8 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
             f"{root.found()}; name it with --data.train-split"
         )
     classes, whole, kept = train.classes, train, None
+    num_classes = config.num_classes or len(classes)
+    _check_labels(config, "training", train, num_classes)
     if config.holdout > 0:
         if own is not None and own.validation is not None:
             raise UserError(
@@ -77,28 +85,55 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
         val: Source = SubsetSource(train, held)
         train, kept = SubsetSource(train, rest), rest
     else:
-        val = _open_val(config, root, train)
+        val = _labelled(config, _open_val(config, root, train))
     if config.subset:
         if config.subset > train.num_rows:
             raise UserError(f"data.subset = {config.subset:,}, but there are {train.num_rows:,} training rows")
         train = SubsetSource(train, stratified_split(train.labels(), config.subset, config.subset_seed)[1])
         whole, kept = train, None
-    num_classes = config.num_classes or len(classes)
-    for role, source in (("training", train), ("validation", val)):
-        low, high = source.label_range()
-        if low < 0:
-            raise UserError(
-                f"{config.root}: the {role} set has labels down to {low}, as sets with hidden labels have; "
-                "choose another split with --data.val-split or --data.train-split"
-            )
-        if high >= num_classes:
-            raise UserError(
-                f"{config.root}: the {role} set has labels up to {high}, but there are {num_classes} "
-                f"classes; set --data.num-classes {high + 1} or more, or leave it 0"
-            )
+    _check_labels(config, "validation", val, num_classes)
     _warn_of_slow_order(config, train)
     digest = digest_of("data", train.digest, val.digest, num_classes)
     return Data(train, val, classes, num_classes, digest, whole, kept, own)
+
+
+def _labelled(config: DataConfig, val: Source) -> Source:
+    """Return the rows of a validation set that have a label, with a line where some have none; all of it if none has,
+    which is refused."""
+    if val.label_range()[0] >= 0:
+        return val
+    kept = np.flatnonzero(val.labels() >= 0)
+    if not len(kept):
+        return val
+    logger.warning(
+        "%s: %d of %d validation rows have no label (null or negative): they are left out of every evaluation",
+        config.root,
+        val.num_rows - len(kept),
+        val.num_rows,
+    )
+    return SubsetSource(val, kept)
+
+
+def _check_labels(config: DataConfig, role: str, source: Source, num_classes: int) -> None:
+    low, high = source.label_range()
+    if isinstance(source, SubsetSource):  # whose range is that of the rows that were left out, too
+        labels = source.labels()
+        low, high = int(labels.min()), int(labels.max())
+    if low < 0:
+        raise UserError(
+            f"{config.root}: the {role} set has labels down to {low}, as sets with hidden labels have; "
+            "choose another split with --data.val-split or --data.train-split"
+        )
+    if high >= num_classes:
+        raise UserError(
+            f"{config.root}: the {role} set has labels up to {high:,}, but there are {num_classes:,} "
+            f"classes; set --data.num-classes {high + 1} or more, or leave it 0"
+        )
+
+
+def decoding_of(config: DataConfig) -> Decoding:
+    """Return how the images of a data set are decoded."""
+    return Decoding(config.max_pixels, config.exif == "apply")
 
 
 def _warn_of_slow_order(config: DataConfig, train: Source) -> None:
@@ -157,14 +192,15 @@ class _Root:
     A split with a `<split>.manifest.json` is a prepared one.
     """
 
-    def __init__(self, url: str, store: BlockStore | None) -> None:
+    def __init__(self, config: DataConfig) -> None:
+        self.config, url = config, config.root
         if url.startswith(SCHEME):
             raise UserError(
                 f"data.root {url} stands for data sets that were given to mimkd_ray.run(config, train=..., "
                 "validation=...): give them again"
             )
         self.url = url
-        self.store = store
+        self.store, self.how = open_store(config), decoding_of(config)
         listing = storage.list_entries(url)
         self.files = {file: entry for file, entry in listing.items() if file.endswith(".parquet")}
         self.manifests = {file for file in listing if file.endswith(MANIFEST_SUFFIX)}
@@ -183,7 +219,7 @@ class _Root:
         if not files and split in self.dirs:
             files = storage.list_entries(self.dirs[split], ".parquet")
             if not files:
-                return FolderSource(self.dirs[split], classes, self.store)
+                return FolderSource(self.dirs[split], classes, self.store, self.how)
         manifest = None
         if storage.join(self.url, split + MANIFEST_SUFFIX) in self.manifests:
             manifest = read_manifest(self.url, split)
@@ -194,7 +230,22 @@ class _Root:
             manifest=manifest,
             versions={url: entry.version for url, entry in files.items()},
             store=self.store,
+            how=self.how,
+            image_column=self.config.image_column,
+            label_column=self.config.label_column,
+            classes=classes,
         )
+        others = next((columns for columns in source.columns if not columns.usual), None)
+        if others is not None and not (self.config.image_column and self.config.label_column):
+            logger.warning(
+                "%s: split '%s' has its images in column '%s' and its labels in '%s'%s (--data.image-column and "
+                "--data.label-column name others)",
+                self.url,
+                split,
+                others.image,
+                others.label,
+                ", which are text" if others.text else "",
+            )
         if classes and source.classes != classes and not (_numbered(classes) or _numbered(source.classes)):
             first = next((p for p in zip(classes, source.classes, strict=False) if p[0] != p[1]), None)
             raise UserError(

@@ -1,4 +1,5 @@
-"""Class folders: `root/<class>/<image>`, classes in sorted order, as in torchvision's ImageFolder.
+"""Class folders: `root/<class>/<image>`, classes in sorted order, as in torchvision's ImageFolder; images may also lie
+in folders of a class's folder.
 
 A sorted listing holds one class after the other, so a window of adjacent rows would hold a single class. Therefore the
 listing is shuffled once, by keyed numbers with seed 0 that depend only on its length, and a row's id is its place after
@@ -12,14 +13,18 @@ requests at a time, into the block store.
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from mimkd_ray import storage
-from mimkd_ray.data.augment.decode import Encoded
+from mimkd_ray.data.augment.decode import DECODING, Decoding, Encoded
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.random_numbers import permutation
 from mimkd_ray.data.sources.source import Row, digest_of
@@ -28,50 +33,118 @@ from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.data.store.stored_block import StoredBlock
 from mimkd_ray.errors import DamagedDataError, UserError, nearest
 
+logger = logging.getLogger(__name__)
+
 BLOCK_ROWS = 256
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # in any case
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm"),
+)  # in any case
+OTHERS = ("__MACOSX", "@eaDir")  # folders in which systems keep small copies of their own
+DEEPEST = 16  # folders in folders of a class
 THREADS = 16  # requests of a block to an object store, and listings
+NAMED = 3  # files that were passed over
+
+
+class ClassFolders(NamedTuple):
+    """The images of class folders as listed."""
+
+    classes: tuple[str, ...]
+    folders: tuple[str, ...]
+    """Those of the classes that are here, in the listing's order."""
+    images: dict[str, dict[str, storage.Entry]]
+    """By folder: {path below it: Entry}, sorted."""
+
+
+def list_classes(root: str, classes: tuple[str, ...] | None) -> ClassFolders:
+    """List the class folders below `root`. `classes` are the training set's, if they are known.
+
+    Says in a line what was passed over, and which classes have no image. Raises UserError for folders that are not
+    among `classes`, and for no image at all.
+    """
+    folders = {url.rpartition("/")[2]: url for url in storage.list_dirs(root)}
+    folders = {name: url for name, url in folders.items() if not name.startswith(".") and name not in OTHERS}
+    with ThreadPoolExecutor(THREADS) as pool:
+        listings = dict(zip(folders, pool.map(_files, folders.values()), strict=True))
+    images = {
+        name: {file: entry for file, entry in files.items() if file.lower().endswith(SUFFIXES)}
+        for name, files in listings.items()
+    }
+    known = tuple(sorted(folders)) if classes is None else classes
+    unknown = [name for name, of_folder in images.items() if of_folder and name not in set(known)]
+    if unknown:
+        raise UserError(
+            f"{printable(root)}: {len(unknown)} class folder(s) are not among the {len(known)} training classes, the "
+            f"first is '{printable(unknown[0])}'{nearest(unknown[0], known)}; rename or remove them"
+        )
+    if not any(images.values()):
+        raise UserError(
+            f"{printable(root)}: none of {len(folders)} class folders holds an image ({', '.join(SUFFIXES)})"
+            + (f", the first is '{printable(next(iter(folders)))}'" if folders else "")
+            + "; expected <class>/<image>"
+        )
+    passed_over = [f"{name}/{file}" for name, files in listings.items() for file in files if file not in images[name]]
+    if passed_over:
+        endings = Counter(file.rpartition("/")[2].rpartition(".")[2].lower() for file in passed_over)
+        logger.warning(
+            "%s: %d files of other kinds are passed over (%s), such as %s",
+            printable(root),
+            len(passed_over),
+            ", ".join(f"{count} .{ending}" for ending, count in endings.most_common(NAMED)),
+            printable(", ".join(passed_over[:NAMED])),
+        )
+    without = [name for name in known if not images.get(name)]
+    if without:
+        logger.warning(
+            "%s: %d of %d classes have no image here, the first is '%s'; they keep their numbers",
+            printable(root),
+            len(without),
+            len(known),
+            printable(without[0]),
+        )
+    return ClassFolders(known, tuple(name for name in folders if name in set(known)), images)
+
+
+def _files(folder: str) -> dict[str, storage.Entry]:
+    """Return what is not hidden in a folder and its folders, by path below it, sorted."""
+    found = storage.find_files(folder, DEEPEST, lambda name: not name.startswith(".") and name not in OTHERS)
+    return dict(sorted(found.items()))
+
+
+def printable(name: str) -> str:
+    """Return a name of a file, which may hold any bytes, as text that any console and file takes."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 class FolderSource:
     """The images below `root`; id = position. Opening lists every class folder and reads no image.
 
-    `classes` sets the class numbers (for a validation set: those of the training set); by default they are the sorted
-    folder names. `store` is used for object stores only. Raises UserError for no classes, a class without images, or
-    folders that are not in `classes`.
+    `classes` fixes the class numbers (for a validation set: those of the training set); by default they are
+    the sorted folder names. `store` is used for object stores only. Raises UserError for no images, or folders that
+    are not in `classes`.
     """
 
-    def __init__(self, root: str, classes: tuple[str, ...] | None = None, store: BlockStore | None = None) -> None:
+    def __init__(
+        self,
+        root: str,
+        classes: tuple[str, ...] | None = None,
+        store: BlockStore | None = None,
+        how: Decoding = DECODING,
+    ) -> None:
         self.root = root
+        self.how = how
         self.in_memory: bool = False
         self.store: BlockStore | None = store if storage.is_remote(root) else None
-        folders = {url.rpartition("/")[2]: url for url in storage.list_dirs(root)}
-        folders = {name: url for name, url in folders.items() if not name.startswith(".")}
-        self.classes: tuple[str, ...] = tuple(sorted(folders)) if classes is None else classes
-        unknown = [name for name in folders if name not in set(self.classes)]
-        if unknown:
-            raise UserError(
-                f"{root}: {len(unknown)} class folder(s) are not among the {len(self.classes)} training "
-                f"classes, the first is '{unknown[0]}'{nearest(unknown[0], self.classes)}; rename or remove "
-                "them"
-            )
-        with ThreadPoolExecutor(THREADS) as pool:
-            listings = dict(zip(folders, pool.map(_images, folders.values()), strict=True))
-        empty = [name for name, files in listings.items() if not files]
-        if empty or not listings:
-            raise UserError(
-                f"{root}: {len(empty)} of {len(folders)} class folders hold no image ({', '.join(SUFFIXES)})"
-                + (f", the first is '{empty[0]}'; add images or remove them" if empty else "; expected <class>/<image>")
-            )
+        listed = list_classes(root, classes)
+        self.classes: tuple[str, ...] = listed.classes
         found = [
             (label, file, entry)
             for label, name in enumerate(self.classes)
-            for file, entry in listings.get(name, {}).items()
+            for file, entry in listed.images.get(name, {}).items()
         ]
         self.num_rows: int = len(found)
         order = permutation(self.num_rows, 0, "folder listing")
-        # Arrays, not lists: a copy of a million Python strings in each loader process would be expensive.
-        self._files = np.array([file.encode() for _, file, _ in found])[order]
+        # Arrays, not lists: a million Python strings cost each loader process a copy of them.
+        self._files = np.array([os.fsencode(file) for _, file, _ in found])[order]
         self._labels = np.array([label for label, _, _ in found], dtype=np.int64)[order]
         self.blocks: Blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
         self.num_bytes: int = sum(entry.size for _, _, entry in found)
@@ -109,7 +182,7 @@ class FolderSource:
                 for block, inside in zip(*map(np.ndarray.tolist, self.blocks.locate(positions)), strict=True)
             ]
         return [
-            Row(int(position), int(self._labels[position]), image, self._url(int(position)))
+            Row(int(position), int(self._labels[position]), image, printable(self._url(int(position))), self.how)
             for position, image in zip(positions, images, strict=True)
         ]
 
@@ -118,7 +191,7 @@ class FolderSource:
         return self.store is not None and self.store.fetch(self._keys[block], partial(self._load, block))
 
     def _url(self, position: int) -> str:
-        name = f"{self.classes[self._labels[position]]}/{self._files[position].decode()}"
+        name = f"{self.classes[self._labels[position]]}/{os.fsdecode(self._files[position])}"
         return storage.join(self.root, name)
 
     def _read_files(self, positions: Sequence[int]) -> list[bytes]:
@@ -130,7 +203,7 @@ class FolderSource:
             return [storage.read_bytes(url) for url in urls]
         except FileNotFoundError as error:
             raise DamagedDataError(
-                f"{error.filename} is gone: it was there when the data set was opened; put it back"
+                f"{printable(str(error.filename))} is gone: it was there when the data set was opened; put it back"
             ) from error
 
     def _positions(self, block: int) -> range:
@@ -146,10 +219,3 @@ class FolderSource:
     def _load(self, block: int) -> StoredBlock:
         positions = self._positions(block)
         return StoredBlock.of(self._read_files(positions), self._labels[positions.start : positions.stop])
-
-
-def _images(folder: str) -> dict[str, storage.Entry]:
-    files = {url.rpartition("/")[2]: entry for url, entry in storage.list_entries(folder).items()}
-    return {
-        name: entry for name, entry in files.items() if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-    }

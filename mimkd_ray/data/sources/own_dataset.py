@@ -29,7 +29,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from mimkd_ray.data.augment.decode import rgb_pixels
 from mimkd_ray.data.order.blocks import Blocks
-from mimkd_ray.data.sources.source import Row, Source, digest_of
+from mimkd_ray.data.sources.source import Row, Source, digest_of, numbered_classes
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.errors import UserError
 
@@ -61,7 +61,7 @@ class OwnSource:
                 f"the {role} set names the classes {_few(named)} and the training set {_few(classes)}: the labels of "
                 "both must mean the same"
             )
-        self.classes: tuple[str, ...] = classes or named or tuple(map(str, range(int(self._labels.max()) + 1)))
+        self.classes: tuple[str, ...] = classes or named or numbered_classes(int(self._labels.max()), f"the {role} set")
         self.blocks: Blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
         self.in_memory: bool = False
         self.store: BlockStore | None = None

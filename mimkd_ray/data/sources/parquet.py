@@ -1,4 +1,5 @@
-"""Image data sets in Parquet: `image: struct<bytes, path>` (Hugging Face) or binary, `label: int64`.
+"""Image data sets in Parquet: `image: struct<bytes, path>` (Hugging Face) or binary, `label: int64` or text, or columns
+of other names (columns.py).
 
 A file is a shard, a row group is a block. Opening reads footers only. A prepared set (`shard_manifest.py`) has blocks
 of one size; each is read by one request, and its bytes are compared with the manifest's sha256 before anything is
@@ -11,7 +12,6 @@ rows from far more blocks than that cost a row group each, unless they are on a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mimkd_ray import storage
+from mimkd_ray.data.augment.decode import DECODING, Decoding
 from mimkd_ray.data.order.blocks import Blocks
-from mimkd_ray.data.sources.row_groups import chunk_span, label_array, open_parquet, read_row_group
+from mimkd_ray.data.sources.columns import NO_LABEL, Columns, class_names, find_columns, label_array, plain_text
+from mimkd_ray.data.sources.row_groups import chunk_span, open_parquet, read_row_group
 from mimkd_ray.data.sources.shard_manifest import Block, Manifest, Shard
-from mimkd_ray.data.sources.source import Row, digest_of
+from mimkd_ray.data.sources.source import Row, digest_of, numbered_classes
 from mimkd_ray.data.store.block_reader import BlockReader
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.data.store.local_disk import is_on_local_disk
@@ -39,7 +41,7 @@ class _Footer(NamedTuple):
     row_groups: tuple[tuple[int, int, int], ...]  # (rows, first byte, byte after the last one) of each
     label_range: tuple[int, int] | None  # None: no statistics
     classes: tuple[str, ...]  # () if the file does not name them
-    image_column: str  # "image.bytes", or "image" for a plain binary column
+    columns: Columns
 
 
 class _Place(NamedTuple):
@@ -60,11 +62,16 @@ class ParquetSource:
         manifest: Manifest | None = None,
         versions: Mapping[str, str] | None = None,
         store: BlockStore | None = None,
+        how: Decoding = DECODING,
+        image_column: str = "",
+        label_column: str = "",
+        classes: tuple[str, ...] | None = None,
     ) -> None:
         """Open the files. `files` maps each URL to its size in bytes, as from `storage.list_sizes`.
 
-        With a `manifest` its shards are the files, in its order, and `files` is checked against it. `versions` (of
-        `storage.Entry`) distinguish files of one name and size in the store.
+        With a `manifest` its shards are the files, in its order, and `files` is what they are checked against.
+        `image_column` and `label_column` name columns that cannot be found. `classes` are the training set's, for
+        labels that are text. `versions` (of `storage.Entry`) tell files of one name and size apart in the store.
 
         Raises UserError for a file that is not Parquet, lacks columns, or disagrees with the others about classes, and
         for a manifest that does not fit the files.
@@ -73,13 +80,16 @@ class ParquetSource:
             files = _listed_shards(files, manifest)
         self.files: tuple[tuple[str, int], ...] = tuple(files.items())
         self.store: BlockStore | None = store
+        self.how = how
         self.in_memory: bool = False
         first = next(iter(files), "")
         self.in_place: bool = not storage.is_remote(first) and is_on_local_disk(storage.local_path(first))
         self._versions = tuple((versions or {}).get(url, "") for url in files)
         with ThreadPoolExecutor(min(FOOTER_THREADS, max(1, len(self.files)))) as pool:
-            footers = list(pool.map(lambda file: _read_footer(*file), self.files))
-        self._image_columns = tuple(f.image_column for f in footers)
+            read = partial(_read_footer, image_column=image_column, label_column=label_column)
+            footers = list(pool.map(lambda file: read(*file), self.files))
+        self.columns = tuple(f.columns for f in footers)
+        self.names: tuple[str, ...] | None = None
         self._ranges = tuple(f.label_range for f in footers)
         row_groups = tuple(rows for f in footers for rows, _, _ in f.row_groups)
         self.blocks: Blocks = Blocks.of(row_groups)
@@ -92,9 +102,12 @@ class ParquetSource:
         self._places: dict[int, _Place] = {}
         self._listed: tuple[Block, ...] = ()
         if manifest is None:
+            if any(columns.text for columns in self.columns):
+                self.names = classes or self._named_in_rows()
             self.classes: tuple[str, ...] = self._agree_on_classes(footers)
             names = [(_base(url), size) for url, size in self.files]
-            self.digest: str = digest_of("parquet", names, row_groups, self.classes)
+            others = [columns for columns in self.columns if not columns.usual]
+            self.digest: str = digest_of("parquet", names, row_groups, self.classes, *others)
         else:
             for (url, _), footer, shard in zip(self.files, footers, manifest.shards, strict=True):
                 _check_row_groups(url, footer, shard)
@@ -117,8 +130,21 @@ class ParquetSource:
     def labels(self) -> np.ndarray:
         """Return all labels (int64). Reads the label column of every file."""
         with ThreadPoolExecutor(min(FOOTER_THREADS, len(self.files))) as pool:
-            columns = list(pool.map(lambda file: _read_labels(*file), self.files))
+            columns = list(pool.map(self._read_labels, range(len(self.files))))
         return np.concatenate(columns)
+
+    def _read_labels(self, file: int) -> np.ndarray:
+        url = self.files[file][0]
+        return label_array(_label_column(*self.files[file], self.columns[file].label), url, self.names)
+
+    def _named_in_rows(self) -> tuple[str, ...]:
+        """Return the distinct labels of all files, sorted, where they are text."""
+        found: set[str] = set()
+        for (url, size), columns in zip(self.files, self.columns, strict=True):
+            if not columns.text:
+                raise UserError(f"{url}: column '{columns.label}' has numbers, and that of other files is text")
+            found.update(plain_text(_label_column(url, size, columns.label)).unique().to_pylist())
+        return tuple(sorted(name for name in found if name is not None))
 
     def label_range(self) -> tuple[int, int]:
         """Return the smallest and largest label, from the footers' statistics if all files have them."""
@@ -136,7 +162,7 @@ class ParquetSource:
         for position, block, inside in zip(positions, blocks.tolist(), insides.tolist(), strict=True):
             key, name, first = self._places.get(block) or self._place(block)
             image, label = reader.row(key, partial(self._load, block), inside)
-            rows.append(Row(int(position), label, image, f"{name} row {position - first}"))
+            rows.append(Row(int(position), label, image, f"{name} row {position - first}", self.how))
         return rows
 
     def fetch(self, block: int) -> bool:
@@ -161,15 +187,18 @@ class ParquetSource:
         if self._listed:
             place = f" {url}" if self.in_place else ""
             return f"{self._listed[block].sha256} {self.blocks.start(block)}{place}"  # its ids are checked, too
-        return digest_of(url, size, self._versions[file], block - int(self._file_block[file]))
+        others = () if self.columns[file].usual else (self.columns[file], self.names)
+        return digest_of(url, size, self._versions[file], block - int(self._file_block[file]), *others)
 
     def _load(self, block: int) -> StoredBlock:
         file = self._file(block)
-        group, column = block - int(self._file_block[file]), self._image_columns[file]
-        listed = self._listed[block] if self._listed else None
-        return read_row_group(*self.files[file], group, column, listed, self.blocks.start(block), self.in_place)
+        group, columns = block - int(self._file_block[file]), self.columns[file]
+        listed, first = self._listed[block] if self._listed else None, self.blocks.start(block)
+        return read_row_group(*self.files[file], group, columns, listed, first, self.in_place, self.names)
 
     def _agree_on_classes(self, footers: list[_Footer]) -> tuple[str, ...]:
+        if self.names is not None:
+            return self.names
         first = footers[0].classes
         for (url, _), footer in zip(self.files, footers, strict=True):
             if footer.classes != first:
@@ -177,7 +206,7 @@ class ParquetSource:
                     f"{url} names {len(footer.classes)} classes and {self.files[0][0]} names {len(first)}, "
                     "or others: the files of one split must agree; remove the file that does not belong to it"
                 )
-        return first or tuple(map(str, range(self.label_range()[1] + 1)))
+        return first or numbered_classes(self.label_range()[1], self.files[0][0])
 
 
 def _base(url: str) -> str:
@@ -220,32 +249,17 @@ def _check_row_groups(url: str, footer: _Footer, shard: Shard) -> None:
             )
 
 
-def _read_footer(url: str, size: int) -> _Footer:
+def _read_footer(url: str, size: int, image_column: str, label_column: str) -> _Footer:
     with open_parquet(url, size) as file:
-        metadata = file.metadata
-        schema = file.schema_arrow
-        if "image" not in schema.names or "label" not in schema.names:
-            raise UserError(
-                f"{url}: columns 'image' and 'label' are needed, found {', '.join(schema.names) or 'none'}; "
-                "rename them or convert the data set"
-            )
-        paths = [metadata.schema.column(i).path for i in range(len(metadata.schema))]
-        if "label" not in paths:
-            raise UserError(f"{url}: column 'label' must be an integer; it is {schema.field('label').type}")
-        image_column = "image.bytes" if "image.bytes" in paths else "image"
-        if image_column not in paths or metadata.schema.column(paths.index(image_column)).physical_type != "BYTE_ARRAY":
-            raise UserError(
-                f"{url}: column 'image' must be a struct with a binary field 'bytes', or binary; it is "
-                f"{schema.field('image').type}"
-            )
-        if metadata.schema.column(paths.index("label")).physical_type not in ("INT32", "INT64"):
-            raise UserError(f"{url}: column 'label' must be an integer; it is {schema.field('label').type}")
+        metadata, schema = file.metadata, file.schema_arrow
+        columns = find_columns(metadata, schema, url, image_column, label_column)
+        place = [metadata.schema.column(i).path for i in range(len(metadata.schema))].index(columns.label)
         groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
-        ranges = [_statistics(group.column(paths.index("label"))) for group in groups if group.num_rows]
+        ranges = [_statistics(group.column(place)) for group in groups if group.num_rows and not columns.text]
         known = [r for r in ranges if r is not None]
         whole = (min(r[0] for r in known), max(r[1] for r in known)) if known and len(known) == len(ranges) else None
         row_groups = tuple((group.num_rows, *_span(group)) for group in groups)
-        return _Footer(row_groups, whole, _class_names(schema.metadata), image_column)
+        return _Footer(row_groups, whole, class_names(schema.metadata, columns.label), columns)
 
 
 def _span(group: Any) -> tuple[int, int]:
@@ -257,17 +271,12 @@ def _span(group: Any) -> tuple[int, int]:
 def _statistics(column: Any) -> tuple[int, int] | None:
     if not column.is_stats_set or not column.statistics.has_min_max:
         return None
-    return int(column.statistics.min), int(column.statistics.max)
+    if not column.statistics.has_null_count:
+        return None
+    low = NO_LABEL if column.statistics.null_count else int(column.statistics.min)
+    return min(low, int(column.statistics.min)), int(column.statistics.max)
 
 
-def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
-    try:
-        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"]["label"]["names"]
-        return tuple(map(str, names))
-    except (KeyError, TypeError, ValueError):
-        return ()  # the format need not have the names; numbers are used instead
-
-
-def _read_labels(url: str, size: int) -> np.ndarray:
+def _label_column(url: str, size: int, label: str) -> Any:
     with open_parquet(url, size) as file:
-        return label_array(file.read(columns=["label"], use_threads=False).column("label"), url)
+        return file.read(columns=[label], use_threads=False).column(label)

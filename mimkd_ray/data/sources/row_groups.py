@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mimkd_ray import storage
+from mimkd_ray.data.sources.columns import Columns, label_array
+from mimkd_ray.data.sources.folders import SUFFIXES
 from mimkd_ray.data.sources.shard_manifest import Block
 from mimkd_ray.data.store.stored_block import Identity, StoredBlock
 from mimkd_ray.errors import DamagedDataError, UserError
@@ -25,19 +28,27 @@ MAX_GAP = 1 << 16  # bytes of other columns between those needed: reading them i
 
 
 def read_row_group(
-    url: str, size: int, group: int, image_column: str, listed: Block | None, first_id: int, in_place: bool
+    url: str,
+    size: int,
+    group: int,
+    columns: Columns,
+    listed: Block | None,
+    first_id: int,
+    in_place: bool,
+    names: Sequence[str] | None = None,
 ) -> StoredBlock:
     """Return row group `group` of the file at `url` (`size` bytes). With `in_place`, its images stay in the file if
     they are uncompressed there.
 
-    `listed` is the row group in the manifest of a prepared set: its bytes must have that digest, and its ids count up
-    from `first_id`. Raises DamagedDataError if it is gone, truncated, changed or unreadable, UserError for rows without
-    a label, StorageError.
+    `names` are the classes of labels that are text. An image without bytes is the file at its path, beside the Parquet
+    file. `listed` is the row group in the manifest of a prepared set: its bytes must have that digest, and its ids
+    count from `first_id` on. Raises DamagedDataError for what is gone, cut short, changed or unreadable, UserError for
+    labels that are no class, StorageError.
     """
     import pyarrow as pa
 
     try:
-        return _read(url, size, group, image_column, listed, first_id, in_place)
+        return _read(url, size, group, columns, listed, first_id, in_place, names)
     except FileNotFoundError as error:
         raise DamagedDataError(f"{url} is gone: it was there when the set was opened; put it back") from error
     except storage.StorageError:
@@ -47,28 +58,37 @@ def read_row_group(
 
 
 def _read(
-    url: str, size: int, group: int, image_column: str, listed: Block | None, first_id: int, in_place: bool
+    url: str,
+    size: int,
+    group: int,
+    columns: Columns,
+    listed: Block | None,
+    first_id: int,
+    in_place: bool,
+    names: Sequence[str] | None,
 ) -> StoredBlock:
     import pyarrow.parquet as pq
 
     metadata = read_metadata(url, size)
-    numbers = ["label"] if listed is None else ["label", "id"]
+    numbers = [columns.label] if listed is None else [columns.label, "id"]
+    place = Place(url, size, group)
     chunks = {metadata.row_group(group).column(i).path_in_schema: i for i in range(metadata.num_columns)}
-    spans = [chunk_span(metadata.row_group(group).column(chunks[name])) for name in (image_column, *numbers)]
+    spans = [chunk_span(metadata.row_group(group).column(chunks[name])) for name in (columns.bytes_path, *numbers)]
     start, stop = min(first for first, _ in spans), max(end for _, end in spans)
     if listed is not None:
         start, stop = listed.offset, listed.offset + listed.length
     elif stop - start > sum(end - first for first, end in spans) + MAX_GAP:
         with open_parquet(url, size, metadata) as file:
-            return _decoded(file.read_row_group(group, columns=[image_column, "label"], use_threads=False), url, group)
-    # Taken before the bytes are read: if the file is rewritten in between, its identity differs, and it is read again.
+            wanted = [columns.bytes_path, columns.label]
+            return _decoded(file.read_row_group(group, columns=wanted, use_threads=False), place, columns, names)
+    # Before the bytes: if the file is written again in between, its identity is another one, and it is read again.
     identity = Identity.of(os.stat(storage.local_path(url))) if in_place else None
     data = _range(url, group, start, stop - start, listed)
     with pq.ParquetFile(_Part(data, start, size), metadata=metadata) as file:
-        table = file.read_row_group(group, columns=[image_column, *numbers], use_threads=False)
+        table = file.read_row_group(group, columns=[columns.bytes_path, *numbers], use_threads=False)
     if listed is not None:
-        _check_ids(_integers(table.column("id")), url, group, first_id)
-    block = _decoded(table, url, group)
+        _check_ids(label_array(table.column("id"), url), url, group, first_id)
+    block = _decoded(table, place, columns, names)
     places = find_images(data, block) if in_place else None
     if places is None:
         return block
@@ -102,20 +122,49 @@ def _check_ids(ids: np.ndarray, url: str, group: int, first_id: int) -> None:
         )
 
 
-def _decoded(table: Any, url: str, group: int) -> StoredBlock:
-    """Return the images as decoded by Arrow, in its memory; a missing one is empty and counts as damaged when it is
+class Place(NamedTuple):
+    """A row group of a file of `size` bytes."""
+
+    url: str
+    size: int
+    group: int
+
+
+def _decoded(table: Any, place: Place, columns: Columns, names: Sequence[str] | None) -> StoredBlock:
+    """Return the images that Arrow has decoded, in its memory; a missing one is empty, and counts as damaged when it is
     viewed."""
     import pyarrow as pa
 
-    (column,) = table.select(["image"]).flatten().columns  # the only field of the struct that was read
+    (column,) = table.select([columns.image]).flatten().columns  # of a struct its only field that was read
     images = column.cast(pa.large_binary()).combine_chunks()
+    labels = label_array(table.column(columns.label), f"{place.url} (row group {place.group})", names)
     if images.null_count:
+        if columns.field and columns.has_path:
+            with open_parquet(place.url, place.size, read_metadata(place.url, place.size)) as file:
+                paths = file.read_row_group(place.group, columns=[f"{columns.image}.path"], use_threads=False)
+            (named,) = paths.flatten().columns
+            rows = zip(images.to_pylist(), named.to_pylist(), strict=True)
+            return StoredBlock.of([image or read_beside(place.url, path) for image, path in rows], labels)
         images = images.fill_null(b"")
     _, offsets, values = images.buffers()
     ends = np.frombuffer(offsets, np.int64)[images.offset : images.offset + len(images) + 1]
     data = memoryview(values).cast("B") if values is not None else b""
-    labels = label_array(table.column("label"), f"{url} (row group {group})")
     return StoredBlock(ends[:-1], np.diff(ends), labels, data=data)
+
+
+def read_beside(url: str, path: str | None) -> bytes:
+    """Return the image at `path`, which a Parquet file names instead of holding it; b"" for none.
+
+    The path is relative to the file's folder; of a local file it may be absolute.
+    """
+    if not path or not path.lower().endswith(SUFFIXES) or "://" in path:
+        return b""
+    try:
+        if path.startswith("/"):
+            return b"" if storage.is_remote(url) else storage.read_bytes(path)
+        return storage.read_bytes(storage.join(url.rpartition("/")[0], path))
+    except FileNotFoundError:
+        return b""
 
 
 def find_images(data: bytes, block: StoredBlock) -> np.ndarray | None:
@@ -205,19 +254,3 @@ def chunk_span(column: Any) -> tuple[int, int]:
     if column.dictionary_page_offset is not None:
         start = min(start, column.dictionary_page_offset)
     return start, start + column.total_compressed_size
-
-
-def label_array(column: Any, url: str) -> np.ndarray:
-    """Return the labels as int64. Raises UserError for rows without one."""
-    if column.null_count:
-        raise UserError(f"{url}: {column.null_count:,} of {len(column):,} rows have no label; remove them")
-    return _integers(column)
-
-
-def _integers(column: Any) -> np.ndarray:
-    """Return a column without nulls as int64; the array may be read-only."""
-    import pyarrow as pa
-
-    # Arrow's to_numpy imports pandas if it is installed: 0.9 s for the first block in every process that loads one.
-    numbers = np.from_dlpack(column.combine_chunks()) if pa.types.is_integer(column.type) else column.to_numpy()
-    return numbers.astype(np.int64, copy=False)

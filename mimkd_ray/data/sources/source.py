@@ -17,7 +17,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from mimkd_ray.data.augment.decode import Encoded
+from mimkd_ray.config.data import MOST_CLASSES
+from mimkd_ray.data.augment.decode import DECODING, Decoding, Encoded
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.random_numbers import permutation, raw
 from mimkd_ray.data.store.block_store import BlockStore
@@ -25,13 +26,14 @@ from mimkd_ray.errors import UserError
 
 
 class Row(NamedTuple):
-    """One stored sample: `image` is an encoded file (possibly a part of a mapped one) or (H, W, 3) uint8; `name` says
-    where it is stored."""
+    """One sample as stored: `image` is an encoded file, perhaps a part of a mapped one, or (H, W, 3) uint8; `name` says
+    where; `how` it is decoded."""
 
     id: int
     label: int
     image: Encoded | np.ndarray
     name: str
+    how: Decoding = DECODING
 
 
 class Source(Protocol):
@@ -132,6 +134,16 @@ class SubsetSource:
     def fetch(self, block: int) -> bool:
         """Fetch the parent's whole block, of which this subset's `block` is a part."""
         return self.parent.fetch(int(self._parent_block[block]))
+
+
+def numbered_classes(highest: int, where: str) -> tuple[str, ...]:
+    """Return names for classes 0..highest that have none. Raises UserError for what cannot be class numbers."""
+    if highest >= MOST_CLASSES:
+        raise UserError(
+            f"{where} has labels up to {highest:,}, and class numbers go up to {MOST_CLASSES - 1:,}: mend them, or "
+            "name another column with --data.label-column"
+        )
+    return tuple(map(str, range(highest + 1)))
 
 
 def ids_of(source: Source) -> np.ndarray:

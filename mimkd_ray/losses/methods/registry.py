@@ -41,6 +41,8 @@ class Published:
     """True if its weight rises over the first epochs (`loss.rival_warmup`)."""
     one_class: bool = False
     """True if it needs images of one class each and so cannot be used with mixing."""
+    fewest_classes: int = 1
+    """Smallest number of classes of the data; with fewer it compares nothing."""
     bank: bool = False
     """True if it keeps data of every training image from step to step; it then needs a single lane."""
 
@@ -59,7 +61,13 @@ RIVALS: dict[Method, Published] = {
     "pkt": Published(loss="pkt:PKT", weight=30_000.0, vectors=True),
     "crd": Published(loss="crd:CRD", weight=0.8, vectors=True, one_class=True, bank=True),
     "dkd": Published(
-        loss="dkd:DKD", fields=("dkd_beta", "dkd_temperature"), weight=1.0, logits=True, warms_up=True, one_class=True
+        loss="dkd:DKD",
+        fields=("dkd_beta", "dkd_temperature"),
+        weight=1.0,
+        logits=True,
+        warms_up=True,
+        one_class=True,
+        fewest_classes=2,
     ),
     "dist": Published(loss="dist:DIST", fields=("dist_temperature",), weight=1.0, logits=True),
     "review": Published(loss="review:ReviewKD", weight=1.0, vectors=True, maps="all", warms_up=True),

@@ -52,6 +52,7 @@ def origin_of(config: Config, data: Data, network: nn.Module, device: torch.devi
         std=config.data.std,
         view_seed=config.view_seed,
         data=data.whole.digest,
+        exif="apply" if config.data.exif == "apply" and not data.are_arrays else "",
     )
 
 

@@ -58,7 +58,8 @@ def _reason(wanted: Wanted, finished: dict[str, Any], there: dict[str, set[int]]
 _OF_FEATURES = {
     "data": (
         *("root", "train_split", "val_split", "holdout", "subset", "split_seed", "subset_seed", "num_classes"),
-        *("pipeline", "image_size", "mean", "std", "views", "view_seed"),
+        *("image_column", "label_column"),
+        *("pipeline", "image_size", "mean", "std", "views", "view_seed", "exif"),
     ),
     "teacher": ("name", "weights"),
     "student": ("name",),

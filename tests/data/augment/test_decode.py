@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import io
+import struct
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from image_sets import SHARED, encode, pixels
-from PIL import Image
+from PIL import Image, features
 
 from mimkd_ray.data.augment import decode as module
-from mimkd_ray.data.augment.decode import DamagedImageError, decode, jpeg_size
+from mimkd_ray.data.augment.decode import DamagedImageError, Decoding, decode, jpeg_size
+from mimkd_ray.data.augment.transforms import CentreCrop, ResizedCropFlip
 
 
 @pytest.fixture(params=["simplejpeg", "pillow"])
@@ -128,13 +132,45 @@ def test_faults_that_pillow_overlooks_are_overlooked() -> None:
     assert read > 10
 
 
+def claiming(kind: str, height: int, width: int) -> bytes:
+    """A file of a few bytes whose header declares a size."""
+    if kind == "JPEG":
+        data = bytearray(encode(pixels(1), "JPEG"))
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = struct.pack(">HH", height, width)
+        return bytes(data)
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = [header, b"IDAT" + zlib.compress(b"\0"), b"IEND"]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+    )
+
+
 @pytest.mark.usefixtures("decoder")
-def test_huge_images_are_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1700)
-    monkeypatch.setattr(module, "MAX_PIXELS", 1000)
-    assert jpeg_size(encode(noise(40, 40), "JPEG")) is None
-    with pytest.raises(DamagedImageError, match="DecompressionBomb"):
-        decode(encode(noise(64, 64), "JPEG"))
+@pytest.mark.parametrize(
+    ("kind", "height", "width"),
+    [("JPEG", 9400, 9400), ("PNG", 13_300, 13_300), ("PNG", 50_000, 50_000), ("JPEG", 60_000, 60_000)],
+)
+def test_a_declared_size_is_checked_before_decoding(kind: str, height: int, width: int) -> None:
+    data = claiming(kind, height, width)
+    assert len(data) < 1000
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedImageError, match=r"more (than|pixels than) data\.max_pixels 50,000,000"):
+            decode(data)
+        assert jpeg_size(data) is None
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_the_limit_of_pixels_is_the_data_sets(kind: str) -> None:
+    data = encode(noise(40, 50), kind)
+    assert decode(data, how=Decoding(max_pixels=2000)).shape == (3, 40, 50)
+    with pytest.raises(DamagedImageError, match=r"declares 50 x 40 pixels, more than data\.max_pixels 1,999"):
+        decode(data, how=Decoding(max_pixels=1999))
 
 
 @pytest.mark.usefixtures("decoder")
@@ -152,6 +188,24 @@ def test_other_colour_modes_become_rgb(mode: str) -> None:
     assert image.shape == (12, 16, 3)
     if mode != "1":
         assert np.abs(image - array).mean() < 20
+
+
+@pytest.mark.parametrize(
+    ("highest", "expected"), [(0xFFFF, 0xFF), (0x8012, 0x80), (4096, 16), (4095, 255), (2048, 128), (0, 0)]
+)
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_twelve_bits_in_sixteen_are_not_black(highest: int, expected: int, kind: str) -> None:
+    out = io.BytesIO()
+    Image.fromarray(np.array([[0, highest]], dtype=np.uint16)).save(out, kind)
+    assert decode(out.getvalue())[:, 0].tolist() == [[0, expected]] * 3
+
+
+def test_pixels_of_unknown_range_are_damaged() -> None:
+    for values in (np.full((2, 2), 0.5, np.float32), np.full((2, 2), 2**20, np.int32), np.full((2, 2), -1, np.int32)):
+        out = io.BytesIO()
+        Image.fromarray(values).save(out, "TIFF")
+        with pytest.raises(DamagedImageError, match="convert it to 8 or 16 bits"):
+            decode(out.getvalue())
 
 
 def test_sixteen_bit_grey_and_palette_with_transparency() -> None:
@@ -174,10 +228,27 @@ def test_truncated_images_are_damaged(kind: str) -> None:
             decode(data[:cut])
 
 
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF", "AVIF", "PPM"])
+def test_what_pillow_reads(kind: str) -> None:
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    image = decode(encode(pixels(1), kind))
+    lossy = 8 if kind in ("GIF", "AVIF") else 0
+    assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - pixels(1)).mean() <= lossy
+
+
+def test_the_first_of_several_frames() -> None:
+    out = io.BytesIO()
+    red, blue = (Image.new("RGB", (6, 5), colour) for colour in ("red", "blue"))
+    red.save(out, "GIF", save_all=True, append_images=[blue])
+    assert decode(out.getvalue())[:, 0, 0].tolist() == [255, 0, 0]
+
+
 @pytest.mark.usefixtures("decoder")
 def test_other_formats_are_damaged() -> None:
-    with pytest.raises(DamagedImageError):
-        decode(encode(pixels(1), "BMP"))
+    for kind in ("PCX", "EPS", "ICO"):
+        with pytest.raises(DamagedImageError):
+            decode(encode(pixels(1), kind))
     with pytest.raises(DamagedImageError):
         decode(b"<html>not found</html>")
 
@@ -196,4 +267,13 @@ def test_the_same_damage_has_the_same_name() -> None:
         with pytest.raises(DamagedImageError) as caught:
             decode(b"junk that is no image")
         texts.add(str(caught.value))
-    assert texts == {"no JPEG, PNG or WebP"}
+    assert texts == {"no JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF or PPM"}
+
+
+def test_a_strip_is_damaged_before_its_resize_takes_all_memory() -> None:
+    for shape in ((3, 1, 60_000), (3, 60_000, 1)):
+        strip = torch.zeros(shape, dtype=torch.uint8)
+        with pytest.raises(DamagedImageError, match="too long a strip"):
+            CentreCrop(224)(strip)
+        assert ResizedCropFlip(24)(strip).shape == (3, 24, 24)
+    assert CentreCrop(224)(torch.zeros(3, 4, 400, dtype=torch.uint8)).shape == (3, 224, 224)

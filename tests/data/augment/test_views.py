@@ -292,7 +292,7 @@ def test_large_crops_are_decoded_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     used = []
 
-    def spy(data: bytes, shrink: int = 1) -> torch.Tensor:
+    def spy(data: bytes, shrink: int = 1, how: object = None) -> torch.Tensor:
         used.append(shrink)
         return decode(data, shrink)
 

@@ -15,6 +15,7 @@ from mimkd_ray import storage
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.views import View, decode, make_pipeline
 from mimkd_ray.data.loading import loader, shared_memory
+from mimkd_ray.data.loading.damage import damaged_allowed
 from mimkd_ray.data.loading.loader import (
     PREFETCH,
     SPARE_SLOTS,
@@ -199,7 +200,7 @@ def _batch(size: int, *damaged: str) -> LaneBatch:
 
 
 def test_damage_counter(caplog: pytest.LogCaptureFixture) -> None:
-    counter = DamageCounter(0.02, rows=100)
+    counter = DamageCounter(0.002, rows=1500)
     with caplog.at_level(logging.WARNING):
         counter.add(_batch(10, "a", "b"))
         counter.add(_batch(10, "a"))
@@ -209,17 +210,25 @@ def test_damage_counter(caplog: pytest.LogCaptureFixture) -> None:
         "damaged image, left out: b",
     ]
     with pytest.raises(DamagedDataError) as caught:
-        counter.add(_batch(10, "c", "d"))
-    for part in ("4 of 100 images", "0.02", "a, b, c, ...", "--data.max-damaged"):
+        counter.add(_batch(10, "c", "d", "e", "f"))
+    for part in ("6 of 1,500 images", "0.002", "a, b, c, ...", "--data.max-damaged"):
         assert part in str(caught.value)
 
 
 def test_damage_is_counted_by_epoch() -> None:
     counter = DamageCounter(0.02, rows=100)
     for epoch in range(4):
-        counter.add(_batch(50, f"{epoch} a"))
-        counter.add(_batch(50, f"{epoch} b"))
-    assert counter.damaged == 8
+        counter.add(_batch(50, *(f"{epoch} {name}" for name in "abc")))
+        counter.add(_batch(50, f"{epoch} d"))
+    assert counter.damaged == 16
+
+
+def test_a_handful_of_a_small_set_may_be_damaged() -> None:
+    counter = DamageCounter(0.001, rows=200)
+    counter.add(_batch(100, *"abcde"))
+    with pytest.raises(DamagedDataError, match="6 of 200 images"):
+        counter.add(_batch(10, "f"))
+    assert [damaged_allowed(0.001, rows) for rows in (1, 3, 8, 200, 5000, 10_000)] == [0.001, 1, 4, 5, 5, 10]
 
 
 def test_no_damage_allowed() -> None:

@@ -22,7 +22,8 @@ from mimkd_ray.config import DataConfig, PrepareConfig
 from mimkd_ray.data.prepare.make_shards import prepare
 from mimkd_ray.data.prepare.work_units import checked, class_keys
 from mimkd_ray.data.sources.data_set import open_data
-from mimkd_ray.data.sources.shard_manifest import read_manifest
+from mimkd_ray.data.sources.shard_manifest import read_manifest, write_manifest
+from mimkd_ray.errors import UserError
 
 
 def test_every_good_image_is_there_once_with_its_label_and_name(folders: Path, undisturbed: Path) -> None:
@@ -53,7 +54,7 @@ def test_damaged_images_are_listed_with_their_reason(undisturbed: Path) -> None:
     (first, why_first), (second, why_second) = json.loads((undisturbed / "train.damaged.json").read_text())
     assert (first, second) == ("ant/ant_17.jpg", "bee/bee_03.jpg")
     assert "truncated" in why_first.lower()
-    assert "no JPEG, PNG or WebP" in why_second
+    assert "no JPEG, PNG" in why_second
     assert "0x" not in why_second, "an address, which would be another one in every run"
 
 
@@ -253,6 +254,41 @@ def test_images_are_shrunk_to_the_short_side_as_torchvision_does_it(tmp_path: Pa
         small = encode(big, "PNG")
         assert checked(small, min(height, width), 90) == small
         assert checked(small, 0, 90) == small
+
+
+def test_what_is_shrunk_is_upright_for_good() -> None:
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    out = io.BytesIO()
+    Image.fromarray(pixels(3, 40, 60)).save(out, "JPEG", exif=tags.tobytes(), quality=95)
+    data = out.getvalue()
+    with Image.open(io.BytesIO(checked(data, 20, 95))) as shrunk:
+        assert shrunk.size == (20, 30)
+        assert 0x0112 not in shrunk.getexif()
+        stands = np.asarray(Image.fromarray(pixels(3, 40, 60)).transpose(Image.Transpose.ROTATE_270).resize((20, 30)))
+        assert np.abs(np.asarray(shrunk).astype(int) - stands).mean() < 6
+    assert checked(data, 0, 95) == data  # the tag is kept, for training to apply
+
+
+def test_images_of_too_many_pixels_are_left_out_and_named(folders: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(folders, source)
+    (source / "train" / "ant" / "huge.png").write_bytes(encode(pixels(1, 50, 60), "PNG"))
+    manifest = prepare(config(source, tmp_path / "set", max_pixels=2999))
+    assert manifest.damaged == 3
+    damaged = (tmp_path / "set" / "train.damaged.json").read_text()
+    assert "ant/huge.png" in damaged
+    assert "declares 60 x 50 pixels, more than data.max_pixels 2,999" in damaged
+    assert prepare(config(source, tmp_path / "set", max_pixels=2999)) == manifest
+    with pytest.raises(UserError, match=r"max_pixels 2999 \(now 3000\)"):
+        prepare(config(source, tmp_path / "set", max_pixels=3000))
+
+
+def test_a_set_of_before_these_settings_is_still_finished(folders: Path, tmp_path: Path) -> None:
+    manifest = prepare(config(folders, tmp_path / "set", short_side=9))
+    old = {name: value for name, value in manifest.settings.items() if name not in ("exif", "max_pixels")}
+    write_manifest(str(tmp_path / "set"), replace(manifest, settings=old))
+    assert prepare(config(folders, tmp_path / "set", short_side=9)).settings == old
 
 
 def test_a_resized_set(folders: Path, tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from image_sets import SHARED, encode, folder_set, images, parquet_set, pixels, prepared_set, write_parquet
 
@@ -69,7 +72,7 @@ def test_opening_reads_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError("a row group or label column was read")
 
     monkeypatch.setattr(parquet.ParquetSource, "_load", never)
-    monkeypatch.setattr(parquet, "_read_labels", never)
+    monkeypatch.setattr(parquet, "_label_column", never)
     open_data(DataConfig(root=str(tmp_path)))
 
 
@@ -188,6 +191,36 @@ def test_label_errors(tmp_path: Path) -> None:
     assert "the first difference is 'B' for 'b'" in _error(root=root)
 
 
+@pytest.mark.parametrize("label", [10**12, 0xFFFFFFFF, 10**6])
+@pytest.mark.parametrize("changes", [{}, {"num_classes": 3}, {"holdout": 0.5}, {"num_classes": 3, "subset": 2}])
+def test_a_label_that_is_none_is_said_before_it_takes_memory(
+    tmp_path: Path, label: int, changes: dict[str, object]
+) -> None:
+    kind = pa.uint32() if label == 0xFFFFFFFF else pa.int64()
+    for split, last in (("train", label), ("val", 1)):
+        table = pa.table({"image": pa.array(images(4)), "label": pa.array([0, 1, 1, last], kind)})
+        pq.write_table(table, tmp_path / f"{split}-0.parquet")
+    tracemalloc.start()
+    try:
+        message = _error(root=str(tmp_path), **changes)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+    for part in (f"labels up to {label:,}", "train-0.parquet", "--data.label-column"):
+        assert part in message
+
+
+def test_a_label_of_validation_that_is_none(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-0.parquet", images(2), [0, 1], ["a", "b"])
+    write_parquet(tmp_path / "val-0.parquet", images(2), [0, 10**12], ["a", "b"])
+    assert "labels up to 1,000,000,000,000" in _error(root=str(tmp_path))
+
+
+def test_hidden_training_labels_are_said_before_the_split(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-0.parquet", images(4), [0, 1, -1, -1])
+    assert "the training set has labels down to -1" in _error(root=str(tmp_path), holdout=0.5)
+
+
 def test_split_size_errors() -> None:
     assert "1,347 training rows" in _error(subset=1348)
     assert "leaves 1,347 to train on and 0" in _error(holdout=0.0001)
@@ -211,7 +244,11 @@ def test_split_size_errors() -> None:
         ({"loader_workers": -2}, "data.loader_workers"),
         ({"num_classes": -1}, "data.num_classes"),
         ({"pipeline": "cifra"}, "did you mean 'cifar'"),
+        ({"num_classes": 10**9}, "data.num_classes = 1,000,000,000: give 1,000,000 or less"),
         ({"image_size": 0}, "data.image_size = 0"),
+        ({"image_size": 100_000}, "data.image_size = 100000: give the height and width in pixels, 8192 at most"),
+        ({"max_pixels": 0}, "data.max_pixels = 0"),
+        ({"max_pixels": 10**9}, "data.max_pixels = 1,000,000,000: give 1 to 178,956,970"),
         ({"std": (0.1, 0.0, 0.1)}, "data.std"),
         ({"mean": (0.1, float("nan"), 0.1)}, "data.mean"),
     ],

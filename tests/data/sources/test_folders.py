@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -7,8 +8,14 @@ import numpy as np
 import pytest
 from image_sets import encode, folder_set, pixels
 
+from mimkd_ray import storage
+from mimkd_ray.config import PrepareConfig
+from mimkd_ray.data.augment.decode import decode
 from mimkd_ray.data.order.blocks import Blocks
+from mimkd_ray.data.prepare.input_pieces import open_folders
+from mimkd_ray.data.prepare.make_shards import prepare
 from mimkd_ray.data.sources.folders import FolderSource
+from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.errors import DamagedDataError, UserError
 
 
@@ -67,10 +74,70 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected <class>/<image>"):
         FolderSource(str(tmp_path / "train"))
     folder_set(tmp_path / "set")
-    (tmp_path / "set" / "train" / "dog").mkdir()
-    with pytest.raises(UserError, match=r"1 of 4 class folders hold no image.*'dog'"):
-        FolderSource(str(tmp_path / "set" / "train"))
     source = FolderSource(str(tmp_path / "set" / "val"))
     Path(source.read([0])[0].name).unlink()
     with pytest.raises(DamagedDataError, match=r"set/val.*is gone"):
         source.read([0])
+
+
+def test_kinds_and_folders_of_a_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kinds = {"tif": "TIFF", "TIFF": "TIFF", "bmp": "BMP", "jfif": "JPEG", "gif": "GIF", "ppm": "PPM", "png": "PNG"}
+    for suffix, kind in kinds.items():
+        path = tmp_path / "a" / "2024" / "may" / f"x.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(pixels(0), kind))
+    for name in ("x.heic", "y.HEIC", "read.me", ".hidden.png", "@eaDir/small.png", ".thumbnails/x.png"):
+        (tmp_path / "a" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "a" / name).write_bytes(encode(pixels(0)))
+    (tmp_path / "a" / "2024" / "round").symlink_to(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x.png").write_bytes(encode(pixels(0)))
+    source = FolderSource(str(tmp_path))
+    assert source.num_rows == len(kinds) + 1
+    assert source.classes == ("a", "b")
+    for row in source.read(range(source.num_rows)):
+        assert decode(row.image).shape == (3, 12, 16)
+        assert Path(row.name).exists()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "3 files of other kinds are passed over (2 .heic, 1 .me), such as a/read.me, a/x.heic, a/y.HEIC" in line
+    pieces = open_folders(str(tmp_path), None).pieces
+    assert sum(len(piece.samples()) for piece in pieces) == source.num_rows
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in (b"caf\xe9", b"tea"):
+        folder = os.path.join(os.fsencode(tmp_path), b"train", name)
+        os.makedirs(folder)
+        for file in (b"na\xefve.png", b"\xff.txt", b"plain.png"):
+            with open(os.path.join(folder, file), "wb") as out:
+                out.write(encode(pixels(0)))
+    source = pickle.loads(pickle.dumps(FolderSource(str(tmp_path / "train"))))  # noqa: S301
+    rows = source.read(range(4))
+    assert [decode(row.image).shape for row in rows] == [(3, 12, 16)] * 4
+    assert any("caf\\udce9/na\\udcefve.png" in row.name for row in rows)
+    assert len(source.digest) == 16
+    said = "".join(record.getMessage() for record in caplog.records)
+    assert said.encode()
+    assert "2 files of other kinds are passed over (2 .txt)" in said
+    target = str(tmp_path.parent / "made of bytes")
+    manifest = prepare(PrepareConfig(source=str(tmp_path), target=target, block_rows=2))
+    assert manifest.rows == 4
+    assert manifest.classes == source.classes
+    assert ParquetSource(storage.list_sizes(target, ".parquet")).classes == source.classes
+
+
+def test_classes_without_images_keep_their_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder_set(tmp_path)
+    before = FolderSource(str(tmp_path / "train"))
+    (tmp_path / "train" / "bat").mkdir()
+    caplog.clear()
+    source = FolderSource(str(tmp_path / "train"))
+    assert source.classes == ("ant", "bat", "bee", "cat")
+    assert set(source.labels().tolist()) == {0, 2, 3}
+    assert [row.image for row in source.read(range(12))] == [row.image for row in before.read(range(12))]
+    assert "1 of 4 classes have no image here, the first is 'bat'; they keep their numbers" in caplog.text
+    caplog.clear()
+    (tmp_path / "val" / "zebra").mkdir()  # empty, and no class
+    assert set(FolderSource(str(tmp_path / "val"), source.classes).labels().tolist()) == {0, 2, 3}
+    assert "1 of 4 classes have no image" in caplog.text
+    assert open_folders(str(tmp_path / "val"), source.classes).classes == source.classes

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimkd_ray.data.sources.row_groups import HEAD_BYTES, find_images, label_array, read_row_group
+from mimkd_ray.data.sources.columns import Columns, label_array
+from mimkd_ray.data.sources.row_groups import HEAD_BYTES, find_images, read_row_group
 from mimkd_ray.data.store.stored_block import StoredBlock
 from mimkd_ray.errors import UserError
 
@@ -39,8 +40,12 @@ def test_integers_do_without_pandas() -> None:
 
 
 def test_a_row_without_a_label() -> None:
-    with pytest.raises(UserError, match="1 of 2 rows have no label"):
-        label_array(pa.chunked_array([pa.array([4, None])]), "a file")
+    for kind in (pa.int64(), pa.uint8()):
+        assert label_array(pa.chunked_array([pa.array([4, None], kind)]), "a file").tolist() == [4, -1]
+    text = pa.chunked_array([pa.array(["b", None, "a"]).dictionary_encode()])
+    assert label_array(text, "a file", ("a", "b")).tolist() == [1, -1, 0]
+    with pytest.raises(UserError, match=r"1 of 3 labels are none of the 1 classes .* the first is 'b'"):
+        label_array(text, "a file", ("a",))
 
 
 def _rows(block: StoredBlock) -> list[bytes]:
@@ -57,7 +62,7 @@ def _column(values: list[bytes | None], kind: str) -> pa.Array:
 
 
 def _read(path: Path, group: int, kind: str, in_place: bool) -> StoredBlock:
-    column = "image.bytes" if kind == "struct" else "image"
+    column = Columns(field="bytes" if kind == "struct" else "", has_path=False)
     return read_row_group(str(path), path.stat().st_size, group, column, None, 0, in_place)
 
 
