@@ -1,4 +1,4 @@
-"""What users type for a place (a folder, a file, a URL), turned into what the code works with; names of folders."""
+"""Places that users type (a folder, a file, a URL), turned into what the code works with; names of folders."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def list_dirs(url: str) -> list[str]:
     return [join(url, name) for name, is_dir, _, _ in _entries(url) if is_dir]
 
 
-def find_files(url: str, deepest: int, wanted: Callable[[str], bool]) -> dict[str, Entry]:
+def list_entries_below(url: str, deepest: int, wanted: Callable[[str], bool]) -> dict[str, Entry]:
     """Return {path below `url`: Entry} for files in the folder and its folders, `deepest` of them in each other.
 
     `wanted` says of a name whether it counts. One listing a folder; no folder twice, wherever links lead.

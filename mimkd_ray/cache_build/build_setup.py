@@ -1,4 +1,4 @@
-"""What a build of a cache is about: the data, the network and its entries, and the units of work."""
+"""Preparation of a cache build: the data, the network and its entries, and the units of work."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def shards_of(blocks: Blocks, shard_rows: int) -> list[tuple[int, tuple[int, ...
 
 
 class Setup:
-    """What a build is about: data, network, entries, and the parts of their keys. The same for driver and builders."""
+    """Data of a build: data, network, entries, and the parts of their keys. The same for driver and builders."""
 
     def __init__(self, config: Config, device: torch.device, data: Data | None = None) -> None:
         """Raises UserError for a config that nothing can be cached for."""
@@ -118,7 +118,7 @@ class Setup:
         self.shards = shards_of(self.data.whole.blocks, config.cache.shard_rows)
 
     def calibration_url(self, entry: Entry) -> str:
-        """Where the numbers of an entry's codec are."""
+        """Return the place of the numbers of an entry's codec."""
         return calibration_url(self.config.cache.root, entry, self.origin, self.config.cache.calibration_rows)
 
     def calibrations(self) -> dict[str, bytes | None]:

@@ -137,7 +137,7 @@ def parameter_dtype(config: TrainConfig) -> torch.dtype:
 
 
 def uses_channels_last(config: TrainConfig, device: torch.device) -> bool:
-    """Whether images and kernels are channels-last.
+    """Return whether images and kernels are channels-last.
 
     By default on a CPU too, where a step of most networks is 1.15 to 1.35 times as fast so (ShuffleNetV2 at 32 px: 0.87
     times) and inference 1.13 to 1.7 times: benchmarks/layout.py.
@@ -174,7 +174,7 @@ def choose_kernels(config: TrainConfig, device: torch.device) -> None:
 
 
 def has_compiler() -> bool:
-    """Whether torch.compile's default backend finds a C++ compiler."""
+    """Return whether torch.compile's default backend finds a C++ compiler."""
     return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
 

@@ -1,4 +1,4 @@
-"""How the steps of training run: operation by operation, or recorded once as a CUDA graph and replayed.
+"""Engines that run training steps: operation by operation, or recorded once as a CUDA graph and replayed.
 
 A small network's step is thousands of short GPU operations, and Python takes longer to ask for them than the GPU to do
 them. The captured engine asks once: everything of a step that runs on the device (view, normalisation, teacher or
@@ -220,7 +220,7 @@ class _Seeds:
         self.expected = self._state()
 
     def drawn(self) -> bool:
-        """Whether anything has drawn until now."""
+        """Return whether anything has drawn until now."""
         if self.expected is not None and not torch.equal(self.expected, self._state()):
             self.has_drawn = True
         return self.has_drawn

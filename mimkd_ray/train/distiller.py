@@ -139,7 +139,7 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def _teach(self, images: Tensor, ids: Tensor) -> Features | None:
-        """What the teacher says; with negatives of the whole step also to the other ranks' images."""
+        """Return the teacher's features; with negatives of the whole step also those of the other ranks' images."""
         if not self.loss.config.uses_teacher:
             return None
         network = self._teacher[0]

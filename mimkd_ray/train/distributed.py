@@ -57,7 +57,7 @@ class Context(Protocol):
         """Show figures of a run while it trains, by their names in metrics.jsonl. Called by rank 0; must be quick."""
 
     def stop_requested(self) -> bool:
-        """Whether somebody wants the job to save and end (SIGTERM). Asked often; one rank's yes is enough."""
+        """Return whether the job was asked to save and end (SIGTERM). Asked often; one rank's yes is enough."""
 
     def preemption(self) -> Preemption | None:
         """Return the machines that are about to be taken away, or None. All ranks call it together and get equal
@@ -65,7 +65,7 @@ class Context(Protocol):
 
 
 def is_distributed() -> bool:
-    """Whether a process group is up."""
+    """Return whether a process group is up."""
     return dist.is_available() and dist.is_initialized()
 
 

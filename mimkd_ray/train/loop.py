@@ -201,7 +201,7 @@ class Loop:
             self.context.report({"step": done, "epoch": epoch, **run.held_out})
 
     def leave(self, run: Run, error: NonFiniteLossError | MemberMemoryError) -> None:
-        """What becomes of a run whose loss is not a number, or which found no memory."""
+        """End the run whose loss is not a number, or which found no memory."""
         raise error
 
     def finish(self) -> None:

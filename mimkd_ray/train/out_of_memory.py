@@ -1,4 +1,4 @@
-"""What says that memory ran out, and work on several students of which one may run out of it."""
+"""Errors that say that memory ran out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cannot 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device."""
+    """Return whether an error says that memory ran out, on any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return any(words in str(error).lower() for words in WORDS)

@@ -23,7 +23,7 @@ from mimkd_ray.versions import versions
 
 
 class Run:
-    """What belongs to one student alone. Every worker makes one and calls the same methods; the first writes.
+    """Files and checkpoints of one student's run. Every worker makes one and calls the same methods; the first writes.
 
     A lone run has one of them, a pack has one for each member.
     """
@@ -123,7 +123,7 @@ class Best:
 
 
 def describe(student: Student, held_out: Mapping[str, Any], meter: Meter, start: int, seconds: float) -> dict[str, Any]:
-    """What result.json says of this run."""
+    """Return the content of result.json for this run."""
     config = student.config
     nats = {
         term.name: {key: held_out.get(f"{term.name}/{key}") for key in ("nats", "ceiling")}

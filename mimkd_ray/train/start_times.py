@@ -1,4 +1,4 @@
-"""When a start of the job reached its first step, and by which stages: Unix times, so that processes compare."""
+"""Times at which a start of the job reached its stages, up to its first step: Unix times, so that processes compare."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ class Student:
         return self.tapped().model
 
     def weights(self) -> dict[str, Tensor]:
-        """What is exported, on the CPU. Every worker calls it."""
+        """Return the exported weights, on the CPU. Every worker calls it."""
         with self.settled():
             return {
                 name: value.detach().to("cpu", copy=True).contiguous()

@@ -13,7 +13,7 @@ from mimkd_ray.train.out_of_memory import is_out_of_memory
 
 
 class Trained(Protocol):
-    """What has gradients."""
+    """A student, as far as taking turns needs it."""
 
     optimizer: torch.optim.Optimizer
 

@@ -55,7 +55,7 @@ def first_runs(config: Config) -> list[Config]:
 
 
 def needs_teacher(config: Config) -> bool:
-    """Whether any arm of the job uses a teacher."""
+    """Return whether any arm of the job uses a teacher."""
     return any(run.loss.uses_teacher for run in first_runs(config))
 
 

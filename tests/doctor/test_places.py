@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.sharedctypes  # noqa: F401 - the user of `read_only` may not read where Python lies
 import os
 import tempfile
 from collections.abc import Iterator

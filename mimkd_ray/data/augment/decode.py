@@ -88,7 +88,7 @@ def has_simplejpeg() -> bool:
 
 
 def jpeg_size(data: Encoded, how: Decoding = DECODING) -> tuple[int, int] | None:
-    """Return (H, W), of upright pixels if they are asked for, of a grey or colour JPEG from its header.
+    """Return (H, W), upright if that is asked for, of a grey or colour JPEG from its header.
 
     None for anything else, and for more pixels than may be. Costs 2 us with simplejpeg, 26 us with Pillow.
     """

@@ -106,7 +106,7 @@ def list_classes(root: str, classes: tuple[str, ...] | None) -> ClassFolders:
 
 def _files(folder: str) -> dict[str, storage.Entry]:
     """Return what is not hidden in a folder and its folders, by path below it, sorted."""
-    found = storage.find_files(folder, DEEPEST, lambda name: not name.startswith(".") and name not in OTHERS)
+    found = storage.list_entries_below(folder, DEEPEST, lambda name: not name.startswith(".") and name not in OTHERS)
     return dict(sorted(found.items()))
 
 

@@ -39,7 +39,7 @@ class Cached:
 
 
 def origin_of(config: Config, data: Data, network: nn.Module, device: torch.device) -> Origin:
-    """What the features of this run depend on beside the tap. Hashes the weights: 1 s per GB."""
+    """Return what the features of this run depend on beside the tap. Hashes the weights: 1 s per GB."""
     autocast = teacher_autocast(config, device)
     plain = "float64" if parameter_dtype(config.train) == torch.float64 else "float32"
     return Origin(
@@ -136,7 +136,7 @@ def open_reader(
 
 
 def what_is_missing(configs: Sequence[Config], parts: Mapping[str, dict[str, Any]], unfitted: Sequence[str]) -> str:
-    """Why the cache does not hold these entries in all views of the run; "" if it does. One listing an entry."""
+    """Return why the cache does not hold these entries in all views of the run; "" if it does. One listing an entry."""
     root, views = configs[0].cache.root, set(range(configs[0].data.views))
     wanted = [
         Wanted(label, each, sorted(views if label in unfitted else views - views_there(root, key_of(each))))

@@ -26,7 +26,7 @@ from mimkd_ray.train.teacher import Teacher
 
 
 class Sight:
-    """What a teacher sees and says of rows in a view, outside of training: for calibrations and for building caches."""
+    """Pixels and teacher features of rows in a view, outside of training: for calibrations and for building caches."""
 
     def __init__(self, config: Config, data: Data, pipeline: Pipeline, teacher: Teacher, device: torch.device) -> None:
         self.config, self.source, self.pipeline, self.teacher = config, data.whole, pipeline, teacher

@@ -28,7 +28,7 @@ class CacheCheck:
         self._epoch, self._chosen = -1, set[int]()
 
     def due(self, step: int, lane: int) -> bool:
-        """Whether a lane is to be looked at: the same ones whoever carries it, and each worker's first."""
+        """Return whether a lane is to be checked: the same ones whoever carries it, and each worker's first."""
         epoch, place = divmod(step, self.order.steps_per_epoch)
         if epoch != self._epoch:
             batches = self.order.steps_per_epoch * self.order.lanes

@@ -1,4 +1,4 @@
-"""What to say when a cache does not hold what a run needs: what differs, and how to build the right one."""
+"""Messages for a cache that does not hold what a run needs: what differs, and how to build the right one."""
 
 from __future__ import annotations
 

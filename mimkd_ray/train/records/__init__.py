@@ -1,1 +1,1 @@
-"""What a run writes: checkpoints, metrics, results; and when."""
+"""Files that a run writes: checkpoints, metrics, results; and the times at which it does."""

@@ -1,4 +1,4 @@
-"""What a user sees while training runs: progress, and an early stop when the loss is no longer a number."""
+"""Progress of training for people, and an early stop when the loss is no longer a number."""
 
 from __future__ import annotations
 

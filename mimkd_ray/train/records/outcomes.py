@@ -1,4 +1,4 @@
-"""How a run of a directory stands: not begun, under way, or ended, and how. Each end is a file."""
+"""State of the run in a directory: not begun, under way, or ended, and how. Each end is a file."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def known_config(config: Config, run_dir: str) -> dict[str, Any] | None:
 
 
 def read_outcome(run_dir: str) -> Outcome | None:
-    """How the member of a pack with this directory ended; None if it has not."""
+    """Return how the member of a pack with this directory ended; None if it has not."""
     result = read_json(storage.join(run_dir, RESULT))
     if result is not None:
         return Finished(result)

@@ -1,4 +1,4 @@
-"""When to save and when to stop, agreed by all workers: a checkpoint is a joint act, and clocks and signals differ."""
+"""Decisions to save and to stop, agreed by all workers: a checkpoint is a joint act, and clocks and signals differ."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AGREE_STEPS = 50
 
 
 class Decision(NamedTuple):
-    """What to do after a step."""
+    """A decision after a step."""
 
     save: bool
     stop: bool
@@ -42,7 +42,7 @@ class Rhythm:
         self._known: tuple[str, ...] = ()  # nodes of the last notice: a deadline that moves is no news
 
     def after(self, done: int, save: bool = False) -> Decision:
-        """What to do when ``done`` steps are done; with ``save``, save in any case. Takes about 0.1 ms where workers
+        """Return what to do after ``done`` steps; with ``save``, save in any case. Takes about 0.1 ms where workers
         agree, nothing elsewhere."""
         config = self.config
         epoch, rest = divmod(done, self.steps_per_epoch)
@@ -60,8 +60,8 @@ class Rhythm:
         return Decision(save, stop, notice)
 
     def _agree(self, done: int) -> tuple[bool, bool, bool]:
-        """Whether anybody is asked to stop; whether, by the first worker's clock, a checkpoint is due and the launcher
-        should be asked for notices; and when to agree again, by its clock too."""
+        """Return whether anybody is asked to stop; whether, by the first worker's clock, a checkpoint is due and the
+        launcher should be asked for notices; and when to agree again, by its clock too."""
         now = time.monotonic()
         gap = due = ask = 0
         if self.context.rank == 0:
