@@ -1,4 +1,4 @@
-"""Engines that run training steps: operation by operation, or recorded once as a CUDA graph and replayed.
+"""Engines that take the steps of training: operation by operation, or recorded once as a CUDA graph and replayed.
 
 A small network's step is thousands of short GPU operations, and Python takes longer to ask for them than the GPU to do
 them. The captured engine asks once: everything of a step that runs on the device (view, normalisation, teacher or
@@ -36,7 +36,7 @@ WARM_STEPS = 3
 """Steps before the recording."""
 
 Taken = dict[Student, StepRecord | NoMemory]
-"""What a step was to each student."""
+"""For each student the record of its step, or the allocator's words."""
 
 
 class Engine(Protocol):

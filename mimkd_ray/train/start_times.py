@@ -1,4 +1,4 @@
-"""Times at which a start of the job reached its stages, up to its first step: Unix times, so that processes compare."""
+"""The stages of a start of the job up to its first step: Unix times, so that processes compare."""
 
 from __future__ import annotations
 

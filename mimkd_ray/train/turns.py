@@ -13,7 +13,7 @@ from mimkd_ray.train.out_of_memory import is_out_of_memory
 
 
 class Trained(Protocol):
-    """A student, as far as taking turns needs it."""
+    """A student with an optimiser, which can forget its gradients."""
 
     optimizer: torch.optim.Optimizer
 

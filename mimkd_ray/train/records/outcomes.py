@@ -1,4 +1,4 @@
-"""State of the run in a directory: not begun, under way, or ended, and how. Each end is a file."""
+"""The beginning of a run in its directory, and its ends, each of which is a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mimkd_ray.train.records.run_dir import jsonable, read_json, write_json
 CONFIG, RESULT, STOPPED, FAILED = "config.json", "result.json", "stopped.json", "failed.json"
 
 _ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (NonFiniteLossError, MemberMemoryError)}
-"""What ends a member of a pack alone, by the name in failed.json."""
+"""Errors that end a member of a pack alone, by the name in failed.json."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Finished:
     """The run came to its end."""
 
     result: dict[str, Any]
-    """What result.json says."""
+    """The contents of result.json."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def known_config(config: Config, run_dir: str) -> dict[str, Any] | None:
 
 
 def read_outcome(run_dir: str) -> Outcome | None:
-    """Return how the member of a pack with this directory ended; None if it has not."""
+    """Return the end of the member of a pack with this directory; None if it goes on."""
     result = read_json(storage.join(run_dir, RESULT))
     if result is not None:
         return Finished(result)
