@@ -111,6 +111,9 @@ class CapturedEngine:
         self._load(step, lanes)
         for student in students:
             student.schedule(step)
+        beside = len(students) if self.on_gpu and len(students) > 1 else 0
+        if len(self.streams) != beside:
+            self.streams = [torch.cuda.Stream(self.context.device) for _ in range(beside)]
         if self.recorded is None and self.warm >= WARM_STEPS:
             self._record(students)
         taken = self._warm_step(students, step) if self.recorded is None else self._replay(self.recorded, step)
@@ -138,8 +141,6 @@ class CapturedEngine:
 
     def _warm_step(self, students: Sequence[Student], step: int) -> Taken:
         """A step without a graph, which shows whether the networks draw random numbers."""
-        if self.on_gpu and len(students) > 1 and len(self.streams) != len(students):
-            self.streams = [torch.cuda.Stream(self.context.device) for _ in students]
         self.warm += 1
         seeds = _Seeds(self.inputs.config.train.seed, step, self.context.device)
         if self.stream is None:

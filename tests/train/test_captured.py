@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from mimkd_ray.config import Config, CriticConfig, LossConfig
 from mimkd_ray.config.loss_presets import PRESETS
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.methods.registry import RIVALS
-from mimkd_ray.train.build import build_network
+from mimkd_ray.train.build import build_network, plan_student
 from mimkd_ray.train.captured import WARM_STEPS, CapturedEngine, make_engine
+from mimkd_ray.train.inputs import Inputs
 from mimkd_ray.train.student import Student, lone_student
 
 DRAWING = (1, 3)
@@ -125,6 +126,40 @@ def test_a_member_that_leaves_ends_no_other(tmp_path: Path, monkeypatch: pytest.
     assert made[0].recorded.students == [made[0].recorded.students[0]]
     alone(configs[1:], tmp_path / "alone")
     same(tmp_path / "pack/1", tmp_path / "alone/0")
+
+
+class _Stream:
+    """A CUDA stream's place on a CPU."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def wait_stream(self, _: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("leave_at", [1, WARM_STEPS, WARM_STEPS + 2])
+@pytest.mark.parametrize("left", [1, 2])
+def test_each_student_that_is_left_has_a_stream(monkeypatch: pytest.MonkeyPatch, left: int, leave_at: int) -> None:
+    """On a GPU students work beside each other; whenever some leave, the streams are those of the others."""
+    config = captured(tiny_config(train={"lanes": 1}))
+    data = open_data(config.data)
+    teacher = build_network(config, data.num_classes, "random")
+    planned = [plan_student(config, teacher, data.num_classes) for _ in range(3)]
+    inputs = Inputs(planned, data, teacher, cpu())
+    students = [Student(one, inputs) for one in planned]
+    engine = make_engine(students)
+    assert isinstance(engine, CapturedEngine)
+    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    engine.on_gpu = True
+    for step in range(10):
+        students = students[:left] if step >= leave_at else students
+        taken = engine.step(students, step)
+        assert list(taken) == students
+        assert len(engine.streams) == (len(students) if len(students) > 1 else 0)
+    assert engine.recorded is not None
 
 
 class NoHost(TorchDispatchMode):

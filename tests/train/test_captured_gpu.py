@@ -25,8 +25,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 GPU = LocalContext(torch.device("cuda"))
 
 
-def on_gpu(engine: str, members: int, steps: int, **train: Any) -> list[list[float]]:
-    """Losses of students on a GPU, by step. They differ in the learning rate."""
+def on_gpu(
+    engine: str, members: int, steps: int, stay: dict[int, int] | None = None, **train: Any
+) -> list[list[float]]:
+    """Losses of students on a GPU, by step. They differ in the learning rate. ``stay``: how many are left from a step
+    on."""
     config = tiny_config(
         data={"resident": "on"},
         train={"engine": engine, "compile": "off", "lane_batch": 12, "epochs": 200, **train},
@@ -47,6 +50,7 @@ def on_gpu(engine: str, members: int, steps: int, **train: Any) -> list[list[flo
     for step in range(steps):
         if engine == "captured" and step == WARM_STEPS + 2:
             torch.cuda.set_sync_debug_mode("error")
+        students = students[: (stay or {}).get(step, len(students))]
         taken = runner.step(students, step)
         torch.cuda.set_sync_debug_mode("default")
         losses.append([float(taken[student].log["loss"]) for student in students])
@@ -64,6 +68,15 @@ def test_a_graph_trains_what_the_plain_engine_trains(lanes: int, members: int) -
     # The arithmetic differs in the order of sums, and every step of training multiplies that.
     assert torch.allclose(graph[:8], plain[:8], rtol=2e-3, atol=2e-3)
     assert torch.allclose(graph, plain, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("leave_at", [WARM_STEPS, 2 * WARM_STEPS], ids=["before the recording", "after it"])
+@pytest.mark.parametrize("left", [1, 2])
+def test_those_that_stay_are_recorded(left: int, leave_at: int) -> None:
+    alone = [first for (first,) in on_gpu("plain", 1, 20, precision="float32")]
+    losses = on_gpu("captured", 3, 20, {leave_at: left}, precision="float32")
+    assert [len(row) for row in losses] == [3] * leave_at + [left] * (20 - leave_at)
+    assert torch.allclose(torch.tensor([row[0] for row in losses]), torch.tensor(alone), rtol=5e-2, atol=5e-2)
 
 
 def test_a_run_is_written(tmp_path: Path) -> None:
