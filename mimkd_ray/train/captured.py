@@ -115,7 +115,7 @@ class CapturedEngine:
         if len(self.streams) != beside:
             self.streams = [torch.cuda.Stream(self.context.device) for _ in range(beside)]
         if self.recorded is None and self.warm >= WARM_STEPS:
-            self._record(students)
+            self._record(students, step)
         taken = self._warm_step(students, step) if self.recorded is None else self._replay(self.recorded, step)
         ids, view = [lane.ids_B for lane in lanes], lanes[-1].view  # the buffers' will be those of the next step
         for student, found in taken.items():
@@ -157,7 +157,7 @@ class CapturedEngine:
             self._give_up("networks or losses draw random numbers, of which each lane and student has its own")
         return done
 
-    def _record(self, students: Sequence[Student]) -> None:
+    def _record(self, students: Sequence[Student], step: int) -> None:
         """Record a step, which is not run by that."""
         if self.stream is None:
             self.recorded = _Recorded(None, list(students), [], None)
@@ -170,6 +170,8 @@ class CapturedEngine:
                 figures_M = torch.stack([value for log in logs for value in log.values()])
         except RuntimeError as error:
             torch.cuda.set_stream(here)
+            for student in students:
+                student.schedule(step)  # anew: the loss forgets the lanes of the recording
             self._give_up(str(error).partition("\n")[0])
             return
         self.recorded = _Recorded(graph, list(students), [list(log) for log in logs], figures_M)

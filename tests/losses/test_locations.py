@@ -46,7 +46,8 @@ def test_a_grid_has_at_most_the_limit_and_most_of_it(height: int, width: int, li
     assert columns <= width
     assert limit / 2 < rows * columns <= limit
     if min(height, width) ** 2 >= limit >= 16:  # a square grid fits
-        assert 0.5 < (height / rows) / (width / columns) < 2, "as dense along either side"
+        # Rounding a root down to a whole number of rows may halve it.
+        assert 0.25 < (height / rows) / (width / columns) < 4, "about as dense along either side"
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
