@@ -112,7 +112,10 @@ BAD: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "missing data": (("--data.root", "{tmp}/none"), ("{tmp}/none", "does not exist")),
     "empty data": (("--data.root", "{tmp}/empty"), ("{tmp}/empty", "neither Parquet files nor folders")),
     "missing weights": (("{plain}", "--student.weights", "{tmp}/none.pth"), ("no weights file", "{tmp}/none.pth")),
-    "classes": (("{plain}", "--student.weights", "{tmp}/hundred.safetensors"), ("hundred.safetensors", "100", "10")),
+    "classes": (
+        ("{plain}", "--teacher.name", "cifar/resnet8_w4", "--teacher.weights", "{tmp}/hundred.safetensors"),
+        ("hundred.safetensors", "100", "10"),
+    ),
     "class count": (("--data.num-classes", "5"), ("labels up to 9", "5 classes", "--data.num-classes 10")),
     "network": (("--student.name", "cifar/resnet9"), ("cifar/resnet9", "did you mean")),
     "layer": (("--loss.feature-pairs", "stage9:stage3"), ("'stage9'", "cifar/resnet20", "mimkd_ray layers")),
