@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs_here import JOB, LONG, ROOT, SMALL, read_lines, result, run, weights
+from jobs_here import JOB, ROOT, SMALL, TAKES_MINUTES, read_lines, result, run, weights
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -72,7 +72,7 @@ def wait_until(condition: Callable[[], Any], head: Head, name: str, seconds: flo
         time.sleep(0.2)
 
 
-@LONG
+@TAKES_MINUTES
 def test_a_stopped_job_submitted_again_ends_as_a_plain_process_does(head: Head, tmp_path: Path) -> None:
     run_dir = tmp_path / "submitted" / "small"
     arguments = [*LONG, "--run.root", str(tmp_path / "submitted")]

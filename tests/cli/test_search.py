@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs_here import ENVIRONMENT, JOB, LONG, ROOT, Job, kill, processes, read_lines, run
+from jobs_here import ENVIRONMENT, JOB, ROOT, TAKES_MINUTES, Job, kill, processes, read_lines, run
 from some_trials import read_trials
 
 from mimkd_ray.cli.search import main
@@ -151,7 +151,7 @@ def test_packs_under_tune_are_the_lone_trials(tmp_path: Path) -> None:
     assert len(ended(tmp_path / "pack")) == 4
 
 
-@LONG
+@TAKES_MINUTES
 @pytest.mark.ray
 @pytest.mark.slow
 def test_trials_of_two_workers_are_stopped_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
