@@ -50,18 +50,15 @@ class View:
         image: Encoded | np.ndarray | Tensor,
         id: int,
         view: int,
-        out: Tensor | None = None,
         how: Decoding = DECODING,
     ) -> Tensor:
-        """Return view number `view` of the sample: the same bytes in any process. Keeps the generator.
-
-        The result may be in `out`, where that saves a copy (`transforms.from_bytes`).
+        """Return view number `view` of the sample: the same bytes in any process. Restores the generator.
 
         An encoded image or an (H, W, 3) array is decoded here; a transform with a method `from_bytes` decodes encoded
         images itself and only as far as it needs. Raises DamagedImageError.
         """
         with generator_kept():
-            return self.replay(image, id, view, out, how)
+            return self.replay(image, id, view, how=how)
 
     def replay(
         self,
