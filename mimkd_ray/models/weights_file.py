@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.places import place
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin")
 """Endings of weights files. What is in a file is seen from its first bytes."""
@@ -108,11 +109,13 @@ def _read(path: str) -> bytes:
         path = _from_hub(path.removeprefix(HUB))
     elif path.startswith(FOLDER):
         path = _in_folder(path.removeprefix(FOLDER))
+    elif not path.startswith(WEB):
+        path = place(path)
     # A signature is of the address as it was given: yarl would write another one for the same.
     options = {"encoded": True} if path.startswith(WEB) and "%" in path else {}
     try:
-        files, place = fsspec.url_to_fs(path, **options)
-        return bytes(files.cat_file(place))
+        files, key = fsspec.url_to_fs(path, **options)
+        return bytes(files.cat_file(key))
     except FileNotFoundError as error:
         raise UserError(
             f"weights {shown(path)}: no such file; pass an existing file, 'published' or 'random'"
@@ -166,14 +169,10 @@ def hub_file(model: str, name: str = IN_FOLDER[0]) -> str:
     return f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{name}"
 
 
-def bring(address: str, place: str = "") -> str:
+def bring(address: str, where: str = "") -> str:
     """Return what to do on a machine without network: which file to bring, and where it is looked for."""
-    where = (
-        f"put it at {place}, where it is looked for first, or pass its path as weights"
-        if place
-        else ("pass its path as weights")
-    )
-    return f"on a machine with network download {address}, copy the file here and {where}"
+    put = f"put it at {where}, where it is looked for first, or " if where else ""
+    return f"on a machine with network download {address}, copy the file here and {put}pass its path as weights"
 
 
 def cause(error: BaseException) -> str:
