@@ -30,7 +30,8 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
     """Raise UserError for missing data, wrong class counts, impossible layers, queues that are too large, weights and
     caches that do not fit.
 
-    Reads listings, footers and weights; builds the networks without memory (on the meta device) and runs them dry.
+    Reads listings, footers and weights; builds the networks without memory (on the meta device, if they can be) and
+    runs them dry.
     Published weights may not be on this machine: their caches are checked only by the workers.
     """
     data = open_data(config.data, given)
@@ -49,7 +50,6 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
         build_student(config, data.num_classes)
     if not needs_teacher(config):
         return
-    size = config.data.image_size
     planned = [
         PlannedStudent(run, student, plan_taps(run.loss, teacher, student, size, run.cache))
         for run in first_runs(config)
