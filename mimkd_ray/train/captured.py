@@ -192,7 +192,7 @@ class CapturedEngine:
 @contextmanager
 def _waits_noted() -> Iterator[list[str]]:
     """A with-block that yields a list, in which what waits for a CUDA device is noted: a graph cannot hold it, and a
-    failed recording leaves PyTorch's random numbers unusable."""
+    recording that fails may leave PyTorch in a state of which nothing is promised."""
     waits: list[str] = []
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as warned:
