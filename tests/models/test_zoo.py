@@ -221,3 +221,15 @@ def test_importing_the_package_imports_neither_torchvision_nor_ray() -> None:
     code = f"import sys, {modules}; print(sorted({{'ray', 'torchvision', 'timm'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("written", ["~/own weights.safetensors", "file://{home}/own%20weights.safetensors"])
+def test_weights_are_found_where_a_user_says(written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.manual_seed(3)
+    trained = build_model("cifar/resnet8_w4", 10)
+    save_file(trained.state_dict(), tmp_path / "own weights.safetensors")
+    torch.manual_seed(4)
+    loaded = build_model("cifar/resnet8_w4", 10, written.format(home=tmp_path))
+    for name, value in trained.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name

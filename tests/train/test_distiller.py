@@ -197,6 +197,19 @@ def test_steps_may_have_several_batches_of_different_sizes() -> None:
     assert own.step == 1
 
 
+def descend(own: Any, step: int) -> float:
+    """Take a step of plain gradient descent on the step's batch; return its loss."""
+    torch.manual_seed(step)
+    output = own(*batch(seed=step))
+    own.zero_grad()
+    output.total.backward()
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter -= 0.01 * parameter.grad
+    own.after_step()
+    return float(output.total.detach())
+
+
 def test_a_loaded_state_goes_on_where_it_was() -> None:
     loss, options = LossConfig(queue=64, schedule="fall"), {"steps": 6}
     whole = some_distiller(loss, **options)
@@ -209,15 +222,7 @@ def test_a_loaded_state_goes_on_where_it_was() -> None:
             if own is resumed and step == 3:
                 resumed.load_state_dict(state)
                 assert resumed.step == 3
-            torch.manual_seed(step)
-            output = own(*batch(seed=step))
-            own.zero_grad()
-            output.total.backward()
-            with torch.no_grad():
-                for parameter in own.parameters():
-                    parameter -= 0.01 * parameter.grad
-            own.after_step()
-            losses.append(float(output.total.detach()))
+            losses.append(descend(own, step))
     assert losses[6:] == losses[3:6]
 
 
@@ -256,15 +261,7 @@ def test_compiled_it_gives_the_same_losses() -> None:
     for step in range(3):
         losses = []
         for own in (plain, compiled):
-            torch.manual_seed(step)
-            output = own(*batch(seed=step))
-            own.zero_grad()
-            output.total.backward()
-            with torch.no_grad():
-                for parameter in own.parameters():
-                    parameter -= 0.01 * parameter.grad
-            own.after_step()
-            losses.append(float(output.total.detach()))
+            losses.append(descend(own, step))
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert torch.equal(plain.loss.queue.ids_Q, compiled.loss.queue.ids_Q)
     assert int(compiled.loss.queue.filled_Q.sum()) == 24
