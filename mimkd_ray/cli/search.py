@@ -27,6 +27,7 @@ from mimkd_ray.search.run_trials import prepare, run_trials
 from mimkd_ray.search.suggest import Space, find_spaces
 from mimkd_ray.search.trial_folders import Ended, Planned
 from mimkd_ray.search.trials import Final
+from mimkd_ray.train.records import run_files
 from mimkd_ray.train.records.metrics import clock
 
 LINE_SECONDS = 10.0
@@ -65,7 +66,7 @@ def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
     job = absolute(job)
     folder = below_root(job, f"search-{job.recipe}-{search_digest(job)[:8]}")
     if job.run.overwrite:
-        storage.remove_tree(folder)
+        run_files.overwrite(folder)
     state = Search(job, folder, found)
     widest = state.widest()
     preflight(widest)

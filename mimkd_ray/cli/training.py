@@ -19,7 +19,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray import environment
 from mimkd_ray.places import NAME_BYTES, check_name
 from mimkd_ray.train.distributed import ask_first
-from mimkd_ray.train.records import start_times
+from mimkd_ray.train.records import run_files, start_times
 from mimkd_ray.train.records.run_dir import read_json
 from mimkd_ray.train.worker import claim
 
@@ -122,7 +122,7 @@ def _begin(config: Config, run_dir: str) -> dict[str, Any] | None:
     """Delete an old run if ``run.overwrite`` says so, and return the result of a finished one. For one process alone:
     another must not read what this one is about to delete."""
     if config.run.overwrite:
-        storage.remove_tree(run_dir)
+        run_files.overwrite(run_dir)
     finished: dict[str, Any] | None = read_json(storage.join(run_dir, "result.json"))
     if finished is not None:
         claim(config, run_dir)

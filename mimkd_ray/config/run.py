@@ -17,7 +17,8 @@ class RunConfig:
     name: str = ""
     """Name of the run's directory; unset: the recipe and a digest of what decides the training."""
     overwrite: bool = False
-    """Delete what the directory holds and start anew, instead of resuming or repeating the result."""
+    """Delete what a run has written in the directory and start anew, instead of resuming or repeating the result. Other
+    files stay; a directory that is no run's is refused."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints; 0: not by epochs."""
     checkpoint_steps: int = 0

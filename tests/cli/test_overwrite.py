@@ -14,10 +14,10 @@ import pytest
 from ranks import start_ranks
 from tiny_run import tiny_config
 
-from mimkd_ray import storage
 from mimkd_ray.cli import local_launch, training
 from mimkd_ray.config import Config, RunConfig
 from mimkd_ray.errors import UserError
+from mimkd_ray.train.records import run_files
 
 
 def _rank(rank: int, world: int, port: int, config: Config, folder: str) -> None:
@@ -25,13 +25,13 @@ def _rank(rank: int, world: int, port: int, config: Config, folder: str) -> None
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     local_launch.GROUP_SECONDS = 60  # a process that waits for one which is gone fails sooner
-    remove_tree = storage.remove_tree
+    overwrite = run_files.overwrite
 
     def removed_late(url: str) -> None:
         time.sleep(1)  # in which the other process would read what is there still
-        remove_tree(url)
+        overwrite(url)
 
-    storage.remove_tree = removed_late
+    run_files.overwrite = removed_late
     try:
         found: Any = training.run(config)
     except UserError as error:
