@@ -27,6 +27,7 @@ from mimkd_ray.remote import attempt as _attempt
 from mimkd_ray.remote import explained as explained
 from mimkd_ray.remote import filesystem as _filesystem
 from mimkd_ray.remote import remove_folders, remove_key, tree
+from mimkd_ray.secret_urls import redacted, revealed
 
 _S3 = ("s3://", "s3a://")
 
@@ -55,7 +56,7 @@ def local_path(url: str) -> Path:
 
 def absolute(url: str) -> str:
     """Return the place that a user typed as it is for every process, wherever it starts: see places.py."""
-    return place(url)
+    return place(redacted(url))
 
 
 def join(url: str, *parts: str) -> str:
@@ -343,7 +344,8 @@ def _entries(url: str) -> list[tuple[str, bool, int, str]]:
 
 def _remote(url: str, verb: str, call: Callable[[Any, str], T]) -> T:
     def once() -> T:
-        fs = _filesystem(url)
-        return call(fs, fs._strip_protocol(url))
+        whole = revealed(url)
+        fs = _filesystem(whole)
+        return call(fs, fs._strip_protocol(whole))
 
     return _attempt(url, verb, once)

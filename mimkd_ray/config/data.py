@@ -8,6 +8,7 @@ from typing import Literal
 
 from mimkd_ray.config.pipeline_name import check_pipeline_name
 from mimkd_ray.errors import UserError
+from mimkd_ray.secret_urls import hide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class DataConfig:
     """Share of images that may be damaged before the run stops."""
 
     def __post_init__(self) -> None:
+        hide(self, "root", "store")
         if not self.root:
             raise UserError("data.root is empty; give 'digits', a folder or a URL")
         if not 0 <= self.holdout < 1:

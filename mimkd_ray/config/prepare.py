@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mimkd_ray import storage
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import check_name
+from mimkd_ray.secret_urls import hide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class PrepareConfig:
     """JPEG quality of images that are shrunk."""
 
     def __post_init__(self) -> None:
+        hide(self, "source", "target")
         if not self.source or not self.target:
             raise UserError("--source and --target are needed: a folder or a URL such as s3://bucket/imagenet")
         check_name("--split", self.split)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import place
+from mimkd_ray.secret_urls import redacted, revealed, scrubbed
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 """Endings of weights files; all but the first are read by torch.load with weights_only=True."""
@@ -25,6 +26,7 @@ def load_weights(model: nn.Module, path: str, num_classes: int, ignore: tuple[st
     Raises UserError for a file that is missing, unreadable or does not fit, in the last case with counts
     and names; a file of another number of classes is called that.
     """
+    path = redacted(path)
     state = read_state_dict(path)
     state = {key: value for key, value in state.items() if not key.startswith(ignore or ("\0",))}
     _check(model, state, path, num_classes)
@@ -33,6 +35,7 @@ def load_weights(model: nn.Module, path: str, num_classes: int, ignore: tuple[st
 
 def read_state_dict(path: str) -> dict[str, Tensor]:
     """The tensors of a weights file by name, on the CPU, "module." prefixes taken off. Raises UserError."""
+    path = redacted(path)
     if not path.endswith(SUFFIXES):
         raise UserError(f"weights {path!r}: expected 'random', 'published' or a file ending in {', '.join(SUFFIXES)}")
     data = _read(path)
@@ -60,12 +63,13 @@ def _read(path: str) -> bytes:
     import fsspec
 
     try:
-        with fsspec.open(place(path), "rb") as file:
+        with fsspec.open(revealed(place(path)), "rb") as file:
             return file.read()
-    except FileNotFoundError as error:
-        raise UserError(f"weights {path}: no such file; pass an existing file, 'published' or 'random'") from error
+    except FileNotFoundError:
+        raise UserError(f"weights {path}: no such file; pass an existing file, 'published' or 'random'") from None
     except (OSError, ImportError, ValueError) as error:  # unreachable storage, a protocol without its driver
-        raise UserError(f"weights {path}: cannot be read: {error}; copy the file here and pass its path") from error
+        told = scrubbed(str(error))
+        raise UserError(f"weights {path}: cannot be read: {told}; copy the file here and pass its path") from None
 
 
 def _state_dict(content: Any, path: str) -> dict[str, Tensor]:

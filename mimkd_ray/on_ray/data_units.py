@@ -14,6 +14,7 @@ from mimkd_ray import storage
 from mimkd_ray.data.prepare.unit_progress import Progress
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.secret_urls import Carried
 
 RETRY_WAITS_S = (5.0, 20.0, 60.0)
 """Pauses before a unit is done again whose storage failed for longer than storage.py tries."""
@@ -61,7 +62,7 @@ def run_units(units: Sequence[Unit], title: str, workers: int = 0) -> Iterator[D
     DamagedDataError or StorageError; what is committed by then stays. Tasks of nodes that die are done again by Ray.
     """
     quiet_and_patient()
-    rows = [{"unit": ray.cloudpickle.dumps(unit)} for unit in units]
+    rows = [{"unit": ray.cloudpickle.dumps((unit, Carried()))} for unit in units]
     tasks = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_TASKS))
     done = tasks.map(do_unit, num_cpus=1, **({"concurrency": workers} if workers else {}))
     with Progress(title, sum(unit.bytes for unit in units)) as progress:
@@ -74,7 +75,7 @@ def run_units(units: Sequence[Unit], title: str, workers: int = 0) -> Iterator[D
 
 def do_unit(row: dict[str, Any], sleep: Callable[[float], None] = time.sleep) -> dict[str, Any]:
     """What a task does with a unit. A failure of storage is waited for; what the user must mend is an answer too."""
-    unit: Unit = ray.cloudpickle.loads(row["unit"])
+    unit: Unit = ray.cloudpickle.loads(row["unit"])[0]
     for wait in (*RETRY_WAITS_S, None):
         try:
             done = unit()

@@ -25,6 +25,7 @@ from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, 
 from mimkd_ray.on_ray.cluster import connect
 from mimkd_ray.on_ray.placement import LossWatch, scaling
 from mimkd_ray.on_ray.prometheus import LiveMetrics
+from mimkd_ray.secret_urls import Carried, scrubbed
 from mimkd_ray.train.distributed import GROUP_SECONDS, Preemption, share_from_first
 from mimkd_ray.train.records import start_times
 from mimkd_ray.train.records.run_dir import read_json, write_json
@@ -138,8 +139,9 @@ def worker(setup: dict[str, Any]) -> None:
     try:
         run_job(from_dict(Config, setup["config"]), context, setup["run_dir"])
     except tuple(ERRORS.values()) as error:
+        message = scrubbed(str(error))
         with suppress(UserError, storage.StorageError):  # where the disk is full, the error below has to do
-            write_json(url, {"launch_id": context.launch_id, "kind": type(error).__name__, "message": str(error)})
+            write_json(url, {"launch_id": context.launch_id, "kind": type(error).__name__, "message": message})
         if not isinstance(error, Interrupted):  # all workers end together then, and nothing has failed
             raise
 
@@ -202,6 +204,7 @@ def fit_workers(config: Config, run_dir: str, own: bool) -> dict[str, Any]:
                 "run_dir": run_dir,
                 "launch_id": launch_id,
                 "joined": not own,
+                "secrets": Carried(),
                 "timeline": start_times.marks(),
             },
             scaling_config=watch.scaling,
