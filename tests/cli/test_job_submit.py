@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +24,22 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 # 500 steps, which take some ten seconds, and no checkpoint but the one that a stop writes.
 LONG = ("--train.epochs", "100", "--train.eval-every", "50", "--run.checkpoint-every", "0", "--launch.workers", "1")
 LONG = ("imagenet.py", "demo", *SMALL, *LONG, "--launch.cpus-per-worker", "1", "--launch.gpu", "off")
+
+CREDENTIALS = (
+    *(
+        ".env",
+        ".env.local",
+        "prod.env",
+        "storage.env",
+        "cluster/storage.env",
+        ".netrc",
+        ".aws/credentials",
+        ".ssh/known",
+    ),
+    *("id_rsa", "id_rsa.pub", "keys/id_ed25519", "node.pem", "deep/er/.aws/config", "mimkd_ray/.env", "tls.key"),
+    *(".config/gcloud/application_default_credentials.json", "my-service-account-1.json", ".kube/config", ".pypirc"),
+)
+WANTED = ("jobs/x.py", "mimkd_ray/environment.py", "mine/keys.py", "mine/env/net.py", "config.json")
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +132,18 @@ def test_what_was_submitted_runs_and_nothing_else_travels(head: Head) -> None:
     assert sorted(path.name for path in package.iterdir()) == [".rayignore", "jobs", "mimkd_ray"]
     suffixes = {path.suffix for path in package.rglob("*") if path.is_file() and path.parent != package}
     assert suffixes <= {".py", ".pyc"}, "Python adds its .pyc files there"
+
+
+def test_credentials_do_not_travel(head: Head, tmp_path: Path) -> None:
+    """What Ray packs of a folder in which people keep such files, and what arrives."""
+    shutil.copy(ROOT / ".rayignore", tmp_path)
+    for name in (*CREDENTIALS, *WANTED):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    look = "import os; print('found', sorted(os.path.join(p, n) for p, _, ns in os.walk('.') for n in ns))"
+    printed = ray_job(head.submit("look", "python", "-c", look, folder=tmp_path), head.environment)
+    (there,) = re.findall(r"^found (\[.*\])$", printed, re.MULTILINE)
+    assert sorted(json.loads(there.replace("'", '"'))) == sorted(f"./{name}" for name in (".rayignore", *WANTED))
 
 
 def test_a_cache_and_a_search(head: Head, tmp_path: Path) -> None:

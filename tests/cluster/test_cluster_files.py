@@ -227,6 +227,31 @@ def test_what_travels_with_a_job_is_what_nodes_need() -> None:
     assert not ignored & {"jobs", "mimkd_ray", "pyproject.toml"}
 
 
+def test_no_credentials_travel_with_a_job(tmp_path: Path) -> None:
+    """By git, whose patterns Ray takes; tests/cli/test_job_submit.py has Ray pack them."""
+    git = shutil.which("git")
+    if git is None:
+        pytest.skip("git is not installed")
+    names = [
+        ".env",
+        "storage.env",
+        "cluster/storage.env",
+        ".netrc",
+        ".aws/credentials",
+        ".ssh/config",
+        "a.pem",
+        "id_rsa",
+    ]
+    wanted = ["jobs/x.py", "mimkd_ray/environment.py", "mine/env/net.py"]
+    for name in (*names, *wanted):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    subprocess.run([git, "init", "-q", str(tmp_path)], check=True)
+    listed = [git, "-C", str(tmp_path), "ls-files", "--others", f"--exclude-from={ROOT / '.rayignore'}"]
+    done = subprocess.run(listed, capture_output=True, text=True, check=True)
+    assert sorted(done.stdout.split()) == sorted(wanted)
+
+
 @pytest.mark.parametrize("name", ["iam-policy.json", "iam-head-policy.json"])
 def test_policies_give_no_more_than_is_needed(name: str) -> None:
     policy = json.loads((CLUSTER / name).read_text())
