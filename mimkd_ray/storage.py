@@ -55,7 +55,7 @@ def local_path(url: str) -> Path:
 
 
 def absolute(url: str) -> str:
-    """Return the place that a user typed as it is for every process, wherever it starts: see places.py."""
+    """Return the place that a user typed, as it is for every process, wherever it starts: see places.py."""
     return place(redacted(url))
 
 
@@ -222,10 +222,9 @@ def list_tree(url: str) -> list[str]:
 
 def remove_file(url: str) -> None:
     """Remove the file (or link) at `url`, whatever its name; nothing there is fine."""
-    if is_remote(url):
-        _remote(url, "remove", remove_key)
-    else:
-        _attempt(url, "remove", lambda: local_path(url).unlink(missing_ok=True))
+    if not is_remote(url):
+        return _attempt(url, "remove", lambda: local_path(url).unlink(missing_ok=True))
+    return _remote(url, "remove", remove_key)
 
 
 def remove_tree(url: str) -> None:
@@ -344,8 +343,7 @@ def _entries(url: str) -> list[tuple[str, bool, int, str]]:
 
 def _remote(url: str, verb: str, call: Callable[[Any, str], T]) -> T:
     def once() -> T:
-        whole = revealed(url)
-        fs = _filesystem(whole)
+        fs = _filesystem(whole := revealed(url))
         return call(fs, fs._strip_protocol(whole))
 
     return _attempt(url, verb, once)
