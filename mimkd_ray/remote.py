@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.secret_urls import redacted, revealed, scrubbed
 
 TRIES = 5
 FIRST_WAIT_S = 0.2  # doubled after each failure, times a random factor of 0.5 to 1.5
@@ -54,7 +55,7 @@ def filesystem(url: str) -> Any:
     try:
         kind = fsspec.get_filesystem_class(protocol)
     except (ValueError, ImportError) as error:
-        raise UserError(f"{url}: cannot open '{protocol}://' places: {error}") from error
+        raise UserError(f"{redacted(url)}: cannot open '{protocol}://' places: {error}") from error
     options: dict[str, Any] = {}
     if protocol in ("s3", "s3a"):
         # Stores that lack the newer checksums refuse uploads that carry them (HTTP 411).
@@ -115,10 +116,17 @@ def attempt(url: str, verb: str, call: Callable[[], T]) -> T:
             if not _is_transient(error):
                 raise
             if tried == TRIES:
-                detail = f"{type(error).__name__}: {error}"
-                raise StorageError(f"could not {verb} {url} in {TRIES} tries; the last failure: {detail}") from error
+                detail = scrubbed(f"{type(error).__name__}: {error}")
+                raise StorageError(f"could not {verb} {url} in {TRIES} tries; the last failure: {detail}") from (
+                    _cause(url, error)
+                )
             time.sleep(min(WAIT_CAP_S, FIRST_WAIT_S * 2 ** (tried - 1)) * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")
+
+
+def _cause(url: str, error: Exception) -> Exception | None:
+    """The error that another one comes from, unless it may name a URL whole: tracebacks show it."""
+    return error if revealed(url) == url else None
 
 
 @contextmanager
@@ -128,13 +136,13 @@ def explained(url: str, verb: str) -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(errno.ENOENT, "no such file or folder", url) from error
+            raise FileNotFoundError(errno.ENOENT, "no such file or folder", url) from _cause(url, error)
         if isinstance(error, PermissionError) or type(error).__name__ in _CREDENTIAL_ERRORS:
             raise UserError(
-                f"cannot {verb} {url}: {error or 'access denied'}; check the permissions, and for an "
+                f"cannot {verb} {url}: {scrubbed(str(error)) or 'access denied'}; check the permissions, and for an "
                 "object store its credentials and endpoint (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
                 "AWS_ENDPOINT_URL)"
-            ) from error
+            ) from _cause(url, error)
         if isinstance(error, OSError) and error.errno in _FULL:
             raise UserError(
                 f"cannot {verb} {url}: no space is left ({error.strerror}); make room and give the same command "

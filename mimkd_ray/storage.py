@@ -27,6 +27,7 @@ from mimkd_ray.remote import attempt as _attempt
 from mimkd_ray.remote import explained as explained
 from mimkd_ray.remote import filesystem as _filesystem
 from mimkd_ray.remote import remove_folders, remove_key, tree
+from mimkd_ray.secret_urls import redacted, revealed
 
 _S3 = ("s3://", "s3a://")
 
@@ -55,8 +56,8 @@ def local_path(url: str) -> Path:
 
 
 def absolute(url: str) -> str:
-    """Return the place that a user typed as it is for every process, wherever it starts: see places.py."""
-    return place(url)
+    """Return the place that a user typed, as it is for every process, wherever it starts: see places.py."""
+    return place(redacted(url))
 
 
 def join(url: str, *parts: str) -> str:
@@ -247,10 +248,9 @@ def list_tree(url: str) -> list[str]:
 
 def remove_file(url: str) -> None:
     """Remove the file (or link) at `url`, whatever its name; nothing there is fine."""
-    if is_remote(url):
-        _remote(url, "remove", remove_key)
-    else:
-        _attempt(url, "remove", lambda: local_path(url).unlink(missing_ok=True))
+    if not is_remote(url):
+        return _attempt(url, "remove", lambda: local_path(url).unlink(missing_ok=True))
+    return _remote(url, "remove", remove_key)
 
 
 def remove_tree(url: str) -> None:
@@ -369,7 +369,7 @@ def _entries(url: str) -> list[tuple[str, bool, int, str]]:
 
 def _remote(url: str, verb: str, call: Callable[[Any, str], T]) -> T:
     def once() -> T:
-        fs = _filesystem(url)
-        return call(fs, fs._strip_protocol(url))
+        fs = _filesystem(whole := revealed(url))
+        return call(fs, fs._strip_protocol(whole))
 
     return _attempt(url, verb, once)

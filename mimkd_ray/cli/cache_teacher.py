@@ -22,6 +22,7 @@ from mimkd_ray.config import Config
 from mimkd_ray.data.prepare.unit_progress import Progress
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.on_ray import environment
+from mimkd_ray.secret_urls import hide
 from mimkd_ray.teacher_cache import admin
 
 ADMIN = ("ls", "verify", "gc")
@@ -33,6 +34,9 @@ class RootConfig:
 
     root: str = ""
     """Folder or URL that contains the caches."""
+
+    def __post_init__(self) -> None:
+        hide(self, "root")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from mimkd_ray import storage
 from mimkd_ray.config import Config
 from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError, nearest
+from mimkd_ray.secret_urls import redacted, scrubbed
 
 Recipe = Callable[[], Config]
 C = TypeVar("C", bound=Config)
@@ -79,7 +80,7 @@ def sigterm_exits() -> Iterator[None]:
 
 def fail(text: str, status: int) -> int:
     """Print an error as one line on standard error; return the exit status."""
-    print(" ".join(text.split()), file=sys.stderr, flush=True)
+    print(" ".join(scrubbed(text).split()), file=sys.stderr, flush=True)
     return status
 
 
@@ -131,14 +132,21 @@ def from_flags(kind: type[T], arguments: Sequence[str], **options: Any) -> T | N
     """
     import tyro
 
+    # Without credentials: tyro shows the arguments that it does not understand.
     # tyro spells truth values True and False; users type true and false.
-    arguments = [{"true": "True", "false": "False"}.get(argument, argument) for argument in arguments]
+    arguments = [{"true": "True", "false": "False"}.get(argument, _hidden(argument)) for argument in arguments]
     try:
         return tyro.cli(kind, args=arguments, config=(tyro.conf.FlagConversionOff,), **options)
     except SystemExit as stop:
         if stop.code:
             raise
         return None
+
+
+def _hidden(argument: str) -> str:
+    """An argument without the credentials of a URL in it: `URL`, or `--flag=URL`."""
+    flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return flag + equals + redacted(value)
 
 
 def _describe(program: str, recipes: Mapping[str, Callable[[], Any]]) -> str:

@@ -138,7 +138,10 @@ def _finished(config: Config, run_dir: str) -> dict[str, Any] | None:
     another must not read what this one is about to delete."""
     if config.run.overwrite:
         run_files.overwrite(run_dir)
-    return find_result(config, run_dir)
+    finished = find_result(config, run_dir)
+    if finished is not None:
+        claim(config, run_dir)  # an earlier release may have saved a URL with its password
+    return finished
 
 
 def _run_on_ray(config: Config, run_dir: str, times: StartTimes) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from mimkd_ray.config.codec_spec import DEFAULT_MAP, DEFAULT_VECTOR, CodecSpec, parse_logits, parse_spec
 from mimkd_ray.errors import UserError, nearest
+from mimkd_ray.secret_urls import hide
 
 MAPS, VECTORS = "maps", "vectors"
 """Names in `codecs` that stand for all maps and all vectors."""
@@ -52,6 +53,7 @@ class CacheConfig:
     """Random images whose cached teacher vectors are negatives of each lane, with loss.negatives `cache`."""
 
     def __post_init__(self) -> None:
+        hide(self, "root")
         for text in self.codecs:
             parse_rule(text)
         parse_logits(self.logits)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from mimkd_ray.config.pipeline_name import check_pipeline_name
 from mimkd_ray.errors import UserError
+from mimkd_ray.secret_urls import hide
 
 MOST_CLASSES = 1_000_000
 """Beyond them a head of 512 inputs takes 2 GB, and a label is more likely to be something else."""
@@ -78,6 +79,7 @@ class DataConfig:
     """Turn photographs upright by their orientation tags, or leave them as the camera stored them."""
 
     def __post_init__(self) -> None:
+        hide(self, "root", "store")
         if not self.root:
             raise UserError("data.root is empty; give 'digits', a folder or a URL")
         if not 0 <= self.holdout < 1:

@@ -10,6 +10,7 @@ from typing import Any
 from mimkd_ray.config.config import Config
 from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.errors import UserError
+from mimkd_ray.secret_urls import redacted_values
 
 _SECTIONS_NOT_IN_DIGEST = ("recipe", "run", "launch")
 
@@ -25,7 +26,9 @@ _NOT_IN_DIGEST = {
 def training_part(value: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that determine the training, from a config's JSON form."""
     return {
-        section: {name: item for name, item in fields.items() if name not in _NOT_IN_DIGEST.get(section, ())}
+        section: {
+            name: redacted_values(item) for name, item in fields.items() if name not in _NOT_IN_DIGEST.get(section, ())
+        }
         for section, fields in value.items()
         if section not in _SECTIONS_NOT_IN_DIGEST
     }

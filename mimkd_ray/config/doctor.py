@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mimkd_ray.config.data import DataConfig
 from mimkd_ray.errors import UserError
+from mimkd_ray.secret_urls import hide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class DoctorConfig:
     """File or URL to which the result is written as well."""
 
     def __post_init__(self) -> None:
+        hide(self, "root", "store", "json")
         if self.workers < 0 or self.store_gb < 0 or self.wait_seconds <= 0:
             raise UserError(
                 f"--workers {self.workers} and --store-gb {self.store_gb} must not be negative, and --wait-seconds "

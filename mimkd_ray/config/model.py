@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.secret_urls import hide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked without importing anything."""
+        hide(self, "weights")
         for field in ("name", "weights"):
             if not getattr(self, field).strip():
                 raise UserError(f"model {field} is empty: pass e.g. name 'resnet34', weights 'random'")

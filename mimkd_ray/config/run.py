@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import check_name
+from mimkd_ray.secret_urls import hide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class RunConfig:
     """Write samples.jsonl: step, lane, view and sample ids of every training batch."""
 
     def __post_init__(self) -> None:
+        hide(self, "root")
         if self.name:
             check_name("run.name", self.name)
         if min(self.checkpoint_every, self.checkpoint_steps, self.checkpoint_minutes) < 0 or self.keep_checkpoints < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.secret_urls import hide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class TeacherConfig:
     """Percentage points below expect_top1 that are still accepted."""
 
     def __post_init__(self) -> None:
+        hide(self, "weights")
         if self.train and self.weights not in ("random", ""):
             raise UserError(
                 f"teacher.train is true and teacher.weights is {self.weights!r}: either train the teacher or load it"

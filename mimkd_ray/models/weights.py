@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.other_names import best_fit
 from mimkd_ray.models.weights_file import read_states, shown
+from mimkd_ray.secret_urls import redacted
 
 logger = logging.getLogger(__name__)
 _COUNTER = "num_batches_tracked"
@@ -28,6 +29,7 @@ def load_weights(
     `model` as it is, and one line says so. Raises UserError for a file that is missing, unreadable or does not fit, in
     the last case with counts and names; a file of another number of classes is called that.
     """
+    path = redacted(path)
     put_state(model, read_states(path), shown(path), num_classes, ignore, new_head)
 
 

@@ -11,7 +11,6 @@ import io
 import os
 import pathlib
 import pickle
-import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import place
+from mimkd_ray.secret_urls import redacted, revealed, scrubbed
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin")
 """Endings of weights files. What is in a file is seen from its first bytes."""
@@ -60,6 +60,7 @@ def is_weights_file(path: str) -> bool:
 
 def read_states(path: str) -> dict[str, dict[str, Tensor]]:
     """The state dicts of a weights file, on the CPU, by their keys; "" for a bare one. Raises UserError."""
+    path = redacted(path)
     if not is_weights_file(path):
         raise UserError(
             f"weights {path!r}: expected 'random', 'published' or a file ending in {', '.join(SUFFIXES)}; or "
@@ -112,17 +113,17 @@ def _read(path: str) -> bytes:
     elif not path.startswith(WEB):
         path = place(path)
     # A signature is of the address as it was given: yarl would write another one for the same.
-    options = {"encoded": True} if path.startswith(WEB) and "%" in path else {}
+    url = revealed(path)
+    options = {"encoded": True} if path.startswith(WEB) and "%" in url else {}
     try:
-        files, key = fsspec.url_to_fs(path, **options)
+        files, key = fsspec.url_to_fs(url, **options)
         return bytes(files.cat_file(key))
     except FileNotFoundError as error:
         raise UserError(
             f"weights {shown(path)}: no such file; pass an existing file, 'published' or 'random'"
         ) from error
     except Exception as error:  # each file system has its own: no storage, no driver, no permission
-        reason = re.sub(r"\?[^\s'\")]*", "", str(error)) if path.startswith(WEB) else str(error)
-        reason = " ".join(reason.split()) or type(error).__name__
+        reason = " ".join(scrubbed(str(error)).split()) or type(error).__name__
         if status := getattr(error, "status", None):  # of a web server
             reason = f"the server answers {status}, as it does to an address that has expired"
         raise UserError(

@@ -27,6 +27,7 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.on_ray.data_units import ERRORS, RETRY_WAITS_S, quiet_and_patient
 from mimkd_ray.on_ray.node_capacity import Capacity
+from mimkd_ray.secret_urls import Carried
 from mimkd_ray.storage import StorageError
 from mimkd_ray.train.build import teacher_autocast
 
@@ -59,7 +60,7 @@ class Cluster:
         if config.data.loader_workers == -1 and not in_memory:
             config = replace(config, data=replace(config.data, loader_workers=self.cpus))
         if config.cache.precision == "auto" and self.gpu:
-            name = ray.get(ray.remote(num_cpus=0, num_gpus=1)(_precision).remote(to_dict(config)))
+            name = ray.get(ray.remote(num_cpus=0, num_gpus=1)(_precision).remote(to_dict(config), Carried()))
             config = replace(config, cache=replace(config.cache, precision=name))
         self.config = config
 
@@ -71,7 +72,7 @@ class Cluster:
         """Return the plan, measured on a builder's device. Raises UserError for a config for which nothing can be
         cached."""
         task = ray.remote(num_cpus=self.cpus, num_gpus=int(self.gpu), max_retries=0)(_plan)
-        answer = ray.get(task.remote(to_dict(self.config), self.cpus))
+        answer = ray.get(task.remote(to_dict(self.config), self.cpus, Carried()))
         if answer["error"]:
             raise ERRORS[answer["error"]](answer["message"])
         return str(answer["message"])
@@ -87,7 +88,7 @@ class Cluster:
             batch_size=None,
             batch_format="numpy",
             compute=ray.data.ActorPoolStrategy(min_size=min(self.fewest, workers), max_size=workers),
-            fn_constructor_args=(to_dict(self.config), self.cpus),
+            fn_constructor_args=(to_dict(self.config), self.cpus, Carried()),
             num_cpus=self.cpus,
             num_gpus=int(self.gpu),
         )
@@ -100,7 +101,7 @@ class Cluster:
 class BuildActor:
     """An actor that builds."""
 
-    def __init__(self, config: dict[str, Any], cpus: int) -> None:
+    def __init__(self, config: dict[str, Any], cpus: int, _secrets: Carried) -> None:
         self.builder: Builder | None = None
         self.failed: Exception | None = None
         try:
@@ -152,14 +153,14 @@ def _setup(config: dict[str, Any], cpus: int) -> Setup:
     return Setup(from_dict(Config, config), torch.device("cuda" if ray.get_gpu_ids() else "cpu"))
 
 
-def _plan(config: dict[str, Any], cpus: int) -> dict[str, str]:
+def _plan(config: dict[str, Any], cpus: int, _secrets: Carried) -> dict[str, str]:
     try:
         return {"error": "", "message": measured_plan(_setup(config, cpus)).text()}
     except tuple(ERRORS.values()) as error:
         return {"error": type(error).__name__, "message": str(error)}
 
 
-def _precision(config: dict[str, Any]) -> str:
+def _precision(config: dict[str, Any], _secrets: Carried) -> str:
     """Return the precision that `auto` selects on a builder's GPU."""
     autocast = teacher_autocast(from_dict(Config, config), torch.device("cuda"))
     return "float32" if autocast is None else "bf16"

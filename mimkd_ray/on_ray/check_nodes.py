@@ -18,6 +18,7 @@ from mimkd_ray.doctor import facts, link, places
 from mimkd_ray.doctor.outcome import Outcome, redacted
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray.cluster import connect
+from mimkd_ray.secret_urls import Carried
 
 if TYPE_CHECKING:
     from mimkd_ray.config import DoctorConfig
@@ -43,7 +44,7 @@ class Node:
 class Examiner:
     """The process on a node that runs the checks, an actor without reservations."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, _secrets: Carried) -> None:
         self.node = node
 
     def facts(self) -> facts.NodeFacts:
@@ -129,7 +130,8 @@ class _Visit:
         self.silent: list[Outcome] = []
         kind = ray.remote(num_cpus=0, max_restarts=0)(Examiner)
         self.examiners = {
-            node: kind.options(scheduling_strategy=_on(node), runtime_env=SEES_ALL_GPUS).remote(node) for node in nodes
+            node: kind.options(scheduling_strategy=_on(node), runtime_env=SEES_ALL_GPUS).remote(node, Carried())
+            for node in nodes
         }
 
     def outcomes(self) -> list[Outcome]:

@@ -14,6 +14,7 @@ from mimkd_ray import storage
 from mimkd_ray.data.prepare.unit_progress import Progress
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.secret_urls import Carried
 
 RETRY_WAITS_S = (5.0, 20.0, 60.0)
 """Pauses before a unit is repeated whose storage failed for longer than storage.py retries."""
@@ -63,7 +64,7 @@ def run_units(units: Sequence[Unit], title: str, workers: int = 0) -> Iterator[D
     die.
     """
     quiet_and_patient()
-    rows = [{"unit": ray.cloudpickle.dumps(unit)} for unit in units]
+    rows = [{"unit": ray.cloudpickle.dumps((unit, Carried()))} for unit in units]
     tasks = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_TASKS))
     done = tasks.map(do_unit, num_cpus=1, **({"concurrency": workers} if workers else {}))
     with Progress(title, sum(unit.bytes for unit in units)) as progress:
@@ -77,7 +78,7 @@ def run_units(units: Sequence[Unit], title: str, workers: int = 0) -> Iterator[D
 def do_unit(row: dict[str, Any], sleep: Callable[[float], None] = time.sleep) -> dict[str, Any]:
     """Run a unit in a task. After a failure of storage it waits and tries again; errors for the user are returned as a
     result."""
-    unit: Unit = ray.cloudpickle.loads(row["unit"])
+    unit: Unit = ray.cloudpickle.loads(row["unit"])[0]
     for wait in (*RETRY_WAITS_S, None):
         try:
             done = unit()

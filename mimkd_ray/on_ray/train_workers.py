@@ -25,6 +25,7 @@ from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, 
 from mimkd_ray.on_ray.cluster import connect
 from mimkd_ray.on_ray.placement import LossWatch, scaling
 from mimkd_ray.on_ray.prometheus import LiveMetrics
+from mimkd_ray.secret_urls import Carried, scrubbed
 from mimkd_ray.train.distributed import GROUP_SECONDS, Preemption, share_from_first
 from mimkd_ray.train.records.run_dir import read_json, write_json
 from mimkd_ray.train.start_times import StartTimes
@@ -140,8 +141,9 @@ def worker(setup: dict[str, Any]) -> None:
     try:
         run_job(from_dict(Config, setup["config"]), context, setup["run_dir"])
     except tuple(ERRORS.values()) as error:
+        message = scrubbed(str(error))
         with suppress(UserError, storage.StorageError):  # if the disk is full, the error below must suffice
-            write_json(url, {"launch_id": context.launch_id, "kind": type(error).__name__, "message": str(error)})
+            write_json(url, {"launch_id": context.launch_id, "kind": type(error).__name__, "message": message})
         if not isinstance(error, Interrupted):  # then all workers end together, and nothing has failed
             raise
 
@@ -204,6 +206,7 @@ def fit_workers(config: Config, run_dir: str, own: bool, times: StartTimes | Non
                 "run_dir": run_dir,
                 "launch_id": launch_id,
                 "joined": not own,
+                "secrets": Carried(),
                 "timeline": times.marks() if times is not None else {},
             },
             scaling_config=watch.scaling,

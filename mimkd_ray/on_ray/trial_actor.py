@@ -20,6 +20,7 @@ from mimkd_ray.config.json_form import from_dict
 from mimkd_ray.errors import Interrupted
 from mimkd_ray.search.run_trials import explain, prepare, run_trials
 from mimkd_ray.search.trial_folders import Ended, Planned
+from mimkd_ray.secret_urls import Carried
 from mimkd_ray.train.records.run_dir import read_metrics, write_json
 
 LOOK_SECONDS = 2.0
@@ -31,7 +32,7 @@ def trial_device() -> torch.device:
     return torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
 
 
-def prepare_remotely(config: dict[str, Any], folder: str) -> None:
+def prepare_remotely(config: dict[str, Any], folder: str, _secrets: Carried) -> None:
     """Call search.run_trials.prepare, as a Ray task."""
     prepare(from_dict(Config, config), folder, trial_device())
 
@@ -88,6 +89,7 @@ def payload(
         "workers": workers,
         "cpus": cpus,
         "own": own,
+        "secrets": Carried(),
     }
 
 

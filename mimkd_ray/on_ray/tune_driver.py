@@ -30,6 +30,7 @@ from mimkd_ray.on_ray.node_capacity import Capacity
 from mimkd_ray.on_ray.trial_actor import ask_to_stop, payload, prepare_remotely, trainable
 from mimkd_ray.search.run_trials import REASON
 from mimkd_ray.search.trial_folders import Ended, Ending, Planned
+from mimkd_ray.secret_urls import Carried
 
 HEAD_SHARE = 0.001
 """Share of the head node's own resource for the process that watches a trial of several workers. There it takes no CPU
@@ -201,7 +202,7 @@ def prepare_on_ray(config: Config, folder: str, shape: Shape) -> None:
     """Train, measure and check the parts that trials share, on the cluster. Raises its UserError."""
     task = ray.remote(num_cpus=shape.cpus, num_gpus=shape.gpus, max_retries=0)(prepare_remotely)
     try:
-        ray.get(task.remote(to_dict(config), folder))
+        ray.get(task.remote(to_dict(config), folder, Carried()))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None

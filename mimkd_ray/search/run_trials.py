@@ -19,6 +19,7 @@ from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import Interrupted, NonFiniteLossError
 from mimkd_ray.search.optuna_study import halving
 from mimkd_ray.search.trial_folders import Ended, Ending, Planned, point_of
+from mimkd_ray.secret_urls import scrubbed
 from mimkd_ray.train.build import make_order, plan_student
 from mimkd_ray.train.distributed import Context, Preemption
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
@@ -121,8 +122,9 @@ def run_trials(
             raise
         kind, reason = explain(error)
         if kind == "error":
+            text = scrubbed(traceback.format_exc()).encode()
             for each in planned:
-                storage.write_bytes(storage.join(places[each.number], "error.txt"), traceback.format_exc().encode())
+                storage.write_bytes(storage.join(places[each.number], "error.txt"), text)
         outcomes = {each.number: Ended(state="failed", kind=kind, reason=reason) for each in planned}
         del error
     gc.collect()  # frees memory after a failed allocation, before the next trial
@@ -196,7 +198,7 @@ def _ended(search: SearchConfig, outcome: Outcome) -> Ended:
 
 def explain(error: BaseException) -> tuple[Ending, str]:
     """Return the kind and reason of a trial that failed."""
-    text = " ".join(str(error).split())[:REASON]
+    text = " ".join(scrubbed(str(error)).split())[:REASON]
     if isinstance(error, NonFiniteLossError):
         return "non-finite", text
     if is_out_of_memory(error):

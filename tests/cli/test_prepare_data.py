@@ -135,7 +135,7 @@ class Failing:
 
 def answer(*errors: Exception) -> tuple[dict[str, object], list[float]]:
     waits: list[float] = []
-    row = {"unit": data_units.ray.cloudpickle.dumps(Failing(list(errors)))}
+    row = {"unit": data_units.ray.cloudpickle.dumps((Failing(list(errors)), None))}
     return data_units.do_unit(row, waits.append), waits
 
 
