@@ -52,10 +52,12 @@ class AdminJob:
     """gc: least age in hours of removed objects that belong to no finished view, because a build may be in progress."""
 
 
-def main(recipes: Mapping[str, Callable[[], Config]], argv: Sequence[str] | None = None) -> int:
+def main(
+    recipes: Mapping[str, Callable[[], Config]], argv: Sequence[str] | None = None, program: str | None = None
+) -> int:
     """Run ``cache_teacher.py [build|plan] [RECIPE] [--field.path value ...]`` or ``ls|verify|gc --cache.root URL``;
     return the exit status."""
-    program = sys.argv[0]
+    program = program or sys.argv[0]
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and arguments[0] in ("build", "plan", *ADMIN) else "build"
 

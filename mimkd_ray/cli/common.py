@@ -26,9 +26,13 @@ C = TypeVar("C", bound=Config)
 T = TypeVar("T")
 
 
-def main(recipes: Mapping[str, Recipe], default: str, argv: Sequence[str] | None = None) -> int:
-    """Run a job: ``JOB [RECIPE] [--config FILE] [--print-config] [--field.path value ...]``. Returns the status."""
-    program = sys.argv[0]
+def main(
+    recipes: Mapping[str, Recipe], default: str, argv: Sequence[str] | None = None, program: str | None = None
+) -> int:
+    """Run a job: ``JOB [RECIPE] [--config FILE] [--print-config] [--field.path value ...]``. Returns the status.
+
+    `argv` and `program` are by default those of this process."""
+    program = program or sys.argv[0]
 
     def work() -> int:
         config = parse(recipes, default, sys.argv[1:] if argv is None else argv, program)

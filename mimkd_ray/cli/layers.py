@@ -18,7 +18,12 @@ def main(argv: Sequence[str], program: str) -> int:
     parser.add_argument("--image-size", type=int, help="pixels (default: 32 for cifar/, 224 otherwise)")
     parser.add_argument("--num-classes", type=int, default=1000, help="default: 1000")
     parser.add_argument("--all", action="store_true", help="every layer, not just stages and default taps")
-    options = parser.parse_args(argv)
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as stop:
+        if stop.code:
+            raise
+        return 0  # after --help
     print("\n".join(layer_table(options.name, options.image_size, options.num_classes, options.all)))
     return 0
 

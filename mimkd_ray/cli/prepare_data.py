@@ -35,9 +35,9 @@ class PrepareJob(PrepareConfig):
             raise UserError(f"--workers {self.workers}: give 1 or more, or 0 for one per CPU")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
     """Run the job for a command line; return the exit status."""
-    program = sys.argv[0]
+    program = program or sys.argv[0]
 
     def work() -> int:
         job = common.from_flags(PrepareJob, sys.argv[1:] if argv is None else argv, prog=program)

@@ -39,10 +39,13 @@ the driver's time for them: a report of hundreds of trials takes seconds to draw
 
 
 def main(
-    recipes: Mapping[str, Callable[[], Config]], spaces: Mapping[str, Space], argv: Sequence[str] | None = None
+    recipes: Mapping[str, Callable[[], Config]],
+    spaces: Mapping[str, Space],
+    argv: Sequence[str] | None = None,
+    program: str | None = None,
 ) -> int:
     """Run ``search.py [RECIPE] [--search.field value ...] [--field.path value ...]``; return the exit status."""
-    program = sys.argv[0]
+    program = program or sys.argv[0]
     jobs = {name: _as_search(recipe) for name, recipe in recipes.items()}
 
     def work() -> int:

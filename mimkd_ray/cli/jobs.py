@@ -1,0 +1,37 @@
+"""The jobs as commands of `mimkd-ray`: the entry points of jobs/, with the recipes of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mimkd_ray.config import Config
+from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES
+
+
+def train(argv: Sequence[str], program: str) -> int:
+    """Distil a student, by any recipe (jobs/imagenet.py and jobs/cifar100.py)."""
+    from mimkd_ray.cli import common
+
+    return common.main({**IMAGENET_RECIPES, **CIFAR_RECIPES}, "demo", argv, program)
+
+
+def cache(argv: Sequence[str], program: str) -> int:
+    """Plan, build and maintain caches of a teacher's features (jobs/cache_teacher.py)."""
+    from mimkd_ray.cli import cache_teacher
+
+    return cache_teacher.main({"custom": Config, **IMAGENET_RECIPES, **CIFAR_RECIPES}, argv, program)
+
+
+def search(argv: Sequence[str], program: str) -> int:
+    """Search for the best options (jobs/search.py)."""
+    from mimkd_ray.cli import search as command
+    from mimkd_ray.search.spaces import SPACES
+
+    return command.main({**IMAGENET_RECIPES, **CIFAR_RECIPES}, SPACES, argv, program)
+
+
+def prepare(argv: Sequence[str], program: str) -> int:
+    """Prepare a data set (jobs/prepare_data.py)."""
+    from mimkd_ray.cli import prepare_data
+
+    return prepare_data.main(argv, program)
