@@ -1,12 +1,13 @@
 # make demo   the main job on data that ships with a dependency: teacher, student alone, student distilled
 # make test   the whole test suite
 # make lint   ruff (lint, format), mypy, and how rooms import each other
+# make docs   the documentation site, in build/site
 # make bench  every benchmark; refreshes benchmarks/results/ and the table of benchmarks/README.md
 # make clean  remove what the commands above made
 SHELL := /bin/sh
 PYTHON ?= python3
 PY := .venv/bin/python
-.PHONY: demo test lint bench clean setup
+.PHONY: demo test lint docs bench clean setup
 .DEFAULT_GOAL := demo
 
 # The stamp names the folder and the pinned versions: a moved, outdated or half-made environment is made again.
@@ -30,6 +31,9 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports --no-cache
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 
 bench: setup
 	$(PY) benchmarks/run_all.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from mimkd_ray.config import SearchJob
+from mimkd_ray.cli.common import parse
+from mimkd_ray.config import Config, SearchJob
 from mimkd_ray.models.zoo import build_model
+from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]
@@ -39,6 +42,26 @@ def test_flags_exist(page: Path) -> None:
     known = {name.replace("_", "-") for name in dotted(SearchJob())}
     flags = re.findall(r"--([a-z]+(?:\.[a-z][a-z_-]*[a-z])+)", page.read_text())
     assert {flag.replace("_", "-") for flag in flags} - known == set()
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Yield the commands of jobs with a recipe's fields that the pages show, as (job, arguments)."""
+    for page in PAGES:
+        for line in page.read_text().replace("\\\n", " ").splitlines():
+            found = re.search(r"^    .*jobs/(imagenet|cifar100|search|cache_teacher)\.py( [^#`|]*)?", line)
+            if found and not re.search(r"\.\.\.|^ (ls|verify|gc) ", found[2] or ""):
+                yield found[1], (found[2] or "").strip()
+
+
+@pytest.mark.parametrize(("job", "arguments"), list(commands()))
+def test_commands_are_understood(job: str, arguments: str) -> None:
+    """All but the file of --config, which is that of somebody's run."""
+    words = shlex.split(re.sub(r"^plan|--config \S+", "", arguments))
+    recipes = {"custom": Config, **IMAGENET_RECIPES, **CIFAR_RECIPES}
+    if job == "search":
+        assert parse(dict.fromkeys(recipes, SearchJob), "custom", words, job) is not None
+    else:
+        assert parse(recipes, "custom", words, job) is not None
 
 
 def dotted(config: Any, prefix: str = "") -> Iterator[str]:
