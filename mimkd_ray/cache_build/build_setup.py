@@ -28,6 +28,7 @@ from mimkd_ray.train.build import build_network, place, plan_student, teacher_au
 from mimkd_ray.train.from_cache.cached_teacher import origin_of
 from mimkd_ray.train.from_cache.fit_codecs import Sight
 from mimkd_ray.train.teacher import Teacher
+from mimkd_ray.train.teacher_head import teacher_head
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,11 @@ class Setup:
             )
         self.config, self.device = config, device
         self.data = data or open_data(config.data)
-        self.network: nn.Module = build_network(config, self.data.num_classes, config.teacher.weights)
-        check_logits(self.network, config.data.image_size, self.data.num_classes)
+        self.head = teacher_head(config, self.data)
+        self.network: nn.Module = build_network(config, self.head.count, config.teacher.weights)
+        check_logits(self.network, config.data.image_size, self.head.count)
         self.origin: Origin = origin_of(config, self.data, self.network, device)
-        self.planned = plan_student(config, self.network, self.data.num_classes)
+        self.planned = plan_student(config, self.network, self.data.num_classes, self.head.shared)
         shapes, vectors, maps = teacher_taps([self.planned])
         for text in config.cache.taps:
             tap, _, kind = text.partition(":")
@@ -109,7 +111,7 @@ class Setup:
         self.vectors, self.maps, self.shapes = tuple(dict.fromkeys(vectors)), tuple(dict.fromkeys(maps)), shapes
         self.entries: list[Entry] = [
             *tap_entries(shapes, self.vectors, self.maps, config.cache),
-            logits_entry(self.data.num_classes, config.cache.logits),
+            logits_entry(self.head.count, config.cache.logits),
             pixels_entry(ROW_BYTES),
         ]
         check_rules(config.cache, [*self.vectors, *self.maps])

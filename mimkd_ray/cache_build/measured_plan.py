@@ -25,7 +25,7 @@ BATCHES = 3
 def measured_plan(setup: Setup) -> Plan:
     """Measure and plan. Reads BATCHES + 1 batches of images, and writes nothing."""
     config = setup.config
-    used = {entry.label for entry in entries_of([setup.planned], setup.network, setup.data.num_classes)}
+    used = {entry.label for entry in entries_of([setup.planned], setup.network, setup.head.count)}
     sizes = tuple(Sized(e, e.row_bytes, e.label in used) for e in setup.entries)
     vectors = sum(s.row_bytes for s in sizes if s.used and s.entry.kind == "vector")
     rows = setup.data.whole.num_rows

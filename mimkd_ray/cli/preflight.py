@@ -13,6 +13,7 @@ from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.distillation import queue_channels
+from mimkd_ray.losses.shared_classes import check_shared
 from mimkd_ray.losses.teacher_queue import check_size
 from mimkd_ray.models.weights_file import FOLDER, HUB, WEB
 from mimkd_ray.taps.dry_checks import build_without_weights, check_logits
@@ -21,6 +22,7 @@ from mimkd_ray.teacher_cache.codec import needs_calibration
 from mimkd_ray.teacher_cache.keys import calibration_url, logits_entry
 from mimkd_ray.train.build import PlannedStudent, build_network, build_student, make_order, plan_taps
 from mimkd_ray.train.from_cache.cached_teacher import entries_of, origin_of, parts_of_run, what_is_missing
+from mimkd_ray.train.teacher_head import teacher_head
 from mimkd_ray.train.worker import first_runs, needs_teacher
 
 NO_FILE = ("random", "published")
@@ -44,8 +46,9 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
     student = build_without_weights(config.student.name, data.num_classes, size)
     check_logits(student, size, data.num_classes, trained=True)
     if needs_teacher(config):
-        teacher = build_without_weights(config.teacher.name, data.num_classes, size)
-        check_logits(teacher, size, data.num_classes, trained=config.teacher.train)
+        head = teacher_head(config, data)
+        teacher = build_without_weights(config.teacher.name, head.count, size)
+        check_logits(teacher, size, head.count, trained=config.teacher.train)
     if config.student.weights not in NO_FILE:
         build_student(config, data.num_classes)
     if not needs_teacher(config):
@@ -55,11 +58,12 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
         for run in first_runs(config)
     ]
     for one in planned:
+        check_shared(one.config.loss, head.shared, data.num_classes)
         check_size(one.config.loss.queue, queue_channels(one.config.loss, one.plan.terms))
-    logits_entry(data.num_classes, config.cache.logits)
+    logits_entry(head.count, config.cache.logits)
     reads = config.cache.reads and not config.teacher.train and config.teacher.weights != "published"
     if reads or config.teacher.weights not in NO_FILE:
-        network = build_network(config, data.num_classes, config.teacher.weights)
+        network = build_network(config, head.count, config.teacher.weights)
         for one in planned if reads else ():
             if one.config.loss.uses_teacher:
                 check_cache(one, data, network)
@@ -71,7 +75,7 @@ def check_cache(planned: PlannedStudent, data: Data, network: nn.Module) -> None
     Reads calibrations, listings and, if something is missing, every key. Hashes the weights.
     """
     config = planned.config
-    entries = entries_of([planned], network, data.num_classes)
+    entries = entries_of([planned], network, teacher_head(config, data).count)
     fitted = [entry for entry in entries if needs_calibration(entry.spec, entry.shape)]
     root, rows = config.cache.root, config.cache.calibration_rows
     here = origin_of(config, data, network, torch.device("cpu"))

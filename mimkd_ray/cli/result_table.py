@@ -30,11 +30,15 @@ def _information(nats: Mapping[str, Mapping[str, float | None]]) -> list[str]:
     return ["mutual information on held-out images:", *lines] if lines else []
 
 
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def _single(result: Mapping[str, Any]) -> str:
     student, teacher = result["student"], result.get("teacher")
     rows = [["", "top-1 %", "top-5 %", "images/s"]]
     if teacher:
-        rows.append([f"teacher {teacher['name']}", f"{teacher['top1']:.2f}", f"{teacher['top5']:.2f}", ""])
+        rows.append([f"teacher {teacher['name']}", _percent(teacher["top1"]), _percent(teacher["top5"]), ""])
     rate = f"{result['images_per_second']:.0f}"
     rows.append([f"student {student['name']}", f"{student['top1']:.2f}", f"{student['top5']:.2f}", rate])
     return "\n".join([_columns(rows), *_information(result["nats"])])
@@ -44,7 +48,7 @@ def _comparison(result: Mapping[str, Any]) -> str:
     rows = [["", "top-1 %", "against alone", "better in", "images/s"]]
     teacher = result.get("teacher")
     if teacher:
-        rows.append([f"teacher {teacher['name']}", f"{teacher['top1']:.2f}", "", "", ""])
+        rows.append([f"teacher {teacher['name']}", _percent(teacher["top1"]), "", "", ""])
     for arm, value in result["compare"].items():
         spread = "" if value["sd"] is None else f" ± {value['sd']:.2f}"
         gain, wins = "", ""

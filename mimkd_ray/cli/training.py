@@ -59,7 +59,12 @@ def absolute(config: C) -> C:
     return replace(
         config,
         data=replace(config.data, root=full(config.data.root, "digits"), store=full(config.data.store, "")),
-        teacher=replace(config.teacher, name=network(config.teacher.name), weights=weights(config.teacher.weights)),
+        teacher=replace(
+            config.teacher,
+            name=network(config.teacher.name),
+            weights=weights(config.teacher.weights),
+            classes=full(config.teacher.classes) if isinstance(config.teacher.classes, str) else config.teacher.classes,
+        ),
         student=replace(config.student, name=network(config.student.name), weights=weights(config.student.weights)),
         cache=replace(config.cache, root=full(config.cache.root, "")),
         run=replace(config.run, root=full(config.run.root)),

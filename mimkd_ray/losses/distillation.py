@@ -38,6 +38,7 @@ from mimkd_ray.losses.methods.crd import TrainingRows
 from mimkd_ray.losses.methods.kd import kd_loss
 from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.losses.precision import full_precision
+from mimkd_ray.losses.shared_classes import SharedClasses, columns
 from mimkd_ray.losses.teacher_queue import NO_LABEL, TeacherQueue
 from mimkd_ray.losses.terms import Candidates, Objective, Term, inputs_of, score_term, vector_of
 
@@ -109,15 +110,24 @@ class MIMKDLoss(nn.Module):
     Training calls :meth:`observe` with every lane and :meth:`after_step` after the optimiser's step.
     """
 
+    teacher_S: Tensor
+    student_S: Tensor
+
     def __init__(
         self,
         config: LossConfig,
         terms: Sequence[Term],
         rivals: Sequence[RivalPlan] = (),
         rows: TrainingRows | None = None,
+        shared: SharedClasses | None = None,
     ) -> None:
-        """Build critics, queue and rivals. ``rows`` are those of the training set, for a rival with a memory bank."""
+        """Build critics, queue and rivals. ``rows`` are those of the training set, for a rival with a memory bank.
+        ``shared``: the classes whose logits are compared, if the teacher's are not the student's."""
         super().__init__()
+        self.shares_some = shared is not None
+        if shared is not None:
+            self.register_buffer("teacher_S", columns(shared.of_teacher), persistent=False)
+            self.register_buffer("student_S", columns(shared.of_data), persistent=False)
         self.config = config
         self.plan = tuple(terms)
         if len({term.name for term in terms}) != len(terms):
@@ -235,7 +245,8 @@ class MIMKDLoss(nn.Module):
             log["ce"] = ce.detach()
             if config.resolved_kd_weight:
                 assert teacher is not None, "KD has a weight and no teacher was given"
-                kd = kd_loss(student.logits_BC, teacher.logits_BC, config.kd_temperature)
+                of_teacher, of_student = self._compared(teacher, student)
+                kd = kd_loss(of_student.logits_BC, of_teacher.logits_BC, config.kd_temperature)
                 parts["kd"] = config.resolved_kd_weight * kd
                 log["kd"] = kd.detach()
             if self.plan:
@@ -250,13 +261,22 @@ class MIMKDLoss(nn.Module):
                     log.update({f"{term.name}/{key}": value for key, value in stats.items()})
             for method, rival in zip(self.methods, self.rivals, strict=True) if not reading else ():
                 assert teacher is not None, "the loss has rivals and no teacher was given"
-                loss = rival(teacher, student, labels_B, ids_B)
+                reads = self._compared(teacher, student) if RIVALS[method].logits else (teacher, student)
+                loss = rival(*reads, labels_B, ids_B)
                 weight = config.weight_of(method) * (self.warmth if RIVALS[method].warms_up else 1.0)
                 parts[f"rival/{method}"] = weight * loss
                 log[f"rival/{method}"] = loss.detach()
         total = torch.stack(list(parts.values())).sum()
         log["loss"] = total.detach()
         return LossOutput(total, parts, log)
+
+    def _compared(self, teacher: Features, student: Features) -> tuple[Features, Features]:
+        """Return both with the logits of the classes that they share, in one order."""
+        if not self.shares_some:
+            return teacher, student
+        of_teacher = teacher.logits_BC.index_select(1, self.teacher_S)
+        of_student = student.logits_BC.index_select(1, self.student_S)
+        return teacher._replace(logits_BC=of_teacher), student._replace(logits_BC=of_student)
 
     def _train(
         self, term: Term, critic: Critic, teacher: Features, student: Features, labels_B: Tensor, ids_B: Tensor

@@ -119,7 +119,8 @@ def class_mismatch(source: str, found: int, num_classes: int) -> str:
     """Return the message for weights whose classifier has another number of classes than the data."""
     return (
         f"weights {source} have {found} classes, the data has {num_classes}: "
-        f"pass --data.num-classes {found} or other weights"
+        f"pass --data.num-classes {found} or other weights, or for a teacher with classes of its own --teacher.classes "
+        f"{found}"
     )
 
 

@@ -21,6 +21,7 @@ from mimkd_ray.search.tap_candidates import find_candidates, widest
 from mimkd_ray.search.trial_folders import Ended, Ledger, Planned, point_of, with_point
 from mimkd_ray.search.trials import Trial, ranked, write_trials
 from mimkd_ray.train.records.run_dir import read_json, write_json
+from mimkd_ray.train.teacher_head import teacher_head
 
 MAY_CHANGE = ("trials", "hours", "gpu_hours", "concurrent", "retries", "finalists", "seeds", "loggers")
 """Fields of the search's config that may differ when it is resumed: budgets, and how trials run."""
@@ -82,7 +83,9 @@ class Search:
         """Open the folder of a search. Raises UserError if it holds a search that differs in more than its budget."""
         self.job, self.config, self.folder = job, job.search, folder
         self.base = trial_config(job)
-        self.candidates = find_candidates(self.base, open_data(self.base.data).num_classes)
+        data = open_data(self.base.data)
+        of_teacher = teacher_head(self.base, data).count
+        self.candidates = find_candidates(self.base, data.num_classes, of_teacher)
         self.build: Callable[[Suggest], Config] = compose(spaces, self.base, self.candidates)
         claim(job, folder)
         self.ledger = Ledger(folder)

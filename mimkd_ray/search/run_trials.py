@@ -28,6 +28,7 @@ from mimkd_ray.train.out_of_memory import is_out_of_memory
 from mimkd_ray.train.packed import Member, train_pack
 from mimkd_ray.train.records.outcomes import Failed, Outcome, Stopped
 from mimkd_ray.train.start_times import StartTimes
+from mimkd_ray.train.teacher_head import teacher_head
 from mimkd_ray.train.worker import obtain_teacher
 
 Tell = Callable[[Mapping[int, Mapping[str, Any]]], None]
@@ -96,7 +97,8 @@ def prepare(config: Config, folder: str, device: torch.device) -> None:
     context = TrialContext(device, lambda _: None)
     data, teacher, _ = _opened.get(config, context, folder)
     if config.cache.reads:
-        open_cached([plan_student(config, teacher, data.num_classes)], data, teacher, context, folder)
+        planned = plan_student(config, teacher, data.num_classes, teacher_head(config, data).shared)
+        open_cached([planned], data, teacher, context, folder)
 
 
 def run_trials(

@@ -26,10 +26,11 @@ DRAWS = 512
 V = TypeVar("V", bound=Value)
 
 
-def find_candidates(config: Config, num_classes: int) -> Candidates:
+def find_candidates(config: Config, num_classes: int, of_teacher: int = 0) -> Candidates:
     """The candidate pairs of teacher and student: those that the config names, else their stages, deepest with deepest
-    and with those one stage apart, where the student's map is at most 16x16. Builds both without memory."""
-    teacher = build_without_weights(config.teacher.name, num_classes, config.data.image_size)
+    and with those one stage apart, where the student's map is at most 16x16. Builds both without memory.
+    ``of_teacher``: the classes of its head, if it has others."""
+    teacher = build_without_weights(config.teacher.name, of_teacher or num_classes, config.data.image_size)
     student = build_without_weights(config.student.name, num_classes, config.data.image_size)
     teacher_stages = default_taps(teacher, config.data.image_size)
     student_stages = default_taps(student, config.data.image_size)

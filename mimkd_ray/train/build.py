@@ -18,6 +18,7 @@ from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.methods.build_method import RivalPlan
 from mimkd_ray.losses.methods.crd import TrainingRows
 from mimkd_ray.losses.methods.registry import RIVALS
+from mimkd_ray.losses.shared_classes import SharedClasses, check_shared
 from mimkd_ray.losses.terms import LOGITS, Term
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.seeds import derive
@@ -205,10 +206,15 @@ class PlannedStudent:
     config: Config
     student: nn.Module
     plan: TapPlan
+    shared: SharedClasses | None = None
+    """Classes whose logits are compared; None: all, which the teacher has in the data's order."""
 
 
-def plan_student(config: Config, teacher: nn.Module | None, num_classes: int) -> PlannedStudent:
-    """Build the student of a run and choose its taps, once for the run. ``teacher`` is None where the loss needs none.
+def plan_student(
+    config: Config, teacher: nn.Module | None, num_classes: int, shared: SharedClasses | None = None
+) -> PlannedStudent:
+    """Build the student of a run and choose its taps, once for the run. ``teacher`` is None where the loss needs none;
+    ``shared``: the classes that it has in common with the data, if its own are others.
 
     Runs both networks dry. Raises UserError for a network that does not exist, for layers that do not fit, and for a
     rival that needs more classes than the data has.
@@ -219,11 +225,12 @@ def plan_student(config: Config, teacher: nn.Module | None, num_classes: int) ->
                 f"loss.name has {method}, which compares the label with the other classes, and the data has "
                 f"{num_classes} class: choose another loss, or set --data.num-classes"
             )
+    check_shared(config.loss, shared, num_classes)
     student = build_student(config, num_classes)
     if teacher is None:
         return PlannedStudent(config, student, TapPlan())
     return PlannedStudent(
-        config, student, plan_taps(config.loss, teacher, student, config.data.image_size, config.cache)
+        config, student, plan_taps(config.loss, teacher, student, config.data.image_size, config.cache), shared
     )
 
 
@@ -232,7 +239,7 @@ def build_distiller(planned: PlannedStudent, train: Source, device: torch.device
     config, plan = planned.config, planned.plan
     # Seeded again, so that the critics' start does not depend on the student's size.
     torch.manual_seed(derive(config.train.seed, "critics"))
-    loss = MIMKDLoss(config.loss, plan.terms, plan.rivals, training_rows(config.loss, train))
+    loss = MIMKDLoss(config.loss, plan.terms, plan.rivals, training_rows(config.loss, train), planned.shared)
     vectors, maps = plan.student_taps()
     autocast = autocast_dtype(config.train, device)
     distiller = StudentModule(planned.student, plan.student_shapes, vectors, maps, loss, autocast)

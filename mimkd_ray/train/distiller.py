@@ -28,8 +28,10 @@ from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features, Others
 from mimkd_ray.losses.methods.registry import RIVALS
+from mimkd_ray.losses.shared_classes import SharedClasses, check_shared
 from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.taps.tapped_model import TappedModel
+from mimkd_ray.taps.tracing import dry_run
 from mimkd_ray.train.build import TapPlan, plan_taps
 from mimkd_ray.train.distributed import gather_lanes, is_distributed
 from mimkd_ray.train.teacher import canonical
@@ -240,6 +242,9 @@ def distill(
     _check(teacher, student, loss, steps, epoch_steps)
     check_logits(teacher, image_size)
     check_logits(student, image_size, trained=True)
+    widths = [dry_run(network, image_size).logits.shape[1] for network in (teacher, student)]
+    if widths[0] != widths[1]:
+        check_shared(loss, SharedClasses(), widths[1])
     return Distiller(teacher, student, plan_taps(loss, teacher, student, image_size), loss, steps, epoch_steps)
 
 

@@ -38,6 +38,7 @@ from mimkd_ray.train.records.run_dir import jsonable, read_metrics, write_json
 from mimkd_ray.train.run_record import Run
 from mimkd_ray.train.step import StepRecord
 from mimkd_ray.train.student import Student, evaluate_together
+from mimkd_ray.train.teacher_head import teacher_head
 
 FEWEST_CHECKPOINTS = 2
 """That a member keeps: a kill may come when some have committed a step and others only the one before."""
@@ -145,7 +146,9 @@ def _planned(member: Member, data: Data, teacher: nn.Module | None) -> PlannedSt
     """Plan the student of a member. Returns its outcome where student or taps are wrong, or memory is short."""
     config = member.config
     try:
-        return plan_student(config, teacher if config.loss.uses_teacher else None, data.num_classes)
+        if teacher is None or not config.loss.uses_teacher:
+            return plan_student(config, None, data.num_classes)
+        return plan_student(config, teacher, data.num_classes, teacher_head(config, data).shared)
     except UserError as error:
         return Failed(error)
     except Exception as error:

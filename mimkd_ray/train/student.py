@@ -33,6 +33,7 @@ from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.step import StepRecord, optimisation_step, seed_lane
 from mimkd_ray.train.student_module import LaneNorms, StudentModule, data_parallel
+from mimkd_ray.train.teacher_head import teacher_head
 
 
 class Student:
@@ -198,7 +199,7 @@ def lone_student(
     ``teacher`` is None where the loss needs none. ``run_dir`` keeps the numbers of codecs that are fitted without a
     cache; a config without codecs needs none. Every worker calls it.
     """
-    planned = plan_student(config, teacher, data.num_classes)
+    planned = plan_student(config, teacher, data.num_classes, teacher_head(config, data).shared if teacher else None)
     cached = open_cached([planned], data, teacher, context, run_dir)
     context.times.mark("cache")
     return Student(planned, Inputs([planned], data, teacher, context, cached))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from mimkd_ray import storage
 from mimkd_ray.config import CompareConfig, Config, LossConfig, ModelConfig
@@ -14,6 +16,8 @@ from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.loading.loader import eval_batches
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.own_dataset import OwnData
+from mimkd_ray.data.sources.source import Source, SubsetSource
+from mimkd_ray.losses.shared_classes import SharedClasses
 from mimkd_ray.models.outputs import logits_from
 from mimkd_ray.models.weights_file import shown
 from mimkd_ray.train.build import build_network, parameter_dtype, place, uses_channels_last
@@ -26,6 +30,7 @@ from mimkd_ray.train.records.outcomes import begin
 from mimkd_ray.train.records.run_dir import read_json, write_json
 from mimkd_ray.train.student_module import Normalizer
 from mimkd_ray.train.teacher import check_accuracy, weights_digest
+from mimkd_ray.train.teacher_head import teacher_head
 
 NO_TEACHER = LossConfig(name=())
 """Cross-entropy alone."""
@@ -91,30 +96,40 @@ def obtain_teacher(
         own = teacher_config(config)
         train(own, open_data(own.data, data.own), None, context, folder)
         weights = storage.join(folder, "student.safetensors")
-    model = build_network(config, data.num_classes, weights)
+    head = teacher_head(config, data)
+    model = build_network(config, head.count, weights)
     digest = weights_digest(model)
     place(model, config.train, context.device).eval().requires_grad_(False)
     url = storage.join(run_dir, "teacher.json")
     known = share_from_first(read_json(url) if context.rank == 0 else None)
     if known is None or (known["sha256"], known["data"]) != (digest, data.digest):
-        known = {"name": teacher.name, "weights": shown(weights), **measure(model, config, data, context)}
+        known = {"name": teacher.name, "weights": shown(weights), **measure(model, config, data, context, head.shared)}
         known |= {"sha256": digest, "data": data.digest}
         if context.rank == 0:
             write_json(url, known)
-    say(
-        context,
-        f"teacher {teacher.name} ({shown(weights)}): top-1 {known['top1']:.2f} % on {known['rows']} held-out images",
-    )
-    check_accuracy(teacher, known["top1"], known["rows"])
+    if known["top1"] is not None:
+        said = f"top-1 {known['top1']:.2f} % on {known['rows']} held-out images"
+        say(context, f"teacher {teacher.name} ({shown(weights)}): {said}")
+        check_accuracy(teacher, known["top1"], known["rows"])
     return model, {"teacher": known}
 
 
-def measure(model: nn.Module, config: Config, data: Data, context: Context) -> dict[str, Any]:
-    """Held-out top-1 and top-5 of a network, in percent, over all workers."""
+def measure(
+    model: nn.Module, config: Config, data: Data, context: Context, shared: SharedClasses | None = None
+) -> dict[str, Any]:
+    """Held-out top-1 and top-5 of a teacher, in percent, over all workers; None where its classes are not the data's.
+    Of ``shared`` classes: over the images of these and among these."""
+    held_out: Source = data.val
+    logits_of: Callable[[Tensor], Tensor] = partial(logits_from, model)
+    if shared is not None:
+        held_out = SubsetSource(data.val, np.flatnonzero(np.isin(data.val.labels(), shared.of_data)))
+        if not held_out.num_rows:
+            return {"top1": None, "top5": None, "rows": 0}
+        logits_of = partial(_as_data, model, shared, data.num_classes)
     layout = uses_channels_last(config.train, context.device)
     normalize = Normalizer(config.data.mean, config.data.std, context.device, parameter_dtype(config.train), layout)
     batches = eval_batches(
-        data.val,
+        held_out,
         make_pipeline(config.data.pipeline, config.data.image_size).eval,
         rank=context.rank,
         world_size=context.world_size,
@@ -122,7 +137,9 @@ def measure(model: nn.Module, config: Config, data: Data, context: Context) -> d
         loader_workers=config.data.loader_workers,
         read_ahead=config.data.read_ahead,
     )
-    measured = accuracy(
-        partial(logits_from, model), batches, normalize, config.data.max_damaged, held_out_name(config.data)
-    )
+    measured = accuracy(logits_of, batches, normalize, config.data.max_damaged, held_out_name(config.data))
     return {"top1": measured.top1, "top5": measured.top5, "rows": measured.rows}
+
+
+def _as_data(model: nn.Module, shared: SharedClasses, num_classes: int, images_BCHW: Tensor) -> Tensor:
+    return shared.teacher_as_data(logits_from(model, images_BCHW), num_classes)

@@ -28,6 +28,7 @@ from mimkd_ray.train.distributed import Context, barrier, share_from_first
 from mimkd_ray.train.from_cache.fit_codecs import Sight, fit
 from mimkd_ray.train.from_cache.missing_features import Wanted, explain
 from mimkd_ray.train.teacher import weights_digest
+from mimkd_ray.train.teacher_head import teacher_head
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ def origin_of(config: Config, data: Data, network: nn.Module, device: torch.devi
     )
 
 
-def entries_of(planned: Sequence[PlannedStudent], network: nn.Module, num_classes: int) -> list[Entry]:
-    """The entries that the students' losses read: one student, or those of a pack, which share the cache. Raises
-    UserError for a codec of no tap."""
+def entries_of(planned: Sequence[PlannedStudent], network: nn.Module, classes: int) -> list[Entry]:
+    """The entries that the students' losses read: one student, or those of a pack, which share the cache. ``classes``
+    are the teacher's. Raises UserError for a codec of no tap."""
     shapes, vectors, maps = teacher_taps(planned)
     cache = planned[0].config.cache
     entries = tap_entries(shapes, vectors, maps, cache)
@@ -68,7 +69,7 @@ def entries_of(planned: Sequence[PlannedStudent], network: nn.Module, num_classe
     others = [name for name in named if layer_of(name) in layers]
     check_rules(cache, [*(entry.tap for entry in entries), *others])
     with_logits = any(one.config.loss.uses_logits for one in planned)
-    return [*entries, logits_entry(num_classes, cache.logits)] if with_logits else entries
+    return [*entries, logits_entry(classes, cache.logits)] if with_logits else entries
 
 
 def parts_of_run(
@@ -90,7 +91,7 @@ def open_cached(
     config = planned[0].config
     if network is None or not config.cache.codes:
         return None
-    entries = entries_of(planned, network, data.num_classes)
+    entries = entries_of(planned, network, teacher_head(config, data).count)
     origin = origin_of(config, data, network, context.device)
     place = config.cache.root or run_dir
     fitted = [entry for entry in entries if needs_calibration(entry.spec, entry.shape)]

@@ -24,6 +24,7 @@ from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
 from mimkd_ray.train.build import build_network
 from mimkd_ray.train.student import lone_student
+from mimkd_ray.train.teacher_head import teacher_head
 from mimkd_ray.train.worker import run_job
 
 STEPS = 4
@@ -37,7 +38,7 @@ def live(config: Config) -> Config:
 def walk(config: Config, run_dir: Path) -> dict[str, Any]:
     """Some steps over both epochs: what each lane was fed, the losses, and the first gradient."""
     data = open_data(config.data)
-    network = build_network(config, data.num_classes, config.teacher.weights)
+    network = build_network(config, teacher_head(config, data).count, config.teacher.weights)
     student = lone_student(config, data, network, cpu(), str(run_dir))
     seen: dict[str, Any] = {"features": [], "losses": [], "samples": []}
     real = student.inputs.step
@@ -112,6 +113,22 @@ def test_cached_is_live_up_to_rounding(tmp_path: Path, name: str, pipeline: str)
     assert relative(ours["gradient"], theirs["gradient"]) < of_gradient
     if name == "uint8":
         assert found > 1e-4, "uint8 does round"
+
+
+@pytest.mark.parametrize("brought", ["classes"])
+def test_what_teachers_bring_is_the_same_cached_and_live(tmp_path: Path, brought: str) -> None:
+    """Classes of its own, of which four are the data's: a cache has all of its logits."""
+    names = tmp_path / "names.txt"
+    names.write_text("zero\n3\nseven\n5\n1\n12\n8\n")
+    sections: dict[str, dict[str, Any]] = {"classes": {"teacher": {"classes": str(names)}}}[brought]
+    sections |= {"cache": {"codecs": ("maps=fp32", "vectors=fp32")}}
+    config = cached_config(tmp_path / "cache", **sections)
+    build_here(config)
+    preflight(config)
+    ours, theirs = walk(config, tmp_path / "a"), walk(live(config), tmp_path / "b")
+    assert ours["features"][0].logits_BC.shape[1] == (7 if brought == "classes" else 10)
+    assert worst_difference(ours["features"], theirs["features"]) < 1e-3, "logits are fp16"
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
 
 
 def test_a_queue_is_the_same_cached_and_live(tmp_path: Path) -> None:

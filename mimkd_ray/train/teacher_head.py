@@ -1,0 +1,67 @@
+"""What the teacher's head means: its number of classes, and which of them the data has too (``teacher.classes``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mimkd_ray import storage
+from mimkd_ray.config import Config
+from mimkd_ray.data.sources.data_set import Data
+from mimkd_ray.errors import UserError
+from mimkd_ray.losses.shared_classes import SharedClasses, match
+from mimkd_ray.models.weights import say_once
+
+
+@dataclass(frozen=True)
+class TeacherHead:
+    """The teacher's last layer."""
+
+    count: int
+    """Its classes."""
+    shared: SharedClasses | None = None
+    """Which of them the data has too; None: they are the data's, in its order."""
+
+
+def teacher_head(config: Config, data: Data) -> TeacherHead:
+    """The head of a run's teacher. Reads the file of names, if there is one; says once what teacher and data share.
+
+    Raises UserError for a file that cannot be read, and for a check of the accuracy that cannot be made.
+    """
+    classes = config.teacher.classes
+    if not config.teacher.has_own_classes or classes == data.num_classes:
+        return TeacherHead(data.num_classes)
+    name = config.teacher.name
+    if isinstance(classes, int):
+        head, seen = TeacherHead(classes, SharedClasses()), f"{classes} classes of its own"
+    else:
+        names = _read(classes)
+        if tuple(names) == data.classes:
+            return TeacherHead(data.num_classes)
+        head = TeacherHead(len(names), match(names, data.classes))
+        assert head.shared is not None
+        seen = f"{len(names)} classes, {len(head.shared.of_data)} of the data's {data.num_classes} among them"
+    assert head.shared is not None
+    if not head.shared.of_data:
+        if config.teacher.expect_top1:
+            raise UserError(
+                f"teacher {name} has {seen}, so that its top-1 on this data means nothing, and teacher.expect_top1 is "
+                f"{config.teacher.expect_top1:g}: pass --teacher.expect-top1 0"
+            )
+        say_once(f"teacher {name} has {seen}: its features are used; KD and the check of its top-1 are off")
+    elif len(head.shared.of_data) < data.num_classes:
+        say_once(f"teacher {name} has {seen}: KD and the check of its top-1 are of those alone")
+    return head
+
+
+def _read(url: str) -> list[str]:
+    try:
+        text = storage.read_bytes(url).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"teacher.classes {url} cannot be read ({type(error).__name__}): give the number of the teacher's classes, "
+            "or a text file with their names, one a line"
+        ) from error
+    names = [line.strip() for line in text.strip("\n").splitlines()]
+    if not all(names) or not names:
+        raise UserError(f"teacher.classes {url} has {len(names)} lines, and an empty one: give a name on each line")
+    return names

@@ -1,0 +1,127 @@
+"""A teacher with classes of its own: features are used as they are, logits are compared over the classes in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_run import cpu, run_tiny, tiny_config, tiny_data
+
+from mimkd_ray.cli.preflight import preflight
+from mimkd_ray.config import Config, LossConfig
+from mimkd_ray.errors import UserError
+from mimkd_ray.losses.distillation import MIMKDLoss
+from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.methods.base import RivalTaps
+from mimkd_ray.losses.methods.build_method import RivalPlan
+from mimkd_ray.losses.shared_classes import SharedClasses, match
+from mimkd_ray.models.weights import say_once
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train.distiller import distill
+from mimkd_ray.train.student import lone_student
+
+NAMES = ["zero", "3", "seven", "5", "1", "12", "8"]
+"""Of a teacher's seven classes; the digits' are "0" to "9"."""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said() -> None:
+    say_once.cache_clear()
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> str:
+    path = tmp_path / "names.txt"
+    path.write_text("\n".join(NAMES) + "\n")
+    return str(path)
+
+
+def test_classes_are_paired_by_their_names() -> None:
+    teacher = ["tench, Tinca tinca", "crane", "crane, machine", "Great White-Shark", "ice_cream"]
+    found = match(teacher, ["Ice cream", "tinca tinca", "crane", "dog", "great white shark"])
+    assert found == SharedClasses((4, 0, 1, 3), (0, 1, 2, 4)), "'crane' is the whole name of one class alone"
+    assert match(["a, x", "b, x"], ["x"]) == SharedClasses(), "two classes could be meant"
+    assert match(["a, b"], ["a", "b"]) == SharedClasses(), "one class cannot be two"
+
+
+def test_kd_is_of_the_shared_classes_alone() -> None:
+    """KD and DIST against the same losses of networks that have the shared classes only; other columns do not count."""
+    shared = SharedClasses((4, 1, 3, 6), (1, 3, 5, 8))
+    teacher_BT, student_BC, labels_B = torch.randn(6, 7), torch.randn(6, 10), torch.arange(6)
+    config = LossConfig(name=("kd", "dist"), kd_weight=0.3)
+
+    def kd_and_dist(loss: MIMKDLoss, teacher: torch.Tensor, student: torch.Tensor) -> tuple[float, float]:
+        log = loss(Features(teacher, {}, {}), Features(student, {}, {}), labels_B, labels_B).log
+        return float(log["kd"]), float(log["rival/dist"])
+
+    dist = [RivalPlan("dist", RivalTaps())]
+    some = kd_and_dist(MIMKDLoss(config, (), dist, shared=shared), teacher_BT, student_BC)
+    oracle = MIMKDLoss(config, (), dist)
+    small = (
+        F.pad(student_BC[:, [1, 3, 5, 8]], (0, 6), value=-1e9),
+        F.pad(teacher_BT[:, [4, 1, 3, 6]], (0, 6), value=-1e9),
+    )
+    assert some[0] == pytest.approx(kd_and_dist(oracle, small[1], small[0])[0], rel=1e-5)
+    changed = teacher_BT.clone()
+    changed[:, [0, 2, 5]] += 3
+    assert kd_and_dist(MIMKDLoss(config, (), dist, shared=shared), changed, student_BC) == some
+    assert some[1] > 0
+
+
+def test_a_run_with_a_teacher_of_other_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By number alone: features train the student, and nothing is said of the teacher's top-1."""
+    preflight(tiny_config(teacher={"classes": 1000}))
+    result = run_tiny(tmp_path / "run", teacher={"classes": "1000"})
+    assert result["teacher"] | {"top1": None, "top5": None, "rows": 0} == result["teacher"]
+    assert result["nats"]
+    assert [m for m in caplog.messages if "1000 classes of its own" in m] == [
+        "teacher cifar/resnet8 has 1000 classes of its own: its features are used; KD and the check of its top-1 are off"
+    ]
+
+
+def test_kd_from_a_file_of_names(tmp_path: Path, names: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The teacher is judged on the images of the shared classes."""
+    sections: dict[str, dict[str, Any]] = {"teacher": {"classes": names}, "loss": {"kd_weight": 0.5}}
+    result = run_tiny(tmp_path / "run", **sections)
+    data = tiny_data()
+    shared = {1, 3, 5, 8}
+    assert result["teacher"]["rows"] == sum(int(label) in shared for label in data.val.labels())
+    assert any("7 classes, 4 of the data's 10 among them" in line for line in caplog.messages)
+    network = build_model("cifar/resnet8", 7)
+    student = lone_student(tiny_config(**sections), data, network, cpu())
+    student.inputs.start(0)
+    assert float(student.step(0).log["kd"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("sections", "match"),
+    [
+        ({"teacher": {"classes": 7}, "loss": {"kd_weight": 1.0}}, r"have 0 in common, and KD .*--teacher.classes FILE"),
+        ({"teacher": {"classes": 7, "expect_top1": 70.0}}, r"its top-1 on this data means nothing"),
+        ({"teacher": {"classes": "NAMES"}, "loss": {"name": ("dkd",)}}, r"dkd .*6 of the data's 10 classes are not"),
+        ({"teacher": {"classes": "no/such/file"}}, r"no/such/file cannot be read"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(
+    names: str, sections: dict[str, dict[str, Any]], match: str
+) -> None:
+    if sections["teacher"]["classes"] == "NAMES":
+        sections["teacher"]["classes"] = names
+    with pytest.raises(UserError, match=match):
+        preflight(tiny_config(**sections))
+
+
+def test_own_loops_refuse_kd_from_other_classes() -> None:
+    networks = build_model("cifar/resnet8", 7), build_model("cifar/resnet8_w4", 10)
+    with pytest.raises(UserError, match="have 0 in common"):
+        distill(*networks, 32, LossConfig(preset="best"))
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    assert torch.isfinite(distill(*networks, 32, LossConfig())(images, labels).total)
+
+
+def test_a_teacher_that_is_trained_has_the_classes_of_the_data() -> None:
+    with pytest.raises(UserError, match=r"teacher.train is true"):
+        Config(teacher=tiny_config(teacher={"train": True, "classes": 5}).teacher)
