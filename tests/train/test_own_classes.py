@@ -60,11 +60,9 @@ def test_kd_is_of_the_shared_classes_alone() -> None:
     dist = [RivalPlan("dist", RivalTaps())]
     some = kd_and_dist(MIMKDLoss(config, (), dist, shared=shared), teacher_BT, student_BC)
     oracle = MIMKDLoss(config, (), dist)
-    small = (
-        F.pad(student_BC[:, [1, 3, 5, 8]], (0, 6), value=-1e9),
-        F.pad(teacher_BT[:, [4, 1, 3, 6]], (0, 6), value=-1e9),
-    )
-    assert some[0] == pytest.approx(kd_and_dist(oracle, small[1], small[0])[0], rel=1e-5)
+    of_teacher, of_student = teacher_BT[:, [4, 1, 3, 6]], student_BC[:, [1, 3, 5, 8]]
+    padded = [F.pad(logits, (0, 6), value=-1e9) for logits in (of_teacher, of_student)]
+    assert some[0] == pytest.approx(kd_and_dist(oracle, *padded)[0], rel=1e-5)
     changed = teacher_BT.clone()
     changed[:, [0, 2, 5]] += 3
     assert kd_and_dist(MIMKDLoss(config, (), dist, shared=shared), changed, student_BC) == some
@@ -78,7 +76,8 @@ def test_a_run_with_a_teacher_of_other_classes(tmp_path: Path, caplog: pytest.Lo
     assert result["teacher"] | {"top1": None, "top5": None, "rows": 0} == result["teacher"]
     assert result["nats"]
     assert [m for m in caplog.messages if "1000 classes of its own" in m] == [
-        "teacher cifar/resnet8 has 1000 classes of its own: its features are used; KD and the check of its top-1 are off"
+        "teacher cifar/resnet8 has 1000 classes of its own: its features are used; KD and the check of its top-1 are "
+        "off"
     ]
 
 
