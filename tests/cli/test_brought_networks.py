@@ -17,6 +17,7 @@ from mimkd_ray.config import ModelConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.models.zoo import build_model
+from mimkd_ray.secret_urls import redacted
 from mimkd_ray.train.build import build_network, build_student
 
 
@@ -36,7 +37,7 @@ def test_places_are_absolute_and_names_of_the_hub_stay(tmp_path: Path, monkeypat
         "published": "published",
     }.items():
         config = tiny_config(teacher={"weights": given})
-        assert absolute(config).teacher.weights == found
+        assert absolute(config).teacher.weights == redacted(found)
     for given, found in {
         "local-dir:nets/a": f"local-dir:{here}/nets/a",
         "timm/local-dir:nets/a": f"timm/local-dir:{here}/nets/a",
