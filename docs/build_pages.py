@@ -58,7 +58,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if "://" in target:
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-        if path.startswith("examples/"):
+        if path.startswith("examples/") and path.endswith(".py"):
             return f"[{text}](examples.md#{posixpath.basename(path).replace('.', '')})"
         there = COPIED.get(path) or path.removeprefix("docs/")
         if files.get_file_from_path(there) is None and (ROOT / path).exists():

@@ -37,6 +37,12 @@ def place(typed: str) -> str:
     return _local(typed)
 
 
+def is_function(typed: str) -> bool:
+    """Say whether `typed` is `package.module:function` and no place."""
+    module, _, _ = typed.partition(":")
+    return bool(re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", typed)) and module not in (*_STORES, "file")
+
+
 def _local(path: str) -> str:
     if "://" in path:  # protocols in a chain, such as simplecache::s3://bucket/file
         return path.rstrip("/")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,6 +46,37 @@ def test_own_dataset(example: Any, tmp_path: Path) -> None:
     result = module.main(str(tmp_path), epochs=2)
     assert result["student"]["top1"] > 50
     assert module.main(str(tmp_path), epochs=2) == result, "the same call finds its run again"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_own_dataset_on_ray(example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES), prepend=os.pathsep)  # Ray gives workers the folder of a script
+    result = example("own_dataset_on_ray").main(str(tmp_path), epochs=2)
+    assert result["student"]["top1"] > 20  # a tenth by chance; two epochs
+    assert result["workers"] == 2
+
+
+def test_vit_to_mobilenet(example: Any) -> None:
+    of_teacher, of_student = example("vit_to_mobilenet").main(epochs=1)
+    assert of_teacher > 30
+    assert of_student > 30
+
+
+@pytest.mark.slow
+def test_the_notebook() -> None:
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install nbclient ipykernel")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install nbclient ipykernel")
+    notebook = nbformat.read(EXAMPLES / "demo.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "committed without outputs"
+    nbclient.NotebookClient(notebook, timeout=250, kernel_name="python3").execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.get("text", "") for output in outputs)
+    top1 = {name: float(found) for name, found in re.findall(r"(\w+): ([\d.]+) %", printed)}
+    assert top1["teacher"] > 95
+    assert top1["MIMKD"] > top1["alone"] + 3
+    plots = [output for output in outputs if "application/vnd.plotly.v1+json" in output.get("data", {})]
+    assert [len(plot["data"]["application/vnd.plotly.v1+json"]["data"]) for plot in plots] == [3, 3]
 
 
 def same_state(found: dict[str, Any], expected: torch.nn.Module) -> bool:

@@ -19,7 +19,7 @@ from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.weights_file import FOLDER, HUB
 from mimkd_ray.on_ray import environment
-from mimkd_ray.places import NAME_BYTES, check_name
+from mimkd_ray.places import NAME_BYTES, check_name, is_function
 from mimkd_ray.train.distributed import ask_first
 from mimkd_ray.train.records import run_files
 from mimkd_ray.train.records.outcomes import claim, find_result
@@ -46,7 +46,7 @@ def absolute(config: C) -> C:
     """Return the config with its places as any process needs them (places.py); Ray's workers start elsewhere."""
 
     def full(path: str, *names: str) -> str:
-        return path if path in names else storage.absolute(path)
+        return path if path in names or is_function(path) else storage.absolute(path)
 
     def network(text: str) -> str:
         """A weights file, or the name of a network: a folder that holds one is a path too."""
@@ -105,7 +105,7 @@ def _with_given(config: Config, given: OwnData) -> Config:
         raise UserError(
             f"data sets were given as objects of this process, and launch.backend is {config.launch.backend}, whose "
             "workers run in processes of their own: pass LaunchConfig(backend='local'), with torchrun for several "
-            "workers, or prepare the images as files (jobs/prepare_data.py)"
+            "workers, or --data.root package.module:function, which every worker calls"
         )
     if config.cache.reads:
         raise UserError(

@@ -17,7 +17,7 @@ from mimkd_ray.config.teacher import TeacherConfig
 from mimkd_ray.config.train import TrainConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.methods.registry import RIVALS
-from mimkd_ray.places import NAME_BYTES, check_name
+from mimkd_ray.places import NAME_BYTES, check_name, is_function
 from mimkd_ray.seeds import SEEDS
 
 
@@ -56,6 +56,11 @@ class Config:
             raise UserError(
                 "mix.mixup_alpha or mix.cutmix_alpha is on, and cache.root is set: features of a mixed image are no "
                 "mix of features; turn mixing off, or pass --cache.live true"
+            )
+        if self.cache.reads and is_function(self.data.root):
+            raise UserError(
+                f"data.root {self.data.root} is a function, and cache.root is set: teacher caches are of images at "
+                "rest, which have a digest; leave cache.root out, or prepare the images as files (jobs/prepare_data.py)"
             )
         if self.cache.reads and not self.data.views:
             raise UserError(

@@ -14,13 +14,14 @@ from mimkd_ray.data.augment.transforms import can_be_resident
 from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.sources.digits import DigitsSource
 from mimkd_ray.data.sources.folders import FolderSource
-from mimkd_ray.data.sources.own_dataset import SCHEME, OwnData
+from mimkd_ray.data.sources.own_dataset import SCHEME, OwnData, named_sets
 from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.sources.shard_manifest import MANIFEST_SUFFIX, read_manifest
 from mimkd_ray.data.sources.source import Source, SubsetSource, digest_of, stratified_split
 from mimkd_ray.data.store.block_reader import CACHE_BYTES
 from mimkd_ray.data.store.block_store import open_store
 from mimkd_ray.errors import UserError
+from mimkd_ray.places import is_function
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +53,16 @@ class Data:
 def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
     """Open both splits: reads listings and Parquet footers only (with `holdout` or `subset` also the labels).
 
-    `own` data sets take the place of `config.root`. Raises UserError for a missing place or split, or for labels beyond
-    the classes.
+    `own` data sets take the place of `config.root`, as do those of the function that it names. Raises UserError for a
+    missing place or split, or for labels beyond the classes.
     """
     if config.resident == "on" and not can_be_resident(make_pipeline(config.pipeline, config.image_size).train):
         raise UserError(
             f"data.resident is on, and pipeline '{config.pipeline}' draws random numbers for each image, which is "
             "decoded anew for each view: pass --data.resident off, or a pipeline such as cifar"
         )
+    if own is None and is_function(config.root):
+        own = named_sets(config.root)
     root = own or (_Digits() if config.root == "digits" else _Root(config))
     train = root.open(config.train_split, None)
     if train is None:

@@ -1,6 +1,7 @@
 """Data sets that are objects of the program instead of files: any map-style torch.utils.data.Dataset of (image, label).
 
     mimkd_ray.run(config, train=MyDataset("train"), validation=MyDataset("val"))
+    --data.root my_package.sets:load    # a function that returns both; for workers of a cluster too
 
 An image is a Pillow image; a uint8 tensor (C, H, W) or (H, W), or array (H, W, C) or (H, W), of one or three channels;
 or a floating tensor (C, H, W) of values in 0..1, which is rounded to 256 levels. A label is a class number.
@@ -17,6 +18,7 @@ not cover images: other images with the same labels are not noticed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
+from mimkd_ray.by_name import call_named, named_function
 from mimkd_ray.data.augment.decode import rgb_pixels
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.sources.source import Row, Source, digest_of, numbered_classes
@@ -128,6 +131,15 @@ class OwnData:
     def found(self) -> str:
         """Return the names of the given sets, for errors."""
         return "train" if self.validation is None else "train, validation"
+
+
+@functools.lru_cache(maxsize=1)
+def named_sets(name: str) -> OwnData:
+    """Return the data sets of `package.module:function`, which takes nothing and returns the training set, or a pair of
+    the training and the validation set. Every process calls it once. Raises UserError."""
+    made = call_named("data.root", name, named_function("data.root", name))
+    train, validation = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    return OwnData(train, validation)
 
 
 def pixels_of(image: Any, name: str) -> np.ndarray:

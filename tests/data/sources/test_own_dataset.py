@@ -301,6 +301,33 @@ def test_classes_of_both_sets_agree() -> None:
         OwnData(train, validation)
 
 
+def sets() -> tuple[Dataset, Dataset]:
+    given = digits()
+    return given["train"], given["validation"]
+
+
+def only_training() -> Dataset:
+    return digits()["train"]
+
+
+def failing() -> Dataset:
+    raise OSError("no such share")
+
+
+def test_a_function_that_returns_data_sets(tmp_path: Path) -> None:
+    given = digits()
+    config = _config(run={"root": str(tmp_path)})
+    named = replace(config, data=replace(config.data, root=f"{__name__}:sets"), launch=replace(config.launch))
+    assert run(named)["student"] == run(config, **given)["student"]
+    assert open_data(DataConfig(root=f"{__name__}:only_training", holdout=0.1)).val.num_rows > 0
+    with pytest.raises(UserError, match=r"data\.root .*failing.*: called with , it raised OSError: no such share"):
+        open_data(DataConfig(root=f"{__name__}:failing"))
+    with pytest.raises(UserError, match=r"has no function 'set'; did you mean .*sets"):
+        open_data(DataConfig(root=f"{__name__}:set"))
+    with pytest.raises(UserError, match=r"is a function, and cache\.root is set"):
+        replace(named, data=replace(named.data, views=1), cache=replace(config.cache, root=str(tmp_path / "c")))
+
+
 def test_what_run_refuses(tmp_path: Path) -> None:
     given = digits()
     config = _config(run={"root": str(tmp_path)})
