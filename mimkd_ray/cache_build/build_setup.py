@@ -24,11 +24,12 @@ from mimkd_ray.teacher_cache.codec import needs_calibration
 from mimkd_ray.teacher_cache.keys import Entry, Origin, calibration_url, logits_entry, parts_of, pixels_entry
 from mimkd_ray.teacher_cache.pixel_digests import PIXELS, ROW_BYTES
 from mimkd_ray.teacher_cache.writer import block_rows
-from mimkd_ray.train.build import build_network, place, plan_student, teacher_autocast, teacher_taps
+from mimkd_ray.train.build import build_network, place, plan_student, teacher_autocast, teacher_images, teacher_taps
 from mimkd_ray.train.from_cache.cached_teacher import origin_of
 from mimkd_ray.train.from_cache.fit_codecs import Sight
 from mimkd_ray.train.teacher import Teacher
 from mimkd_ray.train.teacher_head import teacher_head
+from mimkd_ray.train.teacher_input import teacher_input
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class Setup:
         self.data = data or open_data(config.data)
         self.head = teacher_head(config, self.data)
         self.network: nn.Module = build_network(config, self.head.count, config.teacher.weights)
-        check_logits(self.network, config.data.image_size, self.head.count)
+        size = teacher_input(config).size
+        check_logits(self.network, size, self.head.count)
         self.origin: Origin = origin_of(config, self.data, self.network, device)
         self.planned = plan_student(config, self.network, self.data.num_classes, self.head.shared)
         shapes, vectors, maps = teacher_taps([self.planned])
@@ -103,7 +105,7 @@ class Setup:
             tap, _, kind = text.partition(":")
             if kind not in ("", "map", "vector"):
                 raise UserError(f"cache.taps {text!r}: give LAYER, LAYER:map or LAYER:vector")
-            shapes |= find_shapes(self.network, config.data.image_size, [tap])
+            shapes |= find_shapes(self.network, size, [tap])
             as_map = kind == "map" or (not kind and shapes[tap].kind != "vector")
             if as_map and shapes[tap].kind == "vector":
                 raise UserError(f"cache.taps {text!r}: the layer returns a vector, not a map")
@@ -136,7 +138,9 @@ class Setup:
         """The teacher with the taps of all entries."""
         model = place(self.network, self.config.train, self.device)
         autocast = teacher_autocast(self.config, self.device)
-        return Teacher(model, self.shapes, self.vectors, self.maps, autocast, coding)
+        return Teacher(
+            model, self.shapes, self.vectors, self.maps, autocast, coding, teacher_images(self.config, self.device)
+        )
 
     def sight(self, teacher: Teacher) -> Sight:
         """The training set as this teacher sees it."""

@@ -20,9 +20,10 @@ from mimkd_ray.taps.dry_checks import build_without_weights, check_logits
 from mimkd_ray.teacher_cache import calibration
 from mimkd_ray.teacher_cache.codec import needs_calibration
 from mimkd_ray.teacher_cache.keys import calibration_url, logits_entry
-from mimkd_ray.train.build import PlannedStudent, build_network, build_student, make_order, plan_taps
+from mimkd_ray.train.build import PlannedStudent, build_network, build_student, make_order, taps_of_run
 from mimkd_ray.train.from_cache.cached_teacher import entries_of, origin_of, parts_of_run, what_is_missing
 from mimkd_ray.train.teacher_head import teacher_head
+from mimkd_ray.train.teacher_input import teacher_input
 from mimkd_ray.train.worker import first_runs, needs_teacher
 
 NO_FILE = ("random", "published")
@@ -47,16 +48,14 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
     check_logits(student, size, data.num_classes, trained=True)
     if needs_teacher(config):
         head = teacher_head(config, data)
-        teacher = build_without_weights(config.teacher.name, head.count, size)
-        check_logits(teacher, size, head.count, trained=config.teacher.train)
+        its_size = teacher_input(config).size
+        teacher = build_without_weights(config.teacher.name, head.count, its_size)
+        check_logits(teacher, its_size, head.count, trained=config.teacher.train)
     if config.student.weights not in NO_FILE:
         build_student(config, data.num_classes)
     if not needs_teacher(config):
         return
-    planned = [
-        PlannedStudent(run, student, plan_taps(run.loss, teacher, student, size, run.cache))
-        for run in first_runs(config)
-    ]
+    planned = [PlannedStudent(run, student, taps_of_run(run, teacher, student)) for run in first_runs(config)]
     for one in planned:
         check_shared(one.config.loss, head.shared, data.num_classes)
         check_size(one.config.loss.queue, queue_channels(one.config.loss, one.plan.terms))

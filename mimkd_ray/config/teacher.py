@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
+from mimkd_ray.config.data import LARGEST_SIDE
 from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import hide, redacted
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +24,18 @@ class TeacherConfig:
     classes: int | str = 0
     """Classes of the teacher's head: their number, or a text file with their names, one a line, of which those that the
     data has too are compared; 0: the data's."""
+    input: Literal["auto", "own", "data"] = "auto"
+    """The teacher's images are the student's views. own: resized and normalised as its publishers say (timm's
+    pretrained_cfg, the transforms of torchvision's weights). data: as the student's. auto: own if the weights are
+    `published`, else data."""
+    image_size: int = 0
+    """Height and width of its images, in pixels; 0: as `input` says."""
+    mean: tuple[float, ...] = ()
+    """Mean of each colour channel that its images are normalised by; unset: as `input` says."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each colour channel; unset: as `input` says."""
+    interpolation: Literal["", "bilinear", "bicubic"] = ""
+    """By which its images are resized; unset: as `input` says, bicubic where that says nothing."""
     train: bool = False
     """Train the teacher first, on the same data with labels only; a finished teacher is reused."""
     epochs: int = 0
@@ -39,6 +56,7 @@ class TeacherConfig:
             raise UserError(
                 f"teacher.classes is {self.classes!r}: give the number of the teacher's classes, or a file of names"
             )
+        self._check_input()
         if self.train and self.classes:
             raise UserError(
                 f"teacher.train is true, so that the teacher has the data's classes, and teacher.classes is "
@@ -50,6 +68,21 @@ class TeacherConfig:
             )
         if not 0 <= self.expect_top1 <= 100:
             raise UserError(f"teacher.expect_top1 is {self.expect_top1}; it is a percentage")
+
+    def _check_input(self) -> None:
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values and (len(values) != 3 or not all(map(math.isfinite, values))):
+                raise UserError(f"teacher.{name} is {values}: give three finite numbers, of values in 0..1")
+        if any(value <= 0 for value in self.std):
+            raise UserError(f"teacher.std is {self.std}: give three positive deviations of values in 0..1")
+        if self.image_size and not 1 <= self.image_size <= LARGEST_SIDE:
+            raise UserError(f"teacher.image_size is {self.image_size}: give pixels, {LARGEST_SIDE} at most, or 0")
+        if self.train and (self.input == "own" or self.image_size or self.mean or self.std):
+            raise UserError(
+                "teacher.train is true, which trains it on the student's images, and teacher.input, image_size, mean "
+                "or std gives it others: leave those out"
+            )
 
     @property
     def has_own_classes(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -25,10 +26,25 @@ class OfTimm:
     create: Callable[..., nn.Module]
     classes: int
     """Of the published weights; 0: there are none."""
+    settings: Mapping[str, Any]
+    """timm's `pretrained_cfg`: among others input_size, mean, std and interpolation."""
     fixed_size: bool
     """It is made for one image size, and is told which."""
     advice: str
     """What to do where nothing can be downloaded."""
+
+    @property
+    def published(self) -> bool:
+        """True if there are published weights, with a classifier or without one."""
+        return bool(self.classes or self.settings.get("num_classes") == 0)
+
+    def features(self) -> int:
+        """Width of what the network returns if it is published without a classifier, as DINOv2 is; else 0."""
+        if self.classes or not self.published:
+            return 0
+        with contextlib.suppress(Exception), torch.device("meta"):  # constructors that read values say so for real
+            return _width(self.create(self.name, pretrained=False, num_classes=0))
+        return _width(self.create(self.name, pretrained=False, num_classes=0))
 
     def build(self, pretrained: bool, **options: Any) -> nn.Module:
         """The network; errors of downloads are UserErrors, those of building random networks are timm's own."""
@@ -71,9 +87,15 @@ def of_timm(name: str) -> OfTimm:
         short,
         timm.create_model,
         (config.num_classes or 0) if published else 0,
+        config.to_dict() if published else {},
         bool(timm.get_pretrained_cfg_value(short, "fixed_input_size")),
         _advice(config) if published else "",
     )
+
+
+def _width(model: Any) -> int:
+    """Features of a network of timm without its classifier."""
+    return int(getattr(model, "head_hidden_size", None) or model.num_features)
 
 
 def _of_hub(name: str, create: Callable[..., nn.Module]) -> OfTimm:
@@ -90,21 +112,22 @@ def _of_hub(name: str, create: Callable[..., nn.Module]) -> OfTimm:
         classes = config.get("num_classes")
     else:
         advice = ""
-        made_by, classes = _config_in(name.removeprefix(FOLDER), name)
+        made_by, config = _config_in(name.removeprefix(FOLDER), name)
+        classes = config.get("num_classes")
     if not timm.is_model(made_by):
         raise UserError(f"model {name!r} is a {made_by!r}, which this timm does not know: timm's own models work")
     fixed = bool(timm.get_pretrained_cfg_value(made_by, "fixed_input_size"))
-    return OfTimm(name, create, int(classes or 0), fixed, advice)
+    return OfTimm(name, create, int(classes or 0), config, fixed, advice)
 
 
-def _config_in(folder: str, name: str) -> tuple[str, int | None]:
-    """The architecture and the number of classes in a folder's config.json."""
+def _config_in(folder: str, name: str) -> tuple[str, dict[str, Any]]:
+    """The architecture and the settings in a folder's config.json."""
     path = os.path.join(folder, "config.json")
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
         inner = config.get("pretrained_cfg", config)
-        return config["architecture"], config.get("num_classes") or inner.get("num_classes")
+        return config["architecture"], {**inner, "num_classes": config.get("num_classes", inner.get("num_classes"))}
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"model {name!r}: {path} cannot be read as timm writes it ({type(error).__name__}: {error}); pass a folder "

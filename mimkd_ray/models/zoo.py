@@ -140,10 +140,18 @@ def _from_timm(name: str, num_classes: int, published: bool, image_size: int | N
     options: dict[str, Any] = {}
     if image_size is not None and found.fixed_size:
         options["img_size"] = image_size
+    features = found.features()
+    if features and num_classes == features:  # published without a classifier: it returns its features
+        return _sized(name, image_size, lambda: found.build(pretrained=published, num_classes=0, **options))
     if not published:
         return _sized(name, image_size, lambda: found.build(pretrained=False, num_classes=num_classes, **options))
-    if not found.classes:
+    if not found.published:
         raise UserError(f"timm has no published weights for {found.name}: pass a weights file, or train it")
+    if features and not new_head:
+        raise UserError(
+            f"timm publishes {found.name} without a classifier: it returns {features} features; for a teacher pass "
+            f"--teacher.classes {features}"
+        )
     if found.classes == num_classes:
         return found.build(pretrained=True, **options)
     if not new_head:

@@ -16,6 +16,7 @@ from mimkd_ray.taps.dry_checks import build_without_weights
 from mimkd_ray.taps.pairing import choose_pairs
 from mimkd_ray.taps.tapped_model import find_shapes
 from mimkd_ray.train.build import KINDS
+from mimkd_ray.train.teacher_input import teacher_input
 
 MAX_SIDE = 16
 """Largest height and width of student maps: a 32x32 map costs sixteen times as much as an 8x8 one."""
@@ -30,9 +31,10 @@ def find_candidates(config: Config, num_classes: int, of_teacher: int = 0) -> Ca
     """The candidate pairs of teacher and student: those that the config names, else their stages, deepest with deepest
     and with those one stage apart, where the student's map is at most 16x16. Builds both without memory.
     ``of_teacher``: the classes of its head, if it has others."""
-    teacher = build_without_weights(config.teacher.name, of_teacher or num_classes, config.data.image_size)
+    its_size = teacher_input(config).size
+    teacher = build_without_weights(config.teacher.name, of_teacher or num_classes, its_size)
     student = build_without_weights(config.student.name, num_classes, config.data.image_size)
-    teacher_stages = default_taps(teacher, config.data.image_size)
+    teacher_stages = default_taps(teacher, its_size)
     student_stages = default_taps(student, config.data.image_size)
     shapes = find_shapes(student, config.data.image_size, student_stages.maps)
     small = [name for name in student_stages.maps if max(shapes[name].height, shapes[name].width) <= MAX_SIDE]

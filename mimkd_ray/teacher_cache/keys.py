@@ -93,6 +93,8 @@ class Origin:
     exif: Literal["", "apply"] = ""
     """Whether photographs are turned upright. Empty where they are not, and for images that have no tags: keys are then
     what they were before there was the choice."""
+    resized: str = ""
+    """The size to which the teacher's images are resized, and how, such as "384 bicubic"; empty where they are not."""
 
 
 def parts_of(entry: Entry, origin: Origin, calibration: str = "") -> dict[str, Any]:
@@ -100,8 +102,7 @@ def parts_of(entry: Entry, origin: Origin, calibration: str = "") -> dict[str, A
     seen = asdict(origin)
     if entry.kind == "pixels":
         seen = {name: seen[name] for name in ("pipeline", "image_size", "view_seed", "data", "exif")}
-    if not seen["exif"]:
-        del seen["exif"]
+    seen = {name: value for name, value in seen.items() if value or name not in _ABSENT}
     tap = {"tap": entry.tap, "kind": entry.kind, "shape": list(entry.shape)}
     codec = {"codec": str(entry.spec), "codec_version": CODEC_VERSION, "calibration": calibration}
     return json.loads(json.dumps({"format": FORMAT, **tap, **codec, **seen}))
@@ -158,13 +159,14 @@ _WORDS = {
     "precision": "teacher's precision (--cache.precision)",
     "pipeline": "view pipeline (--data.pipeline)",
     "image_size": "image size (--data.image-size)",
-    "mean": "mean (--data.mean)",
-    "std": "deviation (--data.std)",
+    "resized": "size of the teacher's images (--teacher.input, --teacher.image-size)",
+    "mean": "mean (--data.mean, or --teacher.input and --teacher.mean)",
+    "std": "deviation (--data.std, or --teacher.input and --teacher.std)",
     "view_seed": "seed of the views (--data.view-seed)",
     "data": "data set (--data.root, its split, holdout or subset)",
     "exif": "orientation tags (--data.exif)",
 }
-_ABSENT = {"exif": "ignore"}
+_ABSENT = {"exif": "ignore", "resized": "as the student's"}
 """What it means that a key lacks a part."""
 
 

@@ -31,6 +31,7 @@ from mimkd_ray.taps.tracing import dry_run
 from mimkd_ray.train.distributed import is_distributed
 from mimkd_ray.train.student_module import StudentModule
 from mimkd_ray.train.teacher import Teacher
+from mimkd_ray.train.teacher_input import TeacherImages, teacher_input
 
 KINDS: tuple[Kind, ...] = ("global", "local", "feature")
 NO_CACHE = CacheConfig()
@@ -67,24 +68,33 @@ def _unique(names: object) -> list[str]:
 
 
 def plan_taps(
-    loss: LossConfig, teacher: nn.Module, student: nn.Module, image_size: int, cache: CacheConfig = NO_CACHE
+    loss: LossConfig,
+    teacher: nn.Module,
+    student: nn.Module,
+    image_size: int,
+    cache: CacheConfig = NO_CACHE,
+    teacher_size: int = 0,
 ) -> TapPlan:
     """Choose or check the tap pairs of every kind of term that is on, and of the rivals. Wrong layers are
     :class:`UserError`.
 
     Where ``cache`` has codecs, the terms read as many teacher channels as those leave, and rivals refuse those that
-    leave less than all.
+    leave less than all. ``teacher_size``: pixels of the teacher's images, if not ``image_size``.
     """
+    teacher_size = teacher_size or image_size
     kinds = [kind for kind in KINDS if loss.weight(kind) > 0]
     if not kinds and not loss.rivals:
         return TapPlan()
     pairs: dict[Kind, list[Pair]] = {kind: configured_pairs(loss, kind) for kind in kinds}
     teacher_stages = student_stages = Stages((), "")
     if not all(pairs.values()) or reads_taps(loss):
-        teacher_stages, student_stages = default_taps(teacher, image_size), default_taps(student, image_size)
+        teacher_stages, student_stages = default_taps(teacher, teacher_size), default_taps(student, image_size)
         of_teacher, of_student = (
-            _read_at(loss, network, image_size, stages)
-            for network, stages in ((teacher, teacher_stages), (student, student_stages))
+            _read_at(loss, network, size, stages)
+            for network, size, stages in (
+                (teacher, teacher_size, teacher_stages),
+                (student, image_size, student_stages),
+            )
         )
         stage_shapes = find_shapes(student, image_size, of_student.maps)
         for kind in kinds:
@@ -92,7 +102,7 @@ def plan_taps(
     of_rivals = pair_rivals(loss, teacher_stages, student_stages)
     named = [pair for kind_pairs in pairs.values() for pair in kind_pairs]
     named += [pair for rival in of_rivals for pair in (*rival.vectors, *rival.maps)]
-    teacher_shapes = _shapes(teacher, image_size, _unique(pair.teacher for pair in named))
+    teacher_shapes = _shapes(teacher, teacher_size, _unique(pair.teacher for pair in named))
     student_shapes = _shapes(student, image_size, _unique(pair.student for pair in named))
     terms = build_terms(loss, pairs, teacher_shapes, student_shapes)
     if cache.codes:
@@ -229,9 +239,13 @@ def plan_student(
     student = build_student(config, num_classes)
     if teacher is None:
         return PlannedStudent(config, student, TapPlan())
-    return PlannedStudent(
-        config, student, plan_taps(config.loss, teacher, student, config.data.image_size, config.cache), shared
-    )
+    return PlannedStudent(config, student, taps_of_run(config, teacher, student), shared)
+
+
+def taps_of_run(config: Config, teacher: nn.Module, student: nn.Module) -> TapPlan:
+    """The taps of a run, whose networks may see images of different sizes."""
+    sizes = config.data.image_size, teacher_input(config).size
+    return plan_taps(config.loss, teacher, student, sizes[0], config.cache, sizes[1])
 
 
 def build_distiller(planned: PlannedStudent, train: Source, device: torch.device) -> StudentModule:
@@ -251,7 +265,12 @@ def build_distiller(planned: PlannedStudent, train: Source, device: torch.device
 def build_network(config: Config, num_classes: int, weights: str) -> nn.Module:
     """The teacher's network; a random one is the same for every worker, every restart and every builder of a cache."""
     torch.manual_seed(derive(config.train.seed, "teacher"))
-    return build_model(config.teacher.name, num_classes, weights, config.data.image_size)
+    return build_model(config.teacher.name, num_classes, weights, teacher_input(config).size)
+
+
+def teacher_images(config: Config, device: torch.device) -> TeacherImages:
+    """What makes the teacher's images of the student's."""
+    return TeacherImages(config.data, teacher_input(config), device, parameter_dtype(config.train))
 
 
 def teacher_taps(planned: Sequence[PlannedStudent]) -> tuple[dict[str, TapShape], list[str], list[str]]:
@@ -271,7 +290,9 @@ def build_teacher(
     shapes, vectors, maps = teacher_taps(planned)
     config = planned[0].config
     autocast = teacher_autocast(config, device)
-    return Teacher(place(model, config.train, device), shapes, vectors, maps, autocast, coding)
+    return Teacher(
+        place(model, config.train, device), shapes, vectors, maps, autocast, coding, teacher_images(config, device)
+    )
 
 
 def teacher_autocast(config: Config, device: torch.device) -> torch.dtype | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -45,19 +45,24 @@ class Teacher:
         maps: Iterable[str],
         autocast: torch.dtype | None,
         coding: Coding | None = None,
+        images: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """``coding``: the codecs of the run, whose pooling and components the features go through."""
+        """``coding``: the codecs of the run, whose pooling and components the features go through. ``images`` makes
+        its images of the student's, if they are others (teacher_input.py)."""
         self.vectors, self.maps = tuple(vectors), tuple(maps)
         self.shapes = dict(shapes)
         self.tapped = TappedModel(model, sorted({*self.vectors, *self.maps}))
         self.tapped.requires_grad_(False).eval()
         self.autocast = autocast
         self.coding = coding
+        self.images = images
 
     @torch.no_grad()
     def features(self, images_BCHW: Tensor) -> Features:
-        """Run the teacher on normalised images. no_grad and not inference_mode: critics keep these tensors for
-        their own backward pass."""
+        """Run the teacher on normalised images, the student's. no_grad and not inference_mode: critics keep these
+        tensors for their own backward pass."""
+        if self.images is not None:
+            images_BCHW = self.images(images_BCHW)
         with torch.autocast(images_BCHW.device.type, self.autocast, enabled=self.autocast is not None):
             logits_BC, taps = self.tapped(images_BCHW)
         found = canonical(logits_BC, taps, self.shapes, self.vectors, self.maps)
@@ -83,5 +88,5 @@ def check_accuracy(config: TeacherConfig, top1: float, rows: int) -> None:
         raise UserError(
             f"teacher {config.name} with weights {shown(config.weights)} reaches {top1:.2f} % top-1 on {rows} held-out "
             f"images; {config.expect_top1:.2f} % was expected: check weights, class order, data.mean/std "
-            "and data.image_size, or pass --teacher.expect-top1 0"
+            "and data.image_size (or teacher.mean/std and image_size), or pass --teacher.expect-top1 0"
         )

@@ -20,7 +20,7 @@ from mimkd_ray.data.sources.source import Source, SubsetSource
 from mimkd_ray.losses.shared_classes import SharedClasses
 from mimkd_ray.models.outputs import logits_from
 from mimkd_ray.models.weights_file import shown
-from mimkd_ray.train.build import build_network, parameter_dtype, place, uses_channels_last
+from mimkd_ray.train.build import build_network, parameter_dtype, place, teacher_images, uses_channels_last
 from mimkd_ray.train.compare import arm_config, compare
 from mimkd_ray.train.distributed import Context, ask_first, share_from_first
 from mimkd_ray.train.evaluate import accuracy, held_out_name
@@ -31,6 +31,7 @@ from mimkd_ray.train.records.run_dir import read_json, write_json
 from mimkd_ray.train.student_module import Normalizer
 from mimkd_ray.train.teacher import check_accuracy, weights_digest
 from mimkd_ray.train.teacher_head import teacher_head
+from mimkd_ray.train.teacher_input import TeacherImages
 
 NO_TEACHER = LossConfig(name=())
 """Cross-entropy alone."""
@@ -120,12 +121,13 @@ def measure(
     """Held-out top-1 and top-5 of a teacher, in percent, over all workers; None where its classes are not the data's.
     Of ``shared`` classes: over the images of these and among these."""
     held_out: Source = data.val
-    logits_of: Callable[[Tensor], Tensor] = partial(logits_from, model)
+    images = teacher_images(config, context.device)
+    logits_of: Callable[[Tensor], Tensor] = partial(_logits, model, images)
     if shared is not None:
         held_out = SubsetSource(data.val, np.flatnonzero(np.isin(data.val.labels(), shared.of_data)))
         if not held_out.num_rows:
             return {"top1": None, "top5": None, "rows": 0}
-        logits_of = partial(_as_data, model, shared, data.num_classes)
+        logits_of = partial(_as_data, logits_of, shared, data.num_classes)
     layout = uses_channels_last(config.train, context.device)
     normalize = Normalizer(config.data.mean, config.data.std, context.device, parameter_dtype(config.train), layout)
     batches = eval_batches(
@@ -141,5 +143,11 @@ def measure(
     return {"top1": measured.top1, "top5": measured.top5, "rows": measured.rows}
 
 
-def _as_data(model: nn.Module, shared: SharedClasses, num_classes: int, images_BCHW: Tensor) -> Tensor:
-    return shared.teacher_as_data(logits_from(model, images_BCHW), num_classes)
+def _logits(model: nn.Module, images: TeacherImages, images_BCHW: Tensor) -> Tensor:
+    return logits_from(model, images(images_BCHW))
+
+
+def _as_data(
+    logits_of: Callable[[Tensor], Tensor], shared: SharedClasses, num_classes: int, images_BCHW: Tensor
+) -> Tensor:
+    return shared.teacher_as_data(logits_of(images_BCHW), num_classes)

@@ -29,6 +29,7 @@ from mimkd_ray.train.from_cache.fit_codecs import Sight, fit
 from mimkd_ray.train.from_cache.missing_features import Wanted, explain
 from mimkd_ray.train.teacher import weights_digest
 from mimkd_ray.train.teacher_head import teacher_head
+from mimkd_ray.train.teacher_input import resizing, teacher_input
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Cached:
 def origin_of(config: Config, data: Data, network: nn.Module, device: torch.device) -> Origin:
     """Return what the features of this run depend on beside the tap. Hashes the weights: 1 s per GB."""
     autocast = teacher_autocast(config, device)
+    seen = teacher_input(config)
     plain = "float64" if parameter_dtype(config.train) == torch.float64 else "float32"
     return Origin(
         teacher=config.teacher.name,
@@ -49,11 +51,12 @@ def origin_of(config: Config, data: Data, network: nn.Module, device: torch.devi
         precision="bf16" if autocast is not None else plain,
         pipeline=config.data.pipeline,
         image_size=config.data.image_size,
-        mean=config.data.mean,
-        std=config.data.std,
+        mean=seen.mean,
+        std=seen.std,
         view_seed=config.view_seed,
         data=data.whole.digest,
         exif="apply" if config.data.exif == "apply" and not data.are_arrays else "",
+        resized=resizing(config),
     )
 
 

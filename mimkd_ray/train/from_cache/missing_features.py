@@ -61,7 +61,7 @@ _OF_FEATURES = {
         *("image_column", "label_column"),
         *("pipeline", "image_size", "mean", "std", "views", "view_seed", "exif"),
     ),
-    "teacher": ("name", "weights"),
+    "teacher": ("name", "weights", "classes", "input", "image_size", "mean", "std", "interpolation"),
     "student": ("name",),
     "cache": ("root", "codecs", "logits", "taps", "precision", "calibration_rows"),
     "loss": (

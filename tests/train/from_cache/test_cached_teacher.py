@@ -115,14 +115,14 @@ def test_cached_is_live_up_to_rounding(tmp_path: Path, name: str, pipeline: str)
         assert found > 1e-4, "uint8 does round"
 
 
-@pytest.mark.parametrize("brought", ["classes"])
+@pytest.mark.parametrize("brought", ["classes", "input"])
 def test_what_teachers_bring_is_the_same_cached_and_live(tmp_path: Path, brought: str) -> None:
-    """Classes of its own, of which four are the data's: a cache has all of its logits."""
-    names = tmp_path / "names.txt"
-    names.write_text("zero\n3\nseven\n5\n1\n12\n8\n")
-    sections: dict[str, dict[str, Any]] = {"classes": {"teacher": {"classes": str(names)}}}[brought]
-    sections |= {"cache": {"codecs": ("maps=fp32", "vectors=fp32")}}
-    config = cached_config(tmp_path / "cache", **sections)
+    """Classes of its own, of which four are the data's: a cache has all of its logits. Images of its own size."""
+    (names := tmp_path / "names.txt").write_text("zero\n3\nseven\n5\n1\n12\n8\n")
+    own = {"classes": {"classes": str(names)}, "input": {"image_size": 12, "mean": (0.4, 0.5, 0.6)}}[brought]
+    teacher: dict[str, Any] = {"name": "cifar/resnet8_w4"} | own
+    exact = {"codecs": ("maps=fp32", "vectors=fp32")}
+    config = cached_config(tmp_path / "cache", teacher=teacher, cache=exact)
     build_here(config)
     preflight(config)
     ours, theirs = walk(config, tmp_path / "a"), walk(live(config), tmp_path / "b")
