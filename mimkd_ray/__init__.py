@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from mimkd_ray.train.distiller import Distiller as Distiller
     from mimkd_ray.train.distiller import distill as distill
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CacheConfig",
