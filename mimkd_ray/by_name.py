@@ -24,7 +24,7 @@ def named_function(kind: str, name: str) -> Callable[..., Any]:
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, TypeError) as error:  # TypeError: "../x" is a relative name
         raise UserError(
             f"{kind} {name!r}: cannot import {module_name!r}: {error}; start from its folder ({here} is looked in), "
             f"put that on PYTHONPATH, or ship it with the job's working directory"

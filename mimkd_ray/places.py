@@ -25,6 +25,10 @@ def place(typed: str) -> str:
     """
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in typed):
         raise UserError(f"{typed!r} has control characters (a line break, say), and is no place: give a path or a URL")
+    if any("\ud800" <= letter <= "\udfff" for letter in typed):  # Python's form of bytes that are no letters
+        raise UserError(
+            f"{typed!r} has bytes that are not UTF-8, and files keep no such name: rename it, or link to it"
+        )
     scheme, colon, rest = typed.partition(":")
     if not colon or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme) or rest.startswith(":"):
         return _local(typed)

@@ -40,6 +40,9 @@ _TRANSIENT_NAMES = {
 }
 _FLAT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"}
 """Object stores: a folder is no more than the beginning of names, and goes with them."""
+_WRITING = ("write", "write to", "create", "upload to")
+_NO_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+"""Of a write: the place is below a file, a folder itself, or where the system makes no folders."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CREDENTIAL_ERRORS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
 
@@ -135,7 +138,11 @@ def explained(url: str, verb: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, OSError) and verb in _WRITING and error.errno in _NO_PLACE:
+            raise UserError(
+                f"cannot {verb} {url}: {os.strerror(error.errno)}; give a place in which folders and files can be made"
+            ) from _cause(url, error)
+        if isinstance(error, FileNotFoundError | NotADirectoryError):  # the latter: a file stands where a folder would
             raise FileNotFoundError(errno.ENOENT, "no such file or folder", url) from _cause(url, error)
         if isinstance(error, PermissionError) or type(error).__name__ in _CREDENTIAL_ERRORS:
             raise UserError(

@@ -19,8 +19,10 @@ from mimkd_ray.cli import common
 from mimkd_ray.cli.local_launch import pick_device
 from mimkd_ray.cli.training import absolute
 from mimkd_ray.config import Config
+from mimkd_ray.config.values import check_values
 from mimkd_ray.data.prepare.unit_progress import Progress
 from mimkd_ray.data.prepare.work_units import Done
+from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray import environment
 from mimkd_ray.secret_urls import hide
 from mimkd_ray.teacher_cache import admin
@@ -50,6 +52,11 @@ class AdminJob:
     """gc: remove the objects that it finds."""
     hours: float = 24.0
     """gc: least age in hours of removed objects that belong to no finished view, because a build may be in progress."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.hours < 0:
+            raise UserError(f"--hours {self.hours:g}: give 0 or more; objects of a build in progress are young")
 
 
 def main(

@@ -119,8 +119,10 @@ def read_config(path: str, kind: type[C]) -> C:
         raise UserError(f"--config {path}: there is no such file")
     try:
         value = json.loads(storage.read_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--config {path} is not JSON: {error}") from None
+    except IsADirectoryError:
+        raise UserError(f"--config {path} is a folder: give the file, such as {path}/config.json") from None
     return from_dict(kind, value)
 
 

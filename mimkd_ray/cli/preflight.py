@@ -9,6 +9,7 @@ from torch import nn
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config
+from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.errors import UserError
@@ -16,6 +17,7 @@ from mimkd_ray.losses.distillation import queue_channels
 from mimkd_ray.losses.shared_classes import check_shared
 from mimkd_ray.losses.teacher_queue import check_size
 from mimkd_ray.models.weights_file import FOLDER, HUB, WEB
+from mimkd_ray.models.zoo import build_model
 from mimkd_ray.taps.dry_checks import build_without_weights, check_logits
 from mimkd_ray.teacher_cache import calibration
 from mimkd_ray.teacher_cache.codec import needs_calibration
@@ -39,6 +41,7 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
     """
     data = open_data(config.data, given)
     make_order(config, data.train)
+    make_pipeline(config.data.pipeline, config.data.image_size)
     for weights in (config.teacher.weights, config.student.weights):
         at_hub = weights.startswith((HUB, FOLDER, *WEB))  # a server may refuse to say, and still give
         if weights not in NO_FILE and not at_hub and not storage.exists(weights):
@@ -51,6 +54,10 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
         its_size = teacher_input(config).size
         teacher = build_without_weights(config.teacher.name, head.count, its_size)
         check_logits(teacher, its_size, head.count, trained=config.teacher.train)
+    for network in (config.student, *([config.teacher] if needs_teacher(config) else ())):
+        own = network.name.startswith("cifar/") or (":" in network.name and not network.name.startswith((HUB, FOLDER)))
+        if network.weights == "published" and own and not network.name.startswith("timm/"):
+            build_model(network.name, data.num_classes, network.weights)  # which says that there are none
     if config.student.weights not in NO_FILE:
         build_student(config, data.num_classes)
     if not needs_teacher(config):

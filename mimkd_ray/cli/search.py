@@ -20,7 +20,7 @@ from mimkd_ray.config import Config, SearchJob
 from mimkd_ray.config.search import search_job
 from mimkd_ray.errors import Interrupted
 from mimkd_ray.on_ray import environment
-from mimkd_ray.search.driver import Search, search_digest
+from mimkd_ray.search.driver import Search, claim, search_digest
 from mimkd_ray.search.finals import Finals
 from mimkd_ray.search.report.build_report import report_html
 from mimkd_ray.search.run_trials import prepare, run_trials
@@ -73,6 +73,7 @@ def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
     state = Search(job, folder, found)
     widest = state.widest()
     preflight(widest)
+    claim(job, folder)
     print(opening(state), flush=True)
     stopped = run_here(state, widest) if job.launch.backend == "local" else run_with_ray(state, widest)
     if stopped:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mimkd_ray.config.codec_spec import DEFAULT_MAP, DEFAULT_VECTOR, CodecSpec, parse_logits, parse_spec
+from mimkd_ray.config.values import check_values
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.secret_urls import hide
 
@@ -53,6 +54,7 @@ class CacheConfig:
     """Random images whose cached teacher vectors are negatives of each lane, with loss.negatives `cache`."""
 
     def __post_init__(self) -> None:
+        check_values(self, "cache", batch=10**6, negatives=10**6)
         hide(self, "root")
         for text in self.codecs:
             parse_rule(text)

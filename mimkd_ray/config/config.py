@@ -15,10 +15,14 @@ from mimkd_ray.config.optim import OptimConfig
 from mimkd_ray.config.run import RunConfig
 from mimkd_ray.config.teacher import TeacherConfig
 from mimkd_ray.config.train import TrainConfig
+from mimkd_ray.config.values import check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.places import NAME_BYTES, check_name, is_function
 from mimkd_ray.seeds import SEEDS
+
+MOST_LANE_BYTES = 32 * 10**9
+"""Of a lane's pixels in float32: activations take several times as much, and no device has that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,14 @@ class Config:
     """The workers and their machines."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         check_name("recipe", self.recipe, limit=2 * NAME_BYTES)  # derived ones are longer, and name no folder
+        pixels = 12 * self.train.lane_batch * self.data.image_size**2
+        if pixels > MOST_LANE_BYTES:
+            raise UserError(
+                f"train.lane_batch is {self.train.lane_batch:,} and data.image_size {self.data.image_size}: the "
+                f"pixels of one lane take {pixels / 1e9:,.0f} GB, of at most {MOST_LANE_BYTES / 1e9:.0f}; give smaller ones"
+            )
         if self.cache.reads and self.mix.active:
             raise UserError(
                 "mix.mixup_alpha or mix.cutmix_alpha is on, and cache.root is set: features of a mixed image are no "

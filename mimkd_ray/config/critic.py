@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mimkd_ray.config.values import check_values
 from mimkd_ray.errors import UserError
 
 TeacherSide = Literal["frozen", "linear", "mlp"]
@@ -38,6 +39,7 @@ class CriticConfig:
     """Lower limit of a learned temperature, which would otherwise shrink without bound."""
 
     def __post_init__(self) -> None:
+        check_values(self, "loss.critic", width=65_536, frozen_width=65_536)
         if min(self.width, self.frozen_width) < 1:
             raise UserError(
                 f"loss.critic.width is {self.width} and frozen_width {self.frozen_width}; they must be at least 1"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mimkd_ray.config.pipeline_name import check_pipeline_name
+from mimkd_ray.config.values import check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import hide
 
@@ -80,6 +81,7 @@ class DataConfig:
     """Turn photographs upright by their orientation tags, or leave them as the camera stored them."""
 
     def __post_init__(self) -> None:
+        check_values(self, "data", loader_workers=1024)
         hide(self, "root", "store")
         if not self.root:
             raise UserError("data.root is empty; give 'digits', a folder or a URL")

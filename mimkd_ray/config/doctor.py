@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mimkd_ray.config.data import DataConfig
+from mimkd_ray.config.values import check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import hide
 
@@ -29,6 +30,7 @@ class DoctorConfig:
     """File or URL to which the result is written as well."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         hide(self, "root", "store", "json")
         if self.workers < 0 or self.store_gb < 0 or self.wait_seconds <= 0:
             raise UserError(

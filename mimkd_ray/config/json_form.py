@@ -11,6 +11,7 @@ import cattrs
 import cattrs.strategies
 from cattrs.gen import make_dict_structure_fn
 
+from mimkd_ray.config.values import check_json
 from mimkd_ray.errors import UserError
 
 T = TypeVar("T")
@@ -35,6 +36,9 @@ def from_dict(kind: type[T], value: Mapping[str, Any]) -> T:
 
     A config of release 0.1 keeps its meaning.
     """
+    if not isinstance(value, Mapping):
+        raise UserError(f"a config is a JSON object of its sections, and this is a {type(value).__name__}")
+    check_json(value, kind)  # cattrs rounds 1.5 to 1, and takes true for 1
     value = _of_this_release(value)
     try:
         return _converter.structure(value, kind)

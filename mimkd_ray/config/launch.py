@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mimkd_ray.config.values import check_values
 from mimkd_ray.errors import UserError
 
 
@@ -35,9 +36,12 @@ class LaunchConfig:
     """Minutes after which the run gives up if there are too few nodes for the fewest workers."""
 
     def __post_init__(self) -> None:
+        check_values(self, "launch", cpus_per_worker=4096)
         fewest, most = self.worker_range
         if not 0 <= fewest <= most or (fewest == 0 and most > 0):
             raise UserError(f"launch.workers is {self.workers!r}: give a number, or a range such as 2..8")
+        if self.max_preemptions < -1:
+            raise UserError(f"launch.max_preemptions is {self.max_preemptions}: give 0 or more, or -1 for no limit")
         if min(self.cpus_per_worker, self.max_failures, self.resize_seconds, self.wait_minutes, self.lost_minutes) < 0:
             raise UserError(
                 f"launch.cpus_per_worker {self.cpus_per_worker}, max_failures {self.max_failures}, resize_seconds "

@@ -7,6 +7,7 @@ from typing import Literal
 
 from mimkd_ray.config.critic import CriticConfig
 from mimkd_ray.config.loss_presets import PRESETS, BoundName, Kind, Negatives, PresetName, SameClass
+from mimkd_ray.config.values import check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.methods.registry import KD_CE_WEIGHT, RIVALS, Method
 
@@ -105,6 +106,7 @@ class LossConfig:
     """The critic of every term (each pair has its own weights)."""
 
     def __post_init__(self) -> None:
+        check_values(self, "loss")
         weights = ("global_weight", "local_weight", "feature_weight", "ce_weight", "kd_weight", "rival_weight")
         for name in (*weights, "dkd_beta"):
             value = getattr(self, name)

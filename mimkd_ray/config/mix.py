@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mimkd_ray.config.values import check_values
 from mimkd_ray.errors import UserError
 
 
@@ -22,6 +23,7 @@ class MixConfig:
     """Share of the mixed batches that get CutMix, if both are on."""
 
     def __post_init__(self) -> None:
+        check_values(self, "mix")
         for name in ("mixup_alpha", "cutmix_alpha"):
             alpha = getattr(self, name)
             if not (math.isfinite(alpha) and alpha >= 0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mimkd_ray.config.values import check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import hide
 
@@ -20,6 +21,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked without importing anything."""
+        check_values(self, "student")
         hide(self, "weights")
         for field in ("name", "weights"):
             if not getattr(self, field).strip():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mimkd_ray import storage
 from mimkd_ray.config.data import MOST_PIXELS
+from mimkd_ray.config.values import check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import check_name
 from mimkd_ray.secret_urls import hide
@@ -41,6 +42,7 @@ class PrepareConfig:
     """Images that declare more pixels than this are left out as damaged, and are not decoded."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         hide(self, "source", "target")
         if not self.source or not self.target:
             raise UserError("--source and --target are needed: a folder or a URL such as s3://bucket/imagenet")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mimkd_ray.config.values import check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import check_name
 from mimkd_ray.secret_urls import hide
@@ -36,6 +37,7 @@ class RunConfig:
     """Write samples.jsonl: step, lane, view and sample ids of every training batch."""
 
     def __post_init__(self) -> None:
+        check_values(self, "run")
         hide(self, "root")
         if self.name:
             check_name("run.name", self.name)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from mimkd_ray.config.config import Config
+from mimkd_ray.config.values import check_values
 from mimkd_ray.errors import UserError
-from mimkd_ray.seeds import check_seed
 
 Metric = Literal["top1", "cross_entropy"]
 
@@ -65,6 +65,7 @@ class SearchConfig:
     """Seed of the algorithm: 0 to 2**64 - 1."""
 
     def __post_init__(self) -> None:
+        check_values(self, "search", trials=10**6, pack=1024, concurrent=100_000, finalists=10_000, seeds=10_000)
         if not self.space:
             raise UserError("search.space is empty: name what to search, such as --search.space temperature taps")
         if not (self.trials or self.hours or self.gpu_hours):
@@ -72,7 +73,6 @@ class SearchConfig:
         negative = [f.name for f in fields(self) if isinstance(v := getattr(self, f.name), int | float) and v < 0]
         if negative:
             raise UserError(f"search.{negative[0]} is {getattr(self, negative[0])}; it must not be negative")
-        check_seed("search.seed", self.seed)
         if min(self.points, self.grace, self.pack) < 1 or self.reduction < 2:
             raise UserError(
                 f"search.points {self.points}, grace {self.grace} and pack {self.pack} must be at least 1, and "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mimkd_ray.config.data import LARGEST_SIDE
+from mimkd_ray.config.values import check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import hide, redacted
 
@@ -48,6 +49,7 @@ class TeacherConfig:
     """Percentage points below expect_top1 that are still accepted."""
 
     def __post_init__(self) -> None:
+        check_values(self, "teacher", classes=10**6)
         hide(self, "weights")
         if isinstance(self.classes, str):
             number = int(self.classes) if self.classes.strip().isdecimal() else redacted(self.classes)
@@ -68,6 +70,10 @@ class TeacherConfig:
             )
         if not 0 <= self.expect_top1 <= 100:
             raise UserError(f"teacher.expect_top1 is {self.expect_top1}; it is a percentage")
+        if not 0 <= self.tolerance <= 100:
+            raise UserError(f"teacher.tolerance is {self.tolerance}; give 0 to 100 percentage points")
+        if self.epochs < 0 or self.lr < 0:
+            raise UserError(f"teacher.epochs is {self.epochs} and lr {self.lr}; give 0, the student's, or more")
 
     def _check_input(self) -> None:
         for name in ("mean", "std"):

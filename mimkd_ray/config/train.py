@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mimkd_ray.config.values import check_values
 from mimkd_ray.errors import UserError
-from mimkd_ray.seeds import check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +45,16 @@ class TrainConfig:
     """Held-out rows per worker on which mutual information is estimated at an evaluation; 0: no estimate."""
 
     def __post_init__(self) -> None:
+        check_values(self, "train", epochs=10**6, lanes=65_536, lane_batch=10**6, eval_batch=10**6)
         if self.epochs < 1 or self.max_steps < 0 or self.lanes < 1 or self.log_every < 1 or self.eval_every < 0:
             raise UserError(
                 f"train.epochs {self.epochs}, lanes {self.lanes} and log_every {self.log_every} must be at least 1; "
                 f"max_steps {self.max_steps} and eval_every {self.eval_every} not negative"
             )
-        check_seed("train.seed", self.seed)
         if self.lane_batch < 2:
             raise UserError(f"train.lane_batch is {self.lane_batch}: a lane needs 2 images, or it has no negatives")
-        if self.information_rows < 0:
-            raise UserError(f"train.information_rows is {self.information_rows}: give 0 (not read) or more")
+        for name in ("information_rows", "eval_batch"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name} is {getattr(self, name)}: give 0 or more")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"train.ema_decay is {self.ema_decay}; it must lie in [0, 1)")

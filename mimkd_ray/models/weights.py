@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from mimkd_ray.errors import UserError
@@ -54,6 +55,7 @@ def put_state(
         say_once(new_head_line(name, classes.pop() if classes else 0, num_classes))
         state |= {key: own[key] for key in kept}
     _check(own, state, name, num_classes)
+    _check_numbers(own, state, name)
     model.load_state_dict(state)
 
 
@@ -113,6 +115,24 @@ def _check(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str, nu
             f"weights {path} do not fit this network of {len(own)} tensors: {'; '.join(problems)}; "
             f"pass the network that the file was made from"
         )
+
+
+def _check_numbers(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str) -> None:
+    """Raise UserError for tensors that are no plain finite numbers of the parameters' kind."""
+    for key, given in state.items():
+        odd = given.is_quantized or given.layout != torch.strided or given.is_meta
+        if odd or (own[key].is_floating_point() and not given.is_floating_point()):
+            kind = "quantized" if given.is_quantized else "meta" if given.is_meta else str(given.layout)[6:]
+            raise UserError(
+                f"weights {path}: {key} is a {kind} tensor of {str(given.dtype)[6:]}, and the network's is of "
+                f"{str(own[key].dtype)[6:]}: save plain weights, as before they were quantized or made sparse"
+            )
+        bad = given.numel() - int(torch.isfinite(given.float()).sum()) if given.is_floating_point() else 0
+        if bad:
+            raise UserError(
+                f"weights {path}: {bad:,} of {given.numel():,} numbers of {key} are NaN or infinite: the training that "
+                "made the file had failed; use an earlier checkpoint of it"
+            )
 
 
 def class_mismatch(source: str, found: int, num_classes: int) -> str:

@@ -11,6 +11,7 @@ import io
 import os
 import pathlib
 import pickle
+import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -80,10 +81,12 @@ def read_states(path: str) -> dict[str, dict[str, Tensor]]:
             with torch.serialization.safe_globals(_notes()):
                 content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
-            reasons = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line] or str(error).splitlines()
+            # Of torch's text only the class: its advice is to load the file with pickle, which runs code in it.
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = f"it holds a {found[1]}" if found else "it is damaged, or something else"
             raise UserError(
-                f"weights {name}: not a PyTorch file of plain tensors ({len(data)} bytes): {''.join(reasons[:1])}; "
-                f"save model.state_dict() with torch.save, or use safetensors"
+                f"weights {name}: not a PyTorch file of plain tensors ({len(data):,} bytes): {reason}; save "
+                "model.state_dict() with torch.save, or use safetensors, and copy the file again"
             ) from error
     return _states(content, name)
 

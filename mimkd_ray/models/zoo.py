@@ -169,7 +169,7 @@ def _from_function(name: str, num_classes: int, published: bool) -> nn.Module:
         )
     try:
         inspect.signature(function).bind(num_classes=num_classes)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: a builtin that has no signature
         raise UserError(f"model {name!r}: called with num_classes={num_classes}, but {error}") from error
     model = call_named("model", name, function, num_classes=num_classes)
     if not isinstance(model, nn.Module):

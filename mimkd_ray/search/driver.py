@@ -87,7 +87,7 @@ class Search:
         of_teacher = teacher_head(self.base, data).count
         self.candidates = find_candidates(self.base, data.num_classes, of_teacher)
         self.build: Callable[[Suggest], Config] = compose(spaces, self.base, self.candidates)
-        claim(job, folder)
+        begun_as(job, folder)
         self.ledger = Ledger(folder)
         known, self.packs = self.ledger.read(self.config.metric)
         self.trials: dict[int, Trial] = {trial.number: trial for trial in known}
@@ -228,13 +228,16 @@ class Search:
 
 
 def claim(job: SearchJob, folder: str) -> None:
-    """Write the search's config.json. Raises UserError for a folder that was begun with another search."""
-    url = storage.join(folder, "config.json")
-    now = to_dict(job)
-    old = read_json(url)
+    """Write the search's config.json, once everything is checked. Raises UserError as `begun_as` does."""
+    begun_as(job, folder)
+    write_json(storage.join(folder, "config.json"), to_dict(job))
+
+
+def begun_as(job: SearchJob, folder: str) -> None:
+    """Raise UserError for a folder that was begun with another search."""
+    old = read_json(storage.join(folder, "config.json"))
     if old is not None:
-        refuse_changes(folder, differences(_lasting(old), _lasting(now)))
-    write_json(url, now)
+        refuse_changes(folder, differences(_lasting(old), _lasting(to_dict(job))))
 
 
 def _lasting(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from mimkd_ray.config import LossConfig
 from mimkd_ray.config.loss_presets import Kind
+from mimkd_ray.config.values import LARGEST
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.terms import Term
 from mimkd_ray.taps.default_stages import Stages
@@ -28,7 +29,7 @@ class Pair(NamedTuple):
 def parse_pair(text: str) -> Pair:
     """Parse "teacher:student" or "teacher:student:factor"."""
     match = _PAIR.fullmatch(text)
-    if match:
+    if match and float(match["factor"] or 1.0) <= LARGEST:
         return Pair(match["teacher"], match["student"], float(match["factor"] or 1.0))
     raise UserError(f"tap pair {text!r} is not 'teacher_layer:student_layer' or 'teacher_layer:student_layer:weight'")
 

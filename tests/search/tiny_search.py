@@ -10,7 +10,7 @@ from tiny_run import tiny_config
 
 from mimkd_ray.config import Config, SearchConfig, SearchJob
 from mimkd_ray.config.search import search_job
-from mimkd_ray.search.driver import Search
+from mimkd_ray.search.driver import Search, claim
 from mimkd_ray.search.spaces import SPACES
 from mimkd_ray.search.suggest import Candidates, Suggest, find_spaces
 
@@ -27,6 +27,7 @@ def tiny_job(folder: Path | str, sections: dict[str, dict[str, Any]] | None = No
 def tiny_search(folder: Path, **search: Any) -> Search:
     """A search in ``folder``, as its driver sees it."""
     job = tiny_job(folder, **search)
+    claim(job, str(folder / "search"))
     return Search(job, str(folder / "search"), find_spaces(job.search.space, SPACES))
 
 

@@ -51,6 +51,9 @@ def find_columns(metadata: Any, schema: Any, url: str, image: str = "", label: s
     parts = [metadata.schema.column(i) for i in range(metadata.num_columns)]
     leaves = {part.path: part.physical_type for part in parts}
     listed = ", ".join(f"{field.name} ({field.type})" for field in schema) or "none"
+    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if twice:
+        raise UserError(f"{url}: there are several columns '{twice[0]}' among {listed}: give each a name of its own")
     features = _features(schema.metadata)
 
     def choose(what: str, kind: str, wanted: str, names: Sequence[str], fitting: list[str], lone: list[str]) -> str:
@@ -68,7 +71,7 @@ def find_columns(metadata: Any, schema: Any, url: str, image: str = "", label: s
 
     binary = {path for path, kind in leaves.items() if kind == "BYTE_ARRAY"}
     images = [f.name for f in schema if binary & {f.name, f"{f.name}.bytes"} and not _is_text(f)]
-    numbers = [f.name for f in schema if leaves.get(f.name) in ("INT32", "INT64")]
+    numbers = [f.name for f in schema if leaves.get(f.name) in ("INT32", "INT64") and not _is_measure(f)]
     texts = [f.name for f in schema if _is_text(f)]
     lone = [name for name in numbers if name.lower() not in NO_LABELS and _is_integer(schema.field(name))]
     found_image = choose("image", "binary, or a struct with a binary field 'bytes'", image, IMAGES, images, images)
@@ -95,7 +98,7 @@ def _features(metadata: dict[bytes, bytes] | None) -> dict[str, dict[str, Any]]:
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return {name: value for name, value in features.items() if isinstance(value, dict)}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return {}  # a courtesy of the format
 
 
@@ -104,6 +107,13 @@ def _is_text(field: Any) -> bool:
 
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_measure(field: Any) -> bool:
+    """Say whether a column that Parquet stores as integers is none: times, dates, durations, decimals."""
+    import pyarrow as pa
+
+    return bool(pa.types.is_temporal(field.type) or pa.types.is_decimal(field.type))
 
 
 def _is_integer(field: Any) -> bool:

@@ -244,8 +244,11 @@ def open_parquet(url: str, size: int, metadata: Any = None) -> Any:
         return pq.ParquetFile(str(storage.local_path(url)), metadata=metadata, pre_buffer=False)
     except PermissionError as error:
         raise UserError(f"cannot read {url}: {error}; check the permissions") from error
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{url} ({size:,} bytes) is not a readable Parquet file: {error}; copy it again") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and (error.errno is not None or isinstance(error, storage.StorageError)):
+            raise  # not caused by the file's content
+        reason = " ".join(str(error).split())
+        raise UserError(f"{url} ({size:,} bytes) is not a readable Parquet file: {reason}; copy it again") from error
 
 
 def chunk_span(column: Any) -> tuple[int, int]:
