@@ -61,7 +61,7 @@ class Config:
         if pixels > MOST_LANE_BYTES:
             raise UserError(
                 f"train.lane_batch is {self.train.lane_batch:,} and data.image_size {self.data.image_size}: the "
-                f"pixels of one lane take {pixels / 1e9:,.0f} GB, of at most {MOST_LANE_BYTES / 1e9:.0f}; give smaller ones"
+                f"pixels of one lane take {pixels / 1e9:,.0f} GB, of at most {MOST_LANE_BYTES / 1e9:.0f}: give less"
             )
         if self.cache.reads and self.mix.active:
             raise UserError(

@@ -38,14 +38,14 @@ def check_values(section: Any, name: str = "", **most: int) -> None:
                 raise UserError(f"{prefix}{field} is {_shown(number)}: give {wanted}")
 
 
-def check_json(value: Mapping[str, Any], kind: type[Any], name: str = "") -> None:
+def check_json(value: Mapping[str, Any], kind: Any, name: str = "") -> None:
     """Raise UserError for a field in the JSON form of a config that is of another type than the config says."""
     prefix = f"{name}." if name else ""
     for field, annotation in _annotations(kind).items():
         given = value.get(field, dataclasses.MISSING)
         if given is dataclasses.MISSING:
             continue
-        if dataclasses.is_dataclass(annotation):
+        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
             if not isinstance(given, Mapping):
                 raise UserError(f"{prefix}{field} is {_shown(given)}: give an object with the section's fields")
             check_json(given, annotation, f"{prefix}{field}")
@@ -71,7 +71,7 @@ def fits(value: Any, annotation: Any) -> bool:
 
 
 @functools.cache
-def _annotations(kind: type[Any]) -> dict[str, Any]:
+def _annotations(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
