@@ -24,7 +24,8 @@ def check_values(section: Any, name: str = "", **most: int) -> None:
     ``name`` is the section's, before its fields in messages. ``most`` are upper limits of single fields.
     """
     prefix = f"{name}." if name else ""
-    for field, annotation in _annotations(type(section)).items():
+    kind: Any = type(section)
+    for field, annotation in _annotations(kind).items():
         value = getattr(section, field)
         if not fits(value, annotation):
             raise UserError(f"{prefix}{field} is {_shown(value)}: give {_described(annotation)}")
