@@ -254,10 +254,17 @@ def test_transient_failures_are_retried(make: Any, quick: list[float]) -> None:
         remote.attempt("s3://b/x", "read", _Flaky([make() for _ in range(5)]))
 
 
-@pytest.mark.parametrize("error", [FileExistsError("x"), ValueError("x"), OSError(errno.EROFS, "read-only")])
+@pytest.mark.parametrize("error", [FileExistsError("x"), ValueError("x"), OSError(errno.ENOSYS, "no")])
 def test_lasting_failures_are_not_retried(error: Exception, quick: list[float]) -> None:
     with pytest.raises(type(error)):
         remote.attempt("s3://b/x", "write", _Flaky([error]))
+    assert quick == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOTDIR, errno.EROFS, errno.ENOENT])
+def test_a_place_that_cannot_be_written_names_the_remedy(number: int, quick: list[float]) -> None:
+    with pytest.raises(UserError, match=r"cannot write /a/b: .*; give a place in which folders and files can be made"):
+        remote.attempt("/a/b", "write", _Flaky([OSError(number, "no")]))
     assert quick == []
 
 
