@@ -115,7 +115,7 @@ def test_a_failed_write_is_raised_by_the_next_call_and_once(tmp_path: Path) -> N
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
     writer = checkpoint.Writer(str(tmp_path), 2, lambda: None)
     writer.save(1, {"step": 1})
-    with pytest.raises(UserError, match="cannot write .*checkpoints"):
+    with pytest.raises(UserError, match=r"cannot write .*checkpoints"):
         writer.wait()
     writer.wait()
 
