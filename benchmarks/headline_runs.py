@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from mimkd_ray.cli.local_launch import pick_device
 from mimkd_ray.config import CacheConfig, Config, LaunchConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
 from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.json_files import read_json
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import cifar100
 from mimkd_ray.train.build import build_network, place
 from mimkd_ray.train.packed import Member, train_pack
 from mimkd_ray.train.records.outcomes import Failed
-from mimkd_ray.train.records.run_dir import read_json, write_json
+from mimkd_ray.train.records.run_dir import write_json
 from mimkd_ray.train.worker import measure
 
 PER_CLASS, CHOOSE_PER_CLASS, TEST_ROWS, VIEWS = 50, 40, 4000, 6

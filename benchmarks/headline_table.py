@@ -12,7 +12,8 @@ from typing import Any
 from headline_runs import Pack
 from report import machine, table, versions
 
-from mimkd_ray.train.records.run_dir import read_json, read_metrics
+from mimkd_ray.json_files import read_json
+from mimkd_ray.train.records.run_dir import read_metrics
 
 AGAINST = ("alone", "kd", "queue")
 

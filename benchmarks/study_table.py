@@ -12,8 +12,8 @@ from report import machine, table, versions
 from study_arms import ABLATIONS, PUBLISHED
 from study_plan import Plan
 
+from mimkd_ray.json_files import read_json
 from mimkd_ray.train.compare import paired
-from mimkd_ray.train.records.run_dir import read_json
 
 Figures = dict[str, Any]
 

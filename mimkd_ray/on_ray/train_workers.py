@@ -22,12 +22,13 @@ from mimkd_ray import storage
 from mimkd_ray.config import Config
 from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError
+from mimkd_ray.json_files import read_if_sound, read_json
 from mimkd_ray.on_ray.cluster import connect
 from mimkd_ray.on_ray.placement import LossWatch, scaling
 from mimkd_ray.on_ray.prometheus import LiveMetrics
 from mimkd_ray.secret_urls import Carried, scrubbed
 from mimkd_ray.train.distributed import GROUP_SECONDS, Preemption, share_from_first
-from mimkd_ray.train.records.run_dir import read_json, write_json
+from mimkd_ray.train.records.run_dir import write_json
 from mimkd_ray.train.start_times import StartTimes
 from mimkd_ray.train.worker import run_job
 
@@ -74,7 +75,7 @@ class RayContext:
         while not self._stopping:
             time.sleep(STOP_LOOK_SECONDS)
             try:
-                asked = read_json(url)
+                asked = read_json(url, ("launch_id",))
                 self._stopping = asked is not None and asked["launch_id"] in (self.launch_id, ANYBODY)
                 failing = False
             except Exception as error:
@@ -135,7 +136,7 @@ def worker(setup: dict[str, Any]) -> None:
     times.mark("worker")
     context = RayContext(setup["launch_id"], setup["run_dir"], setup["joined"], times)
     url = storage.join(setup["run_dir"], "error.json")
-    earlier = read_json(url)
+    earlier = read_if_sound(url, ("launch_id",))
     if earlier is not None and earlier["launch_id"] == context.launch_id:
         return  # restart of a worker that was killed as it wrote the error: end, and let the driver report it
     try:
@@ -250,6 +251,6 @@ def fit_workers(config: Config, run_dir: str, own: bool, times: StartTimes | Non
 
 def _raise_known(run_dir: str, launch_id: str) -> None:
     """Raise the error that a worker of this launch left behind, if any."""
-    error = read_json(storage.join(run_dir, "error.json"))
+    error = read_if_sound(storage.join(run_dir, "error.json"), ("launch_id", "kind", "message"))
     if error is not None and error["launch_id"] == launch_id:
         raise ERRORS[error["kind"]](error["message"])

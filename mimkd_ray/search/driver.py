@@ -15,12 +15,14 @@ from mimkd_ray.config import CompareConfig, Config, RunConfig, SearchJob
 from mimkd_ray.config.digest import differences, refuse_changes, training_part
 from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.json_files import read_if_sound, read_json
 from mimkd_ray.search.optuna_study import Study
 from mimkd_ray.search.suggest import Space, Suggest, compose
 from mimkd_ray.search.tap_candidates import find_candidates, widest
 from mimkd_ray.search.trial_folders import Ended, Ledger, Planned, point_of, with_point
 from mimkd_ray.search.trials import Trial, ranked, write_trials
-from mimkd_ray.train.records.run_dir import read_json, write_json
+from mimkd_ray.train.records.outcomes import DAMAGED_CONFIG
+from mimkd_ray.train.records.run_dir import write_json
 from mimkd_ray.train.teacher_head import teacher_head
 
 MAY_CHANGE = ("trials", "hours", "gpu_hours", "concurrent", "retries", "finalists", "seeds", "loggers")
@@ -93,7 +95,9 @@ class Search:
         self.trials: dict[int, Trial] = {trial.number: trial for trial in known}
         self.study = Study(self.config, self.build, known)
         self._unfinished = self._packs_to_finish()
-        self._clock = read_json(storage.join(folder, "clock.json")) or {"seconds": 0.0, "gpu_seconds": 0.0}
+        self._clock = read_if_sound(
+            storage.join(folder, "clock.json"), ("seconds", "gpu_seconds"), "hours count from 0"
+        ) or {"seconds": 0.0, "gpu_seconds": 0.0}
         self._began = time.monotonic()
         self._running: dict[int, float] = {}
 
@@ -127,7 +131,7 @@ class Search:
         count = self.config.pack
         if self.config.trials:
             count = min(count, self.config.trials - len(self.trials))
-        first = len(self.trials)
+        first = max(self.trials, default=-1) + 1  # not their count: a folder may be missing
         planned: list[Planned] = []
         for number in range(first, first + count):
             asked = self.study.ask(number)
@@ -235,7 +239,7 @@ def claim(job: SearchJob, folder: str) -> None:
 
 def begun_as(job: SearchJob, folder: str) -> None:
     """Raise UserError for a folder that was begun with another search."""
-    old = read_json(storage.join(folder, "config.json"))
+    old = read_json(storage.join(folder, "config.json"), ("search",), DAMAGED_CONFIG)
     if old is not None:
         refuse_changes(folder, differences(_lasting(old), _lasting(to_dict(job))))
 

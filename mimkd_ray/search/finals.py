@@ -13,10 +13,11 @@ from typing import Any
 from mimkd_ray import storage
 from mimkd_ray.config import Config
 from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.search.driver import Search, final_config
 from mimkd_ray.search.trial_folders import Ended, Planned
 from mimkd_ray.search.trials import Final, direction
-from mimkd_ray.train.records.run_dir import read_json, write_json
+from mimkd_ray.train.records.run_dir import write_json
 
 
 class Finals:
@@ -42,7 +43,7 @@ class Finals:
         return f"trial {trial} with seed {seed}"
 
     def _result(self, number: int) -> Mapping[str, Any] | None:
-        return read_json(storage.join(self.place(number), "result.json"))
+        return read_if_sound(storage.join(self.place(number), "result.json"), ("student",), "trained again")
 
     def next(self) -> list[Planned]:
         """Return the next run, empty if there is none. Seeds are new: the seed with which a trial was chosen is not

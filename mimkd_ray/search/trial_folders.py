@@ -20,9 +20,12 @@ from typing import Any, Literal
 
 from mimkd_ray import storage
 from mimkd_ray.config.search import Metric
+from mimkd_ray.errors import DamagedDataError
+from mimkd_ray.json_files import read_if_sound, read_json
 from mimkd_ray.search.trials import Point, Trial, Value, direction
-from mimkd_ray.train.records.run_dir import read_json, read_metrics, write_json
+from mimkd_ray.train.records.run_dir import read_metrics, write_json
 
+DAMAGED = "remove the trial's folder, and another trial takes its place"
 THREADS = 16
 """Threads that read trials from object storage."""
 
@@ -84,22 +87,25 @@ class Ledger:
 
 
 def _read(place: str, metric: Metric) -> tuple[Trial, int] | None:
-    begun = read_json(storage.join(place, "trial.json"))
+    begun = read_json(storage.join(place, "trial.json"), ("number", "pack", "params", "config"), DAMAGED)
     if begun is None:
         return None
-    ended = read_json(storage.join(place, "ended.json")) or {}
-    trial = Trial(
-        number=begun["number"],
-        state=ended.get("state", "running"),
-        kind=ended.get("kind", ""),
-        reason=ended.get("reason", ""),
-        params=begun["params"],
-        seconds=ended.get("seconds", 0.0),
-        config=begun["config"],
-    )
-    for figures in read_metrics(place, "eval"):
-        trial = with_point(trial, point_of(figures), metric)
-    return trial, begun["pack"]
+    ended = read_if_sound(storage.join(place, "ended.json"), ("state",), "the trial goes on from its checkpoint") or {}
+    try:
+        trial = Trial(
+            number=begun["number"],
+            state=ended.get("state", "running"),
+            kind=ended.get("kind", ""),
+            reason=ended.get("reason", ""),
+            params=begun["params"],
+            seconds=ended.get("seconds", 0.0),
+            config=begun["config"],
+        )
+        for figures in read_metrics(place, "eval"):
+            trial = with_point(trial, point_of(figures), metric)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedDataError(f"the files of trial {place} are damaged ({error!r}): {DAMAGED}") from error
+    return trial, int(begun["pack"])
 
 
 def point_of(figures: Mapping[str, Any]) -> Point:

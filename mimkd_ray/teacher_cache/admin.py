@@ -44,7 +44,10 @@ def ls(root: str) -> Iterator[str]:
     """
     check_root(root)
     total = 0
-    for key, parts in sorted(read_keys(root).items(), key=lambda item: (str(item[1]["data"]), str(item[1]["tap"]))):
+    bad: list[str] = []
+    for key, parts in sorted(
+        read_keys(root, bad).items(), key=lambda item: (str(item[1]["data"]), str(item[1]["tap"]))
+    ):
         manifests = _manifests(root, key)
         size = sum(m.bytes for m in manifests)
         total += size
@@ -61,6 +64,7 @@ def ls(root: str) -> Iterator[str]:
             f"pipeline {parts['pipeline']} at {parts['image_size']} pixels, view seed {parts['view_seed']}, "
             f"data {parts['data'][:16]}"
         )
+    yield from bad
     yield f"{total / 1e6:,.1f} MB in all that manifests list"
 
 
@@ -92,7 +96,11 @@ def verify(root: str, mend: bool, found: Verified) -> Iterator[str]:
     in `found`.
     """
     check_root(root)
-    for key in sorted(read_keys(root)):
+    unreadable: list[str] = []
+    keys = sorted(read_keys(root, unreadable))
+    yield from unreadable
+    found.damaged += len(unreadable)
+    for key in keys:
         for view in sorted(views_there(root, key)):
             try:
                 manifest = read_manifest(root, key, view)

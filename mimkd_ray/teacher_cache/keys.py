@@ -22,6 +22,7 @@ from typing import Any, Literal
 from mimkd_ray import storage
 from mimkd_ray.config.codec_spec import CodecSpec, parse_logits
 from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.json_files import parse
 from mimkd_ray.teacher_cache.codec import VERSION as CODEC_VERSION
 from mimkd_ray.teacher_cache.codec import Shape, row_bytes
 from mimkd_ray.teacher_cache.pixel_digests import PIXELS
@@ -127,20 +128,24 @@ def publish_key(root: str, parts: Mapping[str, Any]) -> str:
     return key
 
 
-def read_keys(root: str) -> dict[str, dict[str, Any]]:
-    """Return {key: parts} of every cache below `root`. One request each. Raises DamagedDataError."""
+def read_keys(root: str, damaged: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Return {key: parts} of every cache below `root`. One request each. Those whose key.json is damaged are left out,
+    and what is wrong with them is added to `damaged`; without it the first one raises DamagedDataError."""
 
     def read(folder: str) -> dict[str, Any] | None:
         url = storage.join(folder, "key.json")
         try:
-            parts = json.loads(storage.read_bytes(url, small=True))
+            parts = parse(storage.read_bytes(url, small=True), url, remedy="remove its folder, and build it again")
+            if key_of(parts) != folder.rpartition("/")[2]:
+                raise DamagedDataError(f"{url} does not belong to its folder: remove the folder, and build it again")
+            return parts
         except FileNotFoundError:
             return None  # not a cache, or just begun
-        except ValueError as error:
-            raise DamagedDataError(f"{url} is damaged ({error}): remove its folder, and build it again") from error
-        if not isinstance(parts, dict) or key_of(parts) != folder.rpartition("/")[2]:
-            raise DamagedDataError(f"{url} does not belong to its folder: remove the folder, and build it again")
-        return parts
+        except DamagedDataError as error:
+            if damaged is None:
+                raise
+            damaged.append(str(error))
+            return None
 
     folders = [url for url in storage.list_dirs(root) if url.rpartition("/")[2] != CALIBRATIONS]
     with ThreadPoolExecutor(THREADS) as pool:

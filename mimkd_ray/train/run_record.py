@@ -12,11 +12,12 @@ from torch import Tensor
 
 from mimkd_ray import storage
 from mimkd_ray.config.digest import digest
+from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.train.distributed import all_sum, barrier, gather_lanes, share_from_first
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import FiniteGuard, Meter
 from mimkd_ray.train.records.outcomes import RESULT
-from mimkd_ray.train.records.run_dir import MetricsLog, read_json, write_json
+from mimkd_ray.train.records.run_dir import MetricsLog, write_json
 from mimkd_ray.train.step import StepRecord
 from mimkd_ray.train.student import Student
 from mimkd_ray.versions import versions
@@ -107,8 +108,11 @@ class Best:
         """Goes on from the best.json that is there, unless it is of a later step than the run goes on from."""
         self.student = student
         self.weights, self.figures = (storage.join(run_dir, name) for name in ("best.safetensors", "best.json"))
-        known = share_from_first(read_json(self.figures) if student.context.rank == 0 else None)
+        known = share_from_first(self._known() if student.context.rank == 0 else None)
         self.top1 = known["top1"] if known is not None and known["step"] <= start else float("-inf")
+
+    def _known(self) -> dict[str, Any] | None:
+        return read_if_sound(self.figures, ("top1", "step"), "the next evaluation counts as the best so far")
 
     def consider(self, done: int, epoch: int, held_out: Mapping[str, Any]) -> None:
         """Publish the student if it is better. Every worker calls it. Weights come first: what best.json tells of is

@@ -17,6 +17,7 @@ from mimkd_ray.data.loading.loader import eval_batches
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.data.sources.source import Source, SubsetSource
+from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.losses.shared_classes import SharedClasses
 from mimkd_ray.models.outputs import logits_from
 from mimkd_ray.models.weights_file import shown
@@ -27,7 +28,7 @@ from mimkd_ray.train.evaluate import accuracy, held_out_name
 from mimkd_ray.train.loop import train, train_on
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import begin
-from mimkd_ray.train.records.run_dir import read_json, write_json
+from mimkd_ray.train.records.run_dir import write_json
 from mimkd_ray.train.student_module import Normalizer
 from mimkd_ray.train.teacher import check_accuracy, weights_digest
 from mimkd_ray.train.teacher_head import teacher_head
@@ -102,7 +103,7 @@ def obtain_teacher(
     digest = weights_digest(model)
     place(model, config.train, context.device).eval().requires_grad_(False)
     url = storage.join(run_dir, "teacher.json")
-    known = share_from_first(read_json(url) if context.rank == 0 else None)
+    known = share_from_first(_known_teacher(url) if context.rank == 0 else None)
     if known is None or (known["sha256"], known["data"]) != (digest, data.digest):
         known = {"name": teacher.name, "weights": shown(weights), **measure(model, config, data, context, head.shared)}
         known |= {"sha256": digest, "data": data.digest}
@@ -113,6 +114,10 @@ def obtain_teacher(
         say(context, f"teacher {teacher.name} ({shown(weights)}): {said}")
         check_accuracy(teacher, known["top1"], known["rows"])
     return model, {"teacher": known}
+
+
+def _known_teacher(url: str) -> dict[str, Any] | None:
+    return read_if_sound(url, ("sha256", "data", "top1", "rows"), "the teacher is measured again")
 
 
 def measure(

@@ -14,13 +14,13 @@ from tiny_search import figures, tiny_job, tiny_search
 from mimkd_ray.config import Config, SearchConfig
 from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.errors import UserError
+from mimkd_ray.json_files import read_json
 from mimkd_ray.search.driver import Search, claim, final_config, trial_config
 from mimkd_ray.search.finals import Finals
 from mimkd_ray.search.spaces import SPACES
 from mimkd_ray.search.suggest import find_spaces
 from mimkd_ray.search.trial_folders import Ended
 from mimkd_ray.search.trials import Trial
-from mimkd_ray.train.records.run_dir import read_json
 
 DONE = Ended(state="completed", seconds=2.0)
 

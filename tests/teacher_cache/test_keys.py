@@ -128,8 +128,12 @@ def test_keys_that_are_damaged(tmp_path: Path) -> None:
     with pytest.raises(DamagedDataError, match="does not belong to its folder"):
         read_keys(str(tmp_path))
     path.write_text("{")
-    with pytest.raises(DamagedDataError, match=r"key\.json is damaged"):
+    with pytest.raises(DamagedDataError, match=r"key\.json \(1 bytes\) is damaged"):
         read_keys(str(tmp_path))
+    other = publish_key(str(tmp_path), parts_of(MAP, ORIGIN, "another"))
+    bad: list[str] = []
+    assert list(read_keys(str(tmp_path), bad)) == [other], "one bad file does not hide the others"
+    assert len(bad) == 1
 
 
 def test_rules_from_the_most_special_to_the_default() -> None:

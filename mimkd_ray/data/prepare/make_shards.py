@@ -36,7 +36,8 @@ from mimkd_ray.data.prepare.work_units import (
     read_sidecar,
 )
 from mimkd_ray.data.sources.shard_manifest import Manifest, Shard, content_digest, read_manifest, write_manifest
-from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.errors import UserError
+from mimkd_ray.json_files import parse
 
 Unit = PartUnit | ShardUnit
 Runner = Callable[[Sequence[Unit], str], Iterator[Done]]
@@ -108,10 +109,7 @@ def _claim(config: PrepareConfig, origin: Origin, work: str) -> dict[str, Any]:
     settings = _settings(config, origin)
     begun: dict[str, Any] = {}
     if storage.exists(url):
-        try:
-            begun = dict(json.loads(storage.read_bytes(url)))
-        except ValueError as error:
-            raise DamagedDataError(f"{url} is damaged ({error}); remove {work} and start anew") from error
+        begun = parse(storage.read_bytes(url), url, remedy=f"remove {work} and start anew")
         _compare(config, begun, settings, "was begun with")
     else:
         _refuse_strangers(config)

@@ -27,7 +27,8 @@ def explain(configs: Sequence[Config], lacking: Sequence[Wanted]) -> str:
     if not lacking:
         return ""
     root = configs[0].cache.root
-    keys = read_keys(root)
+    bad: list[str] = []
+    keys = read_keys(root, bad)
     there = {key: views_there(root, key) for key in keys}
     # An entry whose building has not come to a manifest is no cache.
     finished = {key: parts for key, parts in keys.items() if there[key]}
@@ -36,6 +37,7 @@ def explain(configs: Sequence[Config], lacking: Sequence[Wanted]) -> str:
         said.setdefault(_reason(wanted, finished, there), []).append(wanted.label)
     reasons = "; ".join(f"{', '.join(labels)}: {reason}" for reason, labels in said.items())
     commands = " && ".join(dict.fromkeys(build_command(config) for config in configs))
+    reasons += "".join(f"; {problem}" for problem in bad[:3])
     return f"the cache {root} does not fit this run: {reasons}. Build what is missing with: {commands}"
 
 

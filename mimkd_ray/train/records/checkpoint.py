@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mimkd_ray import storage
 from mimkd_ray.errors import DamagedDataError
+from mimkd_ray.json_files import parse as parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def _sound(folder: str) -> bytes | None:
         return None  # a kill came before the marker: it was never one
     try:
         return read(folder)
-    except DamagedDataError as error:
+    except (DamagedDataError, FileNotFoundError) as error:
         logger.warning("%s; trying an older one", error)
         return None
 
@@ -160,7 +161,8 @@ def parse(data: bytes, device: torch.device) -> dict[str, Any]:
 
 def read(folder: str) -> bytes:
     """The content of a committed checkpoint. Raises DamagedDataError if it does not match its digest."""
-    marker = json.loads(storage.read_bytes(storage.join(folder, MARKER)))
+    url = storage.join(folder, MARKER)
+    marker = parse_json(storage.read_bytes(url), url, ("sha256",))
     data = storage.read_bytes(storage.join(folder, STATE))
     if hashlib.sha256(data).hexdigest() != marker["sha256"]:
         raise DamagedDataError(f"checkpoint {folder} ({len(data):,} bytes) does not match its digest; remove it")

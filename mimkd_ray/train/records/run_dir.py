@@ -7,16 +7,17 @@ staging folder and published as a whole after each evaluation; a local directory
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from mimkd_ray import storage
+from mimkd_ray import local_files, storage
 from mimkd_ray.config import RunConfig
 
 
@@ -36,21 +37,30 @@ def write_json(url: str, value: Any) -> None:
     storage.write_bytes(url, (json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_json(url: str) -> Any:
-    """Read JSON; None if there is no such file."""
-    return json.loads(storage.read_bytes(url)) if storage.exists(url) else None
-
-
 def read_metrics(run_dir: str, kind: str) -> list[dict[str, Any]]:
     """The lines of one kind in the run's metrics.jsonl; none if there is no such file."""
-    return [values for _, values in _lines(storage.join(run_dir, "metrics.jsonl")) if values["kind"] == kind]
+    mark = f'"kind": "{kind}"'.encode()
+    lines = _lines(storage.join(run_dir, "metrics.jsonl"), lambda line: mark in line)
+    return [values for _, values in lines if values.get("kind") == kind]
 
 
-def _lines(url: str) -> list[tuple[str, dict[str, Any]]]:
-    """The lines of a file, as they stand and as they are read."""
-    text = storage.read_bytes(url).decode() if storage.exists(url) else ""
-    # A write that a kill or a full disk cut short has no brace at its end.
-    return [(line, json.loads(line)) for line in text.splitlines() if line.endswith("}")]
+def _lines(url: str, wanted: Callable[[bytes], bool] = bool) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of a file, as they stand and as they are read: one at a time, as there may be millions.
+
+    What is no line of ours is passed over: a kill or a full disk cuts one short, and disks damage others.
+    """
+    if not storage.exists(url):
+        return
+    with io.BufferedReader(storage.open_file(url), 1 << 20) as file:  # type: ignore[type-var]
+        for line in file:
+            if not wanted(line):
+                continue
+            try:
+                values = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                yield line.rstrip(b"\n") + b"\n", values
 
 
 class MetricsLog:
@@ -75,9 +85,10 @@ class MetricsLog:
         """Open a file of lines for appending, without those from after the start. Not buffered: what is written stays
         when this process is killed, and nothing is left to be written when the disk is full."""
         old = _lines(storage.join(self.run_dir, name))
-        kept = [line + "\n" for line, values in old if values["step"] <= self._start_step]
         path = self.staging / name
-        storage.write_bytes(str(path), "".join(kept).encode())
+        with storage.explained(str(path), "write"):
+            kept = (line for line, values in old if values["step"] <= self._start_step)
+            local_files.publish(path, lambda out: out.writelines(kept))
         return path.open("ab", buffering=0)
 
     def _append(self, file: BinaryIO, *lines: Mapping[str, Any]) -> None:

@@ -10,7 +10,8 @@ import pytest
 from mimkd_ray import local_files, storage
 from mimkd_ray.config import RunConfig
 from mimkd_ray.errors import UserError
-from mimkd_ray.train.records.run_dir import MetricsLog, read_json, write_json
+from mimkd_ray.json_files import read_json
+from mimkd_ray.train.records.run_dir import MetricsLog, write_json
 
 
 def _lines(path: Path) -> list[dict]:

@@ -1,0 +1,106 @@
+"""Our own small files, damaged: each is named in one line, and what can be done without it is."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_run import run_tiny, tiny_config
+from tiny_search import tiny_search
+
+from mimkd_ray.errors import DamagedDataError
+from mimkd_ray.json_files import parse, read_if_sound, read_json
+from mimkd_ray.search.trial_folders import Ended, Ledger, Planned
+from mimkd_ray.train.records import checkpoint
+from mimkd_ray.train.records.outcomes import find_result
+from mimkd_ray.train.records.run_dir import read_metrics
+
+DAMAGE = (b"", b"{", b"\xff\xfe{}", b"[]", b"null", b"[" * 100_000, b'{"other": 1}', b"\0" * 64)
+
+
+@pytest.mark.parametrize("data", DAMAGE)
+def test_damage_is_a_line_that_names_the_file(data: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(
+        DamagedDataError, match=rf"a/b\.json \({len(data):,} bytes\) is damaged: .*; remove it"
+    ) as raised:
+        parse(data, "a/b.json", ("step",), "remove it")
+    assert "\n" not in str(raised.value)
+    file = tmp_path / "b.json"
+    file.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        assert read_if_sound(str(file), ("step",), "done again") is None
+    assert "done again" in caplog.text
+
+
+def test_what_is_not_there_is_none(tmp_path: Path) -> None:
+    assert read_json(str(tmp_path / "nix.json")) is None
+    assert read_if_sound(str(tmp_path / "nix.json")) is None
+
+
+@pytest.mark.parametrize("damage", ["empty marker", "no state", "cut state", "marker without digest"])
+def test_a_damaged_checkpoint_gives_way_to_the_older_one(damage: str, tmp_path: Path) -> None:
+    checkpoint.save(str(tmp_path), 1, {"step": 1}, 2)
+    newest = Path(checkpoint.save(str(tmp_path), 2, {"step": 2}, 2))
+    if damage == "no state":
+        (newest / "state.pt").unlink()
+    elif damage == "cut state":
+        (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:-10])
+    else:
+        (newest / "committed.json").write_text("" if damage == "empty marker" else "{}")
+    found = checkpoint.newest(str(tmp_path))
+    assert found is not None
+    assert checkpoint._step(found[0]) == 1
+
+
+def test_a_run_gets_over_damage_to_its_files_and_ends_with_the_same_weights(tmp_path: Path) -> None:
+    run_tiny(tmp_path / "whole", run={"keep_best": True})
+    shutil.copytree(tmp_path / "whole", tmp_path / "hurt")
+    for name in ("result.json", "teacher.json", "best.json"):
+        (tmp_path / "hurt" / name).write_text("{")
+    with (tmp_path / "hurt" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 3, "x": {}\n[]\n{"kind": "eval"}\n\n\0\0\0')
+    (tmp_path / "hurt" / "student.safetensors").unlink()
+    run_tiny(tmp_path / "hurt", run={"keep_best": True})
+    student = "student.safetensors"
+    assert (tmp_path / "hurt" / student).read_bytes() == (tmp_path / "whole" / student).read_bytes()
+    assert json.loads((tmp_path / "hurt" / "best.json").read_text())["step"] == 6
+    lines = [json.loads(line) for line in (tmp_path / "hurt" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in read_metrics(str(tmp_path / "hurt"), "eval")] == [3, 6]
+
+
+def test_a_damaged_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DamagedDataError, match=r"config\.json .* it has no 'data'; it says what is trained there"):
+        find_result(tiny_config(), str(tmp_path))
+
+
+def test_damage_in_a_search(tmp_path: Path) -> None:
+    search = tiny_search(tmp_path)
+    for _ in range(2):
+        (planned,) = search.next()
+        search.ended(planned.number, Ended(state="completed", seconds=1.0))
+    folder = tmp_path / "search"
+    (folder / "clock.json").write_text("")
+    (folder / "trials" / "0001" / "ended.json").write_text('{"state": "co')
+    again = tiny_search(tmp_path)
+    assert again.spent()[0] < 0.01
+    assert [each.number for each in again.next()] == [1], "it goes on from its checkpoint"
+    shutil.rmtree(folder / "trials" / "0000")
+    with_gap = tiny_search(tmp_path)
+    assert [[each.number for each in with_gap.next()] for _ in range(3)] == [[1], [2], [3]]
+    assert with_gap.next() == [], "three trials, as asked"
+    (folder / "trials" / "0001" / "trial.json").write_text('{"number": 1}')
+    with pytest.raises(DamagedDataError, match=r"0001/trial\.json .* has no 'pack'; remove the trial's folder"):
+        tiny_search(tmp_path)
+
+
+def test_a_state_that_no_trial_has(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path))
+    ledger.begin(Planned(0, 0, {}, {}))
+    (tmp_path / "trials" / "0000" / "ended.json").write_text('{"state": "gone"}')
+    with pytest.raises(DamagedDataError, match=r"files of trial .*0000 are damaged .*'gone'"):
+        ledger.read("top1")
