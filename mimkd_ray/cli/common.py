@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from mimkd_ray import storage
+from mimkd_ray import console, storage
 from mimkd_ray.config import Config
 from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError, nearest
@@ -36,9 +37,13 @@ def main(
 
     def work() -> int:
         config = parse(recipes, default, sys.argv[1:] if argv is None else argv, program)
-        if config is not None:
+        if config is None:
+            return 0
+        if os.environ.get("RANK", "0") != "0":
+            console.use(console.Nobody())  # torchrun's other processes
+        with console.phase(f"{config.recipe}: {config.teacher.name} teaches {config.student.name}; loading PyTorch"):
             from mimkd_ray.cli.training import run  # imported only once the command line is known to be good
-
+        with console.phase(config.recipe, said=False):
             run(config)
         return 0
 
@@ -90,7 +95,7 @@ def fail(text: str, status: int) -> int:
 
 def parse(recipes: Mapping[str, Callable[[], C]], default: str, argv: Sequence[str], program: str) -> C | None:
     """Return the config of a command line; None if it only requested a printout."""
-    arguments = list(argv)
+    arguments = [part for word in argv for part in (("--launch.verbose", "true") if word == "--verbose" else (word,))]
     name = default
     if arguments and not arguments[0].startswith("-"):
         name = arguments.pop(0)

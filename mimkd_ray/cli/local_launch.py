@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mimkd_ray import console
 from mimkd_ray.config import Config, LaunchConfig
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.train.distributed import GROUP_SECONDS, Preemption, share_from_first
@@ -82,6 +83,8 @@ def local_context(launch: LaunchConfig, times: StartTimes) -> Iterator[LocalCont
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=GROUP_SECONDS))
     try:
         launch_id = share_from_first(uuid.uuid4().hex)
+        if dist.get_rank():
+            console.use(console.Nobody())
         yield LocalContext(device, dist.get_rank(), dist.get_world_size(), launch_id, times)
     finally:
         dist.destroy_process_group()

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mimkd_ray import storage
+from mimkd_ray import console, storage
 from mimkd_ray.cli import common
 from mimkd_ray.cli.local_launch import pick_device
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.training import absolute, below_root
 from mimkd_ray.config import Config, SearchJob
 from mimkd_ray.config.search import search_job
+from mimkd_ray.console import clock
 from mimkd_ray.errors import Interrupted
 from mimkd_ray.on_ray import environment
 from mimkd_ray.search.driver import Search, claim, search_digest
@@ -28,7 +29,6 @@ from mimkd_ray.search.suggest import Space, find_spaces
 from mimkd_ray.search.trial_folders import Ended, Planned
 from mimkd_ray.search.trials import Final
 from mimkd_ray.train.records import run_files
-from mimkd_ray.train.records.metrics import clock
 
 LINE_SECONDS = 10.0
 """Least seconds between two printed evaluations; the end of every trial is printed."""
@@ -72,10 +72,12 @@ def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
         run_files.overwrite(folder)
     state = Search(job, folder, found)
     widest = state.widest()
-    preflight(widest)
+    with console.phase("checking data, networks and places"):
+        preflight(widest)
     claim(job, folder)
-    print(opening(state), flush=True)
-    stopped = run_here(state, widest) if job.launch.backend == "local" else run_with_ray(state, widest)
+    console.line(opening(state))
+    with console.phase(f"search of {job.search.algorithm}", said=False):
+        stopped = run_here(state, widest) if job.launch.backend == "local" else run_with_ray(state, widest)
     if stopped:
         over = sum(trial.state != "running" for trial in state.trials.values())
         raise Interrupted(f"asked to stop: {over} of {len(state.trials)} trials of {folder} have ended")
@@ -115,7 +117,7 @@ class Shown:
         planned = self.driver.next()
         for each in planned:
             text = ", ".join(f"{name} {_short(value)}" for name, value in each.params.items())
-            print(f"{self.driver.label(each.number)}: {text}", flush=True)
+            console.line(f"{self.driver.label(each.number)}: {text}")
         return planned
 
     def place(self, number: int) -> str:
@@ -126,7 +128,7 @@ class Shown:
         """Return the driver's decision; print a line from time to time."""
         if time.monotonic() - self._line > LINE_SECONDS:
             self._line = time.monotonic()
-            print(f"{self.driver.label(number)}: epoch {figures['epoch']}, top-1 {figures['top1']:.2f} %", flush=True)
+            console.line(f"{self.driver.label(number)}: epoch {figures['epoch']}, top-1 {figures['top1']:.2f} %")
         verdict = self.driver.heard(number, figures, alone)
         self._publish()
         return verdict
@@ -202,12 +204,12 @@ def stages(state: Search, run: Callable[[Shown], bool]) -> bool:
     finals = Finals(state)
     if finals.runs:
         names = ", ".join(str(number) for number in dict.fromkeys(trial for trial, _ in finals.runs))
-        print(f"finalists: trials {names}, {state.config.seeds} seeds each", flush=True)
+        console.line(f"finalists: trials {names}, {state.config.seeds} seeds each")
         shown = Shown(finals, len(finals.runs), lambda: None)
         if run(shown):
             return True
         write_report(state, finals.publish())
-    print(closing(state), flush=True)
+    console.line(closing(state))
     return False
 
 
@@ -271,7 +273,7 @@ def run_with_ray(state: Search, widest: Config) -> bool:
     own = connect(job.launch.address, "--launch.address", log_to_driver=False)
     try:
         shape = tune_driver.shape_of(job, Capacity.of_cluster())
-        print(shape.text(), flush=True)
+        console.line(shape.text())
         tune_driver.prepare_on_ray(widest, state.folder, shape)
 
         def run(driver: Shown) -> bool:

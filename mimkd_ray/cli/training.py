@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from torch.utils.data import Dataset
 
-from mimkd_ray import storage
+from mimkd_ray import console, storage
 from mimkd_ray.cli.local_launch import local_context, run_local, under_torchrun
+from mimkd_ray.cli.opening import closing, opening
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.result_table import result_table
 from mimkd_ray.config import Config
@@ -126,15 +127,19 @@ def _run(
     finished = ask_first(lambda: _finished(config, run_dir))
     if finished is not None:
         if first:
-            print(result_table(finished))
-            print(f"this run was finished before; --run.overwrite true does it again\nrun directory: {run_dir}")
+            console.line(result_table(finished))
+            console.line("this run was finished before; --run.overwrite true does it again")
+            console.line(closing(config, run_dir))
         return finished
-    preflight(config, given)
+    if first:
+        console.line(opening(config, run_dir))
+    with console.phase("checking data, networks and places"):
+        preflight(config, given)
     ask_first(lambda: claim(config, run_dir))  # not before: a config that cannot be run leaves nothing behind
     times.mark("checked")
     result = work()
     if first:
-        print(f"\n{result_table(result)}\nrun directory: {run_dir}", flush=True)
+        console.line(f"\n{result_table(result)}\n{closing(config, run_dir)}")
     return result
 
 

@@ -34,8 +34,10 @@ class DataConfig:
     """Share of the training rows, of each class, that is used as validation set instead of `val_split`."""
     subset: int = 0
     """Train on this many rows, equally many of each class, drawn after the holdout; 0 = all."""
+    val_rows: int = 0
+    """Evaluate on this many of the held-out rows, equally many of each class, the same at every evaluation; 0 = all."""
     split_seed: int = 0
-    """Seed of `holdout`."""
+    """Seed of `holdout` and `val_rows`."""
     subset_seed: int = 0
     """Seed of `subset`; apart from `split_seed`, so that several subsets share one held-out set."""
     image_column: str = ""
@@ -89,7 +91,7 @@ class DataConfig:
             raise UserError(f"data.holdout = {self.holdout}: give a share of at least 0 and below 1, such as 0.1")
         if not 0 <= self.max_damaged <= 1:
             raise UserError(f"data.max_damaged = {self.max_damaged}: give a share from 0 to 1, such as 0.001")
-        for name in ("subset", "num_classes", "views"):
+        for name in ("subset", "val_rows", "num_classes", "views"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more")
         for name in ("loader_workers", "read_ahead", "view_seed"):

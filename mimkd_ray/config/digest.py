@@ -17,10 +17,11 @@ _SECTIONS_NOT_IN_DIGEST = ("recipe", "run", "launch")
 _NOT_IN_DIGEST = {
     "train": ("log_every", "eval_every", "eval_batch", "information_rows", "engine"),
     "loss": ("score_memory_mb",),
-    "data": ("loader_workers", "read_ahead", "store", "store_gb", "resident"),
+    "teacher": ("expect_top1", "tolerance"),
+    "data": ("val_rows", "loader_workers", "read_ahead", "store", "store_gb", "resident"),
     "cache": ("shard_rows", "batch", "workers", "canary", "tolerance"),
 }
-"""Fields that may change between two starts of the same run: output places, machines, logging and evaluation."""
+"""Fields that may change between two starts of the same run: output places, machines, logging, checks, evaluation."""
 
 
 def training_part(value: Mapping[str, Any]) -> dict[str, Any]:

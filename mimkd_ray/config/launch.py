@@ -24,6 +24,9 @@ class LaunchConfig:
     """Give each worker a GPU; auto: if the cluster has any."""
     address: str = ""
     """Address of a running Ray cluster; unset: RAY_ADDRESS, else this process starts Ray."""
+    verbose: bool = False
+    """Show what Ray and its workers print themselves, which else goes to ray.log in the run directory. --verbose on the
+    command line is the same."""
     max_failures: int = 3
     """Most restarts of a failed worker group; each one resumes from the last checkpoint."""
     max_preemptions: int = -1

@@ -13,6 +13,7 @@ import ray
 from ray.train import ScalingConfig
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from mimkd_ray import console
 from mimkd_ray.config import Config
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray.node_capacity import Capacity
@@ -37,7 +38,7 @@ def scaling(config: Config, own: bool) -> ScalingConfig:
                 left = deadline - time.monotonic()
                 if own or left <= 0:
                     raise
-                print(f"waiting up to {left / 60:.0f} more minutes for nodes: {error}", flush=True)
+                console.line(f"waiting up to {left / 60:.0f} more minutes for nodes: {error}")
                 if not asked:
                     demand.enter_context(_asked_for_nodes(config))
                     asked = True

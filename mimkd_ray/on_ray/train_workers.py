@@ -18,12 +18,14 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from mimkd_ray import storage
+from mimkd_ray import console, storage
 from mimkd_ray.config import Config
 from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError
 from mimkd_ray.json_files import read_if_sound, read_json
+from mimkd_ray.on_ray import driver_console
 from mimkd_ray.on_ray.cluster import connect
+from mimkd_ray.on_ray.environment import cluster_address
 from mimkd_ray.on_ray.placement import LossWatch, scaling
 from mimkd_ray.on_ray.prometheus import LiveMetrics
 from mimkd_ray.secret_urls import Carried, scrubbed
@@ -54,7 +56,15 @@ class RayContext:
 
     reports_are_final = False
 
-    def __init__(self, launch_id: str, run_dir: str, joined: bool, times: StartTimes | None = None) -> None:
+    def __init__(
+        self,
+        launch_id: str,
+        run_dir: str,
+        joined: bool,
+        times: StartTimes | None = None,
+        speaks_through: tuple[Any, float] | None = None,
+    ) -> None:
+        """``speaks_through``: the driver's mailbox, and the seconds between two states of progress that it shows."""
         self.times = times or StartTimes()
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
@@ -63,6 +73,8 @@ class RayContext:
         self._reported = time.monotonic()
         self._joined = joined
         self._stopping = False
+        if speaks_through is not None:
+            driver_console.speak_through(*speaks_through, self.rank)
         self._live = LiveMetrics() if joined and self.rank == 0 else None
         if self.rank == 0:
             threading.Thread(target=self._watch, args=(run_dir,), name="stop watch", daemon=True).start()
@@ -134,7 +146,7 @@ def worker(setup: dict[str, Any]) -> None:
     driver."""
     times = StartTimes(setup["timeline"])
     times.mark("worker")
-    context = RayContext(setup["launch_id"], setup["run_dir"], setup["joined"], times)
+    context = RayContext(setup["launch_id"], setup["run_dir"], setup["joined"], times, setup.get("console"))
     url = storage.join(setup["run_dir"], "error.json")
     earlier = read_if_sound(url, ("launch_id",))
     if earlier is not None and earlier["launch_id"] == context.launch_id:
@@ -171,7 +183,7 @@ def forwarded_stop(run_dir: str, launch_id: str) -> Iterator[None]:
         write_json(storage.join(run_dir, STOP), {"launch_id": launch_id})
 
     def on_signal(*_: object) -> None:
-        print("stopping: the workers are asked to save and end", flush=True)
+        console.line("stopping: the workers are asked to save and end")
         threading.Thread(target=ask, name="stop").start()  # storage may wait, but a signal handler must not
 
     before = signal.signal(signal.SIGTERM, on_signal)
@@ -183,13 +195,17 @@ def forwarded_stop(run_dir: str, launch_id: str) -> Iterator[None]:
 
 def run_ray(config: Config, run_dir: str, times: StartTimes) -> dict[str, Any]:
     """Run the job on Ray Train workers, of a cluster or of a Ray started here, and return its result."""
-    own = connect(config.launch.address, "--launch.address", state_api=True, ignore_reinit_error=True)
-    times.mark("connected")
-    try:
-        return fit_workers(config, run_dir, own, times)
-    finally:
-        if own:
-            ray.shutdown()
+    with driver_console.ray_in_file(run_dir, config.launch.verbose):
+        with console.phase("joining the Ray cluster" if cluster_address(config.launch.address) else "starting Ray"):
+            own = connect(config.launch.address, "--launch.address", state_api=True, ignore_reinit_error=True)
+        times.mark("connected")
+        try:
+            with console.phase("starting workers"):
+                return fit_workers(config, run_dir, own, times)
+        finally:
+            if own:
+                with console.phase("ending Ray", said=False):
+                    ray.shutdown()
 
 
 def fit_workers(config: Config, run_dir: str, own: bool, times: StartTimes | None = None) -> dict[str, Any]:
@@ -200,29 +216,31 @@ def fit_workers(config: Config, run_dir: str, own: bool, times: StartTimes | Non
     scratch = tempfile.mkdtemp(prefix="mimkd-ray-")
     watch = LossWatch(scaling(config, own), config.launch.lost_minutes)
     try:
-        trainer = trainer_class(isinstance(watch.scaling.num_workers, tuple))(
-            worker,
-            train_loop_config={
-                "config": to_dict(config),
-                "run_dir": run_dir,
-                "launch_id": launch_id,
-                "joined": not own,
-                "secrets": Carried(),
-                "timeline": times.marks() if times is not None else {},
-            },
-            scaling_config=watch.scaling,
-            torch_config=TorchConfig(timeout_s=GROUP_SECONDS),
-            run_config=RunConfig(
-                name=launch_id,
-                storage_path=scratch,
-                callbacks=[EndAtOnce()],
-                failure_config=FailureConfig(
-                    max_failures=config.launch.max_failures,
-                    max_preemption_failures=config.launch.max_preemptions,
-                ),
-            ),
-        )
         with ExitStack() as stack:
+            mailbox = stack.enter_context(driver_console.heard())
+            trainer = trainer_class(isinstance(watch.scaling.num_workers, tuple))(
+                worker,
+                train_loop_config={
+                    "config": to_dict(config),
+                    "run_dir": run_dir,
+                    "launch_id": launch_id,
+                    "joined": not own,
+                    "secrets": Carried(),
+                    "timeline": times.marks() if times is not None else {},
+                    "console": (mailbox, console.current().every),
+                },
+                scaling_config=watch.scaling,
+                torch_config=TorchConfig(timeout_s=GROUP_SECONDS),
+                run_config=RunConfig(
+                    name=launch_id,
+                    storage_path=scratch,
+                    callbacks=[EndAtOnce()],
+                    failure_config=FailureConfig(
+                        max_failures=config.launch.max_failures,
+                        max_preemption_failures=config.launch.max_preemptions,
+                    ),
+                ),
+            )
             if threading.current_thread() is threading.main_thread():
                 stack.enter_context(forwarded_stop(run_dir, launch_id))
                 stack.enter_context(watch)

@@ -14,7 +14,7 @@ import ray
 import torch
 from ray import tune
 
-from mimkd_ray import storage
+from mimkd_ray import console, storage
 from mimkd_ray.config import Config, SearchConfig
 from mimkd_ray.config.json_form import from_dict
 from mimkd_ray.errors import Interrupted
@@ -44,6 +44,7 @@ def trainable(setup: dict[str, Any]) -> None:
     Reports "figures", {number: evaluation}, after each evaluation, and "ended", {number: ending}, at the end: both as
     JSON, because Tune flattens nested values.
     """
+    console.use(console.Nobody())  # the search tells of its trials
     search = from_dict(SearchConfig, setup["search"])
     planned = [Planned(**each) for each in setup["planned"]]
     places = {int(number): place for number, place in setup["places"].items()}

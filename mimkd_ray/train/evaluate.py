@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimkd_ray import console
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.loading.damage import damaged_allowed
 from mimkd_ray.data.loading.loader import LaneBatch
+from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
 from mimkd_ray.train.distributed import all_sum
@@ -36,6 +38,13 @@ class Accuracy(NamedTuple):
     cross_entropy: float
     rows: int
     damaged: int
+
+
+def told_batches(
+    batches: Iterable[LaneBatch], source: Source, world_size: int, what: str = "held-out images", said: bool = False
+) -> Iterator[LaneBatch]:
+    """The batches of one rank, told on the console as a part of all. ``said``: also that they begin."""
+    return console.counted(batches, lambda batch: world_size * len(batch), what, source.num_rows, said)
 
 
 def held_out_name(data: DataConfig) -> str:

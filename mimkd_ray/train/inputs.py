@@ -27,6 +27,7 @@ from mimkd_ray.train.build import (
     uses_channels_last,
 )
 from mimkd_ray.train.distributed import Context, gather_lanes
+from mimkd_ray.train.evaluate import told_batches
 from mimkd_ray.train.from_cache.cached_negatives import CachedNegatives
 from mimkd_ray.train.from_cache.cached_teacher import Cached
 from mimkd_ray.train.from_cache.live_check import CacheCheck
@@ -259,6 +260,9 @@ class Inputs:
 
     def held_out(self, batch_size: int) -> Iterator[LaneBatch]:
         """This worker's slice of the held-out rows. Kept on the device where the training set is."""
+        return told_batches(self._held_out_batches(batch_size), self.data.val, self.context.world_size)
+
+    def _held_out_batches(self, batch_size: int) -> Iterator[LaneBatch]:
         if batch_size in self._held_out:
             return iter(self._held_out[batch_size])
         batches = eval_batches(

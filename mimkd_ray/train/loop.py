@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mimkd_ray import console
 from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
@@ -60,8 +61,9 @@ def train_on(
     Interrupted, on all workers, when the job was asked to stop and has saved its state.
     """
     began = time.perf_counter()
-    student = lone_student(config, data, teacher, context, run_dir)
-    start = student.resume(run_dir)
+    with console.phase(f"{config.recipe}: making the student and its inputs", said=False):
+        student = lone_student(config, data, teacher, context, run_dir)
+        start = student.resume(run_dir)
     resumed = time.perf_counter() - began
     if start:
         say(context, f"resumed from step {start} of {run_dir} in {resumed:.1f} s")
@@ -103,7 +105,7 @@ class Loop:
 
     def _go(self) -> None:
         context = self.context
-        progress = Progress(context, self.label, self.start, self.total, self.global_batch, self.quiet)
+        progress = Progress(context, self.label, self.start, self.total, self.global_batch)
         rhythm = Rhythm(self.config.run, context, self.steps_per_epoch, self.start)
         self.inputs.start(self.start)
         context.times.mark("built")
@@ -176,7 +178,9 @@ class Loop:
 
     def text(self, records: Mapping[Run, StepRecord]) -> str:
         """The latest metrics, for the bar."""
-        return summary(records[self.runs[0]].log)
+        run = self.runs[0]
+        known = [f"held-out top-1 {run.held_out['top1']:.2f} %"] if run.held_out else []
+        return ", ".join([summary(records[run].log), *known])
 
     def evaluate(self, done: int) -> list[dict[str, Any]]:
         """Held-out figures of every run after ``done`` steps. A pack's run may leave meanwhile, and has none."""
@@ -246,10 +250,17 @@ def write_step(
 
 
 def summary(record: Mapping[str, Tensor]) -> str:
-    """Return the loss and the nats of each term in one short text."""
-    terms = [key.removesuffix("/nats") for key in record if key.endswith("/nats")]
-    readings = [f"{term} {reading(float(record[f'{term}/nats']), float(record[f'{term}/ceiling']))}" for term in terms]
-    return ", ".join([f"loss {float(record['loss']):.3f}", *readings])
+    """Return cross-entropy, KD, the nats of each term of MIMKD and the losses of rivals, in one short text. Their sum,
+    which may be negative, tells nothing."""
+    names = {"ce": "cross-entropy", "kd": "KD"}
+    parts = [f"{name} {float(record[key]):.3f}" for key, name in names.items() if key in record]
+    for key in record:
+        term, _, kind = key.rpartition("/")
+        if kind == "nats":
+            parts.append(f"{term} {reading(float(record[key]), float(record[f'{term}/ceiling']))}")
+        elif term == "rival":
+            parts.append(f"{kind} {float(record[key]):.3f}")
+    return ", ".join(parts)
 
 
 def _foretold(notice: Preemption) -> str:

@@ -45,6 +45,12 @@ def of_data(data: DataConfig) -> NetworkInput:
     return NetworkInput(data.image_size, data.mean, data.std, "bicubic")
 
 
+def sees_data(config: Config) -> bool:
+    """Return whether the teacher's images are the student's."""
+    wanted, data = teacher_input(config), config.data
+    return (wanted.size, wanted.mean, wanted.std) == (data.image_size, data.mean, data.std)
+
+
 def resizing(config: Config) -> str:
     """How the teacher's images are resized, such as "384 bicubic"; "" if they are not."""
     wanted = teacher_input(config)

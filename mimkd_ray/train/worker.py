@@ -8,23 +8,24 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from mimkd_ray import storage
+from mimkd_ray import console, storage
 from mimkd_ray.config import CompareConfig, Config, LossConfig, ModelConfig
 from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.loading.loader import eval_batches
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.data.sources.source import Source, SubsetSource
-from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.losses.shared_classes import SharedClasses
 from mimkd_ray.models.outputs import logits_from
 from mimkd_ray.models.weights_file import shown
 from mimkd_ray.train.build import build_network, parameter_dtype, place, teacher_images, uses_channels_last
 from mimkd_ray.train.compare import arm_config, compare
-from mimkd_ray.train.distributed import Context, ask_first, share_from_first
-from mimkd_ray.train.evaluate import accuracy, held_out_name
+from mimkd_ray.train.distributed import Context, ask_first
+from mimkd_ray.train.evaluate import accuracy, held_out_name, told_batches
+from mimkd_ray.train.known_accuracy import known_or_measured
 from mimkd_ray.train.loop import train, train_on
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import begin
@@ -32,7 +33,7 @@ from mimkd_ray.train.records.run_dir import write_json
 from mimkd_ray.train.student_module import Normalizer
 from mimkd_ray.train.teacher import check_accuracy, weights_digest
 from mimkd_ray.train.teacher_head import teacher_head
-from mimkd_ray.train.teacher_input import TeacherImages
+from mimkd_ray.train.teacher_input import TeacherImages, sees_data
 
 NO_TEACHER = LossConfig(name=())
 """Cross-entropy alone."""
@@ -47,13 +48,25 @@ def run_job(config: Config, context: Context, run_dir: str, given: OwnData | Non
 
 def do_job(config: Config, context: Context, run_dir: str, given: OwnData | None = None) -> dict[str, Any]:
     """Do a job whose directory was begun (records/outcomes.py) and has no result. Every worker calls this."""
-    data = open_data(config.data, given)
+    workers = f"{context.world_size} worker{'s' if context.world_size > 1 else ''}"
+    say(context, f"{workers} on {_device(context)}; opening the data")
+    with console.phase("opening the data", said=False):
+        data = open_data(config.data, given)
     context.times.mark("data")
-    teacher, facts = obtain_teacher(config, data, context, run_dir)
+    with console.phase("preparing the teacher", said=False):
+        teacher, facts = obtain_teacher(config, data, context, run_dir)
     context.times.mark("teacher")
     if config.compare.seeds:
         return compare(config, data, teacher, facts, context, run_dir)
     return train_on(config, data, teacher, context, run_dir, facts)
+
+
+def _device(context: Context) -> str:
+    """The device of the first worker, in words."""
+    if context.device.type == "cuda":
+        return torch.cuda.get_device_name(context.device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''} each"
 
 
 def first_runs(config: Config) -> list[Config]:
@@ -86,38 +99,37 @@ def obtain_teacher(
 ) -> tuple[nn.Module | None, dict[str, Any]]:
     """The teacher's network, trained first where the config says so, and the facts of its check on held-out images.
 
-    The check is made once and kept in teacher.json: a restart must be quick. Raises UserError if the teacher falls
-    short of ``teacher.expect_top1``.
+    The check is made once for all runs beside this one: a start must be quick. teacher.json says what it found. Raises
+    UserError if the teacher falls short of ``teacher.expect_top1``.
     """
     if not needs_teacher(config):
         return None, {}
     teacher = config.teacher
     weights = teacher.weights
+    trained: dict[str, Any] | None = None
     if teacher.train:
         folder = storage.join(run_dir, "teacher")
         own = teacher_config(config)
-        train(own, open_data(own.data, data.own), None, context, folder)
+        say(context, f"training the teacher {teacher.name}, {own.train.epochs} epochs, in {folder}")
+        trained = train(own, open_data(own.data, data.own), None, context, folder)["student"]
         weights = storage.join(folder, "student.safetensors")
     head = teacher_head(config, data)
     model = build_network(config, head.count, weights)
     digest = weights_digest(model)
     place(model, config.train, context.device).eval().requires_grad_(False)
-    url = storage.join(run_dir, "teacher.json")
-    known = share_from_first(_known_teacher(url) if context.rank == 0 else None)
-    if known is None or (known["sha256"], known["data"]) != (digest, data.digest):
-        known = {"name": teacher.name, "weights": shown(weights), **measure(model, config, data, context, head.shared)}
-        known |= {"sha256": digest, "data": data.digest}
-        if context.rank == 0:
-            write_json(url, known)
+    if trained is not None and head.shared is None and trained["rows"] == data.val.num_rows and sees_data(config):
+        figures = {key: trained[key] for key in ("top1", "top5", "rows")}  # of its own last evaluation
+    else:
+        look = partial(measure, model, config, data, context, head.shared)
+        figures = known_or_measured(digest, head, config, data, context, run_dir, look)
+    known = {"name": teacher.name, "weights": shown(weights), **figures, "sha256": digest, "data": data.digest}
+    if context.rank == 0:
+        write_json(storage.join(run_dir, "teacher.json"), known)
     if known["top1"] is not None:
         said = f"top-1 {known['top1']:.2f} % on {known['rows']} held-out images"
         say(context, f"teacher {teacher.name} ({shown(weights)}): {said}")
         check_accuracy(teacher, known["top1"], known["rows"])
     return model, {"teacher": known}
-
-
-def _known_teacher(url: str) -> dict[str, Any] | None:
-    return read_if_sound(url, ("sha256", "data", "top1", "rows"), "the teacher is measured again")
 
 
 def measure(
@@ -144,7 +156,9 @@ def measure(
         loader_workers=config.data.loader_workers,
         read_ahead=config.data.read_ahead,
     )
-    measured = accuracy(logits_of, batches, normalize, config.data.max_damaged, held_out_name(config.data))
+    what = f"checking {config.teacher.name} on {held_out.num_rows:,} held-out images"
+    told = told_batches(batches, held_out, context.world_size, what, said=True)
+    measured = accuracy(logits_of, told, normalize, config.data.max_damaged, held_out_name(config.data))
     return {"top1": measured.top1, "top5": measured.top5, "rows": measured.rows}
 
 

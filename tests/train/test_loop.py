@@ -234,6 +234,6 @@ def test_summary_is_short(tmp_path: Path) -> None:
     values |= {"feature/a-b/nats": 0.25, "feature/a-b/ceiling": math.inf}
     values |= {"feature/c-d/nats": math.nan, "feature/c-d/ceiling": math.inf}
     assert loop.summary({key: torch.tensor(value) for key, value in values.items()}) == (
-        "loss 1.500, global/a-b 3.12 of at most 4.16 nats, feature/a-b 0.25 nats (estimate), "
+        "cross-entropy 1.000, global/a-b 3.12 of at most 4.16 nats, feature/a-b 0.25 nats (estimate), "
         "feature/c-d no valid reading"
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 
 from tqdm import tqdm
 
+from mimkd_ray import console
 from mimkd_ray.data.prepare.work_units import Done
 
 LINE_SECONDS = 10.0
@@ -27,17 +29,19 @@ class Progress:
         self.first: tuple[float, int, int] | None = None  # time at which the first unit ended, its rows and bytes
         shows = sys.stderr.isatty()
         self.bar = tqdm(total=self.total_bytes, desc=title, bar_format="{desc} |{bar}|") if shows else None
-        if self.bar is None:
-            print(title, flush=True)
+        self._told = ExitStack()
 
     def __enter__(self) -> Progress:
+        if self.bar is None:
+            self._told.enter_context(console.phase(self.title))
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._told.close()
         if self.bar is not None:
             self.bar.close()
         elif error[0] is None:
-            print(f"  {self.text(time.monotonic())}", flush=True)
+            console.line(f"  {self.text(time.monotonic())}")
 
     def add(self, done: Done) -> None:
         """Count a finished unit, and update the display if it is due."""
@@ -50,7 +54,7 @@ class Progress:
             self.bar.update(done.bytes)
         elif now - self.shown >= LINE_SECONDS:
             self.shown = now
-            print(f"  {self.text(now)}", flush=True)
+            console.line(f"  {self.text(now)}")
 
     def text(self, now: float) -> str:
         """Return "12,000 images, 43 %, 850 images/s, 2 min left"; the speed once two units have ended."""

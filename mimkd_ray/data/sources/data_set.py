@@ -96,7 +96,9 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
         whole, kept = train, None
     _check_labels(config, "validation", val, num_classes)
     _warn_of_slow_order(config, train)
-    digest = digest_of("data", train.digest, val.digest, num_classes)
+    digest = digest_of("data", train.digest, val.digest, num_classes)  # of all held-out rows: `val_rows` may change
+    if config.val_rows and config.val_rows < val.num_rows:
+        val = SubsetSource(val, stratified_split(val.labels(), config.val_rows, config.split_seed)[1])
     return Data(train, val, classes, num_classes, digest, whole, kept, own)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 
+from mimkd_ray.console import clock
 from mimkd_ray.search.report.axes import can_draw, value_of
 from mimkd_ray.search.report.figures import (
     curves_figure,
@@ -21,7 +22,6 @@ from mimkd_ray.search.report.page import Cell, Page
 from mimkd_ray.search.report.parallel_coordinates import AXIS_WIDTH, parallel_figure
 from mimkd_ray.search.report.wording import LABELS, UNITS, cut, score_text, value_text
 from mimkd_ray.search.trials import STATES, Final, Trial, direction, is_finite, param_names, ranked
-from mimkd_ray.train.records.metrics import clock
 from mimkd_ray.train.records.run_dir import jsonable
 
 MOST_AXES = 12

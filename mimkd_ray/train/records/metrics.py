@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -11,13 +10,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from mimkd_ray import console
 from mimkd_ray.errors import NonFiniteLossError
 from mimkd_ray.train.distributed import Context
-
-BAR_SECONDS, LINE_SECONDS = 0.5, 10.0
-"""Metrics beside the bar are renewed, and without a terminal a plain line is printed, at most this often."""
 
 RATE_SECONDS, MARK_SECONDS = 60.0, 1.0
 """Rate and time left are those of the last minute: what came before, such as compiling, does not go on."""
@@ -29,8 +25,7 @@ WARM_STEPS = 5
 def say(context: Context, text: str) -> None:
     """Print one line, from the first worker only."""
     if context.rank == 0:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        console.line(text)
 
 
 def reading(nats: float | None, ceiling: float | None, digits: int = 2) -> str:
@@ -43,42 +38,30 @@ def reading(nats: float | None, ceiling: float | None, digits: int = 2) -> str:
     return f"{nats:.{digits}f} of at most {ceiling:.2f} nats"
 
 
-def clock(seconds: float) -> str:
-    """h:mm:ss"""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
 class Progress:
-    """A bar with images/s of the last minute and time left on a terminal; plain lines elsewhere, nothing from others.
+    """The training that goes on, for the console: step, images/s and time left of the last minute, metrics.
 
     The text of the latest metrics is asked for only when it is shown: reading a number waits for the GPU.
     """
 
-    def __init__(self, context: Context, label: str, start: int, total: int, batch: int, quiet: bool = False) -> None:
+    def __init__(self, context: Context, label: str, start: int, total: int, batch: int) -> None:
         self.label, self.total, self.batch = label, total, batch
-        self.shown = context.rank == 0 and not quiet
-        self.terminal = self.shown and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=start, desc=label, unit="step", disable=not self.terminal)
-        self.every = BAR_SECONDS if self.terminal else LINE_SECONDS
+        self.shown = context.rank == 0
         began = time.perf_counter()
         self.marks = deque([(began, start)])
-        self.next_text = began + self.every
+        self.next_text = began + console.current().every
+        if self.shown:
+            console.show(console.Status(label, start, total))
 
     def update(self, step: int, text: Callable[[], str]) -> None:
         """Tell that ``step`` steps are done; ``text()`` is the latest metrics."""
         now = time.perf_counter()
         since, first = self._window(now, step)
         if self.shown and (now >= self.next_text or step == self.total):
-            self.next_text = now + self.every
+            self.next_text = now + console.current().every
             rate = (step - first) * self.batch / max(now - since, 1e-9)
-            if self.terminal:
-                self.bar.set_postfix_str(f"{rate:.0f} images/s {text()}", refresh=False)
-            else:
-                left = clock((self.total - step) * self.batch / max(rate, 1e-9))
-                line = f"{self.label}: step {step}/{self.total}, {rate:.0f} images/s, {left} left, {text()}"
-                print(line, flush=True)
-        self.bar.update(1)
+            left = (self.total - step) * self.batch / max(rate, 1e-9)
+            console.show(console.Status(self.label, step, self.total, "steps", rate, left, text()))
 
     def _window(self, now: float, step: int) -> tuple[float, int]:
         """Return when the last minute began, or training if that is later, and how many steps were done then."""
@@ -89,8 +72,9 @@ class Progress:
         return self.marks[0]
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
-        self.bar.close()
+        """It is over."""
+        if self.shown:
+            console.show(None)
 
 
 class FiniteGuard:

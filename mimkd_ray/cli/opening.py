@@ -1,0 +1,58 @@
+"""What a run says at its beginning, and the commands that it names at its end."""
+
+from __future__ import annotations
+
+from mimkd_ray.cli.commands import COMMANDS
+from mimkd_ray.config import Config
+
+
+def opening(config: Config, run_dir: str) -> str:
+    """Return the block that says who teaches whom, on what, how, where, and where results go."""
+    data, train, launch, compare = config.data, config.train, config.launch, config.compare
+    weights = f"weights {config.teacher.weights}"
+    if config.teacher.train:
+        weights = f"trained first, {config.teacher.epochs or train.epochs} epochs"
+    rows = [
+        ("teacher", f"{config.teacher.name}, {weights}"),
+        ("student", f"{config.student.name}, weights {config.student.weights}"),
+        ("loss", _loss(config)),
+        ("data", f"{data.root}" + (f", {data.subset:,} training images" if data.subset else "")),
+        ("views", f"{data.pipeline}, {data.image_size} pixels, {data.views or 'a new one'} {_views(config)}"),
+        (
+            "batch",
+            f"{train.lanes * train.lane_batch} images ({train.lanes} x {train.lane_batch}), {train.epochs} epochs"
+            + (f", at most {train.max_steps} steps" if train.max_steps else ""),
+        ),
+        ("device", {"auto": "GPU if there is one, else CPU", "on": "GPU", "off": "CPU"}[launch.gpu] + _workers(config)),
+        ("results", run_dir),
+    ]
+    if compare.seeds:
+        rows.insert(3, ("compared", f"{', '.join(compare.arms)}: {compare.seeds} seeds each"))
+    return "\n".join([config.recipe, *(f"  {name:<9}{text}" for name, text in rows)])
+
+
+def _loss(config: Config) -> str:
+    loss = config.loss
+    parts = ["cross-entropy"] if loss.resolved_ce_weight else []
+    parts += [f"KD {loss.resolved_kd_weight:g}"] if loss.resolved_kd_weight else []
+    return " + ".join([*parts, *loss.name])
+
+
+def _views(config: Config) -> str:
+    cache = f", teacher's features from {config.cache.root}" if config.cache.reads else ""
+    return ("views of an image" if config.data.views else "every epoch") + cache
+
+
+def _workers(config: Config) -> str:
+    launch = config.launch
+    if launch.backend == "local":
+        return ", this process"
+    where = f"the Ray cluster at {launch.address}" if launch.address else "Ray"
+    return f", {launch.workers or 'a worker each'}{' workers' if launch.workers else ''} of {where}"
+
+
+def closing(config: Config, run_dir: str) -> str:
+    """Return the lines below the table of results: where they are, and what can be done with them."""
+    tools = ("report",) if config.compare.seeds else ("evaluate", "export", "report")
+    lines = [f"  python -m mimkd_ray {name} {run_dir}" for name in tools if name in COMMANDS]
+    return "\n".join([f"run directory: {run_dir}", *(["next:", *lines] if lines else [])])

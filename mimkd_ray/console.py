@@ -1,0 +1,227 @@
+"""What a job tells people: lines, and what it does now, as a bar on a terminal, else as a line every ten seconds.
+
+A process has one console. By default it shows on this process's own output; the workers of Ray send theirs to the
+driver (on_ray/driver_console.py), and other ranks have none. No job is silent for ten seconds: what goes on is told
+again then, with the time that it has taken, also while this process waits inside a library.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TextIO, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+BAR_SECONDS, LINE_SECONDS = 0.5, 8.0
+"""Between two states of the bar, and between two plain lines about the same work."""
+
+SILENCE_SECONDS = 9.0
+"""After which the work that goes on is told again, whoever is at fault."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """The work that goes on."""
+
+    what: str
+    done: int = 0
+    total: int = 0
+    """0: nobody knows how much there is."""
+    unit: str = "steps"
+    rate: float = 0.0
+    """Images per second of the last minute; 0: not known."""
+    left: float | None = None
+    """Seconds."""
+    figures: str = ""
+    """The latest metrics."""
+
+    def text(self) -> str:
+        """One plain line."""
+        count = f"{self.done:,} of {self.total:,} {self.unit}" if self.total else ""
+        rate = f"{self.rate:,.0f} images/s" if self.rate else ""
+        left = f"{clock(self.left)} left" if self.left is not None else ""
+        return f"{self.what}: " + (", ".join(filter(None, (count, rate, left, self.figures))) or "goes on")
+
+
+class Console(Protocol):
+    """Where lines and work are told."""
+
+    @property
+    def every(self) -> float:
+        """Seconds between two states that it wants: more would not be shown."""
+
+    def line(self, text: str) -> None:
+        """Tell one line."""
+
+    def status(self, status: Status | None) -> None:
+        """Tell of the work that goes on; None: it is over."""
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss"""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+class Nobody:
+    """The console of workers other than the first."""
+
+    every = float("inf")
+
+    def line(self, text: str) -> None:
+        """Say nothing."""
+
+    def status(self, status: Status | None) -> None:
+        """Say nothing."""
+
+
+class Shown:
+    """The console of a process that people look at. ``out`` has the lines, ``bar_on`` the bar, if it is a terminal; by
+    default they are the standard output and error of the moment."""
+
+    def __init__(self, out: TextIO | None = None, bar_on: TextIO | None = None) -> None:
+        self._out, self._bar_on = out, bar_on
+        self._lock = threading.RLock()  # a signal's handler may speak while its thread does
+        self._status: Status | None = None
+        self._began = self._last = time.monotonic()
+        self._bars: list[Any] = []
+        self._watched = False
+
+    @property
+    def every(self) -> float:
+        """Seconds between two states that are shown."""
+        return BAR_SECONDS if self._terminal() else LINE_SECONDS
+
+    def _terminal(self) -> bool:
+        return (self._bar_on or sys.stderr).isatty()
+
+    def line(self, text: str) -> None:
+        """Print one line, above the bar."""
+        with self._lock:
+            out = self._out or sys.stdout
+            tqdm.write(text, file=out)
+            out.flush()
+            self._last = time.monotonic()
+
+    def status(self, status: Status | None) -> None:
+        """Draw the bar, or print a line if it is time for one."""
+        with self._lock:
+            if status is None or self._status is None or status.what != self._status.what:
+                self._began = time.monotonic()
+                self._erase()
+            self._status = status
+            if status is None:
+                return
+            if self._terminal():
+                self._draw(status)
+            elif time.monotonic() - self._last >= LINE_SECONDS:
+                self.line(status.text())
+            if not self._watched:
+                self._watched = True
+                threading.Thread(target=self._watch, name="console", daemon=True).start()
+
+    def _draw(self, status: Status) -> None:
+        counted = replace(status, what="", figures="").text().removeprefix(": ") if status.total else ""
+        shape = "{desc} {percentage:3.0f}%|{bar:20}| " + counted if status.total else "{desc} {elapsed}"
+        if not self._bars:
+            options: dict[str, Any] = {"file": self._bar_on or sys.stderr, "leave": False, "dynamic_ncols": True}
+            first = {"desc": status.what, "initial": status.done, "total": status.total or None}
+            self._bars = [tqdm(bar_format=shape, position=0, **first, **options)]
+            self._bars.append(tqdm(bar_format="{desc}", desc=status.figures, position=1, **options))
+        bar, below = self._bars
+        bar.n, bar.bar_format = status.done, shape
+        below.set_description_str(status.figures, refresh=False)
+        for each in self._bars:
+            each.refresh()
+
+    def _erase(self) -> None:
+        for bar in reversed(self._bars):
+            bar.close()
+        self._bars = []
+
+    def _watch(self) -> None:
+        """Never let a job be silent: draw the bar's clock, tell again what goes on."""
+        while True:
+            time.sleep(1.0)
+            with self._lock:
+                now, status = time.monotonic(), self._status
+                if status is None:
+                    continue
+                for bar in self._bars:
+                    bar.refresh()
+                if not self._bars and now - self._last >= SILENCE_SECONDS:
+                    self.line(f"{status.text()}, {clock(now - self._began)} so far")
+
+
+_current: Console = Shown()
+
+
+def current() -> Console:
+    """The console of this process."""
+    return _current
+
+
+def use(console: Console) -> Console:
+    """Make it the console of this process, and return the one before it."""
+    global _current
+    before, _current = _current, console
+    return before
+
+
+def line(text: str) -> None:
+    """Tell one line."""
+    _current.line(text)
+
+
+_phases: list[Status] = []
+
+
+def show(status: Status | None) -> None:
+    """Tell of the work that goes on; None: it is over, and what it was a part of goes on."""
+    _current.status(status or (_phases[-1] if _phases else None))
+
+
+@contextmanager
+def phase(what: str, total: int = 0, unit: str = "images", said: bool = True) -> Iterator[Callable[[int], None]]:
+    """A with-block of work that may take a while. Yields a function that takes how much of ``total`` is done.
+
+    ``said``: tell that it begins; else it is told only if it takes long. Of nested phases the inner one is shown.
+    """
+    status = Status(what, 0, total, unit)
+    if said:
+        line(what)
+    _phases.append(status)
+    _current.status(status)
+    began = shown = time.monotonic()
+
+    def advance(done: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown >= _current.every:
+            shown = now
+            rate = done / (now - began)
+            left = (total - done) / rate if rate and total else None
+            _current.status(replace(status, done=done, rate=rate if unit == "images" else 0.0, left=left))
+
+    try:
+        yield advance
+    finally:
+        _phases.remove(status)
+        show(None)
+
+
+def counted(items: Iterable[T], size: Callable[[T], int], what: str, total: int, said: bool = False) -> Iterator[T]:
+    """The items, which are told as a phase; ``size``: how much of ``total`` one of them is."""
+    with phase(what, total, said=said) as advance:
+        done = 0
+        for item in items:
+            yield item
+            done += size(item)
+            advance(done)

@@ -1,0 +1,142 @@
+"""The console of a job under Ray: workers send lines and progress to the driver; what Ray itself says is in a file.
+
+Ray's own way, which prints workers' output on the driver, cannot tell our lines from Ray's, and knows no bar.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mimkd_ray import console, storage
+
+LOG = "ray.log"
+"""File in the run directory with what Ray and its workers print."""
+
+POLL_SECONDS = 0.5
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class Mailbox:
+    """Keeps what workers say until the driver takes it."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Any] = []
+
+    def put(self, item: Any) -> None:
+        """Keep a line (text), or the work that goes on."""
+        self._waiting.append(item)
+
+    def take(self) -> list[Any]:
+        """Hand out what has come since the last time."""
+        taken, self._waiting = self._waiting, []
+        return taken
+
+
+class ToDriver:
+    """The console of the first worker."""
+
+    def __init__(self, mailbox: Any, every: float) -> None:
+        self.mailbox, self.every = mailbox, every
+
+    def line(self, text: str) -> None:
+        """Send a line, without waiting."""
+        self.mailbox.put.remote(text)
+
+    def status(self, status: console.Status | None) -> None:
+        """Send the work that goes on, without waiting."""
+        self.mailbox.put.remote(status)
+
+
+class _Warnings(logging.Handler):
+    """Sends the package's warnings to the driver: a worker's standard error is a file."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.line(self.format(record))
+
+
+def speak_through(mailbox: Any, every: float, rank: int) -> None:
+    """Make this worker's lines appear on the driver: all that the first one says, and everybody's warnings."""
+    own = logging.getLogger("mimkd_ray")
+    own.handlers[:] = [each for each in own.handlers if not isinstance(each, _Warnings)]
+    console.use(ToDriver(mailbox, every) if rank == 0 else console.Nobody())
+    if rank == 0:
+        own.addHandler(_Warnings(logging.WARNING))
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[Any]:
+    """Yield a mailbox for workers, whose content is told by this process's console during the with-block."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    over = threading.Event()
+
+    def listen() -> None:
+        last = False
+        while not last:
+            last = over.wait(POLL_SECONDS)
+            with contextlib.suppress(RayError):  # its node is gone: what comes next is heard from the new one
+                for item in ray.get(mailbox.take.remote(), timeout=5):
+                    if isinstance(item, str):
+                        console.line(item)
+                    else:
+                        console.show(item)
+
+    thread = threading.Thread(target=listen, name="workers' lines", daemon=True)
+    thread.start()
+    try:
+        yield mailbox
+    finally:
+        over.set()
+        thread.join(15)
+
+
+@contextlib.contextmanager
+def ray_in_file(run_dir: str, verbose: bool) -> Iterator[None]:
+    """A with-block in which all that this process prints, Ray's C++ threads and forwarded lines of workers too, goes to
+    ray.log in the run directory; only the console still reaches people. ``verbose``: nothing of this."""
+    if verbose:
+        yield
+        return
+    remote = storage.is_remote(run_dir)
+    with tempfile.TemporaryDirectory(prefix="mimkd-ray-log-") as scratch:
+        folder = Path(scratch) if remote else storage.local_path(run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / LOG
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(path.open("a", buffering=1))
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            shown = console.Shown(_copy(sys.stdout, stack), _copy(sys.stderr, stack))
+            stack.callback(console.use, console.use(shown))
+            for number in (1, 2):
+                saved = os.dup(number)
+                stack.callback(os.close, saved)
+                stack.callback(os.dup2, saved, number)
+                os.dup2(log.fileno(), number)
+            stack.enter_context(contextlib.redirect_stdout(log))
+            stack.enter_context(contextlib.redirect_stderr(log))
+            yield
+        if remote:
+            storage.upload(str(path), storage.join(run_dir, LOG))
+
+
+def _copy(stream: Any, stack: contextlib.ExitStack) -> Any:
+    """The stream on a descriptor of its own; a stream that has none, of a test or a notebook, as it is."""
+    try:
+        number = stream.fileno()
+    except (AttributeError, io.UnsupportedOperation):
+        return stream
+    return stack.enter_context(os.fdopen(os.dup(number), "w", encoding=stream.encoding, errors="replace"))

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import io
+import itertools
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jobs_here import ENVIRONMENT, JOB, small
+
+from mimkd_ray import console
+from mimkd_ray.console import Shown, Status, clock
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """What a console without a terminal prints."""
+    out = io.StringIO()
+    before = console.use(Shown(out, io.StringIO()))
+    yield out
+    console.use(before)
+
+
+def test_clock() -> None:
+    assert [clock(s) for s in (0, 59.6, 3725)] == ["0:00:00", "0:01:00", "1:02:05"]
+
+
+def test_a_phase_says_that_it_begins_and_is_never_silent(lines: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "SILENCE_SECONDS", 0.5)
+    with console.phase("outer", said=False), console.phase("checking"):
+        time.sleep(1.7)  # inside a library that says nothing
+    said = lines.getvalue().splitlines()
+    assert said[0] == "checking"
+    assert said[1].startswith("checking: goes on, 0:00:0")
+    count = len(said)
+    time.sleep(1.3)
+    assert len(lines.getvalue().splitlines()) == count  # nothing goes on now
+
+
+def test_a_counted_phase_tells_rate_and_time_left(lines: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    console.use(Shown(lines, io.StringIO()))
+    for _ in console.counted(range(40), lambda _: 100, "held-out images", 4000):
+        now[0] += 1.0
+    assert lines.getvalue().splitlines()[:2] == [
+        "held-out images: 800 of 4,000 images, 100 images/s, 0:00:32 left",
+        "held-out images: 1,600 of 4,000 images, 100 images/s, 0:00:24 left",
+    ]
+
+
+def test_the_bar_has_room_and_every_figure_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    screen = Terminal()
+    shown = Shown(io.StringIO(), screen)
+    figures = "cross-entropy 1.234, KD 0.512, global 3.12 of at most 4.16 nats, held-out top-1 61.20 %"
+    shown.status(Status("demo mimkd seed 3", 216, 480, "steps", 812.0, 75.0, figures))
+    text = re.sub(r"\x1b\[\w", "", screen.getvalue())
+    assert "demo mimkd seed 3  45%|#########           | 216 of 480 steps, 812 images/s, 0:01:15 left" in text
+    assert figures in text
+    shown.status(None)
+
+
+@pytest.mark.slow
+def test_no_job_is_silent_for_ten_seconds(tmp_path: Path) -> None:
+    command = [sys.executable, "-u", JOB, *small(tmp_path, "--launch.backend", "local")]
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert process.stdout is not None
+    stamps, text = [began], []
+    for line in process.stdout:
+        stamps.append(time.monotonic())
+        text.append(line)
+    assert process.wait() == 0
+    said = "".join(text)
+    assert text[0] == "demo: cifar/resnet8 teaches cifar/resnet8_w4; loading PyTorch\n"
+    assert max(b - a for a, b in itertools.pairwise(stamps)) < 10.5, said  # the watch looks every second
+    for word in ("teacher  ", "student  ", "data  ", "views  ", "batch  ", "device  ", "results  "):
+        assert f"\n  {word}" in said
+    order = ["checking data, networks and places", "1 worker on CPU", "checking cifar/resnet8 on 450 held-out images"]
+    order += ["epoch 4, held-out top-1", "top-1 %", "run directory"]
+    assert [said.index(each) for each in order] == sorted(said.index(each) for each in order)
