@@ -132,7 +132,7 @@ class Shown:
         shape = "{desc} {percentage:3.0f}%|{bar:20}| " + counted if status.total else "{desc} {elapsed}"
         if not self._bars:
             options: dict[str, Any] = {"file": self._bar_on or sys.stderr, "leave": False, "dynamic_ncols": True}
-            first = {"desc": status.what, "initial": status.done, "total": status.total or None}
+            first: dict[str, Any] = {"desc": status.what, "initial": status.done, "total": status.total or None}
             self._bars = [tqdm(bar_format=shape, position=0, **first, **options)]
             self._bars.append(tqdm(bar_format="{desc}", desc=status.figures, position=1, **options))
         bar, below = self._bars
