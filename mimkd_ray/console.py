@@ -152,7 +152,7 @@ class Shown:
             time.sleep(1.0)
             with self._lock:
                 now, status = time.monotonic(), self._status
-                if status is None:
+                if status is None or (self._out or sys.stdout).closed:
                     continue
                 for bar in self._bars:
                     bar.refresh()
