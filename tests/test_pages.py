@@ -14,6 +14,7 @@ import torch
 
 from mimkd_ray.cli.common import parse
 from mimkd_ray.config import Config, SearchJob
+from mimkd_ray.config.evaluate import EvaluateJob
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES
 
@@ -39,7 +40,7 @@ def test_files_that_are_named_exist(page: Path) -> None:
 
 
 def test_flags_exist(page: Path) -> None:
-    known = {name.replace("_", "-") for name in dotted(SearchJob())}
+    known = {name.replace("_", "-") for name in (*dotted(SearchJob()), *dotted(EvaluateJob()))}
     flags = re.findall(r"--([a-z]+(?:\.[a-z][a-z_-]*[a-z])+)", page.read_text())
     assert {flag.replace("_", "-") for flag in flags} - known == set()
 

@@ -7,6 +7,7 @@ COMMANDS = {
     "cache": ("mimkd_ray.cli.jobs:cache", "store a teacher's features once, for many runs"),
     "search": ("mimkd_ray.cli.jobs:search", "search for the best critic, layers and weights"),
     "prepare": ("mimkd_ray.cli.jobs:prepare", "make a prepared data set of class folders, Parquet or archives"),
+    "evaluate": ("mimkd_ray.cli.evaluate:main", "measure a student, a teacher or any network on a data set"),
     "layers": ("mimkd_ray.cli.layers:main", "list the layers of a network that can be tapped, and the default taps"),
     "doctor": ("mimkd_ray.cli.doctor:main", "check a machine or a cluster before money is spent"),
     "completion": ("mimkd_ray.cli.completion:main", "print a script that completes commands and flags in bash and zsh"),

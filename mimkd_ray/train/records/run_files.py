@@ -23,6 +23,7 @@ MARKER = "config.json"
 OF_A_RUN = (
     *(MARKER, "metrics.jsonl", "samples.jsonl", "teacher.json", "result.json", "student.safetensors"),
     *("best.json", "best.safetensors", "stopped.json", "failed.json", "stop.json", "error.json", "ray.log"),
+    *("evaluation.json", "predictions.parquet"),
 )
 OF_A_TRIAL = ("trial.json", "ended.json", "error.txt")
 OF_A_SEARCH = ("clock.json", "trials.parquet", "finals.json", "report.html")

@@ -1,0 +1,102 @@
+"""The command line of jobs/evaluate.py: what a network does on a data set, in figures.
+
+Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted. Errors are one line on standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mimkd_ray import storage
+from mimkd_ray.cli import common
+from mimkd_ray.cli.local_launch import local_context
+from mimkd_ray.cli.training import absolute
+from mimkd_ray.config import Config
+from mimkd_ray.config.evaluate import EvaluateJob, evaluate_job
+from mimkd_ray.config.json_form import from_dict
+from mimkd_ray.errors import UserError
+from mimkd_ray.evaluation.measure import FIGURES, PREDICTIONS, measure, save
+from mimkd_ray.train.start_times import StartTimes
+
+
+def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Run ``evaluate [RUN] [--eval.field value ...] [--field.path value ...]``; return the exit status."""
+    program = program or sys.argv[0]
+    arguments = list(sys.argv[1:] if argv is None else argv)
+
+    def work() -> int:
+        run_dir = ""
+        base: Config = Config(recipe="evaluate")
+        if arguments and not arguments[0].startswith("-"):
+            run_dir = storage.absolute(arguments.pop(0))
+            base = config_of_run(run_dir)
+        head = f"{program} [RUN] [flags]\n\nRUN is a run's directory or URL; its config is the default of all flags."
+        job = common.from_flags(EvaluateJob, arguments, prog=program, description=head, default=evaluate_job(base))
+        if job is not None:
+            evaluate(absolute(job), run_dir, base if run_dir else None)
+        return 0
+
+    return common.guarded(program, work, "nothing was written")
+
+
+def config_of_run(run_dir: str) -> Config:
+    """Return the config of a run. Raises UserError for a directory that is none."""
+    url = storage.join(run_dir, "config.json")
+    if not storage.exists(url):
+        raise UserError(f"{run_dir} has no config.json, so that it is no run: give a run's directory or URL, or flags")
+    try:
+        value = json.loads(storage.read_bytes(url))
+    except ValueError as error:
+        raise UserError(f"{url} is damaged: {error}; give the networks and the data as flags") from None
+    return from_dict(Config, {key: part for key, part in value.items() if key != "search"})
+
+
+def evaluate(job: EvaluateJob, run_dir: str = "", trained_on: Config | None = None) -> dict[str, Any]:
+    """Evaluate, print the table, write the files, and return the figures."""
+    out = storage.absolute(job.eval.out or run_dir or ".")
+    with local_context(job.launch, StartTimes()) as context:
+        found = measure(job, context, run_dir, trained_on)
+        if context.rank == 0:
+            print(table(found.figures), flush=True)
+            save(found, out)
+            print(f"{storage.join(out, FIGURES)}\n{storage.join(out, PREDICTIONS)}", flush=True)
+    return found.figures
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """Return the figures as lines for people."""
+    lines = [
+        f"{figures['what']} {figures['network']} on {figures['rows']:,} images of {figures['data']} "
+        f"({figures['classes']} classes)",
+        f"  top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %",
+    ]
+    if calibration := figures["calibration"]:
+        lines.append(
+            f"  calibration error {100 * calibration['ece']:.2f} %, {100 * calibration['ece_scaled']:.2f} % at "
+            f"temperature {calibration['temperature']:.2f}"
+        )
+    if teacher := figures["teacher"]:
+        lines.append(
+            f"  teacher {teacher['name']}: top-1 {teacher['top1']:.2f} %, the same prediction for "
+            f"{teacher['agreement']:.2f} %, KL {teacher['kl']:.3f} nats"
+        )
+    if figures["knn"] is not None:
+        lines.append(f"  features: k-NN {figures['knn']:.2f} %, linear probe {figures['linear_probe']:.2f} %")
+    lines += [
+        f"  {tap['teacher']} - {tap['student']}: {tap['nats']:.2f} of at most {tap['ceiling']:.2f} nats, "
+        f"CKA {tap['cka']:.3f}"
+        for tap in figures["taps"]
+    ]
+    worst = sorted(figures["per_class"], key=lambda each: float(each["top1"]))[:3]
+    lines.append("  worst classes: " + ", ".join(f"{each['class']} {each['top1']:.1f} %" for each in worst))
+    if figures["confusions"]:
+        often = figures["confusions"][:3]
+        lines.append("  confusions: " + ", ".join(f"{c['label']} as {c['prediction']} {c['count']}x" for c in often))
+    by_name: dict[str, list[str]] = {}
+    for each in figures["corruptions"]:
+        by_name.setdefault(each["corruption"], []).append(f"{each['top1']:.1f}")
+    lines += [f"  {name}, severity 1 to 5: {' '.join(values)} %" for name, values in by_name.items()]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Evaluation of finished networks: accuracy, calibration, agreement with the teacher, features, corruptions."""
