@@ -5,7 +5,6 @@ Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted. Errors are one line
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from mimkd_ray.config.evaluate import EvaluateJob, evaluate_job
 from mimkd_ray.config.json_form import from_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.evaluation.measure import FIGURES, PREDICTIONS, measure, save
+from mimkd_ray.json_files import read_json
 from mimkd_ray.train.start_times import StartTimes
 
 
@@ -44,13 +44,9 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
 
 def config_of_run(run_dir: str) -> Config:
     """Return the config of a run. Raises UserError for a directory that is none."""
-    url = storage.join(run_dir, "config.json")
-    if not storage.exists(url):
+    value = read_json(storage.join(run_dir, "config.json"), remedy="give the networks and the data as flags")
+    if value is None:
         raise UserError(f"{run_dir} has no config.json, so that it is no run: give a run's directory or URL, or flags")
-    try:
-        value = json.loads(storage.read_bytes(url))
-    except ValueError as error:
-        raise UserError(f"{url} is damaged: {error}; give the networks and the data as flags") from None
     return from_dict(Config, {key: part for key, part in value.items() if key != "search"})
 
 

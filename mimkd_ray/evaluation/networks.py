@@ -13,12 +13,12 @@ from mimkd_ray.config import Config, LossConfig
 from mimkd_ray.config.evaluate import EvaluateJob
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import UserError
+from mimkd_ray.json_files import read_json
 from mimkd_ray.losses.shared_classes import SharedClasses, match
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.taps.default_stages import default_taps
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape, find_shapes
 from mimkd_ray.train.build import build_network, place, taps_of_run, teacher_images, uses_channels_last
-from mimkd_ray.train.records.run_dir import read_json
 from mimkd_ray.train.student_module import Normalizer
 from mimkd_ray.train.teacher import canonical
 from mimkd_ray.train.teacher_head import teacher_head

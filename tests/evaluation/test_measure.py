@@ -123,9 +123,9 @@ def test_weights_without_a_run(finished: tuple[Path, dict[str, Any]], tmp_path: 
 def test_bad_input(finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place, _ = finished
 
-    def refused(*arguments: object) -> str:
+    def refused(*arguments: object, status: int = 2) -> str:
         capsys.readouterr()
-        assert evaluate(*arguments) == 2
+        assert evaluate(*arguments) == status
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
@@ -138,7 +138,7 @@ def test_bad_input(finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys
     (empty / "student.safetensors").write_bytes((place / "student.safetensors").read_bytes()[:500])
     assert "student.safetensors: not a readable safetensors file of 500 bytes" in refused(empty)
     (empty / "config.json").write_text("{")
-    assert "config.json is damaged" in refused(empty)
+    assert "config.json (1 bytes) is damaged" in refused(empty, status=1)
     for split in ("train", "val"):
         folder = tmp_path / "other" / split / "ape"
         folder.mkdir(parents=True)
