@@ -6,6 +6,7 @@ from mimkd_ray.config.config import Config
 from mimkd_ray.config.critic import CriticConfig
 from mimkd_ray.config.data import DataConfig
 from mimkd_ray.config.doctor import DoctorConfig
+from mimkd_ray.config.export import ExportConfig
 from mimkd_ray.config.launch import LaunchConfig
 from mimkd_ray.config.loss import LossConfig
 from mimkd_ray.config.mix import MixConfig
@@ -24,6 +25,7 @@ __all__ = [
     "CriticConfig",
     "DataConfig",
     "DoctorConfig",
+    "ExportConfig",
     "LaunchConfig",
     "LossConfig",
     "MixConfig",

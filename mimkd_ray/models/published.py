@@ -14,7 +14,11 @@ import torch
 from torch import nn
 
 from mimkd_ray.errors import UserError, nearest
-from mimkd_ray.models.weights_file import FOLDER, HUB, bring, cause, hub_file
+from mimkd_ray.models.weights_file import CONFIG, FOLDER, HUB, bring, cause, from_hub, hub_file
+
+CIFAR, TORCHVISION = "cifar/", "torchvision/"
+OWN = (CIFAR, TORCHVISION)
+"""Beginnings of architectures that are not timm's, in the config.json of exported students (export/model_folder.py)."""
 
 
 @dataclass(frozen=True)
@@ -98,21 +102,45 @@ def _width(model: Any) -> int:
     return int(getattr(model, "head_hidden_size", None) or model.num_features)
 
 
+def own_network(name: str) -> str:
+    """The name by which `build_model` knows the network of hf-hub:ORG/NAME or local-dir:FOLDER, if it is of this
+    package or torchvision; "" for timm's. Raises UserError where its config.json cannot be had or read.
+
+    Networks that a file names by an import path are not built: a file from elsewhere does not choose what is run.
+    """
+    if name.startswith(HUB):
+        model = name.removeprefix(HUB)
+        try:
+            import huggingface_hub  # noqa: F401
+        except ImportError:
+            return ""  # timm, which is asked next, needs it too and says so
+        path = download(name, bring_folder(model), lambda: from_hub(model, CONFIG))
+    else:
+        path = os.path.join(name.removeprefix(FOLDER), CONFIG)
+    architecture, _ = _config_at(path, name)
+    return architecture.removeprefix(TORCHVISION) if architecture.startswith(OWN) else ""
+
+
+def bring_folder(model: str) -> str:
+    """Return what to do about a model of the hub on a machine without network."""
+    return (
+        f"bring the folder of {hub_file(model)} with its config.json from a machine with network, and name the "
+        f"network {FOLDER}FOLDER"
+    )
+
+
 def _of_hub(name: str, create: Callable[..., nn.Module]) -> OfTimm:
     import timm
     from timm.models import load_model_config_from_hf
 
     if name.startswith(HUB):
         model = name.removeprefix(HUB)
-        advice = (
-            f"bring the folder of {hub_file(model)} with its config.json from a machine with network, and name the "
-            f"network {FOLDER}FOLDER"
-        )
+        advice = bring_folder(model)
         config, made_by, _ = download(name, advice, lambda: load_model_config_from_hf(model))
         classes = config.get("num_classes")
     else:
         advice = ""
-        made_by, config = _config_in(name.removeprefix(FOLDER), name)
+        made_by, config = _config_at(os.path.join(name.removeprefix(FOLDER), CONFIG), name)
         classes = config.get("num_classes")
     if not timm.is_model(made_by):
         raise UserError(f"model {name!r} is a {made_by!r}, which this timm does not know: timm's own models work")
@@ -120,14 +148,13 @@ def _of_hub(name: str, create: Callable[..., nn.Module]) -> OfTimm:
     return OfTimm(name, create, int(classes or 0), config, fixed, advice)
 
 
-def _config_in(folder: str, name: str) -> tuple[str, dict[str, Any]]:
-    """The architecture and the settings in a folder's config.json."""
-    path = os.path.join(folder, "config.json")
+def _config_at(path: str, name: str) -> tuple[str, dict[str, Any]]:
+    """The architecture and the settings in a config.json."""
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
         inner = config.get("pretrained_cfg", config)
-        return config["architecture"], {**inner, "num_classes": config.get("num_classes", inner.get("num_classes"))}
+        return str(config["architecture"]), {**inner, "num_classes": config.get("num_classes", inner.get("num_classes"))}
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"model {name!r}: {path} cannot be read as timm writes it ({type(error).__name__}: {error}); pass a folder "

@@ -31,6 +31,8 @@ HUB, FOLDER = "hf-hub:", "local-dir:"
 WEB = ("http://", "https://")
 IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights file of such a model."""
+CONFIG = "config.json"
+"""Beside it: the network."""
 WRAPPERS = (
     "state_dict",
     "model",
@@ -134,24 +136,31 @@ def _read(path: str) -> bytes:
         ) from error
 
 
+def from_hub(model: str, *names: str) -> str:
+    """Return the path of the first of a model's files of these names that there is, in the hub's cache on this machine;
+    it is downloaded if it is not there. The hub's client has its own errors."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    repository, _, revision = model.partition("@")
+    for name in names[:-1]:
+        try:
+            return str(hf_hub_download(repository, name, revision=revision or None))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            continue
+    return str(hf_hub_download(repository, names[-1], revision=revision or None))
+
+
 def _from_hub(model: str) -> str:
-    """The path of a model's weights file in the hub's cache on this machine; it is downloaded if it is not there."""
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        return from_hub(model, *IN_FOLDER)
     except ImportError as error:
         raise UserError(
             f"weights {HUB}{model} need timm, which is not installed: pip install mimkd-ray[timm], or download "
             f"{hub_file(model)} and pass its path"
         ) from error
-    name, _, revision = model.partition("@")
-    try:
-        try:
-            return str(hf_hub_download(name, IN_FOLDER[0], revision=revision or None))
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            return str(hf_hub_download(name, IN_FOLDER[1], revision=revision or None))
     except Exception as error:  # the hub's client has many; the cause is in the message
         raise UserError(
             f"weights {HUB}{model} could not be downloaded: {cause(error)}; {bring(hub_file(model))}"

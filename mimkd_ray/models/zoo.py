@@ -10,7 +10,7 @@ from torch import nn
 
 from mimkd_ray.by_name import call_named, named_function
 from mimkd_ray.errors import UserError, nearest
-from mimkd_ray.models.published import of_timm, of_torchvision
+from mimkd_ray.models.published import of_timm, of_torchvision, own_network
 from mimkd_ray.models.weights import class_mismatch, load_weights, new_head_line, put_state, say_once
 from mimkd_ray.models.weights_file import FOLDER, HUB
 
@@ -40,6 +40,8 @@ def build_model(
     if num_classes < 1:
         raise UserError(f"model {name!r}: {num_classes} classes, expected at least 1")
     published = weights == "published"
+    if name.startswith((HUB, FOLDER)) and (own := own_network(name)):
+        return build_model(own, num_classes, name if published else weights, image_size, new_head)
     if name.startswith(("timm/", HUB, FOLDER)):
         model = _from_timm(name, num_classes, published, image_size, new_head)
     elif ":" in name:

@@ -26,10 +26,16 @@ OF_A_RUN = (
     *("evaluation.json", "predictions.parquet"),
 )
 OF_A_TRIAL = ("trial.json", "ended.json", "error.txt")
+OF_AN_EXPORT = (
+    *("model.safetensors", "config.json", "README.md", "export.json", "training_config.json"),
+    *("student.onnx", "student.pt2", "student_int8.onnx", "student_int8.pt2"),
+)
+"""In the folder `export` of a run."""
 OF_A_SEARCH = ("clock.json", "trials.parquet", "finals.json", "report.html")
 
 _SECTIONS = ("data", "teacher", "student", "loss", "optim", "train", "run")
 _FILE = "|".join(map(re.escape, (*OF_A_RUN, *OF_A_TRIAL, *OF_A_SEARCH)))
+_EXPORTED = "|".join(map(re.escape, OF_AN_EXPORT))
 _ARMS = "|".join(("alone", *get_args(Method)))
 # A directory of a run within one: the teacher's, a trial's, a finalist's, an arm's of a comparison.
 _RUN = rf"(?:teacher|trials/\d{{4,}}|finals/\d{{4,}}-seed\d{{2,}}|(?:{_ARMS})-seed\d{{2,}})"
@@ -39,12 +45,13 @@ _OWN_FILE = "|".join(
         _FILE,
         rf"{_CHECKPOINT}/(?:state\.pt|committed\.json)",
         r"tensorboard/events\.out\.tfevents\.[^/]+",
+        rf"export/(?:{_EXPORTED})",
         r"calibrations/[0-9a-f]{24}\.safetensors",
         r"(?:[^/]+/)*\.[^/]+\.\d+-[0-9a-f]{12}\.tmp",  # a kill came in the middle of writing (local_files.py)
     )
 )
 _OURS = re.compile(rf"(?:{_RUN}/)*(?:{_OWN_FILE})")
-_FOLDER = re.compile(rf"(?:{_RUN}/)*(?:{_RUN}|trials|finals|checkpoints|{_CHECKPOINT}|tensorboard|calibrations)")
+_FOLDER = re.compile(rf"(?:{_RUN}/)*(?:{_RUN}|trials|finals|checkpoints|{_CHECKPOINT}|tensorboard|calibrations|export)")
 
 
 def is_ours(path: str) -> bool:

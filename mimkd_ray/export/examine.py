@@ -1,0 +1,104 @@
+"""A file that was loaded back: how far its logits are from the student's on real images, and how fast it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mimkd_ray.export.deployed import Deployed
+from mimkd_ray.export.images import Images
+from mimkd_ray.export.runners import Runner, latency_ms, logits_of_all
+
+TOLERANCE = 1e-3
+"""Largest difference of a logit between the student and a file at float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What was measured of one file, or of the student itself."""
+
+    bytes: int
+    max_logit_difference: float
+    agreement: float
+    """Percent of the images with the student's top-1."""
+    top1: float
+    """Percent, by the labels."""
+    latency_ms: dict[str, float]
+    """Median of a call, by batch size."""
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The student's answers on the held-out images, with which files are compared."""
+
+    network: Deployed
+    images: Images
+    logits_NC: Tensor
+    threads: int
+
+    @classmethod
+    def of(cls, network: Deployed, images: Images, threads: int) -> Comparison:
+        """Run the student on all images."""
+        return cls(network, images, logits_of_all(network, images.batches(network)), threads)
+
+    def student(self, size: int) -> Figures:
+        """Return the figures of the student itself, whose weights take `size` bytes."""
+        return self._figures(self.network, self.logits_NC, size)
+
+    def examine(self, run: Runner, path: Path) -> Figures:
+        """Return the figures of a file that `run` was loaded from."""
+        return self._figures(run, logits_of_all(run, self.images.batches(self.network)), path.stat().st_size)
+
+    def _figures(self, run: Runner, logits_NC: Tensor, size: int) -> Figures:
+        best_N = logits_NC.argmax(1)
+        few = self.network.inputs(self.images.pixels_NCHW[:32])
+        return Figures(
+            bytes=size,
+            max_logit_difference=float((logits_NC - self.logits_NC).abs().max()),
+            agreement=_percent(best_N == self.logits_NC.argmax(1)),
+            top1=_percent(best_N == self.images.labels_N),
+            latency_ms=latency_ms(run, few, self.threads),
+        )
+
+
+def fault_at_float32(figures: Figures) -> str:
+    """Return what is wrong with a file that is to give the student's own logits; "" for nothing."""
+    if figures.max_logit_difference <= TOLERANCE and figures.agreement == 100:  # NaN is not
+        return ""
+    return (
+        f"its logits differ from the student's by up to {figures.max_logit_difference:.3g} (at most {TOLERANCE:g} is "
+        f"allowed) and its top-1 agrees on {figures.agreement:.2f} % of the images"
+    )
+
+
+def fault_of_int8(figures: Figures, student: Figures, allowed: float) -> str:
+    """Return what is wrong with an int8 file; "" for nothing."""
+    lost = student.top1 - figures.top1
+    if lost <= allowed:
+        return ""
+    return (
+        f"its top-1 is {figures.top1:.2f} % on these images, {lost:.2f} points below the student's {student.top1:.2f} "
+        f"% ({allowed:g} are allowed): calibrate on more images with --calibration, or allow more with --int8-drop"
+    )
+
+
+def better_int8(candidates: dict[str, Figures]) -> str:
+    """Return the name of the one that holds top-1 better; of two within 0.1 points, the faster at batch 1."""
+    most = max(figures.top1 for figures in candidates.values())
+    equal = [name for name, figures in candidates.items() if figures.top1 >= most - 0.1]
+    return min(equal, key=lambda name: candidates[name].latency_ms["1"])
+
+
+def multiply_adds(network: Deployed, image_size: int) -> int:
+    """Return the multiplications with an addition (MACs) of convolutions and matrix products for one image."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, image_size, image_size))
+    return int(counter.get_total_flops()) // 2
+
+
+def _percent(hit_N: Tensor) -> float:
+    return 100 * float(hit_N.double().mean())

@@ -1,0 +1,92 @@
+"""The student that is exported: of a run directory, finished or stopped, or of a weights file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mimkd_ray import storage
+from mimkd_ray.config import Config
+from mimkd_ray.config.json_form import from_dict
+from mimkd_ray.errors import UserError
+from mimkd_ray.models.weights import put_state
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train.records import checkpoint
+from mimkd_ray.train.records.outcomes import CONFIG, RESULT
+from mimkd_ray.train.records.run_dir import read_json, read_metrics
+
+WEIGHTS = "student.safetensors"
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run directory says of its run."""
+
+    place: str
+    config: Config
+    result: Mapping[str, Any] = field(default_factory=dict)
+    """result.json; empty: the run did not come to its end."""
+    last_evaluation: Mapping[str, Any] = field(default_factory=dict)
+    """Of metrics.jsonl; empty: there was none."""
+
+
+def read_run(place: str) -> RunFacts:
+    """Read what a run directory says. Raises UserError for what is none, and for directories of several runs."""
+    try:
+        value = read_json(storage.join(place, CONFIG))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}/{CONFIG} is not JSON ({error}): name another run") from None
+    if value is None:
+        there = "" if storage.exists(place) else ", nor is there such a folder"
+        raise UserError(f"{place} has no {CONFIG}{there}: give the directory of a run, as its last line named it")
+    inner = [url.rpartition("/")[2] for url in storage.list_dirs(place)]
+    if "search" in value or value.get("compare", {}).get("seeds"):
+        runs = [name for name in inner if "-seed" in name] or inner
+        kind = "search" if "search" in value else "comparison"
+        raise UserError(f"{place} is a {kind} of several runs: name one of them, such as {_some(place, runs)}")
+    config = from_dict(Config, value)
+    evaluations = read_metrics(place, "eval")
+    return RunFacts(place, config, read_json(storage.join(place, RESULT)) or {}, evaluations[-1] if evaluations else {})
+
+
+def _some(place: str, names: list[str]) -> str:
+    return ", ".join(storage.join(place, name) for name in names[:3]) or "those below its folders"
+
+
+def load_of_run(run: RunFacts, name: str, num_classes: int) -> tuple[nn.Module, str]:
+    """Return the run's student and where its weights are: student.safetensors, or else the newest checkpoint.
+
+    Raises UserError where there is neither, where they are damaged, and where they are of other classes.
+    """
+    size = run.config.data.image_size
+    weights = storage.join(run.place, WEIGHTS)
+    if storage.exists(weights):
+        return build_model(name, num_classes, weights, size), weights
+    found = checkpoint.newest(run.place)
+    if found is None:
+        folders = len(storage.list_dirs(storage.join(run.place, checkpoint.FOLDER)))
+        why = "and no checkpoint"
+        if folders:
+            why = "and its only checkpoint is damaged" if folders == 1 else f"and its {folders} checkpoints are damaged"
+        raise UserError(
+            f"{run.place} has no {WEIGHTS} {why}: let the run go on, with its own command, to its end or its next "
+            "checkpoint"
+        )
+    folder, data = found
+    model = build_model(name, num_classes, "random", size)
+    state = checkpoint.parse(data, torch.device("cpu"))
+    put_state(model, {"": _student_of(state)}, folder, num_classes)
+    return model, folder
+
+
+def _student_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The exported weights in a checkpoint's state: the moving average where there is one."""
+    tensors, prefix = (
+        (state["ema"], "module.model.") if state["ema"] is not None else (state["distiller"], "student.model.")
+    )
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

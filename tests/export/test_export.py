@@ -1,0 +1,228 @@
+"""An export of a small run: its files against networks and normalisation that are put together here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jobs_here import ROOT
+from safetensors.torch import load_file
+from tiny_run import run_tiny, tiny_config
+from torch import Tensor, nn
+
+from mimkd_ray.__main__ import main
+from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train.records.run_files import OF_AN_EXPORT, is_ours
+
+for package in ("onnx", "onnxruntime", "onnxscript", "torchao"):
+    pytest.importorskip(package)
+
+QUICK = ("--images", "150", "--calibration", "40", "--threads", "1", "--int8-drop", "5")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    run_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path) -> Path:
+    """All formats of the run's student."""
+    assert main(["export", str(run), *QUICK]) == 0
+    return run / "export"
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def _images() -> Tensor:
+    """Normalised held-out digits, by hand."""
+    data = tiny_config().data
+    rows = open_data(data).val.read(range(40))
+    pixels = torch.stack([torch.from_numpy(np.asarray(row.image)) for row in rows]).permute(0, 3, 1, 2).float()
+    return (pixels / 255 - 0.305) / 0.376
+
+
+def _student(run: Path) -> nn.Module:
+    student = build_model("cifar/resnet8_w4", 10)
+    student.load_state_dict(load_file(run / "student.safetensors"))
+    return student.eval()
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((folder / "export.json").read_text())
+    return value
+
+
+ALONE = """
+import sys, numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1])
+images = numpy.load(sys.argv[2])
+some = [session.run(None, {"images": part})[0] for part in (images[:1], images[1:8], images[8:])]
+assert "torch" not in sys.modules
+numpy.save(sys.argv[3], numpy.concatenate(some))
+"""
+
+
+def test_onnx_runs_in_a_process_without_torch_at_any_batch_size(run: Path, exported: Path, tmp_path: Path) -> None:
+    images = _images()
+    np.save(tmp_path / "images.npy", images.numpy())
+    arguments = [str(exported / "student.onnx"), str(tmp_path / "images.npy"), str(tmp_path / "logits.npy")]
+    subprocess.run([sys.executable, "-c", ALONE, *arguments], check=True)
+    with torch.no_grad():
+        expected = _student(run)(images).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-4)
+
+
+def test_pt2_and_the_model_folder_are_the_student(run: Path, exported: Path) -> None:
+    images, student = _images(), _student(run)
+    with torch.no_grad():
+        expected = student(images)
+        again = torch.export.load(exported / "student.pt2").module()(images)
+    torch.testing.assert_close(again, expected, atol=1e-4, rtol=0)
+    made = build_model(f"local-dir:{exported}", 10, "published")
+    assert type(made) is type(student)
+    for name, value in build_model("cifar/resnet8_w4", 10, f"local-dir:{exported}").state_dict().items():
+        assert torch.equal(value, student.state_dict()[name])
+        assert torch.equal(value, made.state_dict()[name])
+
+
+def test_int8_holds_int8_weights_and_the_better_one_is_kept(exported: Path) -> None:
+    import onnx
+    from onnx import TensorProto
+
+    report = _report(exported)
+    kept = report["int8"]["kept"]
+    tops = {name: report["int8"][name]["top1"] for name in ("onnxruntime", "pt2e")}
+    assert tops[kept] >= max(tops.values()) - 0.1
+    assert report["files"]["int8"]["file"] == {"onnxruntime": "student_int8.onnx", "pt2e": "student_int8.pt2"}[kept]
+    assert len(list(exported.glob("student_int8.*"))) == 1
+    if kept == "onnxruntime":
+        model = onnx.load(exported / "student_int8.onnx")
+        heavy = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 4]
+        assert heavy
+        assert {tensor.data_type for tensor in heavy} == {TensorProto.INT8}
+
+
+def test_the_report_has_the_figures(run: Path, exported: Path) -> None:
+    report = _report(exported)
+    assert {path.name for path in exported.iterdir()} <= set(OF_AN_EXPORT)
+    assert set(report["files"]) == {"onnx", "pt2", "int8"}
+    assert report["failed"] == {}
+    student = _student(run)
+    assert report["parameters"] == sum(p.numel() for p in student.parameters())
+    assert report["macs"] == _multiply_adds(student, 8)
+    for each in (report["student"], *report["files"].values()):
+        assert each["bytes"] == (exported / each["file"]).stat().st_size
+        assert all(each["latency_ms"][batch] > 0 for batch in ("1", "32"))
+    for name in ("onnx", "pt2"):
+        assert report["files"][name]["max_logit_difference"] <= 1e-3
+        assert (report["files"][name]["agreement"], report["files"][name]["top1"]) == (100, report["student"]["top1"])
+
+
+def _multiply_adds(model: nn.Module, side: int) -> int:
+    """Counted layer by layer."""
+    counts = []
+
+    def count(module: nn.Module, _: Any, output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            height, width = module.kernel_size
+            counts.append(output.numel() * module.in_channels // module.groups * height * width)  # type: ignore[operator]
+        elif isinstance(module, nn.Linear):
+            counts.append(output.numel() * module.in_features)
+
+    for module in model.modules():
+        module.register_forward_hook(count)
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, side, side))
+    return sum(counts)
+
+
+def test_no_file_names_folders_of_this_machine(run: Path, exported: Path) -> None:
+    for path in exported.iterdir():
+        content = path.read_bytes()
+        assert str(ROOT).encode() not in content, path
+        assert str(run.parent).encode() not in content, path
+
+
+def test_the_card_is_read_by_the_hubs_own_client(run: Path, exported: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    card = hub.ModelCard.load(exported / "README.md")
+    (result,) = card.data.eval_results
+    ran = json.loads((run / "result.json").read_text())
+    assert result.metric_value == round(ran["student"]["top1"], 2)
+    assert (result.task_type, result.dataset_name) == ("image-classification", "digits")
+    assert f"Distilled from `cifar/resnet8` (top-1 {ran['teacher']['top1']:.2f} %)" in card.text
+    assert "python jobs/cifar100.py --config training_config.json" in card.text
+    saved = json.loads((exported / "training_config.json").read_text())
+    assert saved["train"]["lane_batch"] == 10
+
+
+def test_an_export_belongs_to_its_run() -> None:
+    assert all(is_ours(f"export/{name}") and is_ours(f"mimkd-seed01/export/{name}") for name in OF_AN_EXPORT)
+    assert not is_ours("export/mine.txt")
+
+
+def test_normalisation_inside_and_files_of_an_earlier_export(run: Path, tmp_path: Path) -> None:
+    import onnxruntime
+
+    (tmp_path / "student_int8.onnx").write_bytes(b"of an earlier export")
+    (tmp_path / "mine.txt").write_bytes(b"mine")
+    arguments = ["export", str(run), *QUICK, "--out", str(tmp_path), "--formats", "onnx", "--normalize", "true"]
+    assert main(arguments) == 0
+    assert not (tmp_path / "student_int8.onnx").exists()
+    assert (tmp_path / "mine.txt").exists()
+    images = _images()
+    session = onnxruntime.InferenceSession(str(tmp_path / "student.onnx"))
+    (logits,) = session.run(None, {"images": (images * 0.376 + 0.305).numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(logits, _student(run)(images).numpy(), atol=1e-4)
+
+
+def test_a_run_on_s3(run: Path, bucket: str) -> None:
+    from mimkd_ray import storage
+
+    for name in ("config.json", "student.safetensors", "result.json", "metrics.jsonl"):
+        storage.upload(run / name, f"{bucket}/runs/tiny/{name}")
+    assert main(["export", f"{bucket}/runs/tiny", *QUICK, "--formats", "pt2"]) == 0
+    names = {url.rpartition("/")[2] for url in storage.list_files(f"{bucket}/runs/tiny/export")}
+    assert names == {
+        "README.md",
+        "config.json",
+        "export.json",
+        "model.safetensors",
+        "student.pt2",
+        "training_config.json",
+    }
+
+
+def test_timm_reads_a_student_of_timm(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    weights = tmp_path / "lcnet.safetensors"
+    from safetensors.torch import save_file
+
+    net = timm.create_model("lcnet_035", num_classes=10).eval()
+    save_file(net.state_dict(), weights)
+    out = tmp_path / "out"
+    student = ("--network", "timm/lcnet_035", "--weights", str(weights), "--data.root", "digits")
+    size = ("--data.image-size", "32", "--data.pipeline", "none", "--out", str(out))
+    assert main(["export", *student, *size, *QUICK, "--formats", "pt2"]) == 0
+    made = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(made(images), net(images))
+    assert tuple(made.pretrained_cfg["mean"]) == (0.485, 0.456, 0.406)
+    assert tuple(made.pretrained_cfg["input_size"]) == (3, 32, 32)

@@ -1,0 +1,175 @@
+"""Bad input of an export: one line each, with the thing, the numbers and the remedy."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import run_tiny
+from torch import Tensor, nn
+
+from mimkd_ray.__main__ import main
+from mimkd_ray.export.deployed import Deployed
+from mimkd_ray.export.examine import Figures, better_int8, fault_at_float32, fault_of_int8
+from mimkd_ray.export.find_student import load_of_run, read_run
+
+QUICK = ("--images", "20", "--calibration", "20", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    run_tiny(folder, train={"ema_decay": 0.5})
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def stopped(run: Path) -> Path:
+    """The run as if it had been stopped."""
+    for name in ("student.safetensors", "result.json"):
+        (run / name).unlink()
+    return run
+
+
+def _said(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2) -> str:
+    capsys.readouterr()
+    assert main(["export", *arguments, *QUICK]) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_stopped_run_gives_the_moving_average_of_its_newest_checkpoint(stopped: Path) -> None:
+    model, where = load_of_run(read_run(str(stopped)), "cifar/resnet8_w4", 10)
+    assert "/checkpoints/step_00000003-" in where
+    state = torch.load(f"{where}/state.pt", weights_only=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state["ema"][f"module.model.{name}"])
+    assert not torch.equal(model.stem[0].weight, state["distiller"]["student.model.stem.0.weight"])
+
+
+def test_a_run_without_a_checkpoint(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file,) = stopped.glob("checkpoints/*/state.pt")
+    file.write_bytes(file.read_bytes()[:-5])
+    said = _said(capsys, str(stopped))
+    assert "has no student.safetensors and its only checkpoint is damaged: let the run go on" in said
+    shutil.rmtree(stopped / "checkpoints")
+    assert "has no student.safetensors and no checkpoint: let the run go on" in _said(capsys, str(stopped))
+
+
+def test_what_is_no_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "/none has no config.json, nor is there such a folder: give the directory of a run" in _said(
+        capsys, str(tmp_path / "none")
+    )
+    (run / "config.json").write_text("{")
+    assert "run/config.json is not JSON" in _said(capsys, str(run))
+    (run / "config.json").write_text('{"compare": {"seeds": 3}}')
+    (run / "mimkd-seed00").mkdir()
+    assert f"is a comparison of several runs: name one of them, such as {run}/mimkd-seed00" in _said(capsys, str(run))
+    assert "nothing to export: give the directory of a run, or --network" in _said(capsys)
+
+
+def test_a_damaged_student(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = run / "student.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    said = _said(capsys, str(run))
+    assert f"weights {weights}: not a readable safetensors file of 1000 bytes" in said
+
+
+def test_data_of_other_classes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = _said(capsys, str(run), "--data.num-classes", "12")
+    assert "student.safetensors have 10 classes, the data has 12: pass --data.num-classes 10 or other weights" in said
+    assert not (run / "export").exists()
+
+
+def test_a_missing_package(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert "needs onnxscript, which is not installed: pip install mimkd-ray[export]" in _said(capsys, str(run))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    said = _said(capsys, str(run), "--formats", "pt2", "--push-to", "org/net")
+    assert "--push-to org/net needs huggingface_hub, which is not installed: pip install mimkd-ray[export]" in said
+    assert "--push-to x: give ORG/NAME" in _said(capsys, str(run), "--push-to", "x")
+
+
+class Bessel(nn.Module):
+    """ONNX has no such operation."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(torch.special.bessel_j0(images.mean((2, 3))))
+
+
+class Branching(Bessel):
+    """What it does depends on values, which no trace can follow."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3)))
+
+
+@pytest.mark.parametrize(("name", "reason"), [("Bessel", "onnx: .*bessel_j0"), ("Branching", "pt2: .*data-dependent")])
+def test_an_operator_that_cannot_be_exported(
+    name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    weights = tmp_path / "w.pth"
+    torch.save(globals()[name](10).state_dict(), weights)
+    network = f"{Path(__file__).stem}:{name}"
+    student = ("--network", network, "--weights", str(weights), "--data.root", "digits", "--data.image-size", "8")
+    wanted = "onnx" if name == "Bessel" else "pt2"
+    said = _said(
+        capsys, *student, "--data.pipeline", "none", "--out", str(tmp_path / "out"), "--formats", wanted, status=1
+    )
+    assert re.search(reason, said), said
+    assert f"{network} cannot be exported" in said
+    assert said.endswith("it is not written")
+    assert not list((tmp_path / "out").glob("student.*"))
+
+
+def _figures(**values: float) -> Figures:
+    default = {"max_logit_difference": 0.0, "agreement": 100.0, "top1": 70.0}
+    return Figures(bytes=1, latency_ms={"1": values.pop("ms", 1.0), "32": 1.0}, **{**default, **values})  # type: ignore[arg-type]
+
+
+def test_files_that_are_not_the_student() -> None:
+    assert fault_at_float32(_figures()) == ""
+    assert "differ from the student's by up to 0.002" in fault_at_float32(_figures(max_logit_difference=0.002))
+    assert "agrees on 99.00 % of the images" in fault_at_float32(_figures(agreement=99.0))
+    assert fault_at_float32(_figures(max_logit_difference=float("nan")))
+    assert fault_of_int8(_figures(top1=69.0), _figures(), 1.0) == ""
+    assert "68.50 % on these images, 1.50 points below the student's 70.00 % (1 are allowed)" in fault_of_int8(
+        _figures(top1=68.5), _figures(), 1.0
+    )
+    assert better_int8({"a": _figures(top1=69.0, ms=9.0), "b": _figures(top1=68.0)}) == "a"
+    assert better_int8({"a": _figures(top1=69.0, ms=9.0), "b": _figures(top1=68.95)}) == "b"
+
+
+def test_a_file_with_other_logits_is_not_kept(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mimkd_ray.export import export_student
+
+    right = export_student.write_pt2
+
+    def wrong(network: Deployed, example: Tensor, path: Path) -> None:
+        broken = Deployed(network.model, (0.3, 0.3, 0.3), (0.2, 0.2, 0.2), normalize=True)
+        right(broken, example, path)
+
+    monkeypatch.setattr(export_student, "write_pt2", wrong)
+    said = _said(capsys, str(run), "--formats", "pt2", status=1)
+    assert "pt2: its logits differ from the student's by up to" in said
+    assert (run / "export" / "export.json").exists()
+    assert not (run / "export" / "student.pt2").exists()
