@@ -10,7 +10,7 @@ from typing import Any
 from mimkd_ray.cli import common
 from mimkd_ray.cli.commands import COMMANDS
 from mimkd_ray.cli.prepare_data import PrepareJob
-from mimkd_ray.config import Config, DoctorConfig, SearchJob
+from mimkd_ray.config import Config, DoctorConfig, ExportConfig, SearchJob
 from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES
 
 _RECIPES = (*IMAGENET_RECIPES, *CIFAR_RECIPES)
@@ -20,6 +20,7 @@ WORDS: dict[str, tuple[type, tuple[str, ...]]] = {
     "cache": (Config, ("build", "plan", "ls", "verify", "gc", *_RECIPES, *_OF_JOBS)),
     "search": (SearchJob, (*_RECIPES, *_OF_JOBS)),
     "prepare": (PrepareJob, ("--help",)),
+    "export": (ExportConfig, ("--help",)),
     "doctor": (DoctorConfig, ("--help",)),
 }
 """Command to (the config that its flags come from, other words that it takes)."""

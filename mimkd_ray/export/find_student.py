@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +13,12 @@ from mimkd_ray import storage
 from mimkd_ray.config import Config
 from mimkd_ray.config.json_form import from_dict
 from mimkd_ray.errors import UserError
+from mimkd_ray.json_files import read_json
 from mimkd_ray.models.weights import put_state
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.outcomes import CONFIG, RESULT
-from mimkd_ray.train.records.run_dir import read_json, read_metrics
+from mimkd_ray.train.records.run_dir import read_metrics
 
 WEIGHTS = "student.safetensors"
 
@@ -36,11 +36,9 @@ class RunFacts:
 
 
 def read_run(place: str) -> RunFacts:
-    """Read what a run directory says. Raises UserError for what is none, and for directories of several runs."""
-    try:
-        value = read_json(storage.join(place, CONFIG))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}/{CONFIG} is not JSON ({error}): name another run") from None
+    """Read what a run directory says. Raises UserError for what is none, and for directories of several runs,
+    and DamagedDataError for damaged files."""
+    value = read_json(storage.join(place, CONFIG))
     if value is None:
         there = "" if storage.exists(place) else ", nor is there such a folder"
         raise UserError(f"{place} has no {CONFIG}{there}: give the directory of a run, as its last line named it")

@@ -15,7 +15,6 @@ from mimkd_ray.export.onnx_file import INPUT
 from mimkd_ray.export.pt2_file import export_any_batch, write_pt2
 from mimkd_ray.export.runners import quiet
 
-
 BATCH = 8
 """Calibration images of a range that is averaged: MobileNetV2 keeps 81.2 of its 81.6 % top-1 with 8, 80.8 with 32."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mimkd_ray.config.teacher import Interpolation
-from mimkd_ray.models.published import of_timm
+from mimkd_ray.models.published import of_timm, own_network
 from mimkd_ray.models.weights_file import FOLDER, HUB
 
 Channels = tuple[float, float, float]
@@ -28,6 +28,10 @@ class NetworkInput:
 def published_input(name: str) -> NetworkInput | None:
     """What a network's publishers say: timm's `pretrained_cfg`, the transforms of torchvision's default weights. None
     for networks that have nothing of the kind. Raises UserError for unknown names."""
+    if name.startswith((HUB, FOLDER)):
+        own, settings = own_network(name)
+        if own:
+            return _of_timm(settings)
     if name.startswith(("timm/", HUB, FOLDER)):
         return _of_timm(of_timm(name).settings)
     if ":" in name or "/" in name:

@@ -102,9 +102,9 @@ def _width(model: Any) -> int:
     return int(getattr(model, "head_hidden_size", None) or model.num_features)
 
 
-def own_network(name: str) -> str:
-    """The name by which `build_model` knows the network of hf-hub:ORG/NAME or local-dir:FOLDER, if it is of this
-    package or torchvision; "" for timm's. Raises UserError where its config.json cannot be had or read.
+def own_network(name: str) -> tuple[str, Mapping[str, Any]]:
+    """The name by which `build_model` knows the network of hf-hub:ORG/NAME or local-dir:FOLDER, and its settings, if it
+    is of this package or torchvision; ("", {}) for timm's. Raises UserError where its config.json cannot be had or read.
 
     Networks that a file names by an import path are not built: a file from elsewhere does not choose what is run.
     """
@@ -113,12 +113,12 @@ def own_network(name: str) -> str:
         try:
             import huggingface_hub  # noqa: F401
         except ImportError:
-            return ""  # timm, which is asked next, needs it too and says so
+            return "", {}  # timm, which is asked next, needs it too and says so
         path = download(name, bring_folder(model), lambda: from_hub(model, CONFIG))
     else:
         path = os.path.join(name.removeprefix(FOLDER), CONFIG)
-    architecture, _ = _config_at(path, name)
-    return architecture.removeprefix(TORCHVISION) if architecture.startswith(OWN) else ""
+    architecture, settings = _config_at(path, name)
+    return (architecture.removeprefix(TORCHVISION), settings) if architecture.startswith(OWN) else ("", {})
 
 
 def bring_folder(model: str) -> str:
@@ -154,7 +154,10 @@ def _config_at(path: str, name: str) -> tuple[str, dict[str, Any]]:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
         inner = config.get("pretrained_cfg", config)
-        return str(config["architecture"]), {**inner, "num_classes": config.get("num_classes", inner.get("num_classes"))}
+        return str(config["architecture"]), {
+            **inner,
+            "num_classes": config.get("num_classes", inner.get("num_classes")),
+        }
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"model {name!r}: {path} cannot be read as timm writes it ({type(error).__name__}: {error}); pass a folder "

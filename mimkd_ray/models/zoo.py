@@ -40,7 +40,7 @@ def build_model(
     if num_classes < 1:
         raise UserError(f"model {name!r}: {num_classes} classes, expected at least 1")
     published = weights == "published"
-    if name.startswith((HUB, FOLDER)) and (own := own_network(name)):
+    if name.startswith((HUB, FOLDER)) and (own := own_network(name)[0]):
         return build_model(own, num_classes, name if published else weights, image_size, new_head)
     if name.startswith(("timm/", HUB, FOLDER)):
         model = _from_timm(name, num_classes, published, image_size, new_head)

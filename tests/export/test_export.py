@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mimkd_ray.__main__ import main
 from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.models.own_input import published_input
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.records.run_files import OF_AN_EXPORT, is_ours
 
@@ -95,6 +96,9 @@ def test_pt2_and_the_model_folder_are_the_student(run: Path, exported: Path) -> 
         again = torch.export.load(exported / "student.pt2").module()(images)
     torch.testing.assert_close(again, expected, atol=1e-4, rtol=0)
     made = build_model(f"local-dir:{exported}", 10, "published")
+    takes = published_input(f"local-dir:{exported}")
+    assert takes is not None
+    assert (takes.size, takes.mean) == (8, (0.305, 0.305, 0.305))
     assert type(made) is type(student)
     for name, value in build_model("cifar/resnet8_w4", 10, f"local-dir:{exported}").state_dict().items():
         assert torch.equal(value, student.state_dict()[name])

@@ -71,7 +71,7 @@ def test_what_is_no_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         capsys, str(tmp_path / "none")
     )
     (run / "config.json").write_text("{")
-    assert "run/config.json is not JSON" in _said(capsys, str(run))
+    assert "run/config.json (1 bytes) is damaged: " in _said(capsys, str(run), status=1)
     (run / "config.json").write_text('{"compare": {"seeds": 3}}')
     (run / "mimkd-seed00").mkdir()
     assert f"is a comparison of several runs: name one of them, such as {run}/mimkd-seed00" in _said(capsys, str(run))
