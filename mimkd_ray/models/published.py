@@ -104,7 +104,7 @@ def _width(model: Any) -> int:
 
 def own_network(name: str) -> tuple[str, Mapping[str, Any]]:
     """The name by which `build_model` knows the network of hf-hub:ORG/NAME or local-dir:FOLDER, and its settings, if it
-    is of this package or torchvision; ("", {}) for timm's. Raises UserError where its config.json cannot be had or read.
+    is of this package or torchvision; ("", {}) for timm's. Raises UserError where its config.json cannot be read.
 
     Networks that a file names by an import path are not built: a file from elsewhere does not choose what is run.
     """
