@@ -13,10 +13,12 @@ import os
 import signal
 import sys
 import threading
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from mimkd_ray import console, storage
+from mimkd_ray.cli.short_help import short_help
 from mimkd_ray.config import Config
 from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError, nearest
@@ -107,9 +109,13 @@ def parse(recipes: Mapping[str, Callable[[], C]], default: str, argv: Sequence[s
     if "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
-            raise UserError("--config needs a JSON file, such as a run's config.json")
+            raise UserError("--config needs a JSON, YAML or TOML file, such as a run's config.json")
         base = read_config(arguments[at + 1], type(base))
         del arguments[at : at + 2]
+    if {"--help", "-h"} & {*arguments}:
+        print(short_help(base, _describe(program, recipes)))
+        return None
+    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     config = override(base, arguments, program, recipes)
     if config is not None and only_print:
         print(json.dumps(to_dict(config), indent=2))
@@ -118,21 +124,40 @@ def parse(recipes: Mapping[str, Callable[[], C]], default: str, argv: Sequence[s
 
 
 def read_config(path: str, kind: type[C]) -> C:
-    """Return a config from a JSON file (path or URL)."""
+    """Return a config from a JSON file (path or URL), or by its ending a YAML or TOML file."""
     path = storage.absolute(path)
     if not storage.exists(path):
         raise UserError(f"--config {path}: there is no such file")
     try:
-        value = json.loads(storage.read_bytes(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--config {path} is not JSON: {error}") from None
+        text = storage.read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path} is no text: {error}") from None
     except IsADirectoryError:
         raise UserError(f"--config {path} is a folder: give the file, such as {path}/config.json") from None
+    kind_of_file, value = _parsed(path, text)
+    if not isinstance(value, dict):
+        raise UserError(f"--config {path} is {kind_of_file} of a {type(value).__name__}, not of sections and fields")
     return from_dict(kind, value)
 
 
+def _parsed(path: str, text: str) -> tuple[str, Any]:
+    ending = path.rpartition(".")[2].lower()
+    kind = {"yml": "YAML", "yaml": "YAML", "toml": "TOML"}.get(ending, "JSON")
+    try:
+        if kind == "YAML":
+            import yaml
+
+            try:
+                return kind, yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(error) from None
+        return kind, tomllib.loads(text) if kind == "TOML" else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--config {path} is not {kind}: {' '.join(str(error).split())}") from None
+
+
 def override(base: C, arguments: list[str], program: str, recipes: Mapping[str, Callable[[], Any]]) -> C | None:
-    """Apply ``--field.path value`` pairs to a config; return None after --help."""
+    """Apply ``--field.path value`` pairs to a config; return None after tyro's --help."""
     return from_flags(type(base), arguments, prog=program, description=_describe(program, recipes), default=base)
 
 

@@ -14,7 +14,7 @@ from mimkd_ray.config import Config, DoctorConfig, ExportConfig, SearchJob
 from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES
 
 _RECIPES = (*IMAGENET_RECIPES, *CIFAR_RECIPES)
-_OF_JOBS = ("--help", "--config", "--print-config")
+_OF_JOBS = ("--help", "--help-all", "--verbose", "--config", "--print-config")
 WORDS: dict[str, tuple[type, tuple[str, ...]]] = {
     "train": (Config, (*_RECIPES, *_OF_JOBS)),
     "cache": (Config, ("build", "plan", "ls", "verify", "gc", *_RECIPES, *_OF_JOBS)),

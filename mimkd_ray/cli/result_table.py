@@ -67,13 +67,23 @@ def _comparison(result: Mapping[str, Any]) -> str:
     return "\n".join([head, _columns(rows), *_information(nats), *_verdict(result["compare"])])
 
 
+def _errors(pairs: int) -> float:
+    """Standard errors that half of Student's 95 % interval has: 4.3 for three pairs, 2.3 for ten."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(pairs - 1, 0.975))
+
+
 def _verdict(arms: Mapping[str, Any]) -> list[str]:
-    """Return the verdict in words; a difference counts from two standard errors."""
+    """Return the verdict in words; a difference counts outside of Student's 95 % interval."""
     lines = []
+    seeds = max(len(value["top1"]) for value in arms.values())
+    if seeds == 2:
+        return ["Two seeds are too few to say who helps and who harms: pass --compare.seeds 3 or more."]
     for arm in ("kd", "mimkd"):
         paired = arms.get(arm, {}).get("against_alone")
         if paired and paired["standard_error"] is not None:
-            if abs(paired["mean"]) < 2 * paired["standard_error"]:
+            if abs(paired["mean"]) < _errors(paired["of"]) * paired["standard_error"]:
                 word = "makes no clear difference to the student"
             else:
                 word = "helps the student" if paired["mean"] > 0 else "harms the student"

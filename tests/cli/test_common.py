@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import pytest
 from safetensors.torch import save_file
 
 from mimkd_ray.cli import common
-from mimkd_ray.config import Config
+from mimkd_ray.cli.short_help import FIELDS
+from mimkd_ray.config import Config, OptimConfig
 from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.config.search import search_job
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES, demo
@@ -220,7 +223,7 @@ def test_a_job_exits_with_the_status_and_tells_errors_on_any_terminal(encoding: 
 
 
 def test_help_lists_recipes_and_fields_with_types_defaults_and_docs() -> None:
-    command = [sys.executable, str(ROOT / "jobs" / "imagenet.py"), "r34_r18", "--help"]
+    command = [sys.executable, str(ROOT / "jobs" / "imagenet.py"), "r34_r18", "--help-all"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stderr == ""
@@ -236,6 +239,34 @@ def test_help_lists_recipes_and_fields_with_types_defaults_and_docs() -> None:
     flags = {word.split("=")[0] for word in done.stdout.split() if word.startswith("--")}
     missing = [field for field in fields if not any(f.startswith("--" + field.replace("_", "-")) for f in flags)]
     assert not missing
+
+
+def test_help_is_one_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert common.main(IMAGENET_RECIPES, "demo", ["r34_r18", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 30
+    assert max(map(len, lines)) <= 130
+    assert any(re.match(r"  --optim\.lr +peak learning rate.*\(0\.2\)$", line) for line in lines)
+    assert "--help-all" in lines[-1]
+    for name in FIELDS:
+        section, _, field = name.partition(".")
+        assert hasattr(getattr(search_job(demo()), section), field), name
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("own.yaml", "recipe: own\noptim:\n  lr: 0.3\n  milestones: [1, 2]\n"),
+        ("own.toml", 'recipe = "own"\n[optim]\nlr = 0.3\nmilestones = [1, 2]\n'),
+    ],
+)
+def test_configs_in_yaml_and_toml(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    expected = Config(recipe="own", optim=OptimConfig(lr=0.3, milestones=(1, 2)))
+    assert common.read_config(str(tmp_path / name), Config) == expected
+    (tmp_path / name).write_text(text + "[")
+    with pytest.raises(UserError, match=f"is not {name[4:].upper()}: "):
+        common.read_config(str(tmp_path / name), Config)
 
 
 def test_interruption_is_one_line_and_status_130(

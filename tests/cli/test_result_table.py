@@ -119,3 +119,9 @@ def test_one_seed_has_no_spread_and_no_verdict() -> None:
 def test_a_rival_as_an_arm() -> None:
     said = result_table(comparison([90.0, 91.0], dkd=[92.0, 93.5]))
     assert "student, dkd" in said
+
+
+def test_two_seeds_are_no_verdict() -> None:
+    table = result_table(comparison([80.0, 81.0], kd=[77.0, 78.01], mimkd=[83.0, 84.01]))
+    assert "harms" not in table.replace("who harms", "")
+    assert "Two seeds are too few" in table

@@ -38,7 +38,22 @@ def explain(configs: Sequence[Config], lacking: Sequence[Wanted]) -> str:
     reasons = "; ".join(f"{', '.join(labels)}: {reason}" for reason, labels in said.items())
     commands = " && ".join(dict.fromkeys(build_command(config) for config in configs))
     reasons += "".join(f"; {problem}" for problem in bad[:3])
+    seeds = set.intersection(*(_other_view_seeds(wanted, finished, there) for wanted in lacking))
+    if seeds:
+        reasons = f"pass --data.view-seed {min(seeds)}, which reads the one that is there; {reasons}"
     return f"the cache {root} does not fit this run: {reasons}. Build what is missing with: {commands}"
+
+
+def _other_view_seeds(wanted: Wanted, finished: dict[str, Any], there: dict[str, set[int]]) -> set[int]:
+    """The seeds of views with which the entry is there as it is wanted."""
+    return {
+        parts["view_seed"]
+        for key, parts in finished.items()
+        if (parts.get("tap"), parts.get("kind")) == (wanted.parts["tap"], wanted.parts["kind"])
+        and there[key] >= set(wanted.missing)
+        and parts["view_seed"] != wanted.parts["view_seed"]
+        and len(difference(wanted.parts, parts)) == 1
+    }
 
 
 def _reason(wanted: Wanted, finished: dict[str, Any], there: dict[str, set[int]]) -> str:

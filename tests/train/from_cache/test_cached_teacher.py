@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_cache import build_here, cached_config
 from tiny_run import cpu
 
@@ -306,6 +307,15 @@ def test_a_mismatch_names_what_differs(tmp_path: Path, what: str) -> None:
     assert str(before.value) == said, "known before any worker starts"
     assert said.startswith(f"the cache {tmp_path / 'cache'} does not fit this run: ")
     assert f"python jobs/cache_teacher.py custom --data.subset {sections.get('data', {}).get('subset', 60)}" in said
+
+
+def test_a_cache_of_other_view_seeds_is_pointed_at(tmp_path: Path) -> None:
+    save_file(build_network(cached_config(tmp_path), 10, "random").state_dict(), tmp_path / "teacher.safetensors")
+    teacher = {"weights": str(tmp_path / "teacher.safetensors")}
+    build_here(cached_config(tmp_path / "cache", teacher=teacher, data={"view_seed": 7}))
+    with pytest.raises(UserError, match=r"does not fit this run: pass --data\.view-seed 7, which reads the one that"):
+        preflight(cached_config(tmp_path / "cache", teacher=teacher, train={"seed": 1}))
+    preflight(cached_config(tmp_path / "cache", teacher=teacher, train={"seed": 1}, data={"view_seed": 7}))
 
 
 def test_a_cache_that_fits_passes_before_workers_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
