@@ -21,6 +21,7 @@ from mimkd_ray.config.search import search_job
 from mimkd_ray.console import clock
 from mimkd_ray.errors import Interrupted
 from mimkd_ray.on_ray import environment
+from mimkd_ray.run_lock import check_free, held
 from mimkd_ray.search.driver import Search, claim, search_digest
 from mimkd_ray.search.finals import Finals
 from mimkd_ray.search.report.build_report import report_html
@@ -68,15 +69,16 @@ def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
     found = find_spaces(job.search.space, spaces)
     job = absolute(job)
     folder = below_root(job, f"search-{job.recipe}-{search_digest(job)[:8]}")
+    check_free(folder)
     if job.run.overwrite:
         run_files.overwrite(folder)
     state = Search(job, folder, found)
     widest = state.widest()
     with console.phase("checking data, networks and places"):
         preflight(widest)
-    claim(job, folder)
-    console.line(opening(state))
-    with console.phase(f"search of {job.search.algorithm}", said=False):
+    with held(folder), console.phase(f"search of {job.search.algorithm}", said=False):
+        claim(job, folder)
+        console.line(opening(state))
         stopped = run_here(state, widest) if job.launch.backend == "local" else run_with_ray(state, widest)
     if stopped:
         over = sum(trial.state != "running" for trial in state.trials.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.models.weights_file import FOLDER, HUB
 from mimkd_ray.on_ray import environment
 from mimkd_ray.places import NAME_BYTES, check_name, is_function
+from mimkd_ray.run_lock import check_free, held
 from mimkd_ray.train.distributed import ask_first
 from mimkd_ray.train.records import run_files
 from mimkd_ray.train.records.outcomes import claim, find_result
@@ -124,6 +126,7 @@ def _run(
     given: OwnData | None = None,
 ) -> dict[str, Any]:
     """Return the result of a finished run, or check the job and do the ``work``. ``first`` says who prints."""
+    ask_first(lambda: check_free(run_dir))
     finished = ask_first(lambda: _finished(config, run_dir))
     if finished is not None:
         if first:
@@ -135,9 +138,11 @@ def _run(
         console.line(opening(config, run_dir))
     with console.phase("checking data, networks and places"):
         preflight(config, given)
-    ask_first(lambda: claim(config, run_dir))  # not before: a config that cannot be run leaves nothing behind
-    times.mark("checked")
-    result = work()
+    with ExitStack() as lock:  # not before: a config that cannot be run leaves nothing behind
+        ask_first(lambda: lock.enter_context(held(run_dir)))
+        ask_first(lambda: claim(config, run_dir))
+        times.mark("checked")
+        result = work()
     if first:
         console.line(f"\n{result_table(result)}\n{closing(config, run_dir)}")
     return result

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.storage import StorageError
 from mimkd_ray.train.start_times import StartTimes
 
@@ -95,16 +95,17 @@ def share_from_first(value: Any) -> Any:
 def ask_first(look: Callable[[], T]) -> T:
     """Return on every rank what ``look()`` returns on rank 0 (small, picklable), where alone it is called.
 
-    Its UserError or StorageError is raised on every rank; after any other error rank 0 leaves the others waiting.
+    Its UserError, DamagedDataError or StorageError is raised on every rank; after any other error rank 0 leaves the
+    others waiting.
     """
     if not is_distributed():
         return look()
     answer: T | None = None
-    error: UserError | StorageError | None = None
+    error: UserError | DamagedDataError | StorageError | None = None
     if dist.get_rank() == 0:
         try:
             answer = look()
-        except (UserError, StorageError) as raised:
+        except (UserError, DamagedDataError, StorageError) as raised:
             error = raised
     answer, error = share_from_first((answer, error))
     if error is not None:

@@ -30,6 +30,7 @@ from mimkd_ray.train.loop import train, train_on
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import begin
 from mimkd_ray.train.records.run_dir import write_json
+from mimkd_ray.train.records.same_inputs import check_labels, check_teacher
 from mimkd_ray.train.student_module import Normalizer
 from mimkd_ray.train.teacher import check_accuracy, weights_digest
 from mimkd_ray.train.teacher_head import teacher_head
@@ -102,6 +103,7 @@ def obtain_teacher(
     The check is made once for all runs beside this one: a start must be quick. teacher.json says what it found. Raises
     UserError if the teacher falls short of ``teacher.expect_top1``.
     """
+    ask_first(lambda: check_labels(data, run_dir))
     if not needs_teacher(config):
         return None, {}
     teacher = config.teacher
@@ -117,6 +119,8 @@ def obtain_teacher(
     model = build_network(config, head.count, weights)
     digest = weights_digest(model)
     place(model, config.train, context.device).eval().requires_grad_(False)
+    if teacher.weights != "random" and not teacher.train:
+        ask_first(lambda: check_teacher(teacher, digest, run_dir))
     if trained is not None and head.shared is None and trained["rows"] == data.val.num_rows and sees_data(config):
         figures = {key: trained[key] for key in ("top1", "top5", "rows")}  # of its own last evaluation
     else:

@@ -84,7 +84,7 @@ class ParquetSource:
         self.in_memory: bool = False
         first = next(iter(files), "")
         self.in_place: bool = not storage.is_remote(first) and is_on_local_disk(storage.local_path(first))
-        self._versions = tuple((versions or {}).get(url, "") for url in files)
+        self.versions = tuple((versions or {}).get(url, "") for url in files)
         with ThreadPoolExecutor(min(FOOTER_THREADS, max(1, len(self.files)))) as pool:
             read = partial(_read_footer, image_column=image_column, label_column=label_column)
             footers = list(pool.map(lambda file: read(*file), self.files))
@@ -117,6 +117,11 @@ class ParquetSource:
             self.digest = manifest.digest
 
     @property
+    def prepared(self) -> bool:
+        """True if the files are those of a manifest, whose digests cover all their bytes."""
+        return bool(self._listed)
+
+    @property
     def distant(self) -> bool:
         """True if blocks are copied to the store, from object storage or a network file system."""
         return not self.in_place
@@ -130,10 +135,11 @@ class ParquetSource:
     def labels(self) -> np.ndarray:
         """Return all labels (int64). Reads the label column of every file."""
         with ThreadPoolExecutor(min(FOOTER_THREADS, len(self.files))) as pool:
-            columns = list(pool.map(self._read_labels, range(len(self.files))))
+            columns = list(pool.map(self.file_labels, range(len(self.files))))
         return np.concatenate(columns)
 
-    def _read_labels(self, file: int) -> np.ndarray:
+    def file_labels(self, file: int) -> np.ndarray:
+        """Return the labels of a file (int64), by its number in `files`."""
         url = self.files[file][0]
         return label_array(_label_column(*self.files[file], self.columns[file].label), url, self.names)
 
@@ -188,7 +194,7 @@ class ParquetSource:
             place = f" {url}" if self.in_place else ""
             return f"{self._listed[block].sha256} {self.blocks.start(block)}{place}"  # its ids are checked, too
         others = () if self.columns[file].usual else (self.columns[file], self.names)
-        return digest_of(url, size, self._versions[file], block - int(self._file_block[file]), *others)
+        return digest_of(url, size, self.versions[file], block - int(self._file_block[file]), *others)
 
     def _load(self, block: int) -> StoredBlock:
         file = self._file(block)

@@ -24,6 +24,7 @@ OF_A_RUN = (
     *(MARKER, "metrics.jsonl", "samples.jsonl", "teacher.json", "result.json", "student.safetensors"),
     *("best.json", "best.safetensors", "stopped.json", "failed.json", "stop.json", "error.json", "ray.log"),
     *("evaluation.json", "predictions.parquet"),
+    *("lock.json", "labels.json"),
 )
 OF_A_TRIAL = ("trial.json", "ended.json", "error.txt")
 OF_AN_EXPORT = (
