@@ -11,6 +11,9 @@ from typing import Any
 
 from mimkd_ray.errors import UserError, nearest
 
+LOOK_IN = "MIMKD_RAY_LOOK_IN"
+"""Variable with the folder that a job was started in: workers of a Ray that it starts work in folders of Ray's."""
+
 
 def named_function(kind: str, name: str) -> Callable[..., Any]:
     """Import the function "package.module:function"; `kind` is what it makes, for errors. Raises UserError.
@@ -20,8 +23,9 @@ def named_function(kind: str, name: str) -> Callable[..., Any]:
     """
     module_name, _, function_name = name.partition(":")
     here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)
+    for folder in (here, os.environ.get(LOOK_IN, "")):
+        if folder and folder not in sys.path and "" not in sys.path:
+            sys.path.append(folder)
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError, TypeError) as error:  # TypeError: "../x" is a relative name

@@ -30,6 +30,9 @@ from mimkd_ray.train.start_times import StartTimes
 
 C = TypeVar("C", bound=Config)
 
+RAY_PACKAGES = "/runtime_resources/working_dir_files/"
+"""Part of the path of the folder in which `ray job submit --working-dir` unpacks what it sends."""
+
 
 def run_directory(config: Config) -> str:
     """URL or absolute path of the run. The default name holds a digest of what is trained: the same command finds
@@ -39,6 +42,11 @@ def run_directory(config: Config) -> str:
 
 def below_root(config: Config, name: str) -> str:
     """The directory of ``run.name``, or of the default ``name``. Raises UserError for a recipe that makes a bad one."""
+    if RAY_PACKAGES in config.run.root:
+        raise UserError(
+            f"run.root {config.run.root} is a temporary folder of Ray's, which is removed with the job, and which "
+            "other nodes do not see: pass --run.root with a folder that all nodes share, or a bucket such as s3://bucket/runs"
+        )
     if not config.run.name:
         check_name("recipe", config.recipe)
         check_name("the run's name", name, limit=NAME_BYTES + 20)

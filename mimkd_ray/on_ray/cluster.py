@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
+import socket
+import time
 from typing import Any
 
 import ray
 
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray.environment import cluster_address
+
+PATIENCE_S = 120
+"""Seconds that the second try gives the first of Ray's processes; the first try gives 30."""
+ANSWER_S = 10.0
+"""Seconds for which nothing may listen at the address of a cluster: a head that restarts comes back in a few."""
 
 
 def connect(configured: str, flag: str, state_api: bool = False, **options: Any) -> bool:
@@ -19,14 +28,9 @@ def connect(configured: str, flag: str, state_api: bool = False, **options: Any)
     """
     address = cluster_address(configured)
     if not address:
-        ray.init(
-            address="local",
-            include_dashboard=state_api,
-            dashboard_host="127.0.0.1",
-            logging_level="warning",
-            **options,
-        )
+        _start(include_dashboard=state_api, dashboard_host="127.0.0.1", logging_level="warning", **options)
         return True
+    _knock(address, flag)
     try:
         ray.init(address=address, logging_level="warning", **options)
     except ConnectionError as error:
@@ -35,6 +39,50 @@ def connect(configured: str, flag: str, state_api: bool = False, **options: Any)
             "`auto`), or unset both for a Ray of this process's own"
         ) from None
     return False
+
+
+def _start(**options: Any) -> None:
+    """Start Ray in this process; a second time, with more patience, if it does not come up. Raises UserError."""
+    try:
+        ray.init(address="local", **options)
+        return
+    except Exception as error:  # Ray raises plain ones for what did not come up in time
+        first = error
+    ray.shutdown()
+    print(f"Ray did not start ({_line(first)}): trying once more, for up to {PATIENCE_S} s", flush=True)
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(PATIENCE_S))
+    try:
+        ray.init(address="local", **options)
+    except Exception as error:
+        ray.shutdown()
+        raise UserError(
+            f"Ray did not start in two tries ({_line(error)}), perhaps because this machine is busy or short of memory "
+            "or disk: free some, or pass --launch.backend local, which needs no Ray"
+        ) from None
+
+
+def _knock(address: str, flag: str) -> None:
+    """Raise UserError if nothing listens at host:port for ANSWER_S; other forms of address are Ray's business."""
+    found = re.fullmatch(r"\[?([\w.:-]+?)\]?:(\d+)", address)
+    if found is None:
+        return
+    until = time.monotonic() + ANSWER_S
+    while True:
+        try:
+            with socket.create_connection((found[1], int(found[2])), timeout=ANSWER_S / 2):
+                return
+        except (OSError, OverflowError) as error:
+            refused = error
+        if time.monotonic() > until:
+            raise UserError(
+                f"no Ray cluster answers at {address} ({_line(refused)}): check {flag} or RAY_ADDRESS (host:port of "
+                "the head, or `auto`), or unset both for a Ray of this process's own"
+            ) from None
+        time.sleep(1)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def disconnect() -> None:

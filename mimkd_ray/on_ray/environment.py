@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import sys
+
+from mimkd_ray.by_name import LOOK_IN
+from mimkd_ray.errors import UserError
 
 EMBEDDED = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -21,11 +25,23 @@ JOINED = {
 }
 """Defaults for joining an existing cluster; Ray Train passes them to its controller."""
 
+LONGEST_FOLDER = 38
+"""Bytes of a temporary folder whose sockets fit: Linux allows 107, and Ray appends up to 69."""
+SHORT_FOLDER = "/tmp"
+
 
 def cluster_address(configured: str) -> str:
     """Return the address of the cluster to join: the configured one, else RAY_ADDRESS; empty if this process starts
-    Ray."""
-    return configured or os.environ.get("RAY_ADDRESS", "")
+    Ray. Raises UserError for the address of Ray's job server, at which `ray job submit` sends jobs."""
+    address = configured or os.environ.get("RAY_ADDRESS", "")
+    if address.startswith(("http://", "https://")):
+        job = shlex.join(["python", *sys.argv])
+        raise UserError(
+            f"{address} is where `ray job submit` sends jobs, and no address to connect to: submit this job with `ray "
+            f"job submit --address {address} --working-dir . -- {job}`, or unset RAY_ADDRESS for a Ray of this "
+            "process's own"
+        )
+    return address
 
 
 def prepare(configured: str) -> None:
@@ -41,5 +57,25 @@ def prepare(configured: str) -> None:
     joins = bool(cluster_address(configured))
     for name, value in (JOINED if joins else EMBEDDED).items():
         os.environ.setdefault(name, value)
+    if not joins:
+        os.environ.setdefault(LOOK_IN, os.getcwd())
+        _shorten_folder()
     if not joins and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
+
+def _shorten_folder() -> None:
+    """Give Ray a temporary folder that its sockets fit into. Raises UserError if the user has named one that is too
+    long."""
+    named = os.environ.get("RAY_TMPDIR")
+    folder = named or os.environ.get("TMPDIR", "")
+    if len(os.fsencode(folder)) <= LONGEST_FOLDER:
+        return
+    if named or not os.access(SHORT_FOLDER, os.W_OK):
+        raise UserError(
+            f"{'RAY_TMPDIR' if named else 'TMPDIR'} {folder} has {len(os.fsencode(folder))} bytes, and the names of "
+            "Ray's sockets below it would be longer than Linux allows: set RAY_TMPDIR to a folder of at most "
+            f"{LONGEST_FOLDER}"
+        )
+    os.environ["RAY_TMPDIR"] = SHORT_FOLDER
+    print(f"TMPDIR {folder} is too long for Ray's sockets: Ray's files are in {SHORT_FOLDER}/ray", flush=True)

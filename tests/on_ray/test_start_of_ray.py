@@ -1,0 +1,104 @@
+"""What happens around Ray's start: addresses that are none, folders that are too long, a start that fails."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from mimkd_ray.by_name import LOOK_IN, named_function
+from mimkd_ray.cli.training import run_directory
+from mimkd_ray.config import Config, RunConfig
+from mimkd_ray.errors import UserError
+from mimkd_ray.on_ray import cluster, environment
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test sets is unset afterwards."""
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", LOOK_IN, "RAY_gcs_server_port_wait_time_s"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_the_address_of_the_job_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["jobs/imagenet.py", "r34_r18", "--data.root", "a b"])
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    command = (
+        r"ray job submit --address http://127\.0\.0\.1:8265 .* -- python jobs/imagenet\.py r34_r18 --data\.root 'a b'"
+    )
+    with pytest.raises(UserError, match=command):
+        environment.prepare("")
+
+
+def test_a_temporary_folder_that_is_too_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "/tmp/" + "x" * 60
+    monkeypatch.setenv("TMPDIR", long)
+    environment.prepare("")
+    assert os.environ["RAY_TMPDIR"] == "/tmp"
+    assert f"TMPDIR {long} is too long for Ray's sockets" in capsys.readouterr().out
+    monkeypatch.setenv("RAY_TMPDIR", long)
+    with pytest.raises(UserError, match=r"has 65 bytes.*set RAY_TMPDIR to a folder of at most 38"):
+        environment.prepare("")
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "x" * 33)
+    environment.prepare("")
+    assert len(os.environ["RAY_TMPDIR"] + "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store") <= 107
+
+
+def test_nobody_listens_at_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "ANSWER_S", 0.2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(UserError, match=rf"no Ray cluster answers at 127\.0\.0\.1:{port} .*refused.*--launch\.address"):
+        cluster.connect(f"127.0.0.1:{port}", "--launch.address")
+    with pytest.raises(UserError, match="no Ray cluster answers at 127"):
+        cluster.connect("127.0.0.1:99999", "--launch.address")
+
+
+def test_a_start_that_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first try fails, the second comes up, or does not either."""
+    tries: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> None:
+        tries.append(options)
+        if len(tries) <= failures:
+            raise RuntimeError("The current node timed out\n during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    failures = 1
+    assert cluster.connect("", "--launch.address", num_cpus=1)
+    assert [options["num_cpus"] for options in tries] == [1, 1]
+    assert "Ray did not start (The current node timed out during startup.): trying once more" in capsys.readouterr().out
+    assert os.environ["RAY_gcs_server_port_wait_time_s"] == "120"  # noqa: SIM112
+    tries.clear()
+    failures = 2
+    with pytest.raises(UserError, match=r"did not start in two tries .*--launch\.backend local"):
+        cluster.connect("", "--launch.address")
+
+
+def test_results_do_not_go_into_ray_s_package_folder() -> None:
+    place = "/tmp/ray/session_x/runtime_resources/working_dir_files/_ray_pkg_ab/runs"
+    with pytest.raises(UserError, match=r"is removed with the job.*s3://bucket/runs"):
+        run_directory(Config(run=RunConfig(root=place)))
+    assert run_directory(Config(run=RunConfig(root="/shared/runs", name="one"))) == "/shared/runs/one"
+
+
+def test_functions_in_the_folder_that_a_job_was_started_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "of_the_driver.py").write_text("def network(): return 7\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(UserError, match="cannot import 'of_the_driver'"):
+        named_function("network", "of_the_driver:network")
+    monkeypatch.setenv(LOOK_IN, str(tmp_path))
+    assert named_function("network", "of_the_driver:network")() == 7
