@@ -19,6 +19,7 @@ from mimkd_ray.config.json_form import from_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.evaluation.measure import FIGURES, PREDICTIONS, measure, save
 from mimkd_ray.json_files import read_json
+from mimkd_ray.pages.write_pages import try_to_write_report
 from mimkd_ray.train.start_times import StartTimes
 
 
@@ -59,6 +60,8 @@ def evaluate(job: EvaluateJob, run_dir: str = "", trained_on: Config | None = No
             print(table(found.figures), flush=True)
             save(found, out)
             print(f"{storage.join(out, FIGURES)}\n{storage.join(out, PREDICTIONS)}", flush=True)
+            if run_dir and out == run_dir and (page := try_to_write_report(run_dir)):
+                print(page, flush=True)
     return found.figures
 
 

@@ -51,8 +51,11 @@ def _workers(config: Config) -> str:
     return f", {launch.workers or 'a worker each'}{' workers' if launch.workers else ''} of {where}"
 
 
-def closing(config: Config, run_dir: str) -> str:
-    """Return the lines below the table of results: where they are, and what can be done with them."""
-    tools = ("report",) if config.compare.seeds else ("evaluate", "export", "report")
+def closing(config: Config, run_dir: str, report: str | None = None) -> str:
+    """Return the lines below the table of results: where they are, with the page if one was made, and what can be done
+    with them."""
+    tools = [] if config.compare.seeds else ["evaluate", "export"]
+    tools += [] if report else ["report"]
     lines = [f"  python -m mimkd_ray {name} {run_dir}" for name in tools if name in COMMANDS]
-    return "\n".join([f"run directory: {run_dir}", *(["next:", *lines] if lines else [])])
+    page = [f"report: {report}"] if report else []
+    return "\n".join([f"run directory: {run_dir}", *page, *(["next:", *lines] if lines else [])])

@@ -21,6 +21,7 @@ from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.weights_file import FOLDER, HUB
 from mimkd_ray.on_ray import environment
+from mimkd_ray.pages.write_pages import try_to_write_report
 from mimkd_ray.places import NAME_BYTES, check_name, is_function
 from mimkd_ray.run_lock import check_free, held
 from mimkd_ray.train.distributed import ask_first
@@ -152,7 +153,8 @@ def _run(
         times.mark("checked")
         result = work()
     if first:
-        console.line(f"\n{result_table(result)}\n{closing(config, run_dir)}")
+        report = try_to_write_report(run_dir)
+        console.line(f"\n{result_table(result)}\n{closing(config, run_dir, report)}")
     return result
 
 

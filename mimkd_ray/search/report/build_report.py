@@ -1,31 +1,19 @@
-"""The report.html of a hyperparameter search: one file with plots, tables and the best config, readable offline."""
+"""The report.html of a hyperparameter search: Optuna's figures, tables and the best config, readable offline."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mimkd_ray.console import clock
-from mimkd_ray.search.report.axes import can_draw, value_of
-from mimkd_ray.search.report.figures import (
-    curves_figure,
-    finals_figure,
-    importance_figure,
-    information_figure,
-    mean_text,
-    objective_figure,
-    slice_figure,
-)
-from mimkd_ray.search.report.importance import LEAST_TRIALS, Importance, importances
-from mimkd_ray.search.report.page import Cell, Page
-from mimkd_ray.search.report.parallel_coordinates import AXIS_WIDTH, parallel_figure
-from mimkd_ray.search.report.wording import LABELS, UNITS, cut, score_text, value_text
+from mimkd_ray.pages.figures import BLUE, blank, cut, seeds_figure
+from mimkd_ray.pages.page import Cell, Page
+from mimkd_ray.search.report.study import LABELS, LEAST_TRIALS, MOST_LINES, Study, can_draw, quiet, value_text
 from mimkd_ray.search.trials import STATES, Final, Trial, direction, is_finite, param_names, ranked
-from mimkd_ray.train.records.run_dir import jsonable
 
-MOST_AXES = 12
-"""Most parameters in the parallel coordinates: the most important ones."""
+AXIS_WIDTH = 110
+"""Least distance of two axes of the parallel coordinates in CSS pixels; a narrower page scrolls them."""
 
 
 def report_html(
@@ -35,9 +23,7 @@ def report_html(
     facts: Mapping[str, str],
     finals: Sequence[Final] | None = None,
 ) -> str:
-    """Return the report, 5.2 MB for 40 trials and 7.3 MB for 300, of which 4.8 MB are Plotly.
-
-    Cost on one core: 0.6 s for 40 trials and 4 s for 300, and 3 s of imports once.
+    """Return the report: a page of pages/page.py.
 
     ``facts`` are shown at the top. The same input gives the same text. All strings are shown literally, never as
     markup; numbers that are not finite are left out of plots and named in tables. Raises UserError for an unknown
@@ -45,48 +31,44 @@ def report_html(
     """
     trials = sorted(trials, key=lambda trial: trial.number)
     best_first = ranked(trials, metric)
-    found = importances(trials, metric)
     page = Page(title)
     _head(page, trials, metric, facts)
     if finals:
         _finals(page, finals)
-    if trials:
-        page.section(
-            "objective",
-            "Objective by trial",
-            f"The best {LABELS[metric]} of each trial, on rows that were held out of its training set. Those without a "
-            "score lie on the lower edge.",
-        )
-        page.figure(objective_figure(trials, metric))
-        varying = _parameters(page, trials, metric)
-        if varying:
-            _parallel(page, trials, metric, varying, found)
-        _importance(page, found, len(best_first))
-        _curves(page, trials, metric)
+    if not trials:
+        page.paragraph("No trial has begun.")
+        return page.html()
+    study = Study(trials, metric)
+    if study.scored:
+        with quiet():
+            _figures(page, study)
+    else:
+        page.paragraph("No trial has a score.")
     if best_first:
         best = best_first[0]
-        page.section("best", "Best config", f"Of trial {best.number}: {score_text(best.score, metric)}.")
+        page.section("best", "Best config", f"Of trial {best.number}: {_score(best.score, metric)}.")
         page.facts([(name, cut(value_text(value), 400)) for name, value in best.params.items()])
-        page.code(json.dumps(jsonable(best.config), indent=2))
-    if trials:
-        _tables(page, trials, metric, best_first)
-    else:
-        page.paragraph("No trial has begun.")
+        page.json("The whole config", best.config)
+    _tables(page, trials, metric, best_first)
     return page.html()
+
+
+def _score(score: float | None, metric: str) -> str:
+    """Return a score as text, such as "63.21 %" or "1.432 nats", a dash for None."""
+    if score is None:
+        return "–"
+    return f"{score:.2f} %" if metric == "top1" else f"{score:.4g} nats"
 
 
 def _head(page: Page, trials: Sequence[Trial], metric: str, facts: Mapping[str, str]) -> None:
     counts = [(state, sum(trial.state == state for trial in trials)) for state in STATES]
     best = ranked(trials, metric)[:1]
-    tiles = [(score_text(best[0].score, metric), f"best {LABELS[metric]}, trial {best[0].number}")] if best else []
+    label = LABELS.get(metric, metric).partition(" (")[0]
+    tiles = [(_score(best[0].score, metric), f"best {label}, trial {best[0].number}")] if best else []
     tiles += [(str(count), state) for state, count in counts if count or state == "completed"]
     page.tiles([*tiles, (clock(sum(t.seconds for t in trials if is_finite(t.seconds))), "h:mm:ss in all trials")])
     better = "higher" if direction(metric) == "maximize" else "lower"
-    page.facts([("scored by", f"{LABELS[metric]} ({UNITS[metric]}), {better} is better"), *facts.items()])
-    if trials:
-        page.paragraph(
-            "A point names its trial when you hover over it. Drag to zoom into a plot; double-click to return."
-        )
+    page.facts([("scored by", f"{LABELS[metric]}, {better} is better"), *facts.items()])
 
 
 def _finals(page: Page, finals: Sequence[Final]) -> None:
@@ -96,13 +78,13 @@ def _finals(page: Page, finals: Sequence[Final]) -> None:
         "Finalists, trained anew",
         "The best few trials with new seeds, scored on held-out training rows; the validation set was not looked at.",
     )
-    page.figure(finals_figure(best_first))
+    page.figure(seeds_figure({f"trial {final.trial}": final.top1 for final in best_first}, "top-1 (%)"))
     page.table(
         ["trial", "mean ± standard deviation", "top-1 in % (seed)"],
         [
             [
                 Cell(str(final.trial), final.trial),
-                Cell(mean_text(final)),
+                Cell(f"{final.mean:.2f}{'' if final.sd is None else f' ± {final.sd:.2f}'} %"),
                 Cell(", ".join(f"{top1:.2f} ({seed})" for seed, top1 in zip(final.seeds, final.top1, strict=True))),
             ]
             for final in best_first
@@ -110,76 +92,52 @@ def _finals(page: Page, finals: Sequence[Final]) -> None:
     )
 
 
-def _parameters(page: Page, trials: Sequence[Trial], metric: str) -> list[str]:
-    """Add the slices of parameters that vary; return their names."""
-    values = {name: [v for t in trials if (v := value_of(t, name)) is not None] for name in param_names(trials)}
-    varying = [name for name, had in values.items() if len(set(map(value_text, had))) > 1]
-    page.section("parameters", "Each hyperparameter against the objective")
-    if varying:
-        page.paragraph(
-            "Numbers that span decades are on a logarithmic axis; a bar marks the median of a category. Trials "
-            "without a score lie on the lower edge."
-        )
-    figures = []
-    for name in varying:
-        some = "" if len(values[name]) == len(trials) else f" ({len(values[name])} of {len(trials)} trials have it)"
-        figures.append((cut(name, 80) + some, slice_figure(trials, metric, name)))
-    page.figures(figures)
-    fixed = [
-        f"{cut(name, 80)} = {cut(value_text(had[0]), 80)}"
-        for name, had in values.items()
-        if had and name not in varying
-    ]
-    if fixed:
-        page.paragraph(f"The same in every trial that had it: {'; '.join(fixed)}.")
-    elif not varying:
-        page.paragraph("No trial had a hyperparameter.")
-    return varying
-
-
-def _parallel(
-    page: Page, trials: Sequence[Trial], metric: str, varying: Sequence[str], found: Sequence[Importance]
-) -> None:
-    by_importance = {item.name: place for place, item in enumerate(found)}
-    names = sorted(varying, key=lambda name: by_importance.get(name, len(by_importance)))[:MOST_AXES]
-    fewer = f" The {MOST_AXES} most important of {len(varying)} parameters." if len(names) < len(varying) else ""
-    page.section(
-        "parallel",
-        "Parallel coordinates",
-        "One line a trial: the darker, the better; the best one is green, and dashed ones failed or are running. A "
-        f"line passes below the axis of a parameter that its trial did not have.{fewer}",
-    )
-    page.figure(parallel_figure(trials, metric, names), least_width=AXIS_WIDTH * (len(names) + 1))
-
-
-def _importance(page: Page, found: Sequence[Importance], scored: int) -> None:
+def _figures(page: Page, study: Study) -> None:
+    page.section("history", "Score by trial", "Completed and stopped trials. Drag to zoom in; double-click to return.")
+    page.figure(study.history())
+    page.figures([("Share of trials up to a score", study.edf()), *_information(study)])
+    if study.varying:
+        page.section("parameters", "Each hyperparameter against the score", "Orange trials are early, blue ones late.")
+        page.figures([(cut(name, 80), study.slice(name)) for name in study.varying])
+    some = [name for name in study.varying if name not in study.shared]
+    fewer = f" Without those that only some trials have: {', '.join(cut(name, 60) for name in some)}." if some else ""
+    lines = f"One line a trial, of the best {MOST_LINES}." if len(study.scored) > MOST_LINES else "One line a trial."
+    if study.shared:
+        page.section("parallel", "Parallel coordinates", f"{lines} Its colour is its score, on the first axis.{fewer}")
+        page.figure(study.parallel(), least_width=AXIS_WIDTH * (len(study.shared) + 1))
     page.section("importance", "Importance of hyperparameters")
-    if not found:
+    importances = study.importances()
+    if importances is None:
         page.paragraph(
-            f"Not known: it takes {LEAST_TRIALS} trials with different scores that share a parameter which varies; "
-            f"{scored} have ended with a score."
+            f"Not known: it takes {LEAST_TRIALS} trials with different scores and a hyperparameter that all of them "
+            f"have and that varies; {len(study.scored)} have a score."
         )
-        return
-    page.paragraph(
-        "fANOVA: how much of the variance of the trials' ranks one parameter explains by itself, over completed and "
-        "stopped trials. Bars of one colour are compared with each other; a conditional parameter is judged among the "
-        "trials that have it. With few trials this is a hint, no proof."
+    else:
+        page.paragraph(
+            "fANOVA: how much of the variance of the trials' ranks one hyperparameter explains by itself. With few "
+            f"trials this is a hint, no proof.{fewer}"
+        )
+        page.figure(importances)
+    page.section("curves", "Learning curves", lines)
+    page.figure(study.curves())
+
+
+def _information(study: Study) -> list[tuple[str, Any]]:
+    """Return the titled plot of mutual information against top-1 at each trial's last reading, if any has one."""
+    read = [(t, p) for t in study.scored for p in t.curve[::-1] if can_draw(p.nats) and can_draw(p.top1)]
+    last = {trial.number: point for trial, point in read[::-1]}
+    if not last:
+        return []
+    figure = blank("mutual information (nats), sum over terms", "held-out top-1 (%)")
+    figure.add_scatter(
+        x=[point.nats for point in last.values()],
+        y=[point.top1 for point in last.values()],
+        mode="markers",
+        marker={"color": BLUE, "size": 8, "opacity": 0.8},
+        hovertext=[f"trial {number}" for number in last],
+        hovertemplate="%{hovertext}: %{x:.3g} nats, %{y:.2f} %<extra></extra>",
     )
-    page.figure(importance_figure(found))
-
-
-def _curves(page: Page, trials: Sequence[Trial], metric: str) -> None:
-    page.section("curves", "Learning curves", "One line a trial; the marker at its end says how it ended.")
-    if any(is_finite(getattr(point, metric)) for trial in trials for point in trial.curve):
-        page.figure(curves_figure(trials, metric))
-    else:
-        page.paragraph("No trial was evaluated.")
-    page.section("information", "Mutual information against top-1", "Each trial at its best evaluation.")
-    information = information_figure(trials, metric)
-    if information is None:
-        page.paragraph("No trial has read mutual information.")
-    else:
-        page.figure(information)
+    return [("Mutual information against top-1", figure)]
 
 
 def _tables(page: Page, trials: Sequence[Trial], metric: str, best_first: Sequence[Trial]) -> None:
@@ -201,7 +159,7 @@ def _tables(page: Page, trials: Sequence[Trial], metric: str, best_first: Sequen
                 Cell(str(trial.number), trial.number),
                 Cell(trial.state),
                 Cell(trial.kind),
-                Cell(score_text(trial.score, metric), math.nan if trial.score is None else trial.score),
+                Cell(_score(trial.score, metric), math.nan if trial.score is None else trial.score),
                 Cell("", math.nan) if trial.best_epoch is None else Cell(str(trial.best_epoch), trial.best_epoch),
                 _seconds(trial),
                 *(_parameter(trial, name) for name in names),
@@ -220,6 +178,5 @@ def _parameter(trial: Trial, name: str) -> Cell:
     value = trial.params.get(name)
     if value is None:
         return Cell("")
-    if isinstance(value, bool | str):
-        return Cell(cut(value, 80) if isinstance(value, str) else value_text(value))
-    return Cell(value_text(value), value if can_draw(value) else math.nan)
+    text = cut(value_text(value), 80)
+    return Cell(text) if isinstance(value, bool | str) else Cell(text, value if can_draw(value) else math.nan)

@@ -23,7 +23,7 @@ MARKER = "config.json"
 OF_A_RUN = (
     *(MARKER, "metrics.jsonl", "samples.jsonl", "teacher.json", "result.json", "student.safetensors"),
     *("best.json", "best.safetensors", "stopped.json", "failed.json", "stop.json", "error.json", "ray.log"),
-    *("evaluation.json", "predictions.parquet"),
+    *("evaluation.json", "predictions.parquet", "report.html"),
     *("lock.json", "labels.json"),
 )
 OF_A_TRIAL = ("trial.json", "ended.json", "error.txt")
@@ -32,7 +32,7 @@ OF_AN_EXPORT = (
     *("student.onnx", "student.pt2", "student_int8.onnx", "student_int8.pt2"),
 )
 """In the folder `export` of a run."""
-OF_A_SEARCH = ("clock.json", "trials.parquet", "finals.json", "report.html")
+OF_A_SEARCH = ("clock.json", "trials.parquet", "finals.json")
 
 _SECTIONS = ("data", "teacher", "student", "loss", "optim", "train", "run")
 _FILE = "|".join(map(re.escape, (*OF_A_RUN, *OF_A_TRIAL, *OF_A_SEARCH)))

@@ -1,0 +1,36 @@
+"""`mimkd-ray report RUN [RUN...]`: report.html of a run or a comparison; of several, one page that compares them.
+
+Exit status: 0 done, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from mimkd_ray import storage
+from mimkd_ray.errors import UserError
+from mimkd_ray.secret_urls import redacted
+
+
+def main(argv: Sequence[str], program: str) -> int:
+    """Write the page of a command line and print its place; return the exit status. Raises UserError."""
+    parser = argparse.ArgumentParser(prog=program, description="Write report.html: one file that needs no network.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory or URL of a run; several are compared")
+    parser.add_argument("--out", help="the page of several runs (default: comparison.html here)")
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as stop:
+        if stop.code:
+            raise
+        return 0  # after --help
+    from mimkd_ray.pages.write_pages import write_comparison, write_report  # brings torch, which --help needs not
+
+    runs = [storage.absolute(redacted(run)) for run in options.runs]
+    if len(runs) == 1:
+        if options.out:
+            raise UserError("--out is for several runs: the page of one is report.html in its directory")
+        print(write_report(runs[0]))
+    else:
+        print(write_comparison(runs, storage.absolute(redacted(options.out or "comparison.html"))))
+    return 0

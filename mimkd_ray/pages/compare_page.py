@@ -1,0 +1,169 @@
+"""The report.html of a comparison: several arms with several seeds, or runs that somebody puts side by side."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mimkd_ray.pages.figures import Line, color_of, lines_figure, seeds_figure
+from mimkd_ray.pages.page import Cell, Page
+from mimkd_ray.pages.run_page import column
+from mimkd_ray.pages.run_records import RunRecord
+from mimkd_ray.pages.sections import (
+    class_gains,
+    differing_fields,
+    number_cell,
+    reproduction,
+    size_text,
+    top1_by_class,
+)
+from mimkd_ray.train.compare import summarise
+
+LABELS = {"alone": "student alone", "kd": "Hinton's KD", "mimkd": "MIMKD"}
+
+Arms = Mapping[str, Sequence[RunRecord]]
+
+
+def compare_page(arms: Arms, place: str, config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """Return the page of a comparison of arms, each with runs in the order of its seeds. The first arm without a
+    teacher, or else the first, is what the others are compared with. `place`, `config` and `result` say how it is made
+    again; without a config that is left out."""
+    arms = {LABELS.get(arm, arm): runs for arm, runs in arms.items()}
+    base = next((arm for arm, runs in arms.items() if not runs[0].uses_teacher), next(iter(arms)))
+    summaries = _summaries(arms, base)
+    names = list(dict.fromkeys(run.student_name for runs in arms.values() for run in runs))
+    teacher = next((run for runs in arms.values() for run in runs if run.teacher), None)
+    taught = f" taught by {teacher.teacher_name}" if teacher is not None else ""
+    page = Page(f"{', '.join(names[:3])}{taught}: {', '.join(arms)}")
+    _headline(page, arms, summaries, base, teacher)
+    _table(page, arms, summaries, base)
+    _curves(page, arms)
+    _classes(page, arms, base)
+    differing_fields(page, {arm: runs[0] for arm, runs in arms.items()})
+    if config:
+        reproduction(page, place, config, result)
+    else:
+        page.section("again", "Make them again")
+        page.facts([(arm, ", ".join(run.place for run in runs)) for arm, runs in arms.items()])
+    return page.html()
+
+
+def _summaries(arms: Arms, base: str) -> dict[str, dict[str, Any]]:
+    """Return the figures of the arms that have a finished run (train/compare.py): paired by seed with the base's."""
+
+    def finished(arm: str) -> dict[int, Any]:
+        return {place: run.result for place, run in enumerate(arms[arm]) if run.result}
+
+    first, found = finished(base), {}
+    for arm in arms:
+        own = finished(arm)
+        both = sorted(own.keys() & first.keys())
+        if own:
+            done = [own[place] for place in (both or own)]
+            found[arm] = summarise(done, [first[place] for place in both] if both and arm != base else None)
+    return found
+
+
+def _headline(
+    page: Page, arms: Arms, summaries: Mapping[str, Mapping[str, Any]], base: str, teacher: RunRecord | None
+) -> None:
+    tiles = []
+    if summaries:
+        best = max(summaries, key=lambda arm: summaries[arm]["mean"])
+        tiles.append((f"{summaries[best]['mean']:.2f} %", f"held-out top-1 of {best}, the highest mean"))
+        gain = summaries[best].get("against_alone")
+        if gain is not None:
+            tiles.append((_gain_text(gain), f"points over {base}, better in {gain['wins']} of {gain['of']} seeds"))
+        if base in summaries and best != base:
+            tiles.append((f"{summaries[base]['mean']:.2f} %", f"held-out top-1 of {base}"))
+    if teacher is not None:
+        tiles.append((f"{teacher.teacher['top1']:.2f} %", f"held-out top-1 of the teacher, {teacher.teacher_name}"))
+    sized = next((run for runs in arms.values() for run in runs if run.size), None)
+    if sized is not None and sized.size is not None:
+        text = "parameters of the student"
+        if teacher is not None and teacher.teacher_size is not None:
+            text += f"; the teacher has {size_text(teacher.teacher_size)}"
+        tiles.append((size_text(sized.size), text))
+    count = sum(bool(run.result) for runs in arms.values() for run in runs)
+    tiles.append((str(count), f"finished runs of {sum(map(len, arms.values()))}"))
+    page.tiles(tiles)
+
+
+def _gain_text(gain: Mapping[str, Any]) -> str:
+    error = gain["standard_error"]
+    return f"{gain['mean']:+.2f}" + ("" if error is None else f" ± {error:.2f}")
+
+
+def _table(page: Page, arms: Arms, summaries: Mapping[str, Mapping[str, Any]], base: str) -> None:
+    page.section(
+        "arms",
+        "Side by side",
+        f"Held-out top-1: mean and standard deviation over seeds. Against {base}: mean of the differences of the same "
+        "seed, with its standard error.",
+    )
+    rows = []
+    for arm, runs in arms.items():
+        found = summaries.get(arm)
+        if found is None:
+            rows.append([Cell(arm), number_cell(runs[0].top1), *[Cell("")] * 3, Cell("not finished")])
+            continue
+        gain = found.get("against_alone")
+        spread = "" if found["sd"] is None else f" ± {found['sd']:.2f}"
+        nats = [value["nats"] for value in found["nats"].values() if value["nats"] is not None]
+        rows.append(
+            [
+                Cell(arm),
+                Cell(f"{found['mean']:.2f}{spread}", found["mean"]),
+                Cell("") if gain is None else Cell(_gain_text(gain), gain["mean"]),
+                Cell("") if gain is None else Cell(f"{gain['wins']} of {gain['of']}"),
+                number_cell(sum(nats) if nats else None),
+                number_cell(found["images_per_second"], ",.0f"),
+            ]
+        )
+    page.table(["", "top-1 %", f"against {base}", "better in", "nats, all terms", "images/s"], rows)
+    groups = {arm: found["top1"] for arm, found in summaries.items()}
+    if groups:
+        page.figure(seeds_figure(groups, "held-out top-1 (%)"))
+
+
+def _curves(page: Page, arms: Arms) -> None:
+    page.section("curves", "Curves", "One line a run, one colour an arm.")
+
+    def drawn(key: str, evaluations: bool, y_title: str) -> Any:
+        lines = []
+        for place, (arm, runs) in enumerate(arms.items()):
+            for number, run in enumerate(runs):
+                source = run.evals if evaluations else run.train
+                y = [_nats(line) for line in source] if key == "nats" else column(source, key)
+                if any(value is not None for value in y):
+                    lines.append(Line(arm, column(source, "epoch"), y, color_of(place), legend=number == 0))
+        return lines_figure(lines, "epoch", y_title, from_zero=key in ("lr", "images_per_second")) if lines else None
+
+    figures = [
+        ("Held-out top-1", drawn("top1", True, "%")),
+        ("Held-out cross-entropy", drawn("cross_entropy", True, "nats")),
+        ("Cross-entropy in training", drawn("ce", False, "nats")),
+        ("Information, held out, sum of terms", drawn("nats", True, "nats")),
+        ("Learning rate", drawn("lr", False, "")),
+        ("Images/s so far", drawn("images_per_second", False, "images/s")),
+    ]
+    page.figures([(title, figure) for title, figure in figures if figure is not None])
+
+
+def _nats(line: Mapping[str, Any]) -> float | None:
+    found = [value for key, value in line.items() if key.endswith("/nats") and value is not None]
+    return sum(found) if found else None
+
+
+def _classes(page: Page, arms: Arms, base: str) -> None:
+    """Add top-1 by class, the mean over the runs of an arm that were evaluated."""
+    columns: dict[str, dict[str, float]] = {}
+    rows: dict[str, int] = {}
+    for arm in (base, *(arm for arm in arms if arm != base)):
+        found = [top1_by_class(run.evaluation) for run in arms[arm] if run.evaluation]
+        for values, counts in found[:1]:
+            rows |= counts
+            columns[arm] = {name: statistics.fmean(each[name] for each, _ in found if name in each) for name in values}
+    if base in columns and len(columns) > 1:
+        class_gains(page, columns, rows, f"Top-1 by class of the runs that were evaluated; bars against {base}.")

@@ -1,0 +1,157 @@
+"""Plotly figures of the pages. Colours of text, grid and background come from the page (page.js), light or dark.
+
+The palette can be told apart on both, and by most colour-blind readers.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+BLUE, ORANGE, GREEN, PINK, RED, PURPLE, TEAL, GREY = PALETTE = (
+    *("#3b82c4", "#d07a10", "#2a9566", "#c4619f"),
+    *("#d4504c", "#8b74d6", "#1f9aa8", "#828b96"),
+)
+MOST_POINTS = 800
+"""Most points of a line; more are thinned out evenly."""
+
+
+class Line(NamedTuple):
+    """One line of a figure."""
+
+    name: str
+    x: Sequence[float | None]
+    y: Sequence[float | None]
+    color: str = BLUE
+    dash: str = "solid"
+    legend: bool = True
+    """Whether the line has an entry in the legend."""
+    right: bool = False
+    """Whether its values are on the axis on the right."""
+
+
+def plot_text(text: str) -> str:
+    """Return text escaped for Plotly, which interprets a few HTML tags in its labels."""
+    return html.escape(text, quote=False)
+
+
+def cut(text: str, width: int) -> str:
+    """Return text, shortened to `width` characters."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def color_of(place: int) -> str:
+    """Return the colour of a series by its place."""
+    return PALETTE[place % len(PALETTE)]
+
+
+def blank(x_title: str = "", y_title: str = "", height: int = 300) -> Any:
+    """Return an empty figure with labelled axes, as wide as its place on the page; `height` in CSS pixels."""
+    import plotly.graph_objects as go
+
+    return go.Figure(
+        layout={
+            "height": height,
+            "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
+            "xaxis": {"title": {"text": x_title}},
+            "yaxis": {"title": {"text": y_title}},
+        }
+    )
+
+
+def lines_figure(
+    lines: Sequence[Line], x_title: str, y_title: str, right_title: str = "", from_zero: bool = False
+) -> Any:
+    """Return a plot of lines. Points without a finite value are gaps. With `from_zero` the axis begins at 0."""
+    figure = blank(x_title, y_title)
+    if from_zero:
+        figure.update_yaxes(rangemode="tozero")
+    for line in lines:
+        points = thinned([(x, y) for x, y in zip(line.x, line.y, strict=True) if x is not None])
+        figure.add_scatter(
+            x=[x for x, _ in points],
+            y=[y if y is not None and math.isfinite(y) else None for _, y in points],
+            mode="lines+markers" if len(points) < 12 and line.dash == "solid" else "lines",
+            line={"color": line.color, "dash": line.dash, "width": 1.8},
+            marker={"size": 5},
+            name=plot_text(cut(line.name, 48)),
+            hovertemplate="%{x:.4~g}: %{y:.4~g}",
+            showlegend=line.legend and len(lines) > 1,
+            yaxis="y2" if line.right else "y",
+        )
+    if right_title:
+        axis = {"title": {"text": right_title}, "overlaying": "y", "side": "right", "tickmode": "auto"}
+        figure.update_layout(yaxis2={**axis, "rangemode": "tozero", "showgrid": False, "automargin": True})
+    return figure
+
+
+def thinned(points: Sequence[Any]) -> Sequence[Any]:
+    """Return at most MOST_POINTS of the points, evenly, with the last one."""
+    step = math.ceil(len(points) / MOST_POINTS)
+    return points if step <= 1 else [*points[:-1:step], points[-1]]
+
+
+def seeds_figure(groups: Mapping[str, Sequence[float]], x_title: str) -> Any:
+    """Return a dot for every seed of each group, and a diamond at the group's mean; the first group on top."""
+    figure = blank(x_title, "", 90 + 40 * len(groups))
+    names = [plot_text(cut(name, 28)) for name in groups]
+    dots = [(place, value) for place, values in enumerate(groups.values()) for value in values if math.isfinite(value)]
+    means = {place: [value for at, value in dots if at == place] for place, _ in dots}
+    for label, xs, ys, symbol, color in (
+        ("one seed", [value for _, value in dots], [place for place, _ in dots], "circle-open", BLUE),
+        ("mean", [math.fsum(v) / len(v) for v in means.values()], list(means), "diamond", ORANGE),
+    ):
+        figure.add_scatter(
+            x=xs,
+            y=ys,
+            mode="markers",
+            name=label,
+            hovertext=[names[place] for place in ys],
+            hovertemplate="%{hovertext}: %{x:.2f}",
+            marker={"color": color, "symbol": symbol, "size": 9, "line": {"width": 2}},
+        )
+    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.5, -0.5])
+    return figure
+
+
+def bars_figure(names: Sequence[str], values: Sequence[float], x_title: str) -> Any:
+    """Return horizontal bars, green where positive and red where negative; the first on top."""
+    figure = blank(x_title, "", 70 + 15 * len(names))
+    figure.add_bar(
+        x=list(values),
+        y=list(range(len(names))),
+        orientation="h",
+        marker={"color": [GREEN if value >= 0 else RED for value in values]},
+        hovertext=[plot_text(cut(name, 60)) for name in names],
+        hovertemplate="%{hovertext}: %{x:+.2f}<extra></extra>",
+    )
+    labels = [plot_text(cut(name, 24)) for name in names]
+    figure.update_yaxes(
+        tickvals=list(range(len(names))), ticktext=labels, autorange="reversed", tickfont={"size": 11}, showgrid=False
+    )
+    return figure
+
+
+def reliability_figure(bins: Sequence[tuple[float, float, float]]) -> Any:
+    """Return accuracy against confidence, from (mean probability, accuracy, images) of each bin, and the diagonal of a
+    perfectly calibrated network. The markers' areas tell of images."""
+    figure = blank("probability of the answer", "share that is right", 340)
+    figure.add_scatter(
+        x=[0, 1], y=[0, 1], mode="lines", line={"color": GREY, "dash": "dot"}, name="calibrated", hoverinfo="skip"
+    )
+    most = max((count for *_, count in bins), default=1) or 1
+    figure.add_scatter(
+        x=[probability for probability, _, _ in bins],
+        y=[accuracy for _, accuracy, _ in bins],
+        mode="lines+markers",
+        line={"color": BLUE, "width": 1.8},
+        marker={"size": [6 + 16 * math.sqrt(count / most) for *_, count in bins], "opacity": 0.85},
+        hovertext=[f"{count:,.0f} images" for *_, count in bins],
+        hovertemplate="%{hovertext}: said %{x:.3f}, right %{y:.3f}<extra></extra>",
+        name="student",
+    )
+    figure.update_xaxes(range=[-0.02, 1.04])
+    figure.update_yaxes(range=[-0.02, 1.06])
+    return figure

@@ -1,0 +1,217 @@
+"""The trials of a search as an Optuna study, for optuna.visualization, and its figures in the style of the pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeGuard
+
+from mimkd_ray.pages.figures import BLUE, ORANGE, RED, cut, plot_text
+from mimkd_ray.search.trials import Trial, Value, direction, param_names, ranked
+
+LABELS = {"top1": "held-out top-1 (%)", "cross_entropy": "held-out cross-entropy (nats)"}
+
+SMALLEST, LARGEST = 1e-100, 1e100
+"""Range of magnitudes that axes can show: browsers cannot draw numbers close to the limits of a double."""
+
+LOG_SPAN = 8.0
+"""Ratio of the largest to the smallest positive value from which an axis is logarithmic."""
+
+FEW = 6
+"""Most different numbers that each have their own tick."""
+
+LEAST_TRIALS = 8
+"""Fewest trials for which importances are computed."""
+
+MOST_LINES = 100
+"""Most trials that have a line in parallel coordinates and a learning curve: the best ones."""
+
+SCALE = [[0, ORANGE], [1, BLUE]]
+"""Colours that can be seen on a light page and on a dark one; Optuna's run into white."""
+
+
+def can_draw(value: float | None) -> TypeGuard[float]:
+    """Return whether a number is given, finite, and of a magnitude that an axis can show."""
+    return value is not None and (value == 0 or SMALLEST <= abs(value) <= LARGEST)
+
+
+def value_text(value: Value) -> str:
+    """Return a parameter's value as text: 0.05, 128, true, nce. Floats with four digits."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class Study:
+    """An Optuna study with the scored trials of a search as complete ones, and the others as failed."""
+
+    def __init__(self, trials: Sequence[Trial], metric: str) -> None:
+        self.metric = metric
+        self.scored = [trial for trial in ranked(trials, metric) if can_draw(trial.score)]
+        """Trials that figures show, the best first."""
+        values = {name: [v for t in self.scored if (v := _value(t, name)) is not None] for name in param_names(trials)}
+        self.varying = [name for name, had in values.items() if len(set(map(value_text, had))) > 1]
+        """Parameters that differ among them."""
+        self.shared = [name for name in self.varying if len(values[name]) == len(self.scored)]
+        """Those that each of them has."""
+        self._spaces = {name: _distribution(values[name]) for name in self.varying}
+        self._trials = trials
+        with quiet():
+            self._study = self._with([trial.number for trial in self.scored])
+
+    def history(self) -> Any:
+        """Return the score by trial, and the best so far."""
+        from optuna.visualization import plot_optimization_history
+
+        figure = plot_optimization_history(self._study, target_name=LABELS[self.metric])
+        figure.update_traces(marker={"color": BLUE}, selector={"mode": "markers"})
+        figure.update_traces(line={"color": RED}, selector={"mode": "lines"})
+        return self._styled(figure, 380, scores="y")
+
+    def slice(self, name: str) -> Any:
+        """Return the score by one parameter."""
+        from optuna.visualization import plot_slice
+
+        figure = plot_slice(self._study, params=[plot_text(name)], target_name=LABELS[self.metric])
+        figure.update_traces(marker={"colorscale": SCALE, "showscale": False, "line": {"width": 0}})
+        figure = self._styled(figure, 280, scores="y").update_xaxes(title={"text": ""})
+        values = sorted({value for trial in self.scored if (value := _value(trial, name)) is not None}, key=str)
+        if not hasattr(self._spaces[name], "choices"):
+            if len(values) <= FEW:
+                figure.update_xaxes(tickvals=values)
+            elif self._spaces[name].log:
+                figure.update_xaxes(dtick="D2" if self._spaces[name].high / self._spaces[name].low < 100 else 1)
+        return figure
+
+    def parallel(self) -> Any:
+        """Return parallel coordinates of the parameters that all trials have."""
+        from optuna.visualization import plot_parallel_coordinate
+
+        study = self._with([trial.number for trial in self.scored[:MOST_LINES]])
+        names = [plot_text(name) for name in self.shared]
+        figure = plot_parallel_coordinate(study, params=names, target_name=LABELS[self.metric])
+        figure.for_each_trace(self._recolour)
+        figure = self._styled(figure, 460).update_layout(margin={"l": 20, "r": 20, "t": 20, "b": 20})
+        figure.update_annotations(font={"color": None})
+        names = [cut(text, 18) for text in figure.layout.xaxis.ticktext or ()]
+        return figure.update_xaxes(ticktext=names, range=[-0.5, len(self.shared) + 0.3], tickangle=0)
+
+    @staticmethod
+    def _recolour(trace: Any) -> None:
+        """Colour a line of parallel coordinates by the score, its first axis, which is scale enough. Optuna 4 has one
+        trace of all lines."""
+        from plotly.colors import sample_colorscale
+
+        if trace.type == "parcoords":
+            trace.line.colorscale = SCALE
+        elif trace.mode == "lines":
+            trace.line.color = sample_colorscale(SCALE, [trace.y[0]])[0]
+        else:
+            trace.marker.showscale = False
+
+    def importances(self) -> Any | None:
+        """Return fANOVA's importance of the parameters that all trials have, for the rank of the score: so one that
+        diverged does not hide the others. None for few trials, or if scores or parameters are all alike."""
+        from optuna.importance import FanovaImportanceEvaluator
+        from optuna.visualization import plot_param_importances
+
+        scores = sorted({trial.score for trial in self.scored if trial.score is not None})
+        if len(self.scored) < LEAST_TRIALS or len(scores) < 2 or not self.shared:
+            return None
+        figure = plot_param_importances(
+            self._study,
+            evaluator=FanovaImportanceEvaluator(seed=0),
+            params=[plot_text(name) for name in self.shared],
+            target=lambda trial: float(scores.index(trial.value)),
+            target_name="the rank of the score",
+        )
+        figure.update_traces(marker={"color": BLUE})
+        figure = self._styled(figure, 110 + 28 * len(self.shared)).update_yaxes(title={"text": ""})
+        return figure.update_xaxes(title={"text": "share of variance"}, range=[0, 1.15])
+
+    def edf(self) -> Any:
+        """Return the share of trials that are at most as good as a score."""
+        from optuna.visualization import plot_edf
+
+        figure = plot_edf(self._study, target_name=LABELS[self.metric])
+        figure.update_traces(line={"color": BLUE}, showlegend=False)
+        return self._styled(figure, 300, scores="x")
+
+    def curves(self) -> Any:
+        """Return the learning curves of the best trials."""
+        from optuna.visualization import plot_intermediate_values
+
+        figure = plot_intermediate_values(self._with([trial.number for trial in self.scored[:MOST_LINES]]))
+        figure.update_traces(marker={"size": 4}, line={"width": 1.2})
+        figure = self._styled(figure, 380, scores="y").update_layout(showlegend=False)
+        return figure.update_xaxes(title={"text": "epoch"}).update_yaxes(title={"text": LABELS[self.metric]})
+
+    def _with(self, numbers: Sequence[int]) -> Any:
+        """Return a study in which the trials of these numbers are complete."""
+        from optuna import create_study
+        from optuna.trial import TrialState, create_trial
+
+        study = create_study(study_name="trials", direction=direction(self.metric))
+        chosen = set(numbers)
+        for trial in self._trials:
+            if trial.number not in chosen:
+                study.add_trial(create_trial(state=TrialState.FAIL))
+                continue
+            own = {name: v for name in self.varying if (v := _value(trial, name)) is not None}
+            curve = {point.epoch: value for point in trial.curve if can_draw(value := getattr(point, self.metric))}
+            study.add_trial(
+                create_trial(
+                    value=trial.score,
+                    params={plot_text(name): _as_in(self._spaces[name], value) for name, value in own.items()},
+                    distributions={plot_text(name): self._spaces[name] for name in own},
+                    intermediate_values=curve,
+                )
+            )
+        return study
+
+    def _styled(self, figure: Any, height: int, scores: str = "") -> Any:
+        """Return Optuna's figure without its title, of the page's height; the axis of `scores` is logarithmic where
+        cross-entropies span decades."""
+        figure.update_layout(
+            title={"text": ""}, height=height, plot_bgcolor=None, margin={"l": 8, "r": 12, "t": 8, "b": 8}
+        )
+        numbers = [trial.score for trial in self.scored if trial.score is not None]
+        if scores and self.metric != "top1" and min(numbers) > 0 and max(numbers) / min(numbers) > 30:
+            figure.update_layout({f"{scores}axis": {"type": "log"}})
+        return figure
+
+
+def _value(trial: Trial, name: str) -> Value | None:
+    """Return a trial's value of a parameter; None if it has none, or a number that no axis can show."""
+    value = trial.params.get(name)
+    return None if isinstance(value, int | float) and not can_draw(value) else value
+
+
+def _distribution(values: Sequence[Value]) -> Any:
+    """Return Optuna's distribution of a parameter's values: numbers, by their logarithms where they span much, or
+    categories."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    if any(isinstance(value, bool | str) for value in values):
+        return CategoricalDistribution(sorted({plot_text(value_text(value)) for value in values}))
+    numbers = [float(value) for value in values]
+    low, high = min(numbers), max(numbers)
+    return FloatDistribution(low, high, log=low > 0 and high / low >= LOG_SPAN)
+
+
+def _as_in(space: Any, value: Value) -> Any:
+    """Return a value as its distribution has it."""
+    return plot_text(value_text(value)) if hasattr(space, "choices") else float(value)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence Optuna's notes about studies in memory and trials without a score, during the with-block."""
+    from optuna import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

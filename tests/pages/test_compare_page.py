@@ -1,0 +1,92 @@
+"""report.html of a comparison, and `mimkd-ray report` of runs that somebody puts side by side."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+from evaluated import CLASSES, write_evaluation
+from page_reader import Reader
+from tiny_run import run_tiny
+
+from mimkd_ray.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of two arms with two seeds; of both arms the first seed is evaluated."""
+    folder = tmp_path_factory.mktemp("runs") / "c"
+    run_tiny(folder, compare={"seeds": 2, "arms": ("alone", "mimkd")})
+    write_evaluation(folder / "alone-seed00", seed=1)
+    write_evaluation(folder / "mimkd-seed00", seed=2)
+    return folder
+
+
+def reported(*arguments: str, capsys: pytest.CaptureFixture[str]) -> Reader:
+    assert main(["report", *arguments]) == 0
+    return Reader(Path(capsys.readouterr().out.strip()).read_text())
+
+
+def per_class(run: Path) -> dict[str, float]:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    return {each["class"]: each["top1"] for each in evaluation["per_class"]}
+
+
+def test_arms_side_by_side(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = reported(str(compared), capsys=capsys)
+    result = json.loads((compared / "result.json").read_text())
+    assert page.sections == ["arms", "curves", "classes", "differences", "again"]
+    top1 = {arm: value["top1"] for arm, value in result["compare"].items()}
+    gain = statistics.fmean(b - a for a, b in zip(top1["alone"], top1["mimkd"], strict=True))
+    assert f"{gain:+.2f} ± " in page.text
+    seeds, means = page.figure("Side by side")["data"]
+    assert seeds["x"] == [*top1["alone"], *top1["mimkd"]]
+    assert means["x"] == pytest.approx([statistics.fmean(values) for values in top1.values()])
+    assert len(page.figure("Held-out top-1")["data"]) == 4
+    (bars,) = page.figure("Per class")["data"]
+    alone, taught = per_class(compared / "alone-seed00"), per_class(compared / "mimkd-seed00")
+    assert sorted(bars["x"]) == pytest.approx(sorted(taught[name] - alone[name] for name in CLASSES))
+    assert "loss.name" in page.text
+    assert f"{result['teacher']['top1']:.2f} %" in page.text
+    assert f"mimkd-ray train --config {compared}/config.json --run.name c-again" in page.text
+
+
+def test_an_arm_alone_tells_its_gain(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = reported(str(compared / "mimkd-seed00"), capsys=capsys)
+    assert "points over the student alone" in page.text
+    (bars,) = page.figure("Per class")["data"]
+    alone, taught = per_class(compared / "alone-seed00"), per_class(compared / "mimkd-seed00")
+    assert bars["x"] == pytest.approx(sorted((taught[name] - alone[name] for name in CLASSES), reverse=True))
+
+
+def test_runs_of_anybody(compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [str(compared / name) for name in ("mimkd-seed00", "alone-seed01")]
+    page = reported(*runs, "--out", str(tmp_path / "both.html"), capsys=capsys)
+    assert "against alone-seed01" in page.text, "the one without a teacher"
+    assert all(run in page.text for run in runs)
+    assert "mimkd-ray train" not in page.text
+
+
+def test_a_comparison_that_has_not_ended(tmp_path: Path, compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(compared, tmp_path / "c")
+    (tmp_path / "c" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "c" / "alone-seed01")
+    (tmp_path / "c" / "mimkd-seed01" / "result.json").unlink()
+    page = reported(str(tmp_path / "c"), capsys=capsys)
+    assert "2\nfinished runs of 3" in page.text
+    shutil.rmtree(tmp_path / "c" / "alone-seed00")
+    (tmp_path / "c" / "mimkd-seed00" / "result.json").unlink()
+    assert "not finished" in reported(str(tmp_path / "c"), capsys=capsys).text
+
+
+def test_bad_input(compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is not the directory of a run" in capsys.readouterr().err
+    assert main(["report", str(compared), "--out", "x.html"]) == 2
+    assert "--out is for several runs" in capsys.readouterr().err
+    run = str(compared / "mimkd-seed00")
+    assert main(["report", run, run]) == 2
+    assert "is given twice" in capsys.readouterr().err
