@@ -74,6 +74,10 @@ class Endless:
             Row(p, p % len(self.classes), self.encoded[p % len(self.encoded)], f"row {p}") for p in map(int, positions)
         ]
 
+    def read_again(self, position: int) -> Row | None:
+        """Return None: nothing can be damaged."""
+        return None
+
     def fetch(self, block: int) -> bool:
         """Return False: there is no store."""
         return False

@@ -5,6 +5,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
+import socket
+import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +37,25 @@ def _written_beside(path: Path, fill: Callable[[BinaryIO], object]) -> Iterator[
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def scratch_folder(kind: str) -> str:
+    """Make a folder among the temporary files, and remove those that killed processes left there. A folder has the
+    number of its process in its name, and a digest of the machine and the set of processes that has this number.
+    """
+    namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
+    here = f"{zlib.crc32(f'{socket.gethostname()} {namespace}'.encode()):08x}"
+    for old in Path(tempfile.gettempdir()).glob(f"mimkd-*-{here}-*"):
+        number = re.fullmatch(rf"mimkd-[a-z]+-{here}-(\d+)-\w+", old.name)
+        try:
+            if number is None or old.is_symlink() or old.lstat().st_uid != os.getuid():
+                continue
+            os.kill(int(number[1]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError:
+            continue  # another start has removed it, or the process is somebody else's
+    return tempfile.mkdtemp(prefix=f"mimkd-{kind}-{here}-{os.getpid()}-")
 
 
 def publish(path: Path, fill: Callable[[BinaryIO], object]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +21,9 @@ from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.train.distributed import GROUP_SECONDS, Preemption, share_from_first
 from mimkd_ray.train.start_times import StartTimes
 from mimkd_ray.train.worker import do_job
+
+STOP_SECONDS = 120.0
+"""From a request to stop to the end without saving. A long evaluation takes its time, and saves at its end."""
 
 
 class LocalContext:
@@ -38,6 +43,7 @@ class LocalContext:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.launch_id = launch_id or uuid.uuid4().hex
         self._stopping = False
+        self._heard = threading.Event()
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Do nothing: metrics.jsonl and TensorBoard have all figures."""
@@ -46,11 +52,30 @@ class LocalContext:
         """Do nothing: there is no Prometheus."""
 
     def stop_on_sigterm(self) -> None:
-        """Handle SIGTERM as a request to save and end. Call this in the main thread."""
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stopping", True))
+        """Handle SIGTERM as a request to save and end. Call this in the main thread. A process that is stuck, in a
+        read or a loader that does not answer, ends without saving after STOP_SECONDS."""
+
+        def ask(*_: object) -> None:
+            self._stopping = True
+            threading.Thread(target=self._give_up, name="stop limit", daemon=True).start()
+
+        signal.signal(signal.SIGTERM, ask)
+
+    def _give_up(self) -> None:
+        if self._heard.wait(STOP_SECONDS):
+            return
+        console.line(
+            f"asked to stop, and no step has ended in {STOP_SECONDS:.0f} s: ended without saving; the same command "
+            "goes on from the last checkpoint"
+        )
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(3)
 
     def stop_requested(self) -> bool:
         """Return whether SIGTERM was received."""
+        if self._stopping:
+            self._heard.set()
         return self._stopping
 
     def preemption(self) -> Preemption | None:

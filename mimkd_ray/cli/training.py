@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -165,7 +165,8 @@ def _finished(config: Config, run_dir: str) -> dict[str, Any] | None:
         run_files.overwrite(run_dir)
     finished = find_result(config, run_dir)
     if finished is not None:
-        claim(config, run_dir)  # an earlier release may have saved a URL with its password
+        with suppress(UserError):  # the result can be read where nothing can be written
+            claim(config, run_dir)  # an earlier release may have saved a URL with its password
     return finished
 
 

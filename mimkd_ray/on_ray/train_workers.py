@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import signal
-import tempfile
 import threading
 import time
 import uuid
@@ -23,6 +22,7 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError
 from mimkd_ray.json_files import read_if_sound, read_json
+from mimkd_ray.local_files import scratch_folder
 from mimkd_ray.on_ray import driver_console
 from mimkd_ray.on_ray.cluster import connect
 from mimkd_ray.on_ray.environment import cluster_address
@@ -213,7 +213,7 @@ def fit_workers(config: Config, run_dir: str, own: bool, times: StartTimes | Non
     thread, SIGTERM is not handled and lost nodes are waited for without limit."""
     launch_id = uuid.uuid4().hex
     # Ray needs a place for its own snapshot. Only our checkpoints are used, so it is deleted.
-    scratch = tempfile.mkdtemp(prefix="mimkd-ray-")
+    scratch = scratch_folder("ray")
     watch = LossWatch(scaling(config, own), config.launch.lost_minutes)
     try:
         with ExitStack() as stack:

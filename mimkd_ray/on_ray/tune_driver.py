@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from ray.tune.search import Searcher
 from mimkd_ray.config import Config, SearchJob
 from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.errors import UserError
+from mimkd_ray.local_files import scratch_folder
 from mimkd_ray.on_ray.node_capacity import Capacity
 from mimkd_ray.on_ray.trial_actor import ask_to_stop, payload, prepare_remotely, trainable
 from mimkd_ray.search.run_trials import REASON
@@ -222,7 +222,7 @@ def run_on_ray(driver: Driver, job: SearchJob, folder: str, shape: Shape, own: b
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # trials have their own logs
-    scratch = tempfile.mkdtemp(prefix="mimkd-tune-")
+    scratch = scratch_folder("tune")
     searcher = _Searcher(driver, job, folder, shape, own)
     try:
         tuner = tune.Tuner(

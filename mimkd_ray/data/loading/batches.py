@@ -289,7 +289,14 @@ def _decode_all(
     damaged = []
     for place, row in enumerate(source.read(key.positions.tolist())):
         try:
-            image = transform(row, out)
+            try:
+                image = transform(row, out)
+            except DamagedImageError:
+                # What was verified once may have been damaged since, in the store or in the file.
+                again = source.read_again(int(key.positions[place]))
+                if again is None or bytes(again.image) == bytes(row.image):
+                    raise
+                image = transform(again, out)
         except DamagedImageError as error:
             damaged.append(f"{row.name} ({error})")
             continue

@@ -49,6 +49,10 @@ class DigitsSource:
         """Return (0, 9)."""
         return 0, 9
 
+    def read_again(self, position: int) -> Row | None:
+        """Return None: there is no copy that could be damaged."""
+        return None
+
     def fetch(self, block: int) -> bool:
         """Return False: there is no store."""
         return False

@@ -28,7 +28,7 @@ from mimkd_ray.data.augment.decode import DECODING, Decoding, Encoded
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.random_numbers import permutation
 from mimkd_ray.data.sources.source import Row, digest_of
-from mimkd_ray.data.store.block_reader import BlockReader
+from mimkd_ray.data.store.block_reader import BlockReader, forget
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.data.store.stored_block import StoredBlock
 from mimkd_ray.errors import DamagedDataError, UserError, nearest
@@ -136,6 +136,7 @@ class FolderSource:
         self.store: BlockStore | None = store if storage.is_remote(root) else None
         listed = list_classes(root, classes)
         self.classes: tuple[str, ...] = listed.classes
+        self._loaded_again: set[int] = set()
         found = [
             (label, file, entry)
             for label, name in enumerate(self.classes)
@@ -185,6 +186,16 @@ class FolderSource:
             Row(int(position), int(self._labels[position]), image, printable(self._url(int(position))), self.how)
             for position, image in zip(positions, images, strict=True)
         ]
+
+    def read_again(self, position: int) -> Row | None:
+        """Return the row of its block loaded and verified anew, once in this process."""
+        block = int(self.blocks.locate([position])[0][0])
+        if self.store is None:
+            return None
+        if block not in self._loaded_again:
+            self._loaded_again.add(block)
+            forget(self.store, self._keys[block])
+        return self.read([position])[0]
 
     def fetch(self, block: int) -> bool:
         """Fetch the block into the store; return whether it is there (False: no store, or no room)."""

@@ -81,6 +81,10 @@ class OwnSource:
         """Return the smallest and largest label."""
         return int(self._labels.min()), int(self._labels.max())
 
+    def read_again(self, position: int) -> Row | None:
+        """Return None: there is no copy that could be damaged."""
+        return None
+
     def fetch(self, block: int) -> bool:
         """Return False: there is no store."""
         return False

@@ -26,7 +26,7 @@ from mimkd_ray.data.sources.columns import NO_LABEL, Columns, class_names, find_
 from mimkd_ray.data.sources.row_groups import chunk_span, open_parquet, read_row_group
 from mimkd_ray.data.sources.shard_manifest import Block, Manifest, Shard
 from mimkd_ray.data.sources.source import Row, digest_of, numbered_classes
-from mimkd_ray.data.store.block_reader import BlockReader
+from mimkd_ray.data.store.block_reader import BlockReader, forget
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.data.store.local_disk import is_on_local_disk
 from mimkd_ray.data.store.stored_block import StoredBlock
@@ -100,6 +100,7 @@ class ParquetSource:
         if self.num_rows == 0:
             raise UserError(f"{self.files[0][0]}: the {len(self.files)} Parquet file(s) of this split hold no rows")
         self._places: dict[int, _Place] = {}
+        self._loaded_again: set[int] = set()
         self._listed: tuple[Block, ...] = ()
         if manifest is None:
             if any(columns.text for columns in self.columns):
@@ -170,6 +171,14 @@ class ParquetSource:
             image, label = reader.row(key, partial(self._load, block), inside)
             rows.append(Row(int(position), label, image, f"{name} row {position - first}", self.how))
         return rows
+
+    def read_again(self, position: int) -> Row | None:
+        """Return the row of its block loaded and verified anew, once in this process."""
+        block = int(self.blocks.locate([position])[0][0])
+        if block not in self._loaded_again:
+            self._loaded_again.add(block)
+            forget(self.store, self._key(block))
+        return self.read([position])[0]
 
     def fetch(self, block: int) -> bool:
         """Fetch the row group into the store; return whether it is there (False: no store, or no room)."""

@@ -95,6 +95,11 @@ class Source(Protocol):
         """Fetch the block into the store; return whether it is there. Raises the errors of `read`."""
         ...
 
+    def read_again(self, position: int) -> Row | None:
+        """Return a row whose image cannot be decoded as its block has it now, loaded and verified anew; None if that
+        cannot differ. Raises the errors of `read`."""
+        ...
+
 
 class SubsetSource:
     """The rows of `parent` at the given sorted, distinct positions.
@@ -130,6 +135,10 @@ class SubsetSource:
     def read(self, positions: Sequence[int]) -> list[Row]:
         """Return the rows at `positions` of this subset (0..num_rows-1), with the parent's ids."""
         return self.parent.read([int(self.kept[p]) for p in positions])
+
+    def read_again(self, position: int) -> Row | None:
+        """Return the parent's row, loaded anew."""
+        return self.parent.read_again(int(self.kept[position]))
 
     def fetch(self, block: int) -> bool:
         """Fetch the parent's whole block, of which this subset's `block` is a part."""

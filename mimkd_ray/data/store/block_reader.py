@@ -50,10 +50,15 @@ class BlockReader:
             except ChangedFileError as error:
                 changed = error
             # Removed to make room, or rewritten: the present content is verified again.
-            _kept().drop(key)
-            if self.store is not None:
-                self.store.discard(key)
+            forget(self.store, key)
         raise DamagedDataError(f"{changed}, {TRIES} times in a row: leave the data alone while they are trained on")
+
+
+def forget(store: BlockStore | None, key: str) -> None:
+    """Drop block `key` here and in the store: it is loaded, and verified, when it is needed again."""
+    _kept().drop(key)
+    if store is not None:
+        store.discard(key)
 
 
 def read_block(store: BlockStore | None, key: str, load: Load) -> StoredBlock:

@@ -40,7 +40,8 @@ class Identity(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> Identity:
-        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+        # A copy tool sets the time of modification as it likes; that of the last change of the file it cannot.
+        return cls(status.st_size, max(status.st_mtime_ns, status.st_ctime_ns), status.st_ino)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import json
 import math
-import tempfile
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from mimkd_ray import local_files, storage
 from mimkd_ray.config import RunConfig
+from mimkd_ray.errors import UserError
 
 
 def jsonable(value: Any) -> Any:
@@ -72,8 +74,7 @@ class MetricsLog:
     def __init__(self, run_dir: str, start_step: int, config: RunConfig) -> None:
         self.run_dir = run_dir
         self.remote = storage.is_remote(run_dir)
-        self._folder = tempfile.TemporaryDirectory(prefix="mimkd-run-") if self.remote else None
-        self.staging = Path(self._folder.name if self._folder else run_dir)
+        self.staging = Path(local_files.scratch_folder("run") if self.remote else run_dir)
         self.staging.mkdir(parents=True, exist_ok=True)
         self._start_step = start_step
         self._lines = self._continue("metrics.jsonl")
@@ -122,7 +123,8 @@ class MetricsLog:
                     self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
 
     def publish(self) -> None:
-        """Bring the staged files to a remote run directory; flush local ones."""
+        """Bring the staged files to a remote run directory; flush local ones. Raises UserError if those are gone."""
+        self._check_place()
         if self._tensorboard is not None:
             with storage.explained(self.run_dir, "write to"):
                 self._tensorboard.flush()
@@ -132,6 +134,16 @@ class MetricsLog:
                     relative = path.relative_to(self.staging).as_posix()
                     storage.upload(str(path), storage.join(self.run_dir, relative))
 
+    def _check_place(self) -> None:
+        """A directory that is moved or removed would be made again, with half of the files."""
+        path, written = self.staging / "metrics.jsonl", os.fstat(self._lines.fileno())
+        found = os.stat(path) if path.exists() else None
+        if found is None or (found.st_ino, found.st_dev) != (written.st_ino, written.st_dev):
+            raise UserError(
+                f"{path} is gone, or another file: the directory of the run was moved, removed or begun anew while it "
+                "was running; put it back and give the same command again"
+            )
+
     def close(self) -> None:
         """Publish and release the files."""
         self.publish()
@@ -140,5 +152,5 @@ class MetricsLog:
             self._samples.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
-        if self._folder is not None:
-            self._folder.cleanup()
+        if self.remote:
+            shutil.rmtree(self.staging, ignore_errors=True)
