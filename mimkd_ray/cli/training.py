@@ -26,6 +26,7 @@ from mimkd_ray.places import NAME_BYTES, check_name, is_function
 from mimkd_ray.run_lock import check_free, held
 from mimkd_ray.train.distributed import ask_first
 from mimkd_ray.train.records import run_files
+from mimkd_ray.train.records.legs import leg_of
 from mimkd_ray.train.records.outcomes import claim, find_result
 from mimkd_ray.train.start_times import StartTimes
 
@@ -79,7 +80,7 @@ def absolute(config: C) -> C:
         ),
         student=replace(config.student, name=network(config.student.name), weights=weights(config.student.weights)),
         cache=replace(config.cache, root=full(config.cache.root, "")),
-        run=replace(config.run, root=full(config.run.root)),
+        run=replace(config.run, root=full(config.run.root), start_from=full(config.run.start_from, "")),
     )
 
 
@@ -99,6 +100,8 @@ def run(config: Config, train: Dataset | None = None, validation: Dataset | None
     if given is not None:
         config = _with_given(config, given)
     run_dir = run_directory(config)
+    if config.run.extend:
+        config, run_dir = leg_of(config, run_dir)
     if config.launch.backend == "local":
         with local_context(config.launch, times) as context:
             work = partial(run_local, config, context, run_dir, given)

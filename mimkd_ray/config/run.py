@@ -21,6 +21,11 @@ class RunConfig:
     overwrite: bool = False
     """Delete what a run has written in the directory and start anew, instead of resuming or repeating the result. Other
     files stay; a directory that is no run's is refused."""
+    extend: bool = False
+    """Go on after the end of run.name with another configuration: more epochs, another rate, more data. A new leg
+    starts in NAME-leg2, from the weights and the optimiser's state of the last one, with a schedule of its own."""
+    start_from: str = ""
+    """Directory or URL of the run whose last state this one starts from; run.extend sets it."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints; 0: not by epochs."""
     checkpoint_steps: int = 0
@@ -38,7 +43,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "run")
-        hide(self, "root")
+        hide(self, "root", "start_from")
         if self.name:
             check_name("run.name", self.name)
         if min(self.checkpoint_every, self.checkpoint_steps, self.checkpoint_minutes) < 0 or self.keep_checkpoints < 1:

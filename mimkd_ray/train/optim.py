@@ -88,10 +88,11 @@ def portable_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {**state, "param_groups": groups}
 
 
-def load_portable(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Take over a state of :func:`portable_state`, to be run as this optimiser is."""
+def load_portable(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], own_settings: bool = False) -> None:
+    """Take over a state of :func:`portable_state`, to be run as this optimiser is. With ``own_settings`` only what was
+    accumulated is taken over, and momentum, weight decay and the like are those of this optimiser."""
     groups = [
-        {**saved, **{name: own[name] for name in OWN if name in own}}
+        {**saved, **{name: own[name] for name in own if name != "params" and (own_settings or name in OWN)}}
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({**state, "param_groups": groups})

@@ -8,13 +8,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors.torch import load as load_safetensors
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from mimkd_ray import storage
 from mimkd_ray.config import Config
 from mimkd_ray.config.digest import differences, refuse_changes, training_dict
 from mimkd_ray.data.sources.data_set import Data
+from mimkd_ray.errors import UserError
 from mimkd_ray.losses.features import Features
 from mimkd_ray.taps.tapped_model import TappedModel
 from mimkd_ray.train.build import PlannedStudent, build_distiller, has_compiler, plan_student, why_plain
@@ -171,8 +174,38 @@ class Student:
         found = checkpoint.newest(run_dir) if self.context.rank == 0 else None
         folder = share_from_first(found[0] if found else None)
         if folder is None:
+            if self.config.run.start_from:
+                self.start_from(self.config.run.start_from)
             return 0
         return self.restore(run_dir, found[1] if found else checkpoint.read(folder))
+
+    def start_from(self, run_dir: str) -> None:
+        """Begin with what another run ended with: its student's weights, and the critics', the queue and the
+        optimiser's state of its newest checkpoint. Raises UserError if they do not fit."""
+        found = checkpoint.newest(run_dir) if self.context.rank == 0 else None
+        folder = share_from_first(found[0] if found else None)
+        file = storage.join(run_dir, "student.safetensors")
+        weights = share_from_first(storage.exists(file))
+        if folder is None and not weights:
+            raise UserError(f"run.start_from {run_dir} has neither checkpoint nor result: name a run that reached one")
+        if folder is None:
+            say(self.context, f"{run_dir} has no checkpoint: critics and optimiser start anew")
+        try:
+            if folder is not None:
+                content = found[1] if found else checkpoint.read(folder)
+                state = checkpoint.parse(content, self.context.device)
+                self.distiller.load_state_dict(state["distiller"])
+                load_portable(self.optimizer, state["optimizer"], own_settings=True)
+            if weights:
+                self.distiller.student.model.load_state_dict(load_safetensors(storage.read_bytes(file)))
+        except (RuntimeError, KeyError, ValueError) as error:
+            told = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"run.start_from {run_dir} does not fit this configuration: {told}; networks, terms, layers and the "
+                "optimiser must be the same"
+            ) from error
+        if self.ema is not None:
+            self.ema.module.load_state_dict(self.distiller.student.state_dict())
 
     def restore(self, run_dir: str, content: bytes) -> int:
         """Take over the state in a checkpoint of the run. Returns the step to go on from."""

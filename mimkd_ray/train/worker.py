@@ -23,10 +23,11 @@ from mimkd_ray.models.outputs import logits_from
 from mimkd_ray.models.weights_file import shown
 from mimkd_ray.train.build import build_network, parameter_dtype, place, teacher_images, uses_channels_last
 from mimkd_ray.train.compare import arm_config, compare
-from mimkd_ray.train.distributed import Context, ask_first
+from mimkd_ray.train.distributed import Context, ask_first, share_from_first
 from mimkd_ray.train.evaluate import accuracy, held_out_name, told_batches
 from mimkd_ray.train.known_accuracy import known_or_measured
 from mimkd_ray.train.loop import train, train_on
+from mimkd_ray.train.records.legs import history
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import begin
 from mimkd_ray.train.records.run_dir import write_json
@@ -59,7 +60,8 @@ def do_job(config: Config, context: Context, run_dir: str, given: OwnData | None
     context.times.mark("teacher")
     if config.compare.seeds:
         return compare(config, data, teacher, facts, context, run_dir)
-    return train_on(config, data, teacher, context, run_dir, facts)
+    legs = share_from_first(history(config) if context.rank == 0 else None)
+    return train_on(config, data, teacher, context, run_dir, facts | ({"legs": legs} if legs else {}))
 
 
 def _device(context: Context) -> str:

@@ -1,0 +1,84 @@
+"""Legs: a run that goes on from another's end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import cpu, tiny_config, tiny_data
+
+from mimkd_ray.cli.training import run
+from mimkd_ray.config import CompareConfig, Config
+from mimkd_ray.errors import UserError
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train.optim import portable_state
+from mimkd_ray.train.records import checkpoint
+from mimkd_ray.train.student import lone_student
+
+
+def config(root: Path, **sections: dict[str, Any]) -> Config:
+    sections["run"] = {"root": str(root), "name": "one", "extend": True} | sections.get("run", {})
+    return tiny_config(**sections)
+
+
+def test_legs(tmp_path: Path) -> None:
+    first = run(config(tmp_path))
+    assert "legs" not in first
+    assert run(config(tmp_path)) == first, "the same command finds it finished"
+    # So small a rate that the parameters stay where the leg begins.
+    still = config(tmp_path, train={"epochs": 1}, optim={"lr": 1e-9, "warmup_epochs": 0.0})
+    second = run(still)
+    assert second["legs"] == [
+        {"from": "", "epochs": 2, "changes": []},
+        {"from": str(tmp_path / "one"), "epochs": 1, "changes": second["legs"][1]["changes"]},
+    ]
+    assert second["legs"][1]["changes"] == ["optim.lr: 0.05 -> 1e-09", "train.epochs: 2 -> 1"]
+    before, after = (load_file(tmp_path / name / "student.safetensors") for name in ("one", "one-leg2"))
+    parameters = dict(build_model("cifar/resnet8_w4", 10).named_parameters())
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in parameters)
+    assert run(still) == second
+    third = run(config(tmp_path, train={"epochs": 3}))
+    assert [leg["epochs"] for leg in third["legs"]] == [2, 1, 3]
+    assert third["legs"][2]["from"] == str(tmp_path / "one-leg2")
+    assert json.loads((tmp_path / "one-leg3" / "config.json").read_text())["run"]["start_from"].endswith("one-leg2")
+    assert run(config(tmp_path)) == first
+
+
+def test_the_optimiser_and_critics_go_on(tmp_path: Path) -> None:
+    run(config(tmp_path))
+    found = checkpoint.newest(str(tmp_path / "one"))
+    assert found is not None
+    state = checkpoint.parse(found[1], torch.device("cpu"))
+    changed = config(tmp_path, optim={"weight_decay": 0.25}, run={"start_from": str(tmp_path / "one")})
+    torch.manual_seed(0)
+    teacher = build_model("cifar/resnet8", 10).eval()
+    student = lone_student(changed, tiny_data(changed), teacher, cpu())
+    assert student.resume(str(tmp_path / "new")) == 0
+    mine = portable_state(student.optimizer)
+    assert mine["state"].keys() == state["optimizer"]["state"].keys() != set()
+    for number, its in state["optimizer"]["state"].items():
+        assert torch.equal(mine["state"][number]["momentum_buffer"], its["momentum_buffer"])
+    assert {group["weight_decay"] for group in student.optimizer.param_groups} <= {0.0, 0.25}
+    critics = {name: value for name, value in state["distiller"].items() if name.startswith("loss.")}
+    own = student.distiller.state_dict()
+    assert critics
+    assert all(torch.equal(own[name], value) for name, value in critics.items())
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"pass --run\.name"):
+        run(config(tmp_path, run={"name": ""}))
+    with pytest.raises(UserError, match="goes on with one run"):
+        run(replace(config(tmp_path), compare=CompareConfig(seeds=2)))
+    run(config(tmp_path))
+    with pytest.raises(UserError, match=r"start_from .*/one does not fit this configuration"):
+        run(config(tmp_path, student={"name": "cifar/resnet8"}))
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((tmp_path / "one" / "config.json").read_text())
+    with pytest.raises(UserError, match="has no checkpoint to go on from"):
+        run(config(tmp_path, train={"epochs": 5}, run={"name": "bare"}))
