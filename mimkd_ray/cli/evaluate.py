@@ -70,8 +70,12 @@ def table(figures: Mapping[str, Any]) -> str:
     lines = [
         f"{figures['what']} {figures['network']} on {figures['rows']:,} images of {figures['data']} "
         f"({figures['classes']} classes)",
-        f"  top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %",
+        f"  weights {figures['weights']}",
+        f"  top-1 {_percent(figures['top1'])}, top-5 {_percent(figures['top5'])}"
+        + (f" of {figures['labelled']:,} labelled" if figures["labelled"] < figures["rows"] else ""),
     ]
+    if real := figures["real"]:
+        lines.append(f"  top-1 {real['top1']:.2f} % by ReaL's labels of {real['rows']:,} images")
     if calibration := figures["calibration"]:
         lines.append(
             f"  calibration error {100 * calibration['ece']:.2f} %, {100 * calibration['ece_scaled']:.2f} % at "
@@ -79,7 +83,7 @@ def table(figures: Mapping[str, Any]) -> str:
         )
     if teacher := figures["teacher"]:
         lines.append(
-            f"  teacher {teacher['name']}: top-1 {teacher['top1']:.2f} %, the same prediction for "
+            f"  teacher {teacher['name']}: top-1 {_percent(teacher['top1'])}, the same prediction for "
             f"{teacher['agreement']:.2f} %, KL {teacher['kl']:.3f} nats"
         )
     if figures["knn"] is not None:
@@ -89,8 +93,8 @@ def table(figures: Mapping[str, Any]) -> str:
         f"CKA {tap['cka']:.3f}"
         for tap in figures["taps"]
     ]
-    worst = sorted(figures["per_class"], key=lambda each: float(each["top1"]))[:3]
-    lines.append("  worst classes: " + ", ".join(f"{each['class']} {each['top1']:.1f} %" for each in worst))
+    if worst := sorted(figures["per_class"], key=lambda each: float(each["top1"]))[:3]:
+        lines.append("  worst classes: " + ", ".join(f"{each['class']} {each['top1']:.1f} %" for each in worst))
     if figures["confusions"]:
         often = figures["confusions"][:3]
         lines.append("  confusions: " + ", ".join(f"{c['label']} as {c['prediction']} {c['count']}x" for c in often))
@@ -99,3 +103,7 @@ def table(figures: Mapping[str, Any]) -> str:
         by_name.setdefault(each["corruption"], []).append(f"{each['top1']:.1f}")
     lines += [f"  {name}, severity 1 to 5: {' '.join(values)} %" for name, values in by_name.items()]
     return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "unknown, as no image has a label" if value is None else f"{value:.2f} %"

@@ -30,6 +30,10 @@ class EvaluateConfig:
     classes: str = ""
     """File with the names of the network's classes, one a line, in its order; unset: those of the data of the run."""
 
+    real: str = ""
+    """File with the labels of ImageNet-ReaL (real.json), a list with the numbers of the right classes of each
+    validation image: gives another top-1 beside the usual one."""
+
     def __post_init__(self) -> None:
         for name in ("rows", "train_rows", "tap_rows"):
             if getattr(self, name) < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from mimkd_ray.config import Config
 from mimkd_ray.data.augment.views import make_pipeline
-from mimkd_ray.data.loading.loader import eval_batches
+from mimkd_ray.data.loading.damage import damaged_allowed, first_three
+from mimkd_ray.data.loading.loader import eval_batches, to_device
 from mimkd_ray.data.sources.source import Source, SubsetSource
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.evaluation.networks import Network, normalizer
 from mimkd_ray.train.distributed import Context, is_distributed
 from mimkd_ray.train.records.metrics import say
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_ROWS = 2000
 
@@ -61,7 +65,8 @@ def collect(
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> Collected:
     """Run `networks` on a set, over all ranks of a process group, which all get the whole. `change` is applied to the
-    uint8 images first. Raises UserError if no image can be decoded."""
+    uint8 images first. Damaged images are named and left out; raises DamagedDataError if there are more of them than
+    `data.max_damaged` allows, and UserError if no image is left."""
     normalize = normalizer(config, context.device)
     batches = eval_batches(
         source,
@@ -74,7 +79,7 @@ def collect(
     )
     parts = _Parts(logits=[[] for _ in networks], taps=[[] for _ in networks])
     seen, told = 0, 0
-    for batch in batches:
+    for batch in to_device(batches, context.device):
         parts.damaged += batch.damaged
         if not len(batch):
             continue
@@ -84,13 +89,20 @@ def collect(
             logits_BV, vectors = network(images)
             parts.logits[number].append(logits_BV.cpu())
             parts.taps[number].append({name: vector.cpu() for name, vector in vectors.items()})
-        parts.ids.append(batch.ids_B.clone())
-        parts.labels.append(batch.labels_B.clone())
+        parts.ids.append(batch.ids_B.cpu().clone())
+        parts.labels.append(batch.labels_B.cpu().clone())
         seen += len(batch)
         if title and seen - told >= PROGRESS_ROWS and context.rank == 0:
             told = seen
             say(context, f"{title}: {seen * context.world_size:,} of {source.num_rows:,} images")
     whole = _gathered(parts)
+    for image in parts.damaged if title else ():  # later passes meet the same
+        logger.warning("damaged image left out: %s", image)
+    if len(whole.damaged) > damaged_allowed(config.data.max_damaged, source.num_rows):
+        raise DamagedDataError(
+            f"{len(whole.damaged)} of {source.num_rows} images cannot be decoded ({first_three(whole.damaged)}); "
+            f"data.max_damaged allows {config.data.max_damaged:.2%}: mend the data, or raise --data.max-damaged"
+        )
     if not whole.ids:
         raise UserError(f"{source.num_rows} images, and none can be evaluated: {', '.join(whole.damaged[:3])}")
     return Collected(

@@ -15,10 +15,14 @@ from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.losses.shared_classes import SharedClasses, match
+from mimkd_ray.models.weights import put_state
+from mimkd_ray.models.weights_file import shown
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.taps.default_stages import default_taps
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape, find_shapes
 from mimkd_ray.train.build import build_network, place, taps_of_run, teacher_images, uses_channels_last
+from mimkd_ray.train.distributed import ask_first
+from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.student_module import Normalizer
 from mimkd_ray.train.teacher import canonical
 from mimkd_ray.train.teacher_head import teacher_head
@@ -32,6 +36,8 @@ class Network:
     """A frozen network with the taps that are read."""
 
     name: str
+    weights: str
+    """Where they are from."""
     tapped: TappedModel
     shapes: dict[str, TapShape]
     prepare: TeacherImages | None
@@ -72,25 +78,27 @@ def subject_of(job: EvaluateJob, run_dir: str, trained_on: Config, data: Data, d
     of_run = data if trained_on.data == job.data else open_data(trained_on.data)
     names = _names(job.eval.classes) if job.eval.classes else None
     count = len(names) if names is not None else of_run.num_classes
-    head = of_run.classes if names is None else names
-    shared = _shared(job, head, count, data)
-    classes = data.classes if shared is None else tuple(data.classes[number] for number in shared.of_data)
-    teacher_model = _teacher(job, run_dir, of_run)
+    head = _numbered(of_run) if names is None else names
+    of_data = _numbered(data)
+    shared = _shared(job, head, count, of_data)
+    classes = of_data if shared is None else tuple(of_data[number] for number in shared.of_data)
+    given = _teacher(job, run_dir, of_run)
+    teacher_model = given[0] if given else None
     columns = None if shared is None else shared.of_teacher
     of_teacher = None
     if teacher_model is not None:
         own = teacher_head(replace(trained_on, teacher=job.teacher), of_run).shared
         of_teacher = _through(own, columns, of_run.num_classes) if names is None else ()
     if job.eval.network == "teacher":
-        if teacher_model is None:
+        if given is None:
             raise UserError(f"{run_dir or 'the config'} has no teacher: give --teacher.name and --teacher.weights")
         if of_teacher == ():
             raise UserError("the teacher's classes are not the data's: name them with --teacher.classes FILE")
-        model, teacher_model, columns = teacher_model, None, of_teacher
+        (model, weights), teacher_model, columns = given, None, of_teacher
         name = job.teacher.name
     else:
         name = job.student.name
-        model = build_model(name, count, _weights(job, run_dir), job.data.image_size)
+        model, weights = _student(job, run_dir, count)
     for each in (model, teacher_model):
         if each is not None:
             place(each, job.train, device).eval().requires_grad_(False)
@@ -103,13 +111,22 @@ def subject_of(job: EvaluateJob, run_dir: str, trained_on: Config, data: Data, d
         pairs = tuple(dict.fromkeys((term.teacher, term.student) for term in plan.terms if term.teacher != "logits"))
     vector = default_taps(model, size).vector
     taps = sorted({vector, *(student for _, student in pairs)})
-    network = Network(name, TappedModel(model, taps), find_shapes(model, size, taps), as_teacher, columns)
+    network = Network(
+        name, shown(weights), TappedModel(model, taps), find_shapes(model, size, taps), as_teacher, columns
+    )
     teacher = None
     if teacher_model is not None:
         images = teacher_images(job, device)
         read = sorted({tap for tap, _ in pairs})
         shapes = find_shapes(teacher_model, images.wanted.size, read)
-        teacher = Network(job.teacher.name, TappedModel(teacher_model, read), shapes, images, of_teacher)
+        teacher = Network(
+            job.teacher.name,
+            shown(given[1]) if given else "",
+            TappedModel(teacher_model, read),
+            shapes,
+            images,
+            of_teacher,
+        )
     labels = tuple(range(len(classes))) if shared is None else shared.of_data
     return Subject(network, teacher, vector, pairs, classes, labels)
 
@@ -121,28 +138,41 @@ def normalizer(job: Config, device: torch.device) -> Normalizer:
     )
 
 
-def _weights(job: EvaluateJob, run_dir: str) -> str:
-    """The weights of the student: of the run, unless the command line names others."""
+def _student(job: EvaluateJob, run_dir: str, count: int) -> tuple[nn.Module, str]:
+    """The student, and where its weights are from: the command line, or else the run; of one that has not ended its
+    newest checkpoint."""
+
+    def built(weights: str) -> nn.Module:
+        return build_model(job.student.name, count, weights, job.data.image_size)
+
     if not run_dir or job.student.weights not in ("random", "published", ""):
-        return job.student.weights
+        return built(job.student.weights), job.student.weights
     file = storage.join(run_dir, FILES[job.eval.network])
-    if not storage.exists(file):
-        remedy = (
-            "it ends with one, or pass --student.weights with a checkpoint's state.pt"
-            if job.eval.network == "student"
-            else "train with --run.keep-best true"
+    if storage.exists(file):
+        return built(file), file
+    if job.eval.network == "best":
+        raise UserError(f"{run_dir} has no {FILES['best']}: train with --run.keep-best true")
+    folder = ask_first(lambda: (checkpoint.newest(run_dir) or ("",))[0])
+    if not folder:
+        raise UserError(
+            f"{run_dir} has no {FILES['student']}, with which a run ends, and no sound checkpoint: let it train on, or "
+            "pass --student.weights"
         )
-        raise UserError(f"{run_dir} has no {FILES[job.eval.network]}: {remedy}")
-    return file
+    state = checkpoint.parse(checkpoint.read(folder), torch.device("cpu"))
+    holder, prefix = ("ema", "module.model.") if state["ema"] else ("distiller", "student.model.")
+    own = {key.removeprefix(prefix): value for key, value in state[holder].items() if key.startswith(prefix)}
+    model = built("random")
+    put_state(model, {"": own}, folder, count)
+    return model, folder
 
 
-def _teacher(job: EvaluateJob, run_dir: str, of_run: Data) -> nn.Module | None:
-    """The teacher: that of the run, or of the config; None where there is none with weights."""
+def _teacher(job: EvaluateJob, run_dir: str, of_run: Data) -> tuple[nn.Module, str] | None:
+    """The teacher, of the run or the config, and where its weights are from; None where there is none with weights."""
     known = read_json(storage.join(run_dir, "teacher.json")) if run_dir else None
     weights = job.teacher.weights if job.teacher.weights != "random" or known is None else known["weights"]
     if weights == "random":
         return None
-    return build_network(job, teacher_head(job, of_run).count, weights)
+    return build_network(job, teacher_head(job, of_run).count, weights), weights
 
 
 def _names(file: str) -> tuple[str, ...]:
@@ -152,17 +182,22 @@ def _names(file: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in storage.read_bytes(url).decode().splitlines() if line.strip())
 
 
-def _shared(job: EvaluateJob, head: Sequence[str], count: int, data: Data) -> SharedClasses | None:
+def _numbered(data: Data) -> tuple[str, ...]:
+    """Names of all classes of a data set; those without a name, such as in a set without labels, have their number."""
+    return data.classes + tuple(map(str, range(len(data.classes), data.num_classes)))
+
+
+def _shared(job: EvaluateJob, head: Sequence[str], count: int, of_data: tuple[str, ...]) -> SharedClasses | None:
     """The classes of the head that the data has; None: all, in its order."""
-    if tuple(head) == data.classes:
+    if tuple(head) == of_data:
         return None
-    found = match(head, data.classes)
+    found = match(head, of_data)
     if not found.of_data:
-        if count == data.num_classes and not job.eval.classes:
+        if count == len(of_data) and not job.eval.classes:
             return None  # classes without names in common, such as numbers: the order is the data's
         raise UserError(
-            f"the network has {count} classes ({', '.join(head[:3])} ...) and {job.data.root} has {data.num_classes} "
-            f"({', '.join(data.classes[:3])} ...), and none has the same name: name the network's classes with "
+            f"the network has {count} classes ({', '.join(head[:3])} ...) and {job.data.root} has {len(of_data)} "
+            f"({', '.join(of_data[:3])} ...), and none has the same name: name the network's classes with "
             "--eval.classes FILE, one a line, as the data names them"
         )
     return found

@@ -133,7 +133,7 @@ def test_bad_input(finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.json").write_text((place / "config.json").read_text())
-    assert "has no student.safetensors: it ends with one" in refused(empty)
+    assert "has no student.safetensors, with which a run ends, and no sound checkpoint" in refused(empty)
     assert "has no best.safetensors" in refused(empty, "--eval.network", "best")
     (empty / "student.safetensors").write_bytes((place / "student.safetensors").read_bytes()[:500])
     assert "student.safetensors: not a readable safetensors file of 500 bytes" in refused(empty)
