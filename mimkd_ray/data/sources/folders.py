@@ -70,7 +70,8 @@ def list_classes(root: str, classes: tuple[str, ...] | None) -> ClassFolders:
         for name, files in listings.items()
     }
     known = tuple(sorted(folders)) if classes is None else classes
-    unknown = [name for name, of_folder in images.items() if of_folder and name not in set(known)]
+    of_training = set(known)
+    unknown = [name for name, of_folder in images.items() if of_folder and name not in of_training]
     if unknown:
         raise UserError(
             f"{printable(root)}: {len(unknown)} class folder(s) are not among the {len(known)} training classes, the "
@@ -101,7 +102,7 @@ def list_classes(root: str, classes: tuple[str, ...] | None) -> ClassFolders:
             len(known),
             printable(without[0]),
         )
-    return ClassFolders(known, tuple(name for name in folders if name in set(known)), images)
+    return ClassFolders(known, tuple(name for name in folders if name in of_training), images)
 
 
 def _files(folder: str) -> dict[str, storage.Entry]:
