@@ -212,7 +212,7 @@ def _agreement(page: Page, found: Mapping[str, Any]) -> None:
     names = {
         "top1": "top-1 of the teacher",
         "agreement": "same answer as the teacher",
-        "kl": "KL from the teacher, nats",
+        "kl": "KL from the teacher (nats)",
     }
     page.facts([(text, f"{teacher[key]:.4g}") for key, text in names.items() if teacher.get(key) is not None])
     if taps:
