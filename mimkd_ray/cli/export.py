@@ -57,7 +57,7 @@ def _images(run: RunFacts | None, arguments: Sequence[str]) -> DataConfig:
         return run.config.data
     text = " ".join(arguments).replace("=", " ")
     cifar = "--network cifar/" in text
-    return cifar100("", "resnet8", "resnet8").data if cifar else r34_r18().data
+    return cifar100("cifar100", "resnet8", "resnet8").data if cifar else r34_r18().data
 
 
 def _whole(config: ExportConfig, run: RunFacts | None) -> ExportConfig:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,12 @@ class Figures:
     """Percent, by the labels."""
     latency_ms: dict[str, float]
     """Median of a call, by batch size."""
+    right_N: Tensor = field(repr=False, compare=False)
+    """Which images have the right top-1."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the figures without those of each image."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "right_N"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +70,7 @@ class Comparison:
             agreement=_percent(best_N == self.logits_NC.argmax(1)),
             top1=_percent(best_N == self.images.labels_N),
             latency_ms=latency_ms(run, few, self.threads),
+            right_N=best_N == self.images.labels_N,
         )
 
 
@@ -87,9 +96,16 @@ def fault_of_int8(figures: Figures, student: Figures, allowed: float) -> str:
 
 
 def better_int8(candidates: dict[str, Figures]) -> str:
-    """Return the name of the one that holds top-1 better; of two within 0.1 points, the faster at batch 1."""
-    most = max(figures.top1 for figures in candidates.values())
-    equal = [name for name, figures in candidates.items() if figures.top1 >= most - 0.1]
+    """Return the name of the one that holds top-1 better; where that is within two standard errors of the difference on
+    these images, the faster at batch 1."""
+    best = max(candidates.values(), key=lambda figures: figures.top1)
+
+    def is_equal(other: Figures) -> bool:
+        behind = int(best.right_N.sum() - other.right_N.sum())
+        differ = int((best.right_N != other.right_N).sum())
+        return behind <= 2 * math.sqrt(differ)
+
+    equal = [name for name, figures in candidates.items() if is_equal(figures)]
     return min(equal, key=lambda name: candidates[name].latency_ms["1"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class Export:
         if fault := fault_at_float32(figures):
             path.unlink()
             raise NotWrittenError(fault)
-        self.done[name] = {"file": path.name, **asdict(figures)}
+        self.done[name] = {"file": path.name, **figures.as_json()}
 
     def quantize(self, student: Figures) -> None:
         """Write int8 by all means that are installed, keep the best, and note the figures of all."""
@@ -106,7 +106,7 @@ class Export:
             self.attempt("int8 by onnxruntime", lambda: self._quantized(made, "onnxruntime", source))
         if has_pt2e():
             self.attempt("int8 by pt2e", lambda: self._quantized(made, "pt2e", source))
-        self.int8 = {name: asdict(figures) for name, figures in made.items()}
+        self.int8 = {name: figures.as_json() for name, figures in made.items()}
         if not has_pt2e():
             self.int8["pt2e"] = "not tried: torchao is not installed"
         if not made:
@@ -118,7 +118,7 @@ class Export:
             (self.folder / INT8[best]).unlink()
             raise NotWrittenError(fault)
         self.int8["kept"] = best
-        self.done["int8"] = {"file": INT8[best], **asdict(made[best])}
+        self.done["int8"] = {"file": INT8[best], **made[best].as_json()}
 
     def _quantized(self, made: dict[str, Figures], name: str, source: Path) -> None:
         path = self.folder / INT8[name]
@@ -182,7 +182,7 @@ def export_student(config: ExportConfig, run: RunFacts | None) -> dict[str, Any]
             "parameters": sum(p.numel() for p in model.parameters()),
             "macs": multiply_adds(network, config.data.image_size),
             "images": {"compared": len(images.labels_N), "calibration": len(calibration.labels_N)},
-            "student": {"file": WEIGHTS, **asdict(student)},
+            "student": {"file": WEIGHTS, **student.as_json()},
             "files": export.done,
             "int8": export.int8,
             "failed": export.failed,
