@@ -33,7 +33,7 @@ from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import cifar100, r34_r18
 
 README = Path(__file__).parent / "README.md"
-ROUNDS = 15
+ROUNDS = 9
 Times = dict[str, dict[int, float]]
 
 
@@ -44,6 +44,7 @@ def main() -> int:
     options.add_argument("--imagenet", required=True, metavar="DIR", help="images of ImageNet, in one split `train`")
     options.add_argument("--imagenet-weights", required=True, metavar="FILE", help="of torchvision's mobilenet_v2")
     options.add_argument("--images", type=int, default=2000, help="held-out images of a comparison")
+    options.add_argument("--calibration", type=int, default=256, help="training images of a calibration")
     options.add_argument("--readme", action="store_true", help="put the table into benchmarks/README.md")
     args = options.parse_args()
     cifar = replace(cifar100("cifar100", "resnet8", "resnet8").data, root=args.cifar, loader_workers=0, store_gb=0)
@@ -68,8 +69,8 @@ def main() -> int:
         config = ExportConfig(
             network=name,
             weights=weights or "random",
-            images=args.images if trained else 64,
-            calibration=256 if trained else 32,
+            images=args.images if trained else 16,
+            calibration=args.calibration if trained else 8,
             int8_drop=100,  # what is lost is a figure here, not a reason to stop
             threads=args.threads,
             data=data,
@@ -109,7 +110,7 @@ def timed(report: Mapping[str, Any], config: ExportConfig, folder: Path) -> tupl
         with torch.inference_mode(), quiet():
             for number in range(ROUNDS + 2):
                 for kind, run in runners.items():
-                    seconds = per_call(run, images[:batch].contiguous(), 10 if batch == 1 else 1)
+                    seconds = per_call(run, images[:batch].contiguous(), 5 if batch == 1 else 1)
                     if number >= 2:  # the first ones warm up
                         rounds[kind].append(seconds)
         for kind, values in rounds.items():
