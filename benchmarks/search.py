@@ -47,13 +47,14 @@ from report import finish, parser, table
 from search_tiny import environment, tiny
 
 from mimkd_ray.config import CacheConfig, Config, LaunchConfig, RunConfig, SearchConfig, SearchJob
-from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.config.search import search_job
 from mimkd_ray.recipes import CIFAR_RECIPES
-from mimkd_ray.search.driver import Search
+from mimkd_ray.search.configs import Made, TrialConfigs, trial_config
+from mimkd_ray.search.optuna_study import draw_pack
 from mimkd_ray.search.spaces import SPACES
 from mimkd_ray.search.suggest import find_spaces
-from mimkd_ray.search.trial_folders import Planned
+from mimkd_ray.search.table import Table
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 ARMS = ("jobs_live", "tune_cache", "pack_live", "pack_cache", "plain", "jobs_cache")
@@ -112,7 +113,7 @@ def running(job: str, config: Config, name: str, folder: Path, threads: int = 0)
 class Arms:
     """The arms, and the time that each took so far."""
 
-    def __init__(self, job: SearchJob, cached: SearchJob, planned: Sequence[Planned], folder: Path, args: Any) -> None:
+    def __init__(self, job: SearchJob, cached: SearchJob, planned: Sequence[Made], folder: Path, args: Any) -> None:
         self.job, self.cached, self.planned, self.folder = job, cached, planned, folder
         self.threads, self.cores = args.threads, os.cpu_count() or 1
         self.seconds: dict[str, float] = {}
@@ -124,13 +125,13 @@ class Arms:
         """Run an arm. Those of separate processes have two parts, before and after the others."""
         if arm == "jobs_live":
             half = len(self.planned) // 2
-            for planned in self.planned[part * half : (part + 1) * half]:
-                self.lone(arm, [self.as_job(planned, f"{arm}-{planned.number}")], self.threads)
+            for at in range(part * half, (part + 1) * half):
+                self.lone(arm, [self.as_job(self.planned[at], f"{arm}-{at}")], self.threads)
         elif arm == "jobs_cache":
             half = len(self.planned) // 2
             jobs = [
-                replace(self.as_job(planned, f"{arm}-{planned.number}"), cache=self.cached.cache)
-                for planned in self.planned[part * half : (part + 1) * half]
+                replace(self.as_job(self.planned[at], f"{arm}-{at}"), cache=self.cached.cache)
+                for at in range(part * half, (part + 1) * half)
             ]
             for first in range(0, half, self.cores):
                 self.lone(arm, jobs[first : first + self.cores], 1)
@@ -142,9 +143,9 @@ class Arms:
             pack = PACK if arm.startswith("pack") else 1
             self.search(arm, replace(job, run=replace(job.run, name=arm), search=replace(job.search, pack=pack)))
 
-    def as_job(self, planned: Planned, name: str) -> Config:
+    def as_job(self, planned: Made, name: str) -> Config:
         """Return a trial's config as a separate job."""
-        config = from_dict(Config, planned.config)
+        config = planned.config
         run = replace(config.run, root=str(self.folder), name=name)
         return replace(config, run=run, launch=LaunchConfig(backend="local", gpu="off"))
 
@@ -167,12 +168,17 @@ class Arms:
         with running("search.py", job, arm, self.folder) as wait:
             wait()
         self.seconds[arm] = time.time() - self.began[arm]
-        for planned in self.planned:
-            place = self.folder / arm / "trials" / f"{planned.number:04d}"
-            begun, ended = (json.loads((place / name).read_text()) for name in ("trial.json", "ended.json"))
-            if begun["params"] != planned.params or ended["state"] != "completed":
-                raise SystemExit(f"{arm}: trial {planned.number} is not the one that was planned, or failed: {ended}")
-            self.note(arm, (place / "trial.json").stat().st_mtime, place)
+        rows = Table(str(self.folder / arm), "top1").rows
+        wanted = sorted(str(planned.params) for planned in self.planned)
+        if sorted(str(row.params) for row in rows.values()) != wanted or {r.state for r in rows.values()} != {
+            "completed"
+        }:
+            raise SystemExit(f"{arm}: its trials are not those that were planned, or failed: {list(rows.values())}")
+        for name in rows:
+            trial, _, member = name.partition("/")
+            place = self.folder / arm / "tune" / f"trial-{trial}"
+            asked = (place / "params.json").stat().st_mtime
+            self.note(arm, asked, max(place.glob("checkpoint_*")) / member)
         print(f"{arm}: {self.seconds[arm]:.1f} s", flush=True)
 
     def note(self, arm: str, asked: float, place: Path) -> None:
@@ -242,7 +248,7 @@ def imports() -> float:
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import mimkd_ray.on_ray.trial_actor"], env=environment(), check=True)
+        subprocess.run([sys.executable, "-c", "import mimkd_ray.on_ray.tune_trials"], env=environment(), check=True)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 
@@ -268,7 +274,7 @@ def base_job(args: Any, folder: Path) -> SearchJob:
 
 def build_cache(job: SearchJob, folder: Path) -> float:
     """Build the cache that the search needs, with all cores; return its seconds."""
-    widest = Search(job, str(folder / "plan-cache"), find_spaces(job.search.space, SPACES)).widest()
+    widest = TrialConfigs(trial_config(job, job.search), find_spaces(job.search.space, SPACES)).widest()
     config = replace(widest, launch=LaunchConfig(backend="local", gpu="off"))
     began = time.time()
     with running("cache_teacher.py", config, "cache-build", folder) as wait:
@@ -280,9 +286,9 @@ def arms(args: Any, folder: Path) -> dict[str, float]:
     """Return the figures of the requested arms."""
     job = base_job(args, folder)
     cached = replace(job, cache=CacheConfig(root=str(folder / "cache"), canary=0.0, calibration_rows=512))
-    plan = Search(job, str(folder / "plan"), find_spaces(job.search.space, SPACES))
-    planned = [plan.next()[0] for _ in range(TRIALS)]
-    teachers = sum(from_dict(Config, each.config).loss.uses_teacher for each in planned)
+    configs = TrialConfigs(trial_config(job, job.search), find_spaces(job.search.space, SPACES))
+    planned = [configs(params) for params in draw_pack(replace(job.search, pack=TRIALS), configs, 0, [])]
+    teachers = sum(each.config.loss.uses_teacher for each in planned)
     print(f"{TRIALS} configurations, {teachers} of which use the teacher", flush=True)
     figures = {"trials_with_teacher": float(teachers), "imports_seconds": imports()}
     if {"tune_cache", "pack_cache", "jobs_cache"} & set(args.only):

@@ -27,9 +27,6 @@ from mimkd_ray.recipes import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 POINTS = 20
-EARLY = 10
-"""One in this many trials is run by an earlier start of the search: the driver that is watched then draws its first
-report with some trials, and by a quarter of them has imported (180 MB) all that a report needs."""
 SAMPLE_SECONDS = 1.0
 SETTLE_SECONDS = 30.0
 """Seconds for Ray to end the workers of a finished job in the background."""
@@ -71,15 +68,14 @@ def tiny(trials: int, cores: int, folder: Path) -> dict[str, float]:
         before = _marked(mark)
         command = [sys.executable, str(ROOT / "jobs" / "search.py"), "--config", str(config)]
         command += ["--launch.address", address, "--search.trials"]
-        log, early = folder / "tiny.log", trials // EARLY
-        for count in (early, trials) if early else (trials,):
-            began = time.monotonic()
-            with log.open("wb") as out:
-                driver = subprocess.Popen([*command, str(count)], env=inherited, stdout=out, stderr=subprocess.STDOUT)
-                samples = _watch(driver, head, folder / "tiny", count)
-            seconds = time.monotonic() - began
-            if driver.returncode:
-                raise SystemExit(f"the tiny search ended with {driver.returncode}:\n{log.read_text()[-3000:]}")
+        log = folder / "tiny.log"
+        began = time.monotonic()
+        with log.open("wb") as out:
+            driver = subprocess.Popen([*command, str(trials)], env=inherited, stdout=out, stderr=subprocess.STDOUT)
+            samples = _watch(driver, head, folder / "tiny", trials)
+        seconds = time.monotonic() - began
+        if driver.returncode:
+            raise SystemExit(f"the tiny search ended with {driver.returncode}:\n{log.read_text()[-3000:]}")
         leaked = _leaked(mark, before)
         for pid, command_line in leaked.items():
             print(f"left at the end: process {pid}, {command_line}", flush=True)
@@ -87,12 +83,12 @@ def tiny(trials: int, cores: int, folder: Path) -> dict[str, float]:
             [sys.executable, "-c", LEFT, address], env=inherited, capture_output=True, text=True, check=True
         )
         left = json.loads(asked.stdout.splitlines()[-1])
-    states = [json.loads(file.read_text())["state"] for file in (folder / "tiny").glob("trials/*/ended.json")]
+    states = _ends(folder / "tiny")
     return {
         "tiny/trials_ended": len(states),
         "tiny/trials_failed": states.count("failed"),
         "tiny/seconds": seconds,
-        "tiny/seconds_a_trial": seconds / (trials - early),
+        "tiny/seconds_a_trial": seconds / trials,
         **_memory(samples, trials),
         "tiny/leaked_processes": len(leaked),
         "tiny/placement_groups": len(left["states"]),
@@ -158,12 +154,18 @@ def _until_up(process: subprocess.Popen[bytes], inherited: Mapping[str, str], ad
     raise SystemExit(f"no Ray head came up at {address}")
 
 
+def _ends(folder: Path) -> list[str]:
+    """Return the states of the trials that have ended."""
+    states = [json.loads(file.read_text())["state"] for file in folder.glob("trials/*.json")]
+    return [state for state in states if state != "running"]
+
+
 def _watch(driver: subprocess.Popen[bytes], head: int, folder: Path, trials: int) -> list[Sample]:
     """Sample memory until the driver ends."""
     samples: list[Sample] = []
     began = shown = time.monotonic()
     while driver.poll() is None:
-        over = sum(1 for _ in folder.glob("trials/*/ended.json"))
+        over = len(_ends(folder))
         below = {pid: _read(pid, "comm").strip() for pid in tree(head)}
         servers = [pid for pid, name in below.items() if name in ("gcs_server", "raylet")]
         workers = [pid for pid, name in below.items() if name.startswith("ray::") and "IDLE" not in name]

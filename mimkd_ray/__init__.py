@@ -2,6 +2,7 @@
 
 In a loop of your own: :func:`distill` returns a :class:`Distiller`, :class:`DistillationLoss` is the loss behind it,
 :func:`mutual_information` estimates by itself. With a config: :func:`run`, the functions in :mod:`mimkd_ray.recipes`.
+With Ray Tune: :func:`search`, and :func:`trainable` for a `Tuner` of your own.
 
 Names are imported when they are asked for, and none of them imports Ray.
 """
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mimkd_ray import recipes as recipes
     from mimkd_ray.cli.training import run as run
+    from mimkd_ray.cli.tuning import search as search
+    from mimkd_ray.cli.tuning import trainable as trainable
     from mimkd_ray.config import CacheConfig as CacheConfig
     from mimkd_ray.config import CompareConfig as CompareConfig
     from mimkd_ray.config import Config as Config
@@ -89,11 +92,14 @@ __all__ = [
     "r50_shufflenetv2",
     "recipes",
     "run",
+    "search",
     "smile",
+    "trainable",
 ]
 
 _HOMES = {
     "cli.training": ("run",),
+    "cli.tuning": ("trainable",),
     "config": (
         "CacheConfig",
         "CompareConfig",
@@ -130,8 +136,8 @@ _WITHIN = {"DistillationLoss": "MIMKDLoss"}
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is asked for first (PEP 562)."""
-    if name == "recipes":
-        return import_module("mimkd_ray.recipes")
+    if name in ("recipes", "search"):  # the latter is a package that can be called
+        return import_module(f"mimkd_ray.{name}")
     for home, names in _HOMES.items():
         if name in names:
             value = getattr(import_module(f"mimkd_ray.{home}"), _WITHIN.get(name, name))

@@ -18,14 +18,11 @@ from tiny_run import tiny_config
 
 from mimkd_ray import secret_urls, storage
 from mimkd_ray.cli import common
-from mimkd_ray.cli import search as search_line
 from mimkd_ray.cli.training import run, run_directory
 from mimkd_ray.config import Config, ModelConfig, PrepareConfig
 from mimkd_ray.config.digest import digest
 from mimkd_ray.config.json_form import from_dict, to_dict
-from mimkd_ray.config.search import SearchConfig, search_job
 from mimkd_ray.errors import UserError
-from mimkd_ray.search.spaces import SPACES
 from mimkd_ray.secret_urls import redacted, revealed, scrubbed
 
 __all__ = ["server"]  # a fixture
@@ -141,21 +138,6 @@ def test_a_run_with_a_secret_url(server: str, tmp_path: Path, capfd: pytest.Capt
     lost = from_dict(Config, json.loads((place / "config.json").read_text()))
     with pytest.raises(UserError, match=r"give the whole URL again.*--teacher\.weights"):
         run(replace(lost, run=replace(lost.run, name="lost")))
-    said = capfd.readouterr()
-    no_secret_in(said.out + said.err)
-
-
-def test_a_search_with_a_secret_url(server: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    config = tiny_config(
-        teacher={"weights": url_of(server)}, run={"root": str(tmp_path), "name": "s"}, launch={"gpu": "off"}
-    )
-    own = SearchConfig(space=("temperature",), trials=2, holdout=0.3, finalists=1, seeds=1, epochs=1)
-    assert search_line.search(search_job(config, search=own), SPACES) == 0
-    no_secret_in(saved(tmp_path))
-    assert {path.name for path in (tmp_path / "s").iterdir()} >= {"best.json", "trials.parquet", "report.html"}
-    (tmp_path / "s" / "trials" / "0001" / "ended.json").unlink()  # a kill: given again, it goes on
-    assert search_line.search(search_job(config, search=own), SPACES) == 0
-    no_secret_in(saved(tmp_path))
     said = capfd.readouterr()
     no_secret_in(said.out + said.err)
 

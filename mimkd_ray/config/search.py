@@ -7,9 +7,14 @@ from typing import Any, Literal
 
 from mimkd_ray.config.config import Config
 from mimkd_ray.config.values import check_values
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import UserError, nearest
 
 Metric = Literal["top1", "cross_entropy"]
+Scheduler = Literal["asha", "hyperband", "pbt", "pb2", "median", "none"]
+
+ALGORITHMS = ("tpe", "random", "grid", "hyperopt", "ax", "bohb")
+POPULATION = ("pbt", "pb2")
+"""Schedulers that draw the first values themselves, and change them on the way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,21 +23,24 @@ class SearchConfig:
 
     space: tuple[str, ...] = ("temperature", "taps", "weights")
     """Fields to search: names of mimkd_ray/search/spaces.py, or package.module:function."""
-    algorithm: Literal["tpe", "random", "grid"] = "tpe"
+    algorithm: str = "tpe"
     """tpe: Optuna's tree-structured Parzen estimator. random: independent draws. grid: every combination of `points`
-    values of each number, in order."""
+    values of each number, in order. hyperopt, ax, bohb: those searchers of Ray Tune. package.module:function: called
+    with this section, it returns a searcher of Ray Tune."""
     points: int = 4
     """grid: number of values of each number, evenly spaced on the number's own scale."""
-    scheduler: Literal["asha", "none"] = "asha"
-    """asha: asynchronous successive halving stops the trials that are behind. none: every trial runs to its end."""
+    scheduler: Scheduler = "asha"
+    """Ray Tune's scheduler. asha: asynchronous successive halving stops the trials that are behind. hyperband: its
+    synchronous brackets. median: those below the median stop. pbt, pb2: a population, of which the worst go on from
+    the best with other numbers. none: every trial runs to its end."""
     grace: int = 1
-    """asha: fewest epochs of a trial."""
+    """asha, median: fewest epochs of a trial. pbt, pb2: epochs between two perturbations."""
     reduction: int = 3
-    """asha: one in this many trials continues past each rung (grace, grace * reduction, ... epochs)."""
+    """asha, hyperband: one in this many trials continues past each rung (grace, grace * reduction, ... epochs)."""
     metric: Metric = "top1"
     """Quantity to optimise, measured on the held-out part of the training set."""
     trials: int = 24
-    """Configurations to try; 0: as many as the other budgets allow."""
+    """Configurations to try, or the size of the population; 0: as many as the other budgets allow."""
     hours: float = 0.0
     """Hours after which no trial begins and the running ones end at their next evaluation; 0: no limit. Time before a
     restart counts."""
@@ -59,8 +67,8 @@ class SearchConfig:
     """Best configurations that are trained again with new seeds; 0: none, the best trial is the result."""
     seeds: int = 3
     """Seeds of each finalist."""
-    loggers: tuple[Literal["mlflow", "wandb"], ...] = ()
-    """Loggers of Ray Tune that also receive every evaluation; each needs its package installed."""
+    loggers: tuple[Literal["mlflow", "wandb", "comet"], ...] = ()
+    """Loggers of Ray Tune that also receive every evaluation, beside TensorBoard; each needs its package installed."""
     seed: int = 0
     """Seed of the algorithm: 0 to 2**64 - 1."""
 
@@ -83,10 +91,39 @@ class SearchConfig:
                 f"search.workers is {self.workers} and search.pack {self.pack}: give at least 1 worker, and only 1 to "
                 "packs, which train in one process"
             )
+        if self.algorithm not in ALGORITHMS and ":" not in self.algorithm:
+            raise UserError(
+                f"search.algorithm {self.algorithm!r} is unknown{nearest(self.algorithm, ALGORITHMS)} (algorithms: "
+                f"{', '.join(ALGORITHMS)}, package.module:function)"
+            )
+        self._check_scheduler()
         if self.finalists and not self.seeds:
             raise UserError("search.seeds is 0: give the seeds of each finalist, or pass --search.finalists 0")
         if not 0 <= self.holdout < 1:
             raise UserError(f"search.holdout is {self.holdout}: give a share above 0 and below 1, such as 0.1")
+
+    def _check_scheduler(self) -> None:
+        """Raise UserError for a scheduler that does not go with the algorithm, packs or several workers."""
+        name = self.scheduler
+        if self.algorithm == "bohb" and name != "hyperband":
+            raise UserError(f"search.algorithm bohb goes with --search.scheduler hyperband, and it is {name}")
+        if name in POPULATION and self.algorithm not in ("tpe", "random"):
+            raise UserError(
+                f"search.scheduler {name} draws its population itself, and search.algorithm is {self.algorithm}: leave "
+                "it out"
+            )
+        if name in POPULATION and not self.trials:
+            raise UserError(f"search.scheduler {name} needs the size of its population: give --search.trials")
+        if self.pack > 1 and (name not in ("asha", "none") or self.algorithm not in ("tpe", "random", "grid")):
+            raise UserError(
+                f"search.pack is {self.pack}, and a pack halves by itself and asks Optuna: give --search.scheduler "
+                f"asha or none (it is {name}) and --search.algorithm tpe, random or grid (it is {self.algorithm})"
+            )
+        if self.workers > 1 and name in (*POPULATION, "hyperband"):
+            raise UserError(
+                f"search.scheduler {name} moves checkpoints between trials, and those of {self.workers} workers have "
+                "their own: give --search.scheduler asha, median or none, or --search.workers 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

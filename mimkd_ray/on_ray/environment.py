@@ -28,6 +28,13 @@ JOINED = {
 LONGEST_FOLDER = 38
 """Bytes of a temporary folder whose sockets fit: Linux allows 107, and Ray appends up to 69."""
 SHORT_FOLDER = "/tmp"
+TUNE = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # its boxes are printed whatever `verbose` says
+    "TUNE_GLOBAL_CHECKPOINT_S": "5",  # a killed search repeats at most what came after its last saved state
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",  # short trials save often
+    "TUNE_WARN_THRESHOLD_S": "10",  # the report is drawn in a callback
+}
+"""Defaults for Ray Tune."""
 
 
 def cluster_address(configured: str) -> str:
@@ -55,7 +62,7 @@ def prepare(configured: str) -> None:
     if not sys.stdout.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # Ray colours the names before workers' lines, in files too
     joins = bool(cluster_address(configured))
-    for name, value in (JOINED if joins else EMBEDDED).items():
+    for name, value in (TUNE | (JOINED if joins else EMBEDDED)).items():
         os.environ.setdefault(name, value)
     if not joins:
         os.environ.setdefault(LOOK_IN, os.getcwd())

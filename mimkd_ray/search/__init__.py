@@ -1,1 +1,18 @@
-"""Hyperparameter search: spaces, algorithm, trials and their records; its report is in report/."""
+"""Hyperparameter search: spaces, configs, trials and their table; its report is in report/.
+
+The package can be called: `mimkd_ray.search(config)` is the function of cli/tuning.py. A function of this name in
+`mimkd_ray` would be replaced by this package as soon as anything in it is imported.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+
+class _Package(ModuleType):
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return import_module("mimkd_ray.cli.tuning").search(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Package

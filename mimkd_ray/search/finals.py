@@ -5,89 +5,75 @@ Finalists are scored on the held-out part of the training set, as trials are; th
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from mimkd_ray import storage
-from mimkd_ray.config import Config
-from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.config import Config, SearchJob
+from mimkd_ray.config.json_form import from_dict
 from mimkd_ray.json_files import read_if_sound
-from mimkd_ray.search.driver import Search, final_config
-from mimkd_ray.search.trial_folders import Ended, Planned
-from mimkd_ray.search.trials import Final, direction
+from mimkd_ray.search.configs import Made, final_config
+from mimkd_ray.search.table import Table
+from mimkd_ray.search.trials import Final, Trial, direction, is_finite
 from mimkd_ray.train.records.run_dir import write_json
 
 
 class Finals:
-    """The runs of the finalists, handed out like trials. A finished run is not repeated."""
+    """The runs of the finalists, by number: a map from {"run": number} to its config. It can be pickled."""
 
-    def __init__(self, search: Search) -> None:
-        self.search, self.config = search, search.config
-        self.runs: list[tuple[int, int]] = [
-            (trial.number, seed)
-            for trial in search.ranked()[: self.config.finalists]
-            for seed in range(1, self.config.seeds + 1)
-        ]
-        self._left = [number for number in range(len(self.runs)) if self._result(number) is None]
+    def __init__(self, job: SearchJob, table: Table) -> None:
+        search = job.search
+        self.metric, self.seeds, self.retries = search.metric, search.seeds, search.retries
+        self.chosen: dict[int, Trial] = {trial.number: trial for trial in table.ranked()[: search.finalists]}
+        self.runs = [(number, seed) for number in self.chosen for seed in range(1, search.seeds + 1)]
 
-    def place(self, number: int) -> str:
-        """Return the directory of a run."""
-        trial, seed = self.runs[number]
-        return storage.join(self.search.folder, "finals", f"{trial:04d}-seed{seed:02d}")
+    @property
+    def name(self) -> str:
+        """The name of their experiment: other finalists have another one."""
+        return f"finals-{hashlib.sha256(json.dumps(self.runs).encode()).hexdigest()[:8]}"
 
-    def label(self, number: int) -> str:
-        """Return the name of a run for display."""
-        trial, seed = self.runs[number]
-        return f"trial {trial} with seed {seed}"
+    def __call__(self, params: Mapping[str, Any]) -> Made:
+        """Return the config of a run. Seeds are new: the seed with which a trial was chosen is not among them. Views
+        keep their seed, so that all runs read one cache."""
+        number, seed = self.runs[params["run"]]
+        config = from_dict(Config, self.chosen[number].config)
+        return Made(replace(config, train=replace(config.train, seed=config.train.seed + seed)), dict(params))
 
-    def _result(self, number: int) -> Mapping[str, Any] | None:
-        return read_if_sound(storage.join(self.place(number), "result.json"), ("student",), "trained again")
+    def is_whole(self, figures: Mapping[str, Any]) -> bool:
+        """Return whether these are the last figures of a run that came to its end."""
+        return "failed" not in figures and is_finite(figures.get(self.metric))
 
-    def next(self) -> list[Planned]:
-        """Return the next run, empty if there is none. Seeds are new: the seed with which a trial was chosen is not
-        among them. Views keep their seed, so that all runs read one cache."""
-        if not self._left:
-            return []
-        number = self._left.pop(0)
-        trial, seed = self.runs[number]
-        config = from_dict(Config, self.search.trials[trial].config)
-        config = replace(config, train=replace(config.train, seed=config.train.seed + seed))
-        return [Planned(number, number, self.search.trials[trial].params, to_dict(config))]
-
-    def heard(self, number: int, figures: Mapping[str, Any], alone: bool = True) -> Ended | None:
-        """Return None: every finalist runs to its end."""
-        return None
-
-    def ended(self, number: int, ended: Ended, gpus: float = 0.0) -> bool:
-        """Record a run's end; return True."""
-        return True
-
-    def publish(self) -> list[Final]:
+    def publish(self, job: SearchJob, folder: str, results: Mapping[int, Mapping[str, Any]]) -> list[Final]:
         """Write best.json with the config of the finalist with the best mean (finals.json has them all), and return the
-        finalists, best first. Those with a failed run are left out."""
-        found: dict[int, dict[int, Mapping[str, float]]] = {}
-        for number, (trial, seed) in enumerate(self.runs):
-            result = self._result(number)
-            if result is not None:
-                found.setdefault(trial, {})[seed] = result["student"]
-        whole = {trial: seeds for trial, seeds in found.items() if len(seeds) == self.config.seeds}
-        means = {
-            trial: statistics.fmean(student[self.config.metric] for student in seeds.values())
-            for trial, seeds in whole.items()
-        }
-        order = sorted(whole, key=lambda trial: means[trial], reverse=direction(self.config.metric) == "maximize")
+        finalists, best first. Those with a failed run are left out. ``results``: last figures by number of run."""
+        found: dict[int, dict[int, dict[str, float]]] = {}
+        for number, figures in sorted(results.items()):
+            trial, seed = self.runs[number]
+            found.setdefault(trial, {})[seed] = {name: figures[name] for name in ("top1", "top5", "cross_entropy")}
+        whole = {trial: seeds for trial, seeds in found.items() if len(seeds) == self.seeds}
+        means = {trial: statistics.fmean(each[self.metric] for each in whole[trial].values()) for trial in whole}
+        order = sorted(whole, key=lambda trial: means[trial], reverse=direction(self.metric) == "maximize")
         lines = [{"trial": trial, "mean": means[trial], "seeds": whole[trial]} for trial in order]
-        write_json(storage.join(self.search.folder, "finals.json"), {"metric": self.config.metric, "finals": lines})
+        write_json(storage.join(folder, "finals.json"), {"metric": self.metric, "name": self.name, "finals": lines})
         if order:
-            chosen = self.search.trials[order[0]].config
-            write_json(storage.join(self.search.folder, "best.json"), final_config(self.search.job, chosen))
+            write_json(storage.join(folder, "best.json"), final_config(job, self.chosen[order[0]].config))
+        return self._finals(lines)
+
+    def known(self, folder: str) -> list[Final] | None:
+        """Return the finalists of an earlier start, if they were these; None if there are none."""
+        told = read_if_sound(storage.join(folder, "finals.json"), ("name", "finals"), "written again")
+        return self._finals(told["finals"]) if told is not None and told["name"] == self.name else None
+
+    def _finals(self, lines: list[dict[str, Any]]) -> list[Final]:
         return [
             Final(
-                trial=trial,
-                seeds=tuple(whole[trial]),
-                top1=tuple(student["top1"] for student in whole[trial].values()),
+                trial=line["trial"],
+                seeds=tuple(map(int, line["seeds"])),
+                top1=tuple(each["top1"] for each in line["seeds"].values()),
             )
-            for trial in order
+            for line in lines
         ]

@@ -1,18 +1,19 @@
-"""The algorithm of a search, by Optuna: the next hyperparameters, and the trials that are behind."""
+"""Optuna's part: spaces as its define-by-run functions, its samplers, and the configurations of a pack."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, TypeVar
 
 import optuna
 from optuna.trial import TrialState
 
-from mimkd_ray.config import Config, SearchConfig
-from mimkd_ray.errors import UserError
-from mimkd_ray.search.suggest import Suggest, grid, grid_values
+from mimkd_ray.config import SearchConfig
+from mimkd_ray.search.configs import TrialConfigs
+from mimkd_ray.search.suggest import grid, grid_values
 from mimkd_ray.search.trials import Trial, Value, direction
 from mimkd_ray.seeds import derive
 
@@ -21,17 +22,10 @@ V = TypeVar("V", bound=Value)
 STATES = {"completed": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
 
 
-class Asked(NamedTuple):
-    """A new trial: its hyperparameters and its config."""
-
-    params: dict[str, Value]
-    config: Config
-
-
 class _Ask:
     """A `Suggest` that takes a space's values from an Optuna trial."""
 
-    def __init__(self, trial: optuna.Trial, points: int) -> None:
+    def __init__(self, trial: Any, points: int) -> None:
         self.trial, self.points = trial, points
 
     def number(self, name: str, low: float, high: float, log: bool = False) -> float:
@@ -43,73 +37,61 @@ class _Ask:
         return self.trial.suggest_categorical(name, list(options))
 
 
-class Study:
-    """The algorithm's state: it gives trials by number, records their evaluations and ends, and decides which to stop.
+class DefineByRun:
+    """Search spaces as the define-by-run function that Ray Tune's OptunaSearch takes. It can be pickled."""
 
-    It lives in memory: after a restart the trials so far are replayed, so that their records are the only state.
-    """
+    def __init__(self, configs: TrialConfigs, points: int = 0) -> None:
+        """``points``: numbers are choices of so many values, as a grid's are; 0: they are numbers."""
+        self.configs, self.points = configs, points
 
-    def __init__(self, config: SearchConfig, build: Callable[[Suggest], Config], known: Sequence[Trial]) -> None:
-        """Replay ``known``, the trials of an earlier start, by number. Raises UserError if the space lacks their
-        values."""
-        optuna.logging.set_verbosity(logging.WARNING)
-        self.config, self.build = config, build
-        # After a restart, other draws than at the start. NumPy's RandomState takes 32 bits.
-        seed = derive(config.seed, "search", len(known)) % 2**32
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler: optuna.samplers.BaseSampler = (
-                optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
-                if config.algorithm == "tpe"
-                else optuna.samplers.RandomSampler(seed=seed)
-            )
-        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=config.grace, reduction_factor=config.reduction)
-        self.study = optuna.create_study(sampler=sampler, pruner=pruner, direction=direction(config.metric))
-        self._trials: dict[int, optuna.Trial] = {}
-        self._grid: Iterator[dict[str, Value]] | None = None
-        if config.algorithm == "grid":
-            tried = [trial.params for trial in known]
-            self._grid = (params for params in grid(build, config.points) if params not in tried)
-        for trial in known:
-            self._replay(trial)
+    def __call__(self, trial: Any) -> None:
+        """Ask for every value of a trial."""
+        self.configs.build(_Ask(trial, self.points))
 
-    def _replay(self, trial: Trial) -> None:
-        asked = self._ask(trial.number, trial.params)
-        if asked.params != dict(trial.params):
-            raise UserError(
-                f"trial {trial.number} of an earlier start has {dict(trial.params)}, and the search space asks for "
-                f"{asked.params}: it was changed; give the search another --run.name"
-            )
-        for point in trial.curve:
-            self.report(trial.number, point.epoch, getattr(point, self.config.metric))
+
+def sampler(search: SearchConfig, *where: int) -> optuna.samplers.BaseSampler:
+    """Return Optuna's sampler for the algorithm. ``where``: numbers that tell apart those of one search."""
+    optuna.logging.set_verbosity(logging.WARNING)
+    seed = derive(search.seed, "search", *where) % 2**32  # NumPy's RandomState takes 32 bits
+    if search.algorithm != "tpe":
+        return optuna.samplers.RandomSampler(seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
+
+
+def combinations(search: SearchConfig, configs: TrialConfigs) -> Iterator[dict[str, Value]]:
+    """Return the combinations of a grid, at most ``search.trials``."""
+    return islice(grid(configs.build, search.points), search.trials or None)
+
+
+def draw_pack(search: SearchConfig, configs: TrialConfigs, pack: int, known: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Return the hyperparameters of a pack's members: asked of Optuna, which is told of the trials that have ended, or
+    the next ones of a grid. The last pack has what is left of ``search.trials``."""
+    count = min(search.pack, search.trials - pack * search.pack) if search.trials else search.pack
+    if search.algorithm == "grid":
+        first = pack * search.pack
+        return list(islice(combinations(search, configs), first, first + count))
+    # Independent draws are those of the same search without packs; others have a seed of the pack.
+    first = pack * search.pack if search.algorithm == "random" and search.trials else 0
+    own = sampler(search) if search.algorithm == "random" and search.trials else sampler(search, pack)
+    study = optuna.create_study(sampler=own, direction=direction(search.metric))
+    ask = DefineByRun(configs)
+    for trial in known:
         if trial.state != "running":
-            self.tell(trial.number, trial.state, trial.score)
-
-    def _ask(self, number: int, fixed: Mapping[str, Value] | None = None) -> Asked:
-        if fixed is not None:
-            self.study.enqueue_trial(dict(fixed))
-        trial = self._trials[number] = self.study.ask()
-        config = self.build(_Ask(trial, self.config.points if self._grid is not None else 0))
-        return Asked(dict(trial.params), config)
-
-    def ask(self, number: int) -> Asked | None:
-        """Return the next trial under this number; None if a grid is exhausted."""
-        if self._grid is None:
-            return self._ask(number)
-        params = next(self._grid, None)
-        return None if params is None else self._ask(number, params)
-
-    def report(self, number: int, epoch: int, value: float) -> bool:
-        """Record an evaluation; return whether the trial is behind and should stop (asynchronous successive
-        halving)."""
-        trial = self._trials[number]
-        trial.report(value, epoch)
-        return self.config.scheduler == "asha" and trial.should_prune()
-
-    def tell(self, number: int, state: str, score: float | None) -> None:
-        """Record a trial's end."""
-        value = score if state == "completed" else None
-        self.study.tell(self._trials.pop(number), value, state=STATES[state] if score is not None else TrialState.FAIL)
+            study.enqueue_trial(dict(trial.params))
+            told = study.ask()
+            ask(told)
+            for point in trial.curve:
+                told.report(getattr(point, search.metric), point.epoch)
+            state = STATES[trial.state] if trial.score is not None else TrialState.FAIL
+            study.tell(told, trial.score if state == TrialState.COMPLETE else None, state=state)
+    members = []
+    for _ in range(first + count):
+        asked = study.ask()
+        ask(asked)
+        members.append(dict(asked.params))
+    return members[first:]
 
 
 def halving(config: SearchConfig, epoch: int, values: Mapping[int, float]) -> set[int]:

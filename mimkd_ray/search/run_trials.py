@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import gc
-import time
+import json
 import traceback
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config, SearchConfig
-from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.config.digest import differences, training_dict, training_part
+from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.data.sources.data_set import Data, open_data
-from mimkd_ray.errors import Interrupted, NonFiniteLossError
+from mimkd_ray.errors import NonFiniteLossError
+from mimkd_ray.json_files import read_json
 from mimkd_ray.search.optuna_study import halving
-from mimkd_ray.search.trial_folders import Ended, Ending, Planned, point_of
+from mimkd_ray.search.table import point_of
 from mimkd_ray.secret_urls import scrubbed
 from mimkd_ray.train.build import make_order, plan_student
 from mimkd_ray.train.distributed import Context, Preemption
@@ -26,32 +29,34 @@ from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.out_of_memory import is_out_of_memory
 from mimkd_ray.train.packed import Member, train_pack
-from mimkd_ray.train.records.outcomes import Failed, Outcome, Stopped
+from mimkd_ray.train.records import checkpoint
+from mimkd_ray.train.records.outcomes import CONFIG, RESULT, Failed, Stopped
 from mimkd_ray.train.start_times import StartTimes
 from mimkd_ray.train.teacher_head import teacher_head
 from mimkd_ray.train.worker import obtain_teacher
 
-Tell = Callable[[Mapping[int, Mapping[str, Any]]], None]
-"""Callback for the figures of an evaluation, by number of trial. It raises to end the trial."""
+Tell = Callable[[Mapping[str, Any]], None]
+"""Callback for the figures of an evaluation. It may end the trial by an exception that is none of a trial's own."""
+
+Ending = Literal["out of memory", "non-finite", "error"]
 
 REASON = 2000
 """Characters of an error that are kept: the error of a non-finite loss names 64 images before the remedy."""
 
 
 class TrialContext:
-    """The context of a trial's process: one worker, whose reports go to the search's driver."""
+    """The context of a trial's process: one worker, whose reports go to Ray Tune."""
 
     rank, world_size = 0, 1
     reports_are_final = True
 
-    def __init__(
-        self, device: torch.device, tell: Callable[[Mapping[str, Any]], None], times: StartTimes | None = None
-    ) -> None:
-        self.times = times or StartTimes()
+    def __init__(self, device: torch.device, tell: Tell) -> None:
+        self.times = StartTimes()
+        self.times.mark("asked")
         self.device, self.launch_id, self._tell = device, uuid.uuid4().hex, tell
 
     def report(self, metrics: Mapping[str, Any]) -> None:
-        """Report an evaluation to the driver; its data is already committed."""
+        """Report an evaluation; its data is already committed."""
         self._tell(metrics)
 
     def stop_requested(self) -> bool:
@@ -101,101 +106,99 @@ def prepare(config: Config, folder: str, device: torch.device) -> None:
         open_cached([planned], data, teacher, context, folder)
 
 
-def run_trials(
-    search: SearchConfig,
-    planned: Sequence[Planned],
-    folder: str,
-    places: Mapping[int, str],
-    device: torch.device,
-    tell: Tell,
-) -> dict[int, Ended]:
-    """Train the trials to their ends. One that fails is an :class:`Ended`, not an exception.
+def train_trial(config: Config, folder: str, run_dir: str, device: torch.device, tell: Tell) -> None:
+    """Train a trial to its end. ``folder`` is where the teacher is that trials share, ``run_dir`` is the trial's own,
+    from which it goes on."""
+    _adopt(run_dir, config)
+    context = TrialContext(device, tell)
+    data, teacher, facts = _opened.get(config, context, folder)
+    train(config, data, teacher, context, run_dir, facts, quiet=True)
 
-    ``folder`` is the search's (the teacher is there), ``places`` are the trials' own. Raises what ``tell`` raises.
+
+def _adopt(run_dir: str, config: Config) -> None:
+    """Let a run go on with the values of ``config``: population-based training gives a trial the checkpoint of another
+    one, and other numbers."""
+    old = read_json(storage.join(run_dir, CONFIG))
+    if old is None or not differences(training_part(old), training_dict(config)):
+        return
+    for name in (RESULT, CONFIG):
+        storage.remove_file(storage.join(run_dir, name))
+    found = checkpoint.newest(run_dir)
+    if found is not None:
+        state = checkpoint.parse(found[1], torch.device("cpu"))
+        state["config"] = training_dict(config)
+        checkpoint.drop_after(run_dir, -1)
+        checkpoint.save(run_dir, state["step"], state, keep=1)
+
+
+def train_members(
+    search: SearchConfig, configs: Sequence[Config], folder: str, run_dir: str, device: torch.device, tell: Tell
+) -> None:
+    """Train the members of a pack to their ends, in folders 0, 1, ... of ``run_dir``, and halve them.
+
+    Tells the figures of the best member that is still going, and as "members" a line of JSON with the figures of those
+    evaluated ("figures") and the ends so far ("ended": index -> kind, reason).
     """
-    began = time.perf_counter()
-    times = StartTimes()
-    times.mark("asked")
-    telling = Telling(tell)
-    try:
-        outcomes = _train(search, planned, folder, places, device, telling, times)
-    except Exception as error:
-        if error is telling.raised or isinstance(error, Interrupted):
-            raise
-        kind, reason = explain(error)
-        if kind == "error":
-            text = scrubbed(traceback.format_exc()).encode()
-            for each in planned:
-                storage.write_bytes(storage.join(places[each.number], "error.txt"), text)
-        outcomes = {each.number: Ended(state="failed", kind=kind, reason=reason) for each in planned}
-        del error
-    gc.collect()  # frees memory after a failed allocation, before the next trial
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    marks = times.marks()
-    stages = {name: at - marks["asked"] for name, at in marks.items()}
-    seconds = time.perf_counter() - began
-    return {
-        number: Ended(state=e.state, kind=e.kind, reason=e.reason, seconds=seconds, details=stages)
-        for number, e in outcomes.items()
-    }
-
-
-class Telling:
-    """A wrapper of `tell` that keeps its exception, to distinguish it from a trial's own failure."""
-
-    def __init__(self, tell: Tell) -> None:
-        self.tell = tell
-        self.raised: Exception | None = None
-
-    def __call__(self, figures: Mapping[int, Mapping[str, Any]]) -> None:
-        try:
-            self.tell(figures)
-        except Exception as error:
-            self.raised = error
-            raise
-
-
-def _train(
-    search: SearchConfig,
-    planned: Sequence[Planned],
-    folder: str,
-    places: Mapping[int, str],
-    device: torch.device,
-    tell: Tell,
-    times: StartTimes,
-) -> dict[int, Ended]:
-    configs = [from_dict(Config, each.config) for each in planned]
-    if len(planned) == 1:
-        number = planned[0].number
-        context = TrialContext(device, lambda metrics: tell({number: metrics}), times)
-        data, teacher, facts = _opened.get(configs[0], context, folder)
-        train(configs[0], data, teacher, context, places[number], facts, quiet=True)
-        return {number: Ended(state="completed")}
-    context = TrialContext(device, lambda _: None, times)
+    context = TrialContext(device, lambda _: None)
     with_teacher = next((config for config in configs if config.loss.uses_teacher), configs[0])
     data, teacher, facts = _opened.get(with_teacher, context, folder)
-    members = [Member(config, places[each.number]) for config, each in zip(configs, planned, strict=True)]
-
+    members = [Member(config, storage.join(run_dir, str(at))) for at, config in enumerate(configs)]
     steps = make_order(configs[0], data.train).steps_per_epoch
+    last: dict[str, Any] = {}
 
     def judge(epoch: int, figures: Mapping[int, Mapping[str, Any]]) -> set[int]:
         told = {at: {"epoch": epoch, "step": epoch * steps, **value} for at, value in figures.items()}
-        tell({planned[at].number: value for at, value in told.items()})
-        return halving(search, epoch, {at: getattr(point_of(value), search.metric) for at, value in told.items()})
+        scores = {at: getattr(point_of(value), search.metric) for at, value in told.items()}
+        best = (max if search.metric == "top1" else min)(scores, key=lambda at: scores[at])
+        last.update({**told[best], search.metric: scores[best]})
+        stop = halving(search, epoch, scores) if epoch < configs[0].train.epochs else set()
+        reason = f"behind at epoch {epoch}: one trial of the pack in {search.reduction} goes on past this rung"
+        tell({**last, "members": json.dumps({"figures": told, "ended": {at: ["early", reason] for at in stop}})})
+        return stop
 
     outcomes = train_pack(members, data, teacher, context, judge, facts)
-    return {each.number: _ended(search, outcome) for each, outcome in zip(planned, outcomes, strict=True)}
+    ended = {}
+    for at, outcome in enumerate(outcomes):
+        if isinstance(outcome, Failed):
+            ended[at] = list(explain(outcome.error))
+        elif not isinstance(outcome, Stopped):
+            ended[at] = ["", ""]
+    tell({**(last or failure(0)), "members": json.dumps({"figures": {}, "ended": ended})})
 
 
-def _ended(search: SearchConfig, outcome: Outcome) -> Ended:
-    if isinstance(outcome, Failed):
-        kind, reason = explain(outcome.error)
-        return Ended(state="failed", kind=kind, reason=reason)
-    if isinstance(outcome, Stopped):
-        reason = f"behind at epoch {outcome.epoch}: one trial of the pack in {search.reduction} goes on past this rung"
-        return Ended(state="stopped", kind="early", reason=reason)
-    return Ended(state="completed")
+@contextmanager
+def failures_told(tell: Tell) -> Iterator[Tell]:
+    """A with-block in which a trial's own failure is told as the worst result, with "failed" (the kind) and "reason":
+    a restart would not cure it, and the searcher learns where not to look. It yields the callback to tell by."""
+    epoch, raised = 0, None
+
+    def telling(figures: Mapping[str, Any]) -> None:
+        nonlocal epoch, raised
+        epoch = figures.get("epoch", epoch)
+        try:
+            tell(figures)
+        except Exception as error:
+            raised = error
+            raise
+
+    try:
+        yield telling
+    except Exception as error:
+        if error is raised:
+            raise
+        kind, reason = explain(error)
+        more = {"traceback": scrubbed(traceback.format_exc())} if kind == "error" else {}
+        tell({**failure(epoch), "failed": kind, "reason": reason, **more})
+        del error
+    finally:
+        gc.collect()  # frees memory after a failed allocation, before the next trial
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def failure(epoch: int) -> dict[str, Any]:
+    """Return the figures of a trial that failed after so many epochs."""
+    return {"epoch": epoch, "step": 0, "top1": 0.0, "top5": 0.0, "cross_entropy": float("inf")}
 
 
 def explain(error: BaseException) -> tuple[Ending, str]:

@@ -14,7 +14,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mimkd_ray.config import Config
 from mimkd_ray.config.loss_presets import Kind
@@ -76,6 +76,32 @@ def compose(spaces: Sequence[Space], base: Config, candidates: Candidates) -> Ca
         return config
 
     return build
+
+
+class Given:
+    """A `Suggest` that gives the values of a trial, and records those that were asked for."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self.params = params
+        self.used: dict[str, Value] = {}
+
+    def _value(self, name: str) -> Any:
+        if name not in self.params:
+            raise UserError(f"the search space asks for {name!r}, and the trial has only {', '.join(self.params)}")
+        return self.params[name]
+
+    def number(self, name: str, low: float, high: float, log: bool = False) -> float:
+        """Return the trial's number; one that a scheduler has moved out of the range is at its end."""
+        self.used[name] = value = min(max(float(self._value(name)), low), high)
+        return value
+
+    def choice(self, name: str, options: Sequence[V]) -> V:
+        """Return the trial's choice."""
+        value = self._value(name)
+        if value not in options:
+            raise UserError(f"the search space offers {list(options)} for {name!r}, and the trial has {value!r}")
+        self.used[name] = value
+        return value
 
 
 def grid_values(low: float, high: float, points: int, log: bool) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from mimkd_ray.config import Config
 from mimkd_ray.config.loss_presets import Kind
@@ -25,6 +25,14 @@ DRAWS = 512
 """Random trials from which the readings of a search are collected."""
 
 V = TypeVar("V", bound=Value)
+
+
+class Range(NamedTuple):
+    """The numbers from low to high; ``log``: evenly spaced by factors."""
+
+    low: float
+    high: float
+    log: bool
 
 
 def find_candidates(config: Config, num_classes: int, of_teacher: int = 0) -> Candidates:
@@ -67,12 +75,30 @@ class _Draw:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)  # not `seeds.derive`: these draws determine what a search's cache must hold
+        self.ranges: dict[str, Range] = {}
+        self.options: dict[str, tuple[Any, ...]] = {}
 
     def number(self, name: str, low: float, high: float, log: bool = False) -> float:
+        self.ranges[name] = Range(low, high, log)
         return low if self.random.random() < 0.5 else high
 
     def choice(self, name: str, options: Sequence[V]) -> V:
+        self.options[name] = tuple(options)
         return self.random.choice(options)
+
+
+def flat_space(build: Callable[[Suggest], Config]) -> dict[str, Range | tuple[Any, ...]]:
+    """Return the range or the options of everything that any trial may ask for, without the conditions: for the
+    searchers and schedulers that know none."""
+    found: dict[str, Range | tuple[Any, ...]] = {}
+    for seed in range(DRAWS):
+        draw = _Draw(seed)
+        build(draw)
+        found |= draw.ranges
+        for name, options in draw.options.items():
+            known = found.get(name, ())
+            found[name] = tuple(dict.fromkeys((*known, *options)))
+    return found
 
 
 def widest(build: Callable[[Suggest], Config], candidates: Candidates) -> Config:

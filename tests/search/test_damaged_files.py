@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from tiny_run import run_tiny, tiny_config
-from tiny_search import tiny_search
 
 from mimkd_ray.errors import DamagedDataError
 from mimkd_ray.json_files import parse, read_if_sound, read_json
-from mimkd_ray.search.trial_folders import Ended, Ledger, Planned
+from mimkd_ray.search.results import Clock
+from mimkd_ray.search.table import Table
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.outcomes import find_result
 from mimkd_ray.train.records.run_dir import read_metrics
@@ -79,28 +79,20 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
 
 
 def test_damage_in_a_search(tmp_path: Path) -> None:
-    search = tiny_search(tmp_path)
-    for _ in range(2):
-        (planned,) = search.next()
-        search.ended(planned.number, Ended(state="completed", seconds=1.0))
-    folder = tmp_path / "search"
-    (folder / "clock.json").write_text("")
-    (folder / "trials" / "0001" / "ended.json").write_text('{"state": "co')
-    again = tiny_search(tmp_path)
-    assert again.spent()[0] < 0.01
-    assert [each.number for each in again.next()] == [1], "it goes on from its checkpoint"
-    shutil.rmtree(folder / "trials" / "0000")
-    with_gap = tiny_search(tmp_path)
-    assert [[each.number for each in with_gap.next()] for _ in range(3)] == [[1], [2], [3]]
-    assert with_gap.next() == [], "three trials, as asked"
-    (folder / "trials" / "0001" / "trial.json").write_text('{"number": 1}')
-    with pytest.raises(DamagedDataError, match=r"0001/trial\.json .* has no 'pack'; remove the trial's folder"):
-        tiny_search(tmp_path)
-
-
-def test_a_state_that_no_trial_has(tmp_path: Path) -> None:
-    ledger = Ledger(str(tmp_path))
-    ledger.begin(Planned(0, 0, {}, {}))
-    (tmp_path / "trials" / "0000" / "ended.json").write_text('{"state": "gone"}')
-    with pytest.raises(DamagedDataError, match=r"files of trial .*0000 are damaged .*'gone'"):
-        ledger.read("top1")
+    table = Table(str(tmp_path), "top1")
+    for name in ("x", "y"):
+        table.begin(name, None, {})
+    (tmp_path / "clock.json").write_text("")
+    assert Clock(str(tmp_path)).hours < 0.01
+    file = tmp_path / "trials" / "0001.json"
+    whole = file.read_text()
+    for text, problem in (
+        ('{"number": 1}', r"0001\.json .* has no 'id'; remove it, and the table goes on"),
+        (whole.replace('"running"', '"gone"'), r"0001\.json is damaged .*'gone'.*: remove it"),
+        (whole.replace('"curve": []', '"curve": [{"top1": 1}]'), r"0001\.json is damaged"),
+    ):
+        file.write_text(text)
+        with pytest.raises(DamagedDataError, match=problem):
+            Table(str(tmp_path), "top1")
+    file.unlink()
+    assert list(Table(str(tmp_path), "top1").rows) == ["x"]

@@ -1,7 +1,9 @@
-"""Trials in a process: alone and in a pack, with their failures told apart; the driver's word ends them."""
+"""Trials in a process: alone and in a pack, with their failures told apart; another trial's checkpoint."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +12,16 @@ from typing import Any
 import pytest
 import torch
 from tiny_run import cpu
-from tiny_search import tiny_job
+from tiny_search import tiny_job, wild
 
 from mimkd_ray.config import Config, SearchJob
-from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.data.sources.data_set import open_data
-from mimkd_ray.search.driver import trial_config
-from mimkd_ray.search.run_trials import explain, prepare, run_trials
-from mimkd_ray.search.trial_folders import Ended, Planned
+from mimkd_ray.json_files import read_json
+from mimkd_ray.search.configs import trial_config
+from mimkd_ray.search.run_trials import explain, failures_told, prepare, train_members, train_trial
 from mimkd_ray.train.loop import train
+from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.outcomes import Finished, Outcome, Stopped
-from mimkd_ray.train.records.run_dir import read_json
 from mimkd_ray.train.worker import obtain_teacher
 
 CPU = torch.device("cpu")
@@ -30,88 +31,102 @@ def with_lr(config: Config, lr: float) -> Config:
     return replace(config, optim=replace(config.optim, lr=lr))
 
 
-def run(
-    folder: Path, job: SearchJob, configs: list[Config], tell: Any = lambda _: None
-) -> tuple[dict[int, Ended], dict[int, str]]:
-    planned = [Planned(number, 0, {}, to_dict(config)) for number, config in enumerate(configs)]
-    places = {number: str(folder / f"trial{number}") for number in range(len(configs))}
-    return run_trials(job.search, planned, str(folder), places, CPU, tell), places
+def run(folder: Path, job: SearchJob, config: Config, tell: Any = lambda _: None) -> dict[str, Any]:
+    """Train a trial in ``folder``/trial, and return what was told last."""
+    last: dict[str, Any] = {}
+
+    def telling(figures: Mapping[str, Any]) -> None:
+        last.clear()
+        last.update(figures)
+        tell(figures)
+
+    with failures_told(telling) as told:
+        train_trial(config, str(folder), str(folder / "trial"), CPU, told)
+    return last
+
+
+def run_pack(folder: Path, job: SearchJob, configs: list[Config]) -> tuple[dict[int, list[str]], list[Any]]:
+    """Train members in ``folder``/pack, and return their ends and all that was told."""
+    told: list[Any] = []
+    train_members(job.search, configs, str(folder), str(folder / "pack"), CPU, told.append)
+    ended: dict[int, list[str]] = {}
+    for each in told:
+        ended |= {int(at): end for at, end in json.loads(each["members"])["ended"].items()}
+    return ended, told
 
 
 def test_a_lone_trial_reports_what_is_committed(tmp_path: Path) -> None:
     job = tiny_job(tmp_path)
-    config = trial_config(job)
+    place = tmp_path / "trial"
     heard: list[Mapping[str, Any]] = []
 
-    def tell(figures: Mapping[int, Mapping[str, Any]]) -> None:
-        heard.append(figures[0])
-        folders = list((tmp_path / "trial0" / "checkpoints").glob("*/committed.json"))
-        assert folders or figures[0]["epoch"] == 2, "a worker may be ended in a report"
-        assert read_json(str(tmp_path / "trial0" / "best.json"))["top1"] == max(each["top1"] for each in heard)
+    def tell(figures: Mapping[str, Any]) -> None:
+        heard.append(dict(figures))
+        folders = list((place / "checkpoints").glob("*/committed.json"))
+        assert folders or figures["epoch"] == 2, "a worker may be ended in a report, and the folder is its checkpoint"
+        assert (figures["epoch"] == 2) == (place / "result.json").exists()
+        assert read_json(str(place / "best.json"))["top1"] == max(each["top1"] for each in heard)
 
-    ended, places = run(tmp_path, job, [config], tell)
-    assert ended[0].state == "completed"
+    last = run(tmp_path, job, trial_config(job, job.search), tell)
+    assert "failed" not in last
     assert [each["epoch"] for each in heard] == [1, 2]
-    stages = ended[0].details
-    assert list(stages) == ["asked", "data", "teacher", "cache", "built", "first_batch", "first_step"]
-    assert [0.0, *sorted(stages.values())[1:]] == list(stages.values())
-    assert stages["first_step"] <= ended[0].seconds
-    result = read_json(f"{places[0]}/result.json")
+    result = read_json(str(place / "result.json"))
     assert result["student"]["top1"] == heard[-1]["top1"]
     assert result["teacher"]["name"] == "cifar/resnet8"
+    stages = list(result["timeline"])
+    assert stages == ["asked", "data", "teacher", "cache", "built", "first_batch", "first_step"]
 
 
 def test_a_pack_trains_what_lone_trials_train(tmp_path: Path) -> None:
-    job = tiny_job(tmp_path, scheduler="none")
-    base = trial_config(job)
+    job = tiny_job(tmp_path, scheduler="none", pack=3)
+    base = trial_config(job, job.search)
     configs = [base, with_lr(base, 0.01), replace(base, loss=replace(base.loss, bound="jsd", negatives="rolled"))]
-    heard: list[Any] = []
-    ended, places = run(tmp_path / "pack", job, configs, heard.append)
-    assert [each.state for each in ended.values()] == ["completed"] * 3
-    assert [sorted(figures) for figures in heard] == [[0, 1, 2]] * 2
+    ended, told = run_pack(tmp_path, job, configs)
+    assert ended == {0: ["", ""], 1: ["", ""], 2: ["", ""]}
+    evaluations = [json.loads(each["members"])["figures"] for each in told]
+    assert [sorted(figures) for figures in evaluations] == [["0", "1", "2"]] * 2 + [[]]
+    assert told[0]["top1"] == max(figures["top1"] for figures in evaluations[0].values())
     for number, config in enumerate(configs):
         data = open_data(config.data)
         teacher, facts = obtain_teacher(config, data, cpu(), str(tmp_path / "alone"))
         train(config, data, teacher, cpu(), str(tmp_path / f"alone{number}"), facts, quiet=True)
         alone = (tmp_path / f"alone{number}" / "student.safetensors").read_bytes()
-        assert (Path(places[number]) / "student.safetensors").read_bytes() == alone
+        assert (tmp_path / "pack" / str(number) / "student.safetensors").read_bytes() == alone
 
 
 def test_a_pack_halves(tmp_path: Path) -> None:
     """Three trials, one in two goes on past the first epoch: the one whose learning rate is no disaster."""
-    job = tiny_job(tmp_path, scheduler="asha", reduction=3, grace=1)
-    base = trial_config(job)
-    ended, places = run(tmp_path, job, [with_lr(base, 1e-9), base, with_lr(base, 1e-8)])
-    tops = {n: read_json(f"{place}/best.json")["top1"] for n, place in places.items()}
+    job = tiny_job(tmp_path, scheduler="asha", reduction=3, grace=1, pack=3)
+    base = trial_config(job, job.search)
+    ended, _ = run_pack(tmp_path, job, [with_lr(base, 1e-9), base, with_lr(base, 1e-8)])
+    tops = {n: read_json(str(tmp_path / "pack" / str(n) / "best.json"))["top1"] for n in range(3)}
     best = max(tops, key=lambda number: tops[number])
-    assert [ended[n].state for n in range(3)] == ["completed" if n == best else "stopped" for n in range(3)]
-    stopped = next(each for each in ended.values() if each.state == "stopped")
-    assert (stopped.kind, "epoch 1" in stopped.reason) == ("early", True)
+    assert [ended[n][0] for n in range(3)] == ["" if n == best else "early" for n in range(3)]
+    assert all("epoch 1" in ended[n][1] for n in range(3) if n != best)
 
 
 def test_failures_are_told_apart_and_cost_the_others_nothing(tmp_path: Path) -> None:
-    """Out of memory by a real allocation, a loss that explodes, a layer that is not there."""
-    job = tiny_job(tmp_path)
-    base = trial_config(job)
-    huge = replace(base, loss=replace(base.loss, critic=replace(base.loss.critic, width=200_000)))
-    ended, _ = run(tmp_path / "a", job, [huge])
-    assert (ended[0].state, ended[0].kind) == ("failed", "out of memory"), ended
-    assert "allocate" in ended[0].reason
-    ended, _ = run(tmp_path / "b", job, [with_lr(base, 1e30)])
-    assert (ended[0].state, ended[0].kind) == ("failed", "non-finite")
-    assert "lower --optim.lr" in ended[0].reason
-    wrong = replace(base, loss=replace(base.loss, feature_pairs=("stage3:nowhere",)))
-    ended, _ = run(tmp_path / "c", job, [wrong])
-    assert (ended[0].state, ended[0].kind) == ("failed", "error")
-    assert "nowhere" in ended[0].reason
-    assert "Traceback" in (tmp_path / "c" / "trial0" / "error.txt").read_text()
-    ended, _ = run(tmp_path / "d", job, [with_lr(base, 1e30), base])
-    assert [(each.state, each.kind) for each in ended.values()] == [("failed", "non-finite"), ("completed", "")]
-    ended, _ = run(tmp_path / "e", job, [huge, base])
-    assert [(each.state, each.kind) for each in ended.values()] == [("failed", "out of memory"), ("completed", "")]
+    """Out of memory by a real allocation, a loss that explodes, a layer that is not there: the worst results."""
+    job = tiny_job(tmp_path, pack=2)
+    base = trial_config(job, job.search)
+    huge = replace(base, student=replace(base.student, name="tiny_search:giant"))
+    told = run(tmp_path / "a", job, huge)
+    assert (told["failed"], told["top1"], told["cross_entropy"], told["epoch"]) == ("out of memory", 0.0, math.inf, 0)
+    assert "allocate" in told["reason"]
+    told = run(tmp_path / "b", job, wild(base))
+    assert told["failed"] == "non-finite"
+    assert "lower --optim.lr" in told["reason"]
+    told = run(tmp_path / "c", job, replace(base, loss=replace(base.loss, feature_pairs=("stage3:nowhere",))))
+    assert told["failed"] == "error"
+    assert "nowhere" in told["reason"]
+    assert "Traceback" in told["traceback"]
+    ended, _ = run_pack(tmp_path / "d", job, [wild(base), base])
+    assert [end[0] for _, end in sorted(ended.items())] == ["non-finite", ""]
+    ended, _ = run_pack(tmp_path / "e", job, [huge, base])
+    assert [end[0] for _, end in sorted(ended.items())] == ["out of memory", ""]
 
 
-def test_what_the_driver_raises_goes_through(tmp_path: Path) -> None:
+def test_what_a_report_raises_goes_through(tmp_path: Path) -> None:
     class Stop(Exception):
         pass
 
@@ -120,45 +135,62 @@ def test_what_the_driver_raises_goes_through(tmp_path: Path) -> None:
 
     job = tiny_job(tmp_path)
     with pytest.raises(Stop):
-        run(tmp_path, job, [trial_config(job)], tell)
+        run(tmp_path, job, trial_config(job, job.search), tell)
 
 
 def test_a_trial_goes_on_after_it_was_ended_in_a_report(tmp_path: Path) -> None:
     """Ended in its first report, by something that no handler takes for a failure: the rest equals a whole one's."""
     job = tiny_job(tmp_path)
-    config = trial_config(job)
+    config = trial_config(job, job.search)
 
     def leave(_: Any) -> None:
         raise SystemExit(0)  # what Ray Tune does to a trial's thread
 
     with pytest.raises(SystemExit):
-        run(tmp_path / "a", job, [config], leave)
+        run(tmp_path / "a", job, config, leave)
     heard: list[Any] = []
-    ended, places = run(tmp_path / "a", job, [config], heard.append)
-    assert ended[0].state == "completed"
-    assert [figures[0]["epoch"] for figures in heard] == [2]
-    _, whole = run(tmp_path / "b", job, [config])
-    weights = [Path(place[0]) / "student.safetensors" for place in (places, whole)]
+    assert "failed" not in run(tmp_path / "a", job, config, lambda figures: heard.append(dict(figures)))
+    assert [figures["epoch"] for figures in heard] == [2]
+    run(tmp_path / "b", job, config)
+    weights = [tmp_path / name / "trial" / "student.safetensors" for name in ("a", "b")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_a_trial_goes_on_from_another_ones_checkpoint(tmp_path: Path) -> None:
+    """Population-based training: the folder of a better trial, and other numbers. Its weights go on, also of a trial
+    that has finished, and nothing refuses the values."""
+    job = tiny_job(tmp_path)
+    config = trial_config(job, job.search)
+    run(tmp_path, job, config)
+    before = checkpoint.newest(str(tmp_path / "trial"))
+    assert before is not None
+    heard: list[Any] = []
+    run(tmp_path, job, with_lr(config, 0.5), lambda figures: heard.append(dict(figures)))
+    assert [figures["epoch"] for figures in heard] == [2], "from the checkpoint of its first epoch"
+    after = checkpoint.newest(str(tmp_path / "trial"))
+    assert after is not None
+    states = [checkpoint.parse(content, CPU) for _, content in (before, after)]
+    assert [state["config"]["optim"]["lr"] for state in states] == [config.optim.lr, 0.5]
+    assert all(torch.equal(states[0]["distiller"][name], value) for name, value in states[1]["distiller"].items())
+    assert read_json(str(tmp_path / "trial" / "config.json"))["optim"]["lr"] == 0.5
+    assert run(tmp_path, job, with_lr(config, 0.5)) == {}, "the same values: it has finished"
+
+
 def test_the_teacher_is_trained_once_and_before(tmp_path: Path) -> None:
-    sections = {"teacher": {"train": True, "epochs": 1}}
-    job = tiny_job(tmp_path, sections)
-    config = trial_config(job)
+    job = tiny_job(tmp_path, {"teacher": {"train": True, "epochs": 1}})
+    config = trial_config(job, job.search)
     prepare(config, str(tmp_path), CPU)
     made = (tmp_path / "teacher" / "student.safetensors").stat().st_mtime_ns
-    ended, places = run(tmp_path, job, [config])
-    assert ended[0].state == "completed"
+    assert "failed" not in run(tmp_path, job, config)
     assert (tmp_path / "teacher" / "student.safetensors").stat().st_mtime_ns == made
-    facts = read_json(f"{places[0]}/result.json")["teacher"]
+    facts = read_json(str(tmp_path / "trial" / "result.json"))["teacher"]
     assert facts == read_json(str(tmp_path / "teacher.json"))
 
 
 def test_a_pack_halves_by_what_json_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An infinite cross-entropy is told as null, and is the worst there is."""
-    job = tiny_job(tmp_path, scheduler="asha", reduction=2, grace=1, metric="cross_entropy")
-    base = trial_config(job)
+    job = tiny_job(tmp_path, scheduler="asha", reduction=2, grace=1, metric="cross_entropy", pack=2)
+    base = trial_config(job, job.search)
     stopped: list[set[int]] = []
 
     def train_pack(members: Any, data: Any, teacher: Any, context: Any, judge: Any, extra: Any) -> list[Outcome]:
@@ -167,9 +199,10 @@ def test_a_pack_halves_by_what_json_cannot_hold(tmp_path: Path, monkeypatch: pyt
         return [Stopped(1), Finished({})]
 
     monkeypatch.setattr("mimkd_ray.search.run_trials.train_pack", train_pack)
-    ended, _ = run(tmp_path, job, [base, with_lr(base, 0.01)])
+    ended, told = run_pack(tmp_path, job, [base, with_lr(base, 0.01)])
     assert stopped == [{0}]
-    assert [each.state for each in ended.values()] == ["stopped", "completed"]
+    assert [end[0] for _, end in sorted(ended.items())] == ["early", ""]
+    assert [each["cross_entropy"] for each in told] == [2.0, 2.0]
 
 
 @pytest.mark.parametrize(

@@ -26,20 +26,22 @@ OF_A_RUN = (
     *("evaluation.json", "predictions.parquet", "report.html"),
     *("lock.json", "labels.json"),
 )
-OF_A_TRIAL = ("trial.json", "ended.json", "error.txt")
 OF_AN_EXPORT = (
     *("model.safetensors", "config.json", "README.md", "export.json", "training_config.json"),
     *("student.onnx", "student.pt2", "student_int8.onnx", "student_int8.pt2"),
 )
 """In the folder `export` of a run."""
-OF_A_SEARCH = ("clock.json", "trials.parquet", "finals.json")
+OF_A_SEARCH = ("clock.json", "trials.parquet", "finals.json", "members.json", "files.json", "place.json")
 
 _SECTIONS = ("data", "teacher", "student", "loss", "optim", "train", "run")
-_FILE = "|".join(map(re.escape, (*OF_A_RUN, *OF_A_TRIAL, *OF_A_SEARCH)))
+_FILE = "|".join(map(re.escape, (*OF_A_RUN, *OF_A_SEARCH)))
 _EXPORTED = "|".join(map(re.escape, OF_AN_EXPORT))
 _ARMS = "|".join(("alone", *get_args(Method)))
-# A directory of a run within one: the teacher's, a trial's, a finalist's, an arm's of a comparison.
-_RUN = rf"(?:teacher|trials/\d{{4,}}|finals/\d{{4,}}-seed\d{{2,}}|(?:{_ARMS})-seed\d{{2,}})"
+_TUNE = r"(?:tune|finals-[0-9a-f]{8})"  # an experiment of Ray Tune, with its trials
+_TRIAL = rf"{_TUNE}/trial-[0-9a-z_]+"
+# A directory of a run within one: the teacher's, that of a trial of several workers, an arm's of a comparison, and what
+# Ray Tune keeps of a trial or of the members of a pack.
+_RUN = rf"(?:teacher|trials/[0-9a-z_]{{4,}}|{_TRIAL}/checkpoint_\d{{6}}(?:/\d+)?|(?:{_ARMS})-seed\d{{2,}})"
 _CHECKPOINT = r"checkpoints/step_\d{8,}-[0-9a-f]{6}"
 _OWN_FILE = "|".join(
     (
@@ -48,11 +50,17 @@ _OWN_FILE = "|".join(
         r"tensorboard/events\.out\.tfevents\.[^/]+",
         rf"export/(?:{_EXPORTED})",
         r"calibrations/[0-9a-f]{24}\.safetensors",
+        r"trials/\d{4,}\.json",
+        rf"{_TUNE}/(?:tuner\.pkl|\.validate_storage_marker|[a-z_-]+-[0-9_-]+\.(?:json|pkl)|pbt_[0-9a-z_]+\.txt)",
+        rf"{_TRIAL}/(?:params\.json|params\.pkl|progress\.csv|error\.txt|error\.pkl|events\.out\.tfevents\.[^/]+)",
+        rf"{_TRIAL}/(?:result\.json|checkpoint_\d{{6}}/\.[a-z_]+\.(?:json|pkl))",
         r"(?:[^/]+/)*\.[^/]+\.\d+-[0-9a-f]{12}\.tmp",  # a kill came in the middle of writing (local_files.py)
     )
 )
 _OURS = re.compile(rf"(?:{_RUN}/)*(?:{_OWN_FILE})")
-_FOLDER = re.compile(rf"(?:{_RUN}/)*(?:{_RUN}|trials|finals|checkpoints|{_CHECKPOINT}|tensorboard|calibrations|export)")
+_FOLDER = re.compile(
+    rf"(?:{_RUN}/)*(?:{_RUN}|{_TUNE}|{_TRIAL}|trials|checkpoints|{_CHECKPOINT}|tensorboard|calibrations|export)"
+)
 
 
 def is_ours(path: str) -> bool:

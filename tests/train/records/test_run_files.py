@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_run import tiny_config
@@ -12,7 +13,7 @@ from tiny_run import tiny_config
 from mimkd_ray import storage
 from mimkd_ray.cli import search as search_line
 from mimkd_ray.cli import training
-from mimkd_ray.config import Config, RunConfig
+from mimkd_ray.config import Config, LaunchConfig, RunConfig
 from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.config.search import SearchConfig, search_job
 from mimkd_ray.errors import UserError
@@ -57,7 +58,8 @@ def test_a_directory_that_is_no_runs_is_refused_and_stays(
         UserError, match=r"is not the directory of a run.*Nothing was removed: give another --run\.name"
     ):
         overwritten(config)
-    job = search_job(config, run=replace(config.run, overwrite=True), search=SearchConfig(holdout=0.3))
+    changes: dict[str, Any] = {"run": replace(config.run, overwrite=True), "launch": LaunchConfig()}
+    job = search_job(config, **changes, search=SearchConfig(holdout=0.3))
     with pytest.raises(UserError, match="Nothing was removed"):
         search_line.search(job, SPACES)
     assert files(place) == before
@@ -152,21 +154,20 @@ def test_everything_that_jobs_write_is_on_the_list(tmp_path: Path) -> None:
         "tensorboard": True,
     }
     training.run(tiny_config(**fields, run=run, compare={"seeds": 1, "arms": ("alone", "kd", "mimkd", "dkd")}))
-    own = SearchConfig(space=("temperature",), trials=3, holdout=0.3, finalists=1, seeds=1, epochs=1, pack=2)
-    job = search_job(tiny_config(**fields, run={**run, "name": "search"}), search=own)
-    assert search_line.search(job, SPACES) == 0
-    for name, some in (("compare", "dkd-seed00/result.json"), ("search", "trials/0001/trial.json")):
-        found = files(tmp_path / name)
-        assert some in found
-        assert [path for path in found if not run_files.is_ours(path)] == []
-        assert name == "search" or any("/checkpoints/step_" in path for path in found)
-        assert run_files.remove_run(str(tmp_path / name)) == []
+    found = files(tmp_path / "compare")
+    assert "dkd-seed00/result.json" in found
+    assert [path for path in found if not run_files.is_ours(path)] == []
+    assert any("/checkpoints/step_" in path for path in found)
+    assert run_files.remove_run(str(tmp_path / "compare")) == []
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     "path",
-    ["train-0.parquet", "a/config.json", "trials/a.txt", "checkpoints/x/state.pt", "teacher/x", "tensorboard/x"],
+    [
+        *("train-0.parquet", "a/config.json", "trials/a.txt", "checkpoints/x/state.pt", "teacher/x", "tensorboard/x"),
+        *("tune/mine.json", "tune/trial-0a/notes.txt", "trials/mine.json", "tune/trial-0a/checkpoint_000000/x.pt"),
+    ],
 )
 def test_what_is_not_ours(path: str) -> None:
     assert not run_files.is_ours(path)

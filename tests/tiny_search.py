@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tiny_run import tiny_config
+from torch import nn
 
 from mimkd_ray.config import Config, SearchConfig, SearchJob
 from mimkd_ray.config.search import search_job
-from mimkd_ray.search.driver import Search, claim
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.search.configs import TrialConfigs, trial_config
 from mimkd_ray.search.spaces import SPACES
 from mimkd_ray.search.suggest import Candidates, Suggest, find_spaces
 
@@ -24,11 +26,10 @@ def tiny_job(folder: Path | str, sections: dict[str, dict[str, Any]] | None = No
     return search_job(tiny_config(**own), search=config)
 
 
-def tiny_search(folder: Path, **search: Any) -> Search:
-    """A search in ``folder``, as its driver sees it."""
-    job = tiny_job(folder, **search)
-    claim(job, str(folder / "search"))
-    return Search(job, str(folder / "search"), find_spaces(job.search.space, SPACES))
+def tiny_configs(folder: Path, *names: str, **search: Any) -> TrialConfigs:
+    """The configs of its trials; spaces by ``names``."""
+    job = tiny_job(folder, space=names or ("temperature",), **search)
+    return TrialConfigs(trial_config(job, job.search), find_spaces(job.search.space, SPACES))
 
 
 def figures(epoch: int, top1: float, nats: float = 1.0) -> dict[str, Any]:
@@ -42,18 +43,43 @@ def width(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
     return replace(config, loss=replace(config.loss, critic=replace(config.loss.critic, width=own)))
 
 
+def giant(num_classes: int) -> nn.Module:
+    """A network of four terabytes."""
+    model = build_model("cifar/resnet8_w4", num_classes)
+    model.giant = nn.Linear(10**6, 10**6)
+    return model
+
+
+def wild(config: Config) -> Config:
+    """A config whose weights grow a million times at every step."""
+    return replace(config, optim=replace(config.optim, lr=1000.0, weight_decay=1000.0))
+
+
 def unlucky(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
     """Some trials cannot be trained: one asks for more memory than there is, one has a loss that explodes."""
     fate = suggest.choice("fate", ("fine", "huge", "wild"))
     if fate == "huge":
-        return replace(
-            config, loss=replace(config.loss, critic=replace(config.loss.critic, teacher="mlp", width=200_000))
-        )
+        return replace(config, student=replace(config.student, name="tiny_search:giant"))
     if fate == "wild":
-        return replace(config, optim=replace(config.optim, lr=1e30))
+        return wild(config)
     return config
 
 
 def slow_second(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
     """Three trials of a grid, of which the second learns nothing."""
     return replace(config, optim=replace(config.optim, lr=suggest.choice("lr", (0.05, 1e-9, 0.02))))
+
+
+def steady(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """A number that a population moves."""
+    return replace(config, optim=replace(config.optim, lr=suggest.number("lr", 1e-3, 0.1, log=True)))
+
+
+def own_searcher(search: SearchConfig) -> Any:
+    """What stands for a searcher of a user's own."""
+    return f"mine {search.trials}"
+
+
+def odd(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+    """Another space of a user's own."""
+    return replace(config, loss=replace(config.loss, kd_weight=suggest.number("kd_weight", 0.1, 1.0)))

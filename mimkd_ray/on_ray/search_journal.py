@@ -1,0 +1,204 @@
+"""The callback by which Ray Tune's trials become the rows of a search's table, and its budget as a stopper."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from mimkd_ray import console, storage
+from mimkd_ray.config import SearchJob
+from mimkd_ray.config.json_form import from_dict
+from mimkd_ray.errors import UserError
+from mimkd_ray.json_files import read_json
+from mimkd_ray.search.configs import Made, TrialConfigs
+from mimkd_ray.search.results import Clock, ending, values, write_report
+from mimkd_ray.search.run_trials import REASON
+from mimkd_ray.search.table import Table
+
+LINE_SECONDS = 10.0
+"""Least seconds between two printed evaluations; the end of every trial is printed."""
+
+PUBLISH_SECONDS, PUBLISH_SHARE = 10.0, 0.02
+"""Least seconds between two updates of trials.parquet, best.json and report.html while trials run, and largest share of
+the driver's time for them: a report of hundreds of trials takes seconds to draw."""
+
+LOW_ON_MEMORY = ("OutOfMemoryError", "low on memory")
+"""Parts of Ray's message about a process that its memory monitor has killed."""
+
+
+class Journal(tune.Callback):
+    """Writes the table, the report and the terminal's lines. Tune pickles it at the start of an experiment, without
+    what it has read: a restored one reads the table anew."""
+
+    def __init__(self, job: SearchJob, folder: str, configs: TrialConfigs, gpus: float) -> None:
+        """``gpus``: those of a trial."""
+        self.job, self.folder, self.configs, self.gpus = job, folder, configs, gpus
+        self._table: Table | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_table": None}
+
+    def open(self) -> Table:
+        """Read the table, and the limits of this start."""
+        self.job = from_dict(SearchJob, read_json(storage.join(self.folder, "config.json")) or {})
+        self._table = Table(self.folder, self.job.search.metric)
+        self.clock = Clock(self.folder)
+        self._known = False
+        self._line = self._next_publishing = 0.0
+        return self._table
+
+    @property
+    def table(self) -> Table:
+        """The table, opened."""
+        return self._table or self.open()
+
+    def over_budget(self) -> str:
+        """Return a message about the budget that is used up, "" if none is."""
+        rows, search = self.table.rows.values(), self.job.search
+        used = {"hours": self.clock.hours, "gpu_hours": 0.0}
+        if search.gpu_hours:
+            members = max(1, search.pack)
+            used["gpu_hours"] = sum(row.seconds for row in rows) * self.gpus / members / 3600
+        for name, hours in used.items():
+            limit = getattr(search, name)
+            if limit and hours >= limit:
+                return f"the budget is used up: {hours:.2f} of {limit:g} {name}"
+        return ""
+
+    # What Tune calls
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Forget rows that Tune does not know, once."""
+        if not self.table.rows or self._known:
+            return
+        self._known = True
+        self.table.keep({trial.trial_id for trial in trials})
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial begins or goes on, perhaps with other values."""
+        self._known = True
+        if "pack" not in trial.config:
+            self._begin(trial.trial_id, trial.config)
+
+    def _begin(self, name: str, params: Mapping[str, Any]) -> None:
+        made: Made | None = None
+        with suppress(UserError):  # the trial fails with it
+            made = self.configs(params)
+        row = self.table.rows.get(name)
+        if row is None or row.state != "running" or (made and row.params != made.params):
+            row = self.table.begin(name, made, params)
+            console.line(f"trial {row.number}: {values(row.params)}")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """An evaluation, or the failure of a trial."""
+        if "pack" in trial.config:
+            self._heard_pack(trial.trial_id, result)
+        elif "failed" in result:
+            self._ended(trial.trial_id, "failed", result["failed"], result["reason"])
+        else:
+            self._heard(trial.trial_id, result)
+        self._publish()
+
+    def _heard(self, name: str, figures: Mapping[str, Any]) -> None:
+        self.table.heard(name, figures)
+        if time.monotonic() - self._line > LINE_SECONDS:
+            self._line = time.monotonic()
+            number, epoch = self.table.rows[name].number, figures["epoch"]
+            console.line(f"trial {number}: epoch {epoch}, top-1 {figures['top1']:.2f} %")
+
+    def _heard_pack(self, name: str, result: Mapping[str, Any]) -> None:
+        drawn = json.loads(result.get("drawn", "[]"))
+        for at, params in enumerate(drawn):
+            if f"{name}/{at}" not in self.table.rows:
+                self._begin(f"{name}/{at}", params)
+        if "failed" in result:
+            for at in range(len(drawn)):
+                if self.table.rows[f"{name}/{at}"].state == "running":
+                    self._ended(f"{name}/{at}", "failed", result["failed"], result["reason"])
+            return
+        told = json.loads(result["members"])
+        for at, figures in told["figures"].items():
+            if self.table.rows[f"{name}/{at}"].state == "running":
+                self._heard(f"{name}/{at}", {**figures, "time_total_s": result["time_total_s"]})
+        for at, (kind, reason) in told["ended"].items():
+            if self.table.rows[f"{name}/{at}"].state == "running":
+                state = "stopped" if kind == "early" else "failed" if kind else "completed"
+                self._ended(f"{name}/{at}", state, kind, reason)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has come to its end, or was stopped by the scheduler or the budget."""
+        for name in self._names(trial):
+            row = self.table.rows[name]
+            if row.state != "running":
+                continue
+            last = row.curve[-1].epoch if row.curve else 0
+            if last >= self.configs.base.train.epochs:
+                self._ended(name, "completed")
+            elif over := self.over_budget():
+                self._ended(name, "stopped", "budget", over)
+            else:
+                self._ended(name, "stopped", "early", f"stopped by {self.job.search.scheduler} after epoch {last}")
+        self._publish()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial's process was lost more often than it may be."""
+        text = Path(trial.error_file).read_text() if trial.error_file and Path(trial.error_file).exists() else ""
+        kind = "out of memory" if any(words in text for words in LOW_ON_MEMORY) else "lost"
+        said = " ".join(text.strip().split("\n")[-1].split())[:REASON] or "its process is gone"
+        for name in self._names(trial):
+            if self.table.rows[name].state == "running":
+                self._ended(name, "failed", kind, said)
+
+    def _names(self, trial: Any) -> list[str]:
+        return [name for name in self.table.rows if name.partition("/")[0] == trial.trial_id]
+
+    def _ended(self, name: str, state: Any, kind: str = "", reason: str = "") -> None:
+        self.table.ended(name, state, kind, reason)
+        row = self.table.rows[name]
+        over = sum(each.state != "running" for each in self.table.rows.values())
+        left = f" of {self.job.search.trials}" if self.job.search.trials else ""
+        hours = self.clock.hours
+        console.line(f"trial {row.number}: {ending(row, self.table.metric)}; {over}{left} over in {hours:.2f} h")
+
+    def _publish(self) -> None:
+        began = time.monotonic()
+        if began >= self._next_publishing:
+            self.publish()
+            seconds = time.monotonic() - began
+            self._next_publishing = time.monotonic() + max(PUBLISH_SECONDS, seconds / PUBLISH_SHARE)
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """The trials are over, or Tune was interrupted."""
+        for trial in trials:
+            if trial.status == "ERROR":  # Tune does not tell of one that it could not begin again
+                self.on_trial_error(0, trials, trial)
+        self.publish()
+
+    def publish(self, finished: bool = False) -> None:
+        """Bring the search's files up to date."""
+        self.table.publish(self.job)
+        self.clock.save(finished)
+        write_report(self.job, self.configs.base, self.table, self.clock.hours)
+
+
+class Budget(tune.Stopper):
+    """Ends a search when its hours are used up."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Return False: no trial is stopped alone."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Return whether the budget is used up."""
+        return bool(self.journal.over_budget())

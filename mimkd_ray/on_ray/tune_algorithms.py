@@ -1,0 +1,138 @@
+"""Ray Tune's searchers, schedulers and loggers by the names of the command line."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from ray import tune
+from ray.tune import schedulers
+from ray.tune.schedulers.pb2 import PB2
+from ray.tune.search.optuna import OptunaSearch
+
+from mimkd_ray.config import SearchConfig
+from mimkd_ray.config.search import POPULATION
+from mimkd_ray.errors import UserError
+from mimkd_ray.search.configs import FieldConfigs, TrialConfigs
+from mimkd_ray.search.optuna_study import DefineByRun, combinations, sampler
+from mimkd_ray.search.tap_candidates import Range, flat_space
+from mimkd_ray.search.trials import direction
+
+SEARCHERS = {
+    "hyperopt": ("hyperopt", "ray.tune.search.hyperopt", "HyperOptSearch"),
+    "ax": ("ax", "ray.tune.search.ax", "AxSearch"),
+    "bohb": ("hpbandster", "ray.tune.search.bohb", "TuneBOHB"),
+}
+"""Package to install, and the module and name of Ray's class."""
+
+PACKAGES = {"ax": "ax-platform sqlalchemy", "hpbandster": "hpbandster ConfigSpace", "comet_ml": "comet-ml"}
+"""Names for pip, where they differ from the module's."""
+
+LOGGERS = {
+    "mlflow": ("mlflow", "ray.air.integrations.mlflow", "MLflowLoggerCallback"),
+    "wandb": ("wandb", "ray.air.integrations.wandb", "WandbLoggerCallback"),
+    "comet": ("comet_ml", "ray.air.integrations.comet", "CometLoggerCallback"),
+}
+
+
+def metric_of(search: SearchConfig) -> dict[str, str]:
+    """Return the metric and the mode, as Ray Tune takes them."""
+    return {"metric": search.metric, "mode": "max" if direction(search.metric) == "maximize" else "min"}
+
+
+def scheduler_of(search: SearchConfig, configs: TrialConfigs | FieldConfigs) -> schedulers.TrialScheduler:
+    """Return the scheduler. Time is counted in epochs."""
+    epochs = configs.base.train.epochs
+    if search.pack > 1 or search.scheduler == "none":
+        return schedulers.FIFOScheduler()
+    if search.scheduler == "asha":
+        return schedulers.ASHAScheduler(
+            time_attr="epoch",
+            max_t=epochs,
+            grace_period=min(search.grace, epochs),
+            reduction_factor=search.reduction,
+        )
+    if search.scheduler == "hyperband":
+        kind = schedulers.HyperBandForBOHB if search.algorithm == "bohb" else schedulers.HyperBandScheduler
+        return kind(time_attr="epoch", max_t=epochs, reduction_factor=search.reduction)
+    if search.scheduler == "median":
+        return schedulers.MedianStoppingRule(time_attr="epoch", grace_period=search.grace)
+    assert isinstance(configs, TrialConfigs)
+    ranges = {name: value for name, value in flat_space(configs.build).items() if isinstance(value, Range)}
+    if not ranges:
+        raise UserError(f"search.scheduler {search.scheduler} moves numbers, and the space {search.space} has none")
+    if search.scheduler == "pb2":
+        bounds = {name: [value.low, value.high] for name, value in ranges.items()}
+        return PB2(time_attr="epoch", perturbation_interval=search.grace, hyperparam_bounds=bounds)
+    return schedulers.PopulationBasedTraining(
+        time_attr="epoch",
+        perturbation_interval=search.grace,
+        hyperparam_mutations={name: _domain(value) for name, value in ranges.items()},
+    )
+
+
+def searcher_of(search: SearchConfig, configs: TrialConfigs) -> tuple[Any, dict[str, Any] | None, int]:
+    """Return the searcher (None: Ray's own draws), the flat space that it needs if it knows no conditions, and the
+    number of samples."""
+    trials = search.trials or -1
+    if search.pack > 1:
+        packs = -(-_count(search, configs) // search.pack) if trials > 0 or search.algorithm == "grid" else 0
+        if packs:
+            return None, {"pack": tune.grid_search(list(range(packs)))}, 1
+        return None, {"pack": tune.randint(0, 2**31)}, -1
+    if search.scheduler in POPULATION:
+        return None, tune_space(configs), trials
+    if search.algorithm in ("tpe", "random", "grid"):
+        points = list(combinations(search, configs)) if search.algorithm == "grid" else None
+        space = DefineByRun(configs, search.points if points else 0)
+        found = OptunaSearch(space, sampler=sampler(search), points_to_evaluate=points, **metric_of(search))
+        return found, None, len(points) if points else trials
+    return _named(search), tune_space(configs), trials
+
+
+def _count(search: SearchConfig, configs: TrialConfigs) -> int:
+    return sum(1 for _ in combinations(search, configs)) if search.algorithm == "grid" else search.trials
+
+
+def _named(search: SearchConfig) -> Any:
+    """Return a searcher of Ray by its name, or one of the user's own."""
+    module, _, function = search.algorithm.partition(":")
+    if function:
+        try:
+            return getattr(importlib.import_module(module), function)(search)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"search.algorithm {search.algorithm!r} cannot be imported: {error}") from None
+    package, module, name = SEARCHERS[search.algorithm]
+    _require(package, f"--search.algorithm {search.algorithm}")
+    seed = {"hyperopt": {"random_state_seed": search.seed % 2**32}, "bohb": {"seed": search.seed % 2**32}}
+    return getattr(importlib.import_module(module), name)(**metric_of(search), **seed.get(search.algorithm, {}))
+
+
+def _require(package: str, flag: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{flag}: {package} is not installed; pip install {PACKAGES.get(package, package)}")
+
+
+def tune_space(configs: TrialConfigs) -> dict[str, Any]:
+    """Return the flat space of everything that a trial may ask for, in Ray Tune's terms."""
+    return {name: _domain(value) for name, value in flat_space(configs.build).items()}
+
+
+def _domain(value: Range | tuple[Any, ...]) -> Any:
+    if isinstance(value, Range):
+        return (tune.loguniform if value.log else tune.uniform)(value.low, value.high)
+    return tune.choice(list(value))
+
+
+def loggers(names: Sequence[str], project: str) -> list[Any]:
+    """Return Ray's logger callbacks by name. Raises UserError where a package is missing. The config of a trial is its
+    hyperparameters."""
+    found = []
+    for name in names:
+        package, module, callback = LOGGERS[name]
+        _require(package, f"--search.loggers {name}")
+        key = {"mlflow": "experiment_name", "wandb": "project", "comet": "project_name"}[name]
+        found.append(getattr(importlib.import_module(module), callback)(**{key: project}))
+    return found

@@ -1,0 +1,260 @@
+"""A search by Ray Tune: its Tuner, which the same command restores, and the finalists as a second experiment."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pyarrow.fs
+import ray
+from ray import tune
+from ray.tune import ResultGrid
+from ray.tune.schedulers import PopulationBasedTraining
+from ray.tune.search.optuna import OptunaSearch
+
+from mimkd_ray import remote, storage
+from mimkd_ray.config import Config, SearchConfig, SearchJob
+from mimkd_ray.config.search import POPULATION, search_job
+from mimkd_ray.errors import UserError
+from mimkd_ray.on_ray.node_capacity import Capacity
+from mimkd_ray.on_ray.search_journal import Budget, Journal
+from mimkd_ray.on_ray.tune_algorithms import loggers, metric_of, scheduler_of, searcher_of, tune_space
+from mimkd_ray.on_ray.tune_trials import (
+    LargeTrial,
+    configs_of,
+    pack_trainable,
+    prepare_remotely,
+    search_trainable,
+)
+from mimkd_ray.search.configs import TrialConfigs, trial_config
+from mimkd_ray.search.finals import Finals
+from mimkd_ray.search.optuna_study import DefineByRun
+from mimkd_ray.search.suggest import Space
+from mimkd_ray.secret_urls import Carried
+
+HEAD_SHARE = 0.001
+"""Share of the head node's own resource for the process that watches a trial of several workers. There it takes no CPU
+from the workers that it waits for, and outlives nodes that come and go."""
+
+
+class Shape(NamedTuple):
+    """The resources of a trial, and the number of trials at the same time."""
+
+    workers: int
+    cpus: float
+    gpus: float
+    concurrent: int
+
+    def bundles(self) -> tune.PlacementGroupFactory:
+        """Return the resources of the trial's own process."""
+        if self.workers > 1:
+            return tune.PlacementGroupFactory([{"node:__internal_head__": HEAD_SHARE}])
+        own = {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+        return tune.PlacementGroupFactory([own])
+
+    def text(self) -> str:
+        """Return the resources in words."""
+        each = f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
+        whole = f"{self.workers} workers with {each} each" if self.workers > 1 else each
+        return f"{self.concurrent} at a time, {whole} a trial"
+
+
+def shape_of(job: SearchJob, has: Capacity) -> Shape:
+    """Return the resources of a trial and the number of trials at the same time, for a cluster of this capacity. Raises
+    UserError if not even one fits: Tune would wait for ever."""
+    search, launch = job.search, job.launch
+    workers = search.workers
+    use_gpu = launch.gpu == "on" or (launch.gpu == "auto" and has.gpus > 0)
+    gpu = (search.gpus_per_trial or 1.0) if use_gpu else 0.0
+    if workers > 1:
+        gpu = 1.0 if use_gpu else 0.0
+        cpu: float = launch.cpus_per_worker or (has.cpus_per_gpu() if use_gpu else 1)
+    else:
+        cpu = search.cpus_per_trial or (max(1, math.floor(has.cpus_per_gpu() * gpu)) if use_gpu else 1)
+    fit = has.room(cpu, gpu) // workers
+    if fit < 1 and not search.concurrent:
+        raise UserError(
+            f"a trial takes {workers * cpu:g} CPUs and {workers * gpu:g} GPUs, and the cluster has {has.cpus} and "
+            f"{has.gpus} on {len(has.nodes)} nodes: pass fewer --search.cpus-per-trial or --search.workers, or "
+            "--search.concurrent 1 for a cluster that grows when asked"
+        )
+    return Shape(workers, cpu, gpu, search.concurrent or fit)
+
+
+def search(
+    config: Config,
+    space: Sequence[str | Space] | dict[str, Any],
+    *,
+    tune_config: tune.TuneConfig | None,
+    run_config: tune.RunConfig | None,
+    resources: dict[str, float] | None,
+    holdout: float,
+) -> ResultGrid:
+    """Search as `mimkd_ray.search` promises."""
+    own = SearchConfig(holdout=holdout, finalists=0)
+    job = search_job(config, search=own)
+    name = f"search-{config.recipe}"
+    run_config = run_config or tune.RunConfig(name=name, storage_path=storage.absolute(config.run.root))
+    if not ray.is_initialized():
+        ray.init(logging_level="warning")
+    configs = configs_of(trial_config(job, own), () if isinstance(space, dict) else space)
+    tune_config = tune_config or tune.TuneConfig(
+        num_samples=own.trials, scheduler=scheduler_of(own, configs), reuse_actors=True, **metric_of(own)
+    )
+    param_space = space if isinstance(space, dict) else None
+    if isinstance(configs, TrialConfigs):
+        if tune_config.search_alg is None and not isinstance(tune_config.scheduler, PopulationBasedTraining):
+            ask = OptunaSearch(DefineByRun(configs), metric=tune_config.metric, mode=tune_config.mode)
+            tune_config = replace(tune_config, search_alg=ask)
+        else:
+            param_space = tune_space(configs)
+    shape = shape_of(job, Capacity.of_cluster())
+    if resources is not None:
+        shape = shape._replace(cpus=resources.get("CPU", 0), gpus=resources.get("GPU", 0))
+    folder = storage.join(str(run_config.storage_path or storage.absolute("~/ray_results")), run_config.name or name)
+    prepare_on_ray(configs.widest() if isinstance(configs, TrialConfigs) else configs.base, folder, shape)
+    trial = tune.with_resources(search_trainable(configs, folder, shape.cpus), shape.bundles())
+    return tune.Tuner(trial, param_space=param_space, tune_config=tune_config, run_config=run_config).fit()
+
+
+def prepare_on_ray(config: Config, folder: str, shape: Shape) -> None:
+    """Train, measure and check the parts that trials share, on the cluster. Raises its UserError."""
+    task = ray.remote(num_cpus=shape.cpus, num_gpus=shape.gpus, max_retries=0)(prepare_remotely)
+    try:
+        ray.get(task.remote(config, folder, Carried()))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+
+
+@contextmanager
+def stop_at_sigterm() -> Iterator[list[int]]:
+    """Make SIGTERM end Tune in good order, like Ctrl-C, during the with-block; the list is not empty if it was
+    received."""
+    came: list[int] = []
+
+    def on_signal(number: int, _: object) -> None:
+        came.append(number)
+        signal.raise_signal(signal.SIGINT)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, shape: Shape, own: bool) -> bool:
+    """Run the trials of a search to their ends, or go on with them; return True if a stop was requested (SIGTERM).
+
+    After Ctrl-C, Tune returns as if all were done; this raises KeyboardInterrupt. ``own``: this Ray was started here.
+    """
+    search = job.search
+    if search.workers > 1:
+        trial: Any = tune.with_parameters(LargeTrial, configs=configs, folder=folder, own=own, secrets=Carried())
+    elif search.pack > 1:
+        trial = pack_trainable(search, configs, folder, shape.cpus)
+    else:
+        trial = search_trainable(configs, folder, shape.cpus)
+    searcher, space, samples = searcher_of(search, configs)
+    journal = Journal(job, folder, configs, shape.gpus * shape.workers)
+    kept = 4 if search.scheduler in POPULATION else 2  # others may still copy an older one
+    found, stopped = experiment(
+        folder,
+        "tune",
+        tune.with_resources(trial, shape.bundles()),
+        space,
+        tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler_of(search, configs),
+            num_samples=samples,
+            max_concurrent_trials=shape.concurrent if searcher is not None else None,
+            trial_dirname_creator=trial_name,
+            reuse_actors=search.workers == 1,  # a process takes seconds to start: imports, data, teacher
+            **metric_of(search),
+        ),
+        tune.RunConfig(
+            failure_config=tune.FailureConfig(max_failures=search.retries),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=kept),
+            callbacks=[journal, *loggers(search.loggers, f"mimkd-{job.recipe}")],
+            stop=Budget(journal),
+            verbose=0,
+        ),
+    )
+    running = any(row.state == "running" for row in journal.open().rows.values())
+    if not stopped and not journal.over_budget() and (running or (search.trials and len(found) < samples)):
+        raise KeyboardInterrupt
+    journal.publish(finished=not stopped)
+    return stopped
+
+
+def run_finals(finals: Finals, folder: str, shape: Shape) -> tuple[dict[int, dict[str, Any]], bool]:
+    """Train the finalists again, each with every seed, to their ends; return the last figures of each run that came to
+    its end, and whether a stop was requested."""
+    trial = search_trainable(finals, folder, shape.cpus)
+    found, stopped = experiment(
+        folder,
+        finals.name,
+        tune.with_resources(trial, shape.bundles()),
+        {"run": tune.grid_search(list(range(len(finals.runs))))},
+        tune.TuneConfig(reuse_actors=True, trial_dirname_creator=trial_name),
+        tune.RunConfig(
+            failure_config=tune.FailureConfig(max_failures=finals.retries),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+            verbose=0,
+        ),
+    )
+    results = {each.config["run"]: each.metrics for each in found if each.metrics and each.config}
+    whole = {run: figures for run, figures in results.items() if finals.is_whole(figures)}
+    if not stopped and len(results) < len(finals.runs):
+        raise KeyboardInterrupt
+    return whole, stopped
+
+
+def experiment(
+    folder: str, name: str, trial: Any, space: Any, how: tune.TuneConfig, run: tune.RunConfig
+) -> tuple[ResultGrid, bool]:
+    """Run an experiment of Ray Tune in a folder, or go on with the one that is there; return its results, and whether a
+    stop was requested."""
+    for noisy in ("ray.tune.analysis.experiment_analysis", "ray.tune.tune"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # how to restore, in other words than ours
+    path, fs = tune_place(folder)
+    if has_trials(storage.join(folder, name)):
+        tuner = tune.Tuner.restore(f"{path}/{name}", trainable=trial, storage_filesystem=fs)
+    else:
+        storage.remove_tree(storage.join(folder, name))  # a kill came before anything was saved
+        run = replace(run, name=name, storage_path=path, storage_filesystem=fs)
+        tuner = tune.Tuner(trial, param_space=space, tune_config=how, run_config=run)
+    with stop_at_sigterm() as came:
+        found = tuner.fit()
+    return found, bool(came)
+
+
+def trial_name(trial: Any) -> str:
+    """Return the name of a trial's folder: without its values, which make it long."""
+    return f"trial-{trial.trial_id}"
+
+
+def tune_place(folder: str) -> tuple[str, Any]:
+    """Return a folder as Ray Tune takes it: its path, and its file system if it is not of this machine."""
+    if not storage.is_remote(folder):
+        return str(storage.local_path(folder)), None
+    fs = remote.filesystem(folder)
+    return folder.partition("://")[2], pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+
+
+def has_trials(place: str) -> bool:
+    """Return whether an experiment of Ray Tune has saved any trial there."""
+    states = sorted(url for url in storage.list_files(place, ".json") if "/experiment_state-" in url)
+    return bool(states) and bool(json.loads(storage.read_bytes(states[-1]))["trial_data"])

@@ -1,0 +1,167 @@
+"""From a search to the configs of its trials, and back to the config that is trained with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+from mimkd_ray import storage
+from mimkd_ray.config import CompareConfig, Config, RunConfig, SearchConfig, SearchJob
+from mimkd_ray.config.digest import differences, refuse_changes, training_part
+from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.errors import UserError, nearest
+from mimkd_ray.json_files import read_json
+from mimkd_ray.search.suggest import Given, Space, compose
+from mimkd_ray.search.tap_candidates import find_candidates, widest
+from mimkd_ray.search.trials import Value
+from mimkd_ray.train.records.outcomes import DAMAGED_CONFIG
+from mimkd_ray.train.records.run_dir import write_json
+from mimkd_ray.train.teacher_head import teacher_head
+
+MAY_CHANGE = ("hours", "gpu_hours", "finalists", "seeds")
+"""Fields of the search's config that may differ when it is given again."""
+
+
+class Made(NamedTuple):
+    """The config of a trial, and those of its hyperparameters that count in it."""
+
+    config: Config
+    params: dict[str, Value]
+
+
+class TrialConfigs:
+    """The map from a trial's hyperparameters to its config, by search spaces. It can be pickled."""
+
+    def __init__(self, base: Config, spaces: Sequence[Space]) -> None:
+        """``base`` is what trials share, from :func:`trial_config`."""
+        self.base = base
+        data = open_data(base.data)
+        self.candidates = find_candidates(base, data.num_classes, teacher_head(base, data).count)
+        self.spaces = tuple(spaces)
+
+    @property
+    def build(self) -> Callable[..., Config]:
+        """The function that asks for a trial's values."""
+        return compose(self.spaces, self.base, self.candidates)
+
+    def widest(self) -> Config:
+        """Return a config that reads everything of the teacher that any trial may read."""
+        return widest(self.build, self.candidates)
+
+    def __call__(self, params: Mapping[str, Any]) -> Made:
+        """Return the config of these values."""
+        given = Given(params)
+        config = self.build(given)
+        return Made(config, given.used)
+
+
+class FieldConfigs:
+    """The map from values of config fields, by dotted name or nested, to a trial's config."""
+
+    def __init__(self, base: Config) -> None:
+        self.base = base
+
+    def __call__(self, params: Mapping[str, Any]) -> Made:
+        """Return the base with these fields changed. Raises UserError for a name that is no field."""
+        flat = dict(_dotted(params))
+        value = to_dict(self.base)
+        for name, item in flat.items():
+            at, keys = value, name.split(".")
+            for key in keys:
+                if not isinstance(at, dict) or key not in at:
+                    known = at if isinstance(at, dict) else {}
+                    raise UserError(f"hyperparameter {name!r} is no field of a config{nearest(key, known)}")
+                if key != keys[-1]:
+                    at = at[key]
+            at[keys[-1]] = item
+        return Made(from_dict(Config, value), flat)
+
+
+def _dotted(params: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for name, value in params.items():
+        found += _dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
+    return found
+
+
+def trial_config(config: Config, search: SearchConfig) -> Config:
+    """Return the config that all trials share: the recipe with a held-out part, views of one seed, and the trial's
+    length, to which a step schedule and its warm-up are shortened."""
+    config = plain(config)
+    epochs = search.epochs or config.train.epochs
+    share = epochs / config.train.epochs
+    milestones = {round(epoch * share) for epoch in config.optim.milestones}  # several may round to the same epoch
+    optim = replace(
+        config.optim,
+        milestones=tuple(sorted(milestones - {0})),
+        warmup_epochs=config.optim.warmup_epochs * share,
+    )
+    return replace(
+        config,
+        data=replace(config.data, holdout=config.data.holdout or search.holdout, view_seed=config.view_seed),
+        train=replace(config.train, epochs=epochs, eval_every=config.train.eval_every or 1),
+        optim=optim if share != 1 else config.optim,
+        launch=replace(config.launch, workers=search.workers),
+        run=RunConfig(
+            # Ray Tune logs to TensorBoard, and keeps copies of the newest state.
+            keep_checkpoints=2 if search.pack > 1 or search.workers > 1 else 1,
+            checkpoint_minutes=config.run.checkpoint_minutes,
+            keep_best=True,
+            tensorboard=search.workers > 1,
+        ),
+    )
+
+
+def final_config(job: SearchJob, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config to train with through `jobs/`: the search's choice with the recipe's own data, length and
+    schedule, in a run directory of its own.
+
+    ``chosen`` is a trial's config; every field that differs from the config shared by all trials is part of the choice.
+    """
+    own = plain(job)
+    own = replace(own, run=replace(own.run, name="", overwrite=False))  # those belong to the search
+    return _with_changes(to_dict(own), to_dict(trial_config(job, job.search)), chosen)
+
+
+def plain(config: Config) -> Config:
+    """Return a job without its search and its comparison."""
+    return Config(**{f.name: getattr(config, f.name) for f in fields(Config)} | {"compare": CompareConfig()})
+
+
+def _with_changes(target: Mapping[str, Any], shared: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    changed = dict(target)
+    for key, value in chosen.items():
+        if isinstance(value, Mapping):
+            changed[key] = _with_changes(target[key], shared[key], value)
+        elif value != shared[key]:
+            changed[key] = value
+    return changed
+
+
+def begun_as(job: SearchJob, folder: str) -> None:
+    """Raise UserError for a folder that was begun with another search."""
+    old = read_json(storage.join(folder, "config.json"), ("search",), DAMAGED_CONFIG)
+    if old is not None:
+        refuse_changes(folder, differences(_lasting(old), _lasting(to_dict(job))))
+
+
+def claim(job: SearchJob, folder: str) -> None:
+    """Write the search's config.json, once everything is checked. Raises UserError as `begun_as` does."""
+    begun_as(job, folder)
+    write_json(storage.join(folder, "config.json"), to_dict(job))
+
+
+def _lasting(value: Mapping[str, Any]) -> dict[str, Any]:
+    kept = training_part({name: fields for name, fields in value.items() if name != "search"})
+    search = {name: item for name, item in value["search"].items() if name not in MAY_CHANGE}
+    return json.loads(json.dumps(kept | {"search": search}))
+
+
+def search_digest(job: SearchJob) -> str:
+    """Return the hex digest of a search's lasting fields. It names the folder, so that the same command finds it
+    again."""
+    return hashlib.sha256(json.dumps(_lasting(to_dict(job)), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,78 @@
+"""What a search shows and leaves behind: report.html, lines for the terminal, and the time that it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mimkd_ray import storage
+from mimkd_ray.config import Config, SearchJob
+from mimkd_ray.json_files import read_if_sound
+from mimkd_ray.search.report.build_report import report_html
+from mimkd_ray.search.table import Table
+from mimkd_ray.search.trials import Final, Trial
+from mimkd_ray.train.records.run_dir import write_json
+
+
+class Clock:
+    """clock.json: the hours of a search over all its starts, and whether its trials are over."""
+
+    def __init__(self, folder: str) -> None:
+        self.url = storage.join(folder, "clock.json")
+        known = read_if_sound(self.url, ("seconds",), "hours count from 0") or {}
+        self.finished: bool = known.get("finished", False)
+        self._before: float = known.get("seconds", 0.0)
+        self._began = time.monotonic()
+
+    @property
+    def hours(self) -> float:
+        """Hours so far."""
+        return (self._before + time.monotonic() - self._began) / 3600
+
+    def save(self, finished: bool = False) -> None:
+        """Write the file."""
+        self.finished |= finished
+        write_json(self.url, {"seconds": 3600 * self.hours, "finished": self.finished})
+
+
+def write_report(job: SearchJob, base: Config, table: Table, hours: float, finals: Sequence[Final] = ()) -> None:
+    """Write report.html."""
+    facts = {
+        "recipe": job.recipe,
+        "teacher": base.teacher.name,
+        "student": base.student.name,
+        "space": ", ".join(job.search.space),
+        "algorithm": f"{job.search.algorithm}, scheduler {job.search.scheduler}",
+        "held out": f"{base.data.holdout:.0%} of the training rows",
+        "epochs of a trial": str(base.train.epochs),
+        "hours": f"{hours:.2f}",
+    }
+    title = f"{base.teacher.name} -> {base.student.name}"
+    html = report_html(table.trials(), job.search.metric, title, facts, finals or None)
+    storage.write_bytes(storage.join(table.folder, "report.html"), html.encode())
+
+
+def ending(trial: Trial, metric: str) -> str:
+    """Return the end of a trial in words."""
+    score = f" with {metric} {trial.score:.4g}" if trial.score is not None else ""
+    return f"{trial.state}{score}" + (f" ({trial.kind}: {trial.reason})" if trial.reason else "")
+
+
+def closing(table: Table, hours: float) -> str:
+    """Return the results in words."""
+    trials = table.trials()
+    states = [trial.state for trial in trials]
+    counts = ", ".join(f"{states.count(each)} {each}" for each in ("completed", "stopped", "failed") if each in states)
+    lines = [f"{len(states)} trials: {counts}; {hours:.2f} hours"]
+    for trial in table.ranked()[:3]:
+        lines.append(f"trial {trial.number}: {table.metric} {trial.score:.4g}; {values(trial.params)}")
+    if table.ranked():
+        lines.append(f"best configuration: {storage.join(table.folder, 'best.json')} (jobs/ take it by --config)")
+    lines.append(f"report: {storage.join(table.folder, 'report.html')}")
+    return "\n".join(lines)
+
+
+def values(params: Mapping[str, Any]) -> str:
+    """Return hyperparameters in words."""
+    return ", ".join(f"{name} {f'{v:.4g}' if isinstance(v, float) else v}" for name, v in params.items())

@@ -1,0 +1,186 @@
+"""Searches in one Ray of this process: packs, populations, failures and finals; and a Tuner of the user's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs_here import ROOT
+from some_trials import read_trials
+from tiny_run import tiny_config
+from tiny_search import odd, tiny_job
+
+import mimkd_ray
+from mimkd_ray.cli import search as search_line
+from mimkd_ray.config import Config, SearchConfig, SearchJob
+from mimkd_ray.config.json_form import from_dict
+from mimkd_ray.errors import UserError
+from mimkd_ray.search.spaces import SPACES
+from mimkd_ray.search.table import Table
+from mimkd_ray.search.trials import Trial
+from mimkd_ray.train.records import run_files
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", f"{ROOT}/tests:{ROOT}")  # the spaces of tiny_search are known to trials too
+        patch.delenv("RAY_ADDRESS", raising=False)
+        import ray
+
+        ray.init(address="local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1")
+        patch.setattr("mimkd_ray.on_ray.cluster.connect", lambda *_, **__: False)  # it is connected
+        yield
+        ray.shutdown()
+
+
+def run(folder: Path, status: int = 0, **search: Any) -> list[Trial]:
+    """Run a search of two epochs in ``folder``/s to its end, as its command does, and return its table."""
+    assert search_line.search(job_of(folder, **search), SPACES) == status
+    trials, _ = read_trials(str(folder / "s" / "trials.parquet"))
+    assert trials == Table(str(folder / "s"), "top1").trials()
+    return trials
+
+
+def job_of(folder: Path, **search: Any) -> SearchJob:
+    sections: dict[str, Any] = {"run": {"root": str(folder), "name": "s"}, "launch": {"backend": "ray", "gpu": "off"}}
+    return tiny_job(folder, {**sections, "train": {"epochs": search.pop("train_epochs", 2)}}, **search)
+
+
+def test_failures_and_finals(cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A grid with trials that run out of memory or explode: they are the worst, and the search ends well."""
+    search = {"space": ("tiny_search:unlucky", "rate"), "algorithm": "grid", "points": 2, "trials": 9, "grace": 2}
+    trials = run(tmp_path, **search, finalists=1, seeds=2)
+    assert len(trials) == 6
+    kinds = {(trial.params["fate"], trial.state, trial.kind) for trial in trials if trial.params["fate"] != "fine"}
+    assert kinds == {("huge", "failed", "out of memory"), ("wild", "failed", "non-finite")}
+    fine = [trial for trial in trials if trial.params["fate"] == "fine"]
+    assert "completed" in {trial.state for trial in fine}
+    assert all(point.epoch in (1, 2) for trial in fine for point in trial.curve)
+    told = json.loads((tmp_path / "s" / "finals.json").read_text())
+    assert sorted(told["finals"][0]["seeds"]) == ["1", "2"]
+    assert from_dict(Config, json.loads((tmp_path / "s" / "best.json").read_text())).data.holdout == 0
+    assert "out of memory" in (tmp_path / "s" / "report.html").read_text()
+    capsys.readouterr()
+    assert run(tmp_path, **search, finalists=1, seeds=2) == trials
+    out = capsys.readouterr().out
+    assert "6 trials:" in out
+    assert "a trial" not in out, "a finished search prints its outcome, and begins nothing"
+    left = run_files.remove_run(str(tmp_path / "s"))
+    assert left == []
+
+
+def test_members_of_packs_are_rows(cluster: None, tmp_path: Path) -> None:
+    trials = run(tmp_path, trials=5, pack=3, reduction=2)
+    assert [trial.number for trial in trials] == [0, 1, 2, 3, 4]
+    names = Table(str(tmp_path / "s"), "top1").rows
+    assert sorted(name.partition("/")[2] for name in names) == ["0", "0", "1", "1", "2"]
+    ends = sorted((trial.state, trial.kind, len(trial.curve)) for trial in trials)
+    assert ends == [("completed", "", 2)] * 3 + [("stopped", "early", 1)] * 2
+    assert len({trial.params["critic.temperature"] for trial in trials}) == 5
+    for name, trial in names.items():
+        pack, _, member = name.partition("/")
+        (last,) = sorted((tmp_path / "s" / "tune" / f"trial-{pack}").glob("checkpoint_*"))[-1:]
+        config = json.loads((last / member / "config.json").read_text())
+        assert config["loss"]["critic"]["temperature"] == trial.config["loss"]["critic"]["temperature"]
+        assert (last / member / "student.safetensors").exists() == (trial.state == "completed")
+
+
+def test_a_population_moves_its_numbers(cluster: None, tmp_path: Path) -> None:
+    """The worst goes on from the best one's checkpoint, with other numbers, and nobody fails for it."""
+    search = {"trials": 4, "scheduler": "pbt", "space": ("tiny_search:steady",), "train_epochs": 4}
+    trials = run(tmp_path, **search)
+    assert [(trial.state, trial.curve[-1].epoch) for trial in trials] == [("completed", 4)] * 4
+    policies = [json.loads(line) for line in (tmp_path / "s" / "tune" / "pbt_global.txt").read_text().splitlines()]
+    assert policies
+    moved = {trial.params["lr"] for trial in trials}
+    drawn = {json.loads(path.read_text())["lr"] for path in (tmp_path / "s" / "tune").glob("*/params.json")}
+    assert moved <= drawn | {policy[-1]["lr"] for policy in policies}
+
+
+def test_a_tuner_of_ones_own(cluster: None, tmp_path: Path) -> None:
+    """HyperOpt and MLflow's callback, in what a user writes."""
+    pytest.importorskip("hyperopt")
+    mlflow = pytest.importorskip("mlflow")
+    from ray import tune
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+    from ray.tune.search.hyperopt import HyperOptSearch
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tuner = tune.Tuner(
+        mimkd_ray.trainable(tiny_config(), holdout=0.3),
+        param_space={"loss": {"kd_weight": tune.loguniform(0.03, 3)}, "optim.lr": tune.choice([0.05, 0.02])},
+        tune_config=tune.TuneConfig(metric="top1", mode="max", search_alg=HyperOptSearch(), num_samples=2),
+        run_config=tune.RunConfig(
+            storage_path=str(tmp_path), name="mine", callbacks=[MLflowLoggerCallback(uri, experiment_name="mine")]
+        ),
+    )
+    results = tuner.fit()
+    best = results.get_best_result()
+    assert (results.num_terminated, results.num_errors) == (2, 0)
+    assert best.metrics["epoch"] == 2
+    with best.checkpoint.as_directory() as folder:
+        config = json.loads(Path(folder, "config.json").read_text())
+        assert Path(folder, "best.safetensors").exists()
+    assert config["loss"]["kd_weight"] == best.config["loss"]["kd_weight"]
+    assert config["data"]["holdout"] == 0.3
+    mlflow.set_tracking_uri(uri)
+    runs = mlflow.search_runs(experiment_names=["mine"])
+    assert sorted(runs["metrics.top1"]) == sorted(each.metrics["top1"] for each in results)
+
+
+def test_search_returns_what_people_know(cluster: None, tmp_path: Path) -> None:
+    from ray import tune
+
+    config = tiny_config(run={"root": str(tmp_path)}, launch={"gpu": "off"})
+    how = tune.TuneConfig(metric="top1", mode="max", num_samples=2)
+    run_config = tune.RunConfig(storage_path=str(tmp_path), name="mine", verbose=0)
+    results = mimkd_ray.search(config, ["temperature", odd], tune_config=how, run_config=run_config, holdout=0.3)
+    frame = results.get_dataframe()
+    assert sorted(frame["config/kd_weight"]) == sorted(each.config["kd_weight"] for each in results)
+    assert set(frame["epoch"]) == {2}
+    assert (tmp_path / "mine" / "teacher.json").exists(), "measured once for all"
+
+
+@pytest.mark.parametrize("scheduler", ["hyperband", "median", "pb2", "asha"])
+def test_schedulers_are_made(tmp_path: Path, scheduler: Any) -> None:
+    from ray.tune import schedulers
+    from ray.tune.schedulers.pb2 import PB2
+    from tiny_search import tiny_configs
+
+    from mimkd_ray.on_ray.tune_algorithms import scheduler_of
+
+    kinds: Mapping[str, Any] = {
+        "hyperband": schedulers.HyperBandScheduler,
+        "median": schedulers.MedianStoppingRule,
+        "pb2": PB2,
+        "asha": schedulers.ASHAScheduler,
+    }
+    search = SearchConfig(scheduler=scheduler, grace=9)
+    assert type(scheduler_of(search, tiny_configs(tmp_path))) is kinds[scheduler]
+
+
+def test_searchers_are_made_or_said_to_be_missing(tmp_path: Path) -> None:
+    from tiny_search import tiny_configs
+
+    from mimkd_ray.on_ray.tune_algorithms import loggers, searcher_of
+
+    configs = tiny_configs(tmp_path)
+    with pytest.raises(UserError, match=r"^--search.algorithm ax: ax is not installed; pip install ax-platform"):
+        searcher_of(SearchConfig(algorithm="ax"), configs)
+    with pytest.raises(UserError, match=r"^--search.loggers comet: comet_ml is not installed; pip install comet-ml"):
+        loggers(["comet"], "x")
+    with pytest.raises(UserError, match="'tiny_search:nothing' cannot be imported"):
+        searcher_of(SearchConfig(algorithm="tiny_search:nothing"), configs)
+    searcher, space, samples = searcher_of(SearchConfig(algorithm="tiny_search:own_searcher", trials=7), configs)
+    assert (searcher, samples) == ("mine 7", 7)
+    assert space is not None
+    assert sorted(space) == ["critic.learn_temperature", "critic.temperature"]

@@ -1,0 +1,112 @@
+"""From a search to its trials' configs and back, what may change between two starts, and senseless searches."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_search import tiny_configs, tiny_job
+
+from mimkd_ray.config import Config, SearchConfig
+from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.errors import UserError
+from mimkd_ray.search.configs import FieldConfigs, claim, final_config, trial_config
+
+
+def test_trials_share_the_recipe_and_hold_rows_out(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, {"optim": {"schedule": "step", "milestones": (10, 15), "warmup_epochs": 2.0}})
+    job = replace(job, train=replace(job.train, epochs=20), search=replace(job.search, epochs=5))
+    config = trial_config(job, job.search)
+    assert (config.train.epochs, config.optim.milestones, config.optim.warmup_epochs) == (5, (2, 4), 0.5)
+    short = trial_config(job, replace(job.search, epochs=1))
+    assert short.optim.milestones == (1,), "half an epoch is none, three quarters are one"
+    assert config.data.holdout == 0.3
+    assert config.data.view_seed == job.view_seed
+    assert type(config) is Config
+
+
+def test_the_outcome_has_the_choice_and_the_recipes_own_length(tmp_path: Path) -> None:
+    named = {"root": str(tmp_path), "name": "the-search", "overwrite": True}
+    job = tiny_job(tmp_path, {"optim": {"schedule": "step", "milestones": (10, 15)}, "run": named}, epochs=5)
+    job = replace(job, train=replace(job.train, epochs=20))
+    chosen = trial_config(job, job.search)
+    chosen = replace(
+        chosen,
+        optim=replace(chosen.optim, lr=0.5),
+        loss=replace(chosen.loss, feature_weight=3.0, critic=replace(chosen.loss.critic, temperature=0.4)),
+    )
+    final = from_dict(Config, final_config(job, to_dict(chosen)))
+    assert final.data.holdout == 0
+    assert (final.train.epochs, final.optim.milestones, final.optim.lr) == (20, (10, 15), 0.5)
+    assert (final.loss.feature_weight, final.loss.critic.temperature) == (3.0, 0.4)
+    assert (final.run.root, final.run.name, final.run.overwrite) == (str(tmp_path), "", False), "not in the search's"
+
+
+def test_a_trial_has_what_its_values_say(tmp_path: Path) -> None:
+    """Also after pickling, as Ray does; values that do not count in it are left out, and those beyond a range are at
+    its end."""
+    configs = pickle.loads(pickle.dumps(tiny_configs(tmp_path)))  # noqa: S301
+    values = {"critic.learn_temperature": False, "critic.temperature": 7.0, "kd": True}
+    made = configs(values)
+    assert (made.config.loss.critic.temperature, made.config.loss.critic.learn_temperature) == (1.0, False)
+    assert made.params == {"critic.learn_temperature": False, "critic.temperature": 1.0}
+    with pytest.raises(UserError, match=r"asks for 'critic.temperature', and the trial has only critic.learn"):
+        configs({"critic.learn_temperature": False})
+    with pytest.raises(UserError, match=r"offers \[True, False\] for 'critic.learn_temperature', and the trial has 3"):
+        configs(values | {"critic.learn_temperature": 3})
+
+
+def test_fields_by_their_names(tmp_path: Path) -> None:
+    configs = FieldConfigs(trial_config(tiny_job(tmp_path), SearchConfig()))
+    made = configs({"optim": {"lr": 0.5}, "loss.critic.temperature": 0.4})
+    assert (made.config.optim.lr, made.config.loss.critic.temperature) == (0.5, 0.4)
+    assert made.params == {"optim.lr": 0.5, "loss.critic.temperature": 0.4}
+    with pytest.raises(UserError, match=r"'optim.lrr' is no field of a config; did you mean 'lr'"):
+        configs({"optim.lrr": 0.5})
+
+
+def test_another_search_does_not_go_on_in_the_same_folder(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path)
+    claim(job, str(tmp_path / "s"))
+    claim(replace(job, search=replace(job.search, hours=3.0, finalists=1)), str(tmp_path / "s"))
+    with pytest.raises(UserError, match=r"begun with another configuration \(search.algorithm: tpe -> random\)"):
+        claim(replace(job, search=replace(job.search, algorithm="random")), str(tmp_path / "s"))
+    with pytest.raises(UserError, match=r"train.lanes: 2 -> 1"):
+        claim(tiny_job(tmp_path, {"train": {"lanes": 1}}), str(tmp_path / "s"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trials": 0}, "would never end"),
+        ({"space": ()}, "space is empty"),
+        ({"reduction": 1}, "reduction 1 at least 2"),
+        ({"hours": -1.0}, "search.hours is -1.0"),
+        ({"finalists": 1, "seeds": 0}, "search.seeds is 0"),
+        ({"holdout": 1.0}, "search.holdout is 1.0"),
+        ({"pack": 2, "workers": 2}, "only 1 to packs"),
+        ({"algorithm": "hyperop"}, "search.algorithm 'hyperop' is unknown; did you mean 'hyperopt'"),
+        ({"algorithm": "bohb"}, "bohb goes with --search.scheduler hyperband, and it is asha"),
+        ({"algorithm": "grid", "scheduler": "pbt"}, "draws its population itself, and search.algorithm is grid"),
+        ({"trials": 0, "hours": 1.0, "scheduler": "pb2"}, "size of its population"),
+        ({"pack": 2, "scheduler": "hyperband"}, "a pack halves by itself"),
+        ({"pack": 2, "algorithm": "ax"}, "a pack halves by itself"),
+        ({"workers": 2, "scheduler": "pbt"}, "moves checkpoints between trials"),
+    ],
+)
+def test_senseless_searches(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SearchConfig(**changes)
+
+
+def test_a_search_without_a_held_out_part_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="never on the validation set"):
+        tiny_job(tmp_path, holdout=0.0)
+
+
+def test_a_worker_needs_a_lane(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"search.workers is 3 and train.lanes 2"):
+        tiny_job(tmp_path, workers=3)
