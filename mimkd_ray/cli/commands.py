@@ -10,6 +10,10 @@ COMMANDS = {
     "evaluate": ("mimkd_ray.cli.evaluate:main", "measure a student, a teacher or any network on a data set"),
     "export": ("mimkd_ray.cli.export:main", "write a student as ONNX, .pt2, int8 and a model of the Hugging Face hub"),
     "report": ("mimkd_ray.cli.report:main", "write report.html of a run, or of several side by side"),
+    "runs": (
+        "mimkd_ray.cli.runs:main",
+        "list, show and compare runs: ls ROOT, show RUN, compare RUN RUN",
+    ),
     "layers": ("mimkd_ray.cli.layers:main", "list the layers of a network that can be tapped, and the default taps"),
     "doctor": ("mimkd_ray.cli.doctor:main", "check a machine or a cluster before money is spent"),
     "completion": ("mimkd_ray.cli.completion:main", "print a script that completes commands and flags in bash and zsh"),

@@ -16,7 +16,8 @@ def result_table(result: Mapping[str, Any]) -> str:
     return _comparison(result) if "compare" in result else _single(result)
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> str:
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells as text, the first as its head, the first column to the left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
@@ -41,7 +42,7 @@ def _single(result: Mapping[str, Any]) -> str:
         rows.append([f"teacher {teacher['name']}", _percent(teacher["top1"]), _percent(teacher["top5"]), ""])
     rate = f"{result['images_per_second']:.0f}"
     rows.append([f"student {student['name']}", f"{student['top1']:.2f}", f"{student['top5']:.2f}", rate])
-    return "\n".join([_columns(rows), *_information(result["nats"])])
+    return "\n".join([columns(rows), *_information(result["nats"])])
 
 
 def _comparison(result: Mapping[str, Any]) -> str:
@@ -64,7 +65,7 @@ def _comparison(result: Mapping[str, Any]) -> str:
         "top-1: mean ± standard deviation over seeds; against alone: mean paired difference ± its standard error"
     )
     nats = result["compare"].get("mimkd", {}).get("nats", {})
-    return "\n".join([head, _columns(rows), *_information(nats), *_verdict(result["compare"])])
+    return "\n".join([head, columns(rows), *_information(nats), *_verdict(result["compare"])])
 
 
 def _errors(pairs: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -16,7 +17,7 @@ from mimkd_ray.cli.opening import closing, opening
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.result_table import result_table
 from mimkd_ray.config import Config
-from mimkd_ray.config.digest import digest
+from mimkd_ray.config.digest import identity
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.weights_file import FOLDER, HUB
@@ -29,6 +30,7 @@ from mimkd_ray.train.records import run_files
 from mimkd_ray.train.records.legs import leg_of
 from mimkd_ray.train.records.outcomes import claim, find_result
 from mimkd_ray.train.start_times import StartTimes
+from mimkd_ray.train.worker import needs_teacher
 
 C = TypeVar("C", bound=Config)
 
@@ -37,9 +39,11 @@ RAY_PACKAGES = "/runtime_resources/working_dir_files/"
 
 
 def run_directory(config: Config) -> str:
-    """URL or absolute path of the run. The default name holds a digest of what is trained: the same command finds
-    its run again, another configuration gets another directory."""
-    return below_root(config, f"{config.recipe}-{digest(config)[:8]}")
+    """URL or absolute path of the run. The default name has teacher, student, data and a digest of what is trained: the
+    same command finds its run again, another configuration gets another directory."""
+    parts = [*([config.teacher.name] if needs_teacher(config) else []), config.student.name, config.data.root]
+    names = [re.sub(r"[^\w.]+", "_", re.split(r"[/:]", part.rstrip("/"))[-1])[:40] for part in parts]
+    return below_root(config, "-".join([*names, identity(config)[:8]]))
 
 
 def below_root(config: Config, name: str) -> str:

@@ -46,6 +46,43 @@ def digest(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def steps_may_grow(config: Config) -> bool:
+    """Return whether `max_steps` decides nothing but the end: it limits a teacher that is trained first, too."""
+    return not config.compare.seeds and not config.teacher.train
+
+
+def epochs_may_grow(config: Config) -> bool:
+    """Return whether the number of epochs decides nothing but the end."""
+    own_teacher = not config.teacher.train or config.teacher.epochs > 0
+    schedules = config.optim.schedule != "cosine" and config.loss.schedule == "constant"
+    return not config.compare.seeds and own_teacher and schedules
+
+
+def identity(config: Config) -> str:
+    """Return the hex digest that names the run's directory: without the length, where that may grow."""
+    part = training_dict(config)
+    if steps_may_grow(config):
+        del part["train"]["max_steps"]
+    if epochs_may_grow(config):
+        del part["train"]["epochs"]
+    return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
+
+
+def changes(old: Mapping[str, Any], config: Config) -> list[str]:
+    """Return how a run differs from its earlier config, or the training part of it, as :func:`differences`. The limit
+    of steps may change, and epochs may become more, where the run stays the same."""
+    part, new = training_part(old), training_dict(config)
+    own = part.get("train", {})
+    if steps_may_grow(config):
+        own["max_steps"] = new["train"]["max_steps"]
+    if epochs_may_grow(config) and own.get("epochs", 0) < new["train"]["epochs"]:
+        own["epochs"] = new["train"]["epochs"]
+    found = differences(part, new)
+    if own.get("epochs") != new["train"]["epochs"]:
+        found.append("a schedule over other epochs is another training from the first step on")
+    return found
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return the dotted names of differing fields with both values, such as "train.lanes: 2 -> 4"."""
     found = []

@@ -17,7 +17,8 @@ class RunConfig:
     root: str = "runs"
     """Folder or URL that contains the run directories."""
     name: str = ""
-    """Name of the run's directory; unset: the recipe and a digest of the fields that determine the training."""
+    """Name of the run's directory; unset: teacher, student, data and a digest of the fields
+    that determine the training."""
     overwrite: bool = False
     """Delete what a run has written in the directory and start anew, instead of resuming or repeating the result. Other
     files stay; a directory that is no run's is refused."""

@@ -14,9 +14,10 @@ class TrainConfig:
     """Length, batch, precision, engine and evaluations of training."""
 
     epochs: int = 240
-    """Passes over the training rows."""
+    """Passes over the training rows. A run may get more, except with a cosine or a schedule of the loss."""
     max_steps: int = 0
-    """Stop after this many steps (for a trial run; the schedule is still that of `epochs`); 0 trains to the end."""
+    """Stop after this many steps (for a trial run; the schedule is still that of `epochs`); 0 trains to the end. A run
+    may get more."""
     lanes: int = 1
     """Fixed slices of each global batch: batch norm and negatives are per lane, whatever the number of workers."""
     lane_batch: int = 64

@@ -125,7 +125,8 @@ class Loop:
                 for run, figures in zip(self.runs, held_out, strict=True):
                     run.evaluated(done, epoch, figures)
             decision = rhythm.after(done, save=looks and self.commits)
-            if decision.save and not last:
+            truncated = self.total < self.config.train.epochs * self.steps_per_epoch  # it may go on with another limit
+            if (decision.save and not last) or (last and truncated):
                 self._still_finite(lambda run: run.guard.check_all())
                 with self.meter.paused():
                     self.save(done)

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config
-from mimkd_ray.config.digest import differences, refuse_changes, training_dict
+from mimkd_ray.config.digest import changes, refuse_changes, training_dict
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.features import Features
@@ -210,7 +210,7 @@ class Student:
     def restore(self, run_dir: str, content: bytes) -> int:
         """Take over the state in a checkpoint of the run. Returns the step to go on from."""
         state = checkpoint.parse(content, self.context.device)
-        changed = differences(state["config"], training_dict(self.config))
+        changed = changes(state["config"], self.config)
         if state["data"] != self.data.digest:
             changed.append(f"the data set's digest: {state['data'][:12]} -> {self.data.digest[:12]}")
         refuse_changes(run_dir, changed)

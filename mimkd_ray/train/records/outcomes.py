@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config
-from mimkd_ray.config.digest import differences, refuse_changes, training_dict, training_part
+from mimkd_ray.config.digest import changes, refuse_changes
 from mimkd_ray.config.json_form import to_dict
-from mimkd_ray.errors import MemberMemoryError, NonFiniteLossError
+from mimkd_ray.errors import MemberMemoryError, NonFiniteLossError, UserError
 from mimkd_ray.json_files import read_if_sound, read_json
 from mimkd_ray.train.records.run_dir import jsonable, write_json
 
@@ -59,7 +60,20 @@ def find_result(config: Config, run_dir: str) -> dict[str, Any] | None:
     """Return the result of a run that has finished in a directory; None if none has. Raises UserError for a directory
     that was begun with another training configuration."""
     known_config(config, run_dir)
-    return _result(run_dir)
+    found = _result(run_dir)
+    return None if found is not None and _is_longer(config, found) else found
+
+
+def _is_longer(config: Config, result: Mapping[str, Any]) -> bool:
+    """Return whether the run is to go on past the result: its limit of steps or its epochs have grown. Raises UserError
+    for a limit that the run has passed."""
+    epochs, limit, steps = config.train.epochs, config.train.max_steps, result.get("steps", 0)
+    if limit and limit < steps:
+        raise UserError(
+            f"train.max_steps is {limit}, and the run has trained {steps} steps: the limit may grow, and not shrink; "
+            "pass another --run.name"
+        )
+    return bool(steps and (not limit or limit > steps) and result.get("epochs", epochs) < epochs)
 
 
 def _result(run_dir: str) -> dict[str, Any] | None:
@@ -80,9 +94,19 @@ def claim(config: Config, run_dir: str) -> None:
 def known_config(config: Config, run_dir: str) -> dict[str, Any] | None:
     """Return what config.json says; None if there is none. Raises UserError where what is trained differs."""
     old = read_json(storage.join(run_dir, CONFIG), ("data", "train"), DAMAGED_CONFIG)
-    if old is not None:
-        refuse_changes(run_dir, differences(training_part(old), training_dict(config)))
+    changed = changes(old, config) if old is not None else []
+    if changed and not _has_trained(run_dir):
+        return None  # nothing there is of the old config: it may be replaced
+    refuse_changes(run_dir, changed)
     return old
+
+
+def _has_trained(run_dir: str) -> bool:
+    """Return whether the directory has anything but what is written before the first step."""
+    before = (CONFIG, "teacher.json", "error.json", "stop.json", "ray.log")
+    metrics = storage.join(run_dir, "metrics.jsonl")
+    empty = ("metrics.jsonl", "samples.jsonl") if storage.exists(metrics) and not storage.size(metrics) else ()
+    return any(name not in (*before, *empty) for name in storage.list_tree(run_dir))
 
 
 def read_outcome(run_dir: str) -> Outcome | None:
