@@ -1,7 +1,9 @@
 """The command line of jobs/: pick a recipe, override any field by its dotted name, run, and exit with a status.
 
-Exit status: 0 done, 1 the run failed, 2 bad input, 3 stopped by SIGTERM (training has saved then, and the same command
-resumes it), 130 interrupted (Ctrl-C). Errors are one line on standard error; for an unknown flag, or a value of the
+Exit status: 0 done, 1 the run failed, 2 bad input, 3 stopped by SIGTERM or one Ctrl-C (training has saved then, and the
+same command resumes it), 130 interrupted (Ctrl-C).
+
+Errors are one line on standard error; for an unknown flag, or a value of the
 wrong type, tyro prints its own message there.
 """
 

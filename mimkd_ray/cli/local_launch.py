@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from mimkd_ray.train.worker import do_job
 
 STOP_SECONDS = 120.0
 """From a request to stop to the end without saving. A long evaluation takes its time, and saves at its end."""
+
+TWICE_SECONDS = 1.0
+"""Ctrl-C reaches a process of torchrun twice: from the terminal, and passed on by torchrun."""
 
 
 class LocalContext:
@@ -51,15 +55,36 @@ class LocalContext:
     def observe(self, run_dir: str, values: Mapping[str, float]) -> None:
         """Do nothing: there is no Prometheus."""
 
-    def stop_on_sigterm(self) -> None:
-        """Handle SIGTERM as a request to save and end. Call this in the main thread. A process that is stuck, in a
-        read or a loader that does not answer, ends without saving after STOP_SECONDS."""
+    @contextmanager
+    def stops_on_signals(self) -> Iterator[None]:
+        """A with-block in which SIGTERM and Ctrl-C are requests to save and end; a second Ctrl-C ends at once. For the
+        main thread; in another one signals stay as they are. A process that is stuck, in a read or a loader that does
+        not answer, ends without saving after STOP_SECONDS."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        asked = [float("inf")]
 
         def ask(*_: object) -> None:
             self._stopping = True
             threading.Thread(target=self._give_up, name="stop limit", daemon=True).start()
 
-        signal.signal(signal.SIGTERM, ask)
+        def on_interrupt(*_: object) -> None:
+            now = time.monotonic()
+            if now - asked[0] > TWICE_SECONDS:
+                raise KeyboardInterrupt
+            if not self._stopping:
+                console.line("stopping: saving after this step; a second Ctrl-C ends at once")
+                ask()
+            asked[0] = min(asked[0], now)
+
+        before = {signal.SIGINT: signal.signal(signal.SIGINT, on_interrupt)}
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _give_up(self) -> None:
         if self._heard.wait(STOP_SECONDS):
@@ -73,7 +98,7 @@ class LocalContext:
         os._exit(3)
 
     def stop_requested(self) -> bool:
-        """Return whether SIGTERM was received."""
+        """Return whether SIGTERM or Ctrl-C was received."""
         if self._stopping:
             self._heard.set()
         return self._stopping
@@ -119,5 +144,5 @@ def run_local(config: Config, context: LocalContext, run_dir: str, given: OwnDat
     """Run a job that has begun and has no result in this process; under torchrun, as one rank of many. ``given``: data
     sets in place of ``data.root``."""
     context.times.mark("worker")
-    context.stop_on_sigterm()
-    return do_job(config, context, run_dir, given)
+    with context.stops_on_signals():
+        return do_job(config, context, run_dir, given)

@@ -31,7 +31,7 @@ class RunConfig:
     """Epochs between two checkpoints; 0: not by epochs."""
     checkpoint_steps: int = 0
     """Steps between two checkpoints; 0: not by steps."""
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: float = 1.0
     """Most minutes between two checkpoints; 0: not by time. A stop or preemption notice always writes one."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""

@@ -135,6 +135,10 @@ def obtain_teacher(
         said = f"top-1 {known['top1']:.2f} % on {known['rows']} held-out images"
         say(context, f"teacher {teacher.name} ({shown(weights)}): {said}")
         check_accuracy(teacher, known["top1"], known["rows"])
+        if known["top1"] < 200 / data.num_classes:
+            remedy = "" if teacher.train else ": give --teacher.weights, or pass --teacher.train true"
+            chance = f"chance ({100 / data.num_classes:.2f} %)"
+            say(context, f"teacher {teacher.name} is hardly better than {chance}{remedy}")
     return model, {"teacher": known}
 
 
