@@ -100,7 +100,8 @@ def test_folders_of_killed_processes_are_removed_and_others_stay(
 def test_a_process_that_is_stuck_ends_on_request(tmp_path: Path) -> None:
     code = (
         "import signal, os, time, torch; from mimkd_ray.cli import local_launch as l\n"
-        "l.STOP_SECONDS = 0.5; context = l.LocalContext(torch.device('cpu')); stops = context.stops_on_signals(); stops.__enter__()\n"
+        "l.STOP_SECONDS = 0.5; context = l.LocalContext(torch.device('cpu'))\n"
+        "stops = context.stops_on_signals(); stops.__enter__()\n"
         "os.kill(os.getpid(), signal.SIGTERM); HEARD\n"
         "end = time.monotonic() + 3\n"
         "while time.monotonic() < end: time.sleep(0.05)"
