@@ -77,7 +77,8 @@ def test_what_is_not_there() -> None:
 
 def test_the_package_says_its_version_and_that_it_is_typed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert mimkd_ray.__version__ == project["project"]["version"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "mimkd_ray.__version__"}
+    assert mimkd_ray.__version__ == "0.2.0"
     assert "py.typed" in project["tool"]["setuptools"]["package-data"]["mimkd_ray"]
     assert (ROOT / "mimkd_ray" / "py.typed").exists()
 
