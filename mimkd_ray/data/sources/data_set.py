@@ -41,6 +41,8 @@ class Data:
     """The rows of a teacher cache: the training rows together with those that `holdout` takes from them."""
     kept: np.ndarray | None = None
     """Positions of the training rows within `whole`, sorted; None: all of it."""
+    judged: bool = True
+    """Whether held-out rows have labels."""
     own: OwnData | None = None
     """The data sets that were passed as objects, for opening them again."""
 
@@ -73,7 +75,8 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
         )
     classes, whole, kept = train.classes, train, None
     num_classes = config.num_classes or len(classes)
-    _check_labels(config, "training", train, num_classes)
+    if config.labels != "none":
+        _check_labels(config, "training", train, num_classes)
     if config.holdout > 0:
         if own is not None and own.validation is not None:
             raise UserError(
@@ -87,19 +90,30 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
             )
         val: Source = SubsetSource(train, held)
         train, kept = SubsetSource(train, rest), rest
+        if config.labels != "all":
+            val = _labelled(config, val)
     else:
         val = _labelled(config, _open_val(config, root, train))
+        classes = classes or val.classes
+        num_classes = num_classes or len(classes)
     if config.subset:
         if config.subset > train.num_rows:
             raise UserError(f"data.subset = {config.subset:,}, but there are {train.num_rows:,} training rows")
         train = SubsetSource(train, stratified_split(train.labels(), config.subset, config.subset_seed)[1])
         whole, kept = train, None
-    _check_labels(config, "validation", val, num_classes)
+    judged = config.labels == "all" or val.labels().max() >= 0
+    if judged:
+        _check_labels(config, "validation", val, num_classes)
+    if not num_classes:
+        raise UserError(
+            f"{config.root} has no labels, and so no number of classes: pass --data.num-classes, the width of the "
+            "student's head (for KD that of the teacher, else any)"
+        )
     _warn_of_slow_order(config, train)
     digest = digest_of("data", train.digest, val.digest, num_classes)  # of all held-out rows: `val_rows` may change
     if config.val_rows and config.val_rows < val.num_rows:
         val = SubsetSource(val, stratified_split(val.labels(), config.val_rows, config.split_seed)[1])
-    return Data(train, val, classes, num_classes, digest, whole, kept, own)
+    return Data(train, val, classes, num_classes, digest, whole, kept, judged, own)
 
 
 def _labelled(config: DataConfig, val: Source) -> Source:
@@ -124,10 +138,15 @@ def _check_labels(config: DataConfig, role: str, source: Source, num_classes: in
     if isinstance(source, SubsetSource):  # whose range is that of the rows that were left out, too
         labels = source.labels()
         low, high = int(labels.min()), int(labels.max())
+    if low < 0 and role == "training" and config.labels == "partial":
+        labels = source.labels()
+        logger.warning("%s: %d of %d training rows have a label", config.root, (labels >= 0).sum(), len(labels))
+        low = 0
     if low < 0:
         raise UserError(
             f"{config.root}: the {role} set has labels down to {low}, as sets with hidden labels have; "
-            "choose another split with --data.val-split or --data.train-split"
+            "choose another split with --data.val-split or --data.train-split, or train without labels "
+            "(--data.labels partial, or none)"
         )
     if high >= num_classes:
         raise UserError(
@@ -206,6 +225,7 @@ class _Root:
             )
         self.url = url
         self.store, self.how = open_store(config), decoding_of(config)
+        self.labelled = config.labels == "all"
         listing = storage.list_entries(url)
         self.files = {file: entry for file, entry in listing.items() if file.endswith(".parquet")}
         self.manifests = {file for file in listing if file.endswith(MANIFEST_SUFFIX)}
@@ -224,7 +244,7 @@ class _Root:
         if not files and split in self.dirs:
             files = storage.list_entries(self.dirs[split], ".parquet")
             if not files:
-                return FolderSource(self.dirs[split], classes, self.store, self.how)
+                return FolderSource(self.dirs[split], classes or None, self.store, self.how, self.labelled)
         manifest = None
         if storage.join(self.url, split + MANIFEST_SUFFIX) in self.manifests:
             manifest = read_manifest(self.url, split)
@@ -238,7 +258,8 @@ class _Root:
             how=self.how,
             image_column=self.config.image_column,
             label_column=self.config.label_column,
-            classes=classes,
+            classes=classes or None,
+            labelled=self.labelled,
         )
         others = next((columns for columns in source.columns if not columns.usual), None)
         if others is not None and not (self.config.image_column and self.config.label_column):
@@ -248,7 +269,7 @@ class _Root:
                 self.url,
                 split,
                 others.image,
-                others.label,
+                others.label or "(none)",
                 ", which are text" if others.text else "",
             )
         if classes and source.classes != classes and not (_numbered(classes) or _numbered(source.classes)):
