@@ -14,6 +14,7 @@ from mimkd_ray.data.augment.transforms import can_be_resident
 from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.sources.digits import DigitsSource
 from mimkd_ray.data.sources.folders import FolderSource
+from mimkd_ray.data.sources.hub_readme import README, declared_files
 from mimkd_ray.data.sources.own_dataset import SCHEME, OwnData, named_sets
 from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.sources.shard_manifest import MANIFEST_SUFFIX, read_manifest
@@ -211,7 +212,8 @@ class _Digits:
 
 
 class _Root:
-    """A folder with splits: `[data/]<split>-*.parquet`, `<split>/*.parquet` or `<split>/<class>/<image>`.
+    """A folder with splits: `[data/]<split>-*.parquet`, `<split>/*.parquet` or `<split>/<class>/<image>`; or Parquet
+    files that its README.md names, as that of a Hugging Face data set.
 
     A split with a `<split>.manifest.json` is a prepared one.
     """
@@ -230,6 +232,7 @@ class _Root:
         self.files = {file: entry for file, entry in listing.items() if file.endswith(".parquet")}
         self.manifests = {file for file in listing if file.endswith(MANIFEST_SUFFIX)}
         self.dirs = {place.rpartition("/")[2]: place for place in storage.list_dirs(url)}
+        self.declared = declared_files(url) if storage.join(url, README) in listing else {}
         if not self.files and not self.dirs:
             if not storage.exists(url):
                 raise UserError(f"data.root {url} does not exist; give 'digits', a folder or a URL such as s3://...")
@@ -241,6 +244,7 @@ class _Root:
         """Return the split, or None if it is not here. `classes` are those of the training set, if known."""
         prefixes = (f"{split}-", f"{split}.")
         files = {u: n for u, n in self.files.items() if u.rpartition("/")[2].startswith(prefixes)}
+        files = files or self.declared.get(split, {})
         if not files and split in self.dirs:
             files = storage.list_entries(self.dirs[split], ".parquet")
             if not files:
