@@ -36,7 +36,7 @@ def knn_top1(model: nn.Module, vector: TapShape, config: Config, data: Data, nor
     """
     if not data.judged:
         return None
-    bank = _bank(data)
+    bank = _bank(config, data)
     was = model.training
     model.eval()
     tapped = TappedModel(model, [vector.name])
@@ -71,8 +71,8 @@ def knn_accuracy(
     return 100 * hits / len(queries_QC)
 
 
-def _bank(data: Data) -> Source | None:
-    if data.val.digest == data.train.digest:
+def _bank(config: Config, data: Data) -> Source | None:
+    if not config.data.holdout and config.data.val_split == config.data.train_split:
         return None
     known = np.flatnonzero(data.train.labels() >= 0)
     if not len(known):
