@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.cache_build.build_setup import CalibrationUnit, Runner, Setup, ShardUnit, Unit
-from mimkd_ray.data.loading.batches import Key, LaneBatch
+from mimkd_ray.data.loading.batches import DAMAGED, Key, LaneBatch
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.errors import UserError
 from mimkd_ray.taps.tap_codecs import Coding, by_label
@@ -111,7 +111,7 @@ class _Unit:
     def add(self, batch: LaneBatch) -> None:
         """Compute the features of a batch."""
         pixels, features = self.sight.look(batch)
-        damaged_B = batch.labels_B < 0
+        damaged_B = batch.labels_B == DAMAGED
         named = by_label(features)
         rows: dict[str, Tensor] = {}
         for label in self.unit.labels:

@@ -26,7 +26,7 @@ from mimkd_ray.train.build import PlannedStudent, build_network, build_student, 
 from mimkd_ray.train.from_cache.cached_teacher import entries_of, origin_of, parts_of_run, what_is_missing
 from mimkd_ray.train.teacher_head import teacher_head
 from mimkd_ray.train.teacher_input import teacher_input
-from mimkd_ray.train.worker import first_runs, needs_teacher
+from mimkd_ray.train.worker import check_judged, first_runs, needs_teacher
 
 NO_FILE = ("random", "published")
 
@@ -42,6 +42,7 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
     data = open_data(config.data, given)
     make_order(config, data.train)
     make_pipeline(config.data.pipeline, config.data.image_size)
+    check_judged(config, data)
     for weights in (config.teacher.weights, config.student.weights):
         at_hub = weights.startswith((HUB, FOLDER, *WEB))  # a server may refuse to say, and still give
         if weights not in NO_FILE and not at_hub and not storage.exists(weights):

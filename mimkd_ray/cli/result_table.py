@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def _information(nats: Mapping[str, Mapping[str, float | None]]) -> list[str]:
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
 def _single(result: Mapping[str, Any]) -> str:
@@ -41,7 +42,9 @@ def _single(result: Mapping[str, Any]) -> str:
     if teacher:
         rows.append([f"teacher {teacher['name']}", _percent(teacher["top1"]), _percent(teacher["top5"]), ""])
     rate = f"{result['images_per_second']:.0f}"
-    rows.append([f"student {student['name']}", f"{student['top1']:.2f}", f"{student['top5']:.2f}", rate])
+    rows.append([f"student {student['name']}", _percent(student["top1"]), _percent(student["top5"]), rate])
+    if "knn" in student:
+        rows.append(["student by k-NN", _percent(student["knn"]), "", ""])
     return "\n".join([columns(rows), *_information(result["nats"])])
 
 

@@ -82,6 +82,7 @@ class Config:
             raise UserError(
                 "loss.negatives is cache, and the run reads none: pass --cache.root, or --loss.negatives step or all"
             )
+        self._check_labels()
         one_class = [method for method in self.loss.rivals if RIVALS[method].one_class]
         if one_class and self.mix.active:
             raise UserError(
@@ -105,6 +106,32 @@ class Config:
             raise UserError(
                 f"launch.workers is {self.launch.workers} and train.lanes {self.train.lanes}: a worker needs a lane of "
                 f"its own; pass --train.lanes {most} (and --train.lane-batch to keep the global batch)"
+            )
+
+    def _check_labels(self) -> None:
+        """Raise UserError for what needs labels that ``data.labels`` says are not there."""
+        labels = self.data.labels
+        if labels == "all":
+            return
+        reads = [method for method in self.loss.rivals if RIVALS[method].one_class]
+        if reads:
+            raise UserError(
+                f"loss.name has {' and '.join(reads)}, which reads the label of every image, and data.labels is "
+                f"{labels}: choose another loss"
+            )
+        if labels == "partial":
+            if self.mix.active:
+                raise UserError(
+                    "mix.mixup_alpha or mix.cutmix_alpha is on, and data.labels is partial: a mix of images with and "
+                    "without a label has none; turn mixing off, or pass --data.labels none"
+                )
+            return
+        alone = self.compare.seeds and "alone" in self.compare.arms
+        if self.teacher.train or alone or not self.loss.uses_teacher:
+            what = "teacher.train" if self.teacher.train else "arm alone" if alone else "the loss"
+            raise UserError(
+                f"data.labels is none, and {what} has nothing but labels to learn from: distil features or logits "
+                "(--loss.name mimkd) of a teacher that is there (--teacher.weights)"
             )
 
     @property

@@ -44,8 +44,11 @@ class DataConfig:
     """Parquet column of the images; unset: `image` or another usual name, else the only one of that type."""
     label_column: str = ""
     """Parquet column of the labels, integers or text; unset: `label` or another usual name."""
+    labels: Literal["all", "partial", "none"] = "all"
+    """Which training images have a label: all; partial: those without one (null or negative) have no part in the
+    cross-entropy; none: labels that are there are for evaluation alone, and there need not be any."""
     num_classes: int = 0
-    """Number of classes; 0 = taken from the data."""
+    """Number of classes, and the width of the student's head; 0 = taken from the data."""
     pipeline: str = "digits"
     """Augmentation: imagenet, imagenet_ta, imagenet_ra, cifar, cifar_ta, digits, none, or package.module:function."""
     image_size: int = 8

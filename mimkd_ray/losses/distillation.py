@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -120,10 +120,13 @@ class MIMKDLoss(nn.Module):
         rivals: Sequence[RivalPlan] = (),
         rows: TrainingRows | None = None,
         shared: SharedClasses | None = None,
+        labels: Literal["all", "partial", "none"] = "all",
     ) -> None:
         """Build critics, queue and rivals. ``rows`` are those of the training set, for a rival with a memory bank.
-        ``shared``: the classes whose logits are compared, if the teacher's are not the student's."""
+        ``shared``: the classes whose logits are compared, if the teacher's are not the student's. ``labels``: which
+        images have one; those without have a negative number, and no part in the cross-entropy."""
         super().__init__()
+        self.labels = labels
         self.shares_some = shared is not None
         if shared is not None:
             self.register_buffer("teacher_S", columns(shared.of_teacher), persistent=False)
@@ -240,7 +243,7 @@ class MIMKDLoss(nn.Module):
             student = in_full_precision(student)
             if labels_B.is_floating_point():
                 labels_B = labels_B.to(student.logits_BC.dtype)
-            ce = F.cross_entropy(student.logits_BC, labels_B, label_smoothing=config.label_smoothing)
+            ce = self._cross_entropy(student.logits_BC, labels_B)
             parts["ce"] = config.resolved_ce_weight * ce
             log["ce"] = ce.detach()
             if config.resolved_kd_weight:
@@ -270,6 +273,18 @@ class MIMKDLoss(nn.Module):
         log["loss"] = total.detach()
         return LossOutput(total, parts, log)
 
+    def _cross_entropy(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+        """Return the mean over the images with a label; zero where there is none, with a gradient of zeros, so that
+        every parameter has one."""
+        smoothing = self.config.label_smoothing
+        if self.labels == "all":
+            return F.cross_entropy(logits_BC, labels_B, label_smoothing=smoothing)
+        if self.labels == "none":
+            return 0.0 * logits_BC.sum()
+        known_B = labels_B >= 0
+        losses_B = F.cross_entropy(logits_BC, labels_B.clamp(min=0), label_smoothing=smoothing, reduction="none")
+        return losses_B.where(known_B, 0.0).sum() / known_B.sum().clamp(min=1)
+
     def _compared(self, teacher: Features, student: Features) -> tuple[Features, Features]:
         """Return both with the logits of the classes that they share, in one order."""
         if not self.shares_some:
@@ -288,7 +303,9 @@ class MIMKDLoss(nn.Module):
         objective = self.objective._replace(rolled=roll_of(mixed)) if self.objective.rolled else self.objective
         valid_BK = valid_pairs(ids_B, self.negatives, mixed)
         if classes_B is not None:
-            valid_BK = valid_BK & valid_pairs(classes_B, self.negatives)
+            # Images without a label may be of any class.
+            unknown_B1 = (classes_B < 0).unsqueeze(1)
+            valid_BK = valid_BK & (valid_pairs(classes_B, self.negatives) | unknown_B1)
         reduced_LBC = critic.reduce_teacher(teacher_LBC)
         if isinstance(critic, ConcatCritic):
             critic.observe(reduced_LBC, student_LBC)
@@ -302,7 +319,7 @@ class MIMKDLoss(nn.Module):
                 count = max(1, self.queue.size // len(student_LBC))
                 valid_BM = self.queue.filled_Q[:count] & (ids_B.unsqueeze(1) != self.queue.ids_Q[:count])
                 if classes_B is not None:
-                    valid_BM &= classes_B.unsqueeze(1) != self.queue.labels_Q[:count]
+                    valid_BM &= (classes_B.unsqueeze(1) != self.queue.labels_Q[:count]) | unknown_B1
                 candidates = _queued(candidates, self.queue.vectors(term.teacher, count), valid_BM)
         everywhere = self.config.feature_negatives == "all"
         return score_term(critic, objective, candidates, student_LBC, everywhere, self.score_bytes)

@@ -40,6 +40,11 @@ class TrialConfigs:
         """``base`` is what trials share, from :func:`trial_config`."""
         self.base = base
         data = open_data(base.data)
+        if not data.judged:
+            raise UserError(
+                f"nothing in the validation set of {base.data.root} has a label, by which a search could judge: name a "
+                "labelled split with --data.val-split"
+            )
         self.candidates = find_candidates(base, data.num_classes, teacher_head(base, data).count)
         self.spaces = tuple(spaces)
 

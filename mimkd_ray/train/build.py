@@ -218,6 +218,8 @@ class PlannedStudent:
     plan: TapPlan
     shared: SharedClasses | None = None
     """Classes whose logits are compared; None: all, which the teacher has in the data's order."""
+    vector: TapShape | None = None
+    """The student's pooled features, where these are evaluated too: where images lack labels."""
 
 
 def plan_student(
@@ -239,7 +241,11 @@ def plan_student(
     student = build_student(config, num_classes)
     if teacher is None:
         return PlannedStudent(config, student, TapPlan())
-    return PlannedStudent(config, student, taps_of_run(config, teacher, student), shared)
+    plan, vector = taps_of_run(config, teacher, student), None
+    if config.data.labels != "all":
+        size = config.data.image_size
+        (vector,) = find_shapes(student, size, [default_taps(student, size).vector]).values()
+    return PlannedStudent(config, student, plan, shared, vector)
 
 
 def taps_of_run(config: Config, teacher: nn.Module, student: nn.Module) -> TapPlan:
@@ -253,7 +259,9 @@ def build_distiller(planned: PlannedStudent, train: Source, device: torch.device
     config, plan = planned.config, planned.plan
     # Seeded again, so that the critics' start does not depend on the student's size.
     torch.manual_seed(derive(config.train.seed, "critics"))
-    loss = MIMKDLoss(config.loss, plan.terms, plan.rivals, training_rows(config.loss, train), planned.shared)
+    loss = MIMKDLoss(
+        config.loss, plan.terms, plan.rivals, training_rows(config.loss, train), planned.shared, config.data.labels
+    )
     vectors, maps = plan.student_taps()
     autocast = autocast_dtype(config.train, device)
     distiller = StudentModule(planned.student, plan.student_shapes, vectors, maps, loss, autocast)

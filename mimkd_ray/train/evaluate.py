@@ -31,7 +31,7 @@ has a few, and a graph keeps what every one of them made."""
 
 
 class Accuracy(NamedTuple):
-    """Held-out figures. top-1 and top-5 in percent; top-5 is 100 for 5 classes and fewer."""
+    """Held-out figures. top-1 and top-5 in percent; top-5 is 100 for 5 classes and fewer; NaN without any label."""
 
     top1: float
     top5: float

@@ -18,6 +18,7 @@ from mimkd_ray.data.loading.resident import keeps_on_device, resident, resident_
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.features import Features, Others
+from mimkd_ray.losses.teacher_queue import NO_LABEL
 from mimkd_ray.train.build import (
     PlannedStudent,
     build_teacher,
@@ -200,7 +201,8 @@ class Inputs:
         mixing, lane = self.config.mix, batch.lane
         if mixing.active:
             seed, classes = self.config.train.seed, self.data.num_classes
-            images, labels_B = mix(ready.images_BCHW, ready.labels_B, classes, mixing, seed, step, lane)
+            known_B = ready.labels_B.clamp(min=0)  # no label is read where data.labels is none
+            images, labels_B = mix(ready.images_BCHW, known_B, classes, mixing, seed, step, lane)
             ready = ready._replace(images_BCHW=images, labels_B=labels_B)
         ready = self._with_teacher(ready, batch.features)
         if self.check is not None and self.check.due(step, lane):
@@ -218,7 +220,10 @@ class Inputs:
         images = batch.images_BCHW
         if self.pipeline.batch is not None:
             images = self.pipeline.batch(images, batch.ids_B, key)
-        return images, Lane(batch.lane, batch.view, self.normalize(images), batch.labels_B, batch.ids_B, None)
+        labels_B = batch.labels_B
+        if self.config.data.labels == "none":
+            labels_B = torch.full_like(labels_B, NO_LABEL)
+        return images, Lane(batch.lane, batch.view, self.normalize(images), labels_B, batch.ids_B, None)
 
     def _with_teacher(self, lane: Lane, cached: Mapping[str, Tensor]) -> Lane:
         """Give a lane what its cached features say, or, without a cache, what the teacher says of its images."""

@@ -17,7 +17,7 @@ from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
 from mimkd_ray.train.captured import make_engine
 from mimkd_ray.train.distributed import Context, Preemption, all_sum, ask_first, barrier
-from mimkd_ray.train.records.metrics import Meter, Progress, reading, say
+from mimkd_ray.train.records.metrics import Meter, Progress, judged, reading, say
 from mimkd_ray.train.records.outcomes import begin
 from mimkd_ray.train.records.run_dir import MetricsLog
 from mimkd_ray.train.records.save_and_stop import Rhythm
@@ -201,7 +201,7 @@ class Loop:
         """Tell of an evaluation, whose checkpoint, where one was due, is under way by now."""
         (run,) = self.runs
         if not self.quiet:
-            say(self.context, f"{self.label}: epoch {epoch}, held-out top-1 {run.held_out['top1']:.2f} %")
+            say(self.context, f"{self.label}: epoch {epoch}, {judged(run.held_out)}")
         if not self.quiet or self.context.reports_are_final:
             self.context.report({"step": done, "epoch": epoch, **run.held_out})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -101,25 +102,28 @@ class Run:
 
 
 class Best:
-    """best.safetensors and best.json: the exported student with the highest held-out top-1 so far; of equal ones the
-    earliest."""
+    """best.safetensors and best.json: the exported student with the highest held-out top-1 so far, or where images lack
+    labels k-NN's; of equal ones the earliest. Where nothing held out has a label, the last one counts."""
 
     def __init__(self, student: Student, run_dir: str, start: int) -> None:
         """Goes on from the best.json that is there, unless it is of a later step than the run goes on from."""
         self.student = student
         self.weights, self.figures = (storage.join(run_dir, name) for name in ("best.safetensors", "best.json"))
+        self.key = "top1" if student.vector is None else "knn"
         known = share_from_first(self._known() if student.context.rank == 0 else None)
-        self.top1 = known["top1"] if known is not None and known["step"] <= start else float("-inf")
+        self.top1 = -math.inf
+        if known is not None and known["step"] <= start and known[self.key] is not None:
+            self.top1 = known[self.key]
 
     def _known(self) -> dict[str, Any] | None:
-        return read_if_sound(self.figures, ("top1", "step"), "the next evaluation counts as the best so far")
+        return read_if_sound(self.figures, (self.key, "step"), "the next evaluation counts as the best so far")
 
     def consider(self, done: int, epoch: int, held_out: Mapping[str, Any]) -> None:
         """Publish the student if it is better. Every worker calls it. Weights come first: what best.json tells of is
         there."""
-        if held_out["top1"] <= self.top1:
+        if held_out[self.key] <= self.top1:  # not so of NaN
             return
-        self.top1 = held_out["top1"]
+        self.top1 = held_out[self.key]
         weights: dict[str, Tensor] = self.student.weights()
         if self.student.context.rank == 0:
             storage.write_bytes(self.weights, save_safetensors(weights))
@@ -138,6 +142,7 @@ def describe(student: Student, held_out: Mapping[str, Any], meter: Meter, start:
         "student": {
             "name": config.student.name,
             **{key: held_out.get(key) for key in ("top1", "top5", "cross_entropy", "rows")},
+            **({"knn": held_out.get("knn")} if student.vector is not None else {}),
         },
         "nats": nats,
         "images_per_second": meter.rate(),

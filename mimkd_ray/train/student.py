@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -22,9 +23,10 @@ from mimkd_ray.losses.features import Features
 from mimkd_ray.taps.tapped_model import TappedModel
 from mimkd_ray.train.build import PlannedStudent, build_distiller, has_compiler, plan_student, why_plain
 from mimkd_ray.train.distributed import Context, gather_by_rank, is_distributed, share_from_first
-from mimkd_ray.train.evaluate import accuracies, held_out_name, read_information
+from mimkd_ray.train.evaluate import Accuracy, accuracies, held_out_name, read_information
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.inputs import Inputs
+from mimkd_ray.train.neighbours import knn_top1
 from mimkd_ray.train.optim import (
     build_optimizer,
     learning_rate,
@@ -53,6 +55,7 @@ class Student:
         train, device = config.train, context.device
         self.plain_because = why_plain(config, device)
         self.order, self.total_steps, self.my_lanes = inputs.order, inputs.total_steps, inputs.my_lanes
+        self.vector = planned.vector
         self.distiller = build_distiller(planned, self.data.train, device)
         self.ema = (
             AveragedModel(self.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
@@ -257,13 +260,19 @@ def evaluate_together(
         for network in training:
             network.eval()
         logits = {student: partial(_logits, network) for student, network in networks.items()}
-        batches = inputs.held_out(train.eval_batch or train.lane_batch)
-        measured = accuracies(
-            logits, batches, inputs.normalize, images.max_damaged, held_out_name(images), failed=failed
-        )
+        measured = {student: Accuracy(math.nan, math.nan, math.nan, inputs.data.val.num_rows, 0) for student in logits}
+        if inputs.data.judged:
+            batches = inputs.held_out(train.eval_batch or train.lane_batch)
+            measured = accuracies(
+                logits, batches, inputs.normalize, images.max_damaged, held_out_name(images), failed=failed
+            )
         for network, mode in training.items():
             network.train(mode)
         values: dict[Student, dict[str, Any]] = {student: found._asdict() for student, found in measured.items()}
+        for student, figures in values.items():
+            if student.vector is not None:
+                knn = knn_top1(student.exported(), student.vector, student.config, inputs.data, inputs.normalize)
+                figures["knn"] = math.nan if knn is None else knn
         readable = {student: student.distiller for student in values if student.distiller.loss.plan}
         if inputs.teacher is not None and readable and train.information_rows:
             # In batches of a lane, so that held-out nats have the ceiling of those in training.

@@ -18,6 +18,7 @@ from mimkd_ray.data.loading.loader import eval_batches
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.data.sources.source import Source, SubsetSource
+from mimkd_ray.errors import UserError
 from mimkd_ray.losses.shared_classes import SharedClasses
 from mimkd_ray.models.outputs import logits_from
 from mimkd_ray.models.weights_file import shown
@@ -54,6 +55,7 @@ def do_job(config: Config, context: Context, run_dir: str, given: OwnData | None
     say(context, f"{workers} on {_device(context)}; opening the data")
     with console.phase("opening the data", said=False):
         data = open_data(config.data, given)
+    check_judged(config, data)
     context.times.mark("data")
     with console.phase("preparing the teacher", said=False):
         teacher, facts = obtain_teacher(config, data, context, run_dir)
@@ -70,6 +72,18 @@ def _device(context: Context) -> str:
         return torch.cuda.get_device_name(context.device)
     threads = torch.get_num_threads()
     return f"CPU, {threads} thread{'s' if threads > 1 else ''} each"
+
+
+def check_judged(config: Config, data: Data) -> None:
+    """Raise UserError for what compares accuracies where nothing held out has a label."""
+    if data.judged:
+        return
+    if config.compare.seeds or config.teacher.expect_top1:
+        what = "compare.seeds" if config.compare.seeds else "teacher.expect_top1"
+        raise UserError(
+            f"nothing in the validation set of {config.data.root} has a label, and {what} "
+            f"asks for accuracies: pass --{what.replace('_', '-')} 0, or name a labelled split with --data.val-split"
+        )
 
 
 def first_runs(config: Config) -> list[Config]:
@@ -147,6 +161,8 @@ def measure(
 ) -> dict[str, Any]:
     """Held-out top-1 and top-5 of a teacher, in percent, over all workers; None where its classes are not the data's.
     Of ``shared`` classes: over the images of these and among these."""
+    if not data.judged:
+        return {"top1": None, "top5": None, "rows": 0}
     held_out: Source = data.val
     images = teacher_images(config, context.device)
     logits_of: Callable[[Tensor], Tensor] = partial(_logits, model, images)

@@ -24,9 +24,10 @@ from mimkd_ray.train.student import lone_student
 LANES = 4
 
 
-def _config(precision: str, **loss: Any) -> Config:
+def _config(precision: str, labels: str = "all", side: int = 0, **loss: Any) -> Config:
     return tiny_config(
-        data={"subset": 200, "pipeline": "digits"},
+        data={"subset": 200, "pipeline": "digits", "labels": labels},
+        teacher={"image_size": side},
         train={"lanes": LANES, "lane_batch": 6, "precision": precision, "epochs": 20, "ema_decay": 0.9},
         optim={"lr": 0.02, "schedule": "constant"},
         loss=loss,
@@ -82,10 +83,16 @@ def _workers(world: int, config: Config, run_dir: Path, stop: int) -> list[dict[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "preset"), [(2, "two_sided"), (3, "best"), (4, "two_sided")])
-def test_a_resumed_run_equals_its_twin_bit_for_bit(tmp_path: Path, world: int, preset: str) -> None:
-    """Float32, saved mid-epoch, with running statistics of each worker's own and a moving average of the weights."""
-    config = _config("float32", preset=preset, queue=200)
+@pytest.mark.parametrize(
+    ("world", "preset", "labels", "side"),
+    [(2, "two_sided", "all", 0), (3, "best", "partial", 0), (4, "two_sided", "none", 12)],
+)
+def test_a_resumed_run_equals_its_twin_bit_for_bit(
+    tmp_path: Path, world: int, preset: str, labels: str, side: int
+) -> None:
+    """Float32, saved mid-epoch, with running statistics of each worker's own and a moving average of the weights; also
+    without labels, and from a teacher whose images are larger."""
+    config = _config("float32", labels, side, preset=preset, queue=200)
     whole = _workers(world, config, tmp_path / "whole", 11)
     first = _workers(world, config, tmp_path / "cut", 5)
     second = _workers(world, config, tmp_path / "cut", 11)

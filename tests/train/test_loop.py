@@ -64,12 +64,13 @@ class _StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize(("preset", "ema"), [("two_sided", 0.0), ("best", 0.9)])
+@pytest.mark.parametrize(("preset", "ema", "labels"), [("two_sided", 0.0, "none"), ("best", 0.9, "all")])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, ema: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, ema: float, labels: str
 ) -> None:
     """A queue that the resumed run had to fill anew would show: it holds the images of five steps."""
     sections = {"train": {"epochs": 3, "ema_decay": ema}, "loss": {"preset": preset, "queue": 100, "schedule": "fall"}}
+    sections["data"] = {"labels": labels}
     run_tiny(tmp_path / "whole", **sections)
 
     evaluate = Student.evaluate

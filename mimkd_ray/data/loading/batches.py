@@ -98,6 +98,10 @@ class TrainKeys:
                 yield Key(step, lane, self.order.positions(step, lane), view)
 
 
+DAMAGED = -2
+"""Label of a damaged image that keeps its place in a batch. Images without a label have -1."""
+
+
 class FeatureSource(Protocol):
     """Cached features of the training set, by position."""
 
@@ -174,7 +178,7 @@ class TrainBatches:
 class ViewBatches:
     """A maker of batches of one view that keep every row, for caching; runs in loader processes.
 
-    A damaged image is black, and its label is -1.
+    A damaged image is black, and its label is DAMAGED.
     """
 
     source: Source
@@ -201,7 +205,7 @@ class ViewBatches:
 
         with generator_kept():
             batch = _decode_all(self.source, key, transform, memory).batch(key)
-        labels_B = torch.where(torch.tensor(intact), batch.labels_B, -1)
+        labels_B = torch.where(torch.tensor(intact), batch.labels_B, DAMAGED)
         return replace(batch, labels_B=labels_B, damaged=tuple(damaged))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.transforms import Transform, can_be_resident
 from mimkd_ray.data.augment.views import View
-from mimkd_ray.data.loading.batches import FeatureSource, Key, LaneBatch, TrainKeys, nearest_intact
+from mimkd_ray.data.loading.batches import DAMAGED, FeatureSource, Key, LaneBatch, TrainKeys, nearest_intact
 from mimkd_ray.data.loading.loader import view_batches
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.source import Source
@@ -66,7 +66,7 @@ class Resident:
             images.append(batch.images_BCHW.to(device, memory_format=torch.channels_last))
             labels.append(batch.labels_B.to(device))
             ids.append(batch.ids_B.to(device))
-            bad = key.positions[(batch.labels_B < 0).numpy()].tolist()
+            bad = key.positions[(batch.labels_B == DAMAGED).numpy()].tolist()
             damaged |= dict(zip(bad, batch.damaged, strict=True))
         whole = torch.cat(images).contiguous(memory_format=torch.channels_last)
         return cls(whole, torch.cat(labels), torch.cat(ids), damaged)

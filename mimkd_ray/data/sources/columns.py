@@ -29,6 +29,7 @@ class Columns:
     has_path: bool = True
     """Whether the struct has a field `path` beside the bytes."""
     label: str = "label"
+    """Empty where there is none, and none is needed."""
     text: bool = False
     """Whether labels are names of classes."""
 
@@ -43,8 +44,11 @@ class Columns:
         return (self.image, self.label, self.text) == ("image", "label", False)
 
 
-def find_columns(metadata: Any, schema: Any, url: str, image: str = "", label: str = "") -> Columns:
-    """Choose the columns of a file with this footer and Arrow schema; `image` and `label` name them.
+def find_columns(
+    metadata: Any, schema: Any, url: str, image: str = "", label: str = "", labelled: bool = True
+) -> Columns:
+    """Choose the columns of a file with this footer and Arrow schema; `image` and `label` name them. Not `labelled`:
+    there may be no labels.
 
     Raises UserError that lists the columns where nothing fits, or several do.
     """
@@ -75,7 +79,9 @@ def find_columns(metadata: Any, schema: Any, url: str, image: str = "", label: s
     texts = [f.name for f in schema if _is_text(f)]
     lone = [name for name in numbers if name.lower() not in NO_LABELS and _is_integer(schema.field(name))]
     found_image = choose("image", "binary, or a struct with a binary field 'bytes'", image, IMAGES, images, images)
-    found_label = choose("label", "an integer, or text", label, LABELS, numbers + texts, lone)
+    found_label = ""
+    if label or labelled or any(name in LABELS for name in numbers + texts):
+        found_label = choose("label", "an integer, or text", label, LABELS, numbers + texts, lone)
     return Columns(
         found_image,
         "" if found_image in leaves else "bytes",

@@ -14,6 +14,7 @@ from mimkd_ray.data.augment.transforms import can_be_resident
 from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.sources.digits import DigitsSource
 from mimkd_ray.data.sources.folders import FolderSource
+from mimkd_ray.data.sources.hub_readme import README, declared_files
 from mimkd_ray.data.sources.own_dataset import SCHEME, OwnData, named_sets
 from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.sources.shard_manifest import MANIFEST_SUFFIX, read_manifest
@@ -41,6 +42,8 @@ class Data:
     """The rows of a teacher cache: the training rows together with those that `holdout` takes from them."""
     kept: np.ndarray | None = None
     """Positions of the training rows within `whole`, sorted; None: all of it."""
+    judged: bool = True
+    """Whether held-out rows have labels."""
     own: OwnData | None = None
     """The data sets that were passed as objects, for opening them again."""
 
@@ -73,7 +76,8 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
         )
     classes, whole, kept = train.classes, train, None
     num_classes = config.num_classes or len(classes)
-    _check_labels(config, "training", train, num_classes)
+    if config.labels != "none":
+        _check_labels(config, "training", train, num_classes)
     if config.holdout > 0:
         if own is not None and own.validation is not None:
             raise UserError(
@@ -87,19 +91,30 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
             )
         val: Source = SubsetSource(train, held)
         train, kept = SubsetSource(train, rest), rest
+        if config.labels != "all":
+            val = _labelled(config, val)
     else:
         val = _labelled(config, _open_val(config, root, train))
+        classes = classes or val.classes
+        num_classes = num_classes or len(classes)
     if config.subset:
         if config.subset > train.num_rows:
             raise UserError(f"data.subset = {config.subset:,}, but there are {train.num_rows:,} training rows")
         train = SubsetSource(train, stratified_split(train.labels(), config.subset, config.subset_seed)[1])
         whole, kept = train, None
-    _check_labels(config, "validation", val, num_classes)
+    judged = config.labels == "all" or val.labels().max() >= 0
+    if judged:
+        _check_labels(config, "validation", val, num_classes)
+    if not num_classes:
+        raise UserError(
+            f"{config.root} has no labels, and so no number of classes: pass --data.num-classes, the width of the "
+            "student's head (for KD that of the teacher, else any)"
+        )
     _warn_of_slow_order(config, train)
     digest = digest_of("data", train.digest, val.digest, num_classes)  # of all held-out rows: `val_rows` may change
     if config.val_rows and config.val_rows < val.num_rows:
         val = SubsetSource(val, stratified_split(val.labels(), config.val_rows, config.split_seed)[1])
-    return Data(train, val, classes, num_classes, digest, whole, kept, own)
+    return Data(train, val, classes, num_classes, digest, whole, kept, judged, own)
 
 
 def _labelled(config: DataConfig, val: Source) -> Source:
@@ -124,10 +139,15 @@ def _check_labels(config: DataConfig, role: str, source: Source, num_classes: in
     if isinstance(source, SubsetSource):  # whose range is that of the rows that were left out, too
         labels = source.labels()
         low, high = int(labels.min()), int(labels.max())
+    if low < 0 and role == "training" and config.labels == "partial":
+        labels = source.labels()
+        logger.warning("%s: %d of %d training rows have a label", config.root, (labels >= 0).sum(), len(labels))
+        low = 0
     if low < 0:
         raise UserError(
             f"{config.root}: the {role} set has labels down to {low}, as sets with hidden labels have; "
-            "choose another split with --data.val-split or --data.train-split"
+            "choose another split with --data.val-split or --data.train-split, or train without labels "
+            "(--data.labels partial, or none)"
         )
     if high >= num_classes:
         raise UserError(
@@ -192,7 +212,8 @@ class _Digits:
 
 
 class _Root:
-    """A folder with splits: `[data/]<split>-*.parquet`, `<split>/*.parquet` or `<split>/<class>/<image>`.
+    """A folder with splits: `[data/]<split>-*.parquet`, `<split>/*.parquet` or `<split>/<class>/<image>`; or Parquet
+    files that its README.md names, as that of a Hugging Face data set.
 
     A split with a `<split>.manifest.json` is a prepared one.
     """
@@ -206,10 +227,12 @@ class _Root:
             )
         self.url = url
         self.store, self.how = open_store(config), decoding_of(config)
+        self.labelled = config.labels == "all"
         listing = storage.list_entries(url)
         self.files = {file: entry for file, entry in listing.items() if file.endswith(".parquet")}
         self.manifests = {file for file in listing if file.endswith(MANIFEST_SUFFIX)}
         self.dirs = {place.rpartition("/")[2]: place for place in storage.list_dirs(url)}
+        self.declared = declared_files(url) if storage.join(url, README) in listing else {}
         if not self.files and not self.dirs:
             if not storage.exists(url):
                 raise UserError(f"data.root {url} does not exist; give 'digits', a folder or a URL such as s3://...")
@@ -221,10 +244,11 @@ class _Root:
         """Return the split, or None if it is not here. `classes` are those of the training set, if known."""
         prefixes = (f"{split}-", f"{split}.")
         files = {u: n for u, n in self.files.items() if u.rpartition("/")[2].startswith(prefixes)}
+        files = files or self.declared.get(split, {})
         if not files and split in self.dirs:
             files = storage.list_entries(self.dirs[split], ".parquet")
             if not files:
-                return FolderSource(self.dirs[split], classes, self.store, self.how)
+                return FolderSource(self.dirs[split], classes or None, self.store, self.how, self.labelled)
         manifest = None
         if storage.join(self.url, split + MANIFEST_SUFFIX) in self.manifests:
             manifest = read_manifest(self.url, split)
@@ -238,7 +262,8 @@ class _Root:
             how=self.how,
             image_column=self.config.image_column,
             label_column=self.config.label_column,
-            classes=classes,
+            classes=classes or None,
+            labelled=self.labelled,
         )
         others = next((columns for columns in source.columns if not columns.usual), None)
         if others is not None and not (self.config.image_column and self.config.label_column):
@@ -248,7 +273,7 @@ class _Root:
                 self.url,
                 split,
                 others.image,
-                others.label,
+                others.label or "(none)",
                 ", which are text" if others.text else "",
             )
         if classes and source.classes != classes and not (_numbered(classes) or _numbered(source.classes)):

@@ -111,6 +111,12 @@ def _files(folder: str) -> dict[str, storage.Entry]:
     return dict(sorted(found.items()))
 
 
+def _without_classes(root: str) -> list[tuple[int, str, storage.Entry]]:
+    """The images of a folder that holds images itself, and of its folders; none where it holds folders alone."""
+    files = {file: entry for file, entry in _files(root).items() if file.lower().endswith(SUFFIXES)}
+    return [(-1, file, entry) for file, entry in files.items()] if any("/" not in file for file in files) else []
+
+
 def printable(name: str) -> str:
     """Return a name of a file, which may hold any bytes, as text that any console and file takes."""
     return name.encode("utf-8", "backslashreplace").decode()
@@ -130,15 +136,18 @@ class FolderSource:
         classes: tuple[str, ...] | None = None,
         store: BlockStore | None = None,
         how: Decoding = DECODING,
+        labelled: bool = True,
     ) -> None:
+        """Not `labelled`: images that lie in `root` itself are the set, with those in its folders, without classes."""
         self.root = root
         self.how = how
         self.in_memory: bool = False
         self.store: BlockStore | None = store if storage.is_remote(root) else None
-        listed = list_classes(root, classes)
+        found = [] if labelled else _without_classes(root)
+        listed = list_classes(root, classes) if not found else ClassFolders((), (), {})
         self.classes: tuple[str, ...] = listed.classes
         self._loaded_again: set[int] = set()
-        found = [
+        found += [
             (label, file, entry)
             for label, name in enumerate(self.classes)
             for file, entry in listed.images.get(name, {}).items()
@@ -203,8 +212,8 @@ class FolderSource:
         return self.store is not None and self.store.fetch(self._keys[block], partial(self._load, block))
 
     def _url(self, position: int) -> str:
-        name = f"{self.classes[self._labels[position]]}/{os.fsdecode(self._files[position])}"
-        return storage.join(self.root, name)
+        label, file = int(self._labels[position]), os.fsdecode(self._files[position])
+        return storage.join(self.root, f"{self.classes[label]}/{file}" if label >= 0 else file)
 
     def _read_files(self, positions: Sequence[int]) -> list[bytes]:
         urls = [self._url(int(position)) for position in positions]

@@ -66,12 +66,14 @@ class ParquetSource:
         image_column: str = "",
         label_column: str = "",
         classes: tuple[str, ...] | None = None,
+        labelled: bool = True,
     ) -> None:
         """Open the files. `files` maps each URL to its size in bytes, as from `storage.list_sizes`.
 
         With a `manifest` its shards are the files, in its order, and `files` is what they are checked against.
         `image_column` and `label_column` name columns that cannot be found. `classes` are the training set's, for
-        labels that are text. `versions` (of `storage.Entry`) tell files of one name and size apart in the store.
+        labels that are text. Not `labelled`: there need not be a column of labels. `versions` (of `storage.Entry`)
+        tell files of one name and size apart in the store.
 
         Raises UserError for a file that is not Parquet, lacks columns, or disagrees with the others about classes, and
         for a manifest that does not fit the files.
@@ -86,7 +88,7 @@ class ParquetSource:
         self.in_place: bool = not storage.is_remote(first) and is_on_local_disk(storage.local_path(first))
         self.versions = tuple((versions or {}).get(url, "") for url in files)
         with ThreadPoolExecutor(min(FOOTER_THREADS, max(1, len(self.files)))) as pool:
-            read = partial(_read_footer, image_column=image_column, label_column=label_column)
+            read = partial(_read_footer, image_column=image_column, label_column=label_column, labelled=labelled)
             footers = list(pool.map(lambda file: read(*file), self.files))
         self.columns = tuple(f.columns for f in footers)
         self.names: tuple[str, ...] | None = None
@@ -142,6 +144,9 @@ class ParquetSource:
     def file_labels(self, file: int) -> np.ndarray:
         """Return the labels of a file (int64), by its number in `files`."""
         url = self.files[file][0]
+        if not self.columns[file].label:
+            first, stop = self._file_block[file], self._file_block[file + 1]
+            return np.full(self.blocks.start(int(stop)) - self.blocks.start(int(first)), NO_LABEL, dtype=np.int64)
         return label_array(_label_column(*self.files[file], self.columns[file].label), url, self.names)
 
     def _named_in_rows(self) -> tuple[str, ...]:
@@ -264,16 +269,18 @@ def _check_row_groups(url: str, footer: _Footer, shard: Shard) -> None:
             )
 
 
-def _read_footer(url: str, size: int, image_column: str, label_column: str) -> _Footer:
+def _read_footer(url: str, size: int, image_column: str, label_column: str, labelled: bool) -> _Footer:
     with open_parquet(url, size) as file:
         metadata, schema = file.metadata, file.schema_arrow
-        columns = find_columns(metadata, schema, url, image_column, label_column)
-        place = [metadata.schema.column(i).path for i in range(len(metadata.schema))].index(columns.label)
+        columns = find_columns(metadata, schema, url, image_column, label_column, labelled)
         groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+        row_groups = tuple((group.num_rows, *_span(group)) for group in groups)
+        if not columns.label:
+            return _Footer(row_groups, (NO_LABEL, NO_LABEL), (), columns)
+        place = [metadata.schema.column(i).path for i in range(len(metadata.schema))].index(columns.label)
         ranges = [_statistics(group.column(place)) for group in groups if group.num_rows and not columns.text]
         known = [r for r in ranges if r is not None]
         whole = (min(r[0] for r in known), max(r[1] for r in known)) if known and len(known) == len(ranges) else None
-        row_groups = tuple((group.num_rows, *_span(group)) for group in groups)
         return _Footer(row_groups, whole, class_names(schema.metadata, columns.label), columns)
 
 

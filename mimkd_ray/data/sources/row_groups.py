@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mimkd_ray import storage
-from mimkd_ray.data.sources.columns import Columns, label_array
+from mimkd_ray.data.sources.columns import NO_LABEL, Columns, label_array
 from mimkd_ray.data.sources.folders import SUFFIXES
 from mimkd_ray.data.sources.shard_manifest import Block
 from mimkd_ray.data.store.stored_block import Identity, StoredBlock
@@ -70,7 +70,8 @@ def _read(
     import pyarrow.parquet as pq
 
     metadata = read_metadata(url, size)
-    numbers = [columns.label] if listed is None else [columns.label, "id"]
+    of_label = [columns.label] if columns.label else []
+    numbers = of_label if listed is None else [*of_label, "id"]
     place = Place(url, size, group)
     chunks = {metadata.row_group(group).column(i).path_in_schema: i for i in range(metadata.num_columns)}
     spans = [chunk_span(metadata.row_group(group).column(chunks[name])) for name in (columns.bytes_path, *numbers)]
@@ -79,7 +80,7 @@ def _read(
         start, stop = listed.offset, listed.offset + listed.length
     elif stop - start > sum(end - first for first, end in spans) + MAX_GAP:
         with open_parquet(url, size, metadata) as file:
-            wanted = [columns.bytes_path, columns.label]
+            wanted = [columns.bytes_path, *of_label]
             return _decoded(file.read_row_group(group, columns=wanted, use_threads=False), place, columns, names)
     # Before the bytes: if the file is written again in between, its identity is another one, and it is read again.
     identity = Identity.of(os.stat(storage.local_path(url))) if in_place else None
@@ -137,7 +138,9 @@ def _decoded(table: Any, place: Place, columns: Columns, names: Sequence[str] | 
 
     (column,) = table.select([columns.image]).flatten().columns  # of a struct its only field that was read
     images = column.cast(pa.large_binary()).combine_chunks()
-    labels = label_array(table.column(columns.label), f"{place.url} (row group {place.group})", names)
+    labels = np.full(table.num_rows, NO_LABEL, dtype=np.int64)
+    if columns.label:
+        labels = label_array(table.column(columns.label), f"{place.url} (row group {place.group})", names)
     if images.null_count:
         if columns.field and columns.has_path:
             with open_parquet(place.url, place.size, read_metadata(place.url, place.size)) as file:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mimkd_ray.config import Config
 from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.augment.views import Pipeline, View
-from mimkd_ray.data.loading.batches import Key, LaneBatch
+from mimkd_ray.data.loading.batches import DAMAGED, Key, LaneBatch
 from mimkd_ray.data.loading.loader import to_device, view_batches
 from mimkd_ray.data.order.random_numbers import Permutation
 from mimkd_ray.data.sources.data_set import Data
@@ -79,7 +79,7 @@ def fit(sight: Sight, entries: Sequence[Entry]) -> dict[str, bytes]:
     fitters = {entry.label: Fitter(entry.spec, entry.shape, cache.calibration_rows, sight.device) for entry in entries}
     for batch in sight.batches(keys):
         features = by_label(sight.look(batch)[1])
-        intact = batch.labels_B >= 0
+        intact = batch.labels_B != DAMAGED
         for label, fitter in fitters.items():
             fitter.add(features[label][intact])
     return {label: calibration.to_bytes(fitter.finish()) for label, fitter in fitters.items()}

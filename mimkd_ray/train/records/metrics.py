@@ -38,6 +38,16 @@ def reading(nats: float | None, ceiling: float | None, digits: int = 2) -> str:
     return f"{nats:.{digits}f} of at most {ceiling:.2f} nats"
 
 
+def judged(held_out: Mapping[str, float]) -> str:
+    """Return the accuracy of held-out figures as text: by the head, and where images lack labels by k-NN."""
+    found = [
+        f"{name} {held_out[key]:.2f} %"
+        for key, name in (("top1", "top-1"), ("knn", "k-NN"))
+        if not math.isnan(held_out.get(key, math.nan))
+    ]
+    return f"held-out {', '.join(found)}" if found else "nothing held out has a label"
+
+
 class Progress:
     """The training that goes on, for the console: step, images/s and time left of the last minute, metrics.
 

@@ -1,0 +1,63 @@
+"""Folders of Hugging Face data sets, whose README.md says which files are which split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mimkd_ray.config import DataConfig
+from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.errors import UserError
+
+README = """---
+license: mit
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: "plain/part-a-*.parquet"
+  - split: test
+    path: ["plain/part-b-*.parquet"]
+- config_name: other
+  data_files: x/*.parquet
+---
+# A set
+"""
+
+
+def write(root: Path, readme: str) -> DataConfig:
+    for name, rows in {"part-a-0": 3, "part-a-1": 2, "part-b-0": 4}.items():
+        table = pa.table({"image": [{"bytes": b"x", "path": None}] * rows, "label": list(range(rows))})
+        (root / "plain").mkdir(exist_ok=True)
+        pq.write_table(table, root / "plain" / f"{name}.parquet")
+    (root / "README.md").write_text(readme)
+    return DataConfig(root=str(root), num_classes=4)
+
+
+@pytest.mark.parametrize(
+    "readme",
+    [
+        README,
+        '---\nconfigs:\n- config_name: only\n  data_files: {train: "plain/part-a*", test: "plain/part-b*"}\n---\n',
+    ],
+)
+def test_files_are_those_that_the_readme_names(tmp_path: Path, readme: str) -> None:
+    pytest.importorskip("yaml")
+    data = open_data(write(tmp_path, readme))
+    assert (data.train.num_rows, data.val.num_rows) == (5, 4)
+    assert data.train.labels().tolist() == [0, 1, 2, 0, 1]
+
+
+def test_a_readme_that_says_nothing_changes_nothing(tmp_path: Path) -> None:
+    for readme in ("# A set\n", "---\nlicense: mit\n---\n", "---\nconfigs: []\n"):
+        with pytest.raises(UserError, match="has no training split 'train'"):
+            open_data(write(tmp_path, readme))
+
+
+def test_metadata_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    with pytest.raises(UserError, match=r"README.md: its metadata cannot be read .*mend the lines between ---"):
+        open_data(write(tmp_path, "---\nconfigs: [\n---\n"))
