@@ -131,11 +131,11 @@ def cached(root: Path) -> dict[str, Any]:
 def searched(root: Path) -> dict[str, Any]:
     """Configuration, state and evaluations of every trial."""
     found: dict[str, Any] = {}
-    for folder in sorted((root / "small" / "trials").iterdir()):
-        begun, ended = (json.loads((folder / name).read_text()) for name in ("trial.json", "ended.json"))
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        looks = [(line["step"], line["top1"], line["cross_entropy"]) for line in lines if line["kind"] == "eval"]
-        found[folder.name] = (begun["params"], ended["state"], looks)
+    for file in sorted((root / "small" / "trials").glob("*.json")):
+        value = json.loads(file.read_text())
+        looks = [(point["step"], point["top1"], point["cross_entropy"]) for point in value["curve"]]
+        found[file.name] = (value["params"], value["state"], looks)
+    assert found
     return found
 
 
@@ -148,6 +148,11 @@ def lines_below(root: Path) -> int:
     """Lines of samples and metrics so far."""
     files = [*root.rglob(LINES), *root.rglob("metrics.jsonl")]
     return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
+
+
+def looks_below(root: Path) -> int:
+    """Evaluations of a search's trials so far."""
+    return sum(file.read_bytes().count(b'"cross_entropy"') for file in root.rglob("trials/*.json") if file.exists())
 
 
 def files_below(root: Path) -> int:
@@ -170,13 +175,12 @@ KINDS = {
     "train-local": Kind(train, LOCAL, "job", trained, lines_below),
     "train-loader": Kind(train, (*LOCAL, "--data.loader-workers", "2"), "child", trained, lines_below),
     "cache-local": Kind(cache, LOCAL, "job", cached, files_below),
-    "search-local": Kind(search, LOCAL, "job", searched, lines_below),
     "train-ray": Kind(train, RAY, "job", trained, lines_below),
     "train-worker": Kind(train, RAY, "ray", trained, lines_below),
     "cache-ray": Kind(cache, (), "job", cached, files_below),
     "cache-actor": Kind(cache, (), "ray", cached, files_below),
-    "search-ray": Kind(search, (), "job", searched, lines_below),
-    "search-actor": Kind(search, (), "ray", searched, lines_below),
+    "search-ray": Kind(search, (), "job", searched, looks_below),
+    "search-actor": Kind(search, (), "ray", searched, looks_below),
     "prepare-ray": Kind(prepare, (), "job", prepared, files_below),
     "prepare-worker": Kind(prepare, (), "ray", prepared, files_below),
 }

@@ -26,7 +26,7 @@ TRAIN: list[Case] = [
     ("train", arguments, said)
     for arguments, said in [
         (("nix",), "unknown recipe 'nix' (recipes: demo"),
-        (("demo", "--config"), "--config needs a JSON file"),
+        (("demo", "--config"), "--config needs a JSON, YAML or TOML file"),
         (("demo", "--config", "/nix.json"), "--config /nix.json: there is no such file"),
         (("demo", "--config", "/etc"), "--config /etc is a folder: give the file"),
         (("demo", "--optim.lr", "nan"), "optim.lr is nan: give a finite number"),
@@ -93,8 +93,8 @@ TRAIN: list[Case] = [
         (("demo", "--launch.max-preemptions", "-2"), "launch.max_preemptions is -2"),
         (("demo", "--run.name", "a/b"), "run.name 'a/b' has a slash"),
         (("demo", "--run.name", "x" * 300), "has 300 bytes, of at most 200"),
-        (("demo", "--run.root", "/etc/hostname"), "cannot write /etc/hostname/small/config.json: Not a directory"),
-        (("demo", "--run.root", "/proc/x"), "cannot write /proc/x/small/config.json"),
+        (("demo", "--run.root", "/etc/hostname"), "cannot create /etc/hostname/small/lock.json: Not a directory"),
+        (("demo", "--run.root", "/proc/x"), "cannot create /proc/x/small/lock.json"),
         (("demo", "--run.checkpoint-minutes", "nan"), "run.checkpoint_minutes is nan: give a finite number"),
         (("demo", "--run.keep-checkpoints", "0"), "keep_checkpoints 0 at least 1"),
         (("demo", "--cache.logits", "top99", "--data.views", "2", "--cache.root", "/nix"), "there are 10 classes"),
@@ -108,7 +108,7 @@ CONFIG: list[Case] = [
     for text, said in [
         ("{", "is not JSON: Expecting property name"),
         ("[" * 100_000, "is not JSON: maximum recursion depth"),
-        ("[]", "a config is a JSON object of its sections, and this is a list"),
+        ("[]", "is JSON of a list, not of sections and fields"),
         ('{"loss": 3}', "loss is 3: give an object with the section's fields"),
         ('{"loss": {"critic": null}}', "loss.critic is None: give an object"),
         ('{"recipe": ".."}', "recipe '..' names another folder"),
@@ -208,7 +208,7 @@ def run(job: str, arguments: Sequence[str], folder: Path) -> int:
         (folder / "in" / "train" / "ant" / "1.png").write_bytes(bad_files.IMAGES[0].as_py())
         return prepare_data.main(["--source", str(folder / "in"), "--target", out, *arguments])
     if job == "search":
-        return search.main(IMAGENET_RECIPES, SPACES, ["demo", *small, *arguments])
+        return search.main(IMAGENET_RECIPES, SPACES, ["demo", *SMALL, "--run.root", out, *arguments])
     if job == "cache":
         return cache_teacher.main(IMAGENET_RECIPES, arguments)
     if job == "tools":
