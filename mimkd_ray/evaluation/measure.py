@@ -18,13 +18,14 @@ from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import UserError
 from mimkd_ray.evaluation.collect import Collected, collect, few
 from mimkd_ray.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
-from mimkd_ray.evaluation.features import knn_accuracy, linear_probe_accuracy
+from mimkd_ray.evaluation.linear_probe import linear_probe_accuracy
 from mimkd_ray.evaluation.networks import Subject, subject_of
 from mimkd_ray.evaluation.predictions import agreement, calibration, confusions, per_class, top_k
 from mimkd_ray.evaluation.real_labels import real_accuracy
 from mimkd_ray.evaluation.similarity import linear_cka
 from mimkd_ray.losses.estimate import mutual_information
 from mimkd_ray.train.distributed import Context
+from mimkd_ray.train.neighbours import knn_accuracy
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.run_dir import jsonable, write_json
 from mimkd_ray.versions import versions

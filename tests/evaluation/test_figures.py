@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mimkd_ray.errors import UserError
 from mimkd_ray.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from mimkd_ray.evaluation.features import knn_accuracy, linear_probe_accuracy
+from mimkd_ray.evaluation.linear_probe import linear_probe_accuracy
 from mimkd_ray.evaluation.predictions import (
     BINS,
     agreement,
@@ -129,22 +129,6 @@ def clusters(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return centres[labels] + 0.8 * torch.randn(count, 6, generator=generator), labels
 
 
-def test_knn_by_brute_force() -> None:
-    (train, labels), (test, truth) = clusters(90, 0), clusters(50, 1)
-    right = 0
-    for query, label in zip(test.tolist(), truth.tolist(), strict=True):
-        near = []
-        for row, its in zip(train.tolist(), labels.tolist(), strict=True):
-            product = sum(a * b for a, b in zip(query, row, strict=True))
-            near.append((product / math.hypot(*query) / math.hypot(*row), its))
-        votes = [0.0, 0.0, 0.0]
-        for similarity, its in sorted(near)[-5:]:
-            votes[its] += math.exp(similarity / 0.07)
-        right += votes.index(max(votes)) == label
-    assert knn_accuracy(train, labels, test, truth, k=5) == pytest.approx(100 * right / 50)
-    assert knn_accuracy(train, labels, train, labels, k=1) == 100
-
-
 def test_linear_probe_is_logistic_regression() -> None:
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -160,7 +144,7 @@ def test_linear_probe_is_logistic_regression() -> None:
 def test_features_without_rows() -> None:
     features, labels = clusters(6, 0)
     with pytest.raises(UserError, match="0 training features and 0 labels"):
-        knn_accuracy(features[:0], labels[:0], features, labels)
+        linear_probe_accuracy(features[:0], labels[:0], features, labels)
     with pytest.raises(UserError, match="6 test features and 5 labels"):
         linear_probe_accuracy(features, labels, features, labels[:5])
 

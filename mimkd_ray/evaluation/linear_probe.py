@@ -1,8 +1,4 @@
-"""Accuracy of frozen features: what a classifier can read from them, without the network's own head.
-
-For students that were trained without labels it is the measure there is; for others it separates the features from the
-classifier.
-"""
+"""Accuracy of frozen features that a linear classifier reads, without the network's own head."""
 
 from __future__ import annotations
 
@@ -11,33 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimkd_ray.errors import UserError
-
-CHUNK = 1024
-"""Query rows whose similarities to all training rows are in memory at a time."""
-
-
-@torch.no_grad()
-def knn_accuracy(
-    train_NC: Tensor, train_labels_N: Tensor, test_MC: Tensor, test_labels_M: Tensor, k: int = 20, t: float = 0.07
-) -> float:
-    """Return the top-1 (%) of weighted k-nearest neighbours by cosine similarity.
-
-    The k most similar training rows vote for their classes with weight exp(similarity / t) (Wu et al. 2018,
-    "Unsupervised feature learning via non-parametric instance discrimination"); `k` is at most the number of training
-    rows. Raises UserError for no rows. Cost: N x M x C multiplications.
-    """
-    _check(train_NC, train_labels_N, test_MC, test_labels_M)
-    k = min(k, len(train_NC))
-    classes = int(max(train_labels_N.max(), test_labels_M.max())) + 1
-    train_NC = F.normalize(train_NC.float(), dim=1)
-    right = 0
-    for features_BC, labels_B in zip(test_MC.split(CHUNK), test_labels_M.split(CHUNK), strict=True):
-        similarity_BN = F.normalize(features_BC.float(), dim=1) @ train_NC.T
-        value_BK, row_BK = similarity_BN.topk(k, dim=1)
-        votes_BV = torch.zeros(len(features_BC), classes, dtype=torch.float64, device=features_BC.device)
-        votes_BV.scatter_add_(1, train_labels_N[row_BK], (value_BK.double() / t).exp())
-        right += int((votes_BV.argmax(dim=1) == labels_B).sum())
-    return 100 * right / len(test_MC)
 
 
 def linear_probe_accuracy(
