@@ -289,7 +289,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"loss": {"feature_pairs": ("stage2:stage3",)}},
         r"stage2:map: this tap is not cached; there are logits, pool \(vector\), stage3 \(map\)\. Build",
     ),
-    "mean": ({"data": {"mean": (0.5, 0.5, 0.5)}}, r"mean \(--data.mean\): \[0.305, 0.305, 0.305\], not \[0.5,"),
+    "mean": ({"data": {"mean": (0.5, 0.5, 0.5)}}, r"mean \(--data.mean, .*\): \[0.305, 0.305, 0.305\], not \[0.5,"),
 }
 
 
