@@ -16,7 +16,7 @@ from mimkd_ray.config.digest import differences, training_dict, training_part
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.train.records import checkpoint
-from mimkd_ray.train.records.outcomes import CONFIG, RESULT
+from mimkd_ray.train.records.outcomes import CONFIG
 
 WEIGHTS = "student.safetensors"
 
@@ -65,12 +65,19 @@ def _legs(run_dir: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def history(config: Config) -> list[dict[str, Any]]:
     """Return the legs of a run up to this one, for its result: {"from", "epochs", "changes"} of each; [] of a run that
-    did not start from another."""
-    if not config.run.start_from:
-        return []
-    before = read_json(storage.join(config.run.start_from, CONFIG), ("train",)) or {}
-    result = read_json(storage.join(config.run.start_from, RESULT)) or {}
-    first = [{"from": "", "epochs": before["train"]["epochs"], "changes": []}]
-    changes = differences(training_part(before), training_dict(config))
-    this = {"from": config.run.start_from, "epochs": config.train.epochs, "changes": changes}
-    return [*result.get("legs", first), this]
+    did not start from another. They are read from the configs, because a leg that was stopped has no result; legs
+    before one whose directory is gone are left out."""
+    found: list[dict[str, Any]] = []
+    part, place = training_dict(config), config.run.start_from
+    seen = {""}
+    while place not in seen:
+        seen.add(place)
+        begun = read_json(storage.join(place, CONFIG), ("run", "train"))
+        if begun is None:
+            break
+        before = training_part(begun)
+        found.append({"from": place, "epochs": part["train"]["epochs"], "changes": differences(before, part)})
+        part, place = before, begun["run"].get("start_from", "")
+    if found:
+        found.append({"from": place, "epochs": part["train"]["epochs"], "changes": []})
+    return found[::-1]

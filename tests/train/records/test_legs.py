@@ -42,6 +42,7 @@ def test_legs(tmp_path: Path) -> None:
     parameters = dict(build_model("cifar/resnet8_w4", 10).named_parameters())
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in parameters)
     assert run(still) == second
+    (tmp_path / "one-leg2" / "result.json").unlink()  # as of a leg that was stopped: legs are read from their configs
     third = run(config(tmp_path, train={"epochs": 3}))
     assert [leg["epochs"] for leg in third["legs"]] == [2, 1, 3]
     assert third["legs"][2]["from"] == str(tmp_path / "one-leg2")
