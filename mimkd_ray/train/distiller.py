@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,9 @@ class Distilled(NamedTuple):
     logits: Tensor
 
 
+Labels = Literal["all", "partial", "none"]
+
+
 class Distiller(nn.Module):
     """A student with its critics and its loss; :func:`distill` makes it.
 
@@ -72,12 +75,13 @@ class Distiller(nn.Module):
         loss: LossConfig,
         steps: int | None = None,
         epoch_steps: int | None = None,
+        labels: Labels = "all",
     ) -> None:
         """``plan``: the taps that ``loss`` reads (:func:`mimkd_ray.train.build.plan_taps`). The rest is as in
         :func:`distill`. Critics are drawn from torch's global generator."""
         super().__init__()
         self.student = student
-        self.loss = MIMKDLoss(loss, plan.terms, plan.rivals)
+        self.loss = MIMKDLoss(loss, plan.terms, plan.rivals, labels=labels)
         self.steps, self.epoch_steps = steps, epoch_steps
         self._shapes = dict(plan.student_shapes)
         self._vectors, self._maps = plan.student_taps()
@@ -220,6 +224,7 @@ def distill(
     pairs: Mapping[str, Sequence[str]] | None = None,
     steps: int | None = None,
     epoch_steps: int | None = None,
+    labels: Labels = "all",
 ) -> Distiller:
     """Make what distils ``teacher`` into ``student`` in a loop of your own.
 
@@ -233,6 +238,8 @@ def distill(
             none. A layer is a module path, PATH@input what it is given, ``logits`` a network's logits.
         steps: steps of the whole training, for ``loss.schedule``.
         epoch_steps: steps of an epoch, for rivals that warm up over ``loss.rival_warmup`` epochs.
+        labels: which images have a label: ``all``; ``partial``, where those without have a negative number and no part
+            in the cross-entropy; or ``none``, where the student learns from the teacher alone.
 
     The critics' weights come from torch's global generator: seed it for a run that can be repeated. Raises UserError
     for layers that do not exist or do not fit, and for what needs more than a loop of batches: memory banks (crd),
@@ -245,7 +252,7 @@ def distill(
     widths = [dry_run(network, image_size).logits.shape[1] for network in (teacher, student)]
     if widths[0] != widths[1]:
         check_shared(loss, SharedClasses(), widths[1])
-    return Distiller(teacher, student, plan_taps(loss, teacher, student, image_size), loss, steps, epoch_steps)
+    return Distiller(teacher, student, plan_taps(loss, teacher, student, image_size), loss, steps, epoch_steps, labels)
 
 
 def _with_pairs(loss: LossConfig, pairs: Mapping[str, Sequence[str]]) -> LossConfig:
