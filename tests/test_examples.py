@@ -58,9 +58,15 @@ def test_own_dataset_on_ray(example: Any, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_vit_to_mobilenet(example: Any) -> None:
-    of_teacher, of_student = example("vit_to_mobilenet").main(epochs=1)
+    of_teacher, of_student = example("vit_to_mobilenet").main(epochs=2)
     assert of_teacher > 30
     assert of_student > 30
+
+
+def test_without_labels(example: Any) -> None:
+    of_teacher, before, after = example("without_labels").main(epochs=2)
+    assert of_teacher > before
+    assert after > before
 
 
 @pytest.mark.slow

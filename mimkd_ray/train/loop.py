@@ -109,6 +109,14 @@ class Loop:
         rhythm = Rhythm(self.config.run, context, self.steps_per_epoch, self.start)
         self.inputs.start(self.start)
         context.times.mark("built")
+        if self.start == self.total:  # a kill came between the last checkpoint and the result
+            with self.meter.paused():
+                held_out = self.evaluate(self.total)
+            for run, figures in zip(self.runs, held_out, strict=True):
+                run.held_out = figures
+            progress.close()
+            self.finish()
+            return
         for step in range(self.start, self.total):
             records = self._step(step)
             done, last = step + 1, step + 1 == self.total

@@ -106,7 +106,8 @@ def test_other_number_of_classes_names_both(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         build_model(STUDENT, 10, str(path))
     assert str(caught.value) == (
-        f"weights {path} have 100 classes, the data has 10: pass --data.num-classes 100 or other weights"
+        f"weights {path} have 100 classes, the data has 10: pass --data.num-classes 100 or other weights, or "
+        "for a teacher with classes of its own --teacher.classes 100"
     )
 
 

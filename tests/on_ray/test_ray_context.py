@@ -51,16 +51,16 @@ def test_a_stop_request_is_heeded_after_storage_has_failed(
     """Five looks of which the first, and the third and fourth in a row fail: one line for each row of failures."""
     answers = ["fails", "works", "fails", "fails", "works"]
     looks: list[str] = []
-    exists = storage.exists
+    read_bytes = storage.read_bytes
 
-    def failing(url: str) -> bool:
+    def failing(url: str, small: bool = False) -> bytes:
         assert url == str(tmp_path / "stop.json")
         looks.append(url)
         if len(looks) <= len(answers) and answers[len(looks) - 1] == "fails":
             raise StorageError(f"{url}: the store answers 503\nslow down (look {len(looks)})")
-        return exists(url)
+        return read_bytes(url, small)
 
-    monkeypatch.setattr(storage, "exists", failing)
+    monkeypatch.setattr(storage, "read_bytes", failing)
     with caplog.at_level(logging.WARNING):
         context = watching(monkeypatch, tmp_path)
         assert within(10, lambda: len(looks) > len(answers)), "the watch has ended with an error"

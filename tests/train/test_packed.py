@@ -309,7 +309,7 @@ def test_at_any_time_there_is_a_step_that_all_members_have(tmp_path: Path, monke
 
     monkeypatch.setattr(checkpoint, "save", slow_save)
     pack(configs, tmp_path)
-    assert len(shared) == 21
+    assert len(shared) == 24, "of each of three members every step: the limit of steps may grow"
     assert all(found >= step - 1 for step, found in shared)
 
 
@@ -350,7 +350,7 @@ def test_a_kill_before_the_verdict_was_carried_out_asks_the_judge_again(
 
 def test_a_member_whose_loss_is_no_number_leaves_and_the_others_go_on(tmp_path: Path) -> None:
     configs = variants(tiny_config(train=TRAIN))
-    configs[1] = replace(configs[1], optim=replace(configs[1].optim, lr=1e38, clip_norm=0.0))
+    configs[1] = replace(configs[1], optim=replace(configs[1].optim, lr=1000.0, weight_decay=1000.0, clip_norm=0.0))
     outcomes = pack(configs, tmp_path / "pack")
     with pytest.raises(NonFiniteLossError) as caught:
         alone(configs[1:2], tmp_path / "broken")
@@ -387,7 +387,10 @@ def test_a_member_with_wrong_taps_or_no_student_is_the_only_one_that_fails(tmp_p
 def test_one_that_failed_is_not_trained_again_and_if_all_fail_the_pack_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    configs = [replace(config, optim=replace(config.optim, lr=1e38, schedule="constant")) for config in quick()]
+    configs = [
+        replace(config, optim=replace(config.optim, lr=1000.0, weight_decay=1000.0, schedule="constant"))
+        for config in quick()
+    ]
     first = pack(configs, tmp_path)
     monkeypatch.setattr(Student, "schedule", lambda *_: pytest.fail("trained again"))
     again = pack(configs, tmp_path)

@@ -11,7 +11,6 @@ import torch
 from test_packed import Dropping, alone, pack, quick, same
 from torch import Tensor
 
-from mimkd_ray.config import CriticConfig
 from mimkd_ray.errors import MemberMemoryError
 from mimkd_ray.train.student import Student
 
@@ -30,11 +29,19 @@ class Hungry(Dropping):
         return super().forward(images)
 
 
+class Wide(Dropping):
+    """A student that asks for 32 TB when it is put on its device."""
+
+    def _apply(self, *arguments: Any, **options: Any) -> Wide:
+        torch.empty(2**45, dtype=torch.uint8)
+        return super()._apply(*arguments, **options)
+
+
 def test_a_member_without_memory_leaves_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One while it trains, one before that: by real allocations."""
     configs = quick()
     one = replace(configs[0], student=replace(configs[0].student, name="test_packed_memory:Hungry"))
-    wide = replace(configs[0], loss=replace(configs[0].loss, critic=CriticConfig(width=2**21)))
+    wide = replace(configs[0], student=replace(configs[0].student, name="test_packed_memory:Wide"))
     outcomes = pack([*configs, one, wide], tmp_path / "pack")
     for number, when in ((len(configs), "in step 3"), (len(configs) + 1, "before the first step")):
         error = outcomes[number].error

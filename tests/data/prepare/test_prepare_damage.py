@@ -68,7 +68,7 @@ def test_what_is_missing_or_cut_short_is_made_anew(
 def test_damaged_settings_are_named(folders: Path, tmp_path: Path) -> None:
     job, work = begun(folders, tmp_path / "set", 3)
     (work / "settings.json").write_text("{")
-    with pytest.raises(DamagedDataError, match=r"settings\.json is damaged .* remove .*\.prepare-train and start anew"):
+    with pytest.raises(DamagedDataError, match=r"settings\.json .*is damaged.* remove .*\.prepare-train and start"):
         prepare(job)
 
 

@@ -48,7 +48,7 @@ def test_a_stop_is_seen_within_a_second_or_a_step(monkeypatch: pytest.MonkeyPatc
     clock = _Clock(monkeypatch)
     for seconds in (5.0, 0.01):
         context = cpu()
-        asked = Rhythm(RunConfig(checkpoint_every=0), context, 10**6, 0)
+        asked = Rhythm(RunConfig(checkpoint_every=0, checkpoint_minutes=0.0), context, 10**6, 0)
         for done in range(1, 201):
             clock.now += seconds
             assert not asked.after(done).stop
@@ -81,7 +81,7 @@ def test_a_notice_saves_once_per_set_of_machines(monkeypatch: pytest.MonkeyPatch
     sooner = Preemption(nodes=("a",), ranks=(0, 1), deadline=4000.0)
     both = Preemption(nodes=("a", "b"), ranks=(0, 1, 2))
     answers = {range(50): None, range(50, 75): a, range(75, 100): sooner, range(100, 200): both}
-    asked = Rhythm(RunConfig(checkpoint_every=0), context, 10**6, 0)
+    asked = Rhythm(RunConfig(checkpoint_every=0, checkpoint_minutes=0.0), context, 10**6, 0)
     seen = []
     for done in range(1, 200):
         clock.now += 1.0
