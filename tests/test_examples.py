@@ -63,12 +63,6 @@ def test_vit_to_mobilenet(example: Any) -> None:
     assert of_student > 30
 
 
-def test_without_labels(example: Any) -> None:
-    of_teacher, before, after = example("without_labels").main(epochs=2)
-    assert of_teacher > before
-    assert after > before
-
-
 @pytest.mark.slow
 def test_the_notebook() -> None:
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install nbclient ipykernel")

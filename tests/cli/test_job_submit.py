@@ -132,7 +132,7 @@ def test_what_was_submitted_runs_and_nothing_else_travels(head: Head) -> None:
     assert package.is_relative_to(head.folder)
     assert sorted(path.name for path in package.iterdir()) == [".rayignore", "jobs", "mimkd_ray"]
     suffixes = {path.suffix for path in package.rglob("*") if path.is_file() and path.parent != package}
-    assert suffixes <= {".py", ".pyc", ".typed"}, "Python adds its .pyc files there"
+    assert suffixes <= {".py", ".pyc", ".typed", ".css", ".js"}, "Python adds its .pyc files there"
 
 
 def test_credentials_do_not_travel(head: Head, tmp_path: Path) -> None:

@@ -368,3 +368,17 @@ def test_two_ranks_under_ddp_train_as_two_lanes_of_a_run(negatives: str, compile
     if negatives == "queue":
         for rank in found:
             assert torch.equal(rank["queue"], trained.distiller.loss.queue.ids_Q)
+
+
+def test_labels_of_some_images_or_none() -> None:
+    """A negative label has no part in the cross-entropy; with none, the loss is that of the terms alone."""
+    torch.manual_seed(0)
+    teacher, student = (build_model(name, 10) for name in ("cifar/resnet8", "cifar/resnet8_w4"))
+    images, labels = torch.randn(6, 3, 8, 8), torch.tensor([3, -1, 5, -1, 0, 9])
+    partial = distill(teacher, student, image_size=8, labels="partial")(images, labels)
+    logits = student(images)
+    expected = torch.nn.functional.cross_entropy(logits[labels >= 0], labels[labels >= 0])
+    assert torch.allclose(partial.log["ce"], expected, atol=1e-5)
+    nobody = distill(teacher, student, image_size=8, labels="none")(images, torch.full((6,), -1))
+    assert float(nobody.log["ce"]) == 0
+    assert torch.isfinite(nobody.total)
