@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
+from types import ModuleType
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -92,10 +93,7 @@ def interface() -> str:
 
 def _where(name: str) -> str:
     found = getattr(mimkd_ray, name)
-    module = getattr(found, "__module__", None)
-    if module is None:  # a module, such as recipes
-        return str(found.__name__)
-    return f"{module}.{found.__qualname__}"
+    return found.__name__ if isinstance(found, ModuleType) else f"{found.__module__}.{found.__qualname__}"
 
 
 def troubleshooting() -> str:
