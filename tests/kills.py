@@ -200,7 +200,11 @@ def victims(kind: Kind, job: Job) -> list[int]:
         return below
     if kind.victim == "child":
         return [pid for pid in below[1:] if "resource_tracker" not in title(pid) and title(pid)]
-    return [pid for pid in below if title(pid).startswith("ray::") and not title(pid).startswith("ray::IDLE")]
+    # Not Ray's own agents: their node ends with them, and it is the only one here.
+    titles = {pid: title(pid) for pid in below}
+    return [
+        pid for pid, name in titles.items() if name.startswith("ray::") and "Agent" not in name and "IDLE" not in name
+    ]
 
 
 def wait(kind: Kind, job: Job, root: Path, until: int) -> bool:
