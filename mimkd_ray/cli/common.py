@@ -9,6 +9,7 @@ wrong type, tyro prints its own message there.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -175,6 +176,16 @@ def from_flags(kind: type[T], arguments: Sequence[str], **options: Any) -> T | N
     arguments = [{"true": "True", "false": "False"}.get(argument, _hidden(argument)) for argument in arguments]
     try:
         return tyro.cli(kind, args=arguments, config=(tyro.conf.FlagConversionOff,), **options)
+    except SystemExit as stop:
+        if stop.code:
+            raise
+        return None
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace | None:
+    """Return the options of a command line; None after --help, which argparse ends by SystemExit(0)."""
+    try:
+        return parser.parse_args(argv)
     except SystemExit as stop:
         if stop.code:
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from mimkd_ray.cli.common import parsed
 from mimkd_ray.errors import UserError
 from mimkd_ray.taps.default_stages import before_activation, default_taps
 from mimkd_ray.taps.dry_checks import build_without_weights
@@ -18,12 +19,9 @@ def main(argv: Sequence[str], program: str) -> int:
     parser.add_argument("--image-size", type=int, help="pixels (default: 32 for cifar/, 224 otherwise)")
     parser.add_argument("--num-classes", type=int, default=1000, help="default: 1000")
     parser.add_argument("--all", action="store_true", help="every layer, not just stages and default taps")
-    try:
-        options = parser.parse_args(argv)
-    except SystemExit as stop:
-        if stop.code:
-            raise
-        return 0  # after --help
+    options = parsed(parser, argv)
+    if options is None:
+        return 0
     print("\n".join(layer_table(options.name, options.image_size, options.num_classes, options.all)))
     return 0
 

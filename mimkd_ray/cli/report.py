@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 from mimkd_ray import storage
+from mimkd_ray.cli.common import parsed
 from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import redacted
 
@@ -18,12 +19,9 @@ def main(argv: Sequence[str], program: str) -> int:
     parser = argparse.ArgumentParser(prog=program, description="Write report.html: one file that needs no network.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory or URL of a run; several are compared")
     parser.add_argument("--out", help="the page of several runs (default: comparison.html here)")
-    try:
-        options = parser.parse_args(argv)
-    except SystemExit as stop:
-        if stop.code:
-            raise
-        return 0  # after --help
+    options = parsed(parser, argv)
+    if options is None:
+        return 0
     from mimkd_ray.pages.write_pages import write_comparison, write_report  # brings torch, which --help needs not
 
     runs = [storage.absolute(redacted(run)) for run in options.runs]

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mimkd_ray import storage
+from mimkd_ray.cli.common import parsed
 from mimkd_ray.cli.opening import closing, opening
 from mimkd_ray.cli.result_table import columns, result_table
 from mimkd_ray.config import Config
@@ -25,12 +26,9 @@ def main(argv: Sequence[str], program: str) -> int:
     commands.add_parser("ls", help="all runs of a root").add_argument("root", nargs="?", default="runs")
     commands.add_parser("show", help="what a run is, and its result").add_argument("run")
     commands.add_parser("compare", help="results and differing fields").add_argument("run", nargs="+")
-    try:
-        options = parser.parse_args(argv)
-    except SystemExit as stop:
-        if stop.code:
-            raise
-        return 0  # after --help
+    options = parsed(parser, argv)
+    if options is None:
+        return 0
     if options.command == "ls":
         print(listing(storage.absolute(options.root)))
     elif options.command == "show":
