@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mimkd_ray.config import Config
-from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.loading.damage import damaged_allowed, first_three
-from mimkd_ray.data.loading.loader import eval_batches, to_device
+from mimkd_ray.data.loading.loader import plain_batches, to_device
 from mimkd_ray.data.sources.source import Source, SubsetSource
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.evaluation.networks import Network, normalizer
@@ -68,14 +67,8 @@ def collect(
     uint8 images first. Damaged images are named and left out; raises DamagedDataError if there are more of them than
     `data.max_damaged` allows, and UserError if no image is left."""
     normalize = normalizer(config, context.device)
-    batches = eval_batches(
-        source,
-        make_pipeline(config.data.pipeline, config.data.image_size).eval,
-        rank=context.rank,
-        world_size=context.world_size,
-        batch_size=config.train.eval_batch or config.train.lane_batch,
-        loader_workers=config.data.loader_workers,
-        read_ahead=config.data.read_ahead,
+    batches = plain_batches(
+        source, config.data, config.train.eval_batch or config.train.lane_batch, context.rank, context.world_size
     )
     parts = _Parts(logits=[[] for _ in networks], taps=[[] for _ in networks])
     seen, told = 0, 0

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.augment.views import make_pipeline
-from mimkd_ray.data.loading.loader import LaneBatch, eval_batches
+from mimkd_ray.data.loading.loader import LaneBatch, plain_batches
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.own_dataset import OwnSource
 from mimkd_ray.errors import UserError
@@ -63,15 +62,7 @@ def _of_config(
 ) -> Accuracy:
     source = open_data(data).val if validation is None else OwnSource(validation, "validation")
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed() else (0, 1)
-    batches = eval_batches(
-        source,
-        make_pipeline(data.pipeline, data.image_size).eval,
-        rank=rank,
-        world_size=world,
-        batch_size=batch,
-        loader_workers=data.loader_workers,
-        read_ahead=data.read_ahead,
-    )
+    batches = plain_batches(source, data, batch, rank, world)
     normalize = Normalizer(data.mean, data.std, parameter.device, parameter.dtype, channels_last=False)
     name = held_out_name(data) if validation is None else "the validation set"
     return accuracy(partial(logits_from, model), batches, normalize, data.max_damaged, name)

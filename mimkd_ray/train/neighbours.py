@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimkd_ray.config import Config
-from mimkd_ray.data.augment.views import make_pipeline
-from mimkd_ray.data.loading.loader import LaneBatch, eval_batches
+from mimkd_ray.data.loading.loader import LaneBatch, plain_batches
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.data.sources.source import Source, SubsetSource
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape, to_vector
@@ -82,15 +81,7 @@ def _bank(config: Config, data: Data) -> Source | None:
 
 
 def _batches(config: Config, source: Source) -> Iterable[LaneBatch]:
-    return eval_batches(
-        source,
-        make_pipeline(config.data.pipeline, config.data.image_size).eval,
-        rank=0,
-        world_size=1,
-        batch_size=config.train.eval_batch or config.train.lane_batch,
-        loader_workers=config.data.loader_workers,
-        read_ahead=config.data.read_ahead,
-    )
+    return plain_batches(source, config.data, config.train.eval_batch or config.train.lane_batch)
 
 
 @torch.no_grad()

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from mimkd_ray import console, storage
 from mimkd_ray.config import CompareConfig, Config, LossConfig, ModelConfig
-from mimkd_ray.data.augment.views import make_pipeline
-from mimkd_ray.data.loading.loader import eval_batches
+from mimkd_ray.data.loading.loader import plain_batches
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.data.sources.source import Source, SubsetSource
@@ -173,14 +172,8 @@ def measure(
         logits_of = partial(_as_data, logits_of, shared, data.num_classes)
     layout = uses_channels_last(config.train, context.device)
     normalize = Normalizer(config.data.mean, config.data.std, context.device, parameter_dtype(config.train), layout)
-    batches = eval_batches(
-        held_out,
-        make_pipeline(config.data.pipeline, config.data.image_size).eval,
-        rank=context.rank,
-        world_size=context.world_size,
-        batch_size=config.train.eval_batch or config.train.lane_batch,
-        loader_workers=config.data.loader_workers,
-        read_ahead=config.data.read_ahead,
+    batches = plain_batches(
+        held_out, config.data, config.train.eval_batch or config.train.lane_batch, context.rank, context.world_size
     )
     what = f"checking {config.teacher.name} on {held_out.num_rows:,} held-out images"
     told = told_batches(batches, held_out, context.world_size, what, said=True)

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from mimkd_ray.data.augment.views import Transform, View
+from mimkd_ray.config import DataConfig
+from mimkd_ray.data.augment.views import Transform, View, make_pipeline
 from mimkd_ray.data.loading.batches import (
     Batches,
     EvalBatches,
@@ -139,6 +140,21 @@ def eval_batches(
     ]
     far = distance(source, read_ahead, window=1, lanes=1, lane_batch=batch_size, local_workers=local_world_size())
     return _run(EvalBatches(source, transform), keys, batch_size, workers, source, far, False)
+
+
+def plain_batches(
+    source: Source, data: DataConfig, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[LaneBatch]:
+    """Yield this rank's slice of a set as :func:`eval_batches` does, decoded and cropped as `data` says."""
+    return eval_batches(
+        source,
+        make_pipeline(data.pipeline, data.image_size).eval,
+        rank=rank,
+        world_size=world_size,
+        batch_size=batch_size,
+        loader_workers=data.loader_workers,
+        read_ahead=data.read_ahead,
+    )
 
 
 def to_device(batches: Iterable[LaneBatch], device: torch.device) -> Iterator[LaneBatch]:
