@@ -169,8 +169,6 @@ def why_plain(config: Config, device: torch.device) -> str:
         return "images are mixed by numbers of the host"
     if config.loss.resolved_negatives == "cache":
         return "loss.negatives is cache"
-    if config.train.compile == "on":
-        return "train.compile is on"
     return ""
 
 
