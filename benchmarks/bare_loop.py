@@ -23,14 +23,20 @@ def bare_step(config: Config, images_NCHW: Tensor, labels_N: Tensor) -> Callable
     """
     device, data, size = images_NCHW.device, config.data, config.data.image_size
     batch = config.train.lane_batch
-    networks = [build_model(name, data.num_classes, "random", size) for name in (config.teacher.name, config.student.name)]
+    networks = [
+        build_model(name, data.num_classes, "random", size) for name in (config.teacher.name, config.student.name)
+    ]
     distiller = distill(*networks, image_size=size, loss=config.loss)
     distiller.to(device).train()
     networks[0].to(device)
     for network in networks:
         network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
-        distiller.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, **({"fused": True} if device.type == "cuda" else {})
+        distiller.parameters(),
+        lr=0.05,
+        momentum=0.9,
+        weight_decay=5e-4,
+        **({"fused": True} if device.type == "cuda" else {}),
     )
     mean = torch.tensor(data.mean, device=device).view(3, 1, 1)
     std = torch.tensor(data.std, device=device).view(3, 1, 1)

@@ -37,7 +37,7 @@ from headline_runs import protocol
 from report import Targets, finish, parser
 
 from mimkd_ray.cli.local_launch import LocalContext, pick_device
-from mimkd_ray.config import Config, LossConfig
+from mimkd_ray.config import Config, LaunchConfig, LossConfig
 from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.recipes import CIFAR_PAIRS, r34_r18
@@ -72,7 +72,7 @@ class Bench:
         self.args = args
         self.steps = 100 if ON_GPU else 1
         self.figures: dict[str, float] = {}
-        self.device = pick_device(protocol(CIFAR_PAIRS[args.pair], "", "random", 1, 1, 0, 0.0).launch, 0)
+        self.device = pick_device(LaunchConfig(backend="local"), 0)
 
     def headline(self, batch: int, engine: Literal["plain", "captured"] = "captured") -> Config:
         """Return the run of the headline pair."""
@@ -81,7 +81,7 @@ class Bench:
 
     def scaled(self, batch: int) -> int:
         """Return a batch size, on a CPU a smaller one."""
-        return batch if ON_GPU else max(4, batch // 32)
+        return batch if ON_GPU else max(4, batch // 64)
 
     def keep(self, name: str, seconds: float, images: int, setup: float = float("nan")) -> None:
         """Keep and show the time of a step."""
@@ -91,7 +91,10 @@ class Bench:
             self.figures[f"{name}_gib"] = torch.cuda.max_memory_allocated() / 2**30
             more = f", {self.figures[f'{name}_gib']:.2f} GiB"
             torch.cuda.reset_peak_memory_stats()
-        print(f"{name:20} {1000 * seconds:9.3f} ms, {images / seconds:9.0f} images/s, {setup:5.1f} s before{more}", flush=True)
+        print(
+            f"{name:20} {1000 * seconds:9.3f} ms, {images / seconds:9.0f} images/s, {setup:5.1f} s before{more}",
+            flush=True,
+        )
 
     def measure(
         self, name: str, config: Config, losses: Sequence[LossConfig], batches: Iterator[LaneBatch] | None = None
@@ -116,9 +119,24 @@ class Bench:
             engine.step(students, step)
         self.wait()
         seconds = (time.perf_counter() - ready) / self.steps
+        if self.args.profile:
+            self.profile(name, lambda step: engine.step(students, step), warm + self.steps)
         inputs.close()
         self.keep(name, seconds, config.train.lane_batch * len(losses), ready - began)
         return seconds
+
+    def profile(self, name: str, take: Callable[[int], object], first: int) -> None:
+        """Write the ten kernels that take longest in four more steps, and how many there are, to a file."""
+        with torch.profiler.profile() as profiler:
+            for step in range(first, first + 4):
+                take(step)
+            self.wait()
+        averages = profiler.key_averages()
+        order = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
+        kernels = sum(one.count for one in averages if one.self_device_time_total > 0) / 4
+        text = averages.table(sort_by=order, row_limit=10, max_name_column_width=80)
+        self.args.profile.mkdir(parents=True, exist_ok=True)
+        (self.args.profile / f"{name}.txt").write_text(f"{name}: {kernels:.0f} kernels a step\n{text}\n")
 
     def wait(self) -> None:
         """Wait for the device."""
@@ -140,8 +158,13 @@ class Bench:
             for name, loss in (("alone", ARMS["alone"]), ("kd", ARMS["kd"]), ("three_terms", THREE_TERMS))
         )
         own = [replace(ARMS[arm], queue=LossConfig.queue) for arm in PACK]
-        singles = alone + kd + sum(
-            self.measure(f"{arm}_256", self.headline(256), [loss]) for arm, loss in zip(PACK[2:], own[2:], strict=True)
+        singles = (
+            alone
+            + kd
+            + sum(
+                self.measure(f"{arm}_256", self.headline(256), [loss])
+                for arm, loss in zip(PACK[2:], own[2:], strict=True)
+            )
         )
         pack = self.measure("pack_256", self.headline(256), own)
         self.figures |= {
@@ -195,7 +218,9 @@ class Bench:
         with tempfile.TemporaryDirectory(prefix="gpu-step-") as folder:
             file = Path(folder) / "epoch.json"
             script = Path(__file__).with_name("epoch.py")
-            rows = ["--rows", "12800", "--steps", "100", "--rounds", "3"] if ON_GPU else ["--rows", "512", "--steps", "1"]
+            rows = (
+                ["--rows", "12800", "--steps", "100", "--rounds", "3"] if ON_GPU else ["--rows", "512", "--steps", "1"]
+            )
             subprocess.run([sys.executable, str(script), "--json", str(file), *rows], check=True)
             found = json.loads(file.read_text())["figures"]
         self.figures |= {f"epoch_{name.replace('/', '_')}": value for name, value in found.items()}
@@ -209,7 +234,7 @@ class Bench:
             fields = {
                 "data.root": self.args.data, "run.root": folder, "run.name": "start", "launch.backend": "local",
                 "teacher.weights": "random", "train.compile": "off", "train.max-steps": 4 if ON_GPU else 1,
-                "train.eval-every": 0, "data.val-rows": 200, "train.information-rows": 0,
+                "train.eval-every": 0, "run.tensorboard": "false", "data.val-rows": 200, "train.information-rows": 0,
             }  # fmt: skip
             for name, value in fields.items():
                 command += [f"--{name}", str(value)]
@@ -233,6 +258,7 @@ def main() -> int:
     made.add_argument("--data", type=Path, required=True, metavar="DIR", help="images of CIFAR-100")
     made.add_argument("--pair", choices=CIFAR_PAIRS, default="resnet50_shufflenetv2")
     made.add_argument("--cases", nargs="+", choices=("headline", "large", "epoch", "start"), default=[])
+    made.add_argument("--profile", type=Path, metavar="DIR", help="also write each case's ten longest kernels there")
     args = made.parse_args()
     torch.set_num_threads(args.threads)
     bench = Bench(args)
