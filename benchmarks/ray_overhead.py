@@ -39,6 +39,8 @@ CASE = (
         "0",
         "--data.subset",
         "0",
+        "--teacher.allow-chance",
+        "true",
         "--teacher.train",
         "false",
         "--student.name",

@@ -30,7 +30,7 @@ COMMON = (
     *("demo", "--compare.seeds", "0", "--data.subset", "0", "--teacher.train", "false", "--train.lanes", "4"),
     *("--train.epochs", "1000", "--train.eval-every", "0", "--run.checkpoint-every", "0", "--run.tensorboard", "false"),
     *("--run.name", "run", "--launch.gpu", "off", "--launch.backend", "local", "--launch.workers", "0"),
-    *("--train.information-rows", "0"),
+    *("--train.information-rows", "0", "--teacher.allow-chance", "true"),
 )
 CASES = {
     "compute": (

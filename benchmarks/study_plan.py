@@ -11,7 +11,7 @@ from study_arms import ABLATIONS, FACTORS, METHODS, tuned
 from mimkd_ray.config import Config, LaunchConfig, RunConfig
 from mimkd_ray.json_files import read_json
 from mimkd_ray.recipes import CIFAR_RECIPES, cifar100
-from mimkd_ray.train.worker import teacher_config
+from mimkd_ray.train.trained_teacher import teacher_config
 
 SHORT = "resnet20_resnet8"
 HOLDOUT = 0.1

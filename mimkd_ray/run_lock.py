@@ -32,8 +32,15 @@ SETTLE_SECONDS = 0.5
 """Two may take over a dead one's lock at the same moment: the later one's stays, and both look again after this."""
 
 
+class InUse(UserError):
+    """A living process holds the directory."""
+
+    holder = ""
+    """Which one, and where."""
+
+
 def check_free(run_dir: str) -> None:
-    """Raise UserError if a living process holds the directory, and remove the lock of a dead one. Takes WATCH_SECONDS
+    """Raise InUse if a living process holds the directory, and remove the lock of a dead one. Takes WATCH_SECONDS
     where the lock is another machine's."""
     url = storage.join(run_dir, LOCK)
     if not storage.exists(url):
@@ -43,15 +50,18 @@ def check_free(run_dir: str) -> None:
         with suppress(UserError, OSError):  # on a disk that cannot be written the result of a run can still be read
             storage.remove_file(url)
         return
-    raise UserError(
-        f"{run_dir} is in use by process {there.get('pid')} on {there.get('host')}, started {there.get('started')}: "
+    holder = f"process {there.get('pid')} on {there.get('host')}"
+    error = InUse(
+        f"{run_dir} is in use by {holder}, started {there.get('started')}: "
         f"wait for it or stop it, or pass another --run.name; if there is no such process, remove {url}"
     )
+    error.holder = holder
+    raise error
 
 
 @contextmanager
 def held(run_dir: str) -> Iterator[None]:
-    """Hold the lock of a directory during the with-block. Raises UserError as `check_free` does."""
+    """Hold the lock of a directory during the with-block. Raises InUse as `check_free` does."""
     url = storage.join(run_dir, LOCK)
     mine = {
         "owner": uuid.uuid4().hex,

@@ -23,9 +23,13 @@ JOB = str(ROOT / "jobs" / "imagenet.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"} | {"RAY_ADDRESS": ""}
 
 
+CHANCE = ("--teacher.allow-chance", "true")
+"""Flag of jobs with a random teacher."""
+
 # Four epochs of five steps: a random teacher, MIMKD's three kinds of term, two lanes, a metrics line per step.
 SMALL = (
     *("--compare.seeds", "0", "--teacher.train", "false", "--teacher.name", "cifar/resnet8", "--data.subset", "160"),
+    *CHANCE,
     *("--train.lanes", "2", "--train.lane-batch", "16", "--train.epochs", "4", "--train.log-every", "1"),
     *("--train.eval-batch", "150", "--train.eval-every", "2", "--train.precision", "float64"),
     *("--loss.global-weight", "0.1", "--loss.local-weight", "0.1", "--loss.critic.width", "16"),

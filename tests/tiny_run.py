@@ -31,7 +31,7 @@ def tiny_config(**sections: dict[str, Any]) -> Config:
     config = Config(
         recipe="tiny",
         data=DataConfig(root="digits", subset=60, loader_workers=0),
-        teacher=TeacherConfig(name="cifar/resnet8"),
+        teacher=TeacherConfig(name="cifar/resnet8", allow_chance=True),
         student=ModelConfig(name="cifar/resnet8_w4"),
         loss=LossConfig(preset="two_sided", feature_pairs=("stage3:stage3",), critic=CriticConfig(width=16)),
         optim=OptimConfig(lr=0.05, schedule="cosine"),

@@ -87,10 +87,10 @@ class Setup:
             )
         if not config.data.views:
             raise UserError("data.views is 0: give the number of views to cache, such as --data.views 8")
-        if config.teacher.train:
+        if config.teacher.trains:
             raise UserError(
-                "teacher.train is true: train it first (jobs/ with this command line), and then pass --teacher.train "
-                "false and --teacher.weights RUN/teacher/student.safetensors"
+                f"teacher.{'train' if config.teacher.train else 'finetune'} is true: let a run train it, and then pass "
+                "the weights that its teacher.json names, and --teacher.train and --teacher.finetune false"
             )
         self.config, self.device = config, device
         self.data = data or open_data(config.data)

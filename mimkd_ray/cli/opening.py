@@ -10,8 +10,9 @@ def opening(config: Config, run_dir: str) -> str:
     """Return the block that says who teaches whom, on what, how, where, and where results go."""
     data, train, launch, compare = config.data, config.train, config.launch, config.compare
     weights = f"weights {config.teacher.weights}"
-    if config.teacher.train:
-        weights = f"trained first, {config.teacher.epochs or train.epochs} epochs"
+    if config.teacher.trains:
+        epochs = f"{config.teacher.epochs or train.epochs} epochs"
+        weights = f"{weights}, fine-tuned first, {epochs}" if config.teacher.finetune else f"trained first, {epochs}"
     rows = [
         ("teacher", f"{config.teacher.name}, {weights}"),
         ("student", f"{config.student.name}, weights {config.student.weights}"),

@@ -24,8 +24,10 @@ from mimkd_ray.teacher_cache.codec import needs_calibration
 from mimkd_ray.teacher_cache.keys import calibration_url, logits_entry
 from mimkd_ray.train.build import PlannedStudent, build_network, build_student, make_order, taps_of_run
 from mimkd_ray.train.from_cache.cached_teacher import entries_of, origin_of, parts_of_run, what_is_missing
+from mimkd_ray.train.teacher import refuse_random
 from mimkd_ray.train.teacher_head import teacher_head
 from mimkd_ray.train.teacher_input import teacher_input
+from mimkd_ray.train.trained_teacher import teacher_config
 from mimkd_ray.train.worker import check_judged, first_runs, needs_teacher
 
 NO_FILE = ("random", "published")
@@ -54,7 +56,7 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
         head = teacher_head(config, data)
         its_size = teacher_input(config).size
         teacher = build_without_weights(config.teacher.name, head.count, its_size)
-        check_logits(teacher, its_size, head.count, trained=config.teacher.train)
+        check_logits(teacher, its_size, head.count, trained=config.teacher.trains)
     for network in (config.student, *([config.teacher] if needs_teacher(config) else ())):
         own = network.name.startswith("cifar/") or (":" in network.name and not network.name.startswith((HUB, FOLDER)))
         if network.weights == "published" and own and not network.name.startswith("timm/"):
@@ -63,13 +65,16 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
         build_student(config, data.num_classes)
     if not needs_teacher(config):
         return
+    refuse_random(config.teacher)
     planned = [PlannedStudent(run, student, taps_of_run(run, teacher, student)) for run in first_runs(config)]
     for one in planned:
         check_shared(one.config.loss, head.shared, data.num_classes)
         check_size(one.config.loss.queue, queue_channels(one.config.loss, one.plan.terms))
     logits_entry(head.count, config.cache.logits)
-    reads = config.cache.reads and not config.teacher.train and config.teacher.weights != "published"
-    if reads or config.teacher.weights not in NO_FILE:
+    reads = config.cache.reads and not config.teacher.trains and config.teacher.weights != "published"
+    if config.teacher.finetune and config.teacher.weights not in NO_FILE:
+        build_student(teacher_config(config), data.num_classes)
+    elif reads or config.teacher.weights not in NO_FILE:
         network = build_network(config, head.count, config.teacher.weights)
         for one in planned if reads else ():
             if one.config.loss.uses_teacher:

@@ -83,6 +83,7 @@ class Config:
                 "loss.negatives is cache, and the run reads none: pass --cache.root, or --loss.negatives step or all"
             )
         self._check_labels()
+        self._check_head_epochs()
         one_class = [method for method in self.loss.rivals if RIVALS[method].one_class]
         if one_class and self.mix.active:
             raise UserError(
@@ -108,6 +109,18 @@ class Config:
                 f"its own; pass --train.lanes {most} (and --train.lane-batch to keep the global batch)"
             )
 
+    def _check_head_epochs(self) -> None:
+        teacher, own = self.teacher, self.teacher.epochs or self.train.epochs
+        for name, head, all_epochs in (
+            ("teacher", teacher.head_epochs if teacher.finetune else 0, own),
+            ("student", self.student.head_epochs, self.train.epochs),
+        ):
+            if head and head >= all_epochs:
+                raise UserError(
+                    f"{name}.head_epochs is {head}, of {all_epochs} epochs: none is left for the whole network; give "
+                    "fewer, or 0"
+                )
+
     def _check_labels(self) -> None:
         """Raise UserError for what needs labels that ``data.labels`` says are not there."""
         labels = self.data.labels
@@ -127,8 +140,9 @@ class Config:
                 )
             return
         alone = self.compare.seeds and "alone" in self.compare.arms
-        if self.teacher.train or alone or not self.loss.uses_teacher:
-            what = "teacher.train" if self.teacher.train else "arm alone" if alone else "the loss"
+        if self.teacher.trains or alone or not self.loss.uses_teacher:
+            trained = "teacher.train" if self.teacher.train else "teacher.finetune"
+            what = trained if self.teacher.trains else "arm alone" if alone else "the loss"
             raise UserError(
                 f"data.labels is none, and {what} has nothing but labels to learn from: distil features or logits "
                 "(--loss.name mimkd) of a teacher that is there (--teacher.weights)"

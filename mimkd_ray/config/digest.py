@@ -17,7 +17,7 @@ _SECTIONS_NOT_IN_DIGEST = ("recipe", "run", "launch")
 _NOT_IN_DIGEST = {
     "train": ("log_every", "eval_every", "eval_batch", "information_rows", "engine"),
     "loss": ("score_memory_mb",),
-    "teacher": ("expect_top1", "tolerance"),
+    "teacher": ("expect_top1", "tolerance", "allow_chance"),
     "data": ("val_rows", "loader_workers", "read_ahead", "store", "store_gb", "resident"),
     "cache": ("shard_rows", "batch", "workers", "canary", "tolerance"),
 }
@@ -48,12 +48,12 @@ def digest(config: Config) -> str:
 
 def steps_may_grow(config: Config) -> bool:
     """Return whether `max_steps` decides nothing but the end: it limits a teacher that is trained first, too."""
-    return not config.compare.seeds and not config.teacher.train
+    return not config.compare.seeds and not config.teacher.trains
 
 
 def epochs_may_grow(config: Config) -> bool:
     """Return whether the number of epochs decides nothing but the end."""
-    own_teacher = not config.teacher.train or config.teacher.epochs > 0
+    own_teacher = not config.teacher.trains or config.teacher.epochs > 0
     schedules = config.optim.schedule != "cosine" and config.loss.schedule == "constant"
     return not config.compare.seeds and own_teacher and schedules
 

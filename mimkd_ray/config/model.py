@@ -18,10 +18,14 @@ class ModelConfig:
     weights: str = "random"
     """random, published, a .safetensors, .pth, .ckpt ... file (path or URL), hf-hub:ORG/NAME or local-dir:FOLDER.
     A student whose weights are of other classes has a new classifier."""
+    head_epochs: int = 0
+    """Epochs at the start in which the student's classifier alone is trained."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without importing anything."""
-        check_values(self, "student")
+        check_values(self, "student", head_epochs=10**6)
+        if self.head_epochs < 0:
+            raise UserError(f"student.head_epochs is {self.head_epochs}; give 0 or more")
         hide(self, "weights")
         for field in ("name", "weights"):
             if not getattr(self, field).strip():

@@ -38,15 +38,23 @@ class TeacherConfig:
     interpolation: Literal["", "bilinear", "bicubic"] = ""
     """By which its images are resized; unset: as `input` says, bicubic where that says nothing."""
     train: bool = False
-    """Train the teacher first, on the same data with labels only; a finished teacher is reused."""
+    """Train the teacher first, on the same data with labels only. It is trained once for all runs of a `run.root`,
+    whatever their loss."""
+    finetune: bool = False
+    """Train it so from `weights`; where they are of other classes, with a new head."""
+    head_epochs: int = 1
+    """Epochs at the start of a fine-tuning in which the head alone is trained."""
     epochs: int = 0
     """Epochs of that training; 0: those of the student."""
     lr: float = 0.0
     """Peak learning rate of that training; 0: that of the student."""
     expect_top1: float = 0.0
-    """Top-1 in percent that the teacher must reach on held-out images before training starts; 0: unknown."""
+    """Top-1 in percent that the teacher must reach on held-out images before training starts; 0: unknown. Not that of
+    a teacher which is fine-tuned."""
     tolerance: float = 2.0
     """Percentage points below expect_top1 that are still accepted."""
+    allow_chance: bool = False
+    """Distil from a teacher with random weights, or whose top-1 is that of chance; it is refused otherwise."""
 
     def __post_init__(self) -> None:
         check_values(self, "teacher", classes=10**6)
@@ -59,15 +67,22 @@ class TeacherConfig:
                 f"teacher.classes is {self.classes!r}: give the number of the teacher's classes, or a file of names"
             )
         self._check_input()
-        if self.train and self.classes:
+        if self.trains and self.classes:
             raise UserError(
-                f"teacher.train is true, so that the teacher has the data's classes, and teacher.classes is "
+                f"teacher.{self._how} is true, so that the teacher has the data's classes, and teacher.classes is "
                 f"{self.classes!r}: leave one of them out"
             )
         if self.train and self.weights not in ("random", ""):
             raise UserError(
                 f"teacher.train is true and teacher.weights is {self.weights!r}: either train the teacher or load it"
             )
+        if self.finetune and self.weights in ("random", ""):
+            raise UserError(
+                f"teacher.finetune is true and teacher.weights is {self.weights!r}: fine-tuning starts from weights; "
+                "pass --teacher.weights published or a file"
+            )
+        if not 0 <= self.head_epochs <= 10**6:
+            raise UserError(f"teacher.head_epochs is {self.head_epochs}; give 0 or more")
         if not 0 <= self.expect_top1 <= 100:
             raise UserError(f"teacher.expect_top1 is {self.expect_top1}; it is a percentage")
         if not 0 <= self.tolerance <= 100:
@@ -84,13 +99,22 @@ class TeacherConfig:
             raise UserError(f"teacher.std is {self.std}: give three positive deviations of values in 0..1")
         if self.image_size and not 1 <= self.image_size <= LARGEST_SIDE:
             raise UserError(f"teacher.image_size is {self.image_size}: give pixels, {LARGEST_SIDE} at most, or 0")
-        if self.train and (self.input == "own" or self.image_size or self.mean or self.std):
+        if self.trains and (self.input == "own" or self.image_size or self.mean or self.std):
             raise UserError(
-                "teacher.train is true, which trains it on the student's images, and teacher.input, image_size, mean "
-                "or std gives it others: leave those out"
+                f"teacher.{self._how} is true, which trains it on the student's images, and teacher.input, image_size, "
+                "mean or std gives it others: leave those out"
             )
 
     @property
     def has_own_classes(self) -> bool:
         """True if the head may mean other classes than the data's."""
         return self.classes != 0
+
+    @property
+    def trains(self) -> bool:
+        """True if the run trains the teacher first, from scratch or from weights."""
+        return self.train or self.finetune
+
+    @property
+    def _how(self) -> str:
+        return "train" if self.train else "finetune"

@@ -47,8 +47,8 @@ def trainable(
     config: Config, space: Sequence[str | Space] = (), *, holdout: float = 0.1, folder: str = ""
 ) -> Trainable:
     """Return the trainable that `mimkd_ray.trainable` promises."""
-    if config.teacher.train and not folder:
-        raise UserError("teacher.train is true, and every trial would train it: give trainable(..., folder=...)")
+    if config.teacher.trains and not folder:
+        raise UserError("the teacher is trained first, and every trial would train it: give trainable(..., folder=...)")
     base = trial_config(config, SearchConfig(holdout=holdout))
     configs = configs_of(base, space)
     secrets = Carried()

@@ -80,7 +80,7 @@ class Opened:
     def get(self, config: Config, context: Context, folder: str) -> tuple[Data, nn.Module | None, dict[str, Any]]:
         """Open the data set and the teacher, or return those that are open."""
         value = to_dict(config)
-        seed = config.train.seed if config.teacher.weights == "random" and not config.teacher.train else None
+        seed = config.train.seed if config.teacher.weights == "random" and not config.teacher.trains else None
         key = (folder, value["data"], value["teacher"], seed, config.loss.uses_teacher)
         if key != self.key:
             self.key = None

@@ -163,6 +163,8 @@ def why_plain(config: Config, device: torch.device) -> str:
     engine = config.train.engine
     if engine == "plain" or (engine == "auto" and device.type != "cuda"):
         return f"train.engine is {engine}"
+    if config.student.head_epochs:
+        return "the classifier is trained alone first"
     if is_distributed():
         return "gradients of several workers are summed"
     if config.mix.active:

@@ -31,6 +31,9 @@ class Steps(Protocol):
     distiller: StudentModule
     model: DistributedDataParallel | StudentModule
 
+    def leave_alone(self) -> None:
+        """Drop the gradients of what this step does not train."""
+
     def asks_for(self, features: Features | None) -> Features | None:
         """Return the part of the teacher's features that its loss reads."""
 
@@ -95,6 +98,7 @@ def optimisation_step(
     for student in turns:
         with turns.of(student):
             student.norms.end_step()
+            student.leave_alone()
             if student.config.optim.clip_norm:
                 torch.nn.utils.clip_grad_norm_(student.distiller.parameters(), student.config.optim.clip_norm)
             student.optimizer.step()

@@ -20,6 +20,7 @@ from mimkd_ray.config.digest import changes, refuse_changes, training_dict
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.features import Features
+from mimkd_ray.models.head import head_of
 from mimkd_ray.taps.tapped_model import TappedModel
 from mimkd_ray.train.build import PlannedStudent, build_distiller, has_compiler, plan_student, why_plain
 from mimkd_ray.train.distributed import Context, gather_by_rank, is_distributed, share_from_first
@@ -66,6 +67,7 @@ class Student:
             if train.ema_decay
             else None
         )
+        self.head_alone, self.body = False, _body(self.distiller, config.student.head_epochs, self.data.num_classes)
         self.optimizer = build_optimizer(config.optim, self.distiller, not self.plain_because)
         self.norms = LaneNorms(self.distiller, len(self.my_lanes), train.lanes)
         self.model: DistributedDataParallel | StudentModule = (
@@ -92,9 +94,17 @@ class Student:
     def schedule(self, step: int) -> None:
         """Set what follows from the step's number: the learning rate and the loss's weights."""
         epoch = step / self.order.steps_per_epoch
+        self.head_alone = epoch < self.config.student.head_epochs
         self.distiller.loss.begin_step(epoch, epoch / self.config.train.epochs)
         lr = learning_rate(self.config.optim, step, self.order.steps_per_epoch, self.config.train.epochs)
         set_learning_rate(self.optimizer, lr)
+
+    def leave_alone(self) -> None:
+        """Drop the gradients of all but the classifier, in the epochs in which that is trained alone: the optimiser
+        then has no part in the rest, as if it were not there."""
+        if self.head_alone:
+            for parameter in self.body:
+                parameter.grad = None
 
     def asks_for(self, features: Features | None) -> Features | None:
         """Of what the teacher says to all students of a pack, what this one asks for."""
@@ -231,6 +241,15 @@ class Student:
             self.norms.load(state["own_statistics"][self.context.rank])
             self._ema_follows()
         return int(state["step"])
+
+
+def _body(distiller: StudentModule, head_epochs: int, num_classes: int) -> list[torch.nn.Parameter]:
+    """The student's parameters outside of its classifier; none where that is not trained first."""
+    if not head_epochs:
+        return []
+    network = distiller.student.model
+    head = set(network.get_submodule(head_of(network, num_classes)).parameters())
+    return [parameter for parameter in network.parameters() if parameter not in head]
 
 
 def lone_student(

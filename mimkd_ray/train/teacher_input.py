@@ -17,7 +17,7 @@ def teacher_input(config: Config) -> NetworkInput:
     data's."""
     teacher, data = config.teacher, config.data
     own = None
-    if teacher.input == "own" or (teacher.input == "auto" and teacher.weights == "published"):
+    if teacher.input == "own" or (teacher.input == "auto" and teacher.weights == "published" and not teacher.finetune):
         own = published_input(teacher.name)
         if own is None and teacher.input == "own":
             raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mimkd_ray import console, storage
-from mimkd_ray.config import CompareConfig, Config, LossConfig, ModelConfig
+from mimkd_ray.config import Config
 from mimkd_ray.data.loading.loader import plain_batches
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.own_dataset import OwnData
@@ -26,19 +25,17 @@ from mimkd_ray.train.compare import arm_config, compare
 from mimkd_ray.train.distributed import Context, ask_first, share_from_first
 from mimkd_ray.train.evaluate import accuracy, held_out_name, told_batches
 from mimkd_ray.train.known_accuracy import known_or_measured
-from mimkd_ray.train.loop import train, train_on
+from mimkd_ray.train.loop import train_on
 from mimkd_ray.train.records.legs import history
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import begin
 from mimkd_ray.train.records.run_dir import write_json
 from mimkd_ray.train.records.same_inputs import check_labels, check_teacher
 from mimkd_ray.train.student_module import Normalizer
-from mimkd_ray.train.teacher import check_accuracy, weights_digest
+from mimkd_ray.train.teacher import check_accuracy, refuse_random, weights_digest
 from mimkd_ray.train.teacher_head import teacher_head
 from mimkd_ray.train.teacher_input import TeacherImages, sees_data
-
-NO_TEACHER = LossConfig(name=())
-"""Cross-entropy alone."""
+from mimkd_ray.train.trained_teacher import train_teacher
 
 
 def run_job(config: Config, context: Context, run_dir: str, given: OwnData | None = None) -> dict[str, Any]:
@@ -95,47 +92,30 @@ def needs_teacher(config: Config) -> bool:
     return any(run.loss.uses_teacher for run in first_runs(config))
 
 
-def teacher_config(config: Config) -> Config:
-    """The run that trains the teacher: the job's own, with the teacher as student, labels only, all training rows."""
-    teacher = config.teacher
-    return replace(
-        config,
-        recipe=f"{config.recipe} teacher",
-        student=ModelConfig(name=teacher.name),
-        loss=replace(NO_TEACHER, label_smoothing=config.loss.label_smoothing),
-        data=replace(config.data, subset=0),
-        optim=replace(config.optim, lr=teacher.lr or config.optim.lr),
-        train=replace(config.train, epochs=teacher.epochs or config.train.epochs),
-        compare=CompareConfig(),
-    )
-
-
 def obtain_teacher(
     config: Config, data: Data, context: Context, run_dir: str
 ) -> tuple[nn.Module | None, dict[str, Any]]:
     """The teacher's network, trained first where the config says so, and the facts of its check on held-out images.
 
     The check is made once for all runs beside this one: a start must be quick. teacher.json says what it found. Raises
-    UserError if the teacher falls short of ``teacher.expect_top1``.
+    UserError if the teacher is random, guesses, or falls short of ``teacher.expect_top1``.
     """
     ask_first(lambda: check_labels(data, run_dir))
     if not needs_teacher(config):
         return None, {}
     teacher = config.teacher
+    refuse_random(teacher)
     weights = teacher.weights
     trained: dict[str, Any] | None = None
-    if teacher.train:
-        folder = storage.join(run_dir, "teacher")
-        own = teacher_config(config)
-        say(context, f"training the teacher {teacher.name}, {own.train.epochs} epochs, in {folder}")
-        trained = train(own, open_data(own.data, data.own), None, context, folder)["student"]
-        weights = storage.join(folder, "student.safetensors")
+    if teacher.trains:
+        weights, trained = train_teacher(config, data, context, run_dir)
     head = teacher_head(config, data)
+    classes = data.num_classes if head.shared is None else len(head.shared.of_data)
     model = build_network(config, head.count, weights)
     digest = weights_digest(model)
     place(model, config.train, context.device).eval().requires_grad_(False)
-    if teacher.weights != "random" and not teacher.train:
-        ask_first(lambda: check_teacher(teacher, digest, run_dir))
+    if teacher.weights != "random" and not teacher.trains:
+        ask_first(lambda: check_teacher(teacher, digest, classes, run_dir))
     if trained is not None and head.shared is None and trained["rows"] == data.val.num_rows and sees_data(config):
         figures = {key: trained[key] for key in ("top1", "top5", "rows")}  # of its own last evaluation
     else:
@@ -147,11 +127,9 @@ def obtain_teacher(
     if known["top1"] is not None:
         said = f"top-1 {known['top1']:.2f} % on {known['rows']} held-out images"
         say(context, f"teacher {teacher.name} ({shown(weights)}): {said}")
-        check_accuracy(teacher, known["top1"], known["rows"])
-        if known["top1"] < 200 / data.num_classes:
-            remedy = "" if teacher.train else ": give --teacher.weights, or pass --teacher.train true"
-            chance = f"chance ({100 / data.num_classes:.2f} %)"
-            say(context, f"teacher {teacher.name} is hardly better than {chance}{remedy}")
+        check_accuracy(teacher, known["top1"], known["rows"], classes)
+        if known["top1"] < 200 / classes:
+            say(context, f"teacher {teacher.name} is hardly better than chance ({100 / classes:.2f} %)")
     return model, {"teacher": known}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs_here import JOB, ROOT, SMALL, TAKES_MINUTES, read_lines, result, run, weights
+from jobs_here import CHANCE, JOB, ROOT, SMALL, TAKES_MINUTES, read_lines, result, run, weights
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -169,7 +169,7 @@ def test_a_cache_and_a_search(head: Head, tmp_path: Path) -> None:
     tiny = ("--data.subset", "80", "--train.lanes", "2", "--train.lane-batch", "10", "--train.eval-batch", "150")
     trials = ("--search.trials", "2", "--search.epochs", "1", "--search.holdout", "0.2", "--search.finalists", "0")
     place = ("--run.root", str(tmp_path), "--run.name", "s")
-    search = ("demo", "--teacher.train", "false", *network[:2], *tiny, *trials, *place)
+    search = ("demo", "--teacher.train", "false", *CHANCE, *network[:2], *tiny, *trials, *place)
     printed = submit(head, "search", "search.py", *search, "--train.information-rows", "50")
     assert head.job("search")["driver_exit_code"] == 0
     assert "trial 1: completed with" in printed

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs_here import ENVIRONMENT, ROOT, TAKES_MINUTES, Job, kill, processes, run
+from jobs_here import CHANCE, ENVIRONMENT, ROOT, TAKES_MINUTES, Job, kill, processes, run
 from some_trials import read_trials
 
 from mimkd_ray.cli.search import main
@@ -26,7 +26,7 @@ from mimkd_ray.search.spaces import SPACES
 
 # Digits, a random teacher, trials of three epochs of four steps.
 FLAGS = (
-    *("demo", "--teacher.train", "false", "--teacher.name", "cifar/resnet8", "--data.subset", "80"),
+    *("demo", "--teacher.train", "false", "--teacher.name", "cifar/resnet8", *CHANCE, "--data.subset", "80"),
     *("--train.lanes", "2", "--train.lane-batch", "10", "--train.eval-batch", "150", "--train.information-rows", "50"),
     *("--loss.critic.width", "16", "--search.epochs", "3", "--search.holdout", "0.2", "--search.finalists", "0"),
 )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from jobs_here import ENVIRONMENT, JOB, Job, kill, read_lines, result, run, train_workers, weights
+from jobs_here import CHANCE, ENVIRONMENT, JOB, Job, kill, read_lines, result, run, train_workers, weights
 from ranks import start_ranks
 
 from mimkd_ray.cli import common
@@ -42,6 +42,7 @@ KILLS = int(os.environ.get("MIMKD_TEST_KILLS", "0"))
 # A random teacher, MIMKD's three kinds of term, float32. Checkpoints fall within epochs.
 SMALL = (
     *("--compare.seeds", "0", "--teacher.train", "false", "--teacher.name", "cifar/resnet8", "--data.subset", "0"),
+    *CHANCE,
     *("--train.lanes", str(LANES), "--train.lane-batch", str(LANE_BATCH), "--train.epochs", str(EPOCHS)),
     *("--train.log-every", "10", "--train.eval-batch", "150", "--train.eval-every", "3", "--loss.critic.width", "16"),
     *("--data.pipeline", "digits", "--optim.lr", "0.02", "--run.tensorboard", "false", "--run.name", "small"),

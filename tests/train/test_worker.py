@@ -5,6 +5,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,29 +16,39 @@ from mimkd_ray.config import CompareConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.compare import arm_config, paired
-from mimkd_ray.train.worker import obtain_teacher, run_job, teacher_config
-
-
-def test_a_teacher_is_trained_on_all_rows_with_labels_only_and_used(tmp_path: Path) -> None:
-    result = run_tiny(tmp_path, teacher={"train": True, "epochs": 1}, train={"lane_batch": 30})
-    own = json.loads((tmp_path / "teacher/result.json").read_text())
-    assert own["steps"] == 1347 // 60  # all training rows, not the subset of 60
-    assert own["nats"] == {}
-    assert result["teacher"]["top1"] == pytest.approx(own["student"]["top1"])
-    assert result["teacher"]["weights"] == str(tmp_path / "teacher" / "student.safetensors")
-
-
-def test_the_teachers_own_schedule(tmp_path: Path) -> None:
-    own = teacher_config(tiny_config(teacher={"train": True, "epochs": 7, "lr": 0.3}, loss={"label_smoothing": 0.1}))
-    assert (own.train.epochs, own.optim.lr, own.loss.label_smoothing) == (7, 0.3, 0.1)
-    assert not own.loss.uses_teacher
-    assert own.student.name == "cifar/resnet8"
+from mimkd_ray.train.teacher import chance_limit
+from mimkd_ray.train.worker import obtain_teacher, run_job
 
 
 def test_a_teacher_below_expectation_stops_the_run_before_training(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"reaches \d+\.\d\d % top-1 on 450 .* 95\.00 % was expected"):
         run_tiny(tmp_path, teacher={"expect_top1": 95.0})
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_teacher_that_guesses_is_refused_unless_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has random weights, and nothing to teach: pass --teacher.weights published"):
+        run_tiny(tmp_path / "run", teacher={"allow_chance": False})
+    with pytest.raises(UserError, match=r"has random weights"):
+        preflight(tiny_config(teacher={"allow_chance": False}))
+    preflight(arm_config(tiny_config(teacher={"allow_chance": False}), "alone", 0))  # nobody teaches
+    torch.manual_seed(1)
+    save_file(build_model("cifar/resnet8", 10).state_dict(), tmp_path / "guesses.safetensors")
+    weights = str(tmp_path / "guesses.safetensors")
+    with pytest.raises(UserError, match=r"on 450 held-out images of 10 classes; chance is 10.00 %, and below 14.24 %"):
+        run_tiny(tmp_path / "run", teacher={"weights": weights, "allow_chance": False})
+    with pytest.raises(UserError, match=r"train it longer \(--teacher.epochs"):
+        run_tiny(tmp_path / "trained", teacher={"train": True, "epochs": 1, "lr": 1e-9, "allow_chance": False})
+    assert not list(tmp_path.glob("*/metrics.jsonl"))
+
+
+@pytest.mark.parametrize(("classes", "rows"), [(2, 4), (10, 30), (10, 450), (100, 10_000)])
+def test_chance_is_told_from_knowledge(classes: int, rows: int) -> None:
+    """By counting the guesses of 20,000 networks."""
+    rng = np.random.default_rng(0)
+    guessed = 100 * rng.binomial(rows, 1 / classes, size=20_000) / rows
+    assert np.mean(guessed >= chance_limit(classes, rows)) < (0.35 if rows < 10 else 0.01)  # few images cannot tell
+    assert chance_limit(classes, rows) <= 50 + 50 / classes
 
 
 def test_weights_from_a_file_are_the_teacher(tmp_path: Path) -> None:

@@ -41,15 +41,15 @@ def check_labels(data: Data, run_dir: str) -> None:
         write_json(url, now)
 
 
-def check_teacher(teacher: TeacherConfig, digest: str, run_dir: str) -> None:
-    """Raise UserError if the run has trained with a teacher of other weights: it has if those had been accepted. For
-    one process alone."""
+def check_teacher(teacher: TeacherConfig, digest: str, classes: int, run_dir: str) -> None:
+    """Raise UserError if the run has trained with a teacher of other weights: it has if those had been accepted.
+    ``classes``: among which its top-1 is. For one process alone."""
     known = read_if_sound(storage.join(run_dir, "teacher.json"), ("sha256", "top1", "rows"), "it is written anew")
     if known is None or known["sha256"] == digest:
         return
     if known["top1"] is not None:
         try:
-            check_accuracy(teacher, known["top1"], known["rows"])
+            check_accuracy(teacher, known["top1"], known["rows"], classes)
         except UserError:
             return
     raise UserError(

@@ -63,6 +63,7 @@ def test_another_teacher_under_the_same_name_is_refused(tmp_path: Path) -> None:
     config = tiny_config(teacher={"weights": str(file)})
     obtain_teacher(config, tiny_data(), cpu(), run)
     obtain_teacher(config, tiny_data(), cpu(), run)
+    torch.manual_seed(1)  # building the teacher seeds torch, too
     torch.save(build_model("cifar/resnet8", 10).state_dict(), file)
     with pytest.raises(UserError, match=r"begun with a teacher of other weights \(sha256 .*teacher\.pth: put the old"):
         obtain_teacher(config, tiny_data(), cpu(), run)

@@ -1,0 +1,99 @@
+"""A teacher that is trained first, or fine-tuned, once for all runs beside each other: `teachers/NAME-KEY/`.
+
+The key is a digest of what decides the training, so that a run with another loss finds the teacher of the last one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from mimkd_ray import storage
+from mimkd_ray.config import CacheConfig, CompareConfig, Config, LossConfig, ModelConfig, TeacherConfig
+from mimkd_ray.config.digest import training_dict
+from mimkd_ray.data.sources.data_set import Data, open_data
+from mimkd_ray.errors import Interrupted
+from mimkd_ray.run_lock import InUse, held
+from mimkd_ray.train.distributed import Context, ask_first, share_from_first
+from mimkd_ray.train.known_accuracy import beside
+from mimkd_ray.train.loop import train
+from mimkd_ray.train.records.metrics import say
+from mimkd_ray.train.records.outcomes import find_result
+
+FOLDER = "teachers"
+LOOK_SECONDS = 5.0
+"""Between two looks whether another run has trained the teacher."""
+
+
+def teacher_config(config: Config) -> Config:
+    """The run that trains the teacher: the job's own, with the teacher as student, labels only, all training rows."""
+    teacher = config.teacher
+    return replace(
+        config,
+        recipe=f"{config.recipe} teacher",
+        student=ModelConfig(
+            name=teacher.name,
+            weights=teacher.weights if teacher.finetune else "random",
+            head_epochs=teacher.head_epochs if teacher.finetune else 0,
+        ),
+        teacher=TeacherConfig(name=teacher.name),
+        cache=CacheConfig(),
+        loss=LossConfig(name=(), label_smoothing=config.loss.label_smoothing),
+        data=replace(config.data, subset=0),
+        optim=replace(config.optim, lr=teacher.lr or config.optim.lr),
+        train=replace(config.train, epochs=teacher.epochs or config.train.epochs),
+        compare=CompareConfig(),
+        run=replace(config.run, start_from=""),
+    )
+
+
+def folder_of(own: Config, data: Data, run_dir: str) -> str:
+    """Return the directory of the teacher's run. ``own``: its config, ``data``: its images."""
+    what = json.dumps({"config": training_dict(own), "data": data.digest}, sort_keys=True)
+    name = re.sub(r"[^A-Za-z0-9_.]+", "-", own.student.name).strip("-.")[-60:]
+    return beside(run_dir, FOLDER, f"{name}-{hashlib.sha256(what.encode()).hexdigest()[:12]}")
+
+
+def train_teacher(config: Config, data: Data, context: Context, run_dir: str) -> tuple[str, dict[str, Any]]:
+    """Train the teacher of a run, unless it is there. Return its weights file, and the held-out figures of its end.
+
+    While another run trains the same teacher, this one waits. Every worker calls it.
+    """
+    own = teacher_config(config)
+    images = open_data(own.data, data.own)
+    folder = folder_of(own, images, run_dir)
+    finished = ask_first(lambda: find_result(own, folder))
+    if finished is not None:
+        say(context, f"the teacher {config.teacher.name} was trained before, in {folder}")
+    else:
+        how = "fine-tuning" if config.teacher.finetune else "training"
+        with ExitStack() as lock:
+            _in_turn(lock, folder, context)
+            say(context, f"{how} the teacher {config.teacher.name}, {own.train.epochs} epochs, in {folder}")
+            finished = train(own, images, None, context, folder)
+    return storage.join(folder, "student.safetensors"), finished["student"]
+
+
+def _in_turn(lock: ExitStack, folder: str, context: Context) -> None:
+    """Let the first worker hold the directory, once nobody else does. Raises Interrupted if the job is to stop."""
+
+    def enter() -> str:
+        try:
+            lock.enter_context(held(folder))
+        except InUse as error:
+            return error.holder
+        return ""
+
+    told = ""
+    while holder := ask_first(enter):
+        if holder != told:
+            say(context, f"waiting for the teacher in {folder}, which {holder} trains")
+            told = holder
+        if share_from_first(context.stop_requested()):
+            raise Interrupted(f"asked to stop while {holder} trained the teacher in {folder}")
+        time.sleep(LOOK_SECONDS)
