@@ -19,12 +19,9 @@ import torch.distributed as dist
 from mimkd_ray import console
 from mimkd_ray.config import Config, LaunchConfig
 from mimkd_ray.data.sources.own_dataset import OwnData
-from mimkd_ray.train.distributed import GROUP_SECONDS, Preemption, share_from_first
+from mimkd_ray.train.distributed import GROUP_SECONDS, STOP_SECONDS, Preemption, share_from_first
 from mimkd_ray.train.start_times import StartTimes
 from mimkd_ray.train.worker import do_job
-
-STOP_SECONDS = 120.0
-"""From a request to stop to the end without saving. A long evaluation takes its time, and saves at its end."""
 
 TWICE_SECONDS = 1.0
 """Ctrl-C reaches a process of torchrun twice: from the terminal, and passed on by torchrun."""

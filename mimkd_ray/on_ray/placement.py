@@ -97,7 +97,7 @@ def _asked_for_nodes(config: Config) -> Iterator[None]:
 class LossWatch:
     """A watch that ends a job whose nodes are permanently gone: Ray Train would wait for them for ever.
 
-    Use it as a with-block around ``fit()``: it interrupts the main thread, which Ray Train treats like Ctrl-C, once the
+    Use it as a with-block around ``fit()``: it interrupts the main thread, like Ctrl-C, once the
     cluster has had too few resources for the fewest workers for ``minutes``. ``gave_up`` then has the message.
     """
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 import shutil
 import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -29,7 +32,7 @@ from mimkd_ray.on_ray.environment import cluster_address
 from mimkd_ray.on_ray.placement import LossWatch, scaling
 from mimkd_ray.on_ray.prometheus import LiveMetrics
 from mimkd_ray.secret_urls import Carried, scrubbed
-from mimkd_ray.train.distributed import GROUP_SECONDS, Preemption, share_from_first
+from mimkd_ray.train.distributed import GROUP_SECONDS, STOP_SECONDS, Preemption, share_from_first
 from mimkd_ray.train.records.run_dir import write_json
 from mimkd_ray.train.start_times import StartTimes
 from mimkd_ray.train.worker import run_job
@@ -46,6 +49,9 @@ ERRORS: dict[str, type[Exception]] = {
 
 STOP, STOP_LOOK_SECONDS = "stop.json", 1.0
 """File that asks the workers of a launch to save and end, and seconds between two checks for it by the first worker."""
+
+WRITE_SECONDS = 20.0
+"""For the last words of a worker that is stuck."""
 
 ANYBODY = "*"
 """Launch id in that file that means every launch."""
@@ -73,6 +79,7 @@ class RayContext:
         self._reported = time.monotonic()
         self._joined = joined
         self._stopping = False
+        self._heard = threading.Event()
         if speaks_through is not None:
             driver_console.speak_through(*speaks_through, self.rank)
         self._live = LiveMetrics() if joined and self.rank == 0 else None
@@ -98,10 +105,31 @@ class RayContext:
                         *(url, STOP_LOOK_SECONDS, text),
                     )
                 failing = True
+        if not self._heard.wait(STOP_SECONDS):
+            self._give_up(run_dir)
+
+    def _give_up(self, run_dir: str) -> None:
+        """End this process, where it or another worker is stuck, in a read or a loader that does not answer. Ray starts
+        the workers again, and these find the error and end."""
+        message = f"asked to stop, and no step has ended in {STOP_SECONDS:.0f} s: ended without saving"
+        writing = threading.Thread(
+            target=leave_error, args=(run_dir, self.launch_id, Interrupted(message)), daemon=True
+        )
+        writing.start()
+        writing.join(WRITE_SECONDS)  # storage may be what is stuck
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(3)
 
     def stop_requested(self) -> bool:
         """Return whether the driver was told to stop. Only the first worker knows."""
+        if self._stopping:
+            self._heard.set()
         return self._stopping
+
+    def over(self) -> None:
+        """Take note that the job has ended here: no step will."""
+        self._heard.set()
 
     def preemption(self) -> Preemption | None:
         """Return the nodes of this job that their cloud is about to remove, as reported by Ray. This is a barrier."""
@@ -154,11 +182,21 @@ def worker(setup: dict[str, Any]) -> None:
     try:
         run_job(from_dict(Config, setup["config"]), context, setup["run_dir"])
     except tuple(ERRORS.values()) as error:
-        message = scrubbed(str(error))
-        with suppress(UserError, storage.StorageError):  # if the disk is full, the error below must suffice
-            write_json(url, {"launch_id": context.launch_id, "kind": type(error).__name__, "message": message})
+        leave_error(setup["run_dir"], context.launch_id, error)
         if not isinstance(error, Interrupted):  # then all workers end together, and nothing has failed
             raise
+    finally:
+        context.over()
+
+
+def leave_error(run_dir: str, launch_id: str, error: Exception) -> None:
+    """Write down what the driver is to report."""
+    message = scrubbed(str(error))
+    with suppress(UserError, storage.StorageError):  # if the disk is full, Ray's report must suffice
+        write_json(
+            storage.join(run_dir, "error.json"),
+            {"launch_id": launch_id, "kind": type(error).__name__, "message": message},
+        )
 
 
 def trainer_class(ranged: bool) -> type[TorchTrainer]:
@@ -176,21 +214,53 @@ def trainer_class(ranged: bool) -> type[TorchTrainer]:
 
 
 @contextmanager
-def forwarded_stop(run_dir: str, launch_id: str) -> Iterator[None]:
-    """Make SIGTERM ask the workers to save and end during the with-block, by a file in the run directory."""
+def forwarded_stop(run_dir: str, launch_id: str, gave_up: Callable[[], str] = str) -> Iterator[None]:
+    """Make SIGTERM and Ctrl-C ask the workers to save and end during the with-block, by a file in the run directory. A
+    second Ctrl-C, or one when the watch has ``gave_up``, raises KeyboardInterrupt. For the main thread."""
+    asked = threading.Event()
 
     def ask() -> None:
         write_json(storage.join(run_dir, STOP), {"launch_id": launch_id})
 
-    def on_signal(*_: object) -> None:
-        console.line("stopping: the workers are asked to save and end")
-        threading.Thread(target=ask, name="stop").start()  # storage may wait, but a signal handler must not
+    def stop(more: str = "") -> None:
+        if not asked.is_set():
+            asked.set()
+            console.line(f"stopping: the workers are asked to save and end{more}")
+            threading.Thread(target=ask, name="stop").start()  # storage may wait, but a signal handler must not
 
-    before = signal.signal(signal.SIGTERM, on_signal)
+    interrupts = 0
+
+    def on_interrupt(*_: object) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts > 1 or gave_up():
+            raise KeyboardInterrupt
+        stop("; a second Ctrl-C ends at once")
+
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, on_interrupt)}
+    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: stop())
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def beside_signals(work: Callable[[], object]) -> None:
+    """Do the work in a thread and wait for it: this one stays free for signals, for which Ray Train, in the main
+    thread, would put a handler of its own in the place of ours."""
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=run, name="Ray Train", daemon=True).start()
+    done.result()
 
 
 def run_ray(config: Config, run_dir: str, times: StartTimes) -> dict[str, Any]:
@@ -210,7 +280,7 @@ def run_ray(config: Config, run_dir: str, times: StartTimes) -> dict[str, Any]:
 
 def fit_workers(config: Config, run_dir: str, own: bool, times: StartTimes | None = None) -> dict[str, Any]:
     """Run the job within the connected Ray and return its result. ``own``: this process started it. Outside the main
-    thread, SIGTERM is not handled and lost nodes are waited for without limit."""
+    thread, signals are not handled and lost nodes are waited for without limit."""
     launch_id = uuid.uuid4().hex
     # Ray needs a place for its own snapshot. Only our checkpoints are used, so it is deleted.
     scratch = scratch_folder("ray")
@@ -242,16 +312,18 @@ def fit_workers(config: Config, run_dir: str, own: bool, times: StartTimes | Non
                 ),
             )
             if threading.current_thread() is threading.main_thread():
-                stack.enter_context(forwarded_stop(run_dir, launch_id))
+                stack.enter_context(forwarded_stop(run_dir, launch_id, lambda: watch.gave_up))
                 stack.enter_context(watch)
-            trainer.fit()
+                beside_signals(trainer.fit)
+            else:
+                trainer.fit()
     except TrainingFailedError as error:
         _raise_known(run_dir, launch_id)
         cause = getattr(error, "controller_failure", None)  # the error that EndAtOnce raised
         if isinstance(cause, Exception) and type(cause).__name__ in ERRORS:
             raise cause from None
         raise
-    except (SystemExit, KeyboardInterrupt):  # Ray's handler of Ctrl-C exits with status 0
+    except KeyboardInterrupt:
         if watch.gave_up:
             raise UserError(watch.gave_up) from None
         raise KeyboardInterrupt from None

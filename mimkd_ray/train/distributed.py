@@ -24,6 +24,9 @@ T = TypeVar("T")
 GROUP_SECONDS = 120
 """A worker that waits this long for the others in a collective gives up: one of them is gone."""
 
+STOP_SECONDS = 120.0
+"""From a request to stop to the end without saving. A long evaluation takes its time, and saves at its end."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preemption:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
+import json
 import logging
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +19,7 @@ import torch
 pytest.importorskip("ray")
 
 from mimkd_ray import storage
+from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray import train_workers
 from mimkd_ray.storage import StorageError
 from mimkd_ray.train.distributed import Preemption
@@ -112,3 +118,72 @@ def test_a_preemption_that_ray_hears_of_is_a_record(tmp_path: Path, monkeypatch:
     assert joined.preemption() == Preemption(nodes=("a",), ranks=(0,), deadline=None)
     write_json(str(tmp_path / "stop.json"), {"launch_id": train_workers.ANYBODY})  # ends both threads
     assert within(10, lambda: joined.stop_requested() and own.stop_requested())
+
+
+def test_a_worker_that_is_stuck_leaves_an_error_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(train_workers, "STOP_SECONDS", 0.05)
+    monkeypatch.setattr(train_workers.os, "_exit", ended.append)
+    write_json(str(tmp_path / "stop.json"), {"launch_id": LAUNCH})
+    watching(monkeypatch, tmp_path)
+    assert within(10, lambda: ended == [3])
+    error = json.loads((tmp_path / "error.json").read_text())
+    assert (error["launch_id"], error["kind"]) == (LAUNCH, "Interrupted")
+    assert "asked to stop, and no step has ended in 0 s: ended without saving" in error["message"]
+
+
+@pytest.mark.parametrize("way", ["asks", "is over"])
+def test_a_worker_that_heard_the_request_takes_its_time(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(train_workers, "STOP_SECONDS", 0.3)
+    monkeypatch.setattr(train_workers.os, "_exit", ended.append)
+    context = watching(monkeypatch, tmp_path)
+    write_json(str(tmp_path / "stop.json"), {"launch_id": LAUNCH})
+    if way == "asks":
+        assert within(10, context.stop_requested)
+    else:
+        context.over()
+    time.sleep(0.6)
+    assert ended == []
+
+
+def test_ctrl_c_asks_the_workers_once_and_ends_at_the_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = tmp_path / "stop.json"
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with train_workers.forwarded_stop(str(tmp_path), LAUNCH):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert within(10, stop.exists)
+        assert json.loads(stop.read_text()) == {"launch_id": LAUNCH}
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    said = capsys.readouterr().out
+    assert said.count("stopping: the workers are asked to save and end; a second Ctrl-C ends at once") == 1
+    with (
+        train_workers.forwarded_stop(str(tmp_path), LAUNCH, lambda: "nodes were lost"),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        _thread.interrupt_main()  # as LossWatch does
+        time.sleep(1)
+
+
+def test_work_beside_signals_is_interrupted_and_its_errors_are_raised() -> None:
+    """Not by a handler that is set within the work, as Ray Train does in the main thread."""
+
+    def fail() -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        raise UserError("what went wrong")
+
+    with pytest.raises(UserError, match="what went wrong"):
+        train_workers.beside_signals(fail)
+    train_workers.beside_signals(lambda: None)
+    stuck = threading.Event()
+    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        train_workers.beside_signals(stuck.wait)
+    stuck.set()
