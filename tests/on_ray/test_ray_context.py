@@ -160,16 +160,18 @@ def test_ctrl_c_asks_the_workers_once_and_ends_at_the_second(
         assert json.loads(stop.read_text()) == {"launch_id": LAUNCH}
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     said = capsys.readouterr().out
     assert said.count("stopping: the workers are asked to save and end; a second Ctrl-C ends at once") == 1
-    with (
-        train_workers.forwarded_stop(str(tmp_path), LAUNCH, lambda: "nodes were lost"),
-        pytest.raises(KeyboardInterrupt),
-    ):
-        _thread.interrupt_main()  # as LossWatch does
-        time.sleep(1)
+    lost = train_workers.forwarded_stop(str(tmp_path), LAUNCH, lambda: "nodes were lost")
+    with lost, pytest.raises(KeyboardInterrupt):
+        interrupted()
+
+
+def interrupted() -> None:
+    """As LossWatch does it."""
+    _thread.interrupt_main()
+    time.sleep(1)
 
 
 def test_work_beside_signals_is_interrupted_and_its_errors_are_raised() -> None:
