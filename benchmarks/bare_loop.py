@@ -26,7 +26,7 @@ def bare_step(config: Config, images_NCHW: Tensor, labels_N: Tensor) -> Callable
     networks = [
         build_model(name, data.num_classes, "random", size) for name in (config.teacher.name, config.student.name)
     ]
-    distiller = distill(*networks, image_size=size, loss=config.loss)
+    distiller = distill(networks[0], networks[1], image_size=size, loss=config.loss)
     distiller.to(device).train()
     networks[0].to(device)
     for network in networks:
