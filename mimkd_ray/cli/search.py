@@ -110,20 +110,21 @@ def run(job: SearchJob, folder: str, configs: TrialConfigs) -> bool:
     try:
         shape = tune_search.shape_of(job, Capacity.of_cluster())
         console.line(shape.text())
-        tune_search.prepare_on_ray(configs.widest(), folder, shape)
-        if not over and tune_search.run_trials(job, folder, configs, shape, own):
-            return True
-        table = Table(folder, job.search.metric)
-        finals = Finals(job, table)
-        if not finals.runs:
-            return False
-        names = ", ".join(map(str, finals.chosen))
-        console.line(f"finalists: trials {names}, {job.search.seeds} seeds each")
-        results, stopped = tune_search.run_finals(finals, folder, shape)
-        if not stopped:
-            chosen = finals.publish(job, folder, results)
-            write_report(job, configs.base, table, Clock(folder).hours, chosen)
-        return stopped
+        with tune_search.while_nodes_last(job, shape, own):
+            tune_search.prepare_on_ray(configs.widest(), folder, shape)
+            if not over and tune_search.run_trials(job, folder, configs, shape, own):
+                return True
+            table = Table(folder, job.search.metric)
+            finals = Finals(job, table)
+            if not finals.runs:
+                return False
+            names = ", ".join(map(str, finals.chosen))
+            console.line(f"finalists: trials {names}, {job.search.seeds} seeds each")
+            results, stopped = tune_search.run_finals(finals, folder, shape)
+            if not stopped:
+                chosen = finals.publish(job, folder, results)
+                write_report(job, configs.base, table, Clock(folder).hours, chosen)
+            return stopped
     finally:
         if own:
             disconnect()

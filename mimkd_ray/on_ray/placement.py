@@ -5,7 +5,7 @@ from __future__ import annotations
 import _thread
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,9 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray.node_capacity import Capacity
 
 LOOK_SECONDS = 5.0
+
+OWN_MINUTES = 0.5
+"""Minutes after which a job gives up the only node of a Ray that it started itself: nobody brings it back."""
 
 
 def scaling(config: Config, own: bool) -> ScalingConfig:
@@ -93,16 +96,28 @@ def _asked_for_nodes(config: Config) -> Iterator[None]:
         remove_placement_group(group)
 
 
+def fewest(workers: ScalingConfig) -> tuple[dict[str, float], str]:
+    """Return the resources of the fewest workers, and who needs them in words."""
+    number = workers.num_workers[0] if isinstance(workers.num_workers, tuple) else workers.num_workers
+    needs = {name: number * amount for name, amount in (workers.resources_per_worker or {}).items()}
+    return needs, f"{number} workers need"
+
+
 @dataclass
 class LossWatch:
-    """A watch that ends a job whose nodes are permanently gone: Ray Train would wait for them for ever.
+    """A watch that ends a job whose nodes are permanently gone: Ray Train and Ray Tune would wait for them for ever.
 
     Use it as a with-block around ``fit()``: it interrupts the main thread, like Ctrl-C, once the
-    cluster has had too few resources for the fewest workers for ``minutes``. ``gave_up`` then has the message.
+    cluster has had too few resources for ``minutes``. ``gave_up`` then has the message.
     """
 
-    scaling: ScalingConfig
+    needs: Mapping[str, float]
+    """The least that the job can go on with."""
+    who: str
+    """Who needs them, such as "2 workers need"."""
     minutes: float
+    remedy: str = ""
+    """What follows in the message."""
     gave_up: str = ""
 
     def __enter__(self) -> LossWatch:
@@ -114,20 +129,16 @@ class LossWatch:
         self._over.set()
 
     def _watch(self) -> None:
-        workers = self.scaling.num_workers
-        fewest = workers[0] if isinstance(workers, tuple) else workers
-        needs = {name: fewest * amount for name, amount in (self.scaling.resources_per_worker or {}).items()}
         enough = time.monotonic()
         while not self._over.wait(LOOK_SECONDS):
             has = ray.cluster_resources()
-            if all(has.get(name, 0) >= amount for name, amount in needs.items()):
+            if all(has.get(name, 0) >= amount for name, amount in self.needs.items()):
                 enough = time.monotonic()
             elif time.monotonic() - enough > 60 * self.minutes:
-                found = {name: has.get(name, 0) for name in needs}
+                found = {name: has.get(name, 0) for name in self.needs}
                 self.gave_up = (
-                    f"nodes were lost, and for {self.minutes:g} minutes the cluster had only {found} of the {needs} "
-                    f"that {fewest} workers need: add nodes and give it again: it goes on from the last "
-                    "checkpoint; or pass a range of workers, such as --launch.workers 1..8"
+                    f"nodes were lost, and for {self.minutes:g} minutes the cluster had only {found} of the "
+                    f"{dict(self.needs)} that {self.who}{self.remedy}"
                 )
                 _thread.interrupt_main()
                 return

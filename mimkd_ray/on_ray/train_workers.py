@@ -29,7 +29,7 @@ from mimkd_ray.local_files import scratch_folder
 from mimkd_ray.on_ray import driver_console
 from mimkd_ray.on_ray.cluster import connect
 from mimkd_ray.on_ray.environment import cluster_address
-from mimkd_ray.on_ray.placement import LossWatch, scaling
+from mimkd_ray.on_ray.placement import OWN_MINUTES, LossWatch, fewest, scaling
 from mimkd_ray.on_ray.prometheus import LiveMetrics
 from mimkd_ray.secret_urls import Carried, scrubbed
 from mimkd_ray.train.distributed import GROUP_SECONDS, STOP_SECONDS, Preemption, share_from_first
@@ -284,11 +284,16 @@ def fit_workers(config: Config, run_dir: str, own: bool, times: StartTimes | Non
     launch_id = uuid.uuid4().hex
     # Ray needs a place for its own snapshot. Only our checkpoints are used, so it is deleted.
     scratch = scratch_folder("ray")
-    watch = LossWatch(scaling(config, own), config.launch.lost_minutes)
+    workers = scaling(config, own)
+    remedy = (
+        ": add nodes and give it again: it goes on from the last checkpoint; or pass a range of workers, such as "
+        "--launch.workers 1..8"
+    )
+    watch = LossWatch(*fewest(workers), OWN_MINUTES if own else config.launch.lost_minutes, remedy)
     try:
         with ExitStack() as stack:
             mailbox = stack.enter_context(driver_console.heard())
-            trainer = trainer_class(isinstance(watch.scaling.num_workers, tuple))(
+            trainer = trainer_class(isinstance(workers.num_workers, tuple))(
                 worker,
                 train_loop_config={
                     "config": to_dict(config),
@@ -299,7 +304,7 @@ def fit_workers(config: Config, run_dir: str, own: bool, times: StartTimes | Non
                     "timeline": times.marks() if times is not None else {},
                     "console": (mailbox, console.current().every),
                 },
-                scaling_config=watch.scaling,
+                scaling_config=workers,
                 torch_config=TorchConfig(timeout_s=GROUP_SECONDS),
                 run_config=RunConfig(
                     name=launch_id,

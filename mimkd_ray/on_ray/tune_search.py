@@ -22,8 +22,9 @@ from ray.tune.search.optuna import OptunaSearch
 from mimkd_ray import remote, storage
 from mimkd_ray.config import Config, SearchConfig, SearchJob
 from mimkd_ray.config.search import POPULATION, search_job
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import Interrupted, UserError
 from mimkd_ray.on_ray.node_capacity import Capacity
+from mimkd_ray.on_ray.placement import OWN_MINUTES, LossWatch
 from mimkd_ray.on_ray.search_journal import Budget, Journal
 from mimkd_ray.on_ray.tune_algorithms import loggers, metric_of, scheduler_of, searcher_of, tune_space
 from mimkd_ray.on_ray.tune_trials import (
@@ -58,6 +59,11 @@ class Shape(NamedTuple):
             return tune.PlacementGroupFactory([{"node:__internal_head__": HEAD_SHARE}])
         own = {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
         return tune.PlacementGroupFactory([own])
+
+    def needs(self) -> dict[str, float]:
+        """Return the resources of a trial."""
+        own = {"CPU": self.workers * self.cpus, "GPU": self.workers * self.gpus}
+        return {name: amount for name, amount in own.items() if amount}
 
     def text(self) -> str:
         """Return the resources in words."""
@@ -132,6 +138,22 @@ def prepare_on_ray(config: Config, folder: str, shape: Shape) -> None:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None
+        raise
+
+
+@contextmanager
+def while_nodes_last(job: SearchJob, shape: Shape, own: bool) -> Iterator[None]:
+    """A with-block that raises Interrupted once the nodes have had no room for a trial for too long, OWN_MINUTES in a
+    Ray that was started for the search, else `launch.lost_minutes`: Tune would wait for ever. (A driver whose head is
+    gone is ended by Ray after a minute.)"""
+    minutes = OWN_MINUTES if own else job.launch.lost_minutes
+    watch = LossWatch(shape.needs(), "a trial needs", minutes)
+    try:
+        with watch:
+            yield
+    except (KeyboardInterrupt, SystemExit):
+        if watch.gave_up:
+            raise Interrupted(watch.gave_up) from None
         raise
 
 
@@ -227,8 +249,8 @@ def experiment(
 ) -> tuple[ResultGrid, bool]:
     """Run an experiment of Ray Tune in a folder, or go on with the one that is there; return its results, and whether a
     stop was requested."""
-    for noisy in ("ray.tune.analysis.experiment_analysis", "ray.tune.tune"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # how to restore, in other words than ours
+    for noisy in ("analysis.experiment_analysis", "tune", "utils.resource_updater"):
+        logging.getLogger(f"ray.tune.{noisy}").setLevel(logging.CRITICAL)  # how to restore, in other words than ours
     path, fs = tune_place(folder)
     if has_trials(storage.join(folder, name)):
         tuner = tune.Tuner.restore(f"{path}/{name}", trainable=trial, storage_filesystem=fs)

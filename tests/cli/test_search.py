@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs_here import CHANCE, ENVIRONMENT, ROOT, TAKES_MINUTES, Job, kill, processes, run
+from jobs_here import CHANCE, ENVIRONMENT, ROOT, TAKES_MINUTES, Job, kill, processes, run, tree
 from some_trials import read_trials
 
 from mimkd_ray.cli.search import main
@@ -101,6 +101,20 @@ def test_a_trial_whose_process_is_lost_for_good_is_recorded(tmp_path: Path) -> N
     assert "died" in lost["reason"]
     assert whole["state"] == "completed"
     assert "Tuner.restore" not in (tmp_path / "log").read_text(), "the same command does that"
+
+
+@TAKES_MINUTES
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_whose_only_node_dies_ends_and_goes_on(tmp_path: Path) -> None:
+    flags = ("--search.trials", "2", "--search.scheduler", "none", "--search.epochs", "60")
+    job = Job(command(tmp_path, *flags), tmp_path / "log")
+    job.wait_until(lambda: len(rows(tmp_path).get(0, {}).get("curve", ())) >= 1)
+    kill([pid for pid in tree(job.process.pid) if (Path("/proc") / str(pid) / "comm").read_text() == "raylet\n"])
+    assert job.end(120) == 3
+    assert "that a trial needs; the same command goes on from there" in (tmp_path / "log").read_text()
+    run(command(tmp_path, *flags))
+    assert [each["state"] for each in rows(tmp_path).values()] == ["completed"] * 2
 
 
 @TAKES_MINUTES

@@ -13,10 +13,11 @@ from ray.train import ScalingConfig
 
 from mimkd_ray.config import Config
 from mimkd_ray.config.json_form import from_dict, to_dict
-from mimkd_ray.errors import UserError
-from mimkd_ray.on_ray import node_capacity, placement
+from mimkd_ray.config.search import search_job
+from mimkd_ray.errors import Interrupted, UserError
+from mimkd_ray.on_ray import node_capacity, placement, tune_search
 from mimkd_ray.on_ray.node_capacity import Capacity
-from mimkd_ray.on_ray.placement import LossWatch, scaling
+from mimkd_ray.on_ray.placement import LossWatch, fewest, scaling
 from mimkd_ray.recipes import IMAGENET_RECIPES
 
 
@@ -157,12 +158,32 @@ def test_nodes_that_stay_away_end_the_job_with_numbers(
     # As Ray Train does. A shell starts what it puts in the background with Ctrl-C ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    needed = ScalingConfig(num_workers=(2, 8), resources_per_worker={"CPU": 2})
+    needed = fewest(ScalingConfig(num_workers=(2, 8), resources_per_worker={"CPU": 2}))
     cluster["CPU"] = 3
-    with pytest.raises(KeyboardInterrupt), LossWatch(needed, minutes=0.3 / 60) as watch:
+    with pytest.raises(KeyboardInterrupt), LossWatch(*needed, 0.3 / 60, ": add some") as watch:
         wait_long()
-    assert "had only {'CPU': 3} of the {'CPU': 4} that 2 workers need" in watch.gave_up
+    assert "had only {'CPU': 3} of the {'CPU': 4} that 2 workers need: add some" in watch.gave_up
     cluster["CPU"] = 4
-    with LossWatch(needed, minutes=0.1 / 60) as watch:
+    with LossWatch(*needed, 0.1 / 60) as watch:
         time.sleep(0.5)
     assert not watch.gave_up
+
+
+def test_a_search_without_nodes_ends_and_can_go_on(
+    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(placement, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(tune_search, "OWN_MINUTES", 0.3 / 60)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    job, shape = search_job(_config()), tune_search.Shape(2, 1.5, 0, 4)
+    with tune_search.while_nodes_last(job, shape, own=True):
+        time.sleep(0.5)
+    with pytest.raises(KeyboardInterrupt), tune_search.while_nodes_last(job, shape, own=True):
+        signal.raise_signal(signal.SIGINT)
+    del cluster["CPU"]
+    lost = r"only \{'CPU': 0\} of the \{'CPU': 3.0\} that a trial needs$"
+    with pytest.raises(Interrupted, match=lost), tune_search.while_nodes_last(job, shape, own=True):
+        wait_long()
+    with tune_search.while_nodes_last(job, shape, own=False):
+        time.sleep(0.5)
