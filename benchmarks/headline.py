@@ -56,7 +56,9 @@ def options() -> argparse.Namespace:
     made.add_argument("--batch", type=int, default=256, help="images in a batch, where it is not the twin")
     made.add_argument("--holdout", type=float, default=0.0, help="share of the training images to choose by")
     made.add_argument("--pack", type=int, default=0, help="arms that train together (default: 3, live 12, else all)")
-    made.add_argument("--processes", type=int, default=0, help="packs at a time (default: the cores, or 1)")
+    made.add_argument(
+        "--processes", type=int, default=0, help="packs at a time (default: of the twin the cores, live 2, else 1)"
+    )
     made.add_argument("--minutes", type=float, default=0.0, help="end after so many with status 3; 0: at the end")
     made.add_argument("--docs", type=Path, metavar="FILE", help="put the table into this page, between its markers")
     return made.parse_args()
@@ -102,7 +104,7 @@ def main() -> int:
         make_twin(args.data, args.root.resolve() / "data")
     if args.small and not args.live:
         cache_for(list(ARMS.values()), todo[0].base, args.threads)
-    processes = args.processes or (args.threads if args.small else 1)
+    processes = args.processes or ((2 if args.live else args.threads) if args.small else 1)
     status, done = 0, 0
     with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=1) as pool:
         threads = max(1, args.threads // processes)

@@ -70,7 +70,7 @@ class Inputs:
         (train/from_cache/cached_teacher.py); the teacher is then asked for a few lanes alone, to check them."""
         config, device = planned[0].config, context.device
         train = config.train
-        self.config, self.data, self.context = config, data, context
+        self.config, self.data, self.context, self.students = config, data, context, len(planned)
         if context.world_size > train.lanes:
             raise UserError(
                 f"{context.world_size} workers for {train.lanes} lanes: a worker needs a lane of its own; "

@@ -48,7 +48,7 @@ def on_gpu(
     inputs.start(0)
     losses = []
     for step in range(steps):
-        if engine == "captured" and step == WARM_STEPS + 2:
+        if isinstance(runner, CapturedEngine) and runner.recorded is not None and step == WARM_STEPS + 2:
             torch.cuda.set_sync_debug_mode("error")
         students = students[: (stay or {}).get(step, len(students))]
         taken = runner.step(students, step)
@@ -61,7 +61,9 @@ def on_gpu(
 
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("members", [1, 3])
-def test_a_graph_trains_what_the_plain_engine_trains(lanes: int, members: int) -> None:
+def test_a_graph_trains_what_the_plain_engine_trains(lanes: int, members: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Else cuDNN may add gradients in another order each time, and training multiplies the difference.
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     train = {"precision": "float32", "lanes": lanes}
     graph, plain = (torch.tensor(on_gpu(engine, members, 30, **train)) for engine in ("captured", "plain"))
     assert plain[-5:].mean() < plain[:5].mean(), "it trains"
