@@ -42,8 +42,8 @@ from mimkd_ray.train.student_module import LaneNorms, StudentModule, data_parall
 from mimkd_ray.train.teacher_head import teacher_head
 
 COMPILE_FROM_STEPS = 10_000
-"""Steps of a run from which compilation pays by default. On an H200 it took 43 s and made captured steps of ResNet-34 ->
-ResNet-18 at 224 px, batch 256, 1.4 times as fast: 9 ms less a step (benchmarks/gpu_step.py)."""
+"""Steps of a run from which compilation pays by default. On an H200 it took 43 s and made captured steps of ResNet-34
+-> ResNet-18 at 224 px, batch 256, 1.4 times as fast: 9 ms less a step (benchmarks/gpu_step.py)."""
 
 
 class Student:
