@@ -30,8 +30,8 @@ class TrainConfig:
     channels_last: Literal["auto", "on", "off"] = "auto"
     """Memory layout of images and kernels; auto: channels-last, except for float64 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of student, loss and teacher, before a step is captured, if a C++ compiler is found. auto: on a GPU,
-    in runs of 10,000 steps and more for each student of a pack, because compiling takes about a minute. on: always."""
+    """torch.compile of student, loss and teacher, before a step is captured, if a C++ compiler is found. auto: on a
+    GPU, in runs of 10,000 steps and more for each student of a pack, because compiling takes a minute. on: always."""
     engine: Literal["auto", "plain", "captured"] = "auto"
     """captured: record the step once as a CUDA graph and replay it, if possible; on a CPU the same code is called each
     time. plain: operation by operation. auto: captured on a GPU."""
