@@ -24,6 +24,7 @@ from mimkd_ray.teacher_cache.codec import needs_calibration
 from mimkd_ray.teacher_cache.keys import calibration_url, logits_entry
 from mimkd_ray.train.build import PlannedStudent, build_network, build_student, make_order, taps_of_run
 from mimkd_ray.train.from_cache.cached_teacher import entries_of, origin_of, parts_of_run, what_is_missing
+from mimkd_ray.train.records.loggers import require_loggers
 from mimkd_ray.train.teacher import refuse_random
 from mimkd_ray.train.teacher_head import teacher_head
 from mimkd_ray.train.teacher_input import teacher_input
@@ -41,6 +42,7 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
     runs them dry.
     Published weights may not be on this machine: their caches are checked only by the workers.
     """
+    require_loggers(config.run.loggers)
     data = open_data(config.data, given)
     make_order(config, data.train)
     make_pipeline(config.data.pipeline, config.data.image_size)

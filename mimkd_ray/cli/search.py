@@ -24,6 +24,7 @@ from mimkd_ray.search.results import Clock, closing, write_report
 from mimkd_ray.search.suggest import Space, find_spaces
 from mimkd_ray.search.table import Table
 from mimkd_ray.train.records import run_files
+from mimkd_ray.train.records.loggers import require_loggers
 
 
 def main(
@@ -56,6 +57,7 @@ def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
     found = find_spaces(job.search.space, spaces)
     if job.launch.backend == "local":
         raise UserError("launch.backend is local, and a search is run by Ray Tune: leave it out; Ray starts by itself")
+    require_loggers(job.run.loggers)
     job = absolute(job)
     folder = below_root(job, f"search-{job.recipe}-{search_digest(job)[:8]}")
     check_free(folder)

@@ -60,3 +60,11 @@ def _of_this_release(value: Mapping[str, Any]) -> Mapping[str, Any]:
 def _leaves(error: BaseException) -> list[BaseException]:
     inner = getattr(error, "exceptions", None)
     return [leaf for child in inner for leaf in _leaves(child)] if inner else [error]
+
+
+def dotted(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return the items of nested mappings by their dotted names."""
+    found = []
+    for name, item in value.items():
+        found += dotted(item, f"{prefix}{name}.") if isinstance(item, Mapping) else [(prefix + name, item)]
+    return found

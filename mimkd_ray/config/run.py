@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mimkd_ray.config.values import check_values
 from mimkd_ray.errors import UserError
@@ -39,6 +40,9 @@ class RunConfig:
     """Also keep the student of the best evaluation so far: best.safetensors and, with its figures, best.json."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    loggers: tuple[Literal["mlflow", "wandb", "comet"], ...] = ()
+    """Loggers that also receive every number of metrics.jsonl (of a search every evaluation, by Ray's callbacks); each
+    needs its package, and reads its own settings (MLFLOW_TRACKING_URI, WANDB_API_KEY, COMET_API_KEY)."""
     log_samples: bool = False
     """Write samples.jsonl: step, lane, view and sample ids of every training batch."""
 

@@ -67,8 +67,6 @@ class SearchConfig:
     """Best configurations that are trained again with new seeds; 0: none, the best trial is the result."""
     seeds: int = 3
     """Seeds of each finalist."""
-    loggers: tuple[Literal["mlflow", "wandb", "comet"], ...] = ()
-    """Loggers of Ray Tune that also receive every evaluation, beside TensorBoard; each needs its package installed."""
     seed: int = 0
     """Seed of the algorithm: 0 to 2**64 - 1."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from ray.tune import schedulers
 from ray.tune.schedulers.pb2 import PB2
 from ray.tune.search.optuna import OptunaSearch
 
+from mimkd_ray.by_name import call_named, named_function
 from mimkd_ray.config import SearchConfig
 from mimkd_ray.config.search import POPULATION
 from mimkd_ray.errors import UserError
@@ -19,6 +19,7 @@ from mimkd_ray.search.configs import FieldConfigs, TrialConfigs
 from mimkd_ray.search.optuna_study import DefineByRun, combinations, sampler
 from mimkd_ray.search.tap_candidates import Range, flat_space
 from mimkd_ray.search.trials import direction
+from mimkd_ray.train.records.loggers import require, require_loggers
 
 SEARCHERS = {
     "hyperopt": ("hyperopt", "ray.tune.search.hyperopt", "HyperOptSearch"),
@@ -27,14 +28,12 @@ SEARCHERS = {
 }
 """Package to install, and the module and name of Ray's class."""
 
-PACKAGES = {"ax": "ax-platform sqlalchemy", "hpbandster": "hpbandster ConfigSpace", "comet_ml": "comet-ml"}
-"""Names for pip, where they differ from the module's."""
-
 LOGGERS = {
-    "mlflow": ("mlflow", "ray.air.integrations.mlflow", "MLflowLoggerCallback"),
-    "wandb": ("wandb", "ray.air.integrations.wandb", "WandbLoggerCallback"),
-    "comet": ("comet_ml", "ray.air.integrations.comet", "CometLoggerCallback"),
+    "mlflow": ("ray.air.integrations.mlflow", "MLflowLoggerCallback", "experiment_name"),
+    "wandb": ("ray.air.integrations.wandb", "WandbLoggerCallback", "project"),
+    "comet": ("ray.air.integrations.comet", "CometLoggerCallback", "project_name"),
 }
+"""Module and name of Ray's callback, and what it calls the project."""
 
 
 def metric_of(search: SearchConfig) -> dict[str, str]:
@@ -98,21 +97,13 @@ def _count(search: SearchConfig, configs: TrialConfigs) -> int:
 
 def _named(search: SearchConfig) -> Any:
     """Return a searcher of Ray by its name, or one of the user's own."""
-    module, _, function = search.algorithm.partition(":")
-    if function:
-        try:
-            return getattr(importlib.import_module(module), function)(search)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"search.algorithm {search.algorithm!r} cannot be imported: {error}") from None
+    if ":" in search.algorithm:
+        own = named_function("search.algorithm", search.algorithm)
+        return call_named("search.algorithm", search.algorithm, own, search)
     package, module, name = SEARCHERS[search.algorithm]
-    _require(package, f"--search.algorithm {search.algorithm}")
+    require(package, f"--search.algorithm {search.algorithm}")
     seed = {"hyperopt": {"random_state_seed": search.seed % 2**32}, "bohb": {"seed": search.seed % 2**32}}
     return getattr(importlib.import_module(module), name)(**metric_of(search), **seed.get(search.algorithm, {}))
-
-
-def _require(package: str, flag: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"{flag}: {package} is not installed; pip install {PACKAGES.get(package, package)}")
 
 
 def tune_space(configs: TrialConfigs) -> dict[str, Any]:
@@ -127,12 +118,7 @@ def _domain(value: Range | tuple[Any, ...]) -> Any:
 
 
 def loggers(names: Sequence[str], project: str) -> list[Any]:
-    """Return Ray's logger callbacks by name. Raises UserError where a package is missing. The config of a trial is its
-    hyperparameters."""
-    found = []
-    for name in names:
-        package, module, callback = LOGGERS[name]
-        _require(package, f"--search.loggers {name}")
-        key = {"mlflow": "experiment_name", "wandb": "project", "comet": "project_name"}[name]
-        found.append(getattr(importlib.import_module(module), callback)(**{key: project}))
-    return found
+    """Return Ray's logger callbacks by name. The config of a trial is its hyperparameters."""
+    require_loggers(names)
+    chosen = [LOGGERS[name] for name in names]
+    return [getattr(importlib.import_module(module), callback)(**{key: project}) for module, callback, key in chosen]

@@ -209,7 +209,7 @@ def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, shape: Shape,
         tune.RunConfig(
             failure_config=tune.FailureConfig(max_failures=search.retries),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=kept),
-            callbacks=[journal, *loggers(search.loggers, f"mimkd-{job.recipe}")],
+            callbacks=[journal, *loggers(job.run.loggers, f"mimkd-{job.recipe}")],
             stop=Budget(journal),
             verbose=0,
         ),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from mimkd_ray import storage
 from mimkd_ray.config import CompareConfig, Config, RunConfig, SearchConfig, SearchJob
 from mimkd_ray.config.digest import differences, refuse_changes, training_part
-from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.config.json_form import dotted, from_dict, to_dict
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.json_files import read_json
@@ -72,7 +72,7 @@ class FieldConfigs:
 
     def __call__(self, params: Mapping[str, Any]) -> Made:
         """Return the base with these fields changed. Raises UserError for a name that is no field."""
-        flat = dict(_dotted(params))
+        flat = dict(dotted(params))
         value = to_dict(self.base)
         for name, item in flat.items():
             at, keys = value, name.split(".")
@@ -84,13 +84,6 @@ class FieldConfigs:
                     at = at[key]
             at[keys[-1]] = item
         return Made(from_dict(Config, value), flat)
-
-
-def _dotted(params: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for name, value in params.items():
-        found += _dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
-    return found
 
 
 def trial_config(config: Config, search: SearchConfig) -> Config:

@@ -176,9 +176,9 @@ def test_searchers_are_made_or_said_to_be_missing(tmp_path: Path) -> None:
     configs = tiny_configs(tmp_path)
     with pytest.raises(UserError, match=r"^--search.algorithm ax: ax is not installed; pip install ax-platform"):
         searcher_of(SearchConfig(algorithm="ax"), configs)
-    with pytest.raises(UserError, match=r"^--search.loggers comet: comet_ml is not installed; pip install comet-ml"):
+    with pytest.raises(UserError, match=r"^--run.loggers comet: comet_ml is not installed; pip install comet-ml"):
         loggers(["comet"], "x")
-    with pytest.raises(UserError, match="'tiny_search:nothing' cannot be imported"):
+    with pytest.raises(UserError, match="tiny_search has no function 'nothing'"):
         searcher_of(SearchConfig(algorithm="tiny_search:nothing"), configs)
     searcher, space, samples = searcher_of(SearchConfig(algorithm="tiny_search:own_searcher", trials=7), configs)
     assert (searcher, samples) == ("mine 7", 7)

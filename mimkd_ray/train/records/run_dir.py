@@ -21,6 +21,7 @@ from torch import Tensor
 from mimkd_ray import local_files, storage
 from mimkd_ray.config import RunConfig
 from mimkd_ray.errors import UserError
+from mimkd_ray.train.records.loggers import Loggers
 
 
 def jsonable(value: Any) -> Any:
@@ -66,7 +67,7 @@ def _lines(url: str, wanted: Callable[[bytes], bool] = bool) -> Iterator[tuple[b
 
 
 class MetricsLog:
-    """metrics.jsonl, samples.jsonl and TensorBoard of one run. Only rank 0 makes one.
+    """metrics.jsonl, samples.jsonl, TensorBoard and other loggers of one run. Only rank 0 makes one.
 
     Lines from after the step that training resumes from are dropped: they will be written again.
     """
@@ -81,6 +82,7 @@ class MetricsLog:
         self._samples = self._continue("samples.jsonl") if config.log_samples else None
         self._tensorboard: Any = None
         self._wants_tensorboard = config.tensorboard
+        self._loggers = Loggers(run_dir, config.loggers)
 
     def _continue(self, name: str) -> BinaryIO:
         """Open a file of lines for appending, without those from after the start. Not buffered: what is written stays
@@ -106,8 +108,10 @@ class MetricsLog:
         self._append(self._samples, *lines)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Add a line {"kind", "step", ...} and one TensorBoard point per number."""
+        """Add a line {"kind", "step", ...} and one point per number to TensorBoard and the loggers."""
         self._append(self._lines, {"kind": kind, "step": step, **values})
+        points = {f"{kind}/{key}": v for key, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
+        self._loggers.write(points, step)
         if not self._wants_tensorboard:
             return
         if self._tensorboard is None:
@@ -118,9 +122,8 @@ class MetricsLog:
                 purge_step=self._start_step + 1 if self._start_step else None,
             )
         with storage.explained(self.run_dir, "write to"):  # its thread's errors
-            for key, value in values.items():
-                if isinstance(value, int | float) and math.isfinite(value):
-                    self._tensorboard.add_scalar(f"{kind}/{key}", value, step)
+            for key, value in points.items():
+                self._tensorboard.add_scalar(key, value, step)
 
     def publish(self) -> None:
         """Bring the staged files to a remote run directory; flush local ones. Raises UserError if those are gone."""
@@ -152,5 +155,6 @@ class MetricsLog:
             self._samples.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        self._loggers.close()
         if self.remote:
             shutil.rmtree(self.staging, ignore_errors=True)
