@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from mimkd_ray import console, storage
@@ -95,7 +96,7 @@ class Loggers:
         config = read_json(storage.join(run_dir, "config.json")) or {}
         project, own = f"mimkd-{config.get('recipe', 'custom')}", run_dir.rstrip("/").rpartition("/")[2]
         for name in names:
-            self._try(name, lambda name=name: self._open(name, project, own, ids, config))
+            self._try(name, partial(self._open, name, project, own, ids, config))
         storage.write_bytes(url, json.dumps(ids).encode())
 
     def _open(self, name: str, project: str, own: str, ids: dict[str, str], config: Mapping[str, Any]) -> None:
@@ -105,7 +106,7 @@ class Loggers:
     def write(self, values: Mapping[str, float], step: int) -> None:
         """Write numbers."""
         for name, opened in list(self._opened.items()):
-            self._try(name, lambda opened=opened: opened.write(dict(values), step))
+            self._try(name, partial(opened.write, dict(values), step))
 
     def close(self) -> None:
         """End the loggers' runs."""
