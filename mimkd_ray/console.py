@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TextIO, TypeVar
 
-from tqdm import tqdm
-
 T = TypeVar("T")
 
 BAR_SECONDS, LINE_SECONDS = 0.5, 8.0
@@ -106,7 +104,10 @@ class Shown:
         """Print one line, above the bar."""
         with self._lock:
             out = self._out or sys.stdout
-            tqdm.write(text, file=out)
+            if self._bars:
+                self._bars[0].write(text, file=out)
+            else:
+                print(text, file=out)
             out.flush()
             self._last = time.monotonic()
 
@@ -131,6 +132,8 @@ class Shown:
         counted = replace(status, what="", figures="").text().removeprefix(": ") if status.total else ""
         shape = "{desc} {percentage:3.0f}%|{bar:20}| " + counted if status.total else "{desc} {elapsed}"
         if not self._bars:
+            from tqdm import tqdm  # the first line of a job does not wait for it
+
             options: dict[str, Any] = {"file": self._bar_on or sys.stderr, "leave": False, "dynamic_ncols": True}
             first: dict[str, Any] = {"desc": status.what, "initial": status.done, "total": status.total or None}
             self._bars = [tqdm(bar_format=shape, position=0, **first, **options)]

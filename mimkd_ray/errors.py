@@ -1,4 +1,4 @@
-"""The errors that a user can act on. Each message names the thing, the numbers and the remedy."""
+"""The errors that a user can act on, and words of messages. Each names the thing, the numbers and the remedy."""
 
 from __future__ import annotations
 
@@ -32,3 +32,9 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """Return "; did you mean 'a', 'b'?" for the closest known names, or "" when none is close."""
     close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
     return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
+
+
+def count(number: float, noun: str, nouns: str = "") -> str:
+    """Return "1 worker", "2 workers", "1,000 workers"; ``nouns`` where an s will not do."""
+    many = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{many} {noun if number == 1 else nouns or noun + 's'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -131,3 +132,22 @@ def test_evaluate_refuses_what_are_no_batches() -> None:
     with pytest.raises(UserError, match="goes with a DataConfig"):
         evaluate(model, [], Digits())  # type: ignore[arg-type]
     assert model.training, "also after an error"
+
+
+def test_the_first_line_of_a_job_waits_for_no_large_package() -> None:
+    """By the order, not by the clock: which modules are there when the line is told."""
+    code = (
+        "import json, os, sys\n"
+        "from mimkd_ray import console\n"
+        "from mimkd_ray.cli import common\n"
+        "from mimkd_ray.recipes import IMAGENET_RECIPES\n"
+        "def first(text):\n"
+        "    print(json.dumps([text, sorted({name.partition('.')[0] for name in sys.modules})]), flush=True)\n"
+        "    os._exit(0)\n"
+        "console.line = first\n"
+        "common.main(IMAGENET_RECIPES, 'demo', [], 'job')\n"
+    )
+    text, loaded = json.loads(python("-c", code).stdout)
+    assert text == "demo: cifar/resnet20 teaches cifar/resnet8_w4; loading PyTorch"
+    large = {"torch", "torchvision", "timm", "ray", "numpy", "pandas", "pyarrow", "fsspec", "PIL", "sklearn"}
+    assert not (large | {"tyro", "tqdm"}) & set(loaded)

@@ -22,7 +22,7 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.values import check_values
 from mimkd_ray.data.prepare.unit_progress import Progress
 from mimkd_ray.data.prepare.work_units import Done
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import UserError, count
 from mimkd_ray.on_ray import environment
 from mimkd_ray.secret_urls import hide
 from mimkd_ray.teacher_cache import admin
@@ -135,9 +135,10 @@ def finish(setup: Setup, run: Runner) -> Built:
                 yield number, done
 
     built = build(setup, shown)
+    damaged = f"without features: {count(built.damaged, 'damaged image')}" if built.damaged else "no damaged images"
     print(
-        f"{setup.config.cache.root}: {built.rows:,} images x {built.views} views, {built.bytes / 1e6:,.1f} MB; "
-        f"{f'{built.damaged} damaged images have no features' if built.damaged else 'no damaged images'}\n"
+        f"{setup.config.cache.root}: {count(built.rows, 'image')} x {count(built.views, 'view')}, "
+        f"{built.bytes / 1e6:,.1f} MB; {damaged}\n"
         + "\n".join(f"  {label}: {key}" for label, key in built.keys.items()),
         flush=True,
     )

@@ -119,7 +119,8 @@ def parse(recipes: Mapping[str, Callable[[], C]], default: str, argv: Sequence[s
         print(short_help(base, _describe(program, recipes)))
         return None
     arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
-    config = override(base, arguments, program, recipes)
+    # Without flags tyro, whose import and reading of all fields take longer than all else here, is left out.
+    config = override(base, arguments, program, recipes) if arguments else base
     if config is not None and only_print:
         print(json.dumps(to_dict(config), indent=2))
         return None

@@ -12,7 +12,7 @@ from typing import Any
 from mimkd_ray import storage
 from mimkd_ray.cli import common
 from mimkd_ray.config import DataConfig, ExportConfig
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import UserError, count
 from mimkd_ray.export.export_student import export_student
 from mimkd_ray.export.find_student import RunFacts, read_run
 from mimkd_ray.models.weights_file import FOLDER, HUB, WEB
@@ -85,7 +85,8 @@ def _table(report: Mapping[str, Any]) -> list[str]:
     """The lines that are printed."""
     lines = [
         f"{report['network']}: {report['parameters']:,} parameters, {report['macs']:,} multiply-adds an "
-        f"image; compared on {report['images']['compared']:,} held-out images, timed with {report['threads']} threads",
+        f"image; compared on {report['images']['compared']:,} held-out images, "
+        f"timed with {count(report['threads'], 'thread')}",
         f"{'file':20} {'MB':>8} {'logits +-':>10} {'same top-1':>11} {'top-1 %':>8} {'ms at 1':>8} {'at 32':>8}",
     ]
     for each in (report["student"], *report["files"].values()):

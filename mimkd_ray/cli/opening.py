@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mimkd_ray.cli.commands import COMMANDS
 from mimkd_ray.config import Config
+from mimkd_ray.errors import count
 
 
 def opening(config: Config, run_dir: str) -> str:
@@ -11,24 +12,25 @@ def opening(config: Config, run_dir: str) -> str:
     data, train, launch, compare = config.data, config.train, config.launch, config.compare
     weights = f"weights {config.teacher.weights}"
     if config.teacher.trains:
-        epochs = f"{config.teacher.epochs or train.epochs} epochs"
+        epochs = count(config.teacher.epochs or train.epochs, "epoch")
         weights = f"{weights}, fine-tuned first, {epochs}" if config.teacher.finetune else f"trained first, {epochs}"
     rows = [
         ("teacher", f"{config.teacher.name}, {weights}"),
         ("student", f"{config.student.name}, weights {config.student.weights}"),
         ("loss", _loss(config)),
-        ("data", f"{data.root}" + (f", {data.subset:,} training images" if data.subset else "")),
+        ("data", f"{data.root}" + (f", {count(data.subset, 'training image')}" if data.subset else "")),
         ("views", f"{data.pipeline}, {data.image_size} pixels, {data.views or 'a new one'} {_views(config)}"),
         (
             "batch",
-            f"{train.lanes * train.lane_batch} images ({train.lanes} x {train.lane_batch}), {train.epochs} epochs"
-            + (f", at most {train.max_steps} steps" if train.max_steps else ""),
+            f"{count(train.lanes * train.lane_batch, 'image')} ({train.lanes} x {train.lane_batch}), "
+            + count(train.epochs, "epoch")
+            + (f", at most {count(train.max_steps, 'step')}" if train.max_steps else ""),
         ),
         ("device", {"auto": "GPU if there is one, else CPU", "on": "GPU", "off": "CPU"}[launch.gpu] + _workers(config)),
         ("results", run_dir),
     ]
     if compare.seeds:
-        rows.insert(3, ("compared", f"{', '.join(compare.arms)}: {compare.seeds} seeds each"))
+        rows.insert(3, ("compared", f"{', '.join(compare.arms)}: {count(compare.seeds, 'seed')} each"))
     return "\n".join([config.recipe, *(f"  {name:<9}{text}" for name, text in rows)])
 
 
@@ -49,7 +51,9 @@ def _workers(config: Config) -> str:
     if launch.backend == "local":
         return ", this process"
     where = f"the Ray cluster at {launch.address}" if launch.address else "Ray"
-    return f", {launch.workers or 'a worker each'}{' workers' if launch.workers else ''} of {where}"
+    fewest, most = launch.worker_range
+    workers = f"{launch.workers} workers" if fewest < most else count(most, "worker") if most else "a worker each"
+    return f", {workers} of {where}"
 
 
 def closing(config: Config, run_dir: str, report: str | None = None) -> str:

@@ -15,7 +15,7 @@ from mimkd_ray.config import PrepareConfig
 from mimkd_ray.data.prepare.make_shards import Unit, prepare
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.data.sources.shard_manifest import Manifest
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import UserError, count
 from mimkd_ray.on_ray import environment
 
 
@@ -74,9 +74,10 @@ def summary(manifest: Manifest, target: str) -> str:
     """Return a summary of a finished split, in two lines."""
     total = sum(shard.bytes for shard in manifest.shards)
     blocks = sum(len(shard.blocks) for shard in manifest.shards)
-    left_out = f"{manifest.damaged:,} damaged images left out (see {manifest.split}.damaged.json)"
+    left_out = f"{count(manifest.damaged, 'damaged image')} left out (see {manifest.split}.damaged.json)"
     return (
-        f"{target}: split '{manifest.split}' holds {manifest.rows:,} images of {len(manifest.classes):,} classes, "
-        f"{total / 1e6:,.1f} MB in {len(manifest.shards):,} shards and {blocks:,} blocks of {manifest.block_rows}\n"
+        f"{target}: split '{manifest.split}' holds {count(manifest.rows, 'image')} of "
+        f"{count(len(manifest.classes), 'class', 'classes')}, {total / 1e6:,.1f} MB in "
+        f"{count(len(manifest.shards), 'shard')} and {count(blocks, 'block')} of {manifest.block_rows}\n"
         f"{left_out if manifest.damaged else 'no damaged images'}; digest {manifest.digest}"
     )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mimkd_ray.errors import count
 from mimkd_ray.train.records.metrics import reading
 
 LABELS = {"alone": "student alone", "kd": "student, Hinton KD", "mimkd": "student, MIMKD"}
@@ -64,7 +65,7 @@ def _comparison(result: Mapping[str, Any]) -> str:
         rows.append([LABELS.get(arm, f"student, {arm}"), f"{value['mean']:.2f}{spread}", gain, wins, rate])
     head = (
         f"{result['recipe']}: student {result['student']['name']}, {result['train_rows']} training images, "
-        f"{result['held_out_rows']} held out, {result['seeds']} seeds, {result['workers']} workers\n"
+        f"{result['held_out_rows']} held out, {count(result['seeds'], 'seed')}, {count(result['workers'], 'worker')}\n"
         "top-1: mean ± standard deviation over seeds; against alone: mean paired difference ± its standard error"
     )
     nats = result["compare"].get("mimkd", {}).get("nats", {})

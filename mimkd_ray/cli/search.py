@@ -15,7 +15,7 @@ from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.training import absolute, below_root
 from mimkd_ray.config import Config, SearchJob
 from mimkd_ray.config.search import search_job
-from mimkd_ray.errors import Interrupted, UserError
+from mimkd_ray.errors import Interrupted, UserError, count
 from mimkd_ray.on_ray import environment
 from mimkd_ray.run_lock import check_free, held
 from mimkd_ray.search.configs import TrialConfigs, begun_as, claim, search_digest, trial_config
@@ -74,7 +74,7 @@ def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
     if stopped:
         trials = Table(folder, job.search.metric).trials()
         over = sum(trial.state != "running" for trial in trials)
-        raise Interrupted(f"asked to stop: {over} of {len(trials)} trials of {folder} have ended")
+        raise Interrupted(f"asked to stop: {over} of {count(len(trials), 'trial')} of {folder} ended")
     table = Table(folder, job.search.metric)
     if not table.ranked():
         failed = [f"trial {trial.number}: {trial.reason}" for trial in table.trials() if trial.reason]
@@ -89,7 +89,7 @@ def opening(job: SearchJob, configs: TrialConfigs, table: Table) -> str:
     known = sum(trial.state != "running" for trial in table.trials())
     return "\n".join(
         [
-            f"search directory: {table.folder}" + (f" ({known} trials have ended before)" if known else ""),
+            f"search directory: {table.folder}" + (f" ({count(known, 'trial')} ended before)" if known else ""),
             f"searching {', '.join(search.space)} by {search.algorithm}, scheduler {search.scheduler}, for the best "
             f"{search.metric} on {configs.base.data.holdout:.0%} of the training rows",
             f"candidate pairs of the feature terms: {', '.join(configs.candidates.feature) or 'none'}",
@@ -121,7 +121,7 @@ def run(job: SearchJob, folder: str, configs: TrialConfigs) -> bool:
             if not finals.runs:
                 return False
             names = ", ".join(map(str, finals.chosen))
-            console.line(f"finalists: trials {names}, {job.search.seeds} seeds each")
+            console.line(f"finalists: trials {names}, {count(job.search.seeds, 'seed')} each")
             results, stopped = tune_search.run_finals(finals, folder, shape)
             if not stopped:
                 chosen = finals.publish(job, folder, results)

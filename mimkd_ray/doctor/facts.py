@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimkd_ray.doctor.outcome import Outcome, Status
+from mimkd_ray.errors import count
 from mimkd_ray.versions import versions
 
 SHM = "/dev/shm"
@@ -149,7 +150,7 @@ def check_clock(node: str, difference_s: float, uncertain_s: float) -> Outcome:
 
 
 def _nodes(facts: Sequence[NodeFacts]) -> str:
-    return "1 node" if len(facts) == 1 else f"{len(facts)} nodes"
+    return count(len(facts), "node")
 
 
 def _some(nodes: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.evaluate import EvaluateJob
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.source import Source
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import UserError, count
 from mimkd_ray.evaluation.collect import Collected, collect, few
 from mimkd_ray.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from mimkd_ray.evaluation.linear_probe import linear_probe_accuracy
@@ -146,7 +146,7 @@ def _of_taps(job: EvaluateJob, context: Context, subject: Subject, found: Collec
     rows = min(job.eval.tap_rows, len(found.labels_N))
     if not subject.pairs or rows < LEAST_PAIRS:
         return []
-    say(context, f"mutual information of {len(subject.pairs)} pairs of taps, on {rows:,} images")
+    say(context, f"mutual information of {count(len(subject.pairs), 'pair')} of taps, on {count(rows, 'image')}")
     spread = torch.linspace(0, len(found.labels_N) - 1, rows, dtype=torch.float64).round().long()
     figures = []
     for of_teacher, of_student in subject.pairs:

@@ -24,7 +24,7 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.data.sources.data_set import open_data
-from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.errors import DamagedDataError, UserError, count
 from mimkd_ray.on_ray.data_units import ERRORS, RETRY_WAITS_S, quiet_and_patient
 from mimkd_ray.on_ray.node_capacity import Capacity
 from mimkd_ray.secret_urls import Carried
@@ -52,9 +52,10 @@ class Cluster:
         self.fewest, self.most = (fewest, most) if most else (max(1, there), max(1, there))
         if self.fewest > there or there < 1:
             raise UserError(
-                f"{self.fewest} builders with {self.cpus} CPUs{' and 1 GPU' if self.gpu else ''} each do not fit: the "
-                f"cluster has {has.cpus} CPUs and {has.gpus} GPUs on {len(has.nodes)} nodes; pass --cache.workers "
-                f"{max(1, there)}, or fewer --launch.cpus-per-worker"
+                f"{count(self.fewest, 'builder')} with {count(self.cpus, 'CPU')}{' and 1 GPU' if self.gpu else ''} "
+                f"each do not fit: the cluster has {count(has.cpus, 'CPU')} and {count(has.gpus, 'GPU')} on "
+                f"{count(len(has.nodes), 'node')}; pass --cache.workers {max(1, there)}, or fewer "
+                "--launch.cpus-per-worker"
             )
         in_memory = open_data(config.data).train.in_memory
         if config.data.loader_workers == -1 and not in_memory:

@@ -15,7 +15,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from mimkd_ray import console
 from mimkd_ray.config import Config
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import UserError, count
 from mimkd_ray.on_ray.node_capacity import Capacity
 
 LOOK_SECONDS = 5.0
@@ -66,8 +66,9 @@ def _fit(config: Config, own: bool, has: Capacity) -> ScalingConfig:
     if workers > has.room(each, int(use_gpu)):
         kind = "GPUs" if use_gpu else "CPUs"
         raise UserError(
-            f"{workers} workers with {each} CPUs{' and 1 GPU' if use_gpu else ''} each do not fit: the cluster has "
-            f"{cpus} CPUs and {gpus} GPUs on {len(has.nodes)} nodes; pass --launch.workers "
+            f"{count(workers, 'worker')} with {count(each, 'CPU')}{' and 1 GPU' if use_gpu else ''} each do "
+            f"not fit: the cluster has {count(cpus, 'CPU')} and {count(gpus, 'GPU')} on "
+            f"{count(len(has.nodes), 'node')}; pass --launch.workers "
             f"{max(1, min(config.train.lanes, has.room(each, int(use_gpu))))}, fewer "
             f"--launch.cpus-per-worker, or add nodes with {kind} (--launch.wait-minutes waits for an autoscaler)"
         )

@@ -22,7 +22,7 @@ from ray.tune.search.optuna import OptunaSearch
 from mimkd_ray import remote, storage
 from mimkd_ray.config import Config, SearchConfig, SearchJob
 from mimkd_ray.config.search import POPULATION, search_job
-from mimkd_ray.errors import Interrupted, UserError
+from mimkd_ray.errors import Interrupted, UserError, count
 from mimkd_ray.on_ray.node_capacity import Capacity
 from mimkd_ray.on_ray.placement import OWN_MINUTES, LossWatch
 from mimkd_ray.on_ray.search_journal import Budget, Journal
@@ -67,7 +67,7 @@ class Shape(NamedTuple):
 
     def text(self) -> str:
         """Return the resources in words."""
-        each = f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
+        each = count(self.cpus, "CPU") + (f" and {count(self.gpus, 'GPU')}" if self.gpus else "")
         whole = f"{self.workers} workers with {each} each" if self.workers > 1 else each
         return f"{self.concurrent} at a time, {whole} a trial"
 
@@ -87,8 +87,9 @@ def shape_of(job: SearchJob, has: Capacity) -> Shape:
     fit = has.room(cpu, gpu) // workers
     if fit < 1 and not search.concurrent:
         raise UserError(
-            f"a trial takes {workers * cpu:g} CPUs and {workers * gpu:g} GPUs, and the cluster has {has.cpus} and "
-            f"{has.gpus} on {len(has.nodes)} nodes: pass fewer --search.cpus-per-trial or --search.workers, or "
+            f"a trial takes {count(workers * cpu, 'CPU')} and {count(workers * gpu, 'GPU')}, and the cluster has "
+            f"{has.cpus} and {has.gpus} on {count(len(has.nodes), 'node')}: pass fewer --search.cpus-per-trial or "
+            "--search.workers, or "
             "--search.concurrent 1 for a cluster that grows when asked"
         )
     return Shape(workers, cpu, gpu, search.concurrent or fit)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mimkd_ray.console import clock
+from mimkd_ray.errors import count
 from mimkd_ray.pages.figures import GREY, Line, color_of, lines_figure, reliability_figure
 from mimkd_ray.pages.page import Cell, Page
 from mimkd_ray.pages.run_records import RunRecord, alone_beside
@@ -54,7 +55,7 @@ def _headline(page: Page, run: RunRecord, alone: RunRecord | None) -> None:
             (f"{rate:,.0f}", "images/s of training" + ("" if wait is None else f", {wait:.0%} waiting for data"))
         )
     if "seconds" in run.result:
-        tiles.append((clock(run.result["seconds"]), f"h:mm:ss for {run.result['steps']:,} steps"))
+        tiles.append((clock(run.result["seconds"]), f"h:mm:ss for {count(run.result['steps'], 'step')}"))
     page.tiles(tiles)
     if not run.result:
         page.paragraph(f"This run has not come to its end: it is at step {last.get('step', 0):,}.")

@@ -8,6 +8,7 @@ from typing import Any
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config, SearchJob
+from mimkd_ray.errors import count
 from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.search.report.build_report import report_html
 from mimkd_ray.search.table import Table
@@ -64,7 +65,7 @@ def closing(table: Table, hours: float) -> str:
     trials = table.trials()
     states = [trial.state for trial in trials]
     counts = ", ".join(f"{states.count(each)} {each}" for each in ("completed", "stopped", "failed") if each in states)
-    lines = [f"{len(states)} trials: {counts}; {hours:.2f} hours"]
+    lines = [f"{count(len(states), 'trial')}: {counts}; {hours:.2f} hours"]
     for trial in table.ranked()[:3]:
         lines.append(f"trial {trial.number}: {table.metric} {trial.score:.4g}; {values(trial.params)}")
     if table.ranked():

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from mimkd_ray import storage
-from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.errors import DamagedDataError, UserError, count
 from mimkd_ray.teacher_cache import calibration
 from mimkd_ray.teacher_cache.feature_manifest import (
     Record,
@@ -60,9 +60,9 @@ def ls(root: str) -> Iterator[str]:
         made = f"{parts['teacher']}, weights {parts['weights'][:8]}, {parts['precision']}; " if of_teacher else ""
         age = _days(storage.join(root, key, "key.json"))
         yield (
-            f"{key}  {what}: {len(manifests)} views of {rows:,} images, {size / 1e6:,.1f} MB, {error}{age}; {made}"
-            f"pipeline {parts['pipeline']} at {parts['image_size']} pixels, view seed {parts['view_seed']}, "
-            f"data {parts['data'][:16]}"
+            f"{key}  {what}: {count(len(manifests), 'view')} of {count(rows, 'image')}, {size / 1e6:,.1f} MB, "
+            f"{error}{age}; {made}pipeline {parts['pipeline']} at {parts['image_size']} pixels, "
+            f"view seed {parts['view_seed']}, data {parts['data'][:16]}"
         )
     yield from bad
     yield f"{total / 1e6:,.1f} MB in all that manifests list"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mimkd_ray.errors import count
 from mimkd_ray.teacher_cache.keys import LOGITS, Entry
 from mimkd_ray.teacher_cache.pixel_digests import PIXELS
 
@@ -80,7 +81,7 @@ class Plan:
 
     def text(self) -> str:
         """Return the plan in a few lines."""
-        lines = [f"cache of {self.rows:,} images x {self.views} views in {self.root}"]
+        lines = [f"cache of {count(self.rows, 'image')} x {count(self.views, 'view')} in {self.root}"]
         for sized in self.sizes:
             shape = sized.entry.shape
             size = f"{shape.channels}x{shape.height}x{shape.width}" if shape.is_map else f"{shape.channels}"

@@ -16,7 +16,7 @@ from mimkd_ray.data.augment.views import View, make_pipeline
 from mimkd_ray.data.loading.loader import DamageCounter, LaneBatch, eval_batches, to_device, train_batches
 from mimkd_ray.data.loading.resident import keeps_on_device, resident, resident_batches
 from mimkd_ray.data.sources.data_set import Data
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import UserError, count
 from mimkd_ray.losses.features import Features, Others
 from mimkd_ray.losses.teacher_queue import NO_LABEL
 from mimkd_ray.train.build import (
@@ -73,8 +73,8 @@ class Inputs:
         self.config, self.data, self.context, self.students = config, data, context, len(planned)
         if context.world_size > train.lanes:
             raise UserError(
-                f"{context.world_size} workers for {train.lanes} lanes: a worker needs a lane of its own; "
-                f"pass --train.lanes {context.world_size}"
+                f"{count(context.world_size, 'worker')} for {count(train.lanes, 'lane')}: a worker needs a "
+                f"lane of its own; pass --train.lanes {context.world_size}"
             )
         choose_kernels(train, device)
         self.order = make_order(config, data.train)
@@ -84,8 +84,9 @@ class Inputs:
             busiest = -(-train.lanes // context.world_size)
             say(
                 context,
-                f"{train.lanes} lanes on {context.world_size} workers: a step takes as long as {busiest} lanes, and "
-                f"workers are busy {train.lanes / (busiest * context.world_size):.0%} of the time",
+                f"{count(train.lanes, 'lane')} on {count(context.world_size, 'worker')}: a step takes as "
+                f"long as {count(busiest, 'lane')}, and workers are busy "
+                f"{train.lanes / (busiest * context.world_size):.0%} of the time",
             )
         self.pipeline = make_pipeline(config.data.pipeline, config.data.image_size)
         self.is_resident = keeps_on_device(config.data, self.pipeline.train, data.train.num_rows, device)

@@ -24,7 +24,7 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.digest import differences
 from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.data.sources.data_set import Data
-from mimkd_ray.errors import MemberMemoryError, NonFiniteLossError, UserError
+from mimkd_ray.errors import MemberMemoryError, NonFiniteLossError, UserError, count
 from mimkd_ray.train.build import PlannedStudent, plan_student
 from mimkd_ray.train.distributed import Context
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
@@ -199,7 +199,8 @@ def _open(
         return inputs, None, lost
     if start:
         seconds = time.perf_counter() - began
-        say(context, f"resumed {len(students)} members from step {start} of {', '.join(places)} in {seconds:.1f} s")
+        members_told = count(len(students), "member")
+        say(context, f"resumed {members_told} from step {start} of {', '.join(places)} in {seconds:.1f} s")
     runs = {
         number: Run(student, members[number].run_dir, start, began, extra, FEWEST_CHECKPOINTS)
         for number, student in students.items()

@@ -17,7 +17,7 @@ from mimkd_ray import storage
 from mimkd_ray.config import CacheConfig, CompareConfig, Config, LossConfig, ModelConfig, TeacherConfig
 from mimkd_ray.config.digest import training_dict
 from mimkd_ray.data.sources.data_set import Data, open_data
-from mimkd_ray.errors import Interrupted
+from mimkd_ray.errors import Interrupted, count
 from mimkd_ray.run_lock import InUse, held
 from mimkd_ray.train.distributed import Context, ask_first, share_from_first
 from mimkd_ray.train.known_accuracy import beside
@@ -74,7 +74,7 @@ def train_teacher(config: Config, data: Data, context: Context, run_dir: str) ->
         how = "fine-tuning" if config.teacher.finetune else "training"
         with ExitStack() as lock:
             _in_turn(lock, folder, context)
-            say(context, f"{how} the teacher {config.teacher.name}, {own.train.epochs} epochs, in {folder}")
+            say(context, f"{how} the teacher {config.teacher.name}, {count(own.train.epochs, 'epoch')}, in {folder}")
             finished = train(own, images, None, context, folder)
     return storage.join(folder, "student.safetensors"), finished["student"]
 

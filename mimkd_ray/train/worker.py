@@ -16,7 +16,7 @@ from mimkd_ray.data.loading.loader import plain_batches
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.data.sources.source import Source, SubsetSource
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import UserError, count
 from mimkd_ray.losses.shared_classes import SharedClasses
 from mimkd_ray.models.outputs import logits_from
 from mimkd_ray.models.weights_file import shown
@@ -47,8 +47,7 @@ def run_job(config: Config, context: Context, run_dir: str, given: OwnData | Non
 
 def do_job(config: Config, context: Context, run_dir: str, given: OwnData | None = None) -> dict[str, Any]:
     """Do a job whose directory was begun (records/outcomes.py) and has no result. Every worker calls this."""
-    workers = f"{context.world_size} worker{'s' if context.world_size > 1 else ''}"
-    say(context, f"{workers} on {_device(context)}; opening the data")
+    say(context, f"{count(context.world_size, 'worker')} on {_device(context)}; opening the data")
     with console.phase("opening the data", said=False):
         data = open_data(config.data, given)
     check_judged(config, data)
@@ -66,8 +65,7 @@ def _device(context: Context) -> str:
     """The device of the first worker, in words."""
     if context.device.type == "cuda":
         return torch.cuda.get_device_name(context.device)
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' if threads > 1 else ''} each"
+    return f"CPU, {count(torch.get_num_threads(), 'thread')} each"
 
 
 def check_judged(config: Config, data: Data) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
+from tiny_run import tiny_config
+
+from mimkd_ray.cli.opening import opening
 from mimkd_ray.cli.result_table import result_table
+from mimkd_ray.errors import count
 from mimkd_ray.train.compare import paired
 
 
@@ -125,3 +130,18 @@ def test_two_seeds_are_no_verdict() -> None:
     table = result_table(comparison([80.0, 81.0], kd=[77.0, 78.01], mimkd=[83.0, 84.01]))
     assert "harms" not in table.replace("who harms", "")
     assert "Two seeds are too few" in table
+
+
+def test_one_is_no_plural() -> None:
+    assert [count(n, "class", "classes") for n in (0, 1, 1000)] == ["0 classes", "1 class", "1,000 classes"]
+    assert [count(n, "CPU") for n in (1.0, 0.5)] == ["1 CPU", "0.5 CPUs"]
+    assert "450 held out, 1 seed, 1 worker\n" in result_table(comparison([90.0]) | {"workers": 1})
+    limits = {"epochs": 1, "max_steps": 1}
+    one = tiny_config(compare={"seeds": 1}, train=limits, launch={"backend": "ray", "workers": 1})
+    told = opening(one, "runs/one")
+    assert "mimkd: 1 seed each" in told
+    assert "1 epoch, at most 1 step\n" in told
+    assert ", 1 worker of Ray\n" in told
+    assert not re.search(r"\b1 \w+s\b", told)
+    ranged = tiny_config(launch={"backend": "ray", "workers": "1..2"})
+    assert ", 1..2 workers of Ray\n" in opening(ranged, "runs/some")

@@ -61,7 +61,7 @@ def test_a_range_is_elastic_in_a_cluster_and_the_most_that_fit_at_home(cluster: 
     assert scaling(_config(workers="2..8"), own=False).num_workers == (2, 8), "the others may still come"
     cluster["CPU"] = 1
     with pytest.raises(
-        UserError, match="2 workers with 1 CPUs each do not fit: the cluster has 1 CPUs and 0 GPUs on 1 nodes"
+        UserError, match="2 workers with 1 CPU each do not fit: the cluster has 1 CPU and 0 GPUs on 1 node"
     ):
         scaling(_config(workers="2..8"), own=False)
 
@@ -146,7 +146,7 @@ def test_a_wait_that_was_in_vain_asks_for_nothing_any_more(
     monkeypatch.setattr(placement, "placement_group", lambda bundles: groups.append(bundles) or bundles)
     monkeypatch.setattr(placement, "remove_placement_group", groups.remove)
     cluster["CPU"] = 0
-    with pytest.raises(UserError, match="2 workers with 1 CPUs each do not fit"):
+    with pytest.raises(UserError, match="2 workers with 1 CPU each do not fit"):
         scaling(_config(workers="2", wait_minutes=0.1 / 60), own=False)
     assert not groups
 

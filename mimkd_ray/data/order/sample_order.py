@@ -17,7 +17,7 @@ import numpy as np
 
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.random_numbers import Permutation
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import UserError, count
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Order:
         if self.num_rows < self.lanes * self.lane_batch:
             raise UserError(
                 f"the training set has {self.num_rows:,} rows, and one step needs "
-                f"{self.lanes * self.lane_batch:,} ({self.lanes} lanes x {self.lane_batch}); use fewer "
+                f"{self.lanes * self.lane_batch:,} ({count(self.lanes, 'lane')} x {self.lane_batch}); use fewer "
                 "lanes, a smaller batch or more data"
             )
 
