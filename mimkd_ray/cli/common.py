@@ -41,6 +41,7 @@ def main(
     program = program or sys.argv[0]
 
     def work() -> int:
+        wait_asleep()
         config = parse(recipes, default, sys.argv[1:] if argv is None else argv, program)
         if config is None:
             return 0
@@ -53,6 +54,13 @@ def main(
         return 0
 
     return guarded(program, work, "the same command goes on from the last checkpoint")
+
+
+def wait_asleep() -> None:
+    """Let threads of torch sleep while they wait for each other, unless the user has said otherwise. Call before torch
+    is imported. By default they keep their cores busy, and where another program runs on one of these, a network is
+    many times as slow as with a single thread (benchmarks/threads.py). Processes of a Ray started here inherit it."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def guarded(program: str, work: Callable[[], int], interrupted: str) -> int:

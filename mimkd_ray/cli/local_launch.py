@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from mimkd_ray import console
 from mimkd_ray.config import Config, LaunchConfig
+from mimkd_ray.data.loading.threads import CHOSEN, use_threads
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.train.distributed import GROUP_SECONDS, STOP_SECONDS, Preemption, share_from_first
 from mimkd_ray.train.start_times import StartTimes
@@ -141,5 +142,7 @@ def run_local(config: Config, context: LocalContext, run_dir: str, given: OwnDat
     """Run a job that has begun and has no result in this process; under torchrun, as one rank of many. ``given``: data
     sets in place of ``data.root``."""
     context.times.mark("worker")
+    if context.device.type == "cpu":
+        use_threads(config.data, CHOSEN in os.environ)
     with context.stops_on_signals():
         return do_job(config, context, run_dir, given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mimkd_ray.cli.commands import COMMANDS
 from mimkd_ray.config import Config
+from mimkd_ray.data.loading.threads import told
 from mimkd_ray.errors import count
 
 
@@ -49,7 +50,7 @@ def _views(config: Config) -> str:
 def _workers(config: Config) -> str:
     launch = config.launch
     if launch.backend == "local":
-        return ", this process"
+        return f", this process: {told(config.data)}"
     where = f"the Ray cluster at {launch.address}" if launch.address else "Ray"
     fewest, most = launch.worker_range
     workers = f"{launch.workers} workers" if fewest < most else count(most, "worker") if most else "a worker each"

@@ -38,6 +38,7 @@ def main(
     jobs = {name: _as_search(recipe) for name, recipe in recipes.items()}
 
     def work() -> int:
+        common.wait_asleep()
         job = common.parse(jobs, next(iter(jobs)), sys.argv[1:] if argv is None else argv, program)
         return 0 if job is None else search(job, spaces)
 

@@ -23,6 +23,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from mimkd_ray import console, storage
 from mimkd_ray.config import Config
 from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.data.loading.threads import CHOSEN, use_threads
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError
 from mimkd_ray.json_files import read_if_sound, read_json
 from mimkd_ray.local_files import scratch_folder
@@ -179,8 +180,11 @@ def worker(setup: dict[str, Any]) -> None:
     earlier = read_if_sound(url, ("launch_id",))
     if earlier is not None and earlier["launch_id"] == context.launch_id:
         return  # restart of a worker that was killed as it wrote the error: end, and let the driver report it
+    config = from_dict(Config, setup["config"])
+    if context.device.type == "cpu":  # Ray has set the variable to the CPUs of this worker where nobody else had
+        use_threads(config.data, setup["threads_given"])
     try:
-        run_job(from_dict(Config, setup["config"]), context, setup["run_dir"])
+        run_job(config, context, setup["run_dir"])
     except tuple(ERRORS.values()) as error:
         leave_error(setup["run_dir"], context.launch_id, error)
         if not isinstance(error, Interrupted):  # then all workers end together, and nothing has failed
@@ -300,6 +304,7 @@ def fit_workers(config: Config, run_dir: str, own: bool, times: StartTimes | Non
                     "run_dir": run_dir,
                     "launch_id": launch_id,
                     "joined": not own,
+                    "threads_given": CHOSEN in os.environ,
                     "secrets": Carried(),
                     "timeline": times.marks() if times is not None else {},
                     "console": (mailbox, console.current().every),

@@ -36,7 +36,7 @@ from mimkd_ray.data.loading.batches import (
     TrainKeys,
     ViewBatches,
 )
-from mimkd_ray.data.loading.cpu_quota import usable_cores
+from mimkd_ray.data.loading.cpu_quota import local_world_size, usable_cores
 from mimkd_ray.data.loading.damage import DamageCounter
 from mimkd_ray.data.loading.helper_processes import helper_context
 from mimkd_ray.data.loading.read_ahead import AheadSource, Distance, ReadAhead, WithFeatures, distance
@@ -216,14 +216,6 @@ def _cuda_copy(device: torch.device) -> Callable[[LaneBatch], _Copy]:
             return _Copy(moved, stream.record_event())
 
     return copy
-
-
-def local_world_size() -> int:
-    """Return the number of training workers on this machine, from the launcher's LOCAL_WORLD_SIZE; at least 1."""
-    value = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if not value.isdecimal() or int(value) < 1:
-        raise UserError(f"LOCAL_WORLD_SIZE is '{value}' in the environment: give the training workers of this machine")
-    return int(value)
 
 
 def resolve_loader_workers(loader_workers: int, source: Source) -> int:

@@ -1,0 +1,47 @@
+"""Threads of a training process on a CPU: its share of the cores, without those on which loader processes decode."""
+
+from __future__ import annotations
+
+import os
+
+from mimkd_ray.config import DataConfig
+from mimkd_ray.data.loading.cpu_quota import local_world_size, usable_cores
+from mimkd_ray.errors import count
+
+CHOSEN = "OMP_NUM_THREADS"
+"""The environment variable by which somebody has chosen already: a user, torchrun, or the node of a cluster."""
+
+
+def loaders(data: DataConfig, share: int) -> int:
+    """Return the loader processes of a worker with a ``share`` of the cores, as the loader starts them. A set that is
+    in memory needs none; before it is opened the digits are known to be."""
+    if data.loader_workers >= 0:
+        return data.loader_workers
+    return 0 if data.root == "digits" else max(1, share - 1)
+
+
+def threads_for(data: DataConfig, share: int) -> int:
+    """Return the threads of a worker. Loader processes are many by default, and mostly wait for a CPU that trains: half
+    of the share at most is theirs."""
+    return max(1, share - min(loaders(data, share), share // 2))
+
+
+def use_threads(data: DataConfig, given: bool) -> None:
+    """Give this process its threads, unless that was ``given``; never more than it has."""
+    import torch  # what a run says at its beginning does not need it
+
+    if not given:
+        torch.set_num_threads(min(torch.get_num_threads(), threads_for(data, _share())))
+
+
+def told(data: DataConfig) -> str:
+    """Return in words what a plain process, or one of torchrun, uses of its machine."""
+    given = os.environ.get(CHOSEN)
+    threads = f"{CHOSEN} {given}" if given else count(threads_for(data, _share()), "thread")
+    decoding = count(loaders(data, _share()), "loader process", "loader processes")
+    each = " each" if local_world_size() > 1 else ""
+    return f"{threads} and {decoding}{each}, {count(usable_cores(), 'core')} usable"
+
+
+def _share() -> int:
+    return max(1, usable_cores() // local_world_size())
