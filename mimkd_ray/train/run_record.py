@@ -18,7 +18,7 @@ from mimkd_ray.train.distributed import all_sum, barrier, gather_lanes, share_fr
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import FiniteGuard, Meter
 from mimkd_ray.train.records.outcomes import RESULT
-from mimkd_ray.train.records.run_dir import MetricsLog, write_json
+from mimkd_ray.train.records.run_dir import MetricsLog, read_metrics, write_json
 from mimkd_ray.train.step import StepRecord
 from mimkd_ray.train.student import Student
 from mimkd_ray.versions import versions
@@ -106,8 +106,9 @@ class Best:
     labels k-NN's; of equal ones the earliest. Where nothing held out has a label, the last one counts."""
 
     def __init__(self, student: Student, run_dir: str, start: int) -> None:
-        """Goes on from the best.json that is there, unless it is of a later step than the run goes on from."""
-        self.student = student
+        """Goes on from the best.json that is there, unless it is of a later step than the run goes on from; a damaged
+        one is made anew from metrics.jsonl."""
+        self.student, self.run_dir, self.start = student, run_dir, start
         self.weights, self.figures = (storage.join(run_dir, name) for name in ("best.safetensors", "best.json"))
         self.key = "top1" if student.vector is None else "knn"
         known = share_from_first(self._known() if student.context.rank == 0 else None)
@@ -116,7 +117,18 @@ class Best:
             self.top1 = known[self.key]
 
     def _known(self) -> dict[str, Any] | None:
-        return read_if_sound(self.figures, (self.key, "step"), "the next evaluation counts as the best so far")
+        instead = "it is made anew from metrics.jsonl, where that has an evaluation"
+        known = read_if_sound(self.figures, (self.key, "step"), instead)
+        if known is not None or not storage.exists(self.figures):
+            return known
+        seen = [line for line in read_metrics(self.run_dir, "eval") if line["step"] <= self.start]
+        judged = [line for line in seen if isinstance(line.get(self.key), int | float)]
+        if not judged:
+            return None
+        found = max(judged, key=lambda line: float(line[self.key]))  # of equal ones the first
+        known = {name: value for name, value in found.items() if name != "kind"}
+        write_json(self.figures, known)
+        return known
 
     def consider(self, done: int, epoch: int, held_out: Mapping[str, Any]) -> None:
         """Publish the student if it is better. Every worker calls it. Weights come first: what best.json tells of is

@@ -131,6 +131,23 @@ def best(folder: Path) -> tuple[int, int, float]:
     return found["step"], found["epoch"], found["top1"]
 
 
+def test_a_damaged_note_of_the_best_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worse student does not take the best one's place."""
+    config = labels_only(run={"checkpoint_every": 0, "keep_best": True})
+    scripted(monkeypatch, 10.0, 30.0, 20.0, 25.0)
+    with pytest.raises(_KillError):
+        run(config, tmp_path, FinalContext(tmp_path, die_at=6))
+    whole, weights = (tmp_path / "best.json").read_bytes(), (tmp_path / "best.safetensors").read_bytes()
+    assert best(tmp_path) == (6, 2, 30.0)
+    (tmp_path / "best.json").write_bytes(whole[: len(whole) // 2])
+    run(config, tmp_path, FinalContext(tmp_path))
+    assert "it is made anew from metrics.jsonl" in caplog.text
+    assert (tmp_path / "best.json").read_bytes() == whole
+    assert (tmp_path / "best.safetensors").read_bytes() == weights
+
+
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_the_best_student_is_that_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float) -> None:
     """Of equal ones the earlier. The student is the one that a run which ends there exports."""
