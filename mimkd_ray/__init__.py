@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mimkd_ray.config import ModelConfig as ModelConfig
     from mimkd_ray.config import OptimConfig as OptimConfig
     from mimkd_ray.config import RunConfig as RunConfig
+    from mimkd_ray.config import StorageConfig as StorageConfig
     from mimkd_ray.config import TeacherConfig as TeacherConfig
     from mimkd_ray.config import TrainConfig as TrainConfig
     from mimkd_ray.errors import UserError as UserError
@@ -70,6 +71,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "RunConfig",
+    "StorageConfig",
     "TappedModel",
     "TeacherConfig",
     "Term",
@@ -112,6 +114,7 @@ _HOMES = {
         "ModelConfig",
         "OptimConfig",
         "RunConfig",
+        "StorageConfig",
         "TeacherConfig",
         "TrainConfig",
     ),

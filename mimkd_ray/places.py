@@ -11,6 +11,9 @@ from mimkd_ray.errors import UserError
 NAME_BYTES = 200
 """Longest name of a folder that a run makes; file systems take 255 bytes, and files beside it have longer names."""
 
+RAY_PACKAGES = "/runtime_resources/working_dir_files/"
+"""Part of the path of the folder in which `ray job submit --working-dir` unpacks what it sends."""
+
 _STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "http", "https", "memory")
 _SERVERS = ("http", "https")
 """Protocols whose paths are the server's business: an empty part may mean something to it."""
@@ -77,6 +80,17 @@ def _remote(typed: str, scheme: str, rest: str) -> str:
     if {".", ".."} & set(parts):
         raise UserError(f"{typed}: object stores know no '.' and '..'; give the place without them")
     return f"{scheme}://" + "/".join([host, *filter(None, parts)])
+
+
+def check_lasting(flag: str, where: str) -> None:
+    """Raise UserError for a place of results, given by ``flag``, that is lost with a job of `ray job submit`."""
+    if RAY_PACKAGES in where:
+        name = flag.removeprefix("--").replace("-", "_")
+        kind = name.partition(".")[0]
+        raise UserError(
+            f"{name} {where} is a temporary folder of Ray's, which is removed with the job, and which other nodes do "
+            f"not see: pass {flag} with a folder that all nodes share, or a URL such as s3://bucket/{kind}s"
+        )
 
 
 def check_name(field: str, name: str, limit: int = NAME_BYTES) -> None:

@@ -84,8 +84,12 @@ def held(run_dir: str) -> Iterator[None]:
     finally:
         ended.set()
         beating.join(BEAT_SECONDS)
-        if (_read(url) or {}).get("owner") == mine["owner"]:
-            storage.remove_file(url)
+        try:
+            with storage.hurried():
+                if (_read(url) or {}).get("owner") == mine["owner"]:
+                    storage.remove_file(url)
+        except (storage.StorageError, storage.AccessError) as error:  # how the run ended is what matters
+            logger.warning("the lock stays: %s", error)
 
 
 def _beat(url: str, mine: dict[str, Any], ended: threading.Event) -> None:

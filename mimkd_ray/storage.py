@@ -4,7 +4,7 @@ A place is a string: a local path (`/data/x`, `~/x`, `file:///data/x`) or an fss
 are configured by their usual environment variables (`AWS_ENDPOINT_URL`, ...).
 
 Local files never go through fsspec. Calls are retried after transient failures, and errors name the object (see
-remote.py). Nothing is cached: every listing is a new request.
+attempts.py). Nothing is cached: every listing is a new request.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from mimkd_ray import local_files
+from mimkd_ray.attempts import AccessError as AccessError
+from mimkd_ray.attempts import StorageError as StorageError
+from mimkd_ray.attempts import attempt as _attempt
+from mimkd_ray.attempts import be_patient as be_patient
+from mimkd_ray.attempts import by_credentials, no_bucket
+from mimkd_ray.attempts import explained as explained
+from mimkd_ray.attempts import hurried as hurried
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import place
-from mimkd_ray.remote import StorageError as StorageError
-from mimkd_ray.remote import attempt as _attempt
-from mimkd_ray.remote import explained as explained
 from mimkd_ray.remote import filesystem as _filesystem
-from mimkd_ray.remote import remove_folders, remove_key, tree
+from mimkd_ray.remote import forget, remove_folders, remove_key, time_for, tree
 from mimkd_ray.secret_urls import redacted, revealed
 
 _S3 = ("s3://", "s3a://")
@@ -78,7 +82,9 @@ def exists(url: str) -> bool:
         try:
             # `info` and not `exists`: some file systems turn every failure inside `exists` into "no".
             fs.info(path)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if no_bucket(error):
+                raise
             return False
         return True
 
@@ -182,7 +188,7 @@ def write_bytes(url: str, data: bytes) -> None:
     Local: a temporary file beside it, fsync, rename. Remote: one upload, visible on completion.
     """
     if is_remote(url):
-        _remote(url, "write", lambda fs, path: fs.pipe_file(path, data))
+        _remote(url, "write", lambda fs, path: fs.pipe_file(path, data, **time_for(fs, len(data))))
     else:
         _attempt(url, "write", lambda: local_files.publish(local_path(url), lambda out: out.write(data)))
 
@@ -208,7 +214,8 @@ def create_once(url: str, data: bytes) -> bool:
     def create(fs: Any, path: str) -> bool:
         try:
             # In one part, however large: stores ignore the condition when an upload in parts is completed.
-            fs.pipe_file(path, data, mode="create", chunksize=len(data) + 1, Metadata={"writer": mark})
+            whole = {"mode": "create", "chunksize": len(data) + 1, "Metadata": {"writer": mark}}
+            fs.pipe_file(path, data, **whole, **time_for(fs, len(data)))
         except OSError as error:
             # s3fs recognises the answer of AWS; other stores do not say which condition failed.
             answer = getattr(error.__cause__, "response", {}).get("ResponseMetadata", {})
@@ -230,7 +237,8 @@ def upload(path: str | Path, url: str) -> None:
             shutil.copyfileobj(source, out, 1 << 20)
 
     if is_remote(url):
-        _remote(url, "upload to", lambda fs, place: fs.put_file(str(path), place))
+        length = Path(path).stat().st_size
+        _remote(url, "upload to", lambda fs, place: fs.put_file(str(path), place, **time_for(fs, length)))
     else:
         _attempt(url, "upload to", lambda: local_files.publish(local_path(url), copy))
 
@@ -348,7 +356,9 @@ def _entries(url: str) -> list[tuple[str, bool, int, str]]:
         fs.invalidate_cache()
         try:
             listing = fs.ls(path, detail=True)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if no_bucket(error):
+                raise
             return []
         # A listing also has the folder's own marker object, or the file itself if `url` is a file, under the same name.
         return sorted(
@@ -370,6 +380,11 @@ def _entries(url: str) -> list[tuple[str, bool, int, str]]:
 def _remote(url: str, verb: str, call: Callable[[Any, str], T]) -> T:
     def once() -> T:
         fs = _filesystem(whole := revealed(url))
-        return call(fs, fs._strip_protocol(whole))
+        try:
+            return call(fs, fs._strip_protocol(whole))
+        except Exception as error:
+            if by_credentials(error):
+                forget(fs)  # they may have been renewed since it was made
+            raise
 
     return _attempt(url, verb, once)

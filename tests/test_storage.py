@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mimkd_ray import local_files, remote, storage
+from mimkd_ray import attempts, local_files, remote, storage
 from mimkd_ray.errors import UserError
 
 
@@ -27,7 +27,8 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waits: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    monkeypatch.setattr(attempts.time, "sleep", waits.append)
+    monkeypatch.setattr(attempts, "ANSWERED", set())
     return waits
 
 
@@ -247,30 +248,30 @@ def _aiohttp_error() -> Exception:
     "make", [lambda: OSError(5, "EIO"), lambda: TimeoutError("slow"), _botocore_error, _aiohttp_error]
 )
 def test_transient_failures_are_retried(make: Any, quick: list[float]) -> None:
-    assert remote.attempt("s3://b/x", "read", _Flaky([make() for _ in range(4)])) == "fine"
+    assert attempts.attempt("s3://b/x", "read", _Flaky([make() for _ in range(4)])) == "fine"
     assert len(quick) == 4
     assert all(later > earlier * 0.6 for earlier, later in pairwise(quick))
-    with pytest.raises(storage.StorageError, match=r"could not read s3://b/x in 5 tries"):
-        remote.attempt("s3://b/x", "read", _Flaky([make() for _ in range(5)]))
+    with pytest.raises(storage.StorageError, match=r"could not read s3://c/x in 5 tries"):
+        attempts.attempt("s3://c/x", "read", _Flaky([make() for _ in range(5)]))
 
 
 @pytest.mark.parametrize("error", [FileExistsError("x"), ValueError("x"), OSError(errno.ENOSYS, "no")])
 def test_lasting_failures_are_not_retried(error: Exception, quick: list[float]) -> None:
     with pytest.raises(type(error)):
-        remote.attempt("s3://b/x", "write", _Flaky([error]))
+        attempts.attempt("s3://b/x", "write", _Flaky([error]))
     assert quick == []
 
 
 @pytest.mark.parametrize("number", [errno.ENOTDIR, errno.EROFS, errno.ENOENT])
 def test_a_place_that_cannot_be_written_names_the_remedy(number: int, quick: list[float]) -> None:
     with pytest.raises(UserError, match=r"cannot write /a/b: .*; give a place in which folders and files can be made"):
-        remote.attempt("/a/b", "write", _Flaky([OSError(number, "no")]))
+        attempts.attempt("/a/b", "write", _Flaky([OSError(number, "no")]))
     assert quick == []
 
 
 def test_denied_access_names_the_remedy(quick: list[float]) -> None:
     with pytest.raises(UserError, match=r"cannot read s3://b/x: .*AWS_ACCESS_KEY_ID"):
-        remote.attempt("s3://b/x", "read", _Flaky([PermissionError("Forbidden")]))
+        attempts.attempt("s3://b/x", "read", _Flaky([PermissionError("Forbidden")]))
     assert quick == []
 
 

@@ -47,7 +47,7 @@ def cpu() -> LocalContext:
     return LocalContext(torch.device("cpu"))
 
 
-def run_tiny(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+def run_tiny(folder: Path | str, **sections: dict[str, Any]) -> dict[str, Any]:
     """Run it in ``folder``."""
     return run_job(tiny_config(**sections), cpu(), str(folder))
 

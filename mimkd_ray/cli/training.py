@@ -23,7 +23,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.models.weights_file import FOLDER, HUB
 from mimkd_ray.on_ray import environment
 from mimkd_ray.pages.write_pages import try_to_write_report
-from mimkd_ray.places import NAME_BYTES, check_name, is_function
+from mimkd_ray.places import NAME_BYTES, check_lasting, check_name, is_function
 from mimkd_ray.run_lock import check_free, held
 from mimkd_ray.train.distributed import ask_first
 from mimkd_ray.train.records import run_files
@@ -33,9 +33,6 @@ from mimkd_ray.train.start_times import StartTimes
 from mimkd_ray.train.worker import needs_teacher
 
 C = TypeVar("C", bound=Config)
-
-RAY_PACKAGES = "/runtime_resources/working_dir_files/"
-"""Part of the path of the folder in which `ray job submit --working-dir` unpacks what it sends."""
 
 
 def run_directory(config: Config) -> str:
@@ -48,11 +45,7 @@ def run_directory(config: Config) -> str:
 
 def below_root(config: Config, name: str) -> str:
     """The directory of ``run.name``, or of the default ``name``. Raises UserError for a recipe that makes a bad one."""
-    if RAY_PACKAGES in config.run.root:
-        raise UserError(
-            f"run.root {config.run.root} is a temporary folder of Ray's, which is removed with the job, and which "
-            "other nodes do not see: pass --run.root with a folder that all nodes share, or a bucket such as s3://bucket/runs"
-        )
+    check_lasting("--run.root", config.run.root)
     if not config.run.name:
         check_name("recipe", config.recipe)
         check_name("the run's name", name, limit=NAME_BYTES + 20)
@@ -73,6 +66,8 @@ def absolute(config: C) -> C:
     def weights(text: str) -> str:
         return network(text) if text.startswith((HUB, FOLDER)) else full(text, "random", "published")
 
+    cache = full(config.cache.root, "")
+    check_lasting("--cache.root", cache)
     return replace(
         config,
         data=replace(config.data, root=full(config.data.root, "digits"), store=full(config.data.store, "")),
@@ -83,7 +78,7 @@ def absolute(config: C) -> C:
             classes=full(config.teacher.classes) if isinstance(config.teacher.classes, str) else config.teacher.classes,
         ),
         student=replace(config.student, name=network(config.student.name), weights=weights(config.student.weights)),
-        cache=replace(config.cache, root=full(config.cache.root, "")),
+        cache=replace(config.cache, root=cache),
         run=replace(config.run, root=full(config.run.root), start_from=full(config.run.start_from, "")),
     )
 
@@ -99,6 +94,7 @@ def run(config: Config, train: Dataset | None = None, validation: Dataset | None
     """
     times = StartTimes()
     times.mark("parsed")
+    storage.be_patient(config.storage.patience_minutes)
     given = OwnData.of(train, validation)
     config = absolute(config)
     if given is not None:

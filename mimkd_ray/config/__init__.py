@@ -15,6 +15,7 @@ from mimkd_ray.config.optim import OptimConfig
 from mimkd_ray.config.prepare import PrepareConfig
 from mimkd_ray.config.run import RunConfig
 from mimkd_ray.config.search import SearchConfig, SearchJob
+from mimkd_ray.config.storage import StorageConfig
 from mimkd_ray.config.teacher import TeacherConfig
 from mimkd_ray.config.train import TrainConfig
 
@@ -35,6 +36,7 @@ __all__ = [
     "RunConfig",
     "SearchConfig",
     "SearchJob",
+    "StorageConfig",
     "TeacherConfig",
     "TrainConfig",
 ]

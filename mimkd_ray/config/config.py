@@ -13,6 +13,7 @@ from mimkd_ray.config.mix import MixConfig
 from mimkd_ray.config.model import ModelConfig
 from mimkd_ray.config.optim import OptimConfig
 from mimkd_ray.config.run import RunConfig
+from mimkd_ray.config.storage import StorageConfig
 from mimkd_ray.config.teacher import TeacherConfig
 from mimkd_ray.config.train import TrainConfig
 from mimkd_ray.config.values import check_values
@@ -53,6 +54,8 @@ class Config:
     """The run directory and its checkpoints."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """The workers and their machines."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """How long a run waits for its places."""
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -12,7 +12,7 @@ from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import redacted_values
 
-_SECTIONS_NOT_IN_DIGEST = ("recipe", "run", "launch")
+_SECTIONS_NOT_IN_DIGEST = ("recipe", "run", "launch", "storage")
 
 _NOT_IN_DIGEST = {
     "train": ("log_every", "eval_every", "eval_batch", "information_rows", "engine"),

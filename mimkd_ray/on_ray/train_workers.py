@@ -44,7 +44,15 @@ REPORT_SECONDS = 30.0
 """Least seconds between two reports to Ray: each is a barrier that its controller polls every two seconds."""
 
 ERRORS: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (UserError, DamagedDataError, NonFiniteLossError, Interrupted, storage.StorageError)
+    kind.__name__: kind
+    for kind in (
+        UserError,
+        DamagedDataError,
+        NonFiniteLossError,
+        Interrupted,
+        storage.StorageError,
+        storage.AccessError,
+    )
 }
 """Errors that a restart does not cure, sent to the driver by name."""
 
@@ -196,7 +204,8 @@ def worker(setup: dict[str, Any]) -> None:
 def leave_error(run_dir: str, launch_id: str, error: Exception) -> None:
     """Write down what the driver is to report."""
     message = scrubbed(str(error))
-    with suppress(UserError, storage.StorageError):  # if the disk is full, Ray's report must suffice
+    # If the disk is full, or the store is away, Ray's report must suffice.
+    with suppress(UserError, storage.StorageError), storage.hurried():
         write_json(
             storage.join(run_dir, "error.json"),
             {"launch_id": launch_id, "kind": type(error).__name__, "message": message},
@@ -328,8 +337,9 @@ def fit_workers(config: Config, run_dir: str, own: bool, times: StartTimes | Non
             else:
                 trainer.fit()
     except TrainingFailedError as error:
-        _raise_known(run_dir, launch_id)
         cause = getattr(error, "controller_failure", None)  # the error that EndAtOnce raised
+        if not isinstance(cause, storage.StorageError):  # then it could not write it down
+            _raise_known(run_dir, launch_id)
         if isinstance(cause, Exception) and type(cause).__name__ in ERRORS:
             raise cause from None
         raise

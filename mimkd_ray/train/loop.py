@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mimkd_ray import console
+from mimkd_ray import console, storage
 from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
@@ -90,6 +90,7 @@ class Loop:
         """``commits``: whether all that belongs to an evaluation is committed before it is told."""
         self.runs, self.label, self.quiet = list(runs), label, quiet
         student = runs[0].student
+        storage.be_patient(student.config.storage.patience_minutes)
         self.config, self.context, self.inputs = student.config, student.context, student.inputs
         self.start, self.total, self.steps_per_epoch = runs[0].start, student.total_steps, student.order.steps_per_epoch
         self.commits = commits or self.context.reports_are_final

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,14 +16,17 @@ from torch import Tensor
 from mimkd_ray import storage
 from mimkd_ray.config.digest import digest
 from mimkd_ray.json_files import read_if_sound
-from mimkd_ray.train.distributed import all_sum, barrier, gather_lanes, share_from_first
+from mimkd_ray.train.distributed import all_sum, ask_first, barrier, gather_lanes, share_from_first
 from mimkd_ray.train.records import checkpoint
-from mimkd_ray.train.records.metrics import FiniteGuard, Meter
+from mimkd_ray.train.records.metrics import FiniteGuard, Meter, say
 from mimkd_ray.train.records.outcomes import RESULT
-from mimkd_ray.train.records.run_dir import MetricsLog, read_metrics, write_json
+from mimkd_ray.train.records.run_dir import MetricsLog, json_bytes, read_metrics, write_json
 from mimkd_ray.train.step import StepRecord
 from mimkd_ray.train.student import Student
 from mimkd_ray.versions import versions
+
+BUSY_SECONDS = 5.0
+"""For which the first worker looks whether a file is committed, before it tells the others that it is not."""
 
 
 class Run:
@@ -42,7 +47,7 @@ class Run:
         self.writer: checkpoint.Writer | None = None
         if context.rank == 0:
             self.log = MetricsLog(run_dir, start, config.run)
-            self.writer = checkpoint.Writer(run_dir, max(keep, config.run.keep_checkpoints), self.log.publish)
+            self.writer = checkpoint.Writer(run_dir, max(keep, config.run.keep_checkpoints), self._publish)
         self.guard = FiniteGuard(context.device)
         self.best = Best(student, run_dir, start) if config.run.keep_best else None
         self.held_out: dict[str, Any] = {}
@@ -58,22 +63,39 @@ class Run:
         """Take note of an evaluation. The best student is published ahead of the checkpoint of its step: a run that
         goes on from there has it."""
         self.held_out = held_out
-        if self.log is not None:
-            self.log.write("eval", done, {"epoch": epoch, **held_out})
-            self.log.publish()
         if self.best is not None:
             self.best.consider(done, epoch, held_out)
+        if self.log is not None:
+            self.log.write("eval", done, {"epoch": epoch, **held_out})
+            try:
+                with storage.hurried():
+                    self._publish()
+            except (storage.StorageError, storage.AccessError) as error:
+                say(self.student.context, f"{error}; training goes on, and the next checkpoint waits for it")
+
+    def _publish(self) -> None:
+        """Bring to the directory what belongs to the next checkpoint."""
+        assert self.log is not None
+        if self.best is not None:
+            self.best.publish()
+        self.log.publish()
 
     def save(self, done: int) -> None:
         """Checkpoint, in the background."""
+        began = time.perf_counter()
+        self.wait()
+        waited = time.perf_counter() - began
         self.student.save(done, self.writer)
         if self.writer is not None:
+            self.writer.stalls[-1] += waited
             self.student.context.observe(self.run_dir, {"checkpoint_stall": self.writer.stalls[-1]})
 
     def wait(self) -> None:
-        """Return when everything is committed."""
-        if self.writer is not None:
-            self.writer.wait()
+        """Return when everything is committed. While a store is waited for, all workers wait; not for long once they
+        are asked to stop. Raises what went wrong on all of them."""
+        while ask_first(lambda: self.writer is not None and self.writer.busy(BUSY_SECONDS)):
+            if self.student.context.stop_requested():
+                storage.be_patient(0)
 
     def close(self) -> None:
         """Commit and publish everything, and write no more."""
@@ -92,13 +114,26 @@ class Run:
             "damaged": int(all_sum(damaged).item()),
         }
         weights = student.weights()
+        self.wait()
         if self.writer is not None:
-            self.close()
             result["checkpoints"] = {"saved": len(self.writer.stalls), "stall_seconds": sum(self.writer.stalls)}
-            storage.write_bytes(storage.join(self.run_dir, "student.safetensors"), save_safetensors(weights))
-            write_json(storage.join(self.run_dir, RESULT), result)
+            write = partial(_write_result, weights, result)
+            self.writer.start("result", lambda: self._end(write), write)
+        self.wait()
         barrier()
         return share_from_first(result)
+
+    def _end(self, write: Callable[[str], None]) -> None:
+        assert self.log is not None
+        if self.best is not None:
+            self.best.publish()
+        self.log.close()
+        write(self.run_dir)
+
+
+def _write_result(weights: dict[str, Tensor], result: dict[str, Any], folder: str) -> None:
+    storage.write_bytes(storage.join(folder, "student.safetensors"), save_safetensors(weights))
+    write_json(storage.join(folder, RESULT), result)
 
 
 class Best:
@@ -113,6 +148,8 @@ class Best:
         self.key = "top1" if student.vector is None else "knn"
         known = share_from_first(self._known() if student.context.rank == 0 else None)
         self.top1 = -math.inf
+        self._owed: list[tuple[str, bytes]] = []  # files that are to be written, in this order
+        self._writing = threading.Lock()
         if known is not None and known["step"] <= start and known[self.key] is not None:
             self.top1 = known[self.key]
 
@@ -131,15 +168,22 @@ class Best:
         return known
 
     def consider(self, done: int, epoch: int, held_out: Mapping[str, Any]) -> None:
-        """Publish the student if it is better. Every worker calls it. Weights come first: what best.json tells of is
-        there."""
+        """Keep the student, to be published, if it is better. Every worker calls it."""
         if held_out[self.key] <= self.top1:  # not so of NaN
             return
         self.top1 = held_out[self.key]
         weights: dict[str, Tensor] = self.student.weights()
         if self.student.context.rank == 0:
-            storage.write_bytes(self.weights, save_safetensors(weights))
-            write_json(self.figures, {"step": done, "epoch": epoch, **held_out})
+            figures = json_bytes({"step": done, "epoch": epoch, **held_out})
+            with self._writing:
+                self._owed = [(self.weights, save_safetensors(weights)), (self.figures, figures)]
+
+    def publish(self) -> None:
+        """Write what is kept. Weights come first: what best.json tells of is there."""
+        with self._writing:
+            while self._owed:
+                storage.write_bytes(*self._owed[0])
+                self._owed.pop(0)
 
 
 def describe(student: Student, held_out: Mapping[str, Any], meter: Meter, start: int, seconds: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mimkd_ray import remote, storage
+from mimkd_ray import attempts, storage
 from mimkd_ray.data.augment.decode import jpeg_size
 from mimkd_ray.doctor.places import OBJECT_BYTES, check_decode, check_disk, check_storage, leave_mark, photograph
 
@@ -54,7 +54,7 @@ def test_slow_storage_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_place_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "TRIES", 1)
+    monkeypatch.setattr(attempts, "TRIES", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:pass@127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-mine")

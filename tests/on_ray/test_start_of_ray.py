@@ -12,8 +12,10 @@ import pytest
 import ray
 
 from mimkd_ray.by_name import LOOK_IN, named_function
+from mimkd_ray.cli import training
 from mimkd_ray.cli.training import run_directory
-from mimkd_ray.config import Config, RunConfig
+from mimkd_ray.config import CacheConfig, Config, DataConfig, PrepareConfig, RunConfig
+from mimkd_ray.data.prepare.make_shards import prepare
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray import cluster, environment
 
@@ -90,6 +92,19 @@ def test_results_do_not_go_into_ray_s_package_folder() -> None:
     with pytest.raises(UserError, match=r"is removed with the job.*s3://bucket/runs"):
         run_directory(Config(run=RunConfig(root=place)))
     assert run_directory(Config(run=RunConfig(root="/shared/runs", name="one"))) == "/shared/runs/one"
+
+
+def test_caches_and_prepared_sets_do_not_go_there_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_ab"
+    (package / "images").mkdir(parents=True)
+    monkeypatch.chdir(package)
+    with pytest.raises(
+        UserError, match=r"cache\.root \S+/caches is a temporary folder .*--cache\.root.*s3://bucket/cache"
+    ):
+        training.absolute(Config(cache=CacheConfig(root="caches"), data=DataConfig(views=1)))
+    assert training.absolute(Config()).cache.root == ""
+    with pytest.raises(UserError, match=r"target \S+/set is a temporary folder .*pass --target"):
+        prepare(PrepareConfig(source="images", target="set"), lambda units, title: iter(()))
 
 
 def test_functions_in_the_folder_that_a_job_was_started_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

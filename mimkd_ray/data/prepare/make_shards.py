@@ -38,6 +38,7 @@ from mimkd_ray.data.prepare.work_units import (
 from mimkd_ray.data.sources.shard_manifest import Manifest, Shard, content_digest, read_manifest, write_manifest
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import parse
+from mimkd_ray.places import check_lasting
 
 Unit = PartUnit | ShardUnit
 Runner = Callable[[Sequence[Unit], str], Iterator[Done]]
@@ -57,6 +58,7 @@ def prepare(config: PrepareConfig, run: Runner = in_process) -> Manifest:
     disk; DamagedDataError for files that cannot be read; StorageError.
     """
     config = replace(config, source=storage.absolute(config.source), target=storage.absolute(config.target))
+    check_lasting("--target", config.target)
     work = storage.join(config.target, f".prepare-{config.split}")
     finished = _finished(config)
     if finished is not None:

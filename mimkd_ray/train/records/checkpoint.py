@@ -22,6 +22,7 @@ from torch import Tensor
 from mimkd_ray import storage
 from mimkd_ray.errors import DamagedDataError
 from mimkd_ray.json_files import parse as parse_json
+from mimkd_ray.train.records.rescue import rescued
 
 logger = logging.getLogger(__name__)
 
@@ -41,26 +42,49 @@ class Writer:
         """``before`` is called ahead of each commit, in the thread: what belongs to the state must not be missing."""
         self.run_dir, self.keep, self.before = run_dir, keep, before
         self.stalls: list[float] = []  # seconds that training waited, by save
-        self._copied: Any = None
+        self._copied: Any = None  # of the last save, for the next one
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Copy ``state`` and commit it in the background. Raises what the save before ran into."""
+        """Copy ``state`` and commit it in the background. Raises what the save before ran into.
+
+        Where the run's directory, in a store, stays away, the state is saved on this machine, and the error says so.
+        """
         began = time.perf_counter()
         self.wait()
         copied = self._copied = _copy(state, self._copied)
         self.stalls.append(time.perf_counter() - began)
 
         def commit() -> None:
+            self.before()
+            save(self.run_dir, step, copied, self.keep)
+
+        self.start(f"checkpoint {step}", commit, lambda folder: save(folder, step, copied, self.keep))
+
+    def start(self, name: str, work: Callable[[], None], keep: Callable[[str], object]) -> None:
+        """Do ``work`` in the background. ``keep`` saves what is to be written in a folder of this machine instead."""
+
+        def run() -> None:
             try:
-                self.before()
-                save(self.run_dir, step, copied, self.keep)
+                try:
+                    work()
+                except (storage.StorageError, storage.AccessError) as error:
+                    raise rescued(self.run_dir, keep, error) from error
             except BaseException as error:  # handed to the training thread, which raises it
                 self._error = error
 
-        self._thread = threading.Thread(target=commit, name=f"checkpoint {step}")
+        self._thread = threading.Thread(target=run, name=name)
         self._thread.start()
+
+    def busy(self, seconds: float) -> bool:
+        """Wait so long, and return whether anything is still to be committed. Raises what went wrong on the way."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                return True
+        self.wait()
+        return False
 
     def wait(self) -> None:
         """Return when everything is committed. Raises what went wrong on the way."""

@@ -37,7 +37,12 @@ def jsonable(value: Any) -> Any:
 
 def write_json(url: str, value: Any) -> None:
     """Publish ``value`` as indented strict JSON."""
-    storage.write_bytes(url, (json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n").encode())
+    storage.write_bytes(url, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """``value`` as indented strict JSON."""
+    return (json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_metrics(run_dir: str, kind: str) -> list[dict[str, Any]]:

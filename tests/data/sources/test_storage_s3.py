@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import pickle
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from image_sets import folder_set, parquet_set, prepared_set
 
-from mimkd_ray import remote, storage
+from mimkd_ray import attempts, remote, storage
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.transforms import FitSize
 from mimkd_ray.data.augment.views import View
@@ -73,7 +74,7 @@ def test_create_once_whose_first_answer_was_lost(bucket: str, monkeypatch: pytes
             raise lost.pop()
 
     monkeypatch.setattr(fs, "pipe_file", put_and_lose_the_answer)
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(attempts.time, "sleep", lambda seconds: None)
     assert storage.create_once(f"{bucket}/x", b"ours")
     assert not lost
     monkeypatch.setattr(fs, "pipe_file", put)
@@ -113,9 +114,18 @@ def test_changes_by_others_are_seen(bucket: str) -> None:
 
 
 def test_missing_bucket(bucket: str) -> None:
-    assert storage.list_files("s3://no-such-bucket-here/x") == []
-    with pytest.raises(UserError, match="does not exist"):
-        open_data(DataConfig(root="s3://no-such-bucket-here/x"))
+    nowhere = "s3://no-such-bucket-here/x"
+    calls: list[Callable[[], object]] = [
+        partial(storage.list_files, nowhere),
+        partial(storage.exists, nowhere),
+        partial(storage.read_bytes, nowhere),
+        partial(storage.write_bytes, nowhere, b"x"),
+        partial(storage.create_once, nowhere, b"x"),
+        partial(open_data, DataConfig(root=nowhere)),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match=r"there is no bucket s3://no-such-bucket-here at http.*aws s3 mb"):
+            call()
 
 
 def test_reader_survives_pickling(bucket: str) -> None:
