@@ -72,7 +72,7 @@ def test_a_state_that_cannot_be_written_is_saved_here_and_gone_on_from(
     for path in storage.list_tree(str(folder)):
         storage.upload(folder / path, f"{bucket}/run/{path}")
     again = run_tiny(f"{bucket}/run", **OPTIONS)
-    assert again["started_at_step"] == 4
+    assert again["resumed_from"] == 4
     assert again["student"] == whole["student"]
 
 
