@@ -116,7 +116,7 @@ def make(config: Config, only_plan: bool = False) -> Built | None:
 
     own = connect(config.launch.address, "--launch.address", log_to_driver=False)
     try:
-        cluster = cache_actors.Cluster(config)
+        cluster = cache_actors.Cluster(config, own)
         print(cluster.plan(), flush=True)
         return None if only_plan else finish(cluster.setup(), cluster.run)
     finally:

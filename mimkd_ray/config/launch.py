@@ -34,7 +34,8 @@ class LaunchConfig:
     resize_seconds: float = 60.0
     """Seconds between two checks for more nodes, with a range of workers. A resize is a restart from a checkpoint."""
     wait_minutes: float = 0.0
-    """Minutes to wait at the start for resources that the joined cluster lacks, such as nodes from an autoscaler."""
+    """Minutes to wait at the start for resources that the joined cluster lacks, such as nodes from an autoscaler, or
+    that other jobs hold."""
     lost_minutes: float = 30.0
     """Minutes after which the run gives up if there are too few nodes for the fewest workers."""
 

@@ -27,6 +27,7 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import DamagedDataError, UserError, count
 from mimkd_ray.on_ray.data_units import ERRORS, RETRY_WAITS_S, quiet_and_patient
 from mimkd_ray.on_ray.node_capacity import Capacity
+from mimkd_ray.on_ray.placement import wait_for_room
 from mimkd_ray.secret_urls import Carried
 from mimkd_ray.storage import StorageError
 from mimkd_ray.train.build import teacher_autocast
@@ -40,8 +41,9 @@ CPUS_PER_BUILDER = 2
 class Cluster:
     """The resources of the connected Ray for building."""
 
-    def __init__(self, config: Config) -> None:
-        """Choose the builders. Raises UserError if they do not fit the cluster, or for an invalid config."""
+    def __init__(self, config: Config, own: bool) -> None:
+        """Choose the builders. ``own``: this process started Ray. Raises UserError if they do not fit the cluster, or
+        find no room beside other jobs in time, or for an invalid config."""
         has = Capacity.of_cluster()
         launch = config.launch
         self.gpu = launch.gpu == "on" or (launch.gpu == "auto" and has.gpus > 0)
@@ -57,6 +59,12 @@ class Cluster:
                 f"{count(len(has.nodes), 'node')}; pass --cache.workers {max(1, there)}, or fewer "
                 "--launch.cpus-per-worker"
             )
+        if not own:
+            wait = 60 * launch.wait_minutes
+            needs = (self.cpus, int(self.gpu))
+            free = wait_for_room(self.fewest, *needs, wait, "builder", lambda free: not most and free.room(*needs) > 0)
+            if free is not None and not most:
+                self.fewest = self.most = min(self.most, free.room(*needs))
         in_memory = open_data(config.data).train.in_memory
         if config.data.loader_workers == -1 and not in_memory:
             config = replace(config, data=replace(config.data, loader_workers=self.cpus))

@@ -6,9 +6,13 @@ ever.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
+
+from mimkd_ray.on_ray.holders import Held
 
 
 @dataclass(frozen=True)
@@ -18,10 +22,10 @@ class Capacity:
     nodes: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of_cluster(cls) -> Capacity:
-        """Return the capacity of the nodes of the connected Ray that are alive, in use or not."""
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return cls(tuple((int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in alive))
+    def of_cluster(cls, held: Sequence[Held] = ()) -> Capacity:
+        """Return the capacity of the nodes of the connected Ray that are alive, less what is ``held``."""
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        return cls(tuple((_left(node, "CPU", held), _left(node, "GPU", held)) for node in alive))
 
     @property
     def cpus(self) -> int:
@@ -50,6 +54,11 @@ class Capacity:
     def cpus_per_gpu(self) -> int:
         """Return the CPUs for each GPU on the node with the fewest; nodes without a GPU are ignored."""
         return max(1, min((cpus // gpus for cpus, gpus in self.nodes if gpus), default=1))
+
+
+def _left(node: Mapping[str, Any], kind: str, held: Sequence[Held]) -> int:
+    taken = sum(each.amounts.get(kind, 0.0) for each in held if each.node == node.get("NodeID"))
+    return max(0, int(node["Resources"].get(kind, 0) - taken + 1e-9))
 
 
 def _times(has: int, each: float) -> int:

@@ -1,13 +1,13 @@
-"""Number and resources of the workers, and waiting for nodes if the cluster has too few."""
+"""Number and resources of the workers; waiting for nodes if the cluster has too few, and for those that others hold."""
 
 from __future__ import annotations
 
 import _thread
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 from ray.train import ScalingConfig
@@ -16,9 +16,13 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from mimkd_ray import console
 from mimkd_ray.config import Config
 from mimkd_ray.errors import UserError, count
+from mimkd_ray.on_ray import holders
 from mimkd_ray.on_ray.node_capacity import Capacity
 
 LOOK_SECONDS = 5.0
+TELL_SECONDS = 60.0
+SETTLE_SECONDS = 20.0
+"""For which busy nodes are waited for in any case: Ray takes a while to clear up after a job that was killed."""
 
 OWN_MINUTES = 0.5
 """Minutes after which a job gives up the only node of a Ray that it started itself: nobody brings it back."""
@@ -36,7 +40,8 @@ def scaling(config: Config, own: bool) -> ScalingConfig:
     with ExitStack() as demand:
         while True:
             try:
-                return _fit(config, own, Capacity.of_cluster())
+                made = _fit(config, own, Capacity.of_cluster())
+                break
             except UserError as error:
                 left = deadline - time.monotonic()
                 if own or left <= 0:
@@ -46,6 +51,66 @@ def scaling(config: Config, own: bool) -> ScalingConfig:
                     demand.enter_context(_asked_for_nodes(config))
                     asked = True
                 time.sleep(LOOK_SECONDS)
+    return made if own else _among_others(config, made, deadline - time.monotonic())
+
+
+def _among_others(config: Config, made: ScalingConfig, seconds: float) -> ScalingConfig:
+    """Return ``made`` once its fewest workers find room beside what other jobs hold, or what the config allows beside
+    them. Raises UserError if there is no room in time."""
+    needed = made.num_workers[0] if isinstance(made.num_workers, tuple) else made.num_workers
+    each = made.resources_per_worker or {}
+    config = replace(config, launch=replace(config.launch, gpu="on" if made.use_gpu else "off"))
+
+    def smaller(free: Capacity) -> ScalingConfig | None:
+        try:
+            return _fit(config, False, free)
+        except UserError:
+            return None
+
+    cpus, gpus = each["CPU"], each.get("GPU", 0)
+    free = wait_for_room(needed, cpus, gpus, seconds, "worker", lambda free: smaller(free) is not None)
+    found = made if free is None or free.room(cpus, gpus) >= needed else smaller(free)
+    assert found is not None
+    if found is not made:
+        of_each = (found.resources_per_worker or {})["CPU"]
+        console.line(f"beside what other jobs hold: {found.num_workers} workers, {of_each:g} CPUs each")
+    return found
+
+
+def wait_for_room(
+    workers: int, cpus: float, gpus: float, seconds: float, what: str, will_do: Callable[[Capacity], bool]
+) -> Capacity | None:
+    """Return the capacity beside other jobs once so many ``workers`` fit in it, or after SETTLE_SECONDS once it
+    ``will_do``. None where nobody knows what others hold. Raises UserError after ``seconds`` (SETTLE_SECONDS at
+    least)."""
+    began, told = time.monotonic(), -TELL_SECONDS
+    while True:
+        held = holders.held_by_others()
+        if held is None:
+            return None
+        free, passed = Capacity.of_cluster(held), time.monotonic() - began
+        room = free.room(cpus, gpus)
+        if room >= workers or (passed >= SETTLE_SECONDS and will_do(free)):
+            return free
+        kind = "GPU" if gpus else "CPU"
+        there = Capacity.of_cluster()
+        total = there.gpus if gpus else there.cpus
+        taken = sum(each.amounts.get(kind, 0.0) for each in held)
+        gpu = f" and {gpus:g} GPU" if gpus else ""
+        text = (
+            f"there is no room for {count(workers, what)} with {count(int(cpus), 'CPU')}{gpu} each: other jobs hold "
+            f"{taken:g} of the cluster's {total} {kind}s ({holders.named(held, kind)})"
+        )
+        left = max(SETTLE_SECONDS, seconds) - passed
+        if left <= 0:
+            raise UserError(
+                f"{text}: wait for them with --launch.wait-minutes 60, stop them, or pass fewer --launch.workers or "
+                f"--launch.cpus-per-worker ({count(room, what)} of this size: room now)"
+            )
+        if passed - told >= TELL_SECONDS:
+            told = passed
+            console.line(f"waiting up to {left / 60:.1f} more minutes (launch.wait_minutes): {text}")
+        time.sleep(LOOK_SECONDS)
 
 
 def _fit(config: Config, own: bool, has: Capacity) -> ScalingConfig:

@@ -9,13 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import ray
 from ray.train import ScalingConfig
 
 from mimkd_ray.config import Config
 from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.config.search import search_job
 from mimkd_ray.errors import Interrupted, UserError
-from mimkd_ray.on_ray import node_capacity, placement, tune_search
+from mimkd_ray.on_ray import holders, node_capacity, placement, tune_search
+from mimkd_ray.on_ray.cluster import connect
+from mimkd_ray.on_ray.holders import Held
 from mimkd_ray.on_ray.node_capacity import Capacity
 from mimkd_ray.on_ray.placement import LossWatch, fewest, scaling
 from mimkd_ray.recipes import IMAGENET_RECIPES
@@ -33,7 +36,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Replace the cluster's resources by a dictionary that a test can change."""
     has: dict[str, float] = {"CPU": 16}
     monkeypatch.setattr(placement.ray, "cluster_resources", lambda: dict(has))
-    node = {"Alive": True, "Resources": has}
+    monkeypatch.setattr(placement.holders, "held_by_others", list)
+    node = {"Alive": True, "Resources": has, "NodeID": "n"}
     monkeypatch.setattr(node_capacity.ray, "nodes", lambda: [node, {"Alive": False, "Resources": {"CPU": 99.0}}])
     return has
 
@@ -67,7 +71,8 @@ def test_a_range_is_elastic_in_a_cluster_and_the_most_that_fit_at_home(cluster: 
 
 
 def nodes_of(monkeypatch: pytest.MonkeyPatch, *nodes: tuple[int, int]) -> None:
-    monkeypatch.setattr(placement.Capacity, "of_cluster", classmethod(lambda _: Capacity(nodes)))
+    monkeypatch.setattr(placement.Capacity, "of_cluster", classmethod(lambda *_: Capacity(nodes)))
+    monkeypatch.setattr(placement.holders, "held_by_others", list)
 
 
 def test_a_worker_has_no_more_cpus_than_a_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,3 +192,70 @@ def test_a_search_without_nodes_ends_and_can_go_on(
         wait_long()
     with tune_search.while_nodes_last(job, shape, own=False):
         time.sleep(0.5)
+
+
+@pytest.fixture
+def busy(cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> list[Held]:
+    """What another job holds of the cluster's four CPUs; a test may change it."""
+    cluster["CPU"] = 4
+    held = [Held("n", "02", {"CPU": 2.0}), Held("n", "02", {"CPU": 1.0}), Held("elsewhere", "03", {"CPU": 9.0})]
+    monkeypatch.setattr(placement.holders, "held_by_others", lambda: list(held))
+    monkeypatch.setattr(placement.holders, "named", lambda held, kind: "3 by job 02 (python other.py)")
+    monkeypatch.setattr(placement, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(placement, "SETTLE_SECONDS", 0.2)
+    return held
+
+
+def test_cpus_that_others_hold_are_not_free(busy: list[Held], capsys: pytest.CaptureFixture[str]) -> None:
+    """Ray would wait for ever, and without a word."""
+    with pytest.raises(
+        UserError,
+        match=r"no room for 2 workers with 1 CPU each: other jobs hold \d+ of the cluster's 4 CPUs \(3 by job 02 "
+        r"\(python other\.py\)\): wait for them with --launch\.wait-minutes 60.*\(1 worker of this size: room now\)",
+    ):
+        scaling(_config(workers=2, cpus_per_worker=1), own=False)
+    assert "more minutes (launch.wait_minutes): there is no room for 2 workers" in capsys.readouterr().out
+    assert scaling(_config(workers=1, cpus_per_worker=1), own=False).num_workers == 1
+    assert scaling(_config(workers="1..3", cpus_per_worker=1), own=False).num_workers == (1, 3)
+    assert scaling(_config(workers=2), own=True).num_workers == 2
+
+
+def test_a_number_of_workers_that_nobody_named_is_what_fits_beside_others(busy: list[Held]) -> None:
+    assert scaling(_config(cpus_per_worker=1), own=False).num_workers == 1
+    busy[:] = [Held("n", "02", {"CPU": 1.5})]
+    made = scaling(_config(workers=2), own=False)
+    assert (made.num_workers, made.resources_per_worker) == (2, {"CPU": 1}), "CPUs that nobody named are fewer"
+    busy[:] = [Held("n", "02", {"CPU": 4.0})]
+    with pytest.raises(UserError, match=r"no room for [14] workers? with \d CPU"):
+        scaling(_config(), own=False)
+
+
+def test_it_is_waited_for_others(busy: list[Held]) -> None:
+    threading.Timer(0.5, busy.clear).start()
+    began = time.monotonic()
+    assert scaling(_config(workers=4, wait_minutes=1), own=False).num_workers == 4
+    assert time.monotonic() - began >= 0.4
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_who_holds_a_cluster_is_told_by_its_state_api(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    assert connect("", "--launch.address", state_api=True, num_cpus=4, _node_ip_address="127.0.0.1")
+    try:
+
+        class Holder:
+            def ping(self) -> None:
+                """Answer."""
+
+        holder = ray.remote(num_cpus=2)(Holder).remote()
+        ray.get(holder.ping.remote())
+        ray.get(ray.util.placement_group([{"CPU": 1}]).ready())
+        assert holders.held_by_others() == [], "what this job holds is its own"
+        context = ray.get_runtime_context()
+        found = holders.all_held(context.gcs_address)
+        assert sorted(held.amounts["CPU"] for held in found) == [1.0, 2.0]
+        assert Capacity.of_cluster(found).nodes == ((1, 0),)
+        assert holders.named(found, "CPU").startswith(f"3 by job {context.get_job_id()} (")
+    finally:
+        ray.shutdown()
