@@ -14,7 +14,7 @@ from xdist.scheduler import LoadScopeScheduling
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
 
-WITH_RAY = ("on_ray", "cli")
+WITH_RAY = ("one_ray", "on_ray", "cli")
 """Folders of tests that start a Ray."""
 
 

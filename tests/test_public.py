@@ -88,11 +88,14 @@ def test_the_package_says_its_version_and_that_it_is_typed() -> None:
 
 
 class Digits:
+    def __init__(self) -> None:
+        self.source = DigitsSource("val")
+
     def __len__(self) -> int:
         return 450
 
     def __getitem__(self, row: int) -> tuple[Any, int]:
-        (found,) = DigitsSource("val").read([row])
+        (found,) = self.source.read([row])
         return Image.fromarray(found.image), found.label  # type: ignore[arg-type]
 
 

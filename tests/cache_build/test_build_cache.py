@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ranks import start_ranks
 from tiny_cache import CPU, build_here, cached_config, files
 
 from mimkd_ray import storage
@@ -143,11 +143,12 @@ def test_killed_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert files(tmp_path / "cut") == expected
 
 
-def test_killed_between_any_two_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_between_two_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between every third two: after a file without its record, and after a record."""
     setup = Setup(cached_config(tmp_path / "whole"), CPU)
     build(setup, in_process(setup))
     expected = files(tmp_path / "whole")
-    for last in range(0, len(expected), 2):
+    for last in range(0, len(expected), 3):
         root = tmp_path / str(last)
         own = Setup(cached_config(root), CPU)
         with monkeypatch.context() as patch:
@@ -159,24 +160,17 @@ def test_killed_between_any_two_writes(tmp_path: Path, monkeypatch: pytest.Monke
         assert files(root) == expected
 
 
-def _builder(root: Path) -> None:
+def _builder(rank: int, root: Path) -> None:
     torch.set_num_threads(1)
     build_here(cached_config(root))
 
 
-@pytest.mark.slow
 def test_two_builders_at_once(tmp_path: Path) -> None:
-    spawned = multiprocessing.get_context("spawn")
-    both = [spawned.Process(target=_builder, args=(tmp_path / "both",)) for _ in range(2)]
-    for process in both:
-        process.start()
+    start_ranks(_builder, (tmp_path / "both",), 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     build_here(cached_config(tmp_path / "one"))
     torch.set_num_threads(threads)
-    for process in both:
-        process.join()
-        assert process.exitcode == 0
     assert files(tmp_path / "both") == files(tmp_path / "one")
 
 

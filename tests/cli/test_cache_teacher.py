@@ -1,20 +1,13 @@
-"""jobs/cache_teacher.py: killed in every way under Ray, its commands, its errors."""
+"""The commands of jobs/cache_teacher.py, and its errors, without Ray. tests/one_ray has it under Ray, and killed."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from jobs_here import ENVIRONMENT, ROOT, Job, kill, processes
+from tiny_cache import files
 
-from mimkd_ray.cache_build.build_cache import build
-from mimkd_ray.cache_build.build_setup import Setup
-from mimkd_ray.cache_build.build_units import in_process
-from mimkd_ray.cli import common
 from mimkd_ray.cli.cache_teacher import main
 from mimkd_ray.config import Config
 
@@ -24,73 +17,6 @@ FLAGS = [
     *("--launch.cpus-per-worker", "1", "--cache.workers", "1"),
 ]
 RECIPES = {"custom": Config}
-
-
-def command(root: Path, *more: str) -> list[str]:
-    job = str(ROOT / "jobs" / "cache_teacher.py")
-    return [sys.executable, job, *more, *FLAGS, "--cache.root", str(root)]
-
-
-def files(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-
-def records(root: Path) -> int:
-    return len(list(root.glob("*/view-*/*.json")))
-
-
-def builders(root: int) -> list[int]:
-    """Processes below ``root`` in which Ray Data builds."""
-    return processes(root, "MapWorker")
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_killed_builders_and_a_killed_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """SIGKILL of a builder, which Ray starts again, then of the whole job; restarted it ends as an undisturbed one."""
-    root = tmp_path / "cache"
-    job = Job(command(root), tmp_path / "killed.log")
-    job.wait_until(lambda: records(root) >= 8)
-    victims = builders(job.process.pid)
-    assert victims
-    kill(victims)
-    job.wait_until(lambda: records(root) >= 40)
-    assert set(builders(job.process.pid)).isdisjoint(victims), "another builder went on"
-    job.kill()
-    there = records(root)
-    assert not (set(root.glob("*/view-00002.manifest.json")))
-    done = subprocess.run(command(root), capture_output=True, text=True, check=False, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (title,) = set(re.findall(r"caching features \((\d+) of 66 units to do\)", done.stdout))
-    assert 0 < int(title) <= 66 - there // 5
-    assert re.search(r"[\d,]+ images, 100 %, [\d,]+ images/s, 0 s left, [\d,]+ MB written", done.stdout)
-    assert "1,347 images x 3 views" in done.stdout
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    config = common.parse(RECIPES, "custom", [*FLAGS, "--cache.root", str(tmp_path / "whole")], "test")
-    assert config is not None
-    setup = Setup(config, torch.device("cpu"))
-    build(setup, in_process(setup))
-    torch.set_num_threads(threads)
-    # A kill may leave a temporary file of a writer behind.
-    assert main(RECIPES, ["gc", "--cache.root", str(root), "--hours", "0", "--delete", "true"]) == 0
-    assert files(root) == files(tmp_path / "whole")
-    assert main(RECIPES, ["verify", "--cache.root", str(root)]) == 0
-    assert "0 damaged or gone" in capsys.readouterr().out
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_errors_of_builders_are_one_line(tmp_path: Path) -> None:
-    arguments = command(tmp_path / "cache", "build")
-    arguments[arguments.index("--data.views") + 1] = "0"
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=ENVIRONMENT)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "data.views is 0" in done.stderr.strip().splitlines()[-1]
-
-
-# --- without Ray
 
 
 def local(root: Path, *more: str) -> list[str]:
@@ -209,6 +135,7 @@ def test_garbage_is_what_no_manifest_lists(tmp_path: Path, capsys: pytest.Captur
     [
         (["ls", "--cache.root", "/nowhere"], "--cache.root '/nowhere' does not exist"),
         (["verify"], "--cache.root '' does not exist"),
+        (["build", "custom", "--data.views", "0", "--cache.root", "x"], "data.views is 0"),
         (["build", "costum"], "unknown recipe 'costum'; did you mean 'custom'?"),
         (["custom", "--cache.rot", "x"], "Unrecognized"),
     ],

@@ -1,89 +1,22 @@
-"""jobs/prepare_data.py under Ray: killed and started again; its errors; the command line."""
+"""The preparation of data: its progress, its errors, its command line. tests/one_ray has it under Ray, and killed."""
 
 from __future__ import annotations
 
-import io
 import re
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
-from jobs_here import ENVIRONMENT, run_and_kill
-from PIL import Image
 
 from mimkd_ray.cli import prepare_data as command_line
-from mimkd_ray.config import PrepareConfig
-from mimkd_ray.data.prepare.make_shards import prepare
 from mimkd_ray.data.prepare.work_units import Done
-from mimkd_ray.data.sources.shard_manifest import read_manifest
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.on_ray import data_units
 from mimkd_ray.storage import StorageError
 
 ROOT = Path(__file__).parents[2]
-
-
-def image(seed: int) -> bytes:
-    out = io.BytesIO()
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(coarse).resize((40, 30)).save(out, "JPEG")
-    return out.getvalue()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """400 images of two classes, one of them damaged: 25 parts."""
-    root = tmp_path_factory.mktemp("source")
-    for i in range(400):
-        path = root / "train" / ("cat", "dog")[i % 2] / f"{i:03d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(image(i))
-    (root / "train" / "cat" / "100.jpg").write_bytes(b"no image")
-    return root
-
-
-def command(source: Path, target: Path, *more: str) -> list[str]:
-    job = [sys.executable, str(ROOT / "jobs" / "prepare_data.py"), "--source", str(source), "--target", str(target)]
-    return [*job, "--block-rows", "16", "--shard-rows", "32", *more]
-
-
-def files(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_killed_job_goes_on_and_ends_as_an_undisturbed_one(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Killed after the first part. The undisturbed one runs without Ray."""
-    expected, target = tmp_path / "expected", tmp_path / "set"
-    manifest = prepare(PrepareConfig(source=str(source), target=str(expected), block_rows=16, shard_rows=32))
-    work = target / ".prepare-train"
-    run_and_kill(command(source, target), lambda: any(work.glob("part-*.json")), tmp_path / "killed.log")
-    parts = list(work.glob("part-*.json"))
-    assert 1 <= len(parts) < 25
-    assert read_manifest(str(target), "train") is None
-    assert "checking images (25 of 25 parts to do)" in (tmp_path / "killed.log").read_text()
-    done = subprocess.run(command(source, target), capture_output=True, text=True, check=False, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert said[0] == f"checking images ({25 - len(parts)} of 25 parts to do)"
-    assert "writing shards (13 of 13 to do)" in said
-    assert re.fullmatch(r"  399 images, 100 %, [\d,]+ images/s, 0 s left", said[-3])
-    assert "399 images of 2 classes" in said[-2]
-    assert said[-1] == f"1 damaged images left out (see train.damaged.json); digest {manifest.digest}"
-    assert files(target) == files(expected)
-    assert command_line.main(command(source, target)[2:]) == 0
-    assert capsys.readouterr().out.splitlines() == said[-2:], "a finished set only prints its summary"
-    assert files(target) == files(expected)
-
-
-# --- without Ray
 
 
 def test_progress_says_how_much_and_how_long(

@@ -1,27 +1,23 @@
-"""jobs/search.py under Ray Tune: killed in every way and given again, and trials of several workers."""
+"""jobs/search.py: what it refuses, the resources of trials, trials of several workers. tests/one_ray has the rest."""
 
 from __future__ import annotations
 
 import json
 import re
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from jobs_here import CHANCE, ENVIRONMENT, ROOT, TAKES_MINUTES, Job, kill, processes, run, tree
+from jobs_here import CHANCE, ENVIRONMENT, ROOT, TAKES_MINUTES, Job, kill, run, tree
 from some_trials import read_trials
 
 from mimkd_ray.cli.search import main
 from mimkd_ray.config import Config, SearchConfig
-from mimkd_ray.config.json_form import from_dict
 from mimkd_ray.config.search import search_job
 from mimkd_ray.errors import UserError
 from mimkd_ray.recipes import demo
-from mimkd_ray.search.run_trials import train_trial
 from mimkd_ray.search.spaces import SPACES
 
 # Digits, a random teacher, trials of three epochs of four steps.
@@ -40,67 +36,6 @@ def command(root: Path, *more: str) -> list[str]:
 def rows(root: Path) -> dict[int, dict[str, Any]]:
     found = [json.loads(file.read_text()) for file in sorted((root / "s" / "trials").glob("*.json"))]
     return {row["number"]: row for row in found}
-
-
-def ended(root: Path) -> list[dict[str, Any]]:
-    return [row for row in rows(root).values() if row["state"] != "running"]
-
-
-def trial_processes(root: int) -> list[int]:
-    """Processes below ``root`` in which Ray Tune trains."""
-    return processes(root, "ImplicitFunc")
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_killed_trials_and_a_killed_search(tmp_path: Path) -> None:
-    """SIGKILL of the trials' processes, which Tune starts again, then of the whole job; then SIGTERM; given again it
-    ends by Tuner.restore. A trial that was killed ends with the weights of one that was not."""
-    long = ("--search.trials", "4", "--search.scheduler", "none", "--search.algorithm", "random")
-    long = (*long, "--search.epochs", "40")
-    job = Job(command(tmp_path, *long), tmp_path / "log")
-    job.wait_until(lambda: len(rows(tmp_path).get(0, {}).get("curve", ())) >= 1)
-    victims = trial_processes(job.process.pid)
-    assert victims
-    kill(victims)
-    job.wait_until(lambda: len(ended(tmp_path)) >= 1)
-    job.kill()
-    assert 1 <= len(ended(tmp_path)) < 4
-    job = Job(command(tmp_path, *long), tmp_path / "log2")
-    job.wait_until(lambda: "epoch" in (tmp_path / "log2").read_text())
-    job.process.send_signal(signal.SIGTERM)
-    assert job.end() == 3, "it ends in good order, and can go on"
-    assert "asked to stop" in (tmp_path / "log2").read_text()
-    text = run(command(tmp_path, *long))
-    assert re.search(r"\(\d trials? ended before\)", text)
-    assert [(each["state"], each["kind"]) for each in rows(tmp_path).values()] == [("completed", "")] * 4
-    trials, _ = read_trials(str(tmp_path / "s" / "trials.parquet"))
-    assert [[point.epoch for point in trial.curve] for trial in trials] == [list(range(1, 41))] * 4
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    config = from_dict(Config, trials[0].config)
-    train_trial(config, str(tmp_path / "s"), str(tmp_path / "twin"), torch.device("cpu"), lambda _: None)
-    torch.set_num_threads(threads)
-    (last,) = sorted((tmp_path / "s" / "tune" / f"trial-{rows(tmp_path)[0]['id']}").glob("checkpoint_*"))[-1:]
-    assert (last / "student.safetensors").read_bytes() == (tmp_path / "twin" / "student.safetensors").read_bytes()
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_trial_whose_process_is_lost_for_good_is_recorded(tmp_path: Path) -> None:
-    """Killed more often than it may be: it has failed, with what Ray says of it, and the other trial goes on."""
-    flags = ("--search.trials", "2", "--search.retries", "0", "--search.scheduler", "none", "--search.epochs", "60")
-    job = Job(command(tmp_path, *flags), tmp_path / "log")
-    job.wait_until(lambda: len(rows(tmp_path).get(0, {}).get("curve", ())) >= 1)
-    kill(trial_processes(job.process.pid)[:1])
-    assert job.end() == 0
-    lost, whole = sorted(rows(tmp_path).values(), key=lambda each: each["state"] == "completed")
-    assert (lost["state"], lost["kind"]) == ("failed", "lost")
-    assert "died" in lost["reason"]
-    assert whole["state"] == "completed"
-    assert "Tuner.restore" not in (tmp_path / "log").read_text(), "the same command does that"
 
 
 @TAKES_MINUTES

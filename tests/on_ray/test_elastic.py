@@ -113,13 +113,13 @@ class Started:
 
 @pytest.fixture
 def raylet(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The raylet of one of two nodes of one CPU, beside a head without CPUs that has the driver."""
+    """The raylet of the second of two nodes of one CPU; the head has the driver."""
     for name in ("RAY_AUTH_MODE", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, ENVIRONMENT[name])
     options = {"object_store_memory": 100_000_000}
-    made = Cluster(initialize_head=True, head_node_args={**options, "num_cpus": 0, "include_dashboard": False})
+    made = Cluster(initialize_head=True, head_node_args={**options, "num_cpus": 1, "include_dashboard": False})
     try:
-        _, last = (made.add_node(**options, num_cpus=1) for _ in range(2))
+        last = made.add_node(**options, num_cpus=1)
         ray.init(address=made.address)
         yield last.all_processes["raylet"][0].process
     finally:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
+import struct
 import sys
+import termios
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from jobs_here import JOB, Job, read_lines, result, run, run_and_kill, small, weights
+from jobs_here import ENVIRONMENT, JOB, Job, read_lines, result, run, run_and_kill, small, weights
 from jobs_here import torchrun as torchrun_here
 from safetensors.torch import load_file
 
@@ -38,18 +43,20 @@ def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:
 
 def run_here(arguments: list[str]) -> int:
     """The job in this very process, whose start costs nothing; its exit status."""
-    before = signal.getsignal(signal.SIGTERM)
+    before, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    torch.set_num_threads(1)  # as the other processes have it
     try:
         return common.main(IMAGENET_RECIPES, "demo", arguments)
     finally:
         signal.signal(signal.SIGTERM, before)
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The undisturbed run in one process, which carries both lanes."""
     root = tmp_path_factory.mktemp("plain")
-    run(command(root, "--launch.backend", "local", "--launch.workers", "1"))
+    assert run_here(small(root, "--launch.backend", "local", "--launch.workers", "1")) == 0
     return root / "small"
 
 
@@ -61,12 +68,36 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "small"
 
 
+def on_terminal(command: list[str], columns: int) -> tuple[int, str]:
+    """Run a command on a terminal of its own, and return its status and what it wrote."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execvpe(command[0], command, ENVIRONMENT)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    written = b""
+    try:
+        while part := os.read(terminal, 65536):
+            written += part
+    except OSError:  # it has ended
+        pass
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.decode(errors="replace")
+
+
 @pytest.fixture(scope="module")
-def under_ray(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The undisturbed run on two workers of a Ray of its own."""
+def on_ray(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The undisturbed run on two workers of a Ray of its own, and what it wrote on a terminal."""
     root = tmp_path_factory.mktemp("ray")
-    assert "student cifar/resnet8_w4" in run(command(root))
-    return root / "small"
+    status, said = on_terminal(command(root, "--launch.workers", "2"), 140)
+    assert status == 0, said
+    assert "student cifar/resnet8_w4" in said
+    return root / "small", said
+
+
+@pytest.fixture
+def under_ray(on_ray: tuple[Path, str]) -> Path:
+    """The undisturbed run on two workers of a Ray of its own."""
+    return on_ray[0]
 
 
 def assert_equal_training(one: Path, other: Path) -> None:
@@ -128,6 +159,22 @@ def test_the_run_directory_is_complete(under_ray: Path) -> None:
     assert not (under_ray / "error.json").exists()
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_driver_has_the_bar_and_rays_lines_are_in_a_file(on_ray: tuple[Path, str]) -> None:
+    run_dir, said = on_ray
+    text = re.sub(r"\x1b\[\w", "", said).replace("\r", "\n")
+    assert re.search(r"^demo +\d+%\|[#█▏▎▍▌▋▊▉ ]{20}\| \d+ of 20 steps", text, re.M), text
+    assert re.search(r"^cross-entropy \d.*global\S* [-\d.]+ of at most", text, re.M), text
+    for line in ("starting Ray", "starting workers", "2 workers on CPU.*", "demo: epoch 2, held-out top-1.*"):
+        assert len(re.findall(f"^{line}$", text, re.M)) == 1, text
+    assert "pid=" not in text
+    assert "RayTrainWorker" not in text
+    log = (run_dir / "ray.log").read_text()
+    assert "RayTrainWorker" in log
+    assert "demo: epoch" not in log
+
+
 def test_a_killed_plain_job_ends_with_the_weights_of_an_undisturbed_run(
     plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +182,7 @@ def test_a_killed_plain_job_ends_with_the_weights_of_an_undisturbed_run(
     run_dir = tmp_path / "small"
     run_and_kill(arguments, lambda: committed(run_dir, 1), tmp_path / "killed.log")
     assert not (run_dir / "result.json").exists()
-    run(arguments)
+    assert run_here(arguments[2:]) == 0
     assert 5 <= result(run_dir)["resumed_from"] < 20
     assert weights(run_dir) == weights(plain)
     assert [line["step"] for line in lines(run_dir, "train")] == list(range(1, 21)), "each step once"

@@ -1,14 +1,13 @@
-"""Searches in one Ray of this process: packs, populations, failures and finals; and a Tuner of the user's own."""
+"""Searches: packs, populations, failures and finals; and a Tuner of the user's own."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs_here import ROOT
 from some_trials import read_trials
 from tiny_run import tiny_config
 from tiny_search import odd, tiny_job
@@ -23,23 +22,7 @@ from mimkd_ray.search.table import Table
 from mimkd_ray.search.trials import Trial
 from mimkd_ray.train.records import run_files
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", f"{ROOT}/tests:{ROOT}")  # the spaces of tiny_search are known to trials too
-        patch.delenv("RAY_ADDRESS", raising=False)
-        import ray
-
-        ray.init(address="local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1")
-        patch.setattr("mimkd_ray.on_ray.cluster.connect", lambda *_, **__: False)  # it is connected
-        yield
-        ray.shutdown()
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def run(folder: Path, status: int = 0, **search: Any) -> list[Trial]:
@@ -55,11 +38,11 @@ def job_of(folder: Path, **search: Any) -> SearchJob:
     return tiny_job(folder, {**sections, "train": {"epochs": search.pop("train_epochs", 2)}}, **search)
 
 
-def test_failures_and_finals(cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failures_and_finals(joined: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A grid with trials that run out of memory or explode: they are the worst, and the search ends well."""
-    search = {"space": ("tiny_search:unlucky", "rate"), "algorithm": "grid", "points": 2, "trials": 9, "grace": 2}
+    search = {"space": ("tiny_search:unlucky",), "algorithm": "grid", "trials": 9, "grace": 2}
     trials = run(tmp_path, **search, finalists=1, seeds=2)
-    assert len(trials) == 6
+    assert len(trials) == 3
     kinds = {(trial.params["fate"], trial.state, trial.kind) for trial in trials if trial.params["fate"] != "fine"}
     assert kinds == {("huge", "failed", "out of memory"), ("wild", "failed", "non-finite")}
     fine = [trial for trial in trials if trial.params["fate"] == "fine"]
@@ -72,13 +55,13 @@ def test_failures_and_finals(cluster: None, tmp_path: Path, capsys: pytest.Captu
     capsys.readouterr()
     assert run(tmp_path, **search, finalists=1, seeds=2) == trials
     out = capsys.readouterr().out
-    assert "6 trials:" in out
+    assert "3 trials:" in out
     assert "a trial" not in out, "a finished search prints its outcome, and begins nothing"
     left = run_files.remove_run(str(tmp_path / "s"))
     assert left == []
 
 
-def test_members_of_packs_are_rows(cluster: None, tmp_path: Path) -> None:
+def test_members_of_packs_are_rows(joined: str, tmp_path: Path) -> None:
     trials = run(tmp_path, trials=5, pack=3, reduction=2)
     assert [trial.number for trial in trials] == [0, 1, 2, 3, 4]
     names = Table(str(tmp_path / "s"), "top1").rows
@@ -94,7 +77,7 @@ def test_members_of_packs_are_rows(cluster: None, tmp_path: Path) -> None:
         assert (last / member / "student.safetensors").exists() == (trial.state == "completed")
 
 
-def test_a_population_moves_its_numbers(cluster: None, tmp_path: Path) -> None:
+def test_a_population_moves_its_numbers(joined: str, tmp_path: Path) -> None:
     """The worst goes on from the best one's checkpoint, with other numbers, and nobody fails for it."""
     search = {"trials": 4, "scheduler": "pbt", "space": ("tiny_search:steady",), "train_epochs": 4}
     trials = run(tmp_path, **search)
@@ -106,7 +89,7 @@ def test_a_population_moves_its_numbers(cluster: None, tmp_path: Path) -> None:
     assert moved <= drawn | {policy[-1]["lr"] for policy in policies}
 
 
-def test_a_tuner_of_ones_own(cluster: None, tmp_path: Path) -> None:
+def test_a_tuner_of_ones_own(joined: str, tmp_path: Path) -> None:
     """HyperOpt and MLflow's callback, in what a user writes."""
     pytest.importorskip("hyperopt")
     mlflow = pytest.importorskip("mlflow")
@@ -137,7 +120,7 @@ def test_a_tuner_of_ones_own(cluster: None, tmp_path: Path) -> None:
     assert sorted(runs["metrics.top1"]) == sorted(each.metrics["top1"] for each in results)
 
 
-def test_search_returns_what_people_know(cluster: None, tmp_path: Path) -> None:
+def test_search_returns_what_people_know(joined: str, tmp_path: Path) -> None:
     from ray import tune
 
     config = tiny_config(run={"root": str(tmp_path)}, launch={"gpu": "off"})
