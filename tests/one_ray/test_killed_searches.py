@@ -27,7 +27,7 @@ from mimkd_ray.search.spaces import SPACES
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
-EPOCHS = 24
+EPOCHS = 16
 # Digits, a random teacher, trials of epochs of four steps.
 FLAGS = (
     *("demo", "--teacher.train", "false", "--teacher.name", "cifar/resnet8", *CHANCE, "--data.subset", "80"),
