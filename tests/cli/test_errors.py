@@ -35,6 +35,9 @@ def test_every_error_that_a_worker_leaves_ends_the_job_with_its_message_and_stat
     class Worker:
         launch_id = "this"
 
+        def over(self) -> None:
+            """The job has ended here."""
+
     monkeypatch.setattr(train_workers, "RayContext", lambda *_: Worker())
     monkeypatch.setattr(train_workers, "run_job", fail)
     setup = {"launch_id": "this", "run_dir": str(tmp_path), "joined": True, "timeline": {}}
