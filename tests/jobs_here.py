@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TAKES_MINUTES = pytest.mark.skipif("MIMKD_TEST_LONG" not in os.environ, reason="takes minutes: MIMKD_TEST_LONG=1")
-"""Tests that `make test` leaves out, so that it stays under 20 minutes on two cores."""
+"""Tests that `make test` leaves out, so that it stays under 15 minutes on two cores."""
 
 JOB = str(ROOT / "jobs" / "imagenet.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"} | {"RAY_ADDRESS": ""}
