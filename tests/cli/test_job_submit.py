@@ -163,7 +163,7 @@ def test_a_cache_and_a_search(head: Head, tmp_path: Path) -> None:
     printed = submit(head, "cache", "cache_teacher.py", "build", *cache)
     assert head.job("cache")["driver_exit_code"] == 0
     assert re.search(r"^  64 images, 100 %", printed, re.MULTILINE)
-    assert f"{tmp_path / 'cache'}: 64 images x 1 views" in printed
+    assert f"{tmp_path / 'cache'}: 64 images x 1 view" in printed
     assert list((tmp_path / "cache").glob("*/view-00000.manifest.json"))
 
     tiny = ("--data.subset", "80", "--train.lanes", "2", "--train.lane-batch", "10", "--train.eval-batch", "150")

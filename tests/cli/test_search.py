@@ -60,7 +60,7 @@ def test_trials_of_two_workers_are_stopped_and_leave_nothing(tmp_path: Path, mon
     monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", f"{ROOT}/tests:{ROOT}")
     flags = ("--search.workers", "2", "--search.algorithm", "grid", "--search.reduction", "2", "--search.epochs", "60")
     text = run(command(tmp_path, *flags, "--search.space", "tiny_search:slow_second"))
-    assert "1 at a time, 2 workers with 1 CPUs each a trial" in text
+    assert "1 at a time, 2 workers with 1 CPU each a trial" in text
     found = rows(tmp_path)
     assert [each["state"] for each in found.values()][:2] == ["completed", "stopped"]
     assert len(found) == 3
@@ -143,8 +143,8 @@ def test_a_trial_that_never_fits_is_refused() -> None:
     from mimkd_ray.on_ray.tune_search import shape_of
 
     job = search_job(_demo(), search=SearchConfig(cpus_per_trial=8))
-    with pytest.raises(UserError, match=r"takes 8 CPUs and 0 GPUs, and the cluster has 2 and 0 on 1 nodes"):
+    with pytest.raises(UserError, match=r"takes 8 CPUs and 0 GPUs, and the cluster has 2 and 0 on 1 node:"):
         shape_of(job, Capacity(((2, 0),)))
     on = replace(job, launch=replace(job.launch, gpu="on"), search=SearchConfig())
-    with pytest.raises(UserError, match="1 GPUs, and the cluster has 2 and 0 on 1 nodes"):
+    with pytest.raises(UserError, match="1 GPU, and the cluster has 2 and 0 on 1 node:"):
         shape_of(on, Capacity(((2, 0),)))

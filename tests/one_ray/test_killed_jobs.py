@@ -112,7 +112,7 @@ def test_a_killed_preparation_goes_on_and_ends_as_an_undisturbed_one(
     assert "writing shards (13 of 13 to do)" in said
     assert re.fullmatch(r"  399 images, 100 %, [\d,]+ images/s, 0 s left", said[-3])
     assert "399 images of 2 classes" in said[-2]
-    assert said[-1] == f"1 damaged images left out (see train.damaged.json); digest {manifest.digest}"
+    assert said[-1] == f"1 damaged image left out (see train.damaged.json); digest {manifest.digest}"
     assert files(target) == files(expected)
     assert prepare_data.main(flags) == 0
     assert capsys.readouterr().out.splitlines() == said[-2:], "a finished set only prints its summary"
