@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from mimkd_ray.cli import common, training
 from mimkd_ray.config.json_form import to_dict
@@ -33,14 +34,14 @@ def test_every_error_that_a_worker_leaves_ends_the_job_with_its_message_and_stat
         raise error
 
     class Worker:
-        launch_id = "this"
+        launch_id, device = "this", torch.device("cpu")
 
         def over(self) -> None:
             """The job has ended here."""
 
     monkeypatch.setattr(train_workers, "RayContext", lambda *_: Worker())
     monkeypatch.setattr(train_workers, "run_job", fail)
-    setup = {"launch_id": "this", "run_dir": str(tmp_path), "joined": True, "timeline": {}}
+    setup = {"launch_id": "this", "run_dir": str(tmp_path), "joined": True, "timeline": {}, "threads_given": True}
     setup["config"] = to_dict(IMAGENET_RECIPES["demo"]())
     if status == 3:
         train_workers.worker(setup)  # all workers end together: nothing has failed
