@@ -68,7 +68,8 @@ def from_table(table: Any) -> tuple[list[Trial], str]:
         }
         plain = {name: row[name] for name in ("number", "state", "kind", "reason", "score", "best_epoch", "seconds")}
         curve = tuple(Point(**point) for point in row["curve"])
-        trials.append(Trial(**plain, params=params, config=json.loads(row["config"]), curve=curve))
+        lived = tuple((epoch, own) for epoch, own in json.loads(row["schedule"]))
+        trials.append(Trial(**plain, params=params, config=json.loads(row["config"]), curve=curve, schedule=lived))
     return trials, table.schema.metadata[b"metric"].decode()
 
 

@@ -189,7 +189,7 @@ def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, shape: Shape,
     elif search.pack > 1:
         trial = pack_trainable(search, configs, folder, shape.cpus)
     else:
-        trial = search_trainable(configs, folder, shape.cpus)
+        trial = search_trainable(configs, folder, shape.cpus, search.scheduler in POPULATION)
     searcher, space, samples = searcher_of(search, configs)
     journal = Journal(job, folder, configs, shape.gpus * shape.workers)
     kept = 4 if search.scheduler in POPULATION else 2  # others may still copy an older one

@@ -39,6 +39,9 @@ Trainable = Callable[[dict[str, Any]], None]
 LISTED = "files.json"
 """File of a checkpoint that lists the others."""
 
+SCHEDULE = "schedule.json"
+"""File of a checkpoint with the values that its weights were trained with."""
+
 LOOK_SECONDS = 1.0
 """Seconds between two checks for evaluations of a trial of several workers."""
 
@@ -70,14 +73,17 @@ def configs_of(base: Config, space: Sequence[str | Space]) -> TrialConfigs | Fie
     return TrialConfigs(base, [*named, *(each for each in space if not isinstance(each, str))])
 
 
-def search_trainable(configs: Configs, folder: str, cpus: float) -> Trainable:
-    """Return the trainable of a search: as :func:`trainable`, but a trial's own failure is a result."""
+def search_trainable(configs: Configs, folder: str, cpus: float, population: bool = False) -> Trainable:
+    """Return the trainable of a search: as :func:`trainable`, but a trial's own failure is a result. ``population``:
+    values may change on the way."""
     secrets = Carried()
 
     def trial(params: dict[str, Any]) -> None:
         _ = secrets
         with trial_folder() as run_dir, failures_told(reporter(run_dir)) as tell:
-            train_trial(within(configs(params).config, cpus), folder, run_dir, trial_device(), tell)
+            made = configs(params)
+            told = with_schedule(run_dir, made.params, tell) if population else tell
+            train_trial(within(made.config, cpus), folder, run_dir, trial_device(), told)
 
     return trial
 
@@ -154,6 +160,22 @@ def reporter(run_dir: str) -> Tell:
         tune.report(dict(figures), checkpoint=tune.Checkpoint.from_directory(run_dir))
 
     return tell
+
+
+def with_schedule(run_dir: str, params: Mapping[str, Any], tell: Tell) -> Tell:
+    """Return the callback that also tells the "schedule": pairs of an epoch and the values until then, as JSON. They
+    travel with the checkpoint."""
+    url = storage.join(run_dir, SCHEDULE)
+    lived = (read_json(url, ("schedule",)) or {"schedule": []})["schedule"]
+    if not lived or lived[-1][1] != params:
+        lived.append([0, dict(params)])
+
+    def telling(figures: Mapping[str, Any]) -> None:
+        lived[-1][0] = figures["epoch"]
+        write_json(url, {"schedule": lived})
+        tell({**figures, "schedule": json.dumps(lived)})
+
+    return telling
 
 
 def prepare_remotely(config: Config, folder: str, _secrets: Carried) -> None:

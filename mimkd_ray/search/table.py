@@ -5,8 +5,9 @@ All are plain JSON or Parquet: nothing of ours is unpickled. Only the driver of 
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
@@ -56,7 +57,9 @@ class Table:
     def heard(self, name: str, figures: Mapping[str, Any]) -> None:
         """Note an evaluation."""
         trial = with_point(self.rows[name], point_of(figures), self.metric)
-        self._put(name, replace(trial, seconds=figures.get("time_total_s", trial.seconds)))
+        lived = _schedule(json.loads(figures.get("schedule", "[]")))
+        seconds = figures.get("time_total_s", trial.seconds)
+        self._put(name, replace(trial, seconds=seconds, schedule=lived or trial.schedule))
 
     def ended(self, name: str, state: State, kind: str = "", reason: str = "") -> None:
         """Note a trial's end."""
@@ -93,12 +96,16 @@ def _read(url: str) -> tuple[str, Trial] | None:
     value = read_json(url, ("id", "number", "curve"), DAMAGED)
     if value is None:
         return None
-    name, curve = str(value.pop("id")), value.pop("curve")
+    name, curve, lived = str(value.pop("id")), value.pop("curve"), value.pop("schedule", ())
     try:
         points = tuple(Point(**{**point, "cross_entropy": _number(point["cross_entropy"])}) for point in curve)
-        return name, Trial(**value, curve=points)
+        return name, Trial(**value, curve=points, schedule=_schedule(lived))
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedDataError(f"{url} is damaged ({error!r}): {DAMAGED}") from error
+
+
+def _schedule(read: Iterable[Any]) -> tuple[tuple[int, dict[str, Any]], ...]:
+    return tuple((int(epoch), dict(params)) for epoch, params in read)
 
 
 def point_of(figures: Mapping[str, Any]) -> Point:

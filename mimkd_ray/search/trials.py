@@ -4,6 +4,7 @@
     param/NAME                                                 double, int64, bool or string; null: it has none
     config                                                     the whole config, JSON
     curve                                                      list of evaluations, in the order they were made
+    schedule                                                   of a member of a population, JSON: what it went through
 
 The schema's metadata defines the score: `metric` and `direction`. Records hold all measured values, also NaN and
 infinities, which are legal doubles in Parquet. The config is strict JSON, in which they become null.
@@ -80,6 +81,9 @@ class Trial:
     """The whole config as JSON."""
     curve: tuple[Point, ...] = ()
     """Every evaluation."""
+    schedule: tuple[tuple[int, Mapping[str, Value]], ...] = ()
+    """Of a member of a population: the values that its weights were trained with, each with the last epoch of these. A
+    member that goes on from another one has that one's past."""
 
     def __post_init__(self) -> None:
         if self.state not in STATES:
@@ -162,6 +166,7 @@ def to_table(trials: Sequence[Trial], metric: str) -> Any:
         *(_param_column(name, [trial.params.get(name) for trial in trials]) for name in param_names(trials)),
         (pa.field("config", pa.string()), [_to_json(trial.config) for trial in trials]),
         (pa.field("curve", pa.list_(point)), [[dataclasses.asdict(p) for p in trial.curve] for trial in trials]),
+        (pa.field("schedule", pa.string()), [json.dumps(trial.schedule) for trial in trials]),
     ]
     schema = pa.schema(
         [field for field, _ in columns], metadata={"metric": metric, "direction": direction(metric), "version": "1"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,15 @@ def test_a_population_moves_its_numbers(joined: str, tmp_path: Path) -> None:
     policies = [json.loads(line) for line in (tmp_path / "s" / "tune" / "pbt_global.txt").read_text().splitlines()]
     assert policies
     moved = {trial.params["lr"] for trial in trials}
+    for trial in trials:  # each goes on where its last values ended, the last ones being its own
+        epochs = [epoch for epoch, _ in trial.schedule]
+        assert epochs == sorted(set(epochs))
+        assert epochs[-1] == 4
+        assert trial.schedule[-1][1] == trial.params
+    jumps = {(old[1]["lr"], new[1]["lr"]) for trial in trials for old, new in pairwise(trial.schedule)}
+    assert jumps
+    assert jumps <= {(policy[4]["lr"], policy[5]["lr"]) for policy in policies}
+    assert "Schedules of the population" in (tmp_path / "s" / "report.html").read_text()
     drawn = {json.loads(path.read_text())["lr"] for path in (tmp_path / "s" / "tune").glob("*/params.json")}
     assert moved <= drawn | {policy[-1]["lr"] for policy in policies}
 

@@ -107,7 +107,19 @@ def test_the_columns_are_typed_and_say_what_a_score_is() -> None:
     table = to_table(trials, "cross_entropy")
     assert table.schema.metadata == {b"metric": b"cross_entropy", b"direction": b"minimize", b"version": b"1"}
     assert table.schema.names == [
-        *("number", "state", "kind", "reason", "score", "best_epoch", "seconds", "param/lr", "config", "curve")
+        *(
+            "number",
+            "state",
+            "kind",
+            "reason",
+            "score",
+            "best_epoch",
+            "seconds",
+            "param/lr",
+            "config",
+            "curve",
+            "schedule",
+        )
     ]
     assert pa.types.is_list(table.schema.field("curve").type)
     assert table.column("curve").to_pylist()[0] == [

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mimkd_ray.console import clock
-from mimkd_ray.pages.figures import BLUE, blank, cut, seeds_figure
+from mimkd_ray.pages.figures import BLUE, GREY, Line, blank, cut, lines_figure, seeds_figure
 from mimkd_ray.pages.page import Cell, Page
-from mimkd_ray.search.report.study import LABELS, LEAST_TRIALS, MOST_LINES, Study, can_draw, quiet, value_text
+from mimkd_ray.search.report.study import (
+    LABELS,
+    LEAST_TRIALS,
+    LOG_SPAN,
+    MOST_LINES,
+    Study,
+    can_draw,
+    quiet,
+    value_text,
+)
 from mimkd_ray.search.trials import STATES, Final, Trial, direction, is_finite, param_names, ranked
 
 AXIS_WIDTH = 110
@@ -102,6 +112,7 @@ def _figures(page: Page, study: Study) -> None:
     some = [name for name in study.varying if name not in study.shared]
     fewer = f" Without those that only some trials have: {', '.join(cut(name, 60) for name in some)}." if some else ""
     lines = f"One line a trial, of the best {MOST_LINES}." if len(study.scored) > MOST_LINES else "One line a trial."
+    _schedules(page, study)
     if study.shared:
         page.section("parallel", "Parallel coordinates", f"{lines} Its colour is its score, on the first axis.{fewer}")
         page.figure(study.parallel(), least_width=AXIS_WIDTH * (len(study.shared) + 1))
@@ -120,6 +131,39 @@ def _figures(page: Page, study: Study) -> None:
         page.figure(importances)
     page.section("curves", "Learning curves", lines)
     page.figure(study.curves())
+
+
+def _schedules(page: Page, study: Study) -> None:
+    """What the members of a population went through."""
+    members = [trial for trial in study.scored if trial.schedule]
+    names = param_names([replace(each, params=own) for each in members for _, own in each.schedule])
+    figures = []
+    for name in names:
+        lines = []
+        for place, trial in enumerate(members):
+            x, y, since = [], [], 0
+            for epoch, own in trial.schedule:
+                value = own.get(name)
+                if not isinstance(value, bool | str) and can_draw(value):
+                    x += [since, epoch]
+                    y += [value, value]
+                since = epoch
+            if x:
+                color = BLUE if not place else GREY
+                lines.append(Line(f"trial {trial.number}", x, y, color, "solid" if not place else "dot", not place))
+        values = [value for line in lines for value in line.y if value is not None]
+        if len(set(values)) > 1:
+            figure = lines_figure(lines[::-1], "epoch", "")
+            log = min(values) > 0 and max(values) / min(values) >= LOG_SPAN
+            figures.append((cut(name, 80), figure.update_yaxes(type="log" if log else "linear")))
+    if figures:
+        page.section(
+            "schedules",
+            "Schedules of the population",
+            f"What the weights of each member were trained with, by epoch. The blue line is that of trial "
+            f"{members[0].number}, the best; a member that went on from another has that one's past.",
+        )
+        page.figures(figures)
 
 
 def _information(study: Study) -> list[tuple[str, Any]]:

@@ -31,7 +31,15 @@ OF_AN_EXPORT = (
     *("student.onnx", "student.pt2", "student_int8.onnx", "student_int8.pt2"),
 )
 """In the folder `export` of a run."""
-OF_A_SEARCH = ("clock.json", "trials.parquet", "finals.json", "members.json", "files.json", "place.json")
+OF_A_SEARCH = (
+    "clock.json",
+    "trials.parquet",
+    "finals.json",
+    "members.json",
+    "files.json",
+    "place.json",
+    "schedule.json",
+)
 
 _SECTIONS = ("data", "teacher", "student", "loss", "optim", "train", "run")
 _FILE = "|".join(map(re.escape, (*OF_A_RUN, *OF_A_SEARCH)))

@@ -145,3 +145,18 @@ def test_the_table_begins_with_the_best() -> None:
     )
     table = text[text.rindex("<tbody>") :]
     assert re.findall(r'<tr><td class=number data-key="([\d.]+)"', table) == ["2.0", "0.0", "1.0", "3.0"]
+
+
+def test_schedules_of_a_population() -> None:
+    """A figure for every number that moved: the best member's line is named, strings and constants have none."""
+    past = [(2, {"lr": 0.1, "kd": 1.0, "kind": "dot"}), (4, {"lr": 0.001, "kd": 1.0, "kind": "dot"})]
+    members = [
+        trial(number, score=50.0 + number, params=past[-1][1], schedule=tuple(past[number:]), curve=(point(4, 50.0),))
+        for number in (0, 1)
+    ]
+    page = read(members)
+    assert "schedules" in page.sections
+    assert "that of trial 1, the best" in page.text
+    assert page.titles.count("lr") == 1, "its slice needs two values"
+    assert "kd" not in page.titles
+    assert "schedules" not in read(search(40)).sections
