@@ -179,12 +179,15 @@ def test_a_trial_goes_on_from_another_ones_checkpoint(tmp_path: Path) -> None:
 def test_the_teacher_is_trained_once_and_before(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, {"teacher": {"train": True, "epochs": 1}})
     config = trial_config(job, job.search)
-    prepare(config, str(tmp_path), CPU)
-    made = (tmp_path / "teacher" / "student.safetensors").stat().st_mtime_ns
-    assert "failed" not in run(tmp_path, job, config)
-    assert (tmp_path / "teacher" / "student.safetensors").stat().st_mtime_ns == made
-    facts = read_json(str(tmp_path / "trial" / "result.json"))["teacher"]
-    assert facts == read_json(str(tmp_path / "teacher.json"))
+    folder = tmp_path / "s"
+    folder.mkdir()
+    prepare(config, str(folder), CPU)
+    (teacher,) = (tmp_path / "teachers").glob("*/student.safetensors")
+    made = teacher.stat().st_mtime_ns
+    assert "failed" not in run(folder, job, config)
+    assert teacher.stat().st_mtime_ns == made
+    facts = read_json(str(folder / "trial" / "result.json"))["teacher"]
+    assert facts == read_json(str(folder / "teacher.json"))
 
 
 def test_a_pack_halves_by_what_json_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
