@@ -10,12 +10,12 @@ random draws and Optuna give one answer to each request, and a grid gives every 
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from mimkd_ray.by_name import named_function
 from mimkd_ray.config import Config
 from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.errors import UserError, nearest
@@ -55,12 +55,8 @@ def find_spaces(names: Sequence[str], known: Mapping[str, Space]) -> list[Space]
     """
     found = []
     for name in names:
-        module, _, function = name.partition(":")
-        if function:
-            try:
-                found.append(getattr(importlib.import_module(module), function))
-            except (ImportError, AttributeError) as error:
-                raise UserError(f"search.space {name!r} cannot be imported: {error}") from None
+        if ":" in name:
+            found.append(named_function("search.space", name))
         elif name not in known:
             raise UserError(f"search.space {name!r} is unknown{nearest(name, known)} (spaces: {', '.join(known)})")
     return [known[name] for name in known if name in names] + found

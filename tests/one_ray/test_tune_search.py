@@ -93,10 +93,15 @@ def test_a_population_moves_its_numbers(joined: str, tmp_path: Path) -> None:
         assert trial.schedule[-1][1] == trial.params
     jumps = {(old[1]["lr"], new[1]["lr"]) for trial in trials for old, new in pairwise(trial.schedule)}
     assert jumps
-    assert jumps <= {(policy[4]["lr"], policy[5]["lr"]) for policy in policies}
+    assert jumps <= {(within(policy[4]["lr"]), within(policy[5]["lr"])) for policy in policies}
     assert "Schedules of the population" in (tmp_path / "s" / "report.html").read_text()
     drawn = {json.loads(path.read_text())["lr"] for path in (tmp_path / "s" / "tune").glob("*/params.json")}
-    assert moved <= drawn | {policy[-1]["lr"] for policy in policies}
+    assert moved <= drawn | {within(policy[-1]["lr"]) for policy in policies}
+
+
+def within(lr: float) -> float:
+    """A rate in the range of `tiny_search.steady`, which Ray's perturbations may leave."""
+    return min(max(lr, 1e-3), 0.1)
 
 
 def test_a_tuner_of_ones_own(joined: str, tmp_path: Path) -> None:

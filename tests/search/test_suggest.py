@@ -73,7 +73,7 @@ def test_spaces_are_found_in_the_order_in_which_they_depend() -> None:
     ("name", "message"),
     [
         ("tempreature", r"'tempreature' is unknown; did you mean 'temperature'.*spaces: critic, temperature, bound"),
-        ("no.such.module:f", r"'no.such.module:f' cannot be imported: No module named 'no'"),
+        ("no.such.module:f", r"'no.such.module:f': cannot import 'no.such.module': No module named 'no'"),
         ("tiny_search:nothing", r"has no attribute 'nothing'"),
     ],
 )
