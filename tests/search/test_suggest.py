@@ -74,7 +74,7 @@ def test_spaces_are_found_in_the_order_in_which_they_depend() -> None:
     [
         ("tempreature", r"'tempreature' is unknown; did you mean 'temperature'.*spaces: critic, temperature, bound"),
         ("no.such.module:f", r"'no.such.module:f': cannot import 'no.such.module': No module named 'no'"),
-        ("tiny_search:nothing", r"has no attribute 'nothing'"),
+        ("tiny_search:nothing", r"tiny_search has no function 'nothing'"),
     ],
 )
 def test_a_space_that_is_not_there(name: str, message: str) -> None:
