@@ -17,6 +17,7 @@ from mimkd_ray.search.report.study import (
     MOST_LINES,
     Study,
     can_draw,
+    log_ticks,
     quiet,
     value_text,
 )
@@ -154,8 +155,9 @@ def _schedules(page: Page, study: Study) -> None:
         values = [value for line in lines for value in line.y if value is not None]
         if len(set(values)) > 1:
             figure = lines_figure(lines[::-1], "epoch", "")
-            log = min(values) > 0 and max(values) / min(values) >= LOG_SPAN
-            figures.append((cut(name, 80), figure.update_yaxes(type="log" if log else "linear")))
+            if min(values) > 0 and max(values) / min(values) >= LOG_SPAN:
+                figure.update_yaxes(type="log", dtick=log_ticks(min(values), max(values)))
+            figures.append((cut(name, 80), figure))
     if figures:
         page.section(
             "schedules",

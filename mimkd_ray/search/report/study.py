@@ -45,6 +45,11 @@ def value_text(value: Value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def log_ticks(low: float, high: float) -> str | int:
+    """Return Plotly's distance of the ticks of a logarithmic axis: 1, 2, 5 and 10, or powers of ten."""
+    return "D2" if high / low < 100 else 1
+
+
 class Study:
     """An Optuna study with the scored trials of a search as complete ones, and the others as failed."""
 
@@ -81,9 +86,9 @@ class Study:
         values = sorted({value for trial in self.scored if (value := _value(trial, name)) is not None}, key=str)
         if not hasattr(self._spaces[name], "choices"):
             if len(values) <= FEW:
-                figure.update_xaxes(tickvals=values)
+                figure.update_xaxes(tickvals=values, ticktext=[value_text(value) for value in values])
             elif self._spaces[name].log:
-                figure.update_xaxes(dtick="D2" if self._spaces[name].high / self._spaces[name].low < 100 else 1)
+                figure.update_xaxes(dtick=log_ticks(self._spaces[name].low, self._spaces[name].high))
         return figure
 
     def parallel(self) -> Any:
