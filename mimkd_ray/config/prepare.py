@@ -18,7 +18,8 @@ class PrepareConfig:
 
     source: str
     """Folder or URL with the split: <split>-*.parquet or data/<split>-*.parquet (Hugging Face), class folders
-    <split>/<class>/<image>, or the official ImageNet archives (ILSVRC2012_img_train.tar, ...)."""
+    <split>/<class>/<image>, the official ImageNet archives (ILSVRC2012_img_train.tar, ...), or WebDataset tars
+    <split>-*.tar; also a pattern such as s3://bucket/shards-{000..099}.tar, whose tars are those of the split."""
     target: str
     """Folder or URL of the prepared set; several splits can share one."""
     split: str = "train"

@@ -80,8 +80,8 @@ class ClassTar:
 
 
 @dataclass(frozen=True)
-class ValSlice:
-    """Some validation images: `members` are (name, offset, bytes) in the archive."""
+class TarSlice:
+    """Some images of a tar: `members` are (name, offset, bytes) in the archive."""
 
     url: str
     archive_bytes: int
@@ -105,7 +105,7 @@ class ValSlice:
 
 
 def _open_train(url: str, size: int) -> Origin:
-    with _opened(url, size, FAR_APART) as archive:
+    with opened(url, size, FAR_APART) as archive:
         tars = {name.removesuffix(".tar"): place for name, place in _members(archive, size, url, (".tar",)).items()}
     if not tars:
         raise UserError(f"{url} holds no class tar (<wnid>.tar); it should be the official training archive")
@@ -116,7 +116,7 @@ def _open_train(url: str, size: int) -> Origin:
 
 def _open_val(url: str, size: int, devkit: str) -> Origin:
     wnids, truth = _read_devkit(devkit)
-    with _opened(url, size, CLOSE) as archive:
+    with opened(url, size, CLOSE) as archive:
         members = [(name, *place) for name, place in sorted(_members(archive, size, url).items())]
     if len(members) != len(truth):
         raise UserError(
@@ -130,7 +130,7 @@ def _open_val(url: str, size: int, devkit: str) -> Origin:
     step = rows_per_piece(len(members))
     rows = [order[start : start + step] for start in range(0, len(order), step)]
     pieces = tuple(
-        ValSlice(url, size, tuple(members[row] for row in of_piece), tuple(int(labels[row]) for row in of_piece))
+        TarSlice(url, size, tuple(members[row] for row in of_piece), tuple(int(labels[row]) for row in of_piece))
         for of_piece in rows
     )
     digest = digest_of("validation archive", size, members, labels.tolist())
@@ -173,7 +173,8 @@ def _read(url: str, archive_bytes: int, offset: int, length: int) -> bytes:
 
 
 @contextmanager
-def _opened(url: str, size: int, read_ahead: int) -> Iterator[BinaryIO]:
+def opened(url: str, size: int, read_ahead: int) -> Iterator[BinaryIO]:
+    """Open an archive for listing its headers; of an object store so many bytes are requested at a time."""
     with storage.open_file(url, size) as file:
         yield (
             cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, file), read_ahead)) if storage.is_remote(url) else file

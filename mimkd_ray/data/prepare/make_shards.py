@@ -25,6 +25,7 @@ from mimkd_ray.config import PrepareConfig
 from mimkd_ray.data.prepare.archives import ARCHIVES, open_archives
 from mimkd_ray.data.prepare.input_pieces import THREADS, Origin, open_folders, open_parquet
 from mimkd_ray.data.prepare.shuffle_plan import plan_shards, row_keys
+from mimkd_ray.data.prepare.web_tars import open_tars, tars_of
 from mimkd_ray.data.prepare.work_units import (
     Done,
     Index,
@@ -64,7 +65,7 @@ def prepare(config: PrepareConfig, run: Runner = in_process) -> Manifest:
     if finished is not None:
         storage.remove_tree(work)  # an earlier run may have been killed before this
         return finished
-    if not storage.exists(config.source):
+    if not config.source.endswith(".tar") and not storage.exists(config.source):
         raise UserError(f"--source {config.source} does not exist; give a folder or a URL such as s3://bucket/imagenet")
     origin = open_origin(config)
     settings = _claim(config, origin, work)
@@ -122,14 +123,17 @@ def _claim(config: PrepareConfig, origin: Origin, work: str) -> dict[str, Any]:
 
 
 def open_origin(config: PrepareConfig) -> Origin:
-    """Find the split in the source and cut it into pieces: archives, else Parquet files, else class folders.
+    """Find the split in the source and cut it into pieces: archives, else Parquet files, else WebDataset tars, else
+    class folders.
 
     Lists files and reads footers, label columns and headers, but no image. Raises UserError for an unknown layout.
     """
     source, split = config.source, config.split
-    archives = open_archives(source, split)
+    archives = None if source.endswith(".tar") else open_archives(source, split)
     if archives is not None:
         return archives
+    if source.endswith(".tar"):
+        return open_tars(tars_of(source, split, {}))
     files, folders = storage.list_sizes(source), [url.rpartition("/")[2] for url in storage.list_dirs(source)]
     listings = [files]
     if "data" in folders:  # the folder used by the Hugging Face hub
@@ -138,11 +142,17 @@ def open_origin(config: PrepareConfig) -> Origin:
         shards = {url: size for url, size in listing.items() if _is_shard(url, split)}
         if shards:
             return open_parquet(shards, config.image_column, config.label_column)
+    tars = tars_of(source, split, files)
+    if tars:
+        return open_tars(tars)
     if split in folders:
         folder = storage.join(source, split)
         shards = storage.list_sizes(folder, ".parquet")
         if shards:
             return open_parquet(shards, config.image_column, config.label_column)
+        tars = storage.list_sizes(folder, ".tar")
+        if tars:
+            return open_tars(tars)
         # The classes of a set are those of its training images: others may lack some.
         whole = "train" in folders and split != "train"
         train = storage.list_dirs(storage.join(source, "train")) if whole else []
@@ -150,8 +160,8 @@ def open_origin(config: PrepareConfig) -> Origin:
         return open_folders(folder, tuple(name for name in names if not name.startswith(".")) or None)
     found = [*(f"{name}/" for name in folders), *(url.rpartition("/")[2] for url in files)]
     raise UserError(
-        f"--source {source} has no split '{split}': expected {split}-*.parquet (here or in data/), class folders "
-        f"{split}/<class>/<image>, or the official archive {ARCHIVES.get(split, 'of ImageNet')}; found "
+        f"--source {source} has no split '{split}': expected {split}-*.parquet (here or in data/), {split}-*.tar, "
+        f"class folders {split}/<class>/<image>, or the official archive {ARCHIVES.get(split, 'of ImageNet')}; found "
         f"{', '.join(found[:8]) or 'nothing'}{f' and {len(found) - 8} more' if len(found) > 8 else ''}; name it with "
         "--split"
     )

@@ -226,12 +226,17 @@ class _Root:
                 "validation=...): give them again"
             )
         self.url = url
+        if url.endswith(".tar"):
+            raise UserError(_tars(url, url))
         self.store, self.how = open_store(config), decoding_of(config)
         self.labelled = config.labels == "all"
         listing = storage.list_entries(url)
         self.files = {file: entry for file, entry in listing.items() if file.endswith(".parquet")}
         self.manifests = {file for file in listing if file.endswith(MANIFEST_SUFFIX)}
         self.dirs = {place.rpartition("/")[2]: place for place in storage.list_dirs(url)}
+        tars = sorted(file.rpartition("/")[2] for file in listing if file.endswith(".tar"))
+        if tars and not self.files and not self.dirs:
+            raise UserError(_tars(f"{url} ({tars[0]}, {len(tars)} in all)", url))
         self.declared = declared_files(url) if storage.join(url, README) in listing else {}
         if not self.files and not self.dirs:
             if not storage.exists(url):
@@ -289,6 +294,14 @@ class _Root:
     def found(self) -> str:
         names = [url.rpartition("/")[2] for url in self.files] + [f"{name}/" for name in self.dirs]
         return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _tars(what: str, source: str) -> str:
+    return (
+        f"data.root {what}: training reads no tar archives, in which rows have no places: make a prepared set of them "
+        f"once, mimkd-ray prepare --source '{source}' --target DIR --split train (and the held-out tars with --split "
+        "val), and pass --data.root DIR"
+    )
 
 
 def _numbered(classes: tuple[str, ...]) -> bool:

@@ -1,0 +1,98 @@
+"""WebDataset tars: prepared, with other programs' layouts and faults; training from them says what to do."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from image_sets import images
+from prepare_sets import config, table
+
+from mimkd_ray.config import DataConfig
+from mimkd_ray.data.prepare.make_shards import prepare
+from mimkd_ray.data.prepare.web_tars import expanded
+from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.errors import UserError
+
+
+def write_tar(path: Path, files: Mapping[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+def write_set(root: Path, name: str = "train-{:06d}.tar") -> list[tuple[bytes | None, int]]:
+    """Three tars with the images in turn, labels in either form; returns the rows."""
+    rows = [(image, number % 3) for number, image in enumerate(images(12))]
+    for shard in range(3):
+        files: dict[str, bytes] = {}
+        for number in range(4 * shard, 4 * shard + 4):
+            image, label = rows[number]
+            key = f"some.folder/{'x' * 120}/{number:04d}"  # longer than the old header holds
+            form = (".cls", str(label).encode()) if number % 2 else (".json", json.dumps({"label": label}).encode())
+            files |= {key + form[0]: form[1], f"{key}.JPG": image or b"", f"{key}.txt": b"a caption"}
+        write_tar(root / name.format(shard), files)
+    return rows
+
+
+@pytest.mark.parametrize("how", ["folder", "pattern", "split's folder"])
+def test_tars_are_prepared(how: str, tmp_path: Path) -> None:
+    source = tmp_path / "raw"
+    rows = write_set(
+        source / "train" if how == "split's folder" else source,
+        "shards-{:03d}.tar" if how == "pattern" else "train-{:06d}.tar",
+    )
+    given = source / "shards-{000..002}.tar" if how == "pattern" else source
+    manifest = prepare(config(given, tmp_path / "set"))
+    found = table(tmp_path / "set", manifest)
+    assert sorted((row["image"]["bytes"], row["label"]) for row in found) == sorted(rows)
+    assert manifest.classes == ("0", "1", "2")
+    data = open_data(DataConfig(root=str(tmp_path / "set"), val_split="train"))
+    assert (data.train.num_rows, data.num_classes) == (12, 3)
+
+
+def test_patterns() -> None:
+    assert expanded("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert expanded("{0..1}/x{9..10}.tar") == ["0/x9.tar", "0/x10.tar", "1/x9.tar", "1/x10.tar"]
+    assert expanded("a.tar") == ["a.tar"]
+
+
+def test_training_from_tars_names_the_preparation(tmp_path: Path) -> None:
+    write_set(tmp_path)
+    for root in (tmp_path, f"{tmp_path}/train-{{000000..000002}}.tar"):
+        with pytest.raises(UserError, match=r"reads no tar archives.*mimkd-ray prepare --source '\S+' --target DIR"):
+            open_data(DataConfig(root=str(root)))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"1.jpg": b"x"}, "1.jpg and 0 other images have no label"),
+        ({"1.jpg": b"x", "1.cls": b"cat"}, "1.cls holds b'cat', and no class number"),
+        ({"1.jpg": b"x", "1.json": b"[]"}, "1.jpg and 0 other images have no label"),
+        ({"1.jpg": b"x", "1.json": b"{"}, "1.json holds b'{', and no class number"),
+        ({"1.jpg": b"x", "1.cls": b"-1"}, "1.jpg and 0 other images have no label"),
+        ({"1.npy": b"x"}, "no tar of the split holds an image"),
+    ],
+)
+def test_tars_that_are_no_image_set(files: dict[str, bytes], said: str, tmp_path: Path) -> None:
+    write_tar(tmp_path / "raw" / "train-0.tar", files)
+    with pytest.raises(UserError, match=said.replace("{", r"\{")):
+        prepare(config(tmp_path / "raw", tmp_path / "set"))
+
+
+def test_tars_that_are_missing_or_cut_short(tmp_path: Path) -> None:
+    write_set(tmp_path / "raw")
+    with pytest.raises(UserError, match=r"names 5 tars, and 2 of them are not there, such as \S+train-000003\.tar"):
+        prepare(config(tmp_path / "raw" / "train-{000000..000004}.tar", tmp_path / "set"))
+    whole = tmp_path / "raw" / "train-000001.tar"
+    whole.write_bytes(whole.read_bytes()[: 3 * 512 + 100])
+    with pytest.raises(UserError, match=r"train-000001\.tar .*(not a whole tar archive|is cut short)"):
+        prepare(config(tmp_path / "raw", tmp_path / "set"))
