@@ -174,7 +174,8 @@ def _warn_of_slow_order(config: DataConfig, train: Source) -> None:
     if blocks * train.block_bytes > room:
         logger.warning(
             "%s: data.window = %s has %d blocks of %.1f MB in use at a time, %.0f MB in all (with a window: for each "
-            "lane on a node), and %s %.0f MB: most reads will cost a whole block; %s, or set --data.window below %d",
+            "lane on a node), and %s %.0f MB: most reads will cost a whole block; %s, set --data.window below %d, or "
+            "prepare the set (mimkd-ray prepare), whose blocks have 256 images",
             config.root,
             config.window,
             blocks,

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import mmap
 import os
+import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,6 +28,9 @@ from mimkd_ray.errors import DamagedDataError, UserError
 
 KEPT_FOOTERS = 64  # parsed, per process
 HEAD_BYTES = 64  # first bytes of an image, by which it is searched
+LARGE_BYTES, STREAM_ROWS = 256 << 20, 256
+"""Of a row group that is read a few rows at a time: some files have one of all their images."""
+STREAM_BYTES = 8 << 20  # of a request then
 MAX_GAP = 1 << 16  # bytes of other columns between those needed: reading them is cheaper than another request
 
 
@@ -78,6 +85,9 @@ def _read(
     start, stop = min(first for first, _ in spans), max(end for _, end in spans)
     if listed is not None:
         start, stop = listed.offset, listed.offset + listed.length
+    elif (images := metadata.row_group(group).column(chunks[columns.bytes_path])).total_uncompressed_size > LARGE_BYTES:
+        stay = in_place and images.compression == "UNCOMPRESSED"
+        return _streamed(place, columns, names, metadata, start if stay else None)
     elif stop - start > sum(end - first for first, end in spans) + MAX_GAP:
         with open_parquet(url, size, metadata) as file:
             wanted = [columns.bytes_path, *of_label]
@@ -131,9 +141,56 @@ class Place(NamedTuple):
     group: int
 
 
-def _decoded(table: Any, place: Place, columns: Columns, names: Sequence[str] | None) -> StoredBlock:
+def _streamed(
+    place: Place, columns: Columns, names: Sequence[str] | None, metadata: Any, start: int | None
+) -> StoredBlock:
+    """Return a large row group; memory holds STREAM_ROWS of its images at a time. They stay in their file if they are
+    there uncompressed, from byte ``start`` on; else they are in a temporary one, which the store copies."""
+    import pyarrow as pa
+
+    path = os.path.abspath(storage.local_path(place.url))
+    parts: list[StoredBlock] = []
+    row = written = 0
+    with ExitStack() as stack:
+        identity: Identity | None = None
+        source: bytes | mmap.mmap = b""
+        kept = None
+        if start is None:
+            kept = stack.enter_context(tempfile.TemporaryFile())
+        else:
+            file = stack.enter_context(open(path, "rb"))
+            identity = Identity.of(os.fstat(file.fileno()))
+            source = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        wanted = [columns.bytes_path, *([columns.label] if columns.label else [])]
+        parquet = stack.enter_context(open_parquet(place.url, place.size, metadata, STREAM_BYTES))
+        options = {"batch_size": STREAM_ROWS, "row_groups": [place.group], "columns": wanted, "use_threads": False}
+        for batch in parquet.iter_batches(**options):
+            block = _decoded(pa.Table.from_batches([batch]), place, columns, names, row)
+            row += len(block.labels)
+            if kept is None:
+                places = find_images(source, block, start or 0)
+                if places is None:
+                    return _streamed(place, columns, names, metadata, None)
+                start = int(places[-1] + block.lengths[-1])
+            else:
+                places = block.offsets - block.offsets[0] + written
+                images = memoryview(block.data or b"")[int(block.offsets[0]) : block.end]
+                with storage.explained(tempfile.gettempdir(), "write to"):
+                    written += kept.write(images)
+            parts.append(replace(block, offsets=places, data=None))
+        offsets, lengths, labels = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("offsets", "lengths", "labels")
+        )
+        if kept is None:
+            return StoredBlock(offsets, lengths, labels, path=path, identity=identity)
+        kept.flush()
+        data = memoryview(mmap.mmap(kept.fileno(), 0, access=mmap.ACCESS_READ)) if written else b""
+        return StoredBlock(offsets, lengths, labels, data=data)
+
+
+def _decoded(table: Any, place: Place, columns: Columns, names: Sequence[str] | None, first: int = 0) -> StoredBlock:
     """Return the images that Arrow has decoded, in its memory; a missing one is empty, and counts as damaged when it is
-    viewed."""
+    viewed. ``first`` is the table's first row in the row group."""
     import pyarrow as pa
 
     (column,) = table.select([columns.image]).flatten().columns  # of a struct its only field that was read
@@ -145,7 +202,7 @@ def _decoded(table: Any, place: Place, columns: Columns, names: Sequence[str] | 
         if columns.field and columns.has_path:
             with open_parquet(place.url, place.size, read_metadata(place.url, place.size)) as file:
                 paths = file.read_row_group(place.group, columns=[f"{columns.image}.path"], use_threads=False)
-            (named,) = paths.flatten().columns
+            (named,) = paths.slice(first, table.num_rows).flatten().columns
             rows = zip(images.to_pylist(), named.to_pylist(), strict=True)
             return StoredBlock.of([image or read_beside(place.url, path) for image, path in rows], labels)
         images = images.fill_null(b"")
@@ -170,19 +227,20 @@ def read_beside(url: str, path: str | None) -> bytes:
         return b""
 
 
-def find_images(data: bytes, block: StoredBlock) -> np.ndarray | None:
-    """Return the places of the images of `block` in `data` (int64), in their order; None if one is not found.
+def find_images(data: bytes | mmap.mmap, block: StoredBlock, at: int = 0) -> np.ndarray | None:
+    """Return the places of the images of `block` in `data` (int64), in their order from `at` on; None if one is not
+    found.
 
-    `data` is the row group that `block` was decoded from. Matches are compared byte by byte, so the page layout of
-    Parquet does not matter. 40 us for an image of 100 kB.
+    `data` is (or has) the row group that `block` was decoded from. Matches are compared byte by byte, so the page
+    layout of Parquet does not matter. 40 us for an image of 100 kB.
     """
-    images, found, at = memoryview(block.data or b""), [], 0
+    images, found = memoryview(block.data or b""), []
     for offset, length in zip(block.offsets.tolist(), block.lengths.tolist(), strict=True):
         image = images[offset : offset + length]
         # `find` preprocesses its search string: 300 us for a whole image.
         head = image[:HEAD_BYTES]
         at = data.find(head, at)
-        while at >= 0 and not data.startswith(image, at):
+        while at >= 0 and data[at : at + length] != image:
             at = data.find(head, at + 1)
         if at < 0:
             return None
@@ -234,17 +292,21 @@ def read_metadata(url: str, size: int) -> Any:
         return file.metadata
 
 
-def open_parquet(url: str, size: int, metadata: Any = None) -> Any:
-    """Open a Parquet file of `size` bytes. Raises UserError for a file that cannot be read or is not Parquet."""
+def open_parquet(url: str, size: int, metadata: Any = None, buffer: int = 0) -> Any:
+    """Open a Parquet file of `size` bytes; with a `buffer` to read row groups by so many bytes at a time.
+
+    Raises UserError for a file that cannot be read or is not Parquet.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         if storage.is_remote(url):
             # pre_buffer joins the ranges of a row group into few requests.
-            return pq.ParquetFile(storage.open_file(url, size), metadata=metadata, pre_buffer=True)
+            how = {"buffer_size": buffer, "pre_buffer": not buffer}
+            return pq.ParquetFile(storage.open_file(url, size), metadata=metadata, **how)
         # Plain reads: a memory map of a truncated file kills the process instead of raising.
-        return pq.ParquetFile(str(storage.local_path(url)), metadata=metadata, pre_buffer=False)
+        return pq.ParquetFile(str(storage.local_path(url)), metadata=metadata, buffer_size=buffer, pre_buffer=False)
     except PermissionError as error:
         raise UserError(f"cannot read {url}: {error}; check the permissions") from error
     except (pa.ArrowInvalid, OSError) as error:

@@ -84,7 +84,7 @@ class StoredBlock:
         return slice(start, start + lengths[row]), labels[row]
 
     @cached_property
-    def _end(self) -> int:
+    def end(self) -> int:
         """Place after the last image; used for every batch."""
         return int((self.offsets + self.lengths).max())
 
@@ -104,7 +104,7 @@ class StoredBlock:
             if found != self.identity:
                 raise ChangedFileError(f"{self.path} has been written again")
         view = mapped(self.path)
-        if len(view) < self._end:
+        if len(view) < self.end:
             raise ChangedFileError(f"{self.path} is cut short: it has {len(view):,} bytes")
         return view
 

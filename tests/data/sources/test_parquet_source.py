@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from image_sets import images, parquet_set, prepared_set, write_parquet
 
 from mimkd_ray import attempts, storage
 from mimkd_ray.data.order.blocks import Blocks
-from mimkd_ray.data.sources import parquet
+from mimkd_ray.data.sources import parquet, row_groups
 from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.sources.shard_manifest import Manifest, Shard, content_digest, read_manifest
 from mimkd_ray.data.store import block_reader
@@ -351,3 +352,41 @@ def test_a_manifest_of_another_preparation(tmp_path: Path) -> None:
 
 def _with_shards(manifest: Manifest, *shards: Shard, rows: int) -> Manifest:
     return replace(manifest, rows=rows, shards=shards, digest=content_digest(manifest.classes, shards))
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_row_group_of_all_images_is_read_a_few_rows_at_a_time(
+    plain: bool, compression: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = images(20)
+    table = pa.table({"image": pa.array(files, pa.binary()), "label": range(20)})
+    if not plain:
+        (tmp_path / "beside.png").write_bytes(files[7] or b"")
+        rows = [{"bytes": image, "path": "x.png"} for image in files]
+        rows[7] = {"bytes": None, "path": "beside.png"}
+        table = table.set_column(0, "image", pa.array(rows, pa.struct({"bytes": pa.binary(), "path": pa.string()})))
+    pq.write_table(table, tmp_path / "train-0.parquet", row_group_size=20, compression=compression)
+    remote = f"memory://{uuid.uuid4().hex}"
+    for path in tmp_path.iterdir():
+        storage.upload(path, f"{remote}/{path.name}")
+    decode, sizes = row_groups._decoded, []
+
+    def decoded(table: pa.Table, *more: Any) -> StoredBlock:
+        sizes.append(table.num_rows)
+        return decode(table, *more)
+
+    for root in (str(tmp_path), remote):
+        source = ParquetSource(storage.list_sizes(root, ".parquet"))
+        whole = source._load(0)
+        with monkeypatch.context() as small:
+            small.setattr(row_groups, "LARGE_BYTES", 0)
+            small.setattr(row_groups, "STREAM_ROWS", 3)
+            small.setattr(row_groups, "_decoded", decoded)
+            streamed = source._load(0)
+        assert max(sizes) <= 3
+        assert streamed.path == whole.path, "images stay in an uncompressed file"
+        assert bool(streamed.path) == (plain and compression == "none" and root != remote)
+        kept = memoryview(Path(streamed.path).read_bytes()) if streamed.path else memoryview(streamed.data or b"")
+        found = [(bytes(kept[where]), label) for where, label in map(streamed.row, range(20))]
+        assert found == list(zip(files, range(20), strict=True))
