@@ -1,7 +1,7 @@
 """Threads of a CPU job: images/s with the chosen ones, with OMP_NUM_THREADS=1, and with all cores that wait awake.
 
 The job is jobs/imagenet.py on the digits in a plain process. Arms take turns, so that what else runs on the machine is
-the same for all, as far as it stays so; figures are medians of the rounds' ratios. `--busy N` runs so many other programs meanwhile.
+the same for all; figures are medians of the rounds' ratios. `--busy N` runs so many other programs meanwhile.
 """
 
 from __future__ import annotations
