@@ -24,7 +24,7 @@ from mimkd_ray.on_ray import cluster, environment
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a test sets is unset afterwards."""
-    for name in ("RAY_ADDRESS", "RAY_TMPDIR", LOOK_IN, "RAY_gcs_server_port_wait_time_s"):
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", LOOK_IN, "RAY_gcs_server_port_wait_time_s", *environment.EMBEDDED):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
