@@ -105,7 +105,7 @@ def wait_for_room(
         if left <= 0:
             raise UserError(
                 f"{text}: wait for them with --launch.wait-minutes 60, stop them, or pass fewer --launch.workers or "
-                f"--launch.cpus-per-worker ({count(room, what)} of this size: room now)"
+                f"--launch.cpus-per-worker (there is room for {room} now)"
             )
         if passed - told >= TELL_SECONDS:
             told = passed

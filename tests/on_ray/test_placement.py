@@ -211,7 +211,7 @@ def test_cpus_that_others_hold_are_not_free(busy: list[Held], capsys: pytest.Cap
     with pytest.raises(
         UserError,
         match=r"no room for 2 workers with 1 CPU each: other jobs hold \d+ of the cluster's 4 CPUs \(3 by job 02 "
-        r"\(python other\.py\)\): wait for them with --launch\.wait-minutes 60.*\(1 worker of this size: room now\)",
+        r"\(python other\.py\)\): wait for them with --launch\.wait-minutes 60.*\(there is room for 1 now\)",
     ):
         scaling(_config(workers=2, cpus_per_worker=1), own=False)
     assert "more minutes (launch.wait_minutes): there is no room for 2 workers" in capsys.readouterr().out

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,13 +18,14 @@ from mimkd_ray import storage
 from mimkd_ray.data.sources.columns import Columns, label_array
 from mimkd_ray.data.sources.folders import list_classes, printable
 from mimkd_ray.data.sources.parquet import ParquetSource
-from mimkd_ray.data.sources.row_groups import read_beside
+from mimkd_ray.data.sources.row_groups import LARGE_BYTES, STREAM_BYTES, STREAM_ROWS, read_beside
 from mimkd_ray.data.sources.source import digest_of
 from mimkd_ray.errors import DamagedDataError, UserError
 
 PIECE_ROWS = 1000
 PIECES = 64  # a small source is cut finer, down to MIN_PIECE_ROWS, so that every worker has a piece
 MIN_PIECE_ROWS = 16
+MOST_SLICES = 32  # of a large row group: for each of them what comes before is read, too
 THREADS = 16  # requests at a time: listings, footers, and files of a piece in an object store
 
 
@@ -126,7 +128,8 @@ def _name(url: str) -> str:
 
 @dataclass(frozen=True)
 class ParquetPiece:
-    """Adjacent row groups of one Parquet file; `first_row` is the row number of the first one in the file."""
+    """Adjacent row groups of one Parquet file, or rows `skip` to `skip + take` of a large one; `first_row` is the
+    number of the piece's first row in the file."""
 
     url: str
     file_bytes: int
@@ -136,20 +139,25 @@ class ParquetPiece:
     columns: Columns
     names: tuple[str, ...] | None
     """Classes of labels that are text."""
+    skip: int = 0
+    take: int = 0
+    """0: all rows."""
 
     def samples(self) -> list[Sample]:
-        """Read the row groups, each with one or a few requests."""
+        """Read the row groups, each with one or a few requests; of a large one what comes before the rows, too."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
             with (
                 storage.open_file(self.url, self.file_bytes) as opened,
-                pq.ParquetFile(opened, pre_buffer=True) as file,
+                pq.ParquetFile(opened, pre_buffer=not self.take, buffer_size=STREAM_BYTES) as file,
             ):
-                table = file.read_row_groups(
-                    list(self.row_groups), columns=[self.columns.image, self.columns.label], use_threads=False
-                )
+                wanted = [self.columns.image, self.columns.label]
+                if self.take:
+                    table = _rows(file, self.row_groups[0], wanted, self.skip, self.skip + self.take)
+                else:
+                    table = file.read_row_groups(list(self.row_groups), columns=wanted, use_threads=False)
         except FileNotFoundError:
             raise UserError(f"{self.url} was there when the source was listed, and is gone; put it back") from None
         except storage.StorageError:
@@ -168,6 +176,22 @@ class ParquetPiece:
         return samples
 
 
+def _rows(file: Any, group: int, columns: list[str], start: int, stop: int) -> Any:
+    """Return rows `start` to `stop` of a row group; memory holds these alone."""
+    import pyarrow as pa
+
+    found, row = [], 0
+    batches = file.iter_batches(batch_size=STREAM_ROWS, row_groups=[group], columns=columns, use_threads=False)
+    for batch in batches:
+        if row + len(batch) > start:
+            first = max(0, start - row)
+            found.append(batch.slice(first, min(len(batch), stop - row) - first))
+        row += len(batch)
+        if row >= stop:
+            break
+    return pa.Table.from_batches(found)
+
+
 def open_parquet(files: dict[str, int], image_column: str = "", label_column: str = "") -> Origin:
     """Open Parquet files given as {URL: bytes}. Reads footers and label columns.
 
@@ -183,18 +207,33 @@ def open_parquet(files: dict[str, int], image_column: str = "", label_column: st
     with ThreadPoolExecutor(THREADS) as pool:
         groups = list(pool.map(lambda file: _row_groups(*file), files.items()))
     step = rows_per_piece(source.num_rows)
-    pieces, counts = [], []
+    pieces: list[ParquetPiece] = []
+    counts: list[int] = []
     for (url, size), of_file, columns in zip(files.items(), groups, source.columns, strict=True):
         taken: list[int] = []
         first_row = row = held = 0
         for group, (rows, num_bytes) in enumerate(of_file):
-            taken.append(group)
-            row, held = row + rows, held + num_bytes
-            if row - first_row >= step or group + 1 == len(of_file):
+            large = num_bytes > LARGE_BYTES and rows > 2 * step
+            if taken and (large or row - first_row >= step):
                 pieces.append(ParquetPiece(url, size, tuple(taken), first_row, held, columns, source.names))
                 counts.append(row - first_row)
                 taken, first_row, held = [], row, 0
-    return Origin(source.classes, source.digest, tuple(pieces), tuple(np.split(labels, np.cumsum(counts)[:-1])))
+            if large:
+                cut = np.linspace(0, rows, min(MOST_SLICES, rows // step) + 1).astype(int).tolist()
+                for start, stop in pairwise(cut):
+                    part = (row + start, num_bytes * (stop - start) // rows, columns, source.names)
+                    pieces.append(ParquetPiece(url, size, (group,), *part, start, stop - start))
+                    counts.append(stop - start)
+                row = first_row = row + rows
+            else:
+                taken.append(group)
+                row, held = row + rows, held + num_bytes
+        if taken:
+            pieces.append(ParquetPiece(url, size, tuple(taken), first_row, held, columns, source.names))
+            counts.append(row - first_row)
+    # Parts of a preparation that was begun with other pieces do not fit.
+    digest = digest_of(source.digest, len(pieces)) if any(piece.take for piece in pieces) else source.digest
+    return Origin(source.classes, digest, tuple(pieces), tuple(np.split(labels, np.cumsum(counts)[:-1])))
 
 
 def _row_groups(url: str, size: int) -> list[tuple[int, int]]:

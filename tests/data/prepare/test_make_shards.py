@@ -19,6 +19,7 @@ from prepare_sets import Killed, Killer, config, files, table
 
 from mimkd_ray import storage
 from mimkd_ray.config import DataConfig, PrepareConfig
+from mimkd_ray.data.prepare import input_pieces
 from mimkd_ray.data.prepare.make_shards import prepare
 from mimkd_ray.data.prepare.work_units import checked, class_keys
 from mimkd_ray.data.sources.data_set import open_data
@@ -309,3 +310,20 @@ def test_shards_are_about_a_quarter_of_a_gigabyte_by_default(
     sizes = [sum(block.length for block in shard.blocks) for shard in manifest.shards]
     assert len(sizes) > 2
     assert all(0.5 < size / 9_000 < 1.5 for size in sizes[:-1])
+
+
+@pytest.mark.parametrize("groups", [40, 25])
+def test_a_large_row_group_is_read_in_parts_and_gives_the_same_shards(
+    groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parquet(tmp_path / "raw" / "train-0.parquet", images(40), [i % 4 for i in range(40)], row_group=groups)
+    whole = prepare(config(tmp_path / "raw", tmp_path / "whole"))
+    monkeypatch.setattr(input_pieces, "LARGE_BYTES", 0)
+    monkeypatch.setattr(input_pieces, "STREAM_ROWS", 3)
+    monkeypatch.setattr(input_pieces, "MIN_PIECE_ROWS", 5)
+    pieces = input_pieces.open_parquet(storage.list_sizes(str(tmp_path / "raw"))).pieces
+    assert [len(piece.samples()) for piece in pieces] == {40: [5] * 8, 25: [5] * 8}[groups]
+    names = [sample.name for piece in pieces for sample in piece.samples()]
+    assert len(set(names)) == 40
+    parts = prepare(config(tmp_path / "raw", tmp_path / "parts"))
+    assert table(tmp_path / "parts", parts) == table(tmp_path / "whole", whole)
