@@ -263,7 +263,7 @@ def base_job(args: Any, folder: Path) -> SearchJob:
         replace(
             recipe,
             data=replace(recipe.data, root=str(folder / "data"), views=EPOCHS, store=str(folder / "store")),
-            teacher=replace(recipe.teacher, weights=args.weights),
+            teacher=replace(recipe.teacher, weights=args.weights, allow_chance=True),
             train=replace(recipe.train, epochs=EPOCHS, information_rows=64),
             launch=LaunchConfig(gpu="off"),
             run=RunConfig(root=str(folder)),
