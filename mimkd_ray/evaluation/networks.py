@@ -169,7 +169,8 @@ def _student(job: EvaluateJob, run_dir: str, count: int) -> tuple[nn.Module, str
 def _teacher(job: EvaluateJob, run_dir: str, of_run: Data) -> tuple[nn.Module, str] | None:
     """The teacher, of the run or the config, and where its weights are from; None where there is none with weights."""
     known = read_json(storage.join(run_dir, "teacher.json")) if run_dir else None
-    weights = job.teacher.weights if job.teacher.weights != "random" or known is None else known["weights"]
+    given = job.teacher.weights != "random" and not job.teacher.finetune  # else the run has trained it
+    weights = job.teacher.weights if given or known is None else known["weights"]
     if weights == "random":
         return None
     return build_network(job, teacher_head(job, of_run).count, weights), weights

@@ -19,11 +19,13 @@ from mimkd_ray.config.digest import training_dict
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import Interrupted, count
 from mimkd_ray.run_lock import InUse, held
+from mimkd_ray.train.build import build_student
 from mimkd_ray.train.distributed import Context, ask_first, share_from_first
 from mimkd_ray.train.known_accuracy import beside
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import find_result
+from mimkd_ray.train.teacher import weights_digest
 
 FOLDER = "teachers"
 LOOK_SECONDS = 5.0
@@ -53,8 +55,10 @@ def teacher_config(config: Config) -> Config:
 
 
 def folder_of(own: Config, data: Data, run_dir: str) -> str:
-    """Return the directory of the teacher's run. ``own``: its config, ``data``: its images."""
-    what = json.dumps({"config": training_dict(own), "data": data.digest}, sort_keys=True)
+    """Return the directory of the teacher's run. ``own``: its config, ``data``: its images. Weights that it starts from
+    count by their content: a file may be replaced by another."""
+    start = weights_digest(build_student(own, data.num_classes)) if own.student.weights != "random" else ""
+    what = json.dumps({"config": training_dict(own), "data": data.digest, "start": start}, sort_keys=True)
     name = re.sub(r"[^A-Za-z0-9_.]+", "-", own.student.name).strip("-.")[-60:]
     return beside(run_dir, FOLDER, f"{name}-{hashlib.sha256(what.encode()).hexdigest()[:12]}")
 
@@ -66,7 +70,7 @@ def train_teacher(config: Config, data: Data, context: Context, run_dir: str) ->
     """
     own = teacher_config(config)
     images = open_data(own.data, data.own)
-    folder = folder_of(own, images, run_dir)
+    folder = ask_first(lambda: folder_of(own, images, run_dir))
     finished = ask_first(lambda: find_result(own, folder))
     if finished is not None:
         say(context, f"the teacher {config.teacher.name} was trained before, in {folder}")

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import cpu, run_tiny, tiny_config, tiny_data
 
+from mimkd_ray.__main__ import main
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.config import Config
 from mimkd_ray.errors import Interrupted, UserError
@@ -80,6 +81,17 @@ def test_its_place_is_a_digest_of_what_decides_it(sections: dict[str, Any], same
     assert (place(tiny_config(teacher=TRAINED)) == place(tiny_config(teacher=of_teacher, **sections))) is same
 
 
+def test_weights_that_it_starts_from_count_by_their_content(tmp_path: Path) -> None:
+    file = tmp_path / "given.safetensors"
+    own = teacher_config(tiny_config(teacher={"finetune": True, "weights": str(file), "epochs": 2}))
+    places = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        save_file(build_model("cifar/resnet8", 7).state_dict(), file)
+        places.append(folder_of(own, tiny_data(own), "/runs/a"))
+    assert places[0] == places[2] != places[1]
+
+
 def test_the_teachers_own_schedule() -> None:
     own = teacher_config(tiny_config(teacher={"train": True, "epochs": 7, "lr": 0.3}, loss={"label_smoothing": 0.1}))
     assert (own.train.epochs, own.optim.lr, own.loss.label_smoothing) == (7, 0.3, 0.1)
@@ -120,7 +132,7 @@ def test_a_run_waits_for_the_teacher_of_another(
     assert Path(folder, "result.json").exists()
 
 
-def test_fine_tuning_trains_a_new_head_and_then_all(tmp_path: Path) -> None:
+def test_fine_tuning_trains_a_new_head_and_then_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a file of seven classes, for ten."""
     torch.manual_seed(1)
     save_file(build_model("cifar/resnet8", 7).state_dict(), tmp_path / "seven.safetensors")
@@ -148,6 +160,8 @@ def test_fine_tuning_trains_a_new_head_and_then_all(tmp_path: Path) -> None:
     (folder,) = teachers(tmp_path)
     assert result["teacher"]["weights"] == str(folder / "student.safetensors")
     assert load_file(folder / "student.safetensors")[f"{head}.weight"].shape[0] == 10
+    assert main(["evaluate", str(tmp_path / "run"), "--eval.network", "teacher"]) == 0
+    assert f"weights {folder / 'student.safetensors'}" in capsys.readouterr().out
 
 
 def test_a_resumed_fine_tuning_knows_where_it_is(tmp_path: Path) -> None:
