@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mimkd_ray import storage
 from mimkd_ray.cli import common
 from mimkd_ray.cli.local_launch import local_context
 from mimkd_ray.cli.training import absolute
-from mimkd_ray.config import Config
+from mimkd_ray.config import Config, LaunchConfig
 from mimkd_ray.config.evaluate import EvaluateJob, evaluate_job
 from mimkd_ray.config.json_form import from_dict
 from mimkd_ray.errors import UserError
@@ -30,10 +31,10 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
 
     def work() -> int:
         run_dir = ""
-        base: Config = Config(recipe="evaluate")
+        base: Config = Config(recipe="evaluate", launch=LaunchConfig(backend="local"))
         if arguments and not arguments[0].startswith("-"):
             run_dir = storage.absolute(arguments.pop(0))
-            base = config_of_run(run_dir)
+            base = replace(config_of_run(run_dir), launch=LaunchConfig(backend="local"))  # not that of training
         head = f"{program} [RUN] [flags]\n\nRUN is a run's directory or URL; its config is the default of all flags."
         job = common.from_flags(EvaluateJob, arguments, prog=program, description=head, default=evaluate_job(base))
         if job is not None:
@@ -54,15 +55,24 @@ def config_of_run(run_dir: str) -> Config:
 def evaluate(job: EvaluateJob, run_dir: str = "", trained_on: Config | None = None) -> dict[str, Any]:
     """Evaluate, print the table, write the files, and return the figures."""
     out = storage.absolute(job.eval.out or run_dir or ".")
+    if job.launch.backend == "ray":
+        from mimkd_ray.on_ray.evaluate_workers import evaluate_on_ray  # Ray takes seconds to import
+
+        figures = evaluate_on_ray(job, out, run_dir, trained_on)
+        _tell(figures, out, run_dir)
+        return figures
     with local_context(job.launch, StartTimes()) as context:
         found = measure(job, context, run_dir, trained_on)
         if context.rank == 0:
-            print(table(found.figures), flush=True)
             save(found, out)
-            print(f"{storage.join(out, FIGURES)}\n{storage.join(out, PREDICTIONS)}", flush=True)
-            if run_dir and out == run_dir and (page := try_to_write_report(run_dir)):
-                print(page, flush=True)
+            _tell(found.figures, out, run_dir)
     return found.figures
+
+
+def _tell(figures: Mapping[str, Any], out: str, run_dir: str) -> None:
+    print(f"{table(figures)}\n{storage.join(out, FIGURES)}\n{storage.join(out, PREDICTIONS)}", flush=True)
+    if run_dir and out == run_dir and (page := try_to_write_report(run_dir)):
+        print(page, flush=True)
 
 
 def table(figures: Mapping[str, Any]) -> str:

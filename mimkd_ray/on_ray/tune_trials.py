@@ -229,7 +229,7 @@ class LargeTrial(tune.Trainable):
 
     def cleanup(self) -> None:
         """Ask the workers to save and end, and wait for it."""
-        from mimkd_ray.on_ray.train_workers import ANYBODY, STOP
+        from mimkd_ray.on_ray.worker_context import ANYBODY, STOP
 
         if self._thread.is_alive():
             write_json(storage.join(self._place, STOP), {"launch_id": ANYBODY})

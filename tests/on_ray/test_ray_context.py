@@ -20,7 +20,7 @@ pytest.importorskip("ray")
 
 from mimkd_ray import storage
 from mimkd_ray.errors import UserError
-from mimkd_ray.on_ray import train_workers
+from mimkd_ray.on_ray import train_workers, worker_context
 from mimkd_ray.storage import StorageError
 from mimkd_ray.train.distributed import Preemption
 from mimkd_ray.train.records.run_dir import write_json
@@ -36,12 +36,12 @@ class _FirstWorker:
         return 1
 
 
-def watching(monkeypatch: pytest.MonkeyPatch, run_dir: Path, joined: bool = False) -> train_workers.RayContext:
+def watching(monkeypatch: pytest.MonkeyPatch, run_dir: Path, joined: bool = False) -> worker_context.RayContext:
     """The context of the only worker of a job, which looks for a stop request a hundred times a second."""
     monkeypatch.setattr(train_workers, "STOP_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(train_workers.ray.train, "get_context", _FirstWorker)
-    monkeypatch.setattr(train_workers.ray.train.torch, "get_device", lambda: torch.device("cpu"))
-    return train_workers.RayContext(LAUNCH, str(run_dir), joined)
+    monkeypatch.setattr(worker_context.ray.train, "get_context", _FirstWorker)
+    monkeypatch.setattr(worker_context.ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    return worker_context.RayContext(LAUNCH, str(run_dir), joined)
 
 
 def within(seconds: float, condition: Callable[[], Any]) -> bool:
@@ -73,7 +73,7 @@ def test_a_stop_request_is_heeded_after_storage_has_failed(
         assert not context.stop_requested()
         write_json(str(tmp_path / "stop.json"), {"launch_id": LAUNCH})
         assert within(10, context.stop_requested)
-    said = [record.getMessage() for record in caplog.records if record.name == train_workers.__name__]
+    said = [record.getMessage() for record in caplog.records if record.name == worker_context.__name__]
     assert ["look 1" in said[0], "look 3" in said[1], len(said)] == [True, True, 2]
     for line in said:
         assert "\n" not in line
@@ -90,7 +90,7 @@ def test_a_file_that_is_no_request_does_not_end_the_watch(
     context = watching(monkeypatch, tmp_path)
     assert within(10, lambda: "cannot look for a stop request" in caplog.text)
     assert not context.stop_requested()
-    write_json(str(file), {"launch_id": train_workers.ANYBODY})
+    write_json(str(file), {"launch_id": worker_context.ANYBODY})
     assert within(10, context.stop_requested)
 
 
@@ -108,7 +108,7 @@ def test_a_preemption_that_ray_hears_of_is_a_record(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(train_workers, "LiveMetrics", object)
     info: list[Any] = [None]
-    monkeypatch.setattr(train_workers.ray.train, "get_preemption_info", lambda: info[0])
+    monkeypatch.setattr(worker_context.ray.train, "get_preemption_info", lambda: info[0])
     joined, own = watching(monkeypatch, tmp_path, joined=True), watching(monkeypatch, tmp_path)
     assert joined.preemption() is None
     info[0] = PreemptionInfo(deadline_ms=1_700_000_000_500, preempted_node_to_ranks={"b": [2, 0], "a": [1]})
@@ -116,14 +116,14 @@ def test_a_preemption_that_ray_hears_of_is_a_record(tmp_path: Path, monkeypatch:
     assert own.preemption() is None
     info[0] = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [0]})
     assert joined.preemption() == Preemption(nodes=("a",), ranks=(0,), deadline=None)
-    write_json(str(tmp_path / "stop.json"), {"launch_id": train_workers.ANYBODY})  # ends both threads
+    write_json(str(tmp_path / "stop.json"), {"launch_id": worker_context.ANYBODY})  # ends both threads
     assert within(10, lambda: joined.stop_requested() and own.stop_requested())
 
 
 def test_a_worker_that_is_stuck_leaves_an_error_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr(train_workers, "STOP_SECONDS", 0.05)
-    monkeypatch.setattr(train_workers.os, "_exit", ended.append)
+    monkeypatch.setattr(worker_context.os, "_exit", ended.append)
     write_json(str(tmp_path / "stop.json"), {"launch_id": LAUNCH})
     watching(monkeypatch, tmp_path)
     assert within(10, lambda: ended == [3])
@@ -138,7 +138,7 @@ def test_a_worker_that_heard_the_request_takes_its_time(
 ) -> None:
     ended: list[int] = []
     monkeypatch.setattr(train_workers, "STOP_SECONDS", 0.3)
-    monkeypatch.setattr(train_workers.os, "_exit", ended.append)
+    monkeypatch.setattr(worker_context.os, "_exit", ended.append)
     context = watching(monkeypatch, tmp_path)
     write_json(str(tmp_path / "stop.json"), {"launch_id": LAUNCH})
     if way == "asks":
