@@ -47,6 +47,13 @@ def test_own_dataset(example: Any, tmp_path: Path) -> None:
     assert module.main(str(tmp_path), epochs=2) == result, "the same call finds its run again"
 
 
+def test_without_labels(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    of_teacher, before, after = example("without_labels").main(epochs=8)
+    assert of_teacher > 60  # a tenth by chance: it has seen no label
+    assert after > before + 10
+    assert capsys.readouterr().out.splitlines()[-1].startswith("nearest of 100 labelled images: teacher ")
+
+
 def test_vit_to_mobilenet(example: Any) -> None:
     of_teacher, of_student = example("vit_to_mobilenet").main(epochs=2)
     assert of_teacher > 30
