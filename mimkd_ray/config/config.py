@@ -105,6 +105,10 @@ class Config:
                 f"compare.seeds {self.compare.seeds} counts up from train.seed {self.train.seed}, past {SEEDS - 1}: "
                 "give a smaller train.seed"
             )
+        self._check_workers()
+
+    def _check_workers(self) -> None:
+        """Raise UserError if there are more workers than lanes."""
         most = self.launch.worker_range[1]
         if most > self.train.lanes:
             raise UserError(

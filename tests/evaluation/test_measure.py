@@ -67,34 +67,6 @@ def test_a_run(finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixt
     assert f"top-1 {figures['top1']:.2f} %" in capsys.readouterr().out
 
 
-@pytest.mark.ray
-def test_two_ray_workers_find_what_one_process_finds(
-    finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    place, _ = finished
-    for name, more in (("one", ()), ("two", ("--launch.backend", "ray", "--launch.workers", 2))):
-        assert evaluate(place, *FAST, "--eval.out", tmp_path / name, *more) == 0
-    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
-    for figures in (one, two):
-        figures.pop("versions")
-    assert _close(one, two)
-    tables = [pq.read_table(tmp_path / name / "predictions.parquet").sort_by("id") for name in ("one", "two")]
-    assert tables[0]["prediction"].equals(tables[1]["prediction"])
-    capsys.readouterr()
-    assert evaluate(place, *FAST, "--eval.out", tmp_path, "--student.weights", "no.safetensors", "--launch.backend",
-                    "ray", "--launch.workers", 2) == 2  # fmt: skip
-    assert "no.safetensors" in capsys.readouterr().err
-
-
-def _close(one: Any, two: Any) -> bool:
-    """Whether two values of JSON agree, floats to a millionth."""
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(_close(one[key], two[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(two) and all(map(_close, one, two))
-    return one == pytest.approx(two, rel=1e-6) if isinstance(one, float) else one == two
-
-
 def test_the_teacher_and_the_best_and_a_part(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     place, result = finished
     assert evaluate(place, "--eval.network", "teacher", "--eval.out", tmp_path, *FAST) == 0
