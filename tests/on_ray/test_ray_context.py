@@ -38,7 +38,7 @@ class _FirstWorker:
 
 def watching(monkeypatch: pytest.MonkeyPatch, run_dir: Path, joined: bool = False) -> worker_context.RayContext:
     """The context of the only worker of a job, which looks for a stop request a hundred times a second."""
-    monkeypatch.setattr(train_workers, "STOP_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(worker_context, "STOP_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(worker_context.ray.train, "get_context", _FirstWorker)
     monkeypatch.setattr(worker_context.ray.train.torch, "get_device", lambda: torch.device("cpu"))
     return worker_context.RayContext(LAUNCH, str(run_dir), joined)
@@ -106,7 +106,7 @@ def test_a_preemption_that_ray_hears_of_is_a_record(tmp_path: Path, monkeypatch:
     """In a cluster of others'; in a Ray of our own nobody drains nodes, and Ray is not asked."""
     from ray.train import PreemptionInfo
 
-    monkeypatch.setattr(train_workers, "LiveMetrics", object)
+    monkeypatch.setattr(worker_context, "LiveMetrics", object)
     info: list[Any] = [None]
     monkeypatch.setattr(worker_context.ray.train, "get_preemption_info", lambda: info[0])
     joined, own = watching(monkeypatch, tmp_path, joined=True), watching(monkeypatch, tmp_path)
@@ -122,7 +122,7 @@ def test_a_preemption_that_ray_hears_of_is_a_record(tmp_path: Path, monkeypatch:
 
 def test_a_worker_that_is_stuck_leaves_an_error_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
-    monkeypatch.setattr(train_workers, "STOP_SECONDS", 0.05)
+    monkeypatch.setattr(worker_context, "STOP_SECONDS", 0.05)
     monkeypatch.setattr(worker_context.os, "_exit", ended.append)
     write_json(str(tmp_path / "stop.json"), {"launch_id": LAUNCH})
     watching(monkeypatch, tmp_path)
@@ -137,7 +137,7 @@ def test_a_worker_that_heard_the_request_takes_its_time(
     way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[int] = []
-    monkeypatch.setattr(train_workers, "STOP_SECONDS", 0.3)
+    monkeypatch.setattr(worker_context, "STOP_SECONDS", 0.3)
     monkeypatch.setattr(worker_context.os, "_exit", ended.append)
     context = watching(monkeypatch, tmp_path)
     write_json(str(tmp_path / "stop.json"), {"launch_id": LAUNCH})
