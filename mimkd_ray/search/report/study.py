@@ -84,7 +84,9 @@ class Study:
         figure.update_traces(marker={"colorscale": SCALE, "showscale": False, "line": {"width": 0}})
         figure = self._styled(figure, 280, scores="y").update_xaxes(title={"text": ""})
         values = sorted({value for trial in self.scored if (value := _value(trial, name)) is not None}, key=str)
-        if not hasattr(self._spaces[name], "choices"):
+        if hasattr(self._spaces[name], "choices"):
+            figure.update_xaxes(labelalias={repr(each): each for each in self._spaces[name].choices})
+        else:
             if len(values) <= FEW:
                 figure.update_xaxes(tickvals=values, ticktext=[value_text(value) for value in values])
             elif self._spaces[name].log:
@@ -153,6 +155,8 @@ class Study:
         figure = plot_intermediate_values(self._with([trial.number for trial in self.scored[:MOST_LINES]]))
         figure.update_traces(marker={"size": 4}, line={"width": 1.2})
         figure = self._styled(figure, 380, scores="y").update_layout(showlegend=False)
+        if max((point.epoch for trial in self.scored for point in trial.curve), default=0) <= FEW:
+            figure.update_xaxes(dtick=1)
         return figure.update_xaxes(title={"text": "epoch"}).update_yaxes(title={"text": LABELS[self.metric]})
 
     def _with(self, numbers: Sequence[int]) -> Any:
