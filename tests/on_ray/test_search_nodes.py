@@ -30,14 +30,14 @@ def test_a_node_is_killed_under_trials_of_two_workers(tmp_path: Path, monkeypatc
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}/tests:{ROOT}")
     monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", f"{ROOT}/tests:{ROOT}")
-    head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
+    head = {"num_cpus": 0, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        nodes = [cluster.add_node(num_cpus=2, node_ip_address="127.0.0.1") for _ in range(2)]
+        nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
         arguments = [sys.executable, str(ROOT / "jobs" / "search.py"), *FLAGS, "--run.root", str(tmp_path)]
         job = Job([*arguments, "--launch.address", cluster.address], tmp_path / "log")
         job.wait_until(lambda: sum(bool(row["curve"]) for row in rows(tmp_path)) >= 2, 400)
-        assert "2 at a time, 2 workers with 1 CPUs each a trial" in (tmp_path / "log").read_text()
+        assert "2 at a time, 2 workers with 1 CPU each a trial" in (tmp_path / "log").read_text()
         cluster.remove_node(nodes[1], allow_graceful=False)
         assert job.end(600) == 0, (tmp_path / "log").read_text()
     finally:
