@@ -185,7 +185,8 @@ def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, shape: Shape,
     """
     search = job.search
     if search.workers > 1:
-        trial: Any = tune.with_parameters(LargeTrial, configs=configs, folder=folder, own=own, secrets=Carried())
+        parts = {"configs": configs, "folder": folder, "cpus": int(shape.cpus), "own": own, "secrets": Carried()}
+        trial: Any = tune.with_parameters(LargeTrial, **parts)
     elif search.pack > 1:
         trial = pack_trainable(search, configs, folder, shape.cpus)
     else:

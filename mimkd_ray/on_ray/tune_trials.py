@@ -191,12 +191,16 @@ class LargeTrial(tune.Trainable):
     leave it to others to end its workers.
     """
 
-    def setup(self, config: dict[str, Any], configs: Configs, folder: str, own: bool, secrets: Carried) -> None:
-        """Begin or go on. ``own``: this Ray was started for the search."""
+    def setup(
+        self, config: dict[str, Any], configs: Configs, folder: str, cpus: int, own: bool, secrets: Carried
+    ) -> None:
+        """Begin or go on. ``cpus``: those of a worker; by itself a run would take all that are there now, also those of
+        other trials. ``own``: this Ray was started for the search."""
         self._place = storage.join(folder, "trials", self.trial_id)
         self._seen = 0
         self._error: BaseException | None = None
-        self._config = configs(config).config
+        made = configs(config).config
+        self._config = replace(made, launch=replace(made.launch, cpus_per_worker=cpus))
         self._thread = threading.Thread(target=self._fit, args=(own,), name="fit", daemon=True)
         self._thread.start()
 
