@@ -233,7 +233,8 @@ class Bench:
             command = [sys.executable, str(job), self.args.pair]
             fields = {
                 "data.root": self.args.data, "run.root": folder, "run.name": "start", "launch.backend": "local",
-                "teacher.weights": "random", "train.compile": "off", "train.max-steps": 4 if ON_GPU else 1,
+                "teacher.weights": "random", "teacher.allow-chance": "true", "train.compile": "off",
+                "train.max-steps": 4 if ON_GPU else 1,
                 "train.eval-every": 0, "run.tensorboard": "false", "data.val-rows": 200, "train.information-rows": 0,
             }  # fmt: skip
             for name, value in fields.items():
