@@ -49,9 +49,9 @@ from mimkd_ray.teacher_cache.codec import Codec, Shape, coded_shape, needs_calib
 from mimkd_ray.teacher_cache.feature_manifest import Error, ViewManifest, publish
 from mimkd_ray.teacher_cache.reader import FeatureReader
 from mimkd_ray.teacher_cache.writer import write_shard
-from mimkd_ray.train.build import build_network
+from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.from_cache.fit_codecs import sample_keys
-from mimkd_ray.train.student import lone_student
+from mimkd_ray.train.networks.build import build_network
 
 CODECS = ("fp32", "fp16", "bf16", "uint8", "pool4,fp16", "pool4,uint8", "pool4,pca256,uint8")
 READ_ROWS, READ_BYTES, READ_BLOCK = 65_536, 4096, 256

@@ -54,9 +54,9 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.features import Features
 from mimkd_ray.recipes import CIFAR_MEAN, CIFAR_STD
 from mimkd_ray.taps.tap_codecs import by_label
-from mimkd_ray.train.build import build_network
-from mimkd_ray.train.step import backward_lane
-from mimkd_ray.train.student import Student, lone_student
+from mimkd_ray.train.engine.step import backward_lane
+from mimkd_ray.train.engine.student import Student, lone_student
+from mimkd_ray.train.networks.build import build_network
 
 TEACHER, STUDENT = "cifar/resnet20", "cifar/resnet8"
 LANE_BATCH = 64

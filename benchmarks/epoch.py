@@ -43,9 +43,9 @@ from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import CIFAR_MEAN, CIFAR_STD
-from mimkd_ray.train.build import build_network
-from mimkd_ray.train.captured import make_engine
-from mimkd_ray.train.student import lone_student
+from mimkd_ray.train.engine.captured import make_engine
+from mimkd_ray.train.engine.student import lone_student
+from mimkd_ray.train.networks.build import build_network
 
 PAIR = PAIRS["resnet32x4_resnet8x4"]
 EPOCH = 50_000

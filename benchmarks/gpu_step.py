@@ -41,10 +41,10 @@ from mimkd_ray.config import Config, LaunchConfig, LossConfig
 from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.recipes import CIFAR_PAIRS, r34_r18
-from mimkd_ray.train.build import build_network, plan_student
-from mimkd_ray.train.captured import WARM_STEPS, make_engine
-from mimkd_ray.train.inputs import Inputs
-from mimkd_ray.train.student import Student
+from mimkd_ray.train.engine.captured import WARM_STEPS, make_engine
+from mimkd_ray.train.engine.inputs import Inputs
+from mimkd_ray.train.engine.student import Student
+from mimkd_ray.train.networks.build import build_network, plan_student
 
 PACK = ("alone", "kd", "feature_3", "best", "queue")
 THREE_TERMS = LossConfig(local_weight=1.0)

@@ -18,7 +18,7 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.json_files import read_json
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import cifar100
-from mimkd_ray.train.build import build_network, place
+from mimkd_ray.train.networks.build import build_network, place
 from mimkd_ray.train.packed import Member, train_pack
 from mimkd_ray.train.records.outcomes import Failed
 from mimkd_ray.train.records.run_dir import write_json

@@ -12,7 +12,7 @@ from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import IMAGENET_RECIPES
-from mimkd_ray.train.student import Student, lone_student
+from mimkd_ray.train.engine.student import Student, lone_student
 
 
 def make_student(teacher: str, student: str, lanes: int, lane_batch: int, size: int, device: torch.device) -> Student:

@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     from mimkd_ray.taps.default_stages import default_taps as default_taps
     from mimkd_ray.taps.tapped_model import TappedModel as TappedModel
     from mimkd_ray.taps.tapped_model import find_shapes as find_shapes
-    from mimkd_ray.train.accuracy import evaluate as evaluate
     from mimkd_ray.train.distiller import Distiller as Distiller
     from mimkd_ray.train.distiller import distill as distill
+    from mimkd_ray.train.held_out.accuracy import evaluate as evaluate
 
 __version__ = "0.2.0"
 
@@ -128,7 +128,7 @@ _HOMES = {
     "recipes": ("cifar100", "demo", "r34_r18", "r50_mbv2", "r50_shufflenetv2"),
     "taps.default_stages": ("default_taps",),
     "taps.tapped_model": ("TappedModel", "find_shapes"),
-    "train.accuracy": ("evaluate",),
+    "train.held_out.accuracy": ("evaluate",),
     "train.distiller": ("Distiller", "distill"),
 }
 """The module that defines each public name, for the import at run time."""

@@ -13,7 +13,7 @@ def start_ranks(function: Callable[..., None], arguments: tuple[Any, ...], world
     """Call ``function(rank, *arguments)`` in ``world`` fresh processes, and raise what any of them raises."""
     multiprocessing.set_forkserver_preload(
         [
-            "mimkd_ray.train.student",
+            "mimkd_ray.train.engine.student",
             "mimkd_ray.train.loop",
             "mimkd_ray.cli.local_launch",
             "torch._dynamo",

@@ -11,8 +11,8 @@ from mimkd_ray.config.json_form import from_dict, to_dict
 from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES, SMALL_RATE
-from mimkd_ray.train.build import KINDS, plan_taps
-from mimkd_ray.train.optim import learning_rate
+from mimkd_ray.train.networks.build import KINDS, plan_taps
+from mimkd_ray.train.networks.optim import learning_rate
 
 RECIPES = {**IMAGENET_RECIPES, **CIFAR_RECIPES}
 CLASSES = {"digits": 10, "cifar100": 100, "imagenet": 1000}

@@ -14,9 +14,9 @@ from mimkd_ray.cache_build.build_setup import Setup
 from mimkd_ray.cache_build.build_units import in_process
 from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import open_data
-from mimkd_ray.train.build import build_network
-from mimkd_ray.train.student import lone_student
-from mimkd_ray.train.teacher_head import teacher_head
+from mimkd_ray.train.engine.student import lone_student
+from mimkd_ray.train.networks.build import build_network
+from mimkd_ray.train.networks.teacher_head import teacher_head
 
 CPU = torch.device("cpu")
 STEPS = 4

@@ -24,12 +24,19 @@ from mimkd_ray.teacher_cache.codec import needs_calibration
 from mimkd_ray.teacher_cache.keys import Entry, Origin, calibration_url, logits_entry, parts_of, pixels_entry
 from mimkd_ray.teacher_cache.pixel_digests import PIXELS, ROW_BYTES
 from mimkd_ray.teacher_cache.writer import block_rows
-from mimkd_ray.train.build import build_network, place, plan_student, teacher_autocast, teacher_images, teacher_taps
 from mimkd_ray.train.from_cache.cached_teacher import origin_of
 from mimkd_ray.train.from_cache.fit_codecs import Sight
-from mimkd_ray.train.teacher import Teacher
-from mimkd_ray.train.teacher_head import teacher_head
-from mimkd_ray.train.teacher_input import teacher_input
+from mimkd_ray.train.networks.build import (
+    build_network,
+    place,
+    plan_student,
+    teacher_autocast,
+    teacher_images,
+    teacher_taps,
+)
+from mimkd_ray.train.networks.teacher import Teacher
+from mimkd_ray.train.networks.teacher_head import teacher_head
+from mimkd_ray.train.networks.teacher_input import teacher_input
 
 
 @dataclass(frozen=True)

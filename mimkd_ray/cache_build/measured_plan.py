@@ -13,10 +13,10 @@ from mimkd_ray.teacher_cache.codec import Calibration, projects
 from mimkd_ray.teacher_cache.cost_plan import Measured, Plan, Sized
 from mimkd_ray.teacher_cache.keys import Entry
 from mimkd_ray.teacher_cache.pixel_digests import PIXELS
-from mimkd_ray.train.build import build_distiller
+from mimkd_ray.train.engine.step import backward_lane
 from mimkd_ray.train.from_cache.cached_teacher import entries_of
 from mimkd_ray.train.from_cache.fit_codecs import sample_keys
-from mimkd_ray.train.step import backward_lane
+from mimkd_ray.train.networks.build import build_distiller
 
 BATCHES = 3
 """Batches of a lane that are timed, after one that is not."""

@@ -25,7 +25,7 @@ from mimkd_ray.evaluation.real_labels import real_accuracy
 from mimkd_ray.evaluation.similarity import linear_cka
 from mimkd_ray.losses.estimate import mutual_information
 from mimkd_ray.train.distributed import Context
-from mimkd_ray.train.neighbours import knn_accuracy
+from mimkd_ray.train.held_out.neighbours import knn_accuracy
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.run_dir import jsonable, write_json
 from mimkd_ray.versions import versions

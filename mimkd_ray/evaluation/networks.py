@@ -20,13 +20,13 @@ from mimkd_ray.models.weights_file import shown
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.taps.default_stages import default_taps
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape, find_shapes
-from mimkd_ray.train.build import build_network, place, taps_of_run, teacher_images, uses_channels_last
 from mimkd_ray.train.distributed import ask_first
+from mimkd_ray.train.networks.build import build_network, place, taps_of_run, teacher_images, uses_channels_last
+from mimkd_ray.train.networks.student_module import Normalizer
+from mimkd_ray.train.networks.teacher import canonical
+from mimkd_ray.train.networks.teacher_head import teacher_head
+from mimkd_ray.train.networks.teacher_input import TeacherImages
 from mimkd_ray.train.records import checkpoint
-from mimkd_ray.train.student_module import Normalizer
-from mimkd_ray.train.teacher import canonical
-from mimkd_ray.train.teacher_head import teacher_head
-from mimkd_ray.train.teacher_input import TeacherImages
 
 FILES = {"student": "student.safetensors", "best": "best.safetensors"}
 

@@ -39,7 +39,7 @@ from mimkd_ray.models.outputs import describe
 from mimkd_ray.models.weights_file import cause, shown
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.secret_urls import scrubbed
-from mimkd_ray.train.evaluate import held_out_name
+from mimkd_ray.train.held_out.evaluate import held_out_name
 from mimkd_ray.train.records.run_dir import write_json
 from mimkd_ray.train.records.run_files import OF_AN_EXPORT
 from mimkd_ray.versions import versions

@@ -18,9 +18,9 @@ from mimkd_ray.json_files import read_json
 from mimkd_ray.search.suggest import Given, Space, compose
 from mimkd_ray.search.tap_candidates import find_candidates, widest
 from mimkd_ray.search.trials import Value
+from mimkd_ray.train.networks.teacher_head import teacher_head
 from mimkd_ray.train.records.outcomes import DAMAGED_CONFIG
 from mimkd_ray.train.records.run_dir import write_json
-from mimkd_ray.train.teacher_head import teacher_head
 
 MAY_CHANGE = ("hours", "gpu_hours", "finalists", "seeds")
 """Fields of the search's config that may differ when it is given again."""

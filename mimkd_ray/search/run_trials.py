@@ -23,16 +23,16 @@ from mimkd_ray.json_files import read_json
 from mimkd_ray.search.optuna_study import halving
 from mimkd_ray.search.table import point_of
 from mimkd_ray.secret_urls import scrubbed
-from mimkd_ray.train.build import make_order, plan_student
 from mimkd_ray.train.distributed import Context, Preemption
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.loop import train
+from mimkd_ray.train.networks.build import make_order, plan_student
+from mimkd_ray.train.networks.teacher_head import teacher_head
 from mimkd_ray.train.out_of_memory import is_out_of_memory
 from mimkd_ray.train.packed import Member, train_pack
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.outcomes import CONFIG, RESULT, Failed, Stopped
 from mimkd_ray.train.start_times import StartTimes
-from mimkd_ray.train.teacher_head import teacher_head
 from mimkd_ray.train.worker import obtain_teacher
 
 Tell = Callable[[Mapping[str, Any]], None]

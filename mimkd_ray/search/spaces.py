@@ -14,7 +14,7 @@ from mimkd_ray.config.critic import StudentSide, TeacherSide
 from mimkd_ray.config.loss_presets import Negatives, SameClass
 from mimkd_ray.losses.bounds import BOUNDS
 from mimkd_ray.search.suggest import Candidates, Space, Suggest
-from mimkd_ray.train.build import KINDS
+from mimkd_ray.train.networks.build import KINDS
 
 
 def _loss(config: Config, **changes: Any) -> Config:

@@ -15,8 +15,8 @@ from mimkd_ray.taps.default_stages import Stages, default_taps
 from mimkd_ray.taps.dry_checks import build_without_weights
 from mimkd_ray.taps.pairing import choose_pairs
 from mimkd_ray.taps.tapped_model import find_shapes
-from mimkd_ray.train.build import KINDS
-from mimkd_ray.train.teacher_input import teacher_input
+from mimkd_ray.train.networks.build import KINDS
+from mimkd_ray.train.networks.teacher_input import teacher_input
 
 MAX_SIDE = 16
 """Largest height and width of student maps: a 32x32 map costs sixteen times as much as an 8x8 one."""

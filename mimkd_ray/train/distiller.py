@@ -32,9 +32,9 @@ from mimkd_ray.losses.shared_classes import SharedClasses, check_shared
 from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.taps.tapped_model import TappedModel
 from mimkd_ray.taps.tracing import dry_run
-from mimkd_ray.train.build import TapPlan, plan_taps
 from mimkd_ray.train.distributed import gather_lanes, is_distributed
-from mimkd_ray.train.teacher import canonical
+from mimkd_ray.train.networks.build import TapPlan, plan_taps
+from mimkd_ray.train.networks.teacher import canonical
 
 PAIR_KINDS = ("global", "local", "feature", "rival")
 MOST_BATCHES = 1024
@@ -77,7 +77,7 @@ class Distiller(nn.Module):
         epoch_steps: int | None = None,
         labels: Labels = "all",
     ) -> None:
-        """``plan``: the taps that ``loss`` reads (:func:`mimkd_ray.train.build.plan_taps`). The rest is as in
+        """``plan``: the taps that ``loss`` reads (:func:`mimkd_ray.train.networks.build.plan_taps`). The rest is as in
         :func:`distill`. Critics are drawn from torch's global generator."""
         super().__init__()
         self.student = student

@@ -15,16 +15,16 @@ from mimkd_ray import console, storage
 from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
-from mimkd_ray.train.captured import make_engine
 from mimkd_ray.train.distributed import Context, Preemption, all_sum, ask_first, barrier
+from mimkd_ray.train.engine.captured import make_engine
+from mimkd_ray.train.engine.step import StepRecord
+from mimkd_ray.train.engine.student import Student, lone_student
+from mimkd_ray.train.engine.turns import NoMemory
 from mimkd_ray.train.records.metrics import Meter, Progress, judged, reading, say
 from mimkd_ray.train.records.outcomes import begin
 from mimkd_ray.train.records.run_dir import MetricsLog
 from mimkd_ray.train.records.save_and_stop import Rhythm
 from mimkd_ray.train.run_record import Run
-from mimkd_ray.train.step import StepRecord
-from mimkd_ray.train.student import Student, lone_student
-from mimkd_ray.train.turns import NoMemory
 
 GRAPHS = 64
 """Students (and lane sizes) that one process compiles; torch's own limit is 8."""

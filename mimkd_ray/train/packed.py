@@ -25,20 +25,20 @@ from mimkd_ray.config.digest import differences
 from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import MemberMemoryError, NonFiniteLossError, UserError, count
-from mimkd_ray.train.build import PlannedStudent, plan_student
 from mimkd_ray.train.distributed import Context
+from mimkd_ray.train.engine.inputs import Inputs
+from mimkd_ray.train.engine.step import StepRecord
+from mimkd_ray.train.engine.student import Student, evaluate_together
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
-from mimkd_ray.train.inputs import Inputs
 from mimkd_ray.train.loop import Loop
+from mimkd_ray.train.networks.build import PlannedStudent, plan_student
+from mimkd_ray.train.networks.teacher_head import teacher_head
 from mimkd_ray.train.out_of_memory import each, is_out_of_memory
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import STOPPED, Failed, Finished, Outcome, Stopped, claim, fail, read_outcome
 from mimkd_ray.train.records.run_dir import jsonable, read_metrics, write_json
 from mimkd_ray.train.run_record import Run
-from mimkd_ray.train.step import StepRecord
-from mimkd_ray.train.student import Student, evaluate_together
-from mimkd_ray.train.teacher_head import teacher_head
 
 FEWEST_CHECKPOINTS = 2
 """That a member keeps: a kill may come when some have committed a step and others only the one before."""

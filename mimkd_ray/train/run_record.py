@@ -17,12 +17,12 @@ from mimkd_ray import storage
 from mimkd_ray.config.digest import digest
 from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.train.distributed import all_sum, ask_first, barrier, gather_lanes, share_from_first
+from mimkd_ray.train.engine.step import StepRecord
+from mimkd_ray.train.engine.student import Student
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import FiniteGuard, Meter, say
 from mimkd_ray.train.records.outcomes import RESULT
 from mimkd_ray.train.records.run_dir import MetricsLog, json_bytes, read_metrics, write_json
-from mimkd_ray.train.step import StepRecord
-from mimkd_ray.train.student import Student
 from mimkd_ray.versions import versions
 
 BUSY_SECONDS = 5.0

@@ -19,13 +19,13 @@ from mimkd_ray.config.digest import training_dict
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import Interrupted, count
 from mimkd_ray.run_lock import InUse, held
-from mimkd_ray.train.build import build_student
 from mimkd_ray.train.distributed import Context, ask_first, share_from_first
-from mimkd_ray.train.known_accuracy import beside
+from mimkd_ray.train.held_out.known_accuracy import beside
 from mimkd_ray.train.loop import train
+from mimkd_ray.train.networks.build import build_student
+from mimkd_ray.train.networks.teacher import weights_digest
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import find_result
-from mimkd_ray.train.teacher import weights_digest
 
 FOLDER = "teachers"
 LOOK_SECONDS = 5.0

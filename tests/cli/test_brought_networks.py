@@ -18,7 +18,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.secret_urls import redacted
-from mimkd_ray.train.build import build_network, build_student
+from mimkd_ray.train.networks.build import build_network, build_student
 
 
 @pytest.fixture(autouse=True)

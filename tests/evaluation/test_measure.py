@@ -18,7 +18,7 @@ from mimkd_ray.cli.training import run, run_directory
 from mimkd_ray.data.augment.views import decode, make_pipeline
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.models.zoo import build_model
-from mimkd_ray.train.student_module import Normalizer
+from mimkd_ray.train.networks.student_module import Normalizer
 
 
 @pytest.fixture(scope="module")

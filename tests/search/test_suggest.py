@@ -21,7 +21,7 @@ from mimkd_ray.search.spaces import SPACES
 from mimkd_ray.search.suggest import Candidates, Suggest, compose, find_spaces, grid, grid_values
 from mimkd_ray.search.tap_candidates import _Draw, find_candidates, near_pairs, widest
 from mimkd_ray.taps.default_stages import Stages
-from mimkd_ray.train.build import plan_taps
+from mimkd_ray.train.networks.build import plan_taps
 
 NONE = Candidates((), (), {})
 

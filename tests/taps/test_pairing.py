@@ -10,7 +10,7 @@ from mimkd_ray.models.zoo import build_model
 from mimkd_ray.taps.default_stages import Stages
 from mimkd_ray.taps.pairing import Pair, choose_pairs, parse_pair
 from mimkd_ray.taps.tapped_model import TapShape
-from mimkd_ray.train.build import plan_taps
+from mimkd_ray.train.networks.build import plan_taps
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.taps.default_stages import Stages
 from mimkd_ray.taps.rival_pairing import pair_rivals
-from mimkd_ray.train.build import TapPlan, plan_taps, training_rows
+from mimkd_ray.train.networks.build import TapPlan, plan_taps, training_rows
 
 
 def plan(*name: str, cache: CacheConfig | None = None, **fields) -> TapPlan:
@@ -52,7 +52,7 @@ def test_beside_mimkd_every_tap_is_named_once() -> None:
 
 
 def test_logits_need_no_taps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mimkd_ray.train.build.default_taps", lambda *_: pytest.fail("stages were looked for"))
+    monkeypatch.setattr("mimkd_ray.train.networks.build.default_taps", lambda *_: pytest.fail("stages were looked for"))
     found = plan("dkd", "dist")
     assert [rival.method for rival in found.rivals] == ["dkd", "dist"]
     assert found.teacher_taps() == found.student_taps() == ([], [])

@@ -16,10 +16,10 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.seeds import derive
-from mimkd_ray.train import build
-from mimkd_ray.train.build import build_network, plan_student, plan_taps
-from mimkd_ray.train.inputs import Inputs
-from mimkd_ray.train.student import Student, lone_student
+from mimkd_ray.train.engine.inputs import Inputs
+from mimkd_ray.train.engine.student import Student, lone_student
+from mimkd_ray.train.networks import build
+from mimkd_ray.train.networks.build import build_network, plan_student, plan_taps
 
 
 def by_hand(config: Config, teacher: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -19,10 +19,10 @@ from mimkd_ray.config import Config, CriticConfig, LossConfig
 from mimkd_ray.config.loss_presets import PRESETS
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.methods.registry import RIVALS
-from mimkd_ray.train.build import build_network, plan_student
-from mimkd_ray.train.captured import WARM_STEPS, CapturedEngine, make_engine
-from mimkd_ray.train.inputs import Inputs
-from mimkd_ray.train.student import Student, lone_student
+from mimkd_ray.train.engine.captured import WARM_STEPS, CapturedEngine, make_engine
+from mimkd_ray.train.engine.inputs import Inputs
+from mimkd_ray.train.engine.student import Student, lone_student
+from mimkd_ray.train.networks.build import build_network, plan_student
 
 DRAWING = (1, 3)
 """Of the variants: a network with dropout, and terms that read random locations."""

@@ -14,12 +14,12 @@ from tiny_run import tiny_config
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.distillation import MIMKDLoss
-from mimkd_ray.train.build import build_network, plan_student
-from mimkd_ray.train.captured import WARM_STEPS, CapturedEngine, make_engine
-from mimkd_ray.train.inputs import Inputs
+from mimkd_ray.train.engine.captured import WARM_STEPS, CapturedEngine, make_engine
+from mimkd_ray.train.engine.inputs import Inputs
+from mimkd_ray.train.engine.student import Student
 from mimkd_ray.train.loop import train
+from mimkd_ray.train.networks.build import build_network, plan_student
 from mimkd_ray.train.records import checkpoint
-from mimkd_ray.train.student import Student
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = LocalContext(torch.device("cuda"))

@@ -21,12 +21,12 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.seeds import derive
 from mimkd_ray.train import distiller as module
-from mimkd_ray.train.build import build_student
 from mimkd_ray.train.distiller import Distiller, distill
-from mimkd_ray.train.inputs import Lane
-from mimkd_ray.train.optim import build_optimizer, learning_rate
-from mimkd_ray.train.step import optimisation_step, seed_lane
-from mimkd_ray.train.student import Student, lone_student
+from mimkd_ray.train.engine.inputs import Lane
+from mimkd_ray.train.engine.step import optimisation_step, seed_lane
+from mimkd_ray.train.engine.student import Student, lone_student
+from mimkd_ray.train.networks.build import build_student
+from mimkd_ray.train.networks.optim import build_optimizer, learning_rate
 
 
 def networks(seed: int = 0) -> tuple[nn.Module, nn.Module]:

@@ -15,9 +15,9 @@ from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.loading.loader import LaneBatch, eval_batches
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.models.zoo import build_model
-from mimkd_ray.train.evaluate import GRADIENT_IMAGES, accuracy, held_out_name
-from mimkd_ray.train.student import lone_student
-from mimkd_ray.train.student_module import Normalizer
+from mimkd_ray.train.engine.student import lone_student
+from mimkd_ray.train.held_out.evaluate import GRADIENT_IMAGES, accuracy, held_out_name
+from mimkd_ray.train.networks.student_module import Normalizer
 
 
 def _normalizer() -> Normalizer:

@@ -26,9 +26,9 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.terms import Term
-from mimkd_ray.train.build import build_network
-from mimkd_ray.train.neighbours import NEIGHBOURS, TEMPERATURE, knn_accuracy
-from mimkd_ray.train.student import lone_student
+from mimkd_ray.train.engine.student import lone_student
+from mimkd_ray.train.held_out.neighbours import NEIGHBOURS, TEMPERATURE, knn_accuracy
+from mimkd_ray.train.networks.build import build_network
 
 
 def png(image: np.ndarray) -> bytes:

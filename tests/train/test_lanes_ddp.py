@@ -18,8 +18,8 @@ from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import Config, CriticConfig
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.distributed import gather_lanes, is_distributed
+from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.records import checkpoint
-from mimkd_ray.train.student import lone_student
 
 LANES = 4
 

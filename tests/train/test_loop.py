@@ -13,7 +13,7 @@ from tiny_run import cpu, run_tiny, tiny_config, tiny_data
 from mimkd_ray.errors import NonFiniteLossError, UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train import loop
-from mimkd_ray.train.student import Student, lone_student
+from mimkd_ray.train.engine.student import Student, lone_student
 from mimkd_ray.train.worker import run_job
 
 
@@ -186,7 +186,7 @@ def test_compiled_training_without_graph_breaks_equals_eager() -> None:
 def test_compilation_without_a_compiler_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mimkd_ray.train.student.has_compiler", lambda: False)
+    monkeypatch.setattr("mimkd_ray.train.engine.student.has_compiler", lambda: False)
     lone_student(tiny_config(train={"compile": "on"}), tiny_data(), None, cpu())
     assert capsys.readouterr().out.splitlines() == [
         "compilation is off: no C++ compiler (c++, g++ or clang++) was found"
@@ -207,7 +207,7 @@ def test_settings_of_the_compiler_are_those_of_training_while_it_lasts(
         real(self, step)
 
     monkeypatch.setattr(Student, "schedule", schedule)
-    monkeypatch.setattr("mimkd_ray.train.student.has_compiler", lambda: True)
+    monkeypatch.setattr("mimkd_ray.train.engine.student.has_compiler", lambda: True)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
     run_tiny(tmp_path / "compiled", train={"compile": "on", "max_steps": 1})
     run_tiny(tmp_path / "plain", train={"max_steps": 1})

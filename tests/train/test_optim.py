@@ -10,7 +10,7 @@ from torch import nn
 from mimkd_ray.config import CriticConfig, OptimConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.critics import DotCritic
-from mimkd_ray.train.optim import build_optimizer, learning_rate
+from mimkd_ray.train.networks.optim import build_optimizer, learning_rate
 
 
 def test_step_schedule_is_torchs_multi_step() -> None:

@@ -21,7 +21,7 @@ from mimkd_ray.losses.shared_classes import SharedClasses, match
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.distiller import distill
-from mimkd_ray.train.student import lone_student
+from mimkd_ray.train.engine.student import lone_student
 
 NAMES = ["zero", "3", "seven", "5", "1", "12", "8"]
 """Of a teacher's seven classes; the digits' are "0" to "9"."""

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from mimkd_ray.config import Config, CriticConfig
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import Interrupted, NonFiniteLossError, UserError
-from mimkd_ray.train.build import build_network
+from mimkd_ray.train.engine.student import Student
 from mimkd_ray.train.loop import train
+from mimkd_ray.train.networks.build import build_network
+from mimkd_ray.train.networks.teacher import Teacher
 from mimkd_ray.train.packed import Member, train_pack
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.outcomes import Failed, Finished, Outcome, Stopped
-from mimkd_ray.train.student import Student
-from mimkd_ray.train.teacher import Teacher
 
 TRAIN = {"epochs": 3, "information_rows": 30}
 LABELS = {"global_weight": 0.0, "local_weight": 0.0, "feature_weight": 0.0}

@@ -12,7 +12,7 @@ from test_packed import Dropping, alone, pack, quick, same
 from torch import Tensor
 
 from mimkd_ray.errors import MemberMemoryError
-from mimkd_ray.train.student import Student
+from mimkd_ray.train.engine.student import Student
 
 
 class Hungry(Dropping):

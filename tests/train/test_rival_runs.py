@@ -17,11 +17,11 @@ from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.methods.registry import RIVALS, Method
-from mimkd_ray.train.build import build_network
+from mimkd_ray.train.engine.student import Student, lone_student
 from mimkd_ray.train.loop import train
+from mimkd_ray.train.networks.build import build_network
 from mimkd_ray.train.packed import Member, train_pack
 from mimkd_ray.train.records.outcomes import Finished
-from mimkd_ray.train.student import Student, lone_student
 
 METHODS: list[tuple[Method, ...]] = [*((method,) for method in RIVALS), ("mimkd", "crd", "review")]
 IDS = ["+".join(name) for name in METHODS]

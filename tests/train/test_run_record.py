@@ -19,12 +19,12 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.digest import digest
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
-from mimkd_ray.train.build import build_network
+from mimkd_ray.train.engine.student import Student, lone_student
 from mimkd_ray.train.loop import train
+from mimkd_ray.train.networks.build import build_network
+from mimkd_ray.train.networks.teacher import Teacher
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.run_record import Run
-from mimkd_ray.train.student import Student, lone_student
-from mimkd_ray.train.teacher import Teacher
 
 LABELS = {"global_weight": 0.0, "local_weight": 0.0, "feature_weight": 0.0}
 

@@ -5,8 +5,8 @@ from tiny_run import cpu, tiny_config, tiny_data
 from torch import nn
 
 from mimkd_ray.models.zoo import build_model
-from mimkd_ray.train.student import lone_student
-from mimkd_ray.train.student_module import LaneNorms, Normalizer
+from mimkd_ray.train.engine.student import lone_student
+from mimkd_ray.train.networks.student_module import LaneNorms, Normalizer
 
 
 def test_normalizer_is_torchvisions() -> None:

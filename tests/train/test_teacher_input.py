@@ -22,11 +22,11 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.models.own_input import NetworkInput, published_input
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.models.zoo import build_model
-from mimkd_ray.train.build import plan_student, teacher_images
+from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.from_cache.cached_teacher import origin_of
-from mimkd_ray.train.student import lone_student
-from mimkd_ray.train.student_module import Normalizer
-from mimkd_ray.train.teacher_input import TeacherImages, teacher_input
+from mimkd_ray.train.networks.build import plan_student, teacher_images
+from mimkd_ray.train.networks.student_module import Normalizer
+from mimkd_ray.train.networks.teacher_input import TeacherImages, teacher_input
 
 OWN: dict[str, Any] = {"image_size": 12, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "interpolation": "bilinear"}
 

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from mimkd_ray.train.turns import NoMemory, Turns
+from mimkd_ray.train.engine.turns import NoMemory, Turns
 
 
 class Trained:

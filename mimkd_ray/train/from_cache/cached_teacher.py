@@ -23,13 +23,19 @@ from mimkd_ray.teacher_cache.feature_manifest import views_there
 from mimkd_ray.teacher_cache.keys import Entry, Origin, calibration_url, key_of, logits_entry, parts_of, pixels_entry
 from mimkd_ray.teacher_cache.pixel_digests import PIXELS, ROW_BYTES
 from mimkd_ray.teacher_cache.reader import FeatureReader
-from mimkd_ray.train.build import PlannedStudent, build_teacher, parameter_dtype, teacher_autocast, teacher_taps
 from mimkd_ray.train.distributed import Context, barrier, share_from_first
 from mimkd_ray.train.from_cache.fit_codecs import Sight, fit
 from mimkd_ray.train.from_cache.missing_features import Wanted, explain
-from mimkd_ray.train.teacher import weights_digest
-from mimkd_ray.train.teacher_head import teacher_head
-from mimkd_ray.train.teacher_input import resizing, teacher_input
+from mimkd_ray.train.networks.build import (
+    PlannedStudent,
+    build_teacher,
+    parameter_dtype,
+    teacher_autocast,
+    teacher_taps,
+)
+from mimkd_ray.train.networks.teacher import weights_digest
+from mimkd_ray.train.networks.teacher_head import teacher_head
+from mimkd_ray.train.networks.teacher_input import resizing, teacher_input
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from mimkd_ray.taps.tap_codecs import by_label
 from mimkd_ray.teacher_cache.canary import PixelWatch, check_features, chosen
 from mimkd_ray.teacher_cache.pixel_digests import PIXELS, pixel_rows
 from mimkd_ray.teacher_cache.reader import FeatureReader
-from mimkd_ray.train.teacher import Teacher
+from mimkd_ray.train.networks.teacher import Teacher
 
 
 class CacheCheck:

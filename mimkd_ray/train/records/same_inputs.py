@@ -20,8 +20,8 @@ from mimkd_ray.data.sources.source import Source, SubsetSource
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.models.weights_file import shown
+from mimkd_ray.train.networks.teacher import check_accuracy
 from mimkd_ray.train.records.run_dir import write_json
-from mimkd_ray.train.teacher import check_accuracy
 
 LABELS = "labels.json"
 

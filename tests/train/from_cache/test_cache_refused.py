@@ -18,7 +18,7 @@ from mimkd_ray.config import Config, LaunchConfig
 from mimkd_ray.config.digest import digest
 from mimkd_ray.data.augment.views import View
 from mimkd_ray.errors import DamagedDataError, UserError
-from mimkd_ray.train.build import build_network
+from mimkd_ray.train.networks.build import build_network
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "views": ({"data": {"views": 3}}, r"view 2 is missing, 2 are there \(--data.views\)"),

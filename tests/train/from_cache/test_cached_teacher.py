@@ -16,8 +16,8 @@ from mimkd_ray import storage
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.features import Features
-from mimkd_ray.train.build import build_network
-from mimkd_ray.train.student import lone_student
+from mimkd_ray.train.engine.student import lone_student
+from mimkd_ray.train.networks.build import build_network
 from mimkd_ray.train.worker import run_job
 
 
@@ -132,7 +132,7 @@ def test_the_teacher_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def features(*_: Any) -> Features:
         raise AssertionError("the teacher ran")
 
-    monkeypatch.setattr("mimkd_ray.train.teacher.Teacher.features", features)
+    monkeypatch.setattr("mimkd_ray.train.networks.teacher.Teacher.features", features)
     assert len(walk(config, tmp_path / "run")["losses"]) == STEPS
 
 

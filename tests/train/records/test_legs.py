@@ -16,9 +16,9 @@ from mimkd_ray.cli.training import run
 from mimkd_ray.config import CompareConfig, Config
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
-from mimkd_ray.train.optim import portable_state
+from mimkd_ray.train.engine.student import lone_student
+from mimkd_ray.train.networks.optim import portable_state
 from mimkd_ray.train.records import checkpoint
-from mimkd_ray.train.student import lone_student
 
 
 def config(root: Path, **sections: dict[str, Any]) -> Config:

@@ -17,7 +17,7 @@ from mimkd_ray.losses.distillation import LossOutput, MIMKDLoss
 from mimkd_ray.losses.features import Features
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape
 from mimkd_ray.train.distributed import all_sum
-from mimkd_ray.train.teacher import canonical
+from mimkd_ray.train.networks.teacher import canonical
 
 
 class StudentModule(nn.Module):

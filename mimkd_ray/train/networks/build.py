@@ -29,9 +29,9 @@ from mimkd_ray.taps.tap_codecs import Coding, coded_term
 from mimkd_ray.taps.tapped_model import TapShape, find_shapes
 from mimkd_ray.taps.tracing import dry_run
 from mimkd_ray.train.distributed import is_distributed
-from mimkd_ray.train.student_module import StudentModule
-from mimkd_ray.train.teacher import Teacher
-from mimkd_ray.train.teacher_input import TeacherImages, teacher_input
+from mimkd_ray.train.networks.student_module import StudentModule
+from mimkd_ray.train.networks.teacher import Teacher
+from mimkd_ray.train.networks.teacher_input import TeacherImages, teacher_input
 
 KINDS: tuple[Kind, ...] = ("global", "local", "feature")
 NO_CACHE = CacheConfig()
@@ -159,7 +159,7 @@ def uses_channels_last(config: TrainConfig, device: torch.device) -> bool:
 
 
 def why_plain(config: Config, device: torch.device) -> str:
-    """Return why steps are not to be captured (train/captured.py), for people; "" where they are."""
+    """Return why steps are not to be captured (train/engine/captured.py), for people; "" where they are."""
     engine = config.train.engine
     if engine == "plain" or (engine == "auto" and device.type != "cuda"):
         return f"train.engine is {engine}"

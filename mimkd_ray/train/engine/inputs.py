@@ -19,7 +19,12 @@ from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import UserError, count
 from mimkd_ray.losses.features import Features, Others
 from mimkd_ray.losses.teacher_queue import NO_LABEL
-from mimkd_ray.train.build import (
+from mimkd_ray.train.distributed import Context, gather_lanes
+from mimkd_ray.train.from_cache.cached_negatives import CachedNegatives
+from mimkd_ray.train.from_cache.cached_teacher import Cached
+from mimkd_ray.train.from_cache.live_check import CacheCheck
+from mimkd_ray.train.held_out.evaluate import told_batches
+from mimkd_ray.train.networks.build import (
     PlannedStudent,
     build_teacher,
     choose_kernels,
@@ -27,13 +32,8 @@ from mimkd_ray.train.build import (
     parameter_dtype,
     uses_channels_last,
 )
-from mimkd_ray.train.distributed import Context, gather_lanes
-from mimkd_ray.train.evaluate import told_batches
-from mimkd_ray.train.from_cache.cached_negatives import CachedNegatives
-from mimkd_ray.train.from_cache.cached_teacher import Cached
-from mimkd_ray.train.from_cache.live_check import CacheCheck
+from mimkd_ray.train.networks.student_module import Normalizer
 from mimkd_ray.train.records.metrics import say
-from mimkd_ray.train.student_module import Normalizer
 
 
 class Lane(NamedTuple):

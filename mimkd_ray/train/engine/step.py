@@ -15,13 +15,13 @@ from mimkd_ray.config import Config
 from mimkd_ray.losses.features import Features
 from mimkd_ray.seeds import derive
 from mimkd_ray.train.distributed import Context, gather_lanes
-from mimkd_ray.train.inputs import Lane
-from mimkd_ray.train.student_module import LaneNorms, StudentModule
-from mimkd_ray.train.turns import NoMemory, Turns
+from mimkd_ray.train.engine.inputs import Lane
+from mimkd_ray.train.engine.turns import NoMemory, Turns
+from mimkd_ray.train.networks.student_module import LaneNorms, StudentModule
 
 
 class Steps(Protocol):
-    """The parts of a student (train/student.py) that a step uses."""
+    """The parts of a student (train/engine/student.py) that a step uses."""
 
     config: Config
     context: Context
@@ -59,7 +59,7 @@ def optimisation_step(
     """One optimisation step of every student, on the same lanes, from zeroed gradients to the loss's bookkeeping.
 
     Before it, :meth:`Student.schedule` has set the step's learning rate and weights; after it, :meth:`Student.follow`
-    moves the average. Everything between them runs on the device, so that it can be recorded (train/captured.py).
+    moves the average. Everything between them runs on the device, so that it can be recorded (captured.py).
 
     ``seed`` is called with a lane's number before each student takes it, and seeds the networks' random numbers; None:
     they are seeded already. Students take turns (:class:`Turns`): one student's activations are held at a time. With

@@ -22,24 +22,24 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.losses.features import Features
 from mimkd_ray.models.head import head_of
 from mimkd_ray.taps.tapped_model import TappedModel
-from mimkd_ray.train.build import PlannedStudent, build_distiller, has_compiler, plan_student, why_plain
 from mimkd_ray.train.distributed import Context, gather_by_rank, is_distributed, share_from_first
-from mimkd_ray.train.evaluate import Accuracy, accuracies, held_out_name, read_information
+from mimkd_ray.train.engine.inputs import Inputs
+from mimkd_ray.train.engine.step import StepRecord, optimisation_step, seed_lane
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
-from mimkd_ray.train.inputs import Inputs
-from mimkd_ray.train.neighbours import knn_top1
-from mimkd_ray.train.optim import (
+from mimkd_ray.train.held_out.evaluate import Accuracy, accuracies, held_out_name, read_information
+from mimkd_ray.train.held_out.neighbours import knn_top1
+from mimkd_ray.train.networks.build import PlannedStudent, build_distiller, has_compiler, plan_student, why_plain
+from mimkd_ray.train.networks.optim import (
     build_optimizer,
     learning_rate,
     load_portable,
     portable_state,
     set_learning_rate,
 )
+from mimkd_ray.train.networks.student_module import LaneNorms, StudentModule, data_parallel
+from mimkd_ray.train.networks.teacher_head import teacher_head
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import say
-from mimkd_ray.train.step import StepRecord, optimisation_step, seed_lane
-from mimkd_ray.train.student_module import LaneNorms, StudentModule, data_parallel
-from mimkd_ray.train.teacher_head import teacher_head
 
 COMPILE_FROM_STEPS = 10_000
 """Steps of a run from which compilation pays by default. On an H200 it took 43 s and made captured steps of ResNet-34
@@ -120,7 +120,7 @@ class Student:
             self.ema.update_parameters(self.distiller.student)
 
     def step(self, step: int) -> StepRecord:
-        """Take one step alone, as PlainEngine does (train/captured.py)."""
+        """Take one step alone, as PlainEngine does (train/engine/captured.py)."""
         self.schedule(step)
         seed = partial(seed_lane, self.config.train.seed, step)
         record = optimisation_step([self], self.inputs.step(step), seed)[self]

@@ -26,11 +26,11 @@ from torch import Tensor
 from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.train.distributed import Context
-from mimkd_ray.train.inputs import Inputs
+from mimkd_ray.train.engine.inputs import Inputs
+from mimkd_ray.train.engine.step import StepRecord, optimisation_step, seed_lane
+from mimkd_ray.train.engine.student import Student
+from mimkd_ray.train.engine.turns import NoMemory
 from mimkd_ray.train.records.metrics import say
-from mimkd_ray.train.step import StepRecord, optimisation_step, seed_lane
-from mimkd_ray.train.student import Student
-from mimkd_ray.train.turns import NoMemory
 
 WARM_STEPS = 3
 """Steps before the recording."""

@@ -19,9 +19,9 @@ from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
 from mimkd_ray.train.distributed import all_sum
+from mimkd_ray.train.networks.student_module import Normalizer, StudentModule
+from mimkd_ray.train.networks.teacher import Teacher
 from mimkd_ray.train.out_of_memory import K, each
-from mimkd_ray.train.student_module import Normalizer, StudentModule
-from mimkd_ray.train.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from mimkd_ray.data.sources.own_dataset import OwnSource
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.outputs import logits_from
 from mimkd_ray.train.distributed import is_distributed
-from mimkd_ray.train.evaluate import Accuracy, accuracy, held_out_name
-from mimkd_ray.train.student_module import Normalizer
+from mimkd_ray.train.held_out.evaluate import Accuracy, accuracy, held_out_name
+from mimkd_ray.train.networks.student_module import Normalizer
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 

@@ -14,7 +14,7 @@ from mimkd_ray.data.loading.loader import LaneBatch, plain_batches
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.data.sources.source import Source, SubsetSource
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape, to_vector
-from mimkd_ray.train.student_module import Normalizer
+from mimkd_ray.train.networks.student_module import Normalizer
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07

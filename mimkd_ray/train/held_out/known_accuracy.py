@@ -11,11 +11,11 @@ from mimkd_ray import storage
 from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.json_files import read_if_sound
-from mimkd_ray.train.build import parameter_dtype
 from mimkd_ray.train.distributed import Context, share_from_first
+from mimkd_ray.train.networks.build import parameter_dtype
+from mimkd_ray.train.networks.teacher_head import TeacherHead
+from mimkd_ray.train.networks.teacher_input import teacher_input
 from mimkd_ray.train.records.run_dir import write_json
-from mimkd_ray.train.teacher_head import TeacherHead
-from mimkd_ray.train.teacher_input import teacher_input
 
 FOLDER = "evaluations"
 

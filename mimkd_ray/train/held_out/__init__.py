@@ -1,0 +1,1 @@
+"""Accuracy and mutual information on held-out images."""
