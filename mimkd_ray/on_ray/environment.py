@@ -14,8 +14,6 @@ EMBEDDED = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",  # there is no dashboard to show them
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # there is no dashboard to show them
-    # Ray then is one machine's, whatever the system, and its servers and metrics listen on 127.0.0.1 (docs/options.md).
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_worker_niceness": "0",  # the default of 15 would let other programs on a busy machine starve the training
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Ray Train sets it for its controller
 }

@@ -257,7 +257,7 @@ def test_keys_lie_in_clear(tmp_path: Path) -> None:
     ("sections", "message"),
     [
         ({"cache": {"root": ""}}, "cache.root is not set"),
-        ({"teacher": {"train": True}}, "train it first"),
+        ({"teacher": {"train": True}}, "let a run train it"),
         ({"cache": {"taps": ("stage9",)}}, "layer 'stage9' not found"),
         ({"cache": {"taps": ("pool:token",)}}, "give LAYER, LAYER:map or LAYER:vector"),
         ({"cache": {"taps": ("pool:map",)}}, "the layer returns a vector"),

@@ -10,7 +10,7 @@ import torch
 from mimkd_ray.cli import common, training
 from mimkd_ray.config.json_form import to_dict
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError
-from mimkd_ray.on_ray import train_workers
+from mimkd_ray.on_ray import train_workers, worker_context
 from mimkd_ray.recipes import IMAGENET_RECIPES
 from mimkd_ray.storage import StorageError
 
@@ -39,7 +39,7 @@ def test_every_error_that_a_worker_leaves_ends_the_job_with_its_message_and_stat
         def over(self) -> None:
             """The job has ended here."""
 
-    monkeypatch.setattr(train_workers, "RayContext", lambda *_: Worker())
+    monkeypatch.setattr(worker_context, "RayContext", lambda *_: Worker())
     monkeypatch.setattr(train_workers, "run_job", fail)
     setup = {"launch_id": "this", "run_dir": str(tmp_path), "joined": True, "timeline": {}, "threads_given": True}
     setup["config"] = to_dict(IMAGENET_RECIPES["demo"]())

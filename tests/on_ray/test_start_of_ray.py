@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -118,16 +117,3 @@ def test_functions_in_the_folder_that_a_job_was_started_in(tmp_path: Path, monke
         named_function("network", "of_the_driver:network")
     monkeypatch.setenv(LOOK_IN, str(tmp_path))
     assert named_function("network", "of_the_driver:network")() == 7
-
-
-@pytest.mark.parametrize(("address", "loopback"), [("", True), ("10.0.0.1:6379", False)])
-def test_a_ray_of_its_own_listens_on_loopback(address: str, loopback: bool) -> None:
-    """In a process of its own: Ray reads that when it is imported."""
-    code = (
-        "import os; from mimkd_ray.on_ray import environment; environment.prepare(%r); import ray;"
-        "print(os.environ.get('RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'), ray.util.get_node_ip_address())"
-    )
-    done = subprocess.run([sys.executable, "-c", code % address], capture_output=True, text=True, check=True)
-    switch, host = done.stdout.split()
-    assert switch == ("0" if loopback else "None")
-    assert not loopback or host == "127.0.0.1"
