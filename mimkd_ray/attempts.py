@@ -65,6 +65,9 @@ _REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocation
 _REGION |= {"301", "InvalidLocationConstraint"}
 """Codes of S3's answers. An answer to a HEAD request has none, only its status."""
 
+_NO_RANGE = {"InvalidRange", "416"}
+"""Of an object that ends before the bytes that are asked for: another try finds no more of it."""
+
 ANSWERED: set[tuple[str, bool]] = set()
 """Places that have answered this process, and whether to a write: some may be read and not written."""
 _told: dict[str, float] = {}
@@ -107,7 +110,7 @@ def attempt(url: str, verb: str, call: Callable[[], T]) -> T:
                 raise
             patience = _patience_s() if known else 0.0
             spent = time.monotonic() - began
-            if spent >= patience and (tried >= TRIES or spent >= FIRST_SECONDS):
+            if _code(error) in _NO_RANGE or (spent >= patience and (tried >= TRIES or spent >= FIRST_SECONDS)):
                 if not _hurried.get():
                     ANSWERED.difference_update({(where, False), (where, True)})  # others do not wait as long again
                 raise _gave_up(url, verb, error, tried, spent) from _cause(url, error)
