@@ -1,6 +1,6 @@
 """The training loop's view of the outside (:class:`Context`), and the collectives that it needs.
 
-`cli/local_launch.py` implements :class:`Context` for a plain process and for torchrun, `on_ray/train_workers.py` for
+`cli/local_launch.py` implements :class:`Context` for a plain process and for torchrun, `on_ray/worker_context.py` for
 Ray Train. They set up the process group, if there is one.
 """
 
