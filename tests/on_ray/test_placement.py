@@ -241,6 +241,7 @@ def test_it_is_waited_for_others(busy: list[Held]) -> None:
 @pytest.mark.slow
 def test_who_holds_a_cluster_is_told_by_its_state_api(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # as the other Rays of this process: it is read once
     assert connect("", "--launch.address", state_api=True, num_cpus=4, _node_ip_address="127.0.0.1")
     try:
 
