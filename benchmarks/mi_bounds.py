@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mimkd_ray.config.loss_presets import BoundName
 from mimkd_ray.losses.bounds import BOUNDS, ceiling
-from mimkd_ray.losses.distillation import valid_pairs
+from mimkd_ray.losses.negatives import valid_pairs
 
 HIDDEN, EMBED = 256, 32
 BATCH, FRESH = 128, 2048

@@ -7,11 +7,15 @@ waits for ever: a silent server is a failure, which attempts.py tries again.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
+from mimkd_ray.attempts import attempt, by_credentials
 from mimkd_ray.errors import UserError
-from mimkd_ray.secret_urls import redacted
+from mimkd_ray.secret_urls import redacted, revealed
+
+T = TypeVar("T")
 
 _FLAT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"}
 """Object stores: a folder is no more than the beginning of names, and goes with them."""
@@ -69,6 +73,21 @@ def forget(fs: Any) -> None:
     """Make the next call with a new file system, which reads its credentials anew."""
     for key in [key for key, known in list(_FILESYSTEMS.items()) if known is fs]:
         _FILESYSTEMS.pop(key, None)
+
+
+def call(url: str, verb: str, use: Callable[[Any, str], T]) -> T:
+    """Return ``use(file system, path)`` for a URL, tried again after transient failures. Errors name the URL."""
+
+    def once() -> T:
+        fs = filesystem(whole := revealed(url))
+        try:
+            return use(fs, fs._strip_protocol(whole))
+        except Exception as error:
+            if by_credentials(error):
+                forget(fs)  # they may have been renewed since it was made
+            raise
+
+    return attempt(url, verb, once)
 
 
 def time_for(fs: Any, size: int) -> dict[str, float]:

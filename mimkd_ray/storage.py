@@ -10,35 +10,31 @@ attempts.py). Nothing is cached: every listing is a new request.
 from __future__ import annotations
 
 import errno
-import io
 import os
 import shutil
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from mimkd_ray import local_files
 from mimkd_ray.attempts import AccessError as AccessError
 from mimkd_ray.attempts import StorageError as StorageError
-from mimkd_ray.attempts import attempt as _attempt
+from mimkd_ray.attempts import attempt, no_bucket
 from mimkd_ray.attempts import be_patient as be_patient
-from mimkd_ray.attempts import by_credentials, no_bucket
 from mimkd_ray.attempts import explained as explained
 from mimkd_ray.attempts import hurried as hurried
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import place
-from mimkd_ray.remote import filesystem as _filesystem
-from mimkd_ray.remote import forget, remove_folders, remove_key, time_for, tree
-from mimkd_ray.secret_urls import redacted, revealed
+from mimkd_ray.remote import call, remove_folders, remove_key, time_for, tree
+from mimkd_ray.remote_file import RemoteFile
+from mimkd_ray.secret_urls import redacted
 
 _S3 = ("s3://", "s3a://")
 
 THREADS = 16
 """Objects that are removed at a time."""
-
-T = TypeVar("T")
 
 
 class Entry(NamedTuple):
@@ -88,7 +84,7 @@ def exists(url: str) -> bool:
             return False
         return True
 
-    return _remote(url, "look up", look)
+    return call(url, "look up", look)
 
 
 def list_files(url: str, suffix: str = "") -> list[str]:
@@ -141,15 +137,15 @@ def list_entries_below(url: str, deepest: int, wanted: Callable[[str], bool]) ->
 def size(url: str) -> int:
     """Return the size of the file at `url` in bytes. Raises FileNotFoundError."""
     if not is_remote(url):
-        return _attempt(url, "look up", lambda: local_path(url).stat().st_size)
-    return _remote(url, "look up", lambda fs, path: int(fs.info(path)["size"]))
+        return attempt(url, "look up", lambda: local_path(url).stat().st_size)
+    return call(url, "look up", lambda fs, path: int(fs.info(path)["size"]))
 
 
 def modified(url: str) -> float:
     """Return the time at which the file at `url` was written, in seconds since 1970. Raises FileNotFoundError."""
     if not is_remote(url):
-        return _attempt(url, "look up", lambda: local_path(url).stat().st_mtime)
-    return _remote(url, "look up", lambda fs, path: float(fs.modified(path).timestamp()))
+        return attempt(url, "look up", lambda: local_path(url).stat().st_mtime)
+    return call(url, "look up", lambda fs, path: float(fs.modified(path).timestamp()))
 
 
 def read_bytes(url: str, small: bool = False) -> bytes:
@@ -159,9 +155,9 @@ def read_bytes(url: str, small: bool = False) -> bytes:
     parallel parts.
     """
     if not is_remote(url):
-        return _attempt(url, "read", lambda: local_path(url).read_bytes())
+        return attempt(url, "read", lambda: local_path(url).read_bytes())
     options = {"max_concurrency": 1} if small and url.startswith(_S3) else {}
-    return _remote(url, "read", lambda fs, path: cast(bytes, fs.cat_file(path, **options)))
+    return call(url, "read", lambda fs, path: cast(bytes, fs.cat_file(path, **options)))
 
 
 def read_range(url: str, offset: int, length: int) -> bytes:
@@ -179,7 +175,7 @@ def read_range(url: str, offset: int, length: int) -> bytes:
             file.seek(offset)
             return file.read(length)
 
-    return _attempt(url, "read", read)
+    return attempt(url, "read", read)
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -188,9 +184,9 @@ def write_bytes(url: str, data: bytes) -> None:
     Local: a temporary file beside it, fsync, rename. Remote: one upload, visible on completion.
     """
     if is_remote(url):
-        _remote(url, "write", lambda fs, path: fs.pipe_file(path, data, **time_for(fs, len(data))))
+        call(url, "write", lambda fs, path: fs.pipe_file(path, data, **time_for(fs, len(data))))
     else:
-        _attempt(url, "write", lambda: local_files.publish(local_path(url), lambda out: out.write(data)))
+        attempt(url, "write", lambda: local_files.publish(local_path(url), lambda out: out.write(data)))
 
 
 def create_once(url: str, data: bytes) -> bool:
@@ -201,7 +197,7 @@ def create_once(url: str, data: bytes) -> bool:
     writes, so that two callers at the same moment may both win, and the later one's data stays.
     """
     if not is_remote(url):
-        return _attempt(url, "create", lambda: local_files.create_once(local_path(url), data))
+        return attempt(url, "create", lambda: local_files.create_once(local_path(url), data))
     if not url.startswith(_S3):
         if exists(url):
             return False
@@ -224,7 +220,7 @@ def create_once(url: str, data: bytes) -> bool:
             return bool(fs.metadata(path).get("writer") == mark)
         return True
 
-    return _remote(url, "create", create)
+    return call(url, "create", create)
 
 
 def upload(path: str | Path, url: str) -> None:
@@ -238,9 +234,9 @@ def upload(path: str | Path, url: str) -> None:
 
     if is_remote(url):
         length = Path(path).stat().st_size
-        _remote(url, "upload to", lambda fs, place: fs.put_file(str(path), place, **time_for(fs, length)))
+        call(url, "upload to", lambda fs, place: fs.put_file(str(path), place, **time_for(fs, length)))
     else:
-        _attempt(url, "upload to", lambda: local_files.publish(local_path(url), copy))
+        attempt(url, "upload to", lambda: local_files.publish(local_path(url), copy))
 
 
 def list_tree(url: str) -> list[str]:
@@ -249,16 +245,16 @@ def list_tree(url: str) -> list[str]:
     Of a local folder, links are listed and not followed.
     """
     if not is_remote(url):
-        return _attempt(url, "list", lambda: local_files.tree(local_path(url)))
-    start = len(_remote(url, "list", lambda fs, path: path.rstrip("/"))) + 1
-    return [path[start:] for path in _remote(url, "list", tree)[0] if path[start:]]
+        return attempt(url, "list", lambda: local_files.tree(local_path(url)))
+    start = len(call(url, "list", lambda fs, path: path.rstrip("/"))) + 1
+    return [path[start:] for path in call(url, "list", tree)[0] if path[start:]]
 
 
 def remove_file(url: str) -> None:
     """Remove the file (or link) at `url`, whatever its name; nothing there is fine."""
     if not is_remote(url):
-        return _attempt(url, "remove", lambda: local_path(url).unlink(missing_ok=True))
-    return _remote(url, "remove", remove_key)
+        return attempt(url, "remove", lambda: local_path(url).unlink(missing_ok=True))
+    return call(url, "remove", remove_key)
 
 
 def remove_tree(url: str) -> None:
@@ -272,17 +268,17 @@ def remove_tree(url: str) -> None:
         if path == Path(path.anchor) or any(each.is_relative_to(path) for each in (Path.home(), Path.cwd())):
             raise UserError(f"refusing to remove {url}: {path} holds much else; name a folder below it")
         if path.is_dir() and not path.is_symlink():
-            _attempt(url, "remove", lambda: shutil.rmtree(path))
+            attempt(url, "remove", lambda: shutil.rmtree(path))
         else:
             path.unlink(missing_ok=True)
         return
     parts = url.split("://", 1)[1].strip("/").split("/")
     if not any(parts[1:]) or {".", ".."} & set(parts):
         raise UserError(f"refusing to remove {url}: it is a whole bucket, or may be; name a folder in it")
-    files, folders = _remote(url, "list", tree)
+    files, folders = call(url, "list", tree)
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(lambda path: _remote(url, "remove", lambda fs, _: remove_key(fs, path)), files))
-    _remote(url, "remove", lambda fs, _: remove_folders(fs, folders))
+        list(pool.map(lambda path: call(url, "remove", lambda fs, _: remove_key(fs, path)), files))
+    call(url, "remove", lambda fs, _: remove_folders(fs, folders))
 
 
 def open_file(url: str, length: int | None = None) -> BinaryIO:
@@ -292,65 +288,14 @@ def open_file(url: str, length: int | None = None) -> BinaryIO:
     connection, so it can be pickled and survives a fork.
     """
     if not is_remote(url):
-        return _attempt(url, "open", lambda: open(local_path(url), "rb"))
+        return attempt(url, "open", lambda: open(local_path(url), "rb"))
     return cast(BinaryIO, RemoteFile(url, size(url) if length is None else length))
-
-
-class RemoteFile(io.RawIOBase):
-    """A read-only remote file, read in ranges. Threads must not share one."""
-
-    def __init__(self, url: str, length: int) -> None:
-        self.url = url
-        self.length = length
-        self._place = 0
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteFile, (self.url, self.length)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.length}[whence]
-        self._place = max(0, base + offset)
-        return self._place
-
-    def read(self, size: int | None = -1) -> bytes:
-        start = self._place
-        stop = self.length if size is None or size < 0 else min(self.length, start + size)
-        if stop <= start:
-            return b""
-
-        def fetch(fs: Any, path: str) -> bytes:
-            data = cast(bytes, fs.cat_file(path, start=start, end=stop))
-            if len(data) != stop - start:
-                raise OSError(f"got {len(data)} bytes of the {stop - start} at offset {start}")
-            return data
-
-        data = _remote(self.url, "read", fetch)
-        self._place = stop
-        return data
-
-    def readall(self) -> bytes:
-        return self.read()
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        data = self.read(len(view))
-        view[: len(data)] = data
-        return len(data)
 
 
 def _entries(url: str) -> list[tuple[str, bool, int, str]]:
     """Return (name, is a folder, bytes, version) of a folder's entries, sorted; [] if it is missing or a file."""
     if not is_remote(url):
-        return _attempt(url, "list", lambda: local_files.entries(local_path(url)))
+        return attempt(url, "list", lambda: local_files.entries(local_path(url)))
 
     def ls(fs: Any, path: str) -> list[tuple[str, bool, int, str]]:
         fs.invalidate_cache()
@@ -374,17 +319,4 @@ def _entries(url: str) -> list[tuple[str, bool, int, str]]:
             if e["name"].strip("/") != path.strip("/")
         )
 
-    return _remote(url, "list", ls)
-
-
-def _remote(url: str, verb: str, call: Callable[[Any, str], T]) -> T:
-    def once() -> T:
-        fs = _filesystem(whole := revealed(url))
-        try:
-            return call(fs, fs._strip_protocol(whole))
-        except Exception as error:
-            if by_credentials(error):
-                forget(fs)  # they may have been renewed since it was made
-            raise
-
-    return _attempt(url, verb, once)
+    return call(url, "list", ls)

@@ -2,17 +2,8 @@
 
     loss = CE + kd_weight * T^2 KL(teacher_T || student_T) + sum over terms of weight * (-bound) + rivals
 
-A positive pair comes from one image. A negative pair is a student with the teacher of *another image*, at the same
-location:
-
-* ``rolled``: the previous image of the lane, or with mixing the one before it (neighbours are mixed)
-* ``all``: every other image of the lane
-* ``step`` (terms of teacher vectors only): also every image of all lanes of the step
-* ``queue`` (the same terms): also vectors of earlier steps
-* ``cache`` (the same terms): also random images of the training set
-
-Pairs of equal ids are left out and, if configured, pairs of equal classes. terms.py describes the inputs and the score
-of a term. Everything is computed in float32 with autocast off; no gradient reaches the teacher.
+A positive pair comes from one image, a negative pair from two (negatives.py). terms.py describes the inputs and the
+score of a term. Everything is computed in float32 with autocast off; no gradient reaches the teacher.
 
 Rivals (methods/) are losses of other methods, which `loss.name` adds to the terms or puts in their place.
 """
@@ -37,6 +28,7 @@ from mimkd_ray.losses.methods.build_method import RivalPlan, build_rival
 from mimkd_ray.losses.methods.crd import TrainingRows
 from mimkd_ray.losses.methods.kd import kd_loss
 from mimkd_ray.losses.methods.registry import RIVALS
+from mimkd_ray.losses.negatives import roll_of, valid_pairs, with_more, with_queue
 from mimkd_ray.losses.precision import full_precision
 from mimkd_ray.losses.shared_classes import SharedClasses, columns
 from mimkd_ray.losses.teacher_queue import NO_LABEL, TeacherQueue
@@ -68,21 +60,6 @@ class _Lane(NamedTuple):
     ids_B: Tensor
     labels_B: Tensor
     means: list[Tensor]
-
-
-def roll_of(mixed: bool) -> int:
-    """Return how many places before an image its rolled negative is. Mixing (data/augment/mixing.py) rolls by 1, so
-    mixed images share a part with their neighbour."""
-    return 2 if mixed else 1
-
-
-def valid_pairs(ids_B: Tensor, negatives: Negatives, mixed: bool = False) -> Tensor:
-    """Return the mask of the lane's valid negatives: (B, 1) for rolled, else (B, B), never the diagonal. Pairs of equal
-    ids are not valid; of 2 or 3 ``mixed`` images no rolled pair is, because all of them share a part."""
-    if negatives != "rolled":
-        return ids_B.unsqueeze(1) != ids_B.unsqueeze(0)
-    apart = len(ids_B) > 3 or not mixed
-    return ((ids_B != ids_B.roll(roll_of(mixed))) & apart).unsqueeze(1)
 
 
 def queue_channels(config: LossConfig, terms: Sequence[Term]) -> dict[str, int]:
@@ -314,13 +291,13 @@ class MIMKDLoss(nn.Module):
             if teacher.others is not None:
                 more_MC = full_precision(teacher.others.vectors[term.teacher].detach())
                 valid_BM = ids_B.unsqueeze(1) != teacher.others.ids_M.unsqueeze(0)
-                candidates = _joined(candidates, critic.reduce_teacher(more_MC), valid_BM)
+                candidates = with_more(candidates, critic.reduce_teacher(more_MC), valid_BM)
             if self.queue is not None:
                 count = max(1, self.queue.size // len(student_LBC))
                 valid_BM = self.queue.filled_Q[:count] & (ids_B.unsqueeze(1) != self.queue.ids_Q[:count])
                 if classes_B is not None:
                     valid_BM &= (classes_B.unsqueeze(1) != self.queue.labels_Q[:count]) | unknown_B1
-                candidates = _queued(candidates, self.queue.vectors(term.teacher, count), valid_BM)
+                candidates = with_queue(candidates, self.queue.vectors(term.teacher, count), valid_BM)
         everywhere = self.config.feature_negatives == "all"
         return score_term(critic, objective, candidates, student_LBC, everywhere, self.score_bytes)
 
@@ -336,20 +313,7 @@ class MIMKDLoss(nn.Module):
             return loss, stats
         count = max(1, self.queue.size // len(student_LBC))
         valid_BM = self.queue.filled_Q[:count].expand(len(ids_B), -1)
-        candidates = _queued(candidates, self.queue.vectors(term.teacher, count), valid_BM)
+        candidates = with_queue(candidates, self.queue.vectors(term.teacher, count), valid_BM)
         lane = {"lane_nats": stats["nats"], "lane_ceiling": stats["ceiling"]}
         loss, stats = score_term(critic, Objective(self.bound), candidates, student_LBC, score_bytes=self.score_bytes)
         return loss, stats | lane
-
-
-def _queued(candidates: Candidates, vectors_MC: Tensor, valid_BM: Tensor) -> Candidates:
-    """Return candidates of one location with vectors of earlier steps added as negatives."""
-    valid_BK = torch.cat([candidates.valid_BK, valid_BM], dim=1)
-    return candidates._replace(valid_BK=valid_BK, queued_MC=vectors_MC.to(candidates.reduced_LKC.dtype))
-
-
-def _joined(candidates: Candidates, more_MC: Tensor, valid_BM: Tensor) -> Candidates:
-    """Return candidates of one location with more reduced teacher vectors added as negatives."""
-    own_1KC, valid_BK, _ = candidates
-    more_1MC = more_MC.to(own_1KC.dtype).unsqueeze(0)
-    return Candidates(torch.cat([own_1KC, more_1MC], dim=1), torch.cat([valid_BK, valid_BM], dim=1))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimkd_ray.losses.bounds import BOUNDS, NWJ_LINEAR_FROM, NWJ_READ_TO, SMILE_CLIP, ceiling
-from mimkd_ray.losses.distillation import valid_pairs
+from mimkd_ray.losses.negatives import valid_pairs
 
 NAMES = sorted(BOUNDS)
 RHO = 0.8

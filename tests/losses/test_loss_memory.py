@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mimkd_ray.config import CriticConfig
 from mimkd_ray.losses.critics import DotCritic
-from mimkd_ray.losses.distillation import valid_pairs
+from mimkd_ray.losses.negatives import valid_pairs
 from mimkd_ray.losses.terms import Candidates, Objective, score_term
 
 BATCH, LOCATIONS, WIDTH = 256, 49, 128

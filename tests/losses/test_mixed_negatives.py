@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mimkd_ray.config import CriticConfig, LossConfig, MixConfig
 from mimkd_ray.data.augment.mixing import mix
-from mimkd_ray.losses.distillation import MIMKDLoss, valid_pairs
+from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.negatives import valid_pairs
 from mimkd_ray.losses.terms import Term
 
 TERM = Term(kind="global", teacher="t", student="s", weight=1.0, teacher_channels=6, student_channels=5)
