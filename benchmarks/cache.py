@@ -39,7 +39,7 @@ from mimkd_ray.cache_build.build_setup import Setup
 from mimkd_ray.cache_build.build_units import in_process
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import CacheConfig, Config, DataConfig, LossConfig, ModelConfig, TeacherConfig, TrainConfig
-from mimkd_ray.config.codec_spec import parse_spec
+from mimkd_ray.config.form.codec_spec import parse_spec
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.losses.features import Features

@@ -25,7 +25,7 @@ from report import Targets, finish, parser, table
 
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import Config, DataConfig, ModelConfig, TrainConfig
-from mimkd_ray.config.evaluate import EvaluateConfig, evaluate_job
+from mimkd_ray.config.jobs.evaluate import EvaluateConfig, evaluate_job
 from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.loading.loader import LaneBatch, eval_batches, to_device
 from mimkd_ray.data.sources.data_set import Data, open_data

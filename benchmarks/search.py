@@ -47,8 +47,8 @@ from report import finish, parser, table
 from search_tiny import environment, tiny
 
 from mimkd_ray.config import CacheConfig, Config, LaunchConfig, RunConfig, SearchConfig, SearchJob
-from mimkd_ray.config.json_form import to_dict
-from mimkd_ray.config.search import search_job
+from mimkd_ray.config.form.json_form import to_dict
+from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.recipes import CIFAR_RECIPES
 from mimkd_ray.search.configs import Made, TrialConfigs, trial_config
 from mimkd_ray.search.optuna_study import draw_pack
@@ -248,7 +248,9 @@ def imports() -> float:
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import mimkd_ray.on_ray.tune_trials"], env=environment(), check=True)
+        subprocess.run(
+            [sys.executable, "-c", "import mimkd_ray.on_ray.search.tune_trials"], env=environment(), check=True
+        )
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 

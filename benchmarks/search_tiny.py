@@ -20,9 +20,9 @@ from children import tree
 from report import table
 
 from mimkd_ray.config import SearchConfig
-from mimkd_ray.config.json_form import to_dict
-from mimkd_ray.config.search import search_job
-from mimkd_ray.on_ray.environment import EMBEDDED
+from mimkd_ray.config.form.json_form import to_dict
+from mimkd_ray.config.jobs.search import search_job
+from mimkd_ray.on_ray.nodes.environment import EMBEDDED
 from mimkd_ray.recipes import demo
 
 ROOT = Path(__file__).resolve().parents[1]

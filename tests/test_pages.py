@@ -14,7 +14,7 @@ import torch
 
 from mimkd_ray.cli.common import parse
 from mimkd_ray.config import Config, SearchJob
-from mimkd_ray.config.evaluate import EvaluateJob
+from mimkd_ray.config.jobs.evaluate import EvaluateJob
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES
 

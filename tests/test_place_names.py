@@ -17,7 +17,7 @@ from mimkd_ray.cli import cache_teacher, common
 from mimkd_ray.cli.doctor import doctor
 from mimkd_ray.cli.training import absolute, run, run_directory
 from mimkd_ray.config import Config, DoctorConfig, PrepareConfig, RunConfig
-from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.data.prepare.make_shards import prepare
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import check_name, place

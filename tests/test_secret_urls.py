@@ -22,7 +22,7 @@ from mimkd_ray.cli import common
 from mimkd_ray.cli.training import run, run_directory
 from mimkd_ray.config import Config, ModelConfig, PrepareConfig
 from mimkd_ray.config.digest import digest
-from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.recipes import IMAGENET_RECIPES
 from mimkd_ray.secret_urls import redacted, revealed, scrubbed

@@ -10,7 +10,7 @@ from tiny_run import tiny_config
 from torch import nn
 
 from mimkd_ray.config import Config, SearchConfig, SearchJob
-from mimkd_ray.config.search import search_job
+from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.search.configs import TrialConfigs, trial_config
 from mimkd_ray.search.spaces import SPACES

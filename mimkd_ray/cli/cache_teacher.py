@@ -19,11 +19,11 @@ from mimkd_ray.cli import common
 from mimkd_ray.cli.local_launch import pick_device
 from mimkd_ray.cli.training import absolute
 from mimkd_ray.config import Config
-from mimkd_ray.config.values import check_values
+from mimkd_ray.config.form.values import check_values
 from mimkd_ray.data.prepare.unit_progress import Progress
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.errors import UserError, count
-from mimkd_ray.on_ray import environment
+from mimkd_ray.on_ray.nodes import environment
 from mimkd_ray.secret_urls import hide
 from mimkd_ray.teacher_cache import admin
 
@@ -112,7 +112,7 @@ def make(config: Config, only_plan: bool = False) -> Built | None:
         return None if only_plan else finish(setup, in_process(setup))
     environment.prepare(config.launch.address)
     from mimkd_ray.on_ray import cache_actors  # Ray takes seconds to import and reads its environment on import
-    from mimkd_ray.on_ray.cluster import connect, disconnect
+    from mimkd_ray.on_ray.nodes.cluster import connect, disconnect
 
     own = connect(config.launch.address, "--launch.address", log_to_driver=False)
     try:

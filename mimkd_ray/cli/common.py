@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from mimkd_ray import console, storage
 from mimkd_ray.cli.short_help import short_help
 from mimkd_ray.config import Config
-from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError, nearest
 from mimkd_ray.secret_urls import redacted, scrubbed
 

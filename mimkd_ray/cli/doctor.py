@@ -13,7 +13,7 @@ from mimkd_ray import storage
 from mimkd_ray.cli import common
 from mimkd_ray.config import DoctorConfig
 from mimkd_ray.doctor.outcome import lines
-from mimkd_ray.on_ray import environment
+from mimkd_ray.on_ray.nodes import environment
 from mimkd_ray.train.records.run_dir import write_json
 
 
@@ -27,7 +27,7 @@ def doctor(config: DoctorConfig) -> int:
     """Run the checks, print the lines, and return the exit status."""
     config = _absolute(config)
     environment.prepare(config.address)
-    from mimkd_ray.on_ray import check_nodes  # Ray takes seconds to import and reads its environment on import
+    from mimkd_ray.on_ray.nodes import check_nodes  # Ray takes seconds to import and reads its environment on import
 
     outcomes = check_nodes.cluster(config)
     counts = {status: sum(outcome.status == status for outcome in outcomes) for status in ("pass", "warn", "fail")}

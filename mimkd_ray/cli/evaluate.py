@@ -15,8 +15,8 @@ from mimkd_ray.cli import common
 from mimkd_ray.cli.local_launch import local_context
 from mimkd_ray.cli.training import absolute
 from mimkd_ray.config import Config, LaunchConfig
-from mimkd_ray.config.evaluate import EvaluateJob, evaluate_job
-from mimkd_ray.config.json_form import from_dict
+from mimkd_ray.config.form.json_form import from_dict
+from mimkd_ray.config.jobs.evaluate import EvaluateJob, evaluate_job
 from mimkd_ray.errors import UserError
 from mimkd_ray.evaluation.measure import FIGURES, PREDICTIONS, measure, save
 from mimkd_ray.json_files import read_json

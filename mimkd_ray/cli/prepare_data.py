@@ -16,7 +16,7 @@ from mimkd_ray.data.prepare.make_shards import Unit, prepare
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.data.sources.shard_manifest import Manifest
 from mimkd_ray.errors import UserError, count
-from mimkd_ray.on_ray import environment
+from mimkd_ray.on_ray.nodes import environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def prepare_with_ray(job: PrepareJob) -> Manifest:
     def run(units: Sequence[Unit], title: str) -> Iterator[Done]:
         environment.prepare(job.address)
         from mimkd_ray.on_ray import data_units  # Ray takes seconds to import and reads its environment on import
-        from mimkd_ray.on_ray.cluster import connect
+        from mimkd_ray.on_ray.nodes.cluster import connect
 
         if not own:
             own.append(connect(job.address, "--address", log_to_driver=False))
@@ -65,7 +65,7 @@ def prepare_with_ray(job: PrepareJob) -> Manifest:
         return prepare(job, run)
     finally:
         if own == [True]:
-            from mimkd_ray.on_ray.cluster import disconnect
+            from mimkd_ray.on_ray.nodes.cluster import disconnect
 
             disconnect()
 

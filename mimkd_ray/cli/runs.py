@@ -13,7 +13,7 @@ from mimkd_ray.cli.opening import closing, opening
 from mimkd_ray.cli.result_table import columns, result_table
 from mimkd_ray.config import Config
 from mimkd_ray.config.digest import differences, training_part
-from mimkd_ray.config.json_form import from_dict
+from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.train.records.outcomes import CONFIG, RESULT

@@ -14,9 +14,9 @@ from mimkd_ray.cli import common
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.training import absolute, below_root
 from mimkd_ray.config import Config, SearchJob
-from mimkd_ray.config.search import search_job
+from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.errors import Interrupted, UserError, count
-from mimkd_ray.on_ray import environment
+from mimkd_ray.on_ray.nodes import environment
 from mimkd_ray.run_lock import check_free, held
 from mimkd_ray.search.configs import TrialConfigs, begun_as, claim, search_digest, trial_config
 from mimkd_ray.search.finals import Finals
@@ -105,9 +105,9 @@ def run(job: SearchJob, folder: str, configs: TrialConfigs) -> bool:
     if finals is not None and (not finals.runs or finals.known(folder) is not None):
         return False
     environment.prepare(job.launch.address)
-    from mimkd_ray.on_ray import tune_search  # Ray takes seconds to import and reads its environment on import
-    from mimkd_ray.on_ray.cluster import connect, disconnect
-    from mimkd_ray.on_ray.node_capacity import Capacity
+    from mimkd_ray.on_ray.nodes.cluster import connect, disconnect
+    from mimkd_ray.on_ray.nodes.node_capacity import Capacity
+    from mimkd_ray.on_ray.search import tune_search  # Ray takes seconds to import and reads its environment on import
 
     own = connect(job.launch.address, "--launch.address", log_to_driver=False)
     try:

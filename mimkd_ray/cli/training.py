@@ -21,7 +21,7 @@ from mimkd_ray.config.digest import identity
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.weights_file import FOLDER, HUB
-from mimkd_ray.on_ray import environment
+from mimkd_ray.on_ray.nodes import environment
 from mimkd_ray.pages.write_pages import try_to_write_report
 from mimkd_ray.places import NAME_BYTES, check_lasting, check_name, is_function
 from mimkd_ray.run_lock import check_free, held

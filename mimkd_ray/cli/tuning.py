@@ -7,7 +7,7 @@ from typing import Any
 
 from mimkd_ray.cli.training import absolute
 from mimkd_ray.config import Config
-from mimkd_ray.on_ray import environment
+from mimkd_ray.on_ray.nodes import environment
 from mimkd_ray.search.suggest import Space
 
 
@@ -31,7 +31,7 @@ def search(
     unless there are GPUs, then a GPU with its share of the CPUs.
     """
     environment.prepare(config.launch.address)
-    from mimkd_ray.on_ray import tune_search
+    from mimkd_ray.on_ray.search import tune_search
 
     return tune_search.search(
         absolute(config),
@@ -55,6 +55,6 @@ def trainable(
     teacher for all trials. A trial that fails raises.
     """
     environment.prepare(config.launch.address)
-    from mimkd_ray.on_ray import tune_trials
+    from mimkd_ray.on_ray.search import tune_trials
 
     return tune_trials.trainable(absolute(config), space, holdout=holdout, folder=folder)

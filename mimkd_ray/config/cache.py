@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from mimkd_ray.config.codec_spec import DEFAULT_MAP, DEFAULT_VECTOR, CodecSpec, parse_logits, parse_spec
-from mimkd_ray.config.values import check_values
+from mimkd_ray.config.form.codec_spec import DEFAULT_MAP, DEFAULT_VECTOR, CodecSpec, parse_logits, parse_spec
+from mimkd_ray.config.form.values import check_values
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.secret_urls import hide
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from mimkd_ray.config.cache import CacheConfig
 from mimkd_ray.config.compare import CompareConfig
 from mimkd_ray.config.data import DataConfig
+from mimkd_ray.config.form.values import check_values
 from mimkd_ray.config.launch import LaunchConfig
 from mimkd_ray.config.loss import LossConfig
 from mimkd_ray.config.mix import MixConfig
@@ -16,7 +17,6 @@ from mimkd_ray.config.run import RunConfig
 from mimkd_ray.config.storage import StorageConfig
 from mimkd_ray.config.teacher import TeacherConfig
 from mimkd_ray.config.train import TrainConfig
-from mimkd_ray.config.values import check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.places import NAME_BYTES, check_name, is_function

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mimkd_ray.config.pipeline_name import check_pipeline_name
-from mimkd_ray.config.values import check_values
+from mimkd_ray.config.form.pipeline_name import check_pipeline_name
+from mimkd_ray.config.form.values import check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import hide
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mimkd_ray.config.config import Config
-from mimkd_ray.config.json_form import to_dict
+from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import redacted_values
 

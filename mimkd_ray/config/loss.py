@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mimkd_ray.config.critic import CriticConfig
+from mimkd_ray.config.form.values import check_values
 from mimkd_ray.config.loss_presets import PRESETS, BoundName, Kind, Negatives, PresetName, SameClass
-from mimkd_ray.config.values import check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.methods.registry import KD_CE_WEIGHT, RIVALS, Method
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mimkd_ray.config.data import LARGEST_SIDE
-from mimkd_ray.config.values import check_values
+from mimkd_ray.config.form.values import check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import hide, redacted
 

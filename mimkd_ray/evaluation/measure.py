@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config
-from mimkd_ray.config.evaluate import EvaluateJob
+from mimkd_ray.config.jobs.evaluate import EvaluateJob
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import UserError, count

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config, LossConfig
-from mimkd_ray.config.evaluate import EvaluateJob
+from mimkd_ray.config.jobs.evaluate import EvaluateJob
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json

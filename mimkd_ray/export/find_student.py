@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config
-from mimkd_ray.config.json_form import from_dict
+from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.models.weights import put_state

@@ -11,7 +11,7 @@ import yaml
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config, ExportConfig
-from mimkd_ray.config.json_form import to_dict
+from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.export.find_student import RunFacts
 from mimkd_ray.models.weights_file import FOLDER, HUB
 from mimkd_ray.secret_urls import redacted_values

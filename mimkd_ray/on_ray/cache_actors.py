@@ -21,13 +21,13 @@ from mimkd_ray.cache_build.build_setup import Setup, Unit
 from mimkd_ray.cache_build.build_units import Builder
 from mimkd_ray.cache_build.measured_plan import measured_plan
 from mimkd_ray.config import Config
-from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import DamagedDataError, UserError, count
 from mimkd_ray.on_ray.data_units import ERRORS, RETRY_WAITS_S, quiet_and_patient
-from mimkd_ray.on_ray.node_capacity import Capacity
-from mimkd_ray.on_ray.placement import wait_for_room
+from mimkd_ray.on_ray.nodes.node_capacity import Capacity
+from mimkd_ray.on_ray.nodes.placement import wait_for_room
 from mimkd_ray.secret_urls import Carried
 from mimkd_ray.storage import StorageError
 from mimkd_ray.train.networks.build import teacher_autocast

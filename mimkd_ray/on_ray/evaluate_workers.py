@@ -7,8 +7,8 @@ from typing import Any
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config
-from mimkd_ray.config.evaluate import EvaluateJob
-from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.config.form.json_form import from_dict, to_dict
+from mimkd_ray.config.jobs.evaluate import EvaluateJob
 from mimkd_ray.errors import UserError
 from mimkd_ray.evaluation.measure import FIGURES, measure, save
 from mimkd_ray.json_files import read_json

@@ -20,15 +20,15 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from mimkd_ray import console, storage
 from mimkd_ray.config import Config
-from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.data.loading.threads import CHOSEN, use_threads
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_if_sound, read_json
 from mimkd_ray.local_files import scratch_folder
 from mimkd_ray.on_ray import driver_console
-from mimkd_ray.on_ray.cluster import connect
-from mimkd_ray.on_ray.environment import cluster_address
-from mimkd_ray.on_ray.placement import OWN_MINUTES, LossWatch, fewest, scaling
+from mimkd_ray.on_ray.nodes.cluster import connect
+from mimkd_ray.on_ray.nodes.environment import cluster_address
+from mimkd_ray.on_ray.nodes.placement import OWN_MINUTES, LossWatch, fewest, scaling
 from mimkd_ray.on_ray.worker_context import ERRORS, STOP, context_of
 from mimkd_ray.secret_urls import Carried
 from mimkd_ray.train.distributed import GROUP_SECONDS
@@ -69,7 +69,7 @@ def trainer_class(ranged: bool) -> type[TorchTrainer]:
     that does not support this Ray, log it and return Ray's own."""
     if ranged:
         try:
-            from mimkd_ray.on_ray import elastic
+            from mimkd_ray.on_ray.nodes import elastic
 
             elastic.check()
             return elastic.ElasticTrainer

@@ -13,7 +13,7 @@ from typing import Any
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config
-from mimkd_ray.config.json_form import from_dict
+from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.evaluation.measure import FIGURES, PREDICTIONS
 from mimkd_ray.json_files import read_if_sound, read_json

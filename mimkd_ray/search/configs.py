@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from mimkd_ray import storage
 from mimkd_ray.config import CompareConfig, Config, RunConfig, SearchConfig, SearchJob
 from mimkd_ray.config.digest import differences, refuse_changes, training_part
-from mimkd_ray.config.json_form import dotted, from_dict, to_dict
+from mimkd_ray.config.form.json_form import dotted, from_dict, to_dict
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.json_files import read_json

@@ -14,7 +14,7 @@ from typing import Any
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config, SearchJob
-from mimkd_ray.config.json_form import from_dict
+from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.search.configs import Made, final_config
 from mimkd_ray.search.table import Table

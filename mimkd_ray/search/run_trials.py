@@ -16,7 +16,7 @@ from torch import nn
 from mimkd_ray import storage
 from mimkd_ray.config import Config, SearchConfig
 from mimkd_ray.config.digest import differences, training_dict, training_part
-from mimkd_ray.config.json_form import to_dict
+from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import NonFiniteLossError
 from mimkd_ray.json_files import read_json

@@ -14,8 +14,8 @@ from typing import Any
 
 from mimkd_ray import storage
 from mimkd_ray.config import SearchJob
-from mimkd_ray.config.json_form import to_dict
-from mimkd_ray.config.search import Metric
+from mimkd_ray.config.form.json_form import to_dict
+from mimkd_ray.config.jobs.search import Metric
 from mimkd_ray.errors import DamagedDataError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.search.configs import Made, final_config

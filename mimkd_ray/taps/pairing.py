@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from mimkd_ray.config import LossConfig
+from mimkd_ray.config.form.values import LARGEST
 from mimkd_ray.config.loss_presets import Kind
-from mimkd_ray.config.values import LARGEST
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.terms import Term
 from mimkd_ray.taps.default_stages import Stages

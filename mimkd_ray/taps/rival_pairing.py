@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from mimkd_ray.config import CacheConfig, LossConfig
-from mimkd_ray.config.codec_spec import parse_logits
+from mimkd_ray.config.form.codec_spec import parse_logits
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.methods.base import RivalTaps, Side, TapPair
 from mimkd_ray.losses.methods.build_method import RivalPlan

@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mimkd_ray import storage
-from mimkd_ray.config.codec_spec import CodecSpec
+from mimkd_ray.config.form.codec_spec import CodecSpec
 from mimkd_ray.errors import DamagedDataError
 from mimkd_ray.teacher_cache.codec import Calibration, Shape, channels_last, coded_shape, pool, projects
 

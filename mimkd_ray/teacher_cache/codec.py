@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimkd_ray.config.codec_spec import CodecSpec, StoredType
+from mimkd_ray.config.form.codec_spec import CodecSpec, StoredType
 from mimkd_ray.errors import UserError
 from mimkd_ray.teacher_cache.top_logits import TopLogits
 

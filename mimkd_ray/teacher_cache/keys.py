@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mimkd_ray import storage
-from mimkd_ray.config.codec_spec import CodecSpec, parse_logits
+from mimkd_ray.config.form.codec_spec import CodecSpec, parse_logits
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.json_files import parse
 from mimkd_ray.teacher_cache.codec import VERSION as CODEC_VERSION

@@ -22,7 +22,7 @@ from torch import nn
 from mimkd_ray import storage
 from mimkd_ray.config import Config
 from mimkd_ray.config.digest import differences
-from mimkd_ray.config.json_form import to_dict
+from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import MemberMemoryError, NonFiniteLossError, UserError, count
 from mimkd_ray.train.distributed import Context

@@ -34,7 +34,7 @@ from mimkd_ray.train.records.legs import history
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import begin
 from mimkd_ray.train.records.run_dir import write_json
-from mimkd_ray.train.records.same_inputs import check_labels, check_teacher
+from mimkd_ray.train.records.same_inputs import check_same_labels, check_same_teacher
 from mimkd_ray.train.trained_teacher import train_teacher
 
 
@@ -98,7 +98,7 @@ def obtain_teacher(
     The check is made once for all runs beside this one: a start must be quick. teacher.json says what it found. Raises
     UserError if the teacher is random, guesses, or falls short of ``teacher.expect_top1``.
     """
-    ask_first(lambda: check_labels(data, run_dir))
+    ask_first(lambda: check_same_labels(data, run_dir))
     if not needs_teacher(config):
         return None, {}
     teacher = config.teacher
@@ -113,7 +113,7 @@ def obtain_teacher(
     digest = weights_digest(model)
     place(model, config.train, context.device).eval().requires_grad_(False)
     if teacher.weights != "random" and not teacher.trains:
-        ask_first(lambda: check_teacher(teacher, digest, classes, run_dir))
+        ask_first(lambda: check_same_teacher(teacher, digest, classes, run_dir))
     if trained is not None and head.shared is None and trained["rows"] == data.val.num_rows and sees_data(config):
         figures = {key: trained[key] for key in ("top1", "top5", "rows")}  # of its own last evaluation
     else:

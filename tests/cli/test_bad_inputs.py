@@ -15,7 +15,7 @@ from jobs_here import SMALL
 
 from mimkd_ray.__main__ import main as tools
 from mimkd_ray.cli import cache_teacher, common, prepare_data, search
-from mimkd_ray.config.json_form import to_dict
+from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.recipes import IMAGENET_RECIPES, demo
 from mimkd_ray.search.spaces import SPACES
 

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from mimkd_ray.cli import common
 from mimkd_ray.cli.short_help import FIELDS
 from mimkd_ray.config import Config, OptimConfig
-from mimkd_ray.config.json_form import from_dict, to_dict
-from mimkd_ray.config.search import search_job
+from mimkd_ray.config.form.json_form import from_dict, to_dict
+from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES, demo

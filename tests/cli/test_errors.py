@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mimkd_ray.cli import common, training
-from mimkd_ray.config.json_form import to_dict
+from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError
 from mimkd_ray.on_ray import train_workers, worker_context
 from mimkd_ray.recipes import IMAGENET_RECIPES

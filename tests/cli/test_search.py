@@ -15,7 +15,7 @@ from some_trials import read_trials
 
 from mimkd_ray.cli.search import main
 from mimkd_ray.config import Config, SearchConfig
-from mimkd_ray.config.search import search_job
+from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.errors import UserError
 from mimkd_ray.recipes import demo
 from mimkd_ray.search.spaces import SPACES
@@ -123,8 +123,8 @@ def test_a_misspelt_flag_is_told_by_tyro(tmp_path: Path, capsys: pytest.CaptureF
 def test_resources_are_derived_from_the_cluster(
     changes: dict[str, Any], cpus: int, gpus: int, expected: tuple[int, float, float, int]
 ) -> None:
-    from mimkd_ray.on_ray.node_capacity import Capacity
-    from mimkd_ray.on_ray.tune_search import shape_of
+    from mimkd_ray.on_ray.nodes.node_capacity import Capacity
+    from mimkd_ray.on_ray.search.tune_search import shape_of
 
     job = search_job(_demo(), search=SearchConfig(**changes))
     assert tuple(shape_of(job, Capacity(((cpus, gpus),)))) == expected
@@ -132,15 +132,15 @@ def test_resources_are_derived_from_the_cluster(
 
 @pytest.mark.parametrize(("wanted", "cpus", "loaders"), [(-1, 1.0, 0), (-1, 8.0, 7), (-1, 0.5, 0), (3, 1.0, 3)])
 def test_a_trial_has_no_more_loader_processes_than_cpus(wanted: int, cpus: float, loaders: int) -> None:
-    from mimkd_ray.on_ray.tune_trials import within
+    from mimkd_ray.on_ray.search.tune_trials import within
 
     config = replace(_demo(), data=replace(_demo().data, loader_workers=wanted))
     assert within(config, cpus).data.loader_workers == loaders
 
 
 def test_a_trial_that_never_fits_is_refused() -> None:
-    from mimkd_ray.on_ray.node_capacity import Capacity
-    from mimkd_ray.on_ray.tune_search import shape_of
+    from mimkd_ray.on_ray.nodes.node_capacity import Capacity
+    from mimkd_ray.on_ray.search.tune_search import shape_of
 
     job = search_job(_demo(), search=SearchConfig(cpus_per_trial=8))
     with pytest.raises(UserError, match=r"takes 8 CPUs and 0 GPUs, and the cluster has 2 and 0 on 1 node:"):

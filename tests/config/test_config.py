@@ -8,7 +8,7 @@ from tiny_run import tiny_config
 
 from mimkd_ray.config import Config
 from mimkd_ray.config.digest import differences, digest, training_dict
-from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.recipes import CIFAR_RECIPES as RECIPES
 

@@ -20,7 +20,7 @@ import mimkd_ray
 from mimkd_ray.__main__ import main
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.cli.training import run, run_directory
-from mimkd_ray.config.evaluate import EvaluateConfig, evaluate_job
+from mimkd_ray.config.jobs.evaluate import EvaluateConfig, evaluate_job
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.evaluation.measure import measure, save
 from mimkd_ray.models.zoo import build_model

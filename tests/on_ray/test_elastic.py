@@ -24,8 +24,9 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy  # noqa: E402
 
 import mimkd_ray.on_ray  # noqa: E402
-from mimkd_ray.on_ray import elastic, train_workers  # noqa: E402
-from mimkd_ray.on_ray.elastic import PromptPolicy  # noqa: E402
+from mimkd_ray.on_ray import train_workers  # noqa: E402
+from mimkd_ray.on_ray.nodes import elastic  # noqa: E402
+from mimkd_ray.on_ray.nodes.elastic import PromptPolicy  # noqa: E402
 
 AS_READ = {
     "ElasticScalingPolicy.make_decision_for_non_running_worker_group": "e0a0292656e3abd2",
@@ -39,13 +40,13 @@ AS_READ = {
     "_AutoscalingCoordinatorActor._tick": "d451e322153d4fff",
     "GlobalState.get_draining_nodes": "06237c8c5fb3f1ad",
 }
-"""The first half of the SHA-256 of each function's source, in the Ray that on_ray/elastic.py was read in."""
+"""The first half of the SHA-256 of each function's source, in the Ray that on_ray/nodes/elastic.py was read in."""
 
 WORKERS = ScalingConfig(num_workers=(1, 2), resources_per_worker={"CPU": 1})
 
 
 def test_what_was_read_in_ray_is_unchanged() -> None:
-    """With a new Ray: read these functions again, mend on_ray/elastic.py or remove it, then note the new digests."""
+    """With a new Ray: read these functions again, mend or remove on_ray/nodes/elastic.py, note the new digests."""
     found = {}
     for owner, names in elastic.RELIES_ON:
         for name in names:
@@ -75,7 +76,7 @@ def test_only_a_range_of_workers_gets_the_prompt_trainer(caplog: pytest.LogCaptu
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ("version", "ray is 2.61.0, and mimkd_ray/on_ray/elastic.py was written for 2.60."),
+        ("version", "ray is 2.61.0, and mimkd_ray/on_ray/nodes/elastic.py was written for 2.60."),
         ("method", "has no ElasticScalingPolicy._count_possible_workers"),
         ("parameter", "has no _AutoscalingCoordinatorActor.get_reserved_resources(recompute=...)"),
         ("attribute", "has no ElasticScalingPolicy()._latest_reserved_resources_query_time"),

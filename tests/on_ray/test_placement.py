@@ -13,14 +13,15 @@ import ray
 from ray.train import ScalingConfig
 
 from mimkd_ray.config import Config
-from mimkd_ray.config.json_form import from_dict, to_dict
-from mimkd_ray.config.search import search_job
+from mimkd_ray.config.form.json_form import from_dict, to_dict
+from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.errors import Interrupted, UserError
-from mimkd_ray.on_ray import holders, node_capacity, placement, tune_search
-from mimkd_ray.on_ray.cluster import connect
-from mimkd_ray.on_ray.holders import Held
-from mimkd_ray.on_ray.node_capacity import Capacity
-from mimkd_ray.on_ray.placement import LossWatch, fewest, scaling
+from mimkd_ray.on_ray.nodes import holders, node_capacity, placement
+from mimkd_ray.on_ray.nodes.cluster import connect
+from mimkd_ray.on_ray.nodes.holders import Held
+from mimkd_ray.on_ray.nodes.node_capacity import Capacity
+from mimkd_ray.on_ray.nodes.placement import LossWatch, fewest, scaling
+from mimkd_ray.on_ray.search import tune_search
 from mimkd_ray.recipes import IMAGENET_RECIPES
 
 

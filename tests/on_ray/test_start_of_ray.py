@@ -17,7 +17,7 @@ from mimkd_ray.cli.training import run_directory
 from mimkd_ray.config import CacheConfig, Config, DataConfig, PrepareConfig, RunConfig
 from mimkd_ray.data.prepare.make_shards import prepare
 from mimkd_ray.errors import UserError
-from mimkd_ray.on_ray import cluster, environment
+from mimkd_ray.on_ray.nodes import cluster, environment
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ def cluster() -> Iterator[str]:
         patch.delenv("RAY_ADDRESS", raising=False)
         import ray
 
-        from mimkd_ray.on_ray.cluster import connect
+        from mimkd_ray.on_ray.nodes.cluster import connect
 
         for last in (False, True):  # Ray gives its processes 30 s, and machines that test are busy
             try:
@@ -46,6 +46,6 @@ def cluster() -> Iterator[str]:
 @pytest.fixture
 def joined(cluster: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The address of this Ray, to which jobs of this process are connected already."""
-    for module in ("cluster", "train_workers"):  # jobs that train have the name already
+    for module in ("nodes.cluster", "train_workers"):  # jobs that train have the name already
         monkeypatch.setattr(f"mimkd_ray.on_ray.{module}.connect", lambda *_, **__: False)
     return cluster

@@ -20,7 +20,7 @@ from some_trials import read_trials
 
 from mimkd_ray.cli.search import main
 from mimkd_ray.config import Config
-from mimkd_ray.config.json_form import from_dict
+from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.recipes import IMAGENET_RECIPES
 from mimkd_ray.search.run_trials import train_trial
 from mimkd_ray.search.spaces import SPACES

@@ -16,7 +16,7 @@ from tiny_search import odd, tiny_job
 import mimkd_ray
 from mimkd_ray.cli import search as search_line
 from mimkd_ray.config import Config, SearchConfig, SearchJob
-from mimkd_ray.config.json_form import from_dict
+from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.spaces import SPACES
 from mimkd_ray.search.table import Table
@@ -154,7 +154,7 @@ def test_schedulers_are_made(tmp_path: Path, scheduler: Any) -> None:
     from ray.tune.schedulers.pb2 import PB2
     from tiny_search import tiny_configs
 
-    from mimkd_ray.on_ray.tune_algorithms import scheduler_of
+    from mimkd_ray.on_ray.search.tune_algorithms import scheduler_of
 
     kinds: Mapping[str, Any] = {
         "hyperband": schedulers.HyperBandScheduler,
@@ -169,7 +169,7 @@ def test_schedulers_are_made(tmp_path: Path, scheduler: Any) -> None:
 def test_searchers_are_made_or_said_to_be_missing(tmp_path: Path) -> None:
     from tiny_search import tiny_configs
 
-    from mimkd_ray.on_ray.tune_algorithms import loggers, searcher_of
+    from mimkd_ray.on_ray.search.tune_algorithms import loggers, searcher_of
 
     configs = tiny_configs(tmp_path)
     with pytest.raises(UserError, match=r"^--search.algorithm ax: ax is not installed; pip install ax-platform"):

@@ -11,7 +11,7 @@ import pytest
 from tiny_search import tiny_configs, tiny_job
 
 from mimkd_ray.config import Config, SearchConfig
-from mimkd_ray.config.json_form import from_dict, to_dict
+from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.configs import FieldConfigs, claim, final_config, trial_config
 

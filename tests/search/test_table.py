@@ -11,7 +11,7 @@ from some_trials import read_trials
 from tiny_search import figures, tiny_configs, tiny_job
 
 from mimkd_ray.config import Config
-from mimkd_ray.config.json_form import from_dict
+from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.json_files import read_json
 from mimkd_ray.search.finals import Finals
 from mimkd_ray.search.results import Clock, closing

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_codec import CPU, MAP, VECTOR, features
 
-from mimkd_ray.config.codec_spec import parse_spec
+from mimkd_ray.config.form.codec_spec import parse_spec
 from mimkd_ray.errors import DamagedDataError
 from mimkd_ray.teacher_cache import calibration as module
 from mimkd_ray.teacher_cache.calibration import Fitter, Moments, from_bytes, principal, publish, ranges, read, to_bytes

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mimkd_ray.config.codec_spec import CodecSpec, parse_spec
+from mimkd_ray.config.form.codec_spec import CodecSpec, parse_spec
 from mimkd_ray.errors import UserError
 from mimkd_ray.teacher_cache.calibration import Fitter
 from mimkd_ray.teacher_cache.codec import Calibration, Codec, Shape, coded_shape, needs_calibration

@@ -11,7 +11,7 @@ import pytest
 
 from mimkd_ray.config import CacheConfig
 from mimkd_ray.config.cache import check_rules, codec_of
-from mimkd_ray.config.codec_spec import CodecSpec, parse_spec
+from mimkd_ray.config.form.codec_spec import CodecSpec, parse_spec
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.teacher_cache.codec import Shape
 from mimkd_ray.teacher_cache.keys import (

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mimkd_ray.config.codec_spec import CodecSpec, parse_logits
+from mimkd_ray.config.form.codec_spec import CodecSpec, parse_logits
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.methods.kd import kd_loss
 from mimkd_ray.teacher_cache.codec import Shape, make_codec, row_bytes

@@ -1,4 +1,4 @@
-"""The frozen teacher: loaded, tapped, checked on held-out images."""
+"""The frozen teacher: its features, and what its accuracy on held-out images must be."""
 
 from __future__ import annotations
 

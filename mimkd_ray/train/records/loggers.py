@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from mimkd_ray import console, storage
 from mimkd_ray.by_name import told
-from mimkd_ray.config.json_form import dotted
+from mimkd_ray.config.form.json_form import dotted
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_if_sound, read_json
 

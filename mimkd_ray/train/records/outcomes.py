@@ -9,7 +9,7 @@ from typing import Any
 from mimkd_ray import storage
 from mimkd_ray.config import Config
 from mimkd_ray.config.digest import changes, refuse_changes
-from mimkd_ray.config.json_form import to_dict
+from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.errors import MemberMemoryError, NonFiniteLossError, UserError
 from mimkd_ray.json_files import read_if_sound, read_json
 from mimkd_ray.train.records.run_dir import jsonable, write_json

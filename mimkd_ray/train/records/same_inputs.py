@@ -26,7 +26,7 @@ from mimkd_ray.train.records.run_dir import write_json
 LABELS = "labels.json"
 
 
-def check_labels(data: Data, run_dir: str) -> None:
+def check_same_labels(data: Data, run_dir: str) -> None:
     """Raise UserError if labels are others than those that the run began with, and note them. For one process alone."""
     url = storage.join(run_dir, LABELS)
     known = read_if_sound(url, instead="labels are not compared with those of the first start") or {}
@@ -41,7 +41,7 @@ def check_labels(data: Data, run_dir: str) -> None:
         write_json(url, now)
 
 
-def check_teacher(teacher: TeacherConfig, digest: str, classes: int, run_dir: str) -> None:
+def check_same_teacher(teacher: TeacherConfig, digest: str, classes: int, run_dir: str) -> None:
     """Raise UserError if the run has trained with a teacher of other weights: it has if those had been accepted.
     ``classes``: among which its top-1 is. For one process alone."""
     known = read_if_sound(storage.join(run_dir, "teacher.json"), ("sha256", "top1", "rows"), "it is written anew")

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_sets import SHARED, encode, pixels
 
-from mimkd_ray.config.pipeline_name import PIPELINE_NAMES, check_pipeline_name
+from mimkd_ray.config.form.pipeline_name import PIPELINE_NAMES, check_pipeline_name
 from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.augment.pipelines import PIPELINES
 from mimkd_ray.data.augment.transforms import (

@@ -11,7 +11,7 @@ import pytest
 from tiny_run import tiny_config
 
 from mimkd_ray.config import RunConfig
-from mimkd_ray.config.json_form import to_dict
+from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.train.records import loggers, run_files
 from mimkd_ray.train.records.run_dir import MetricsLog, write_json

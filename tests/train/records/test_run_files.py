@@ -14,8 +14,8 @@ from mimkd_ray import storage
 from mimkd_ray.cli import search as search_line
 from mimkd_ray.cli import training
 from mimkd_ray.config import Config, LaunchConfig, RunConfig
-from mimkd_ray.config.json_form import to_dict
-from mimkd_ray.config.search import SearchConfig, search_job
+from mimkd_ray.config.form.json_form import to_dict
+from mimkd_ray.config.jobs.search import SearchConfig, search_job
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.spaces import SPACES
 from mimkd_ray.train.records import run_files

@@ -18,7 +18,7 @@ from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.records import same_inputs
-from mimkd_ray.train.records.same_inputs import check_labels
+from mimkd_ray.train.records.same_inputs import check_same_labels
 from mimkd_ray.train.worker import obtain_teacher
 
 
@@ -35,24 +35,24 @@ def test_other_labels_of_the_same_size_are_refused(tmp_path: Path, monkeypatch: 
     run, folder = str(tmp_path / "run"), tmp_path / "set"
     first = write(folder)
     files = {path: (path.read_bytes(), path.stat()) for path in folder.iterdir()}
-    check_labels(first, run)
+    check_same_labels(first, run)
     with monkeypatch.context() as patch:
         patch.setattr(same_inputs.ParquetSource, "file_labels", lambda *_: pytest.fail("nothing has been written"))
-        check_labels(open_data(DataConfig(root=str(folder))), run)
+        check_same_labels(open_data(DataConfig(root=str(folder))), run)
     other = write(folder, pa.array(LABELS.to_pylist()[::-1]))
     for path, (data, status) in files.items():
         assert path.stat().st_size == len(data)
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a copy keeps it
     assert other.digest == first.digest
     with pytest.raises(UserError, match=r"begun with other labels in train-00000-of-00001\.parquet.* \(2 of 2 files\)"):
-        check_labels(other, run)
+        check_same_labels(other, run)
     for path, (data, _) in files.items():
         path.write_bytes(data)
-    check_labels(open_data(DataConfig(root=str(folder))), run)
+    check_same_labels(open_data(DataConfig(root=str(folder))), run)
 
 
 def test_sets_whose_digest_covers_labels_are_not_read(tmp_path: Path) -> None:
-    check_labels(tiny_data(), str(tmp_path))
+    check_same_labels(tiny_data(), str(tmp_path))
     assert not list(tmp_path.iterdir())
     assert len(IMAGES) == len(LABELS)
 

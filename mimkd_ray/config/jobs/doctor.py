@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mimkd_ray.config.data import DataConfig
-from mimkd_ray.config.values import check_values
+from mimkd_ray.config.form.values import check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import hide
 

@@ -11,7 +11,7 @@ import cattrs
 import cattrs.strategies
 from cattrs.gen import make_dict_structure_fn
 
-from mimkd_ray.config.values import check_json
+from mimkd_ray.config.form.values import check_json
 from mimkd_ray.errors import UserError
 
 T = TypeVar("T")

@@ -16,8 +16,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from mimkd_ray import console
 from mimkd_ray.config import Config
 from mimkd_ray.errors import UserError, count
-from mimkd_ray.on_ray import holders
-from mimkd_ray.on_ray.node_capacity import Capacity
+from mimkd_ray.on_ray.nodes import holders
+from mimkd_ray.on_ray.nodes.node_capacity import Capacity
 
 LOOK_SECONDS = 5.0
 TELL_SECONDS = 60.0

@@ -64,7 +64,7 @@ SILENT_SECONDS = 20.0
 def check() -> None:
     """Raise ImportError with the reason if this file was not written for this Ray."""
     if not ray.__version__.startswith(READ_IN):
-        raise ImportError(f"ray is {ray.__version__}, and mimkd_ray/on_ray/elastic.py was written for {READ_IN}*")
+        raise ImportError(f"ray is {ray.__version__}, and mimkd_ray/on_ray/nodes/elastic.py was written for {READ_IN}*")
     missing = [
         f"{getattr(owner, '__name__', type(owner).__name__)}.{name}"
         for owner, names in RELIES_ON
@@ -84,7 +84,9 @@ def check() -> None:
             if name not in policy
         ]
     if missing:
-        raise ImportError(f"ray {ray.__version__} has no {', '.join(missing)}, which mimkd_ray/on_ray/elastic.py uses")
+        raise ImportError(
+            f"ray {ray.__version__} has no {', '.join(missing)}, which mimkd_ray/on_ray/nodes/elastic.py uses"
+        )
 
 
 class PromptPolicy(ElasticScalingPolicy):

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from mimkd_ray.on_ray.holders import Held
+from mimkd_ray.on_ray.nodes.holders import Held
 
 
 @dataclass(frozen=True)

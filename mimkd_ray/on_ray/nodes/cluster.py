@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from mimkd_ray.errors import UserError
-from mimkd_ray.on_ray.environment import cluster_address
+from mimkd_ray.on_ray.nodes.environment import cluster_address
 
 PATIENCE_S = 120
 """Seconds that the second try gives the first of Ray's processes; the first try gives 30."""

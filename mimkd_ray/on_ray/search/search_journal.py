@@ -13,7 +13,7 @@ from ray import tune
 
 from mimkd_ray import console, storage
 from mimkd_ray.config import SearchJob
-from mimkd_ray.config.json_form import from_dict
+from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.search.configs import Made, TrialConfigs

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mimkd_ray import storage
 from mimkd_ray.config.data import MOST_PIXELS
-from mimkd_ray.config.values import check_values
+from mimkd_ray.config.form.values import check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import check_name
 from mimkd_ray.secret_urls import hide

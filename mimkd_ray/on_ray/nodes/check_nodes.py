@@ -17,7 +17,7 @@ from mimkd_ray import storage
 from mimkd_ray.doctor import facts, link, places
 from mimkd_ray.doctor.outcome import Outcome, redacted
 from mimkd_ray.errors import UserError
-from mimkd_ray.on_ray.cluster import connect
+from mimkd_ray.on_ray.nodes.cluster import connect
 from mimkd_ray.secret_urls import Carried
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from mimkd_ray.by_name import call_named, named_function
 from mimkd_ray.config import SearchConfig
-from mimkd_ray.config.search import POPULATION
+from mimkd_ray.config.jobs.search import POPULATION
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.configs import FieldConfigs, TrialConfigs
 from mimkd_ray.search.optuna_study import DefineByRun, combinations, sampler

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from mimkd_ray.config.config import Config
-from mimkd_ray.config.values import check_values
+from mimkd_ray.config.form.values import check_values
 from mimkd_ray.errors import UserError, nearest
 
 Metric = Literal["top1", "cross_entropy"]

@@ -21,13 +21,13 @@ from ray.tune.search.optuna import OptunaSearch
 
 from mimkd_ray import remote, storage
 from mimkd_ray.config import Config, SearchConfig, SearchJob
-from mimkd_ray.config.search import POPULATION, search_job
+from mimkd_ray.config.jobs.search import POPULATION, search_job
 from mimkd_ray.errors import Interrupted, UserError, count
-from mimkd_ray.on_ray.node_capacity import Capacity
-from mimkd_ray.on_ray.placement import OWN_MINUTES, LossWatch
-from mimkd_ray.on_ray.search_journal import Budget, Journal
-from mimkd_ray.on_ray.tune_algorithms import loggers, metric_of, scheduler_of, searcher_of, tune_space
-from mimkd_ray.on_ray.tune_trials import (
+from mimkd_ray.on_ray.nodes.node_capacity import Capacity
+from mimkd_ray.on_ray.nodes.placement import OWN_MINUTES, LossWatch
+from mimkd_ray.on_ray.search.search_journal import Budget, Journal
+from mimkd_ray.on_ray.search.tune_algorithms import loggers, metric_of, scheduler_of, searcher_of, tune_space
+from mimkd_ray.on_ray.search.tune_trials import (
     LargeTrial,
     configs_of,
     pack_trainable,

@@ -1,0 +1,1 @@
+"""Configs of the jobs beside training: data, evaluation, export, search, checks."""
