@@ -58,6 +58,16 @@ def scratch_folder(kind: str) -> str:
     return tempfile.mkdtemp(prefix=f"mimkd-{kind}-{here}-{os.getpid()}-")
 
 
+@contextmanager
+def scratch(kind: str) -> Iterator[str]:
+    """A with-block with such a folder, which goes with it; a killed process leaves it to the next call."""
+    folder = scratch_folder(kind)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def publish(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """Write the output of `fill` to `path`, replacing any file there."""
     with _written_beside(path, fill) as temporary:

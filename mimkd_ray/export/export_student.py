@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mimkd_ray import storage
+from mimkd_ray import local_files, storage
 from mimkd_ray.config import ExportConfig
 from mimkd_ray.data.loading.cpu_quota import usable_cores
 from mimkd_ray.data.sources.data_set import open_data
@@ -167,7 +166,7 @@ def export_student(config: ExportConfig, run: RunFacts | None) -> dict[str, Any]
     images = read_images(data.val, config.data, config.images, held_out_name(config.data))
     compare = Comparison.of(network, images, threads)
     calibration = read_images(data.train, config.data, config.calibration, f"the training set of {config.data.root}")
-    with tempfile.TemporaryDirectory(prefix="mimkd-export-") as place:
+    with local_files.scratch("export") as place:
         folder = Path(place)
         write_model_folder(model, config.data, data.classes, data.num_classes, folder)
         student = compare.student((folder / WEIGHTS).stat().st_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mimkd_ray import local_files
 from mimkd_ray.export.deployed import Deployed
 from mimkd_ray.export.onnx_file import INPUT
 from mimkd_ray.export.pt2_file import export_any_batch, write_pt2
@@ -36,7 +36,7 @@ def quantize_onnx(source: Path, batches: Iterable[Tensor], path: Path) -> None:
             images = next(self.left, None)
             return None if images is None else {INPUT: images.numpy()}
 
-    with tempfile.TemporaryDirectory(prefix="mimkd-int8-") as folder, quiet():
+    with local_files.scratch("quantise") as folder, quiet():
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(str(source), str(prepared))
         quantize_static(

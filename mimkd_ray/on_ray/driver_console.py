@@ -10,7 +10,6 @@ import io
 import logging
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mimkd_ray import console, storage
+from mimkd_ray import console, local_files, storage
 
 LOG = "ray.log"
 """File in the run directory with what Ray and its workers print."""
@@ -111,7 +110,7 @@ def ray_in_file(run_dir: str, verbose: bool) -> Iterator[None]:
         yield
         return
     remote = storage.is_remote(run_dir)
-    with tempfile.TemporaryDirectory(prefix="mimkd-ray-log-") as scratch:
+    with local_files.scratch("log") as scratch:
         folder = Path(scratch) if remote else storage.local_path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / LOG

@@ -95,6 +95,9 @@ def test_folders_of_killed_processes_are_removed_and_others_stay(
         folder.mkdir()
     assert Path(local_files.scratch_folder("ray")).is_dir()
     assert [folder.exists() for folder in (mine, left, elsewhere, stranger)] == [True, False, True, True]
+    with local_files.scratch("trial") as own:
+        Path(own, "file").touch()
+    assert not Path(own).exists()
 
 
 def test_a_process_that_is_stuck_ends_on_request(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import ray
 import torch
 from ray import tune
 
-from mimkd_ray import console, storage
+from mimkd_ray import console, local_files, storage
 from mimkd_ray.config import Config, SearchConfig
 from mimkd_ray.errors import Interrupted, UserError
 from mimkd_ray.json_files import read_json
@@ -133,7 +132,7 @@ def trial_folder() -> Iterator[str]:
     console.use(console.Nobody())  # the search tells of its trials
     # A process that is used again waits this long for the end of this function, and fails the next trial after it.
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "120")
-    with tempfile.TemporaryDirectory(prefix="mimkd-trial-", ignore_cleanup_errors=True) as folder:
+    with local_files.scratch("trial") as folder:
         found = tune.get_checkpoint()
         if found is not None:
             found.to_directory(folder)
