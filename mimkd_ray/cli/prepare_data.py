@@ -28,11 +28,15 @@ class PrepareJob(PrepareConfig):
     """Ray cluster to use, host:port of its head or `auto`; unset: RAY_ADDRESS, else this process starts Ray."""
     workers: int = 0
     """Units at the same time, each of which takes a CPU and 1 to 2 GB of memory; 0 = one per CPU of the cluster."""
+    wait_minutes: float = 0.0
+    """Minutes for which to wait for a CPU of the cluster, while other jobs hold all of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.workers < 0:
             raise UserError(f"--workers {self.workers}: give 1 or more, or 0 for one per CPU")
+        if self.wait_minutes < 0:
+            raise UserError(f"--wait-minutes {self.wait_minutes:g}: give 0 or more")
 
 
 def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
@@ -56,9 +60,12 @@ def prepare_with_ray(job: PrepareJob) -> Manifest:
         environment.prepare(job.address)
         from mimkd_ray.on_ray import data_units  # Ray takes seconds to import and reads its environment on import
         from mimkd_ray.on_ray.nodes.cluster import connect
+        from mimkd_ray.on_ray.nodes.placement import wait_for_room
 
         if not own:
             own.append(connect(job.address, "--address", log_to_driver=False))
+        if not own[0]:
+            wait_for_room(1, 1, 0, 60 * job.wait_minutes, "unit", patience="--wait-minutes")
         return data_units.run_units(units, title, job.workers)
 
     try:

@@ -113,6 +113,8 @@ def run(job: SearchJob, folder: str, configs: TrialConfigs) -> bool:
     try:
         shape = tune_search.shape_of(job, Capacity.of_cluster())
         console.line(shape.text())
+        if not own:
+            tune_search.wait_for_others(job, shape)
         with tune_search.while_nodes_last(job, shape, own):
             tune_search.prepare_on_ray(configs.widest(), folder, shape)
             if not over and tune_search.run_trials(job, folder, configs, shape, own):

@@ -62,7 +62,9 @@ class Cluster:
         if not own:
             wait = 60 * launch.wait_minutes
             needs = (self.cpus, int(self.gpu))
-            free = wait_for_room(self.fewest, *needs, wait, "builder", lambda free: not most and free.room(*needs) > 0)
+            fewer = "--cache.workers or --launch.cpus-per-worker"
+            some = lambda free: not most and free.room(*needs) > 0  # noqa: E731
+            free = wait_for_room(self.fewest, *needs, wait, "builder", fewer, some)
             if free is not None and not most:
                 self.fewest = self.most = min(self.most, free.room(*needs))
         in_memory = open_data(config.data).train.in_memory

@@ -6,16 +6,20 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 from ray.train import ScalingConfig
 
-from mimkd_ray.config import Config
+from mimkd_ray.cli import prepare_data
+from mimkd_ray.config import Config, SearchConfig
 from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.errors import Interrupted, UserError
+from mimkd_ray.on_ray import data_units
+from mimkd_ray.on_ray.nodes import cluster as nodes_cluster
 from mimkd_ray.on_ray.nodes import holders, node_capacity, placement
 from mimkd_ray.on_ray.nodes.cluster import connect
 from mimkd_ray.on_ray.nodes.holders import Held
@@ -212,10 +216,11 @@ def test_cpus_that_others_hold_are_not_free(busy: list[Held], capsys: pytest.Cap
     with pytest.raises(
         UserError,
         match=r"no room for 2 workers with 1 CPU each: other jobs hold \d+ of the cluster's 4 CPUs \(3 by job 02 "
-        r"\(python other\.py\)\): wait for them with --launch\.wait-minutes 60.*\(there is room for 1 now\)",
+        r"\(python other\.py\)\): wait for them with --launch\.wait-minutes 60, or stop them, or pass fewer "
+        r"--launch\.workers or --launch\.cpus-per-worker \(there is room for 1 now\)",
     ):
         scaling(_config(workers=2, cpus_per_worker=1), own=False)
-    assert "more minutes (launch.wait_minutes): there is no room for 2 workers" in capsys.readouterr().out
+    assert "more minutes (--launch.wait-minutes): there is no room for 2 workers" in capsys.readouterr().out
     assert scaling(_config(workers=1, cpus_per_worker=1), own=False).num_workers == 1
     assert scaling(_config(workers="1..3", cpus_per_worker=1), own=False).num_workers == (1, 3)
     assert scaling(_config(workers=2), own=True).num_workers == 2
@@ -229,6 +234,30 @@ def test_a_number_of_workers_that_nobody_named_is_what_fits_beside_others(busy: 
     busy[:] = [Held("n", "02", {"CPU": 4.0})]
     with pytest.raises(UserError, match=r"no room for [14] workers? with \d CPU"):
         scaling(_config(), own=False)
+
+
+def test_a_search_does_not_wait_for_ever_for_others(busy: list[Held]) -> None:
+    job = search_job(_config(), search=SearchConfig(workers=2))
+    with pytest.raises(UserError, match=r"no room for 2 trial workers with 1 CPU each.*fewer --search\.workers"):
+        tune_search.wait_for_others(job, tune_search.Shape(2, 1, 0, 2))
+    tune_search.wait_for_others(job, tune_search.Shape(1, 1, 0, 4))
+    tune_search.wait_for_others(job, tune_search.Shape(8, 1, 0, 1))  # the cluster grows when asked
+    busy.clear()
+    tune_search.wait_for_others(job, tune_search.Shape(2, 1, 0, 2))
+
+
+def test_a_preparation_does_not_wait_for_ever_for_others(
+    busy: list[Held], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy[:] = [Held("n", "02", {"CPU": 4.0})]
+    monkeypatch.setattr(nodes_cluster, "connect", lambda *_, **__: False)
+    monkeypatch.setattr(data_units, "run_units", lambda *_: pytest.fail("began"))
+    monkeypatch.setattr(prepare_data, "prepare", lambda _, run: list(run([], "units")))
+    job = prepare_data.PrepareJob(source=str(tmp_path / "a"), target=str(tmp_path / "b"))
+    with pytest.raises(
+        UserError, match=r"no room for 1 unit with 1 CPU each.*: wait for them with --wait-minutes 60, or"
+    ):
+        prepare_data.prepare_with_ray(job)
 
 
 def test_it_is_waited_for_others(busy: list[Held]) -> None:

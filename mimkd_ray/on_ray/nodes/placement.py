@@ -68,7 +68,8 @@ def _among_others(config: Config, made: ScalingConfig, seconds: float) -> Scalin
             return None
 
     cpus, gpus = each["CPU"], each.get("GPU", 0)
-    free = wait_for_room(needed, cpus, gpus, seconds, "worker", lambda free: smaller(free) is not None)
+    fewer = "--launch.workers or --launch.cpus-per-worker"
+    free = wait_for_room(needed, cpus, gpus, seconds, "worker", fewer, lambda free: smaller(free) is not None)
     found = made if free is None or free.room(cpus, gpus) >= needed else smaller(free)
     assert found is not None
     if found is not made:
@@ -78,11 +79,22 @@ def _among_others(config: Config, made: ScalingConfig, seconds: float) -> Scalin
 
 
 def wait_for_room(
-    workers: int, cpus: float, gpus: float, seconds: float, what: str, will_do: Callable[[Capacity], bool]
+    workers: int,
+    cpus: float,
+    gpus: float,
+    seconds: float,
+    what: str,
+    fewer: str = "",
+    will_do: Callable[[Capacity], bool] = lambda _: False,
+    patience: str = "--launch.wait-minutes",
 ) -> Capacity | None:
     """Return the capacity beside other jobs once so many ``workers`` fit in it, or after SETTLE_SECONDS once it
     ``will_do``. None where nobody knows what others hold. Raises UserError after ``seconds`` (SETTLE_SECONDS at
-    least)."""
+    least).
+
+    ``what`` names a worker in messages, ``fewer`` the flags by which less is asked for, ``patience`` that of the
+    seconds.
+    """
     began, told = time.monotonic(), -TELL_SECONDS
     while True:
         held = holders.held_by_others()
@@ -104,12 +116,12 @@ def wait_for_room(
         left = max(SETTLE_SECONDS, seconds) - passed
         if left <= 0:
             raise UserError(
-                f"{text}: wait for them with --launch.wait-minutes 60, stop them, or pass fewer --launch.workers or "
-                f"--launch.cpus-per-worker (there is room for {room} now)"
+                f"{text}: wait for them with {patience} 60, or stop them"
+                + (f", or pass fewer {fewer} (there is room for {room} now)" if fewer else "")
             )
         if passed - told >= TELL_SECONDS:
             told = passed
-            console.line(f"waiting up to {left / 60:.1f} more minutes (launch.wait_minutes): {text}")
+            console.line(f"waiting up to {left / 60:.1f} more minutes ({patience}): {text}")
         time.sleep(LOOK_SECONDS)
 
 

@@ -24,7 +24,7 @@ from mimkd_ray.config import Config, SearchConfig, SearchJob
 from mimkd_ray.config.jobs.search import POPULATION, search_job
 from mimkd_ray.errors import Interrupted, UserError, count
 from mimkd_ray.on_ray.nodes.node_capacity import Capacity
-from mimkd_ray.on_ray.nodes.placement import OWN_MINUTES, LossWatch
+from mimkd_ray.on_ray.nodes.placement import OWN_MINUTES, LossWatch, wait_for_room
 from mimkd_ray.on_ray.search.search_journal import Budget, Journal
 from mimkd_ray.on_ray.search.tune_algorithms import loggers, metric_of, scheduler_of, searcher_of, tune_space
 from mimkd_ray.on_ray.search.tune_trials import (
@@ -93,6 +93,15 @@ def shape_of(job: SearchJob, has: Capacity) -> Shape:
             "--search.concurrent 1 for a cluster that grows when asked"
         )
     return Shape(workers, cpu, gpu, search.concurrent or fit)
+
+
+def wait_for_others(job: SearchJob, shape: Shape) -> None:
+    """Wait until a trial finds room beside what other jobs hold of a cluster that is joined: Tune would wait for ever,
+    and without a word. Raises UserError after `launch.wait_minutes`."""
+    if Capacity.of_cluster().room(shape.cpus, shape.gpus) >= shape.workers:  # else the cluster grows when asked
+        what = "trial worker" if shape.workers > 1 else "trial"
+        fewer = "--search.workers or --search.cpus-per-trial"
+        wait_for_room(shape.workers, shape.cpus, shape.gpus, 60 * job.launch.wait_minutes, what, fewer)
 
 
 def search(
