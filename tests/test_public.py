@@ -146,13 +146,13 @@ def test_the_first_line_of_a_job_waits_for_no_large_package() -> None:
         "from mimkd_ray.recipes import IMAGENET_RECIPES\n"
         "def first(text):\n"
         "    print(json.dumps([text, sorted({name.partition('.')[0] for name in sys.modules}),"
-        " os.environ.get('OMP_WAIT_POLICY')]), flush=True)\n"
+        " os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT')]), flush=True)\n"
         "    os._exit(0)\n"
         "console.line = first\n"
         "common.main(IMAGENET_RECIPES, 'demo', [], 'job')\n"
     )
-    text, loaded, waiting = json.loads(python("-c", code).stdout)
+    text, loaded, *waiting = json.loads(python("-c", code).stdout)
     assert text == "demo: cifar/resnet20 teaches cifar/resnet8_w4; loading PyTorch"
-    assert waiting == "PASSIVE", "torch reads it when it is imported"
+    assert waiting == ["PASSIVE", "10000"], "torch reads it when it is imported"
     large = {"torch", "torchvision", "timm", "ray", "numpy", "pandas", "pyarrow", "fsspec", "PIL", "sklearn"}
     assert not (large | {"tyro", "tqdm"}) & set(loaded)

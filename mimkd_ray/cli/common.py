@@ -31,6 +31,9 @@ Recipe = Callable[[], Config]
 C = TypeVar("C", bound=Config)
 T = TypeVar("T")
 
+SPINS = "10000"
+"""Turns of libgomp's waiting loop before a thread sleeps, some tens of microseconds. libgomp's default is 300,000."""
+
 
 def main(
     recipes: Mapping[str, Recipe], default: str, argv: Sequence[str] | None = None, program: str | None = None
@@ -57,10 +60,13 @@ def main(
 
 
 def wait_asleep() -> None:
-    """Let threads of torch sleep while they wait for each other, unless the user has said otherwise. Call before torch
-    is imported. By default they keep their cores busy, and where another program runs on one of these, a network is
-    many times as slow as with a single thread (benchmarks/threads.py). Processes of a Ray started here inherit it."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    """Let threads of torch sleep while they wait long for each other, unless the user has said otherwise. Call before
+    torch is imported. By default they keep their cores busy for milliseconds, and where another program runs on one of
+    these, a network is many times as slow as with a single thread; those that sleep at once are half as fast on a
+    quiet machine (benchmarks/threads.py). Processes of a Ray started here inherit it."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def guarded(program: str, work: Callable[[], int], interrupted: str) -> int:

@@ -1,4 +1,4 @@
-"""Threads of a training process on a CPU: its share of the cores, without those on which loader processes decode."""
+"""Threads of a training process on a CPU: its share of the cores."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ CHOSEN = "OMP_NUM_THREADS"
 """The environment variable by which somebody has chosen already: a user, torchrun, or the node of a cluster."""
 
 
+SMALL_SIDE = 16
+"""Images with a side of fewer pixels: the maps of a network are so small that a second thread costs more time than it
+saves (benchmarks/threads.py)."""
+
+
 def loaders(data: DataConfig, share: int) -> int:
     """Return the loader processes of a worker with a ``share`` of the cores, as the loader starts them. A set that is
     in memory needs none; before it is opened the digits are known to be."""
@@ -21,9 +26,9 @@ def loaders(data: DataConfig, share: int) -> int:
 
 
 def threads_for(data: DataConfig, share: int) -> int:
-    """Return the threads of a worker. Loader processes are many by default, and mostly wait for a CPU that trains: half
-    of the share at most is theirs."""
-    return max(1, share - min(loaders(data, share), share // 2))
+    """Return the threads of a worker: its whole share of the cores. Loader processes take little of it, because on a CPU
+    a network takes many times as long as decoding. One thread for small images."""
+    return 1 if data.image_size < SMALL_SIDE else share
 
 
 def use_threads(data: DataConfig, given: bool) -> None:

@@ -15,16 +15,16 @@ from mimkd_ray.data.loading.threads import told, use_threads
 @pytest.mark.parametrize(
     ("cores", "workers", "data", "expected", "loaders"),
     [
-        (2, 1, DataConfig(root="digits"), 2, 0),
-        (2, 1, DataConfig(root="images"), 1, 1),
-        (8, 1, DataConfig(root="images"), 4, 7),
-        (8, 1, DataConfig(root="images", loader_workers=2), 6, 2),
-        (8, 4, DataConfig(root="digits"), 2, 0),
-        (8, 4, DataConfig(root="images", loader_workers=0), 2, 0),
-        (1, 2, DataConfig(root="images"), 1, 1),
+        (2, 1, DataConfig(root="digits"), 1, 0),
+        (2, 1, DataConfig(root="images", image_size=32), 2, 1),
+        (8, 1, DataConfig(root="images", image_size=32), 8, 7),
+        (8, 1, DataConfig(root="images", image_size=32, loader_workers=2), 8, 2),
+        (8, 4, DataConfig(root="digits", image_size=32), 2, 0),
+        (8, 4, DataConfig(root="images", image_size=32, loader_workers=0), 2, 0),
+        (1, 2, DataConfig(root="images", image_size=32), 1, 1),
     ],
 )
-def test_threads_are_a_share_of_the_cores_without_those_of_loaders(
+def test_threads_are_a_share_of_the_cores(
     monkeypatch: pytest.MonkeyPatch, cores: int, workers: int, data: DataConfig, expected: int, loaders: int
 ) -> None:
     set_to: list[int] = []
