@@ -26,8 +26,8 @@ def loaders(data: DataConfig, share: int) -> int:
 
 
 def threads_for(data: DataConfig, share: int) -> int:
-    """Return the threads of a worker: its whole share of the cores. Loader processes take little of it, because on a CPU
-    a network takes many times as long as decoding. One thread for small images."""
+    """Return the threads of a worker: its whole share of the cores, or one for small images. Loader processes take
+    little of it, because on a CPU a network takes many times as long as decoding."""
     return 1 if data.image_size < SMALL_SIDE else share
 
 
