@@ -147,6 +147,7 @@ def test_credentials_do_not_travel(head: Head, tmp_path: Path) -> None:
     assert sorted(json.loads(there.replace("'", '"'))) == sorted(f"./{name}" for name in (".rayignore", *WANTED))
 
 
+@TAKES_MINUTES
 def test_a_cache_and_a_search(head: Head, tmp_path: Path) -> None:
     network = ("--teacher.name", "cifar/resnet8", "--launch.cpus-per-worker", "1")
     views = (

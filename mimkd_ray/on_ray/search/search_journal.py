@@ -16,6 +16,7 @@ from mimkd_ray.config import SearchJob
 from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
+from mimkd_ray.on_ray.search.tune_algorithms import count_trials
 from mimkd_ray.search.configs import Made, TrialConfigs
 from mimkd_ray.search.results import Clock, ending, values, write_report
 from mimkd_ray.search.run_trials import REASON
@@ -48,6 +49,7 @@ class Journal(tune.Callback):
         """Read the table, and the limits of this start."""
         self.job = from_dict(SearchJob, read_json(storage.join(self.folder, "config.json")) or {})
         self._table = Table(self.folder, self.job.search.metric)
+        self._total = count_trials(self.job.search, self.configs)
         self.clock = Clock(self.folder)
         self._known = False
         self._line = self._next_publishing = 0.0
@@ -164,7 +166,7 @@ class Journal(tune.Callback):
         self.table.ended(name, state, kind, reason)
         row = self.table.rows[name]
         over = sum(each.state != "running" for each in self.table.rows.values())
-        left = f" of {self.job.search.trials}" if self.job.search.trials else ""
+        left = f" of {self._total}" if self._total else ""
         hours = self.clock.hours
         console.line(f"trial {row.number}: {ending(row, self.table.metric)}; {over}{left} over in {hours:.2f} h")
 

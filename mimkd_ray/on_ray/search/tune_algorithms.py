@@ -77,7 +77,7 @@ def searcher_of(search: SearchConfig, configs: TrialConfigs) -> tuple[Any, dict[
     number of samples."""
     trials = search.trials or -1
     if search.pack > 1:
-        packs = -(-_count(search, configs) // search.pack) if trials > 0 or search.algorithm == "grid" else 0
+        packs = -(-count_trials(search, configs) // search.pack) if trials > 0 or search.algorithm == "grid" else 0
         if packs:
             return None, {"pack": tune.grid_search(list(range(packs)))}, 1
         return None, {"pack": tune.randint(0, 2**31)}, -1
@@ -91,8 +91,11 @@ def searcher_of(search: SearchConfig, configs: TrialConfigs) -> tuple[Any, dict[
     return _named(search), tune_space(configs), trials
 
 
-def _count(search: SearchConfig, configs: TrialConfigs) -> int:
-    return sum(1 for _ in combinations(search, configs)) if search.algorithm == "grid" else search.trials
+def count_trials(search: SearchConfig, configs: TrialConfigs) -> int:
+    """Return the number of trials: all combinations of a grid, else as configured; 0: as many as the budget allows."""
+    if search.algorithm == "grid" and search.scheduler not in POPULATION:
+        return sum(1 for _ in combinations(search, configs))
+    return search.trials
 
 
 def _named(search: SearchConfig) -> Any:
