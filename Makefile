@@ -7,6 +7,9 @@
 SHELL := /bin/sh
 PYTHON ?= python3
 PY := .venv/bin/python
+# pip compiles nothing (--no-compile): a module is compiled at its first import. Where that may not be kept, as some
+# containers have it, every import of torch would take 9 s instead of 4.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test lint docs bench clean setup
 .DEFAULT_GOAL := demo
 
