@@ -1,8 +1,8 @@
 # make demo   the main job on data that ships with a dependency: teacher, student alone, student distilled
-# make test   the whole test suite
+# make test   the test suite, without what takes minutes or a machine of its own (CONTRIBUTING.md)
 # make lint   ruff (lint, format), mypy, and how rooms import each other
 # make docs   the documentation site, in build/site; with search: python3 -m http.server -d build/site -b 127.0.0.1
-# make bench  every benchmark; refreshes benchmarks/results/ and the table of benchmarks/README.md
+# make bench  every benchmark that needs no data, weights or GPU of yours; refreshes benchmarks/results/ and the table of benchmarks/README.md
 # make clean  remove what the commands above made
 SHELL := /bin/sh
 PYTHON ?= python3

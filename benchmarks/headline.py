@@ -2,7 +2,7 @@
 
     python benchmarks/headline.py --small --data DIR --teacher FILE                 # the twin, on 2 cores: some hours
     python benchmarks/headline.py --data DIR --teacher FILE --epochs 20 --holdout 0.1 --minutes 5          # on a GPU
-    python benchmarks/headline.py --data DIR --teacher FILE --epochs 40 --seeds 2 --arms accuracy best alone kd crd
+    python benchmarks/headline.py --data DIR --teacher FILE --epochs 40 --seeds 2 --arms feature_3 best alone kd crd
     python benchmarks/headline.py --small --live --data DIR --teacher FILE                # the twin, on a GPU: minutes
 
 `--data` holds CIFAR-100 as Parquet or class folders, `--teacher` is a weights file of the pair's teacher. Arms

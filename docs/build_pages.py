@@ -31,7 +31,10 @@ COPIED = {
     "CHANGELOG.md": "changelog.md",
 }
 """Pages of other folders, by path in the repository, and their names in the site."""
-ERRORS = ("UserError", "DamagedDataError", "NonFiniteLossError", "MemberMemoryError", "StorageError", "Interrupted")
+ERRORS = (
+    *("UserError", "AccessError", "InUse", "DamagedDataError", "NonFiniteLossError", "MemberMemoryError"),
+    *("StorageError", "Interrupted"),
+)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)(#[^)]*)?\)")
 
 
@@ -103,7 +106,8 @@ def troubleshooting() -> str:
         "Every error that a user can mend is one line on standard error: the thing, the numbers, the remedy. The list "
         "is made from the code; `{name}` and `…` stand for what a message fills in. Search this page for a few words "
         "of yours.",
-        "Exit status: 0 done, 1 the run or a check failed, 2 bad input, 3 stopped by SIGTERM (what was reached is "
+        "Exit status: 0 done, 1 the run or a check failed, 2 bad input, 3 stopped by SIGTERM or, in "
+        "training, by one Ctrl-C (what was reached is "
         "saved, and the same command goes on), 130 interrupted.",
     ]
     rooms: dict[str, list[str]] = {}

@@ -1,6 +1,6 @@
 """The command line of jobs/evaluate.py: what a network does on a data set, in figures.
 
-Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted. Errors are one line on standard error.
+Exit status: 0 done, 1 failed, 2 bad input, 3 stopped (SIGTERM), 130 interrupted. Errors are one line on standard error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
         if arguments and not arguments[0].startswith("-"):
             run_dir = storage.absolute(arguments.pop(0))
             base = replace(config_of_run(run_dir), launch=LaunchConfig(backend="local"))  # not that of training
-        head = f"{program} [RUN] [flags]\n\nRUN is a run's directory or URL; its config is the default of all flags."
+        head = (
+            f"{program} [RUN] [flags]\n\nRUN is a run's directory or URL; its config is the default of all flags but "
+            "--launch and --eval."
+        )
         job = common.from_flags(EvaluateJob, arguments, prog=program, description=head, default=evaluate_job(base))
         if job is not None:
             evaluate(absolute(job), run_dir, base if run_dir else None)

@@ -17,7 +17,7 @@ from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.secret_urls import Carried
 
 RETRY_WAITS_S = (5.0, 20.0, 60.0)
-"""Pauses before a unit is repeated whose storage failed for longer than storage.py retries."""
+"""Pauses before a unit is repeated whose storage failed for longer than attempts.py tries."""
 
 LOST_LOADER, MAX_RETRIES = "DataLoader worker", 3
 """Part of PyTorch's message about a loader process of a task that was killed, and the number of repetitions of the

@@ -67,7 +67,7 @@ class _Warnings(logging.Handler):
 
 
 def speak_through(mailbox: Any, every: float, rank: int) -> None:
-    """Make this worker's lines appear on the driver: all that the first one says, and everybody's warnings."""
+    """Make the first worker's lines and warnings appear on the driver; the others say nothing there."""
     own = logging.getLogger("mimkd_ray")
     own.handlers[:] = [each for each in own.handlers if not isinstance(each, _Warnings)]
     console.use(ToDriver(mailbox, every) if rank == 0 else console.Nobody())

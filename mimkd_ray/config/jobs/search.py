@@ -25,8 +25,8 @@ class SearchConfig:
     """Fields to search: names of mimkd_ray/search/spaces.py, or package.module:function."""
     algorithm: str = "tpe"
     """tpe: Optuna's tree-structured Parzen estimator. random: independent draws. grid: every combination of `points`
-    values of each number, in order. hyperopt, ax, bohb: those searchers of Ray Tune. package.module:function: called
-    with this section, it returns a searcher of Ray Tune."""
+    values of each number, in order, the first `trials` of them. hyperopt, ax, bohb: those searchers of Ray Tune.
+    package.module:function: called with this section, it returns a searcher of Ray Tune."""
     points: int = 4
     """grid: number of values of each number, evenly spaced on the number's own scale."""
     scheduler: Scheduler = "asha"

@@ -12,8 +12,8 @@ from mimkd_ray.errors import UserError
 
 EMBEDDED = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",  # there is no dashboard to show them
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # there is no dashboard to show them
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # nobody collects those of a Ray that ends with its run
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away with a notice to Ray
     "RAY_worker_niceness": "0",  # the default of 15 would let other programs on a busy machine starve the training
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Ray Train sets it for its controller
 }

@@ -92,7 +92,7 @@ def searcher_of(search: SearchConfig, configs: TrialConfigs) -> tuple[Any, dict[
 
 
 def count_trials(search: SearchConfig, configs: TrialConfigs) -> int:
-    """Return the number of trials: all combinations of a grid, else as configured; 0: as many as the budget allows."""
+    """Return the number of trials, at most as many as configured of a grid; 0: as many as the budget allows."""
     if search.algorithm == "grid" and search.scheduler not in POPULATION:
         return sum(1 for _ in combinations(search, configs))
     return search.trials
