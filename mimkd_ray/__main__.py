@@ -1,7 +1,7 @@
 """`mimkd-ray COMMAND`, also as `python -m mimkd_ray COMMAND`: the jobs, and tools around them.
 
-Exit status: 0 done, 1 a job or a check failed, 2 bad input, 3 stopped (SIGTERM, one Ctrl-C), 130 interrupted. Errors are
-one line on standard error.
+Exit status: 0 done, 1 a job or a check failed, 2 bad input, 3 stopped (SIGTERM, one Ctrl-C), 130 interrupted. Errors
+are one line on standard error.
 """
 
 from __future__ import annotations
