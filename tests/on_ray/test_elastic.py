@@ -23,8 +23,7 @@ from ray.train import ScalingConfig  # noqa: E402
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision  # noqa: E402
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy  # noqa: E402
 
-import mimkd_ray.on_ray  # noqa: E402
-from mimkd_ray.on_ray import train_workers  # noqa: E402
+from mimkd_ray.on_ray import nodes, train_workers  # noqa: E402
 from mimkd_ray.on_ray.nodes import elastic  # noqa: E402
 from mimkd_ray.on_ray.nodes.elastic import PromptPolicy  # noqa: E402
 
@@ -97,7 +96,7 @@ def test_with_another_ray_the_plain_trainer_is_used_and_one_line_says_so(
     else:
         monkeypatch.setitem(sys.modules, ElasticScalingPolicy.__module__, None)
         monkeypatch.delitem(sys.modules, elastic.__name__)
-        monkeypatch.delattr(mimkd_ray.on_ray, "elastic")
+        monkeypatch.delattr(nodes, "elastic")
     with caplog.at_level(logging.WARNING, train_workers.__name__):
         assert train_workers.trainer_class(True) is train_workers.TorchTrainer
     (said,) = (record.getMessage() for record in caplog.records)
