@@ -63,8 +63,9 @@ class Cluster:
             wait = 60 * launch.wait_minutes
             needs = (self.cpus, int(self.gpu))
             fewer = "--cache.workers or --launch.cpus-per-worker"
-            some = lambda free: not most and free.room(*needs) > 0  # noqa: E731
-            free = wait_for_room(self.fewest, *needs, wait, "builder", fewer, some)
+            free = wait_for_room(
+                self.fewest, *needs, wait, "builder", fewer, lambda free: not most and free.room(*needs) > 0
+            )
             if free is not None and not most:
                 self.fewest = self.most = min(self.most, free.room(*needs))
         in_memory = open_data(config.data).train.in_memory
