@@ -58,6 +58,7 @@ def test_the_dashboard_shows_what_is_exported_and_nothing_else() -> None:
 @pytest.mark.slow
 def test_prometheus_can_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_enable_metrics_collection", "1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -14,6 +14,7 @@ EMBEDDED = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",  # nobody collects those of a Ray that ends with its run
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away with a notice to Ray
+    "RAY_enable_metrics_collection": "0",  # else they are served on every interface, without a token
     "RAY_worker_niceness": "0",  # the default of 15 would let other programs on a busy machine starve the training
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Ray Train sets it for its controller
 }
