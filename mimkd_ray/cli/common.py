@@ -32,7 +32,7 @@ C = TypeVar("C", bound=Config)
 T = TypeVar("T")
 
 SPINS = "10000"
-"""Turns of libgomp's waiting loop before a thread sleeps, some tens of microseconds. libgomp's default is 300,000."""
+"""Turns of libgomp's waiting loop before a thread sleeps. libgomp's default is 300,000."""
 
 
 def main(

@@ -11,10 +11,9 @@ from mimkd_ray.errors import count
 CHOSEN = "OMP_NUM_THREADS"
 """The environment variable by which somebody has chosen already: a user, torchrun, or the node of a cluster."""
 
-
 SMALL_SIDE = 16
 """Images with a side of fewer pixels: the maps of a network are so small that a second thread costs more time than it
-saves (benchmarks/threads.py)."""
+saves (benchmarks/threads.py, at 8 px)."""
 
 
 def loaders(data: DataConfig, share: int) -> int:
