@@ -4,9 +4,11 @@ import errno
 import multiprocessing
 import os
 import stat
+import time
 import uuid
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,8 +28,9 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Waits that are asked for and not taken: of this module only, for other threads of the process sleep too."""
     waits: list[float] = []
-    monkeypatch.setattr(attempts.time, "sleep", waits.append)
+    monkeypatch.setattr(attempts, "time", SimpleNamespace(monotonic=time.monotonic, sleep=waits.append))
     monkeypatch.setattr(attempts, "ANSWERED", set())
     return waits
 

@@ -74,7 +74,7 @@ def test_create_once_whose_first_answer_was_lost(bucket: str, monkeypatch: pytes
             raise lost.pop()
 
     monkeypatch.setattr(fs, "pipe_file", put_and_lose_the_answer)
-    monkeypatch.setattr(attempts.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(attempts, "FIRST_WAIT_S", 0.0)
     assert storage.create_once(f"{bucket}/x", b"ours")
     assert not lost
     monkeypatch.setattr(fs, "pipe_file", put)
