@@ -14,7 +14,7 @@ from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.distillation import queue_channels
-from mimkd_ray.losses.shared_classes import check_shared
+from mimkd_ray.losses.shared_classes import check_classes
 from mimkd_ray.losses.teacher_queue import check_size
 from mimkd_ray.models.weights_file import FOLDER, HUB, WEB
 from mimkd_ray.models.zoo import build_model
@@ -68,9 +68,11 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
     if not needs_teacher(config):
         return
     refuse_random(config.teacher)
-    planned = [PlannedStudent(run, student, taps_of_run(run, teacher, student)) for run in first_runs(config)]
+    planned = []
+    for run in first_runs(config):
+        check_classes(run.loss, head.shared, data.num_classes)
+        planned.append(PlannedStudent(run, student, taps_of_run(run, teacher, student, head.shared), head.shared))
     for one in planned:
-        check_shared(one.config.loss, head.shared, data.num_classes)
         check_size(one.config.loss.queue, queue_channels(one.config.loss, one.plan.terms))
     logits_entry(head.count, config.cache.logits)
     reads = config.cache.reads and not config.teacher.trains and config.teacher.weights != "published"

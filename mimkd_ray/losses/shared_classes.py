@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,24 +47,44 @@ def match(teacher: Sequence[str], data: Sequence[str]) -> SharedClasses:
     return SharedClasses(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs))
 
 
-def check_shared(loss: LossConfig, shared: SharedClasses | None, num_classes: int) -> None:
-    """Raise UserError for a loss that compares classes which teacher and data have not in common."""
+def comparable(loss: LossConfig, shared: SharedClasses | None) -> LossConfig:
+    """Return the loss without what compares logits (KD, DKD, DIST), where teacher and data share no classes."""
+    if shared is None or shared.of_data:
+        return loss
+    return replace(
+        loss,
+        name=tuple(method for method in loss.name if method == "mimkd" or not RIVALS[method].logits),
+        preset="accuracy" if loss.preset == "best" else loss.preset,  # which are the same without KD
+        kd_weight=0.0,
+    )
+
+
+def check_classes(loss: LossConfig, shared: SharedClasses | None, num_classes: int) -> None:
+    """Raise UserError for a loss that compares classes which the data has not, or has not in common with the
+    teacher."""
+    reads = [method for method in loss.rivals if RIVALS[method].logits]
+    for method in reads:
+        if num_classes < RIVALS[method].fewest_classes:
+            raise UserError(
+                f"loss.name has {method}, which compares the label with the other classes, and the data has "
+                f"{num_classes} class: choose another loss, or set --data.num-classes"
+            )
     if shared is None:
         return
-    reads = [method for method in loss.rivals if RIVALS[method].logits]
-    asked = [*(["KD (loss.kd_weight, loss.name kd, preset best)"] if loss.resolved_kd_weight else []), *reads]
-    count = len(shared.of_data)
-    if asked and count < 2:
+    if loss.uses_teacher and not comparable(loss, shared).uses_teacher:
+        asked = [*(["KD (loss.kd_weight, loss.name kd)"] if loss.resolved_kd_weight else []), *reads]
         raise UserError(
-            f"the teacher's classes and the data's have {count} in common, and {' and '.join(asked)} compares the "
-            "logits of both: leave it out (features need no common classes), or pass --teacher.classes FILE with the "
-            "names of the teacher's classes, one a line, as the data names them"
+            f"the teacher's classes and the data's have none to compare in common, and all that the loss has of the "
+            f"teacher, {' and '.join(asked)}, compares the logits of both: choose one that reads features (--loss.name "
+            "mimkd), or pass --teacher.classes FILE with the names of the teacher's classes, one a line, as the data "
+            "names them"
         )
-    labelled = [method for method in reads if RIVALS[method].one_class]
-    if labelled and count < num_classes:
+    labelled = [method for method in comparable(loss, shared).rivals if method in reads and RIVALS[method].one_class]
+    if labelled and len(shared.of_data) < num_classes:
         raise UserError(
-            f"{' and '.join(labelled)} compares the label with the other classes, and {num_classes - count} of the "
-            f"data's {num_classes} classes are not among the teacher's: use kd or dist, which read the {count} shared"
+            f"{' and '.join(labelled)} compares the label with the other classes, and "
+            f"{num_classes - len(shared.of_data)} of the data's {num_classes} classes are not among the teacher's: use "
+            f"kd or dist, which read the {len(shared.of_data)} shared"
         )
 
 

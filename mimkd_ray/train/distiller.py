@@ -28,7 +28,8 @@ from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features, Others
 from mimkd_ray.losses.methods.registry import RIVALS
-from mimkd_ray.losses.shared_classes import SharedClasses, check_shared
+from mimkd_ray.losses.shared_classes import SharedClasses, check_classes, comparable
+from mimkd_ray.models.weights import say_once
 from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.taps.tapped_model import TappedModel
 from mimkd_ray.taps.tracing import dry_run
@@ -250,8 +251,13 @@ def distill(
     check_logits(teacher, image_size)
     check_logits(student, image_size, trained=True)
     widths = [dry_run(network, image_size).logits.shape[1] for network in (teacher, student)]
-    if widths[0] != widths[1]:
-        check_shared(loss, SharedClasses(), widths[1])
+    shared = None if widths[0] == widths[1] else SharedClasses()
+    check_classes(loss, shared, widths[1])
+    asked, loss = loss, comparable(loss, shared)
+    if (asked.resolved_kd_weight, asked.rivals) != (loss.resolved_kd_weight, loss.rivals):
+        say_once(
+            f"teacher has {widths[0]} classes and the student {widths[1]}: what compares logits (KD, DKD, DIST) is off"
+        )
     return Distiller(teacher, student, plan_taps(loss, teacher, student, image_size), loss, steps, epoch_steps, labels)
 
 

@@ -72,7 +72,7 @@ def check_judged(config: Config, data: Data) -> None:
     """Raise UserError for what compares accuracies where nothing held out has a label."""
     if data.judged:
         return
-    if config.compare.seeds or config.teacher.expect_top1:
+    if config.compare.seeds or (config.teacher.expect_top1 and not config.teacher.has_own_classes):
         what = "compare.seeds" if config.compare.seeds else "teacher.expect_top1"
         raise UserError(
             f"nothing in the validation set of {config.data.root} has a label, and {what} "

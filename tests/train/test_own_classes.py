@@ -17,6 +17,7 @@ from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.methods.base import RivalTaps
 from mimkd_ray.losses.methods.build_method import RivalPlan
+from mimkd_ray.losses.methods.registry import RIVALS, Method
 from mimkd_ray.losses.shared_classes import SharedClasses, match
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.models.zoo import build_model
@@ -70,15 +71,38 @@ def test_kd_is_of_the_shared_classes_alone() -> None:
 
 
 def test_a_run_with_a_teacher_of_other_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """By number alone: features train the student, and nothing is said of the teacher's top-1."""
-    preflight(tiny_config(teacher={"classes": 1000}))
-    result = run_tiny(tmp_path / "run", teacher={"classes": "1000"})
+    """By number alone: features train the student, and nothing is said of the teacher's top-1, expected or not."""
+    teacher = {"classes": 1000, "expect_top1": 76.0}
+    preflight(tiny_config(teacher=teacher))
+    result = run_tiny(tmp_path / "run", teacher=teacher, loss={"kd_weight": 1.0})
     assert result["teacher"] | {"top1": None, "top5": None, "rows": 0} == result["teacher"]
     assert result["nats"]
     assert [m for m in caplog.messages if "1000 classes of its own" in m] == [
-        "teacher cifar/resnet8 has 1000 classes of its own: its features are used; KD and the check of its top-1 are "
-        "off"
+        "teacher cifar/resnet8 has 1000 classes of its own: its features are used; what compares logits (KD, DKD, "
+        "DIST) and the check of its top-1 are off"
     ]
+
+
+READS_FEATURES: list[tuple[Method, ...]] = [(method,) for method in RIVALS if not RIVALS[method].logits]
+
+
+@pytest.mark.parametrize("name", [*READS_FEATURES, ("kd", "dkd", "crd"), ("mimkd", "dist")], ids="+".join)
+def test_what_reads_features_trains_and_what_compares_logits_is_left_out(name: tuple[Method, ...]) -> None:
+    config = tiny_config(
+        teacher={"classes": 7},
+        loss={"name": name, "preset": "best", "feature_pairs": ()},
+        train={"lanes": 1},
+    )
+    preflight(config)
+    student = lone_student(config, tiny_data(), build_model("cifar/resnet8", 7), cpu())
+    student.inputs.start(0)
+    log = student.step(0).log
+    of_teacher = {key for key in log if key.startswith("rival/")}
+    assert of_teacher == {f"rival/{method}" for method in name if (method,) in READS_FEATURES}
+    assert "kd" not in log
+    assert any(key.endswith("/nats") for key in log) == ("mimkd" in name)
+    assert all(torch.isfinite(value) for value in map(torch.as_tensor, log.values()))
+    assert float(log["loss"]) != pytest.approx(float(log["ce"])), "the teacher has a part in it"
 
 
 def test_kd_from_a_file_of_names(tmp_path: Path, names: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -98,8 +122,7 @@ def test_kd_from_a_file_of_names(tmp_path: Path, names: str, caplog: pytest.LogC
 @pytest.mark.parametrize(
     ("sections", "match"),
     [
-        ({"teacher": {"classes": 7}, "loss": {"kd_weight": 1.0}}, r"have 0 in common, and KD .*--teacher.classes FILE"),
-        ({"teacher": {"classes": 7, "expect_top1": 70.0}}, r"its top-1 on this data means nothing"),
+        ({"teacher": {"classes": 7}, "loss": {"name": ("kd", "dist")}}, r"KD .* and dist, .*--teacher.classes FILE"),
         ({"teacher": {"classes": "NAMES"}, "loss": {"name": ("dkd",)}}, r"dkd .*6 of the data's 10 classes are not"),
         ({"teacher": {"classes": "no/such/file"}}, r"no/such/file cannot be read"),
     ],
@@ -113,12 +136,21 @@ def test_what_cannot_be_is_refused_before_anything_starts(
         preflight(tiny_config(**sections))
 
 
-def test_own_loops_refuse_kd_from_other_classes() -> None:
+def test_own_loops_leave_kd_from_other_classes_out(caplog: pytest.LogCaptureFixture) -> None:
     networks = build_model("cifar/resnet8", 7), build_model("cifar/resnet8_w4", 10)
-    with pytest.raises(UserError, match="have 0 in common"):
-        distill(*networks, 32, LossConfig(preset="best"))
+    with pytest.raises(UserError, match="have none to compare in common"):
+        distill(*networks, 32, LossConfig(name=("kd",)))
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
-    assert torch.isfinite(distill(*networks, 32, LossConfig())(images, labels).total)
+    terms = distill(*networks, 32, LossConfig(preset="best"))(images, labels).terms
+    assert terms.keys() == distill(*networks, 32, LossConfig())(images, labels).terms.keys()
+    assert caplog.messages == ["teacher has 7 classes and the student 10: what compares logits (KD, DKD, DIST) is off"]
+
+
+def test_dkd_of_a_single_class_is_refused_in_own_loops_too() -> None:
+    """Its softmax over the classes other than the label's would be of none."""
+    networks = build_model("cifar/resnet8", 1), build_model("cifar/resnet8_w4", 1)
+    with pytest.raises(UserError, match="dkd, which compares the label with the other classes, and the data has 1"):
+        distill(*networks, 32, LossConfig(name=("dkd",), rival_warmup=0))
 
 
 def test_a_teacher_that_is_trained_has_the_classes_of_the_data() -> None:

@@ -77,7 +77,7 @@ def entries_of(planned: Sequence[PlannedStudent], network: nn.Module, classes: i
     layers = {path for path, _ in network.named_modules() if path}
     others = [name for name in named if layer_of(name) in layers]
     check_rules(cache, [*(entry.tap for entry in entries), *others])
-    with_logits = any(one.config.loss.uses_logits for one in planned)
+    with_logits = any(one.loss.uses_logits for one in planned)
     return [*entries, logits_entry(classes, cache.logits)] if with_logits else entries
 
 

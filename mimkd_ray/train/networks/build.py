@@ -18,7 +18,7 @@ from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.methods.build_method import RivalPlan
 from mimkd_ray.losses.methods.crd import TrainingRows
 from mimkd_ray.losses.methods.registry import RIVALS
-from mimkd_ray.losses.shared_classes import SharedClasses, check_shared
+from mimkd_ray.losses.shared_classes import SharedClasses, check_classes, comparable
 from mimkd_ray.losses.terms import LOGITS, Term
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.seeds import derive
@@ -221,6 +221,11 @@ class PlannedStudent:
     vector: TapShape | None = None
     """The student's pooled features, where these are evaluated too: where images lack labels."""
 
+    @property
+    def loss(self) -> LossConfig:
+        """The config's loss, without what compares logits if there is nothing to compare."""
+        return comparable(self.config.loss, self.shared)
+
 
 def plan_student(
     config: Config, teacher: nn.Module | None, num_classes: int, shared: SharedClasses | None = None
@@ -231,27 +236,23 @@ def plan_student(
     Runs both networks dry. Raises UserError for a network that does not exist, for layers that do not fit, and for a
     rival that needs more classes than the data has.
     """
-    for method in config.loss.rivals:
-        if num_classes < RIVALS[method].fewest_classes:
-            raise UserError(
-                f"loss.name has {method}, which compares the label with the other classes, and the data has "
-                f"{num_classes} class: choose another loss, or set --data.num-classes"
-            )
-    check_shared(config.loss, shared, num_classes)
+    check_classes(config.loss, shared, num_classes)
     student = build_student(config, num_classes)
     if teacher is None:
         return PlannedStudent(config, student, TapPlan())
-    plan, vector = taps_of_run(config, teacher, student), None
+    plan, vector = taps_of_run(config, teacher, student, shared), None
     if config.data.labels != "all":
         size = config.data.image_size
         (vector,) = find_shapes(student, size, [default_taps(student, size).vector]).values()
     return PlannedStudent(config, student, plan, shared, vector)
 
 
-def taps_of_run(config: Config, teacher: nn.Module, student: nn.Module) -> TapPlan:
+def taps_of_run(
+    config: Config, teacher: nn.Module, student: nn.Module, shared: SharedClasses | None = None
+) -> TapPlan:
     """The taps of a run, whose networks may see images of different sizes."""
     sizes = config.data.image_size, teacher_input(config).size
-    return plan_taps(config.loss, teacher, student, sizes[0], config.cache, sizes[1])
+    return plan_taps(comparable(config.loss, shared), teacher, student, sizes[0], config.cache, sizes[1])
 
 
 def build_distiller(planned: PlannedStudent, train: Source, device: torch.device) -> StudentModule:
@@ -260,7 +261,7 @@ def build_distiller(planned: PlannedStudent, train: Source, device: torch.device
     # Seeded again, so that the critics' start does not depend on the student's size.
     torch.manual_seed(derive(config.train.seed, "critics"))
     loss = MIMKDLoss(
-        config.loss, plan.terms, plan.rivals, training_rows(config.loss, train), planned.shared, config.data.labels
+        planned.loss, plan.terms, plan.rivals, training_rows(config.loss, train), planned.shared, config.data.labels
     )
     vectors, maps = plan.student_taps()
     autocast = autocast_dtype(config.train, device)

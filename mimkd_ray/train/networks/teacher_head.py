@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config
@@ -25,7 +25,7 @@ class TeacherHead:
 def teacher_head(config: Config, data: Data) -> TeacherHead:
     """The head of a run's teacher. Reads the file of names, if there is one; says once what teacher and data share.
 
-    Raises UserError for a file that cannot be read, and for a check of the accuracy that cannot be made.
+    Raises UserError for a file that cannot be read.
     """
     classes = config.teacher.classes
     if not config.teacher.has_own_classes or classes == data.num_classes:
@@ -41,13 +41,12 @@ def teacher_head(config: Config, data: Data) -> TeacherHead:
         assert head.shared is not None
         seen = f"{len(names)} classes, {len(head.shared.of_data)} of the data's {data.num_classes} among them"
     assert head.shared is not None
-    if not head.shared.of_data:
-        if config.teacher.expect_top1:
-            raise UserError(
-                f"teacher {name} has {seen}, so that its top-1 on this data means nothing, and teacher.expect_top1 is "
-                f"{config.teacher.expect_top1:g}: pass --teacher.expect-top1 0"
-            )
-        say_once(f"teacher {name} has {seen}: its features are used; KD and the check of its top-1 are off")
+    if len(head.shared.of_data) < 2:  # one class is not compared with any other
+        head = replace(head, shared=SharedClasses())
+        say_once(
+            f"teacher {name} has {seen}: its features are used; what compares logits (KD, DKD, DIST) and the check of "
+            "its top-1 are off"
+        )
     elif len(head.shared.of_data) < data.num_classes:
         say_once(f"teacher {name} has {seen}: KD and the check of its top-1 are of those alone")
     return head
