@@ -13,7 +13,6 @@ from mimkd_ray.config import CacheConfig, Config, LossConfig, TrainConfig
 from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.source import Source, ids_of
-from mimkd_ray.errors import UserError
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.methods.build_method import RivalPlan
 from mimkd_ray.losses.methods.crd import TrainingRows
