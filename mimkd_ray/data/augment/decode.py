@@ -33,7 +33,18 @@ if TYPE_CHECKING:
 SHRINKS = (8, 4, 2)  # the scales by which both decoders can skip work, largest first
 JPEG = b"\xff\xd8"  # its first bytes
 PLAIN = ("YCbCr", "Gray", "RGB", "L")  # colour spaces, in simplejpeg's words and Pillow's, that both read alike
-KINDS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")  # Pillow's names; others are not opened
+KINDS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "AVIF",
+    "PPM",
+    "JPEG2000",
+    "TGA",
+)  # Pillow's names; TGA, which begins with no mark, is last
 TWELVE_BITS = 4095  # the largest number of 12 bits
 
 Encoded = bytes | memoryview

@@ -36,6 +36,7 @@ from mimkd_ray.data.prepare.work_units import (
     read_index,
     read_sidecar,
 )
+from mimkd_ray.data.sources.hub_readme import README, declared_files
 from mimkd_ray.data.sources.shard_manifest import Manifest, Shard, content_digest, read_manifest, write_manifest
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import parse
@@ -142,6 +143,10 @@ def open_origin(config: PrepareConfig) -> Origin:
         shards = {url: size for url, size in listing.items() if _is_shard(url, split)}
         if shards:
             return open_parquet(shards, config.image_column, config.label_column)
+    declared = declared_files(source) if storage.join(source, README) in files else {}
+    if split in declared:
+        shards = {url: entry.size for url, entry in declared[split].items()}
+        return open_parquet(shards, config.image_column, config.label_column)
     tars = tars_of(source, split, files)
     if tars:
         return open_tars(tars)
@@ -158,7 +163,11 @@ def open_origin(config: PrepareConfig) -> Origin:
         train = storage.list_dirs(storage.join(source, "train")) if whole else []
         names = (url.rpartition("/")[2] for url in train)
         return open_folders(folder, tuple(name for name in names if not name.startswith(".")) or None)
-    found = [*(f"{name}/" for name in folders), *(url.rpartition("/")[2] for url in files)]
+    found = [
+        *(f"{name} (in {README})" for name in declared),
+        *(f"{name}/" for name in folders),
+        *(url.rpartition("/")[2] for url in files),
+    ]
     raise UserError(
         f"--source {source} has no split '{split}': expected {split}-*.parquet (here or in data/), {split}-*.tar, "
         f"class folders {split}/<class>/<image>, or the official archive {ARCHIVES.get(split, 'of ImageNet')}; found "

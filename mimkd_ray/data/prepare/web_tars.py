@@ -19,7 +19,7 @@ import numpy as np
 from mimkd_ray import storage
 from mimkd_ray.data.prepare.archives import CLOSE, TarSlice, opened
 from mimkd_ray.data.prepare.input_pieces import THREADS, Origin, rows_per_piece
-from mimkd_ray.data.sources.folders import SUFFIXES, printable
+from mimkd_ray.data.sources.folders import SUFFIXES, printable, tell_passed_over
 from mimkd_ray.data.sources.source import digest_of, numbered_classes
 from mimkd_ray.errors import UserError
 
@@ -75,7 +75,9 @@ def open_tars(tars: Mapping[str, int]) -> Origin:
     """Read the headers of the tars, given as {URL: bytes}. Raises UserError for what is no tar, and images without a
     label."""
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda tar: _images(*tar), tars.items()))
+        read = list(pool.map(lambda tar: _images(*tar), tars.items()))
+    found = [images for images, _ in read]
+    tell_passed_over(next(iter(tars)).rpartition("/")[0], [name for _, others in read for name in others])
     step = rows_per_piece(sum(map(len, found)))
     pieces = []
     for (url, size), images in zip(tars.items(), found, strict=True):
@@ -91,9 +93,10 @@ def open_tars(tars: Mapping[str, int]) -> Origin:
     return Origin(classes, digest, tuple(pieces), labels)
 
 
-def _images(url: str, size: int) -> list[Found]:
-    """Return the images of a tar in its order."""
+def _images(url: str, size: int) -> tuple[list[Found], list[str]]:
+    """Return the images of a tar in its order, and the files of samples without an image of a kind that is read."""
     places: dict[str, tuple[str, int, int]] = {}
+    others: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     try:
         with opened(url, size, CLOSE) as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -113,6 +116,8 @@ def _images(url: str, size: int) -> list[Found]:
                     label = _label(tar.extractfile(member), ending, f"{url}: {member.name}")
                     if label is not None:
                         labels[key] = label
+                else:
+                    others.append((key, member.name))
     except tarfile.TarError as error:
         raise UserError(f"{url} ({size:,} bytes) is not a whole tar archive: {error}; copy it again") from error
     nameless = [name for key, (name, _, _) in places.items() if labels.get(key, -1) < 0]
@@ -121,7 +126,8 @@ def _images(url: str, size: int) -> list[Found]:
             f"{url}: {printable(nameless[0])} and {len(nameless) - 1:,} other images have no label: a file of the same "
             f"name that ends in .cls, with the class number, or in .json, with it as {' or '.join(LABEL_FIELDS)}"
         )
-    return [Found(*place, labels[key]) for key, place in places.items()]
+    images = [Found(*place, labels[key]) for key, place in places.items()]
+    return images, [name for key, name in others if key not in places]
 
 
 def _label(file: IO[bytes] | None, ending: str, where: str) -> int | None:

@@ -293,7 +293,8 @@ class _Root:
         return source
 
     def found(self) -> str:
-        names = [url.rpartition("/")[2] for url in self.files] + [f"{name}/" for name in self.dirs]
+        names = [f"{split} (in {README})" for split in self.declared]
+        names += [url.rpartition("/")[2] for url in self.files] + [f"{name}/" for name in self.dirs]
         return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 

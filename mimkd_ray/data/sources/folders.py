@@ -31,13 +31,14 @@ from mimkd_ray.data.sources.source import Row, digest_of
 from mimkd_ray.data.store.block_reader import BlockReader, forget
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.data.store.stored_block import StoredBlock
-from mimkd_ray.errors import DamagedDataError, UserError, nearest
+from mimkd_ray.errors import DamagedDataError, UserError, count, nearest
 
 logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 256
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm"),
+    *(".jp2", ".j2k", ".tga"),
 )  # in any case
 OTHERS = ("__MACOSX", "@eaDir")  # folders in which systems keep small copies of their own
 DEEPEST = 16  # folders in folders of a class
@@ -77,22 +78,17 @@ def list_classes(root: str, classes: tuple[str, ...] | None) -> ClassFolders:
             f"{printable(root)}: {len(unknown)} class folder(s) are not among the {len(known)} training classes, the "
             f"first is '{printable(unknown[0])}'{nearest(unknown[0], known)}; rename or remove them"
         )
+    beside = [url.rpartition("/")[2] for url in storage.list_entries(root)]
+    beside = [name for name in beside if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
     if not any(images.values()):
         raise UserError(
             f"{printable(root)}: none of {len(folders)} class folders holds an image ({', '.join(SUFFIXES)})"
             + (f", the first is '{printable(next(iter(folders)))}'" if folders else "")
+            + (f", {count(len(beside), 'image')} beside them" if beside else "")
             + "; expected <class>/<image>"
         )
-    passed_over = [f"{name}/{file}" for name, files in listings.items() for file in files if file not in images[name]]
-    if passed_over:
-        endings = Counter(file.rpartition("/")[2].rpartition(".")[2].lower() for file in passed_over)
-        logger.warning(
-            "%s: %d files of other kinds are passed over (%s), such as %s",
-            printable(root),
-            len(passed_over),
-            ", ".join(f"{count} .{ending}" for ending, count in endings.most_common(NAMED)),
-            printable(", ".join(passed_over[:NAMED])),
-        )
+    others = [f"{name}/{file}" for name, files in listings.items() for file in files if file not in images[name]]
+    tell_passed_over(root, others, beside)
     without = [name for name in known if not images.get(name)]
     if without:
         logger.warning(
@@ -105,6 +101,23 @@ def list_classes(root: str, classes: tuple[str, ...] | None) -> ClassFolders:
     return ClassFolders(known, tuple(name for name in folders if name in of_training), images)
 
 
+def tell_passed_over(place: str, others: Sequence[str], beside: Sequence[str] = ()) -> None:
+    """Say in a line which files of a set are no part of it: those of `others` kinds than are read, and images `beside`
+    the class folders."""
+    if not others and not beside:
+        return
+    endings = Counter(file.rpartition("/")[2].rpartition(".")[2].lower() for file in others)
+    named = ", ".join(f"{number} .{ending}" for ending, number in endings.most_common(NAMED))
+    parts = [f"{count(len(others), 'file')} of other kinds ({named})"] if others else []
+    parts += [f"{count(len(beside), 'image')} beside the class folders"] if beside else []
+    logger.warning(
+        "%s: passed over: %s, such as %s",
+        printable(place),
+        " and ".join(parts),
+        printable(", ".join([*others[:NAMED], *beside[:NAMED]])),
+    )
+
+
 def _files(folder: str) -> dict[str, storage.Entry]:
     """Return what is not hidden in a folder and its folders, by path below it, sorted."""
     found = storage.list_entries_below(folder, DEEPEST, lambda name: not name.startswith(".") and name not in OTHERS)
@@ -113,8 +126,12 @@ def _files(folder: str) -> dict[str, storage.Entry]:
 
 def _without_classes(root: str) -> list[tuple[int, str, storage.Entry]]:
     """The images of a folder that holds images itself, and of its folders; none where it holds folders alone."""
-    files = {file: entry for file, entry in _files(root).items() if file.lower().endswith(SUFFIXES)}
-    return [(-1, file, entry) for file, entry in files.items()] if any("/" not in file for file in files) else []
+    files = _files(root)
+    images = {file: entry for file, entry in files.items() if file.lower().endswith(SUFFIXES)}
+    if not any("/" not in file for file in images):
+        return []
+    tell_passed_over(root, [file for file in files if file not in images])
+    return [(-1, file, entry) for file, entry in images.items()]
 
 
 def printable(name: str) -> str:

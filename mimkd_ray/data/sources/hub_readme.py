@@ -15,7 +15,8 @@ DEEPEST = 4  # folders in each other
 
 def declared_files(root: str) -> dict[str, dict[str, storage.Entry]]:
     """Return {split: {URL: Entry}} of the Parquet files that the README.md in `root` names for its default config, or
-    for the only one; {} where it names none. Raises UserError for metadata that cannot be read."""
+    for the only one; {} where it names none. Of several without a default, splits are called CONFIG/SPLIT. Raises
+    UserError for metadata that cannot be read."""
     patterns = _patterns(storage.read_bytes(storage.join(root, README)).decode(errors="replace"), root)
     if not patterns:
         return {}
@@ -45,7 +46,13 @@ def _patterns(text: str, root: str) -> dict[str, list[str]]:
         metadata = yaml.safe_load("\n".join(lines[1 : end + 1]))
         configs = [each for each in metadata.get("configs", []) if each.get("data_files")]
         chosen = [each for each in configs if each.get("default") or each.get("config_name") == "default"] or configs
-        return _by_split(chosen[0]["data_files"]) if len(chosen) == 1 else {}
+        if len(chosen) == 1:
+            return _by_split(chosen[0]["data_files"])
+        return {
+            f"{each['config_name']}/{split}": paths
+            for each in chosen
+            for split, paths in _by_split(each["data_files"]).items()
+        }
     except (yaml.YAMLError, AttributeError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(

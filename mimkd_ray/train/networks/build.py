@@ -246,9 +246,7 @@ def plan_student(
     return PlannedStudent(config, student, plan, shared, vector)
 
 
-def taps_of_run(
-    config: Config, teacher: nn.Module, student: nn.Module, shared: SharedClasses | None = None
-) -> TapPlan:
+def taps_of_run(config: Config, teacher: nn.Module, student: nn.Module, shared: SharedClasses | None = None) -> TapPlan:
     """The taps of a run, whose networks may see images of different sizes."""
     sizes = config.data.image_size, teacher_input(config).size
     return plan_taps(comparable(config.loss, shared), teacher, student, sizes[0], config.cache, sizes[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config
@@ -32,24 +32,22 @@ def teacher_head(config: Config, data: Data) -> TeacherHead:
         return TeacherHead(data.num_classes)
     name = config.teacher.name
     if isinstance(classes, int):
-        head, seen = TeacherHead(classes, SharedClasses()), f"{classes} classes of its own"
+        count, shared, seen = classes, SharedClasses(), f"{classes} classes of its own"
     else:
         names = _read(classes)
         if tuple(names) == data.classes:
             return TeacherHead(data.num_classes)
-        head = TeacherHead(len(names), match(names, data.classes))
-        assert head.shared is not None
-        seen = f"{len(names)} classes, {len(head.shared.of_data)} of the data's {data.num_classes} among them"
-    assert head.shared is not None
-    if len(head.shared.of_data) < 2:  # one class is not compared with any other
-        head = replace(head, shared=SharedClasses())
+        count, shared = len(names), match(names, data.classes)
+        seen = f"{count} classes, {len(shared.of_data)} of the data's {data.num_classes} among them"
+    if len(shared.of_data) < 2:
+        shared = SharedClasses()  # one class is not compared with any other
         say_once(
             f"teacher {name} has {seen}: its features are used; what compares logits (KD, DKD, DIST) and the check of "
             "its top-1 are off"
         )
-    elif len(head.shared.of_data) < data.num_classes:
+    elif len(shared.of_data) < data.num_classes:
         say_once(f"teacher {name} has {seen}: KD and the check of its top-1 are of those alone")
-    return head
+    return TeacherHead(count, shared)
 
 
 def _read(url: str) -> list[str]:

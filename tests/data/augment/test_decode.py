@@ -165,7 +165,7 @@ def test_a_declared_size_is_checked_before_decoding(kind: str, height: int, widt
 
 
 @pytest.mark.usefixtures("decoder")
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "JPEG2000", "TGA"])
 def test_the_limit_of_pixels_is_the_data_sets(kind: str) -> None:
     data = encode(noise(40, 50), kind)
     assert decode(data, how=Decoding(max_pixels=2000)).shape == (3, 40, 50)
@@ -228,7 +228,7 @@ def test_truncated_images_are_damaged(kind: str) -> None:
             decode(data[:cut])
 
 
-@pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF", "AVIF", "PPM"])
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000", "TGA"])
 def test_what_pillow_reads(kind: str) -> None:
     if kind == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
@@ -267,7 +267,7 @@ def test_the_same_damage_has_the_same_name() -> None:
         with pytest.raises(DamagedImageError) as caught:
             decode(b"junk that is no image")
         texts.add(str(caught.value))
-    assert texts == {"no JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF or PPM"}
+    assert texts == {"no JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF, PPM, JPEG2000 or TGA"}
 
 
 def test_a_strip_is_damaged_before_its_resize_takes_all_memory() -> None:

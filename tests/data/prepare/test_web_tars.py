@@ -58,6 +58,13 @@ def test_tars_are_prepared(how: str, tmp_path: Path) -> None:
     assert (data.train.num_rows, data.num_classes) == (12, 3)
 
 
+def test_samples_of_kinds_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = {"1.jpg": images(1)[0] or b"", "1.cls": b"0", "1.txt": b"a caption", "2.heic": b"x", "2.cls": b"0"}
+    write_tar(tmp_path / "raw" / "train-0.tar", files)
+    assert prepare(config(tmp_path / "raw", tmp_path / "set")).rows == 1
+    assert "passed over: 1 file of other kinds (1 .heic), such as 2.heic" in caplog.text
+
+
 def test_patterns() -> None:
     assert expanded("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expanded("{0..1}/x{9..10}.tar") == ["0/x9.tar", "0/x10.tar", "1/x9.tar", "1/x10.tar"]

@@ -82,6 +82,7 @@ def test_errors(tmp_path: Path) -> None:
 
 def test_kinds_and_folders_of_a_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     kinds = {"tif": "TIFF", "TIFF": "TIFF", "bmp": "BMP", "jfif": "JPEG", "gif": "GIF", "ppm": "PPM", "png": "PNG"}
+    kinds |= {"jp2": "JPEG2000", "tga": "TGA"}
     for suffix, kind in kinds.items():
         path = tmp_path / "a" / "2024" / "may" / f"x.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +93,8 @@ def test_kinds_and_folders_of_a_class(tmp_path: Path, caplog: pytest.LogCaptureF
     (tmp_path / "a" / "2024" / "round").symlink_to(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "x.png").write_bytes(encode(pixels(0)))
+    for name in ("stray.png", ".stray.png", "readme.txt"):
+        (tmp_path / name).write_bytes(encode(pixels(0)))
     source = FolderSource(str(tmp_path))
     assert source.num_rows == len(kinds) + 1
     assert source.classes == ("a", "b")
@@ -99,9 +102,23 @@ def test_kinds_and_folders_of_a_class(tmp_path: Path, caplog: pytest.LogCaptureF
         assert decode(row.image).shape == (3, 12, 16)
         assert Path(row.name).exists()
     (line,) = [record.getMessage() for record in caplog.records]
-    assert "3 files of other kinds are passed over (2 .heic, 1 .me), such as a/read.me, a/x.heic, a/y.HEIC" in line
+    assert line.endswith(
+        "passed over: 3 files of other kinds (2 .heic, 1 .me) and 1 image beside the class folders, such as a/read.me, "
+        "a/x.heic, a/y.HEIC, stray.png"
+    )
     pieces = open_folders(str(tmp_path), None).pieces
     assert sum(len(piece.samples()) for piece in pieces) == source.num_rows
+
+
+def test_a_folder_without_classes_tells_what_it_passes_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("x.png", "below/y.png", "below/z.heic"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encode(pixels(0)))
+    assert FolderSource(str(tmp_path), labelled=False).num_rows == 2
+    assert "passed over: 1 file of other kinds (1 .heic), such as below/z.heic" in caplog.text
+    (tmp_path / "below" / "y.png").unlink()
+    with pytest.raises(UserError, match=r"none of 1 class folders .*'below', 1 image beside them; expected"):
+        FolderSource(str(tmp_path))
 
 
 def test_names_that_are_not_utf_8(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -118,7 +135,7 @@ def test_names_that_are_not_utf_8(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert len(source.digest) == 16
     said = "".join(record.getMessage() for record in caplog.records)
     assert said.encode()
-    assert "2 files of other kinds are passed over (2 .txt)" in said
+    assert "passed over: 2 files of other kinds (2 .txt)" in said
     target = str(tmp_path.parent / "made of bytes")
     manifest = prepare(PrepareConfig(source=str(tmp_path), target=target, block_rows=2))
     assert manifest.rows == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mimkd_ray.config import DataConfig
+from mimkd_ray.config.jobs.prepare import PrepareConfig
+from mimkd_ray.data.prepare.make_shards import open_origin
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
 
@@ -49,6 +52,27 @@ def test_files_are_those_that_the_readme_names(tmp_path: Path, readme: str) -> N
     data = open_data(write(tmp_path, readme))
     assert (data.train.num_rows, data.val.num_rows) == (5, 4)
     assert data.train.labels().tolist() == [0, 1, 2, 0, 1]
+
+
+def test_preparation_takes_them_too(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    write(tmp_path, README)
+    origin = open_origin(PrepareConfig(source=str(tmp_path), target=str(tmp_path.parent / "set"), split="test"))
+    assert origin.labels is not None
+    assert [labels.tolist() for labels in origin.labels] == [[0, 1, 2, 3]]
+
+
+def test_several_configs_without_a_default_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    config = write(
+        tmp_path, README.replace("config_name: default", "config_name: plain").replace("x/*", "plain/part-a-0")
+    )
+    with pytest.raises(
+        UserError, match=r"plain/train \(in README.md\), plain/test .*, other/train .*--data.train-split"
+    ):
+        open_data(config)
+    data = open_data(replace(config, train_split="other/train", val_split="plain/test"))
+    assert (data.train.num_rows, data.val.num_rows) == (3, 4)
 
 
 def test_a_readme_that_says_nothing_changes_nothing(tmp_path: Path) -> None:
