@@ -33,7 +33,8 @@ def test_a_cluster_with_a_head_without_cpus_and_broken_places(
         assert any(line.startswith("pass  versions: 2 nodes") for line in shown)
         # Both nodes' figures; a busy machine decodes too slowly, which is a warning for each.
         decoded = [line for line in shown if line.startswith(("pass  decode", "warn  decode"))]
-        assert [line.startswith("pass  decode: 2 times; the slowest, ") for line in decoded] == [True] or len(decoded) == 2
+        passed = [line.startswith("pass  decode: 2 times; the slowest, ") for line in decoded]
+        assert passed == [True] or len(decoded) == 2
         assert any("gloo over 2 nodes" in line for line in shown)
     finally:
         ray.shutdown()
