@@ -28,6 +28,10 @@ class Interrupted(Exception):
     resumes it."""
 
 
+LOST_LOADER = "DataLoader worker"
+"""Part of PyTorch's message, a RuntimeError, about a loader process that was killed."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return "; did you mean 'a', 'b'?" for the closest known names, or "" when none is close."""
     close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)

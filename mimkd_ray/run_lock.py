@@ -32,6 +32,9 @@ SETTLE_SECONDS = 0.5
 """Two may take over a dead one's lock at the same moment: the later one's stays, and both look again after this."""
 
 
+TRIES = 5
+
+
 class InUse(UserError):
     """A living process holds the directory."""
 
@@ -71,11 +74,14 @@ def held(run_dir: str) -> Iterator[None]:
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     if not storage.create_once(url, _json(mine, 0)):
-        check_free(run_dir)
-        storage.create_once(url, _json(mine, 0))
-        time.sleep(SETTLE_SECONDS)
-        if (_read(url) or {}).get("owner") != mine["owner"]:
+        for _ in range(TRIES):  # another one may take over the lock, and die too
             check_free(run_dir)
+            storage.create_once(url, _json(mine, 0))
+            time.sleep(SETTLE_SECONDS)
+            if (_read(url) or {}).get("owner") == mine["owner"]:
+                break
+        else:
+            raise UserError(f"{url} was taken by others {TRIES} times, and left by them: remove it and start again")
     ended = threading.Event()
     beating = threading.Thread(target=_beat, args=(url, mine, ended), name="lock", daemon=True)
     beating.start()
@@ -107,7 +113,7 @@ def _beat(url: str, mine: dict[str, Any], ended: threading.Event) -> None:
 
 def _alive(url: str, there: dict[str, Any]) -> bool:
     if there.get("host") == socket.gethostname() and str(there.get("process")).startswith(_namespace()):
-        return there.get("process") == _process(int(there.get("pid", 0)))
+        return there.get("process") == _process(there["pid"])
     print(f"looking for {WATCH_SECONDS:.0f} s whether {there.get('host')} still holds {url}", flush=True)
     until = time.monotonic() + WATCH_SECONDS
     while time.monotonic() < until:
@@ -146,7 +152,11 @@ def _process(pid: int) -> str:
 
 
 def _read(url: str) -> dict[str, Any] | None:
-    return read_if_sound(url, ("owner", "host", "pid"), "it counts as nobody's")
+    there = read_if_sound(url, ("owner", "host", "pid"), "it counts as nobody's")
+    if there is not None and not (isinstance(there["pid"], int) and 0 < there["pid"] < 2**31):
+        logger.warning("%s is damaged: its pid is %.40r; it counts as nobody's", url, there["pid"])
+        return None
+    return there
 
 
 def _json(mine: dict[str, Any], beats: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -88,10 +89,24 @@ def test_another_machines_lock_is_watched(tmp_path: Path, quick: None) -> None:
     assert not storage.exists(url)
 
 
-def test_a_damaged_lock_is_nobodys(tmp_path: Path) -> None:
-    (tmp_path / "lock.json").write_text("{")
+@pytest.mark.parametrize("pid", ["", "7x", None, 9**99])
+def test_a_damaged_lock_is_nobodys(pid: object, tmp_path: Path, quick: None) -> None:
+    left = {"owner": "x", "host": socket.gethostname(), "pid": pid, "process": run_lock._namespace()}
+    (tmp_path / "lock.json").write_text(json.dumps(left) if pid != "" else "{")
     with held(str(tmp_path)):
-        pass
+        assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+
+
+def test_who_takes_over_a_lock_ends_with_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    """Another one takes over a dead one's lock at the same moment, and dies."""
+    file = tmp_path / "lock.json"
+    dead = {"owner": "x", "host": socket.gethostname(), "pid": 2**22 + 1, "process": run_lock._namespace()}
+    file.write_text(json.dumps(dead))
+    settle = iter([lambda: file.write_text(json.dumps(dead | {"owner": "y"}))])
+    monkeypatch.setattr(run_lock.time, "sleep", lambda _: next(settle, lambda: None)())
+    with held(str(tmp_path)):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+    assert not file.exists()
 
 
 def test_of_several_at_once_one_gets_it(place: str) -> None:

@@ -24,7 +24,7 @@ from mimkd_ray import console, storage
 from mimkd_ray.cli.short_help import short_help
 from mimkd_ray.config import Config
 from mimkd_ray.config.form.json_form import from_dict, to_dict
-from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError, nearest
+from mimkd_ray.errors import LOST_LOADER, DamagedDataError, Interrupted, NonFiniteLossError, UserError, nearest
 from mimkd_ray.secret_urls import redacted, scrubbed
 
 Recipe = Callable[[], Config]
@@ -79,6 +79,15 @@ def guarded(program: str, work: Callable[[], int], interrupted: str) -> int:
         return fail(f"{program}: {error}", 2)
     except (DamagedDataError, NonFiniteLossError, storage.StorageError) as error:
         return fail(f"{program}: {error}", 1)
+    except RuntimeError as error:
+        if LOST_LOADER not in str(error):
+            raise
+        return fail(
+            f"{program}: {str(error).strip(' .')}: a process that reads images ended, mostly because the system killed "
+            "it for its memory (dmesg says so): free some, or pass --data.loader-workers with fewer; the same command "
+            "goes on from what is finished",
+            1,
+        )
     except Interrupted as error:
         return fail(f"{program}: {error}; the same command goes on from there", 3)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ on the run: argparse.Namespace, paths and numpy's scalars. No other class is eve
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import os
 import pathlib
@@ -91,6 +92,11 @@ def read_states(path: str) -> dict[str, dict[str, Tensor]]:
                 "model.state_dict() with torch.save, or use safetensors, and copy the file again"
             ) from error
     return _states(content, name)
+
+
+def file_digest(path: str) -> str:
+    """sha256 of a weights file. Raises UserError."""
+    return hashlib.sha256(_read(redacted(path))).hexdigest()
 
 
 def _is_safetensors(data: bytes) -> bool:

@@ -13,15 +13,14 @@ import ray.data
 from mimkd_ray import storage
 from mimkd_ray.data.prepare.unit_progress import Progress
 from mimkd_ray.data.prepare.work_units import Done
-from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.errors import LOST_LOADER, DamagedDataError, UserError
 from mimkd_ray.secret_urls import Carried
 
 RETRY_WAITS_S = (5.0, 20.0, 60.0)
 """Pauses before a unit is repeated whose storage failed for longer than attempts.py tries."""
 
-LOST_LOADER, MAX_RETRIES = "DataLoader worker", 3
-"""Part of PyTorch's message about a loader process of a task that was killed, and the number of repetitions of the
-task."""
+MAX_RETRIES = 3
+"""Repetitions of a task of which a loader process was killed."""
 
 MAX_TASKS = 2000
 """Most tasks for the units: each costs Ray some 10 ms; units are still committed one by one."""

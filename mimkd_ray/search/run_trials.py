@@ -32,6 +32,7 @@ from mimkd_ray.train.out_of_memory import is_out_of_memory
 from mimkd_ray.train.packed import Member, train_pack
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.outcomes import CONFIG, RESULT, Failed, Stopped
+from mimkd_ray.train.records.same_inputs import check_same_student
 from mimkd_ray.train.start_times import StartTimes
 from mimkd_ray.train.worker import obtain_teacher
 
@@ -101,6 +102,7 @@ def prepare(config: Config, folder: str, device: torch.device) -> None:
     everything that trials may read. ``config`` is the widest of the search. Raises UserError."""
     context = TrialContext(device, lambda _: None)
     data, teacher, _ = _opened.get(config, context, folder)
+    check_same_student(config.student, folder)
     if config.cache.reads:
         planned = plan_student(config, teacher, data.num_classes, teacher_head(config, data).shared)
         open_cached([planned], data, teacher, context, folder)

@@ -15,11 +15,12 @@ from mimkd_ray.config import CompareConfig, Config
 from mimkd_ray.config.compare import Arm
 from mimkd_ray.config.digest import digest
 from mimkd_ray.data.sources.data_set import Data, open_data
-from mimkd_ray.train.distributed import Context, barrier
+from mimkd_ray.train.distributed import Context, ask_first, barrier
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import RESULT
 from mimkd_ray.train.records.run_dir import write_json
+from mimkd_ray.train.records.same_inputs import check_same_student
 from mimkd_ray.versions import versions
 
 
@@ -58,6 +59,7 @@ def compare(
     was begun (records/outcomes.py) and has no result.
     """
     began = time.perf_counter()
+    ask_first(lambda: check_same_student(config.student, run_dir))
     results: dict[Arm, list[dict[str, Any]]] = {arm: [] for arm in config.compare.arms}
     for seed in range(config.compare.seeds):
         for arm, done in results.items():

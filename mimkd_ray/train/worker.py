@@ -112,8 +112,8 @@ def obtain_teacher(
     model = build_network(config, head.count, weights)
     digest = weights_digest(model)
     place(model, config.train, context.device).eval().requires_grad_(False)
-    if teacher.weights != "random" and not teacher.trains:
-        ask_first(lambda: check_same_teacher(teacher, digest, classes, run_dir))
+    if weights != "random":
+        ask_first(lambda: check_same_teacher(teacher, weights, digest, classes, run_dir))
     if trained is not None and head.shared is None and trained["rows"] == data.val.num_rows and sees_data(config):
         figures = {key: trained[key] for key in ("top1", "top5", "rows")}  # of its own last evaluation
     else:

@@ -52,7 +52,9 @@ def test_a_finished_run_can_be_read_where_nothing_can_be_written(
     assert training.run(config)["recipe"] == "tiny"
 
 
-def test_a_stored_block_is_verified_again_when_an_image_of_it_cannot_be_decoded(tmp_path: Path) -> None:
+def test_a_stored_block_is_verified_again_when_an_image_of_it_cannot_be_decoded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Bits flip in the store, where a block is verified only when it comes in."""
     import pyarrow.parquet as pq
 
@@ -67,6 +69,7 @@ def test_a_stored_block_is_verified_again_when_an_image_of_it_cannot_be_decoded(
     batches = eval_batches(data.val, make_pipeline("none", 8).eval, rank=0, world_size=1, batch_size=40)
     (batch,) = list(batches)
     assert batch.damaged == ()
+    assert "validation-00000-of-00001.parquet: an image of row group 0 cannot be decoded: it is fetched" in caplog.text
     assert len(batch.images_BCHW) == len(IMAGES)
     stored.write_bytes(b"")
     again = data.val.read_again(0)

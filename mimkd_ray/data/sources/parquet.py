@@ -12,6 +12,7 @@ rows from far more blocks than that cost a row group each, unless they are on a 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -31,6 +32,8 @@ from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.data.store.local_disk import is_on_local_disk
 from mimkd_ray.data.store.stored_block import StoredBlock
 from mimkd_ray.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 FOOTER_THREADS = 16
 KEPT_PLACES = 2**16  # of blocks, some 250 bytes each; a look-up takes 3 us
@@ -182,6 +185,12 @@ class ParquetSource:
         block = int(self.blocks.locate([position])[0][0])
         if block not in self._loaded_again:
             self._loaded_again.add(block)
+            file = self._file(block)
+            group = block - int(self._file_block[file])
+            logger.warning(
+                "%s: an image of row group %d cannot be decoded: it is fetched and verified anew",
+                *(self.files[file][0], group),
+            )
             forget(self.store, self._key(block))
         return self.read([position])[0]
 

@@ -15,6 +15,8 @@ from mimkd_ray.json_files import read_if_sound, read_json
 from mimkd_ray.train.records.run_dir import jsonable, write_json
 
 CONFIG, RESULT, STOPPED, FAILED = "config.json", "result.json", "stopped.json", "failed.json"
+_INPUTS = ("teacher.json", "labels.json", "student.json")
+"""What the run has been begun with, beside its config."""
 
 DAMAGED_CONFIG = (
     "it says what is trained there: put it back from a copy, pass another --run.name, or remove it if the command is "
@@ -87,7 +89,11 @@ def claim(config: Config, run_dir: str) -> None:
     """Write config.json, unless it is there as it should be. Raises UserError for a directory that was begun with
     another training configuration."""
     value = jsonable(to_dict(config))
-    if known_config(config, run_dir) != value:
+    known = known_config(config, run_dir)
+    if known is None and not _has_trained(run_dir):
+        for name in _INPUTS:  # of another config
+            storage.remove_file(storage.join(run_dir, name))
+    if known != value:
         write_json(storage.join(run_dir, CONFIG), value)
 
 
@@ -103,7 +109,7 @@ def known_config(config: Config, run_dir: str) -> dict[str, Any] | None:
 
 def _has_trained(run_dir: str) -> bool:
     """Return whether the directory has anything but what is written before the first step."""
-    before = (CONFIG, "teacher.json", "error.json", "stop.json", "ray.log")
+    before = (CONFIG, *_INPUTS, "error.json", "stop.json", "ray.log", "lock.json")
     metrics = storage.join(run_dir, "metrics.jsonl")
     empty = ("metrics.jsonl", "samples.jsonl") if storage.exists(metrics) and not storage.size(metrics) else ()
     return any(name not in (*before, *empty) for name in storage.list_tree(run_dir))

@@ -24,7 +24,7 @@ OF_A_RUN = (
     *(MARKER, "metrics.jsonl", "samples.jsonl", "teacher.json", "result.json", "student.safetensors"),
     *("best.json", "best.safetensors", "stopped.json", "failed.json", "stop.json", "error.json", "ray.log"),
     *("evaluation.json", "predictions.parquet", "report.html"),
-    *("lock.json", "labels.json", "loggers.json"),
+    *("lock.json", "labels.json", "student.json", "loggers.json"),
 )
 OF_AN_EXPORT = (
     *("model.safetensors", "config.json", "README.md", "export.json", "training_config.json"),

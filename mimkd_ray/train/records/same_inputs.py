@@ -1,4 +1,5 @@
-"""What a run goes on with is what it began with: labels (labels.json) and the teacher's weights (teacher.json).
+"""What a run goes on with is what it began with: labels (labels.json), the teacher's weights (teacher.json), and those
+that the students of a comparison or a search start from (student.json).
 
 A file that was replaced by one of the same size is found. Labels only of Parquet files that were not prepared: the
 digests of all other sets cover theirs. A file is read again only if it has been written since.
@@ -8,29 +9,29 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mimkd_ray import storage
-from mimkd_ray.config import TeacherConfig
+from mimkd_ray.config import ModelConfig, TeacherConfig
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.data.sources.parquet import FOOTER_THREADS, ParquetSource
 from mimkd_ray.data.sources.source import Source, SubsetSource
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_if_sound
-from mimkd_ray.models.weights_file import shown
+from mimkd_ray.models.weights_file import file_digest, shown
 from mimkd_ray.train.networks.teacher import check_accuracy
 from mimkd_ray.train.records.run_dir import write_json
 
-LABELS = "labels.json"
+LABELS, STUDENT = "labels.json", "student.json"
 
 
 def check_same_labels(data: Data, run_dir: str) -> None:
     """Raise UserError if labels are others than those that the run began with, and note them. For one process alone."""
     url = storage.join(run_dir, LABELS)
     known = read_if_sound(url, instead="labels are not compared with those of the first start") or {}
-    now = digests(data.train, known) | digests(data.val, known)
+    now = digests((data.train, data.val), known)
     changed = [file for file, found in now.items() if file in known and known[file]["labels"] != found["labels"]]
     if changed:
         raise UserError(
@@ -41,9 +42,25 @@ def check_same_labels(data: Data, run_dir: str) -> None:
         write_json(url, now)
 
 
-def check_same_teacher(teacher: TeacherConfig, digest: str, classes: int, run_dir: str) -> None:
+def check_same_student(student: ModelConfig, run_dir: str) -> None:
+    """Raise UserError if the file that all runs below a directory start from is another one than for those so far. For
+    one process alone."""
+    if student.weights in ("random", "published"):
+        return
+    url, now = (
+        storage.join(run_dir, STUDENT),
+        {"weights": shown(student.weights), "sha256": file_digest(student.weights)},
+    )
+    known = read_if_sound(url, ("sha256",), "it is written anew")
+    if known is None:
+        write_json(url, now)
+    elif known["sha256"] != now["sha256"]:
+        raise UserError(_other("student", known["sha256"], now["sha256"], student.weights, run_dir))
+
+
+def check_same_teacher(teacher: TeacherConfig, weights: str, digest: str, classes: int, run_dir: str) -> None:
     """Raise UserError if the run has trained with a teacher of other weights: it has if those had been accepted.
-    ``classes``: among which its top-1 is. For one process alone."""
+    ``weights``: its file; ``classes``: among which its top-1 is. For one process alone."""
     known = read_if_sound(storage.join(run_dir, "teacher.json"), ("sha256", "top1", "rows"), "it is written anew")
     if known is None or known["sha256"] == digest:
         return
@@ -52,30 +69,38 @@ def check_same_teacher(teacher: TeacherConfig, digest: str, classes: int, run_di
             check_accuracy(teacher, known["top1"], known["rows"], classes)
         except UserError:
             return
-    raise UserError(
-        f"{run_dir} was begun with a teacher of other weights (sha256 {known['sha256'][:12]}..., now {digest[:12]}...) "
-        f"from {shown(teacher.weights)}: put the old file back, or pass another --run.name, or --run.overwrite true to "
-        "start anew"
+    raise UserError(_other("teacher", known["sha256"], digest, weights, run_dir))
+
+
+def _other(what: str, old: str, new: str, weights: str, run_dir: str) -> str:
+    return (
+        f"{run_dir} was begun with a {what} of other weights (sha256 {old[:12]}..., now {new[:12]}...) from "
+        f"{shown(weights)}: put the old file back, or pass another --run.name, or --run.overwrite true to start anew"
     )
 
 
-def digests(source: Source, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return {file: how it is seen to be the same file, and the sha256 of its labels}, from `known` where it is."""
-    while isinstance(source, SubsetSource):
-        source = source.parent
-    if not isinstance(source, ParquetSource) or source.prepared:
-        return {}
+def digests(sources: Iterable[Source], known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return {file: how it is seen to be the same file, and the sha256 of its labels}, from `known` where it is. Files
+    go by their paths below the folder that holds them all: those of two splits may have one name."""
+    files: dict[str, tuple[ParquetSource, int]] = {}
+    for source in sources:
+        while isinstance(source, SubsetSource):
+            source = source.parent
+        if isinstance(source, ParquetSource) and not source.prepared:
+            files |= {url: (source, number) for number, (url, _) in enumerate(source.files)}
+    # Not commonpath, which makes s3:/ of s3://.
+    folder = os.path.commonprefix([url.rpartition("/")[0] + "/" for url in files]).rpartition("/")[0]  # noqa: RUF071
 
-    def of(number: int) -> tuple[str, dict[str, Any]]:
-        url, size = source.files[number]
-        name, seen = url.rpartition("/")[2], [size, *_status(url, source.versions[number])]
+    def of(url: str) -> tuple[str, dict[str, Any]]:
+        source, number = files[url]
+        name, seen = url[len(folder) + 1 :], [source.files[number][1], *_status(url, source.versions[number])]
         there = known.get(name)
         if isinstance(there, dict) and there.get("seen") == seen and "labels" in there:
             return name, there
         return name, {"seen": seen, "labels": hashlib.sha256(source.file_labels(number).tobytes()).hexdigest()}
 
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        return dict(pool.map(of, range(len(source.files))))
+        return dict(pool.map(of, files))
 
 
 def _status(url: str, version: str) -> list[Any]:

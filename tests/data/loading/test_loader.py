@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import multiprocessing
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from image_sets import encode, images, parquet_set, pixels, write_parquet
 
 from mimkd_ray import storage
+from mimkd_ray.cli.common import guarded
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.views import View, decode, make_pipeline
 from mimkd_ray.data.loading import loader, shared_memory
@@ -145,6 +148,25 @@ def test_evaluation_in_loader_processes() -> None:
     assert len(inline[-1]) == 450 % 64
     row = source.read([70])[0]
     assert torch.equal(inline[1].images_BCHW[6], decode(row.image))
+
+
+def test_a_loader_process_that_is_killed_ends_a_job_with_a_line(
+    source: Source, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = set(multiprocessing.active_children())
+
+    def work() -> int:
+        for batch in eval_batches(source, CIFAR.eval, batch_size=1, loader_workers=1):
+            for process in set(multiprocessing.active_children()) - before:
+                process.kill()
+            assert batch
+        return 0
+
+    assert guarded("job", work, "") == 1
+    assert re.fullmatch(
+        r"job: DataLoader worker \(pid.*\) .*: a process that reads images ended, .*memory.*goes on.*\n",
+        capsys.readouterr().err,
+    )
 
 
 def _damaged_set(tmp_path: Path, broken: set[int], rows: int = 12) -> ParquetSource:

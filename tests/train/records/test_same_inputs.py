@@ -11,15 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from bad_files import IMAGES, LABELS, table
+from safetensors.torch import load_file, save_file
 from tiny_run import cpu, tiny_config, tiny_data
 
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
+from mimkd_ray.run_lock import held
 from mimkd_ray.train.records import same_inputs
+from mimkd_ray.train.records.outcomes import claim
 from mimkd_ray.train.records.same_inputs import check_same_labels
-from mimkd_ray.train.worker import obtain_teacher
+from mimkd_ray.train.worker import obtain_teacher, run_job
 
 
 def write(folder: Path, labels: pa.Array = LABELS) -> Data:
@@ -51,6 +54,18 @@ def test_other_labels_of_the_same_size_are_refused(tmp_path: Path, monkeypatch: 
     check_same_labels(open_data(DataConfig(root=str(folder))), run)
 
 
+def test_files_of_one_name_in_two_splits_are_told_apart(tmp_path: Path) -> None:
+    run, folder = str(tmp_path / "run"), tmp_path / "set"
+    for split in ("train", "validation"):
+        (folder / split).mkdir(parents=True)
+        pq.write_table(table(), folder / split / "0000.parquet", use_dictionary=False, compression=None)
+    check_same_labels(open_data(DataConfig(root=str(folder))), run)
+    others = table(pa.array(LABELS.to_pylist()[::-1]))
+    pq.write_table(others, folder / "train" / "0000.parquet", use_dictionary=False, compression=None)
+    with pytest.raises(UserError, match=r"other labels in train/0000\.parquet \(1 of 2 files\)"):
+        check_same_labels(open_data(DataConfig(root=str(folder))), run)
+
+
 def test_sets_whose_digest_covers_labels_are_not_read(tmp_path: Path) -> None:
     check_same_labels(tiny_data(), str(tmp_path))
     assert not list(tmp_path.iterdir())
@@ -67,6 +82,44 @@ def test_another_teacher_under_the_same_name_is_refused(tmp_path: Path) -> None:
     torch.save(build_model("cifar/resnet8", 10).state_dict(), file)
     with pytest.raises(UserError, match=r"begun with a teacher of other weights \(sha256 .*teacher\.pth: put the old"):
         obtain_teacher(config, tiny_data(), cpu(), run)
+
+
+def test_another_teacher_in_the_place_of_the_trained_one_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = tiny_config(teacher={"train": True, "epochs": 1})
+    obtain_teacher(config, tiny_data(), cpu(), str(run))
+    (file,) = tmp_path.glob("teachers/*/student.safetensors")
+    state = load_file(file)
+    save_file({name: value + 1 if value.is_floating_point() else value for name, value in state.items()}, file)
+    with pytest.raises(UserError, match=r"a teacher of other weights .*student\.safetensors: put the old file back"):
+        obtain_teacher(config, tiny_data(), cpu(), str(run))
+
+
+def test_students_of_a_comparison_start_from_one_file(tmp_path: Path) -> None:
+    file, run = tmp_path / "start.pth", str(tmp_path / "run")
+    config = tiny_config(student={"weights": str(file)}, compare={"seeds": 1, "arms": ("alone",)}, train={"epochs": 1})
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        torch.save(build_model("cifar/resnet8_w4", 10).state_dict(), file)
+        if seed:
+            Path(run, "result.json").unlink()
+            with pytest.raises(UserError, match=r"begun with a student of other weights .* from .*start\.pth: put the"):
+                run_job(config, cpu(), run)
+        else:
+            run_job(config, cpu(), run)
+
+
+def test_a_directory_in_which_nothing_was_trained_takes_another_config(tmp_path: Path) -> None:
+    run, first = str(tmp_path), tiny_config()
+    with held(run):
+        claim(first, run)
+        for name in ("labels.json", "teacher.json", "student.json"):
+            (tmp_path / name).write_text("{}")
+    with held(run):
+        claim(first, run)
+        assert len(list(tmp_path.iterdir())) == 5
+        claim(replace(first, optim=replace(first.optim, lr=0.5)), run)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_teacher_that_was_refused_may_be_another_one(tmp_path: Path) -> None:
