@@ -95,17 +95,18 @@ def fault_of_int8(figures: Figures, student: Figures, allowed: float) -> str:
     )
 
 
-def better_int8(candidates: dict[str, Figures]) -> str:
-    """Return the name of the one that holds top-1 better; where that is within two standard errors of the difference on
-    these images, the faster at batch 1."""
+def best_int8(candidates: dict[str, Figures], least_top1: float) -> str:
+    """Return the name of the one that holds top-1 best; of those that reach ``least_top1`` and are within two standard
+    errors of the difference to it on these images, the fastest at batch 1."""
     best = max(candidates.values(), key=lambda figures: figures.top1)
+    reached = {name: figures for name, figures in candidates.items() if figures.top1 >= least_top1} or candidates
 
     def is_equal(other: Figures) -> bool:
         behind = int(best.right_N.sum() - other.right_N.sum())
         differ = int((best.right_N != other.right_N).sum())
         return behind <= 2 * math.sqrt(differ)
 
-    equal = [name for name, figures in candidates.items() if is_equal(figures)]
+    equal = [name for name, figures in reached.items() if is_equal(figures)]
     return min(equal, key=lambda name: candidates[name].latency_ms["1"])
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from mimkd_ray.export.deployed import Deployed
 from mimkd_ray.export.examine import (
     Comparison,
     Figures,
-    better_int8,
+    best_int8,
     fault_at_float32,
     fault_of_int8,
     multiply_adds,
@@ -45,7 +47,7 @@ from mimkd_ray.versions import versions
 
 REPORT = "export.json"
 FILES = {"onnx": "student.onnx", "pt2": "student.pt2"}
-INT8 = {"onnxruntime": "student_int8.onnx", "pt2e": "student_int8.pt2"}
+INT8 = "student_int8"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -101,33 +103,36 @@ class Export:
         """Write int8 by all means that are installed, keep the best, and note the figures of all."""
         source = self.folder / FILES["onnx"]
         made: dict[str, Figures] = {}
-        if source.exists():
-            self.attempt("int8 by onnxruntime", lambda: self._quantized(made, "onnxruntime", source))
-        if has_pt2e():
-            self.attempt("int8 by pt2e", lambda: self._quantized(made, "pt2e", source))
-        self.int8 = {name: figures.as_json() for name, figures in made.items()}
-        if not has_pt2e():
-            self.int8["pt2e"] = "not tried: torchao is not installed"
-        if not made:
-            raise NotWrittenError("no quantisation worked")
-        best = better_int8(made)
-        for name in set(made) - {best}:
-            (self.folder / INT8[name]).unlink()
-        if fault := fault_of_int8(made[best], student, self.config.int8_drop):
-            (self.folder / INT8[best]).unlink()
-            raise NotWrittenError(fault)
+        with local_files.scratch("int8") as place:
+            tried = {
+                "onnxruntime": Path(place) / "8_bits.onnx",
+                "onnxruntime_narrow": Path(place) / "7_bits.onnx",
+                "pt2e": Path(place) / "8_bits.pt2",
+            }
+            for name, path in tried.items():
+                if has_pt2e() if name == "pt2e" else source.exists():
+                    self.attempt(f"int8 by {name}", partial(self._quantized, made, name, source, path))
+            self.int8 = {name: figures.as_json() for name, figures in made.items()}
+            if not has_pt2e():
+                self.int8["pt2e"] = "not tried: torchao is not installed"
+            if not made:
+                raise NotWrittenError("no quantisation worked")
+            best = best_int8(made, student.top1 - self.config.int8_drop)
+            if fault := fault_of_int8(made[best], student, self.config.int8_drop):
+                raise NotWrittenError(fault)
+            kept = self.folder / f"{INT8}{tried[best].suffix}"
+            shutil.move(tried[best], kept)
         self.int8["kept"] = best
-        self.done["int8"] = {"file": INT8[best], **made[best].as_json()}
+        self.done["int8"] = {"file": kept.name, **made[best].as_json()}
 
-    def _quantized(self, made: dict[str, Figures], name: str, source: Path) -> None:
-        path = self.folder / INT8[name]
+    def _quantized(self, made: dict[str, Figures], name: str, source: Path, path: Path) -> None:
         batches = list(self.calibration.batches(self.network))
-        if name == "onnxruntime":
-            quantize_onnx(source, batches, path)
-            run = onnx_runner(path, self.threads)
-        else:
+        if name == "pt2e":
             quantize_pt2(self.network, self.example, batches, path)
             run = pt2_runner(path)
+        else:
+            quantize_onnx(source, batches, path, narrow=name == "onnxruntime_narrow")
+            run = onnx_runner(path, self.threads)
         made[name] = self.compare.examine(run, path)
 
 

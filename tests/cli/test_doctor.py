@@ -31,10 +31,9 @@ def test_a_cluster_with_a_head_without_cpus_and_broken_places(
         assert sum("fail  storage [" in line for line in failed) == 1
         assert len(failed) == 3, failed
         assert any(line.startswith("pass  versions: 2 nodes") for line in shown)
-        # Both nodes' figures; a busy machine decodes too slowly, which is a warning for each.
+        # Both nodes in one line, or a line each if one decodes too slowly, as a busy machine may.
         decoded = [line for line in shown if line.startswith(("pass  decode", "warn  decode"))]
-        passed = [line.startswith("pass  decode: 2 times; the slowest, ") for line in decoded]
-        assert passed == [True] or len(decoded) == 2
+        assert len(decoded) == (1 if "decode: 2 times; the slowest, " in decoded[0] else 2)
         assert any("gloo over 2 nodes" in line for line in shown)
     finally:
         ray.shutdown()

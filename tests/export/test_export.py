@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mimkd_ray.__main__ import main
 from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.export.int8 import quantize_onnx
 from mimkd_ray.models.own_input import published_input
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.recipes import CIFAR_MEAN
@@ -112,14 +113,27 @@ def test_int8_holds_int8_weights_and_the_better_one_is_kept(exported: Path) -> N
 
     report = _report(exported)
     kept = report["int8"]["kept"]
-    assert {"onnxruntime", "pt2e"} <= set(report["int8"])
-    assert report["files"]["int8"]["file"] == {"onnxruntime": "student_int8.onnx", "pt2e": "student_int8.pt2"}[kept]
+    assert {"onnxruntime", "onnxruntime_narrow", "pt2e"} <= set(report["int8"])
+    assert report["files"]["int8"]["file"] == ("student_int8.pt2" if kept == "pt2e" else "student_int8.onnx")
     assert len(list(exported.glob("student_int8.*"))) == 1
-    if kept == "onnxruntime":
+    if kept != "pt2e":
         model = onnx.load(exported / "student_int8.onnx")
         heavy = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 4]
         assert heavy
         assert {tensor.data_type for tensor in heavy} == {TensorProto.INT8}
+
+
+def test_narrow_weights_cannot_overflow_two_products_in_16_bits(exported: Path, tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto
+    from onnx.numpy_helper import to_array
+
+    images = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    quantize_onnx(exported / "student.onnx", [images], tmp_path / "x.onnx", narrow=True)
+    tensors = onnx.load(tmp_path / "x.onnx").graph.initializer
+    heavy = [to_array(tensor) for tensor in tensors if tensor.data_type == TensorProto.INT8 and len(tensor.dims) > 1]
+    assert heavy
+    assert max(int(abs(value.astype(int)).max()) for value in heavy) * 2 * 255 < 2**15
 
 
 def test_the_report_has_the_figures(run: Path, exported: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mimkd_ray.__main__ import main
 from mimkd_ray.export.deployed import Deployed
-from mimkd_ray.export.examine import Figures, better_int8, fault_at_float32, fault_of_int8
+from mimkd_ray.export.examine import Figures, best_int8, fault_at_float32, fault_of_int8
 from mimkd_ray.export.find_student import load_of_run, read_run
 
 QUICK = ("--images", "20", "--calibration", "20", "--threads", "1")
@@ -157,8 +157,10 @@ def test_files_that_are_not_the_student() -> None:
         _figures(top1=68.5), _figures(), 1.0
     )
     # Of 1000 images 10 more are right, and sqrt(10) is the standard error of that; of 3 it is sqrt(3).
-    assert better_int8({"a": _figures(top1=69.0, ms=9.0), "b": _figures(top1=68.0)}) == "a"
-    assert better_int8({"a": _figures(top1=69.0, ms=9.0), "b": _figures(top1=68.7)}) == "b"
+    assert best_int8({"a": _figures(top1=69.0, ms=9.0), "b": _figures(top1=68.0)}, 0) == "a"
+    assert best_int8({"a": _figures(top1=69.0, ms=9.0), "b": _figures(top1=68.7)}, 0) == "b"
+    assert best_int8({"a": _figures(top1=69.0, ms=9.0), "b": _figures(top1=68.7)}, 68.9) == "a", "b is not enough"
+    assert best_int8({"a": _figures(top1=69.0, ms=9.0), "b": _figures(top1=68.7)}, 70) == "b", "neither is"
 
 
 def test_a_file_with_other_logits_is_not_kept(
