@@ -94,19 +94,19 @@ def draw_pack(search: SearchConfig, configs: TrialConfigs, pack: int, known: Seq
     return members[first:]
 
 
-def halving(config: SearchConfig, epoch: int, values: Mapping[int, float]) -> set[int]:
-    """Return the trials of a pack to stop after ``epoch``, by synchronous successive halving: at a rung the best one in
-    ``config.reduction`` continue; at other epochs all do."""
-    if config.scheduler == "none" or not is_rung(config, epoch):
+def halving(config: SearchConfig, before: int, epoch: int, values: Mapping[int, float]) -> set[int]:
+    """Return the trials of a pack to stop after ``epoch``, by synchronous successive halving: if a rung has come since
+    the evaluation ``before``, the best one in ``config.reduction`` continue, else all do."""
+    if config.scheduler == "none" or not has_rung(config, before, epoch):
         return set()
     kept = -(-len(values) // config.reduction)
     best = sorted(values, key=lambda number: values[number], reverse=direction(config.metric) == "maximize")
     return set(best[kept:])
 
 
-def is_rung(config: SearchConfig, epoch: int) -> bool:
-    """Return whether ``epoch`` is grace * reduction^k."""
+def has_rung(config: SearchConfig, before: int, epoch: int) -> bool:
+    """Return whether grace * reduction^k is after epoch ``before`` and not after ``epoch`` for any k."""
     rung = config.grace
-    while rung < epoch:
+    while rung <= before:
         rung *= config.reduction
-    return rung == epoch
+    return rung <= epoch

@@ -153,7 +153,8 @@ def train_members(
         scores = {at: getattr(point_of(value), search.metric) for at, value in told.items()}
         best = (max if search.metric == "top1" else min)(scores, key=lambda at: scores[at])
         last.update({**told[best], search.metric: scores[best]})
-        stop = halving(search, epoch, scores) if epoch < configs[0].train.epochs else set()
+        before = epoch - configs[0].train.eval_every
+        stop = halving(search, before, epoch, scores) if epoch < configs[0].train.epochs else set()
         reason = f"behind at epoch {epoch}: one trial of the pack in {search.reduction} goes on past this rung"
         tell({**last, "members": json.dumps({"figures": told, "ended": {at: ["early", reason] for at in stop}})})
         return stop

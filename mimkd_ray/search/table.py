@@ -61,12 +61,12 @@ class Table:
         seconds = figures.get("time_total_s", trial.seconds)
         self._put(name, replace(trial, seconds=seconds, schedule=lived or trial.schedule))
 
-    def ended(self, name: str, state: State, kind: str = "", reason: str = "") -> None:
-        """Note a trial's end."""
+    def ended(self, name: str, state: State, kind: str = "", reason: str = "", seconds: float = 0.0) -> None:
+        """Note a trial's end, ``seconds`` after its start if it has taken longer than its evaluations told."""
         trial = self.rows[name]
         if state == "completed" and trial.score is None:
             state, kind, reason = "failed", "non-finite", f"no finite {self.metric}"
-        self._put(name, replace(trial, state=state, kind=kind, reason=reason))
+        self._put(name, replace(trial, state=state, kind=kind, reason=reason, seconds=max(seconds, trial.seconds)))
 
     def _put(self, name: str, trial: Trial) -> None:
         """Write a trial at once: Ray Tune may know of this evaluation after a kill, and does not tell of it again."""

@@ -118,6 +118,7 @@ def test_a_misspelt_flag_is_told_by_tyro(tmp_path: Path, capsys: pytest.CaptureF
         ({"workers": 2}, 2, 0, (2, 1.0, 0.0, 1)),
         ({"workers": 2}, 64, 8, (2, 8.0, 1.0, 4)),
         ({"concurrent": 9}, 2, 0, (1, 1.0, 0.0, 9)),
+        ({"concurrent": 9, "scheduler": "pbt"}, 2, 0, (1, 1.0, 0.0, 2)),
     ],
 )
 def test_resources_are_derived_from_the_cluster(

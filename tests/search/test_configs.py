@@ -107,6 +107,12 @@ def test_a_search_without_a_held_out_part_is_refused(tmp_path: Path) -> None:
         tiny_job(tmp_path, holdout=0.0)
 
 
+def test_a_search_of_broken_epochs_is_refused(tmp_path: Path) -> None:
+    """The table would call a trial stopped that came to its end, and a pack would halve there."""
+    with pytest.raises(UserError, match=r"train.max_steps is 4, and trials end after whole epochs"):
+        tiny_job(tmp_path, {"train": {"max_steps": 4}})
+
+
 def test_a_worker_needs_a_lane(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"search.workers is 3 and train.lanes 2"):
         tiny_job(tmp_path, workers=3)

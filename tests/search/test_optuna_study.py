@@ -16,7 +16,7 @@ from tiny_search import tiny_configs
 from mimkd_ray.config import Config, SearchConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.configs import TrialConfigs
-from mimkd_ray.search.optuna_study import DefineByRun, combinations, draw_pack, halving, is_rung, sampler
+from mimkd_ray.search.optuna_study import DefineByRun, combinations, draw_pack, halving, has_rung, sampler
 from mimkd_ray.search.suggest import Candidates, Suggest
 from mimkd_ray.search.trials import Trial
 from mimkd_ray.seeds import SEEDS
@@ -101,7 +101,7 @@ def test_packs_learn_from_packs(tmp_path: Path) -> None:
 )
 def test_halving_in_a_pack_keeps_the_best(values: dict[int, float], reduction: int, epoch: int) -> None:
     own = config(reduction=reduction, grace=2)
-    stopped = halving(own, epoch, values)
+    stopped = halving(own, epoch - 1, epoch, values)
     if epoch not in (2, 2 * reduction, 2 * reduction**2, 2 * reduction**3, 2 * reduction**4):
         assert not stopped
         return
@@ -111,8 +111,10 @@ def test_halving_in_a_pack_keeps_the_best(values: dict[int, float], reduction: i
 
 
 def test_rungs() -> None:
-    assert [epoch for epoch in range(1, 40) if is_rung(config(grace=2, reduction=3), epoch)] == [2, 6, 18]
-    assert halving(config(scheduler="none"), 1, {0: 1.0, 1: 2.0}) == set()
+    own = config(grace=2, reduction=3)
+    assert [epoch for epoch in range(1, 40) if has_rung(own, epoch - 1, epoch)] == [2, 6, 18]
+    assert [epoch for epoch in range(5, 40, 5) if has_rung(own, epoch - 5, epoch)] == [5, 10, 20]
+    assert halving(config(scheduler="none"), 0, 1, {0: 1.0, 1: 2.0}) == set()
 
 
 def test_any_64_bit_seed_searches_and_each_pack_draws_otherwise(tmp_path: Path) -> None:

@@ -208,6 +208,23 @@ def test_a_pack_halves_by_what_json_cannot_hold(tmp_path: Path, monkeypatch: pyt
     assert [each["cross_entropy"] for each in told] == [2.0, 2.0]
 
 
+def test_a_pack_that_is_evaluated_at_no_rung_halves_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rungs are after epochs 1 and 3, evaluations after 2, 4, 6 and 8."""
+    job = tiny_job(tmp_path, {"train": {"epochs": 8, "eval_every": 2}}, scheduler="asha", reduction=3, pack=4)
+    base = trial_config(job, job.search)
+    stopped: list[set[int]] = []
+
+    def train_pack(members: Any, data: Any, teacher: Any, context: Any, judge: Any, extra: Any) -> list[Outcome]:
+        for epoch in (2, 4, 6, 8):
+            going = {at for at in range(4) if not any(at in each for each in stopped)}
+            stopped.append(set(judge(epoch, {at: {"top1": at, "top5": 1.0, "cross_entropy": 2.0} for at in going})))
+        return [Stopped(2), Stopped(2), Stopped(4), Finished({})]
+
+    monkeypatch.setattr("mimkd_ray.search.run_trials.train_pack", train_pack)
+    run_pack(tmp_path, job, [with_lr(base, 0.01 * (1 + at)) for at in range(4)])
+    assert stopped == [{0, 1}, {2}, set(), set()]
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -56,7 +56,7 @@ class SearchConfig:
     """Workers of a trial. 1: a process with a share of a node. More: a Ray Train run with this many workers."""
     concurrent: int = 0
     """Trials (packs) that run at the same time; 0: as many as fit in the cluster. A higher number makes an autoscaler
-    add nodes."""
+    add nodes. pbt, pb2: members run as room comes, whatever is given."""
     cpus_per_trial: float = 0.0
     """CPUs of a trial of one worker; 0: 1 on CPU, and with a GPU its share of the CPUs."""
     gpus_per_trial: float = 0.0
@@ -137,6 +137,11 @@ class SearchJob(Config):
             raise UserError(
                 "search.holdout and data.holdout are 0: trials are scored on a part of the training set, never on the "
                 "validation set; pass --search.holdout 0.1"
+            )
+        if self.train.max_steps:
+            raise UserError(
+                f"train.max_steps is {self.train.max_steps}, and trials end after whole epochs: leave it out; short "
+                "trials are made by --search.epochs"
             )
         if self.search.workers > self.train.lanes:
             raise UserError(

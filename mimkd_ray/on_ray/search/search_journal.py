@@ -40,6 +40,7 @@ class Journal(tune.Callback):
     def __init__(self, job: SearchJob, folder: str, configs: TrialConfigs, gpus: float) -> None:
         """``gpus``: those of a trial."""
         self.job, self.folder, self.configs, self.gpus = job, folder, configs, gpus
+        self.seconds: dict[str, float] = {}
         self._table: Table | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -51,6 +52,8 @@ class Journal(tune.Callback):
         self._table = Table(self.folder, self.job.search.metric)
         self._total = count_trials(self.job.search, self.configs)
         self.clock = Clock(self.folder)
+        for name, row in self._table.rows.items():
+            self.spent(name.partition("/")[0], row.seconds)
         self._known = False
         self._line = self._next_publishing = 0.0
         return self._table
@@ -60,15 +63,17 @@ class Journal(tune.Callback):
         """The table, opened."""
         return self._table or self.open()
 
+    def spent(self, trial: str, seconds: float) -> None:
+        """Note the seconds that a trial (pack) has taken so far."""
+        self.seconds[trial] = max(seconds, self.seconds.get(trial, 0.0))
+
     def over_budget(self) -> str:
         """Return a message about the budget that is used up, "" if none is."""
-        rows, search = self.table.rows.values(), self.job.search
-        used = {"hours": self.clock.hours, "gpu_hours": 0.0}
-        if search.gpu_hours:
-            members = max(1, search.pack)
-            used["gpu_hours"] = sum(row.seconds for row in rows) * self.gpus / members / 3600
+        if self._table is None:
+            self.open()
+        used = {"hours": self.clock.hours, "gpu_hours": sum(self.seconds.values()) * self.gpus / 3600}
         for name, hours in used.items():
-            limit = getattr(search, name)
+            limit = getattr(self.job.search, name)
             if limit and hours >= limit:
                 return f"the budget is used up: {hours:.2f} of {limit:g} {name}"
         return ""
@@ -101,6 +106,7 @@ class Journal(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """An evaluation, or the failure of a trial."""
+        self.spent(trial.trial_id, result["time_total_s"])
         if "pack" in trial.config:
             self._heard_pack(trial.trial_id, result)
         elif "failed" in result:
@@ -163,7 +169,7 @@ class Journal(tune.Callback):
         return [name for name in self.table.rows if name.partition("/")[0] == trial.trial_id]
 
     def _ended(self, name: str, state: Any, kind: str = "", reason: str = "") -> None:
-        self.table.ended(name, state, kind, reason)
+        self.table.ended(name, state, kind, reason, self.seconds.get(name.partition("/")[0], 0.0))
         row = self.table.rows[name]
         over = sum(each.state != "running" for each in self.table.rows.values())
         left = f" of {self._total}" if self._total else ""
@@ -192,13 +198,15 @@ class Journal(tune.Callback):
 
 
 class Budget(tune.Stopper):
-    """Ends a search when its hours are used up."""
+    """Ends a search when its hours are used up. It hears by itself what trials take: Tune pickles it apart, and after a
+    restore its journal is not the one that Tune tells of everything else."""
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Return False: no trial is stopped alone."""
+        """Note what the trial has taken, and return False: no trial is stopped alone."""
+        self.journal.spent(trial_id, result["time_total_s"])
         return False
 
     def stop_all(self) -> bool:

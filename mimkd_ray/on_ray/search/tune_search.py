@@ -92,7 +92,8 @@ def shape_of(job: SearchJob, has: Capacity) -> Shape:
             "--search.workers, or "
             "--search.concurrent 1 for a cluster that grows when asked"
         )
-    return Shape(workers, cpu, gpu, search.concurrent or fit)
+    wanted = 0 if search.scheduler in POPULATION else search.concurrent
+    return Shape(workers, cpu, gpu, wanted or max(fit, 1))
 
 
 def wait_for_others(job: SearchJob, shape: Shape) -> None:
@@ -212,7 +213,8 @@ def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, shape: Shape,
             search_alg=searcher,
             scheduler=scheduler_of(search, configs),
             num_samples=samples,
-            max_concurrent_trials=shape.concurrent if searcher is not None else None,
+            # Members of a population wait for each other: one that must not begin would hold up all.
+            max_concurrent_trials=None if search.scheduler in POPULATION else shape.concurrent,
             trial_dirname_creator=trial_name,
             reuse_actors=search.workers == 1,  # a process takes seconds to start: imports, data, teacher
             **metric_of(search),

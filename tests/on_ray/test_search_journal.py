@@ -1,0 +1,71 @@
+"""The journal of a search and its budget, as Ray Tune calls them; no Ray is started."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_search import figures, tiny_configs, tiny_job
+
+from mimkd_ray.config import SearchJob
+from mimkd_ray.search.configs import claim
+from mimkd_ray.search.table import Table
+
+VALUES = {"critic.learn_temperature": False, "critic.temperature": 0.5}
+
+
+def journal_of(folder: Path, job: SearchJob) -> Any:
+    """A journal whose trials have two GPUs."""
+    from mimkd_ray.on_ray.search.search_journal import Journal
+
+    claim(job, str(folder / "s"))
+    return Journal(job, str(folder / "s"), tiny_configs(folder), 2.0)
+
+
+def test_gpu_hours_count_after_a_restore(tmp_path: Path) -> None:
+    """Tune pickles the budget apart from the callbacks, and tells it results only."""
+    from mimkd_ray.on_ray.search.search_journal import Budget
+
+    journal = journal_of(tmp_path, tiny_job(tmp_path, gpu_hours=2.0))
+    before, trial = Budget(journal), SimpleNamespace(trial_id="x", config=VALUES)
+    journal.on_trial_start(0, [trial], trial)
+    result = {**figures(1, 50.0), "time_total_s": 1800.0}
+    assert not before("x", result)
+    journal.on_trial_result(0, [trial], trial, result)
+    assert not before.stop_all(), "two GPUs for half an hour are one of two GPU hours"
+    again = pickle.loads(pickle.dumps(before))  # noqa: S301
+    assert not again.stop_all()
+    again("y", {"time_total_s": 1900.0})
+    assert again.stop_all()
+    assert again.journal.over_budget() == "the budget is used up: 2.06 of 2 gpu_hours"
+
+
+@pytest.mark.parametrize(("changes", "concurrent"), [({}, 3), ({"pack": 2}, 3), ({"scheduler": "pbt"}, None)])
+def test_as_many_trials_or_packs_at_a_time_as_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], concurrent: int | None
+) -> None:
+    from mimkd_ray.on_ray.search import tune_search
+
+    def experiment(folder: str, name: str, trial: Any, space: Any, how: Any, run: Any) -> Any:
+        assert how.max_concurrent_trials == concurrent
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune_search, "experiment", experiment)
+    job, shape = tiny_job(tmp_path, **changes), tune_search.Shape(1, 1.0, 0.0, 3)
+    with pytest.raises(KeyboardInterrupt):
+        tune_search.run_trials(job, str(tmp_path / "s"), tiny_configs(tmp_path), shape, True)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_the_time_of_a_failed_trial_counts(tmp_path: Path, pack: bool) -> None:
+    journal = journal_of(tmp_path, tiny_job(tmp_path, gpu_hours=1.0))
+    trial = SimpleNamespace(trial_id="x", config={"pack": 0} if pack else VALUES)
+    journal.on_trial_start(0, [trial], trial)
+    result = {"failed": "error", "reason": "it broke", "time_total_s": 2000.0, "drawn": "[{}]"}
+    journal.on_trial_result(0, [trial], trial, result)
+    (row,) = Table(str(tmp_path / "s"), "top1").trials()
+    assert (row.state, row.seconds) == ("failed", 2000.0)
+    assert "1.11 of 1 gpu_hours" in journal.over_budget()
