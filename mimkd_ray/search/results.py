@@ -10,7 +10,6 @@ from mimkd_ray import storage
 from mimkd_ray.config import Config, SearchJob
 from mimkd_ray.errors import count
 from mimkd_ray.json_files import read_if_sound
-from mimkd_ray.search.report.build_report import report_html
 from mimkd_ray.search.table import Table
 from mimkd_ray.search.trials import Final, Trial
 from mimkd_ray.train.records.run_dir import write_json
@@ -39,6 +38,8 @@ class Clock:
 
 def write_report(job: SearchJob, base: Config, table: Table, hours: float, finals: Sequence[Final] = ()) -> None:
     """Write report.html."""
+    from mimkd_ray.search.report.build_report import report_html  # Optuna and Plotly take seconds to import
+
     facts = {
         "recipe": job.recipe,
         "teacher": base.teacher.name,

@@ -5,22 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from mimkd_ray.console import clock
-from mimkd_ray.pages.figures import BLUE, GREY, Line, blank, cut, lines_figure, seeds_figure
+from mimkd_ray.pages.figures import BLUE, GREY, Line, cut, lines_figure, seeds_figure
 from mimkd_ray.pages.page import Cell, Page
-from mimkd_ray.search.report.study import (
-    LABELS,
-    LEAST_TRIALS,
-    LOG_SPAN,
-    MOST_LINES,
-    Study,
-    can_draw,
-    log_ticks,
-    quiet,
-    value_text,
-)
+from mimkd_ray.search.report.study import LABELS, LEAST_TRIALS, LOG_SPAN, MOST_LINES, Study, can_draw, quiet, value_text
 from mimkd_ray.search.trials import STATES, Final, Trial, direction, is_finite, param_names, ranked
 
 AXIS_WIDTH = 110
@@ -106,7 +95,7 @@ def _finals(page: Page, finals: Sequence[Final]) -> None:
 def _figures(page: Page, study: Study) -> None:
     page.section("history", "Score by trial", "Completed and stopped trials. Drag to zoom in; double-click to return.")
     page.figure(study.history())
-    page.figures([("Share of trials up to a score", study.edf()), *_information(study)])
+    page.figures([("Share of trials up to a score", study.edf())])
     if study.varying:
         page.section("parameters", "Each hyperparameter against the score", "Orange trials are early, blue ones late.")
         page.figures([(cut(name, 80), study.slice(name)) for name in study.varying])
@@ -156,7 +145,7 @@ def _schedules(page: Page, study: Study) -> None:
         if len(set(values)) > 1:
             figure = lines_figure(lines[::-1], "epoch", "")
             if min(values) > 0 and max(values) / min(values) >= LOG_SPAN:
-                figure.update_yaxes(type="log", dtick=log_ticks(min(values), max(values)))
+                figure.update_yaxes(type="log")
             figures.append((cut(name, 80), figure))
     if figures:
         page.section(
@@ -168,33 +157,7 @@ def _schedules(page: Page, study: Study) -> None:
         page.figures(figures)
 
 
-def _information(study: Study) -> list[tuple[str, Any]]:
-    """Return the titled plot of mutual information against top-1 at each trial's last reading, if any has one."""
-    read = [(t, p) for t in study.scored for p in t.curve[::-1] if can_draw(p.nats) and can_draw(p.top1)]
-    last = {trial.number: point for trial, point in read[::-1]}
-    if not last:
-        return []
-    figure = blank("mutual information (nats), sum over terms", "held-out top-1 (%)")
-    figure.add_scatter(
-        x=[point.nats for point in last.values()],
-        y=[point.top1 for point in last.values()],
-        mode="markers",
-        marker={"color": BLUE, "size": 8, "opacity": 0.8},
-        hovertext=[f"trial {number}" for number in last],
-        hovertemplate="%{hovertext}: %{x:.3g} nats, %{y:.2f} %<extra></extra>",
-    )
-    return [("Mutual information against top-1", figure)]
-
-
 def _tables(page: Page, trials: Sequence[Trial], metric: str, best_first: Sequence[Trial]) -> None:
-    failed = [trial for trial in trials if trial.state == "failed"]
-    if failed:
-        page.section("failed", "Failed trials")
-        page.table(
-            ["trial", "kind", "seconds", "reason"],
-            [[Cell(str(t.number), t.number), Cell(t.kind), _seconds(t), Cell(t.reason, long=True)] for t in failed],
-            sortable=True,
-        )
     page.section("trials", "All trials", "The best first. A click on a head sorts by it, a second one the other way.")
     names = param_names(trials)
     known = {trial.number for trial in best_first}
@@ -207,17 +170,13 @@ def _tables(page: Page, trials: Sequence[Trial], metric: str, best_first: Sequen
                 Cell(trial.kind),
                 Cell(_score(trial.score, metric), math.nan if trial.score is None else trial.score),
                 Cell("", math.nan) if trial.best_epoch is None else Cell(str(trial.best_epoch), trial.best_epoch),
-                _seconds(trial),
+                Cell(f"{trial.seconds:.0f}", trial.seconds),
                 *(_parameter(trial, name) for name in names),
                 Cell(trial.reason, long=True),
             ]
         )
     heads = ["trial", "state", "kind", LABELS[metric], "best epoch", "seconds", *(cut(n, 60) for n in names), "reason"]
     page.table(heads, rows, sortable=True)
-
-
-def _seconds(trial: Trial) -> Cell:
-    return Cell(f"{trial.seconds:.0f}", trial.seconds)
 
 
 def _parameter(trial: Trial, name: str) -> Cell:

@@ -6,19 +6,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
+from optuna import create_study, logging
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.importance import FanovaImportanceEvaluator
+from optuna.trial import TrialState, create_trial
+from optuna.visualization import (
+    plot_edf,
+    plot_intermediate_values,
+    plot_optimization_history,
+    plot_parallel_coordinate,
+    plot_param_importances,
+    plot_slice,
+)
+from plotly.colors import sample_colorscale
+
 from mimkd_ray.pages.figures import BLUE, ORANGE, RED, cut, plot_text
 from mimkd_ray.search.trials import Trial, Value, direction, param_names, ranked
 
 LABELS = {"top1": "held-out top-1 (%)", "cross_entropy": "held-out cross-entropy (nats)"}
 
-SMALLEST, LARGEST = 1e-100, 1e100
-"""Range of magnitudes that axes can show: browsers cannot draw numbers close to the limits of a double."""
+LARGEST = 1e100
+"""Largest magnitude that axes can show: browsers cannot draw numbers close to the limit of a double."""
 
 LOG_SPAN = 8.0
 """Ratio of the largest to the smallest positive value from which an axis is logarithmic."""
-
-FEW = 6
-"""Most different numbers that each have their own tick."""
 
 LEAST_TRIALS = 8
 """Fewest trials for which importances are computed."""
@@ -35,7 +46,7 @@ SCALE = [[0, ORANGE], [1, BLUE]]
 
 def can_draw(value: float | None) -> TypeGuard[float]:
     """Return whether a number is given, finite, and of a magnitude that an axis can show."""
-    return value is not None and (value == 0 or SMALLEST <= abs(value) <= LARGEST)
+    return value is not None and abs(value) <= LARGEST
 
 
 def value_text(value: Value) -> str:
@@ -43,11 +54,6 @@ def value_text(value: Value) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def log_ticks(low: float, high: float) -> str | int:
-    """Return Plotly's distance of the ticks of a logarithmic axis: 1, 2, 5 and 10, or powers of ten."""
-    return "D2" if high / low < 100 else 1
 
 
 class Study:
@@ -69,8 +75,6 @@ class Study:
 
     def history(self) -> Any:
         """Return the score by trial, and the best so far."""
-        from optuna.visualization import plot_optimization_history
-
         figure = plot_optimization_history(self._study, target_name=LABELS[self.metric])
         figure.update_traces(marker={"color": BLUE}, selector={"mode": "markers"})
         figure.update_traces(line={"color": RED}, selector={"mode": "lines"})
@@ -78,25 +82,14 @@ class Study:
 
     def slice(self, name: str) -> Any:
         """Return the score by one parameter."""
-        from optuna.visualization import plot_slice
-
         figure = plot_slice(self._study, params=[plot_text(name)], target_name=LABELS[self.metric])
         figure.update_traces(marker={"colorscale": SCALE, "showscale": False, "line": {"width": 0}})
         figure = self._styled(figure, 280, scores="y").update_xaxes(title={"text": ""})
-        values = sorted({value for trial in self.scored if (value := _value(trial, name)) is not None}, key=str)
-        if hasattr(self._spaces[name], "choices"):
-            figure.update_xaxes(labelalias={repr(each): each for each in self._spaces[name].choices})
-        else:
-            if len(values) <= FEW:
-                figure.update_xaxes(tickvals=values, ticktext=[value_text(value) for value in values])
-            elif self._spaces[name].log:
-                figure.update_xaxes(dtick=log_ticks(self._spaces[name].low, self._spaces[name].high))
-        return figure
+        choices = getattr(self._spaces[name], "choices", ())
+        return figure.update_xaxes(labelalias={repr(each): each for each in choices})
 
     def parallel(self) -> Any:
         """Return parallel coordinates of the parameters that all trials have."""
-        from optuna.visualization import plot_parallel_coordinate
-
         study = self._with([trial.number for trial in self.scored[:MOST_LINES]])
         names = [plot_text(name) for name in self.shared]
         figure = plot_parallel_coordinate(study, params=names, target_name=LABELS[self.metric])
@@ -110,8 +103,6 @@ class Study:
     def _recolour(trace: Any) -> None:
         """Colour a line of parallel coordinates by the score, its first axis, which is scale enough. Optuna 4 has one
         trace of all lines."""
-        from plotly.colors import sample_colorscale
-
         if trace.type == "parcoords":
             trace.line.colorscale = SCALE
         elif trace.mode == "lines":
@@ -122,9 +113,6 @@ class Study:
     def importances(self) -> Any | None:
         """Return fANOVA's importance of the parameters that all trials have, for the rank of the score: so one that
         diverged does not hide the others. None for few trials, or if scores or parameters are all alike."""
-        from optuna.importance import FanovaImportanceEvaluator
-        from optuna.visualization import plot_param_importances
-
         scores = sorted({trial.score for trial in self.scored if trial.score is not None})
         if len(self.scored) < LEAST_TRIALS or len(scores) < 2 or not self.shared:
             return None
@@ -142,28 +130,19 @@ class Study:
 
     def edf(self) -> Any:
         """Return the share of trials that are at most as good as a score."""
-        from optuna.visualization import plot_edf
-
         figure = plot_edf(self._study, target_name=LABELS[self.metric])
         figure.update_traces(line={"color": BLUE}, showlegend=False)
         return self._styled(figure, 300, scores="x")
 
     def curves(self) -> Any:
         """Return the learning curves of the best trials."""
-        from optuna.visualization import plot_intermediate_values
-
         figure = plot_intermediate_values(self._with([trial.number for trial in self.scored[:MOST_LINES]]))
         figure.update_traces(marker={"size": 4}, line={"width": 1.2})
         figure = self._styled(figure, 380, scores="y").update_layout(showlegend=False)
-        if max((point.epoch for trial in self.scored for point in trial.curve), default=0) <= FEW:
-            figure.update_xaxes(dtick=1)
         return figure.update_xaxes(title={"text": "epoch"}).update_yaxes(title={"text": LABELS[self.metric]})
 
     def _with(self, numbers: Sequence[int]) -> Any:
         """Return a study in which the trials of these numbers are complete."""
-        from optuna import create_study
-        from optuna.trial import TrialState, create_trial
-
         study = create_study(study_name="trials", direction=direction(self.metric))
         chosen = set(numbers)
         for trial in self._trials:
@@ -203,8 +182,6 @@ def _value(trial: Trial, name: str) -> Value | None:
 def _distribution(values: Sequence[Value]) -> Any:
     """Return Optuna's distribution of a parameter's values: numbers, by their logarithms where they span much, or
     categories."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-
     if any(isinstance(value, bool | str) for value in values):
         return CategoricalDistribution(sorted({plot_text(value_text(value)) for value in values}))
     numbers = [float(value) for value in values]
@@ -220,8 +197,6 @@ def _as_in(space: Any, value: Value) -> Any:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence Optuna's notes about studies in memory and trials without a score, during the with-block."""
-    from optuna import logging
-
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
