@@ -15,7 +15,7 @@ from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.training import absolute, below_root
 from mimkd_ray.config import Config, SearchJob
 from mimkd_ray.config.jobs.search import search_job
-from mimkd_ray.errors import Interrupted, UserError, count
+from mimkd_ray.errors import UserError, count
 from mimkd_ray.on_ray.nodes import environment
 from mimkd_ray.run_lock import check_free, held
 from mimkd_ray.search.configs import TrialConfigs, begun_as, claim, search_digest, trial_config
@@ -71,11 +71,7 @@ def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
     with held(folder), console.phase(f"search of {job.search.algorithm}", said=False):
         claim(job, folder)
         console.line(opening(job, configs, Table(folder, job.search.metric)))
-        stopped = run(job, folder, configs)
-    if stopped:
-        trials = Table(folder, job.search.metric).trials()
-        over = sum(trial.state != "running" for trial in trials)
-        raise Interrupted(f"asked to stop: {over} of {count(len(trials), 'trial')} of {folder} ended")
+        run(job, folder, configs)
     table = Table(folder, job.search.metric)
     if not table.ranked():
         failed = [f"trial {trial.number}: {trial.reason}" for trial in table.trials() if trial.reason]
@@ -98,12 +94,11 @@ def opening(job: SearchJob, configs: TrialConfigs, table: Table) -> str:
     )
 
 
-def run(job: SearchJob, folder: str, configs: TrialConfigs) -> bool:
-    """Run the trials and the finals that are not over yet; return True if stopped before the end."""
-    over = Clock(folder).finished and not (job.search.hours or job.search.gpu_hours)
-    finals = Finals(job, Table(folder, job.search.metric)) if over else None
-    if finals is not None and (not finals.runs or finals.known(folder) is not None):
-        return False
+def run(job: SearchJob, folder: str, configs: TrialConfigs) -> None:
+    """Run the trials and the finals that are not over yet."""
+    finals = Finals(job, Table(folder, job.search.metric))
+    if Clock(folder).finished == finals.name and not (job.search.hours or job.search.gpu_hours):
+        return
     environment.prepare(job.launch.address)
     from mimkd_ray.on_ray.nodes.cluster import connect, disconnect
     from mimkd_ray.on_ray.nodes.node_capacity import Capacity
@@ -117,19 +112,15 @@ def run(job: SearchJob, folder: str, configs: TrialConfigs) -> bool:
             tune_search.wait_for_others(job, shape)
         with tune_search.while_nodes_last(job, shape, own):
             tune_search.prepare_on_ray(configs.widest(), folder, shape)
-            if not over and tune_search.run_trials(job, folder, configs, shape, own):
-                return True
+            tune_search.run_trials(job, folder, configs, shape, own)
             table = Table(folder, job.search.metric)
             finals = Finals(job, table)
-            if not finals.runs:
-                return False
-            names = ", ".join(map(str, finals.chosen))
-            console.line(f"finalists: trials {names}, {count(job.search.seeds, 'seed')} each")
-            results, stopped = tune_search.run_finals(finals, folder, shape)
-            if not stopped:
-                chosen = finals.publish(job, folder, results)
+            if finals.runs:
+                names = ", ".join(map(str, finals.chosen))
+                console.line(f"finalists: trials {names}, {count(job.search.seeds, 'seed')} each")
+                chosen = finals.publish(job, folder, tune_search.run_finals(finals, folder, shape))
                 write_report(job, configs.base, table, Clock(folder).hours, chosen)
-            return stopped
+            Clock(folder).save(finals.name)
     finally:
         if own:
             disconnect()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,10 +16,9 @@ from typing import Any
 from mimkd_ray import storage
 from mimkd_ray.config import Config, SearchJob
 from mimkd_ray.config.form.json_form import from_dict
-from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.search.configs import Made, final_config
-from mimkd_ray.search.table import Table
-from mimkd_ray.search.trials import Final, Trial, direction, is_finite
+from mimkd_ray.search.table import FINALS, Table, point_of
+from mimkd_ray.search.trials import Final, Trial, direction
 from mimkd_ray.train.records.run_dir import write_json
 
 
@@ -43,37 +43,22 @@ class Finals:
         config = from_dict(Config, self.chosen[number].config)
         return Made(replace(config, train=replace(config.train, seed=config.train.seed + seed)), dict(params))
 
-    def is_whole(self, figures: Mapping[str, Any]) -> bool:
-        """Return whether these are the last figures of a run that came to its end."""
-        return "failed" not in figures and is_finite(figures.get(self.metric))
-
     def publish(self, job: SearchJob, folder: str, results: Mapping[int, Mapping[str, Any]]) -> list[Final]:
         """Write best.json with the config of the finalist with the best mean (finals.json has them all), and return the
         finalists, best first. Those with a failed run are left out. ``results``: last figures by number of run."""
         found: dict[int, dict[int, dict[str, float]]] = {}
         for number, figures in sorted(results.items()):
             trial, seed = self.runs[number]
-            found.setdefault(trial, {})[seed] = {name: figures[name] for name in ("top1", "top5", "cross_entropy")}
+            if "failed" not in figures and math.isfinite(getattr(point_of(figures), self.metric)):
+                found.setdefault(trial, {})[seed] = {name: figures[name] for name in ("top1", "top5", "cross_entropy")}
         whole = {trial: seeds for trial, seeds in found.items() if len(seeds) == self.seeds}
         means = {trial: statistics.fmean(each[self.metric] for each in whole[trial].values()) for trial in whole}
         order = sorted(whole, key=lambda trial: means[trial], reverse=direction(self.metric) == "maximize")
         lines = [{"trial": trial, "mean": means[trial], "seeds": whole[trial]} for trial in order]
-        write_json(storage.join(folder, "finals.json"), {"metric": self.metric, "name": self.name, "finals": lines})
+        write_json(storage.join(folder, FINALS), {"metric": self.metric, "name": self.name, "finals": lines})
         if order:
             write_json(storage.join(folder, "best.json"), final_config(job, self.chosen[order[0]].config))
-        return self._finals(lines)
-
-    def known(self, folder: str) -> list[Final] | None:
-        """Return the finalists of an earlier start, if they were these; None if there are none."""
-        told = read_if_sound(storage.join(folder, "finals.json"), ("name", "finals"), "written again")
-        return self._finals(told["finals"]) if told is not None and told["name"] == self.name else None
-
-    def _finals(self, lines: list[dict[str, Any]]) -> list[Final]:
         return [
-            Final(
-                trial=line["trial"],
-                seeds=tuple(map(int, line["seeds"])),
-                top1=tuple(each["top1"] for each in line["seeds"].values()),
-            )
-            for line in lines
+            Final(trial=trial, seeds=tuple(whole[trial]), top1=tuple(each["top1"] for each in whole[trial].values()))
+            for trial in order
         ]

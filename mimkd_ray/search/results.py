@@ -16,12 +16,12 @@ from mimkd_ray.train.records.run_dir import write_json
 
 
 class Clock:
-    """clock.json: the hours of a search over all its starts, and whether its trials are over."""
+    """clock.json: the hours of a search over all its starts, and the name of the finals with which it has finished."""
 
     def __init__(self, folder: str) -> None:
         self.url = storage.join(folder, "clock.json")
         known = read_if_sound(self.url, ("seconds",), "hours count from 0") or {}
-        self.finished: bool = known.get("finished", False)
+        self.finished: str | None = known.get("finished")
         self._before: float = known.get("seconds", 0.0)
         self._began = time.monotonic()
 
@@ -30,10 +30,9 @@ class Clock:
         """Hours so far."""
         return (self._before + time.monotonic() - self._began) / 3600
 
-    def save(self, finished: bool = False) -> None:
+    def save(self, finished: str | None = None) -> None:
         """Write the file."""
-        self.finished |= finished
-        write_json(self.url, {"seconds": 3600 * self.hours, "finished": self.finished})
+        write_json(self.url, {"seconds": 3600 * self.hours, "finished": finished})
 
 
 def write_report(job: SearchJob, base: Config, table: Table, hours: float, finals: Sequence[Final] = ()) -> None:

@@ -19,8 +19,11 @@ from mimkd_ray.config.jobs.search import Metric
 from mimkd_ray.errors import DamagedDataError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.search.configs import Made, final_config
-from mimkd_ray.search.trials import Point, State, Trial, direction, ranked, write_trials
+from mimkd_ray.search.trials import STATES, Point, State, Trial, direction, ranked, write_trials
 from mimkd_ray.train.records.run_dir import write_json
+
+FINALS = "finals.json"
+"""File with the results of the finalists, the best of which is then in best.json."""
 
 DAMAGED = "remove it, and the table goes on without that trial"
 
@@ -85,10 +88,10 @@ class Table:
         return ranked(self.trials(), self.metric)
 
     def publish(self, job: SearchJob) -> None:
-        """Write trials.parquet, and best.json if there is a trial to train with."""
+        """Write trials.parquet, and best.json if there is a trial to train with and no finalist has won."""
         write_trials(storage.join(self.folder, "trials.parquet"), self.trials(), self.metric)
         best = self.ranked()
-        if best:
+        if best and not (job.search.finalists and storage.exists(storage.join(self.folder, FINALS))):
             write_json(storage.join(self.folder, "best.json"), final_config(job, best[0].config))
 
 
@@ -98,6 +101,8 @@ def _read(url: str) -> tuple[str, Trial] | None:
         return None
     name, curve, lived = str(value.pop("id")), value.pop("curve"), value.pop("schedule", ())
     try:
+        if value["state"] not in STATES:
+            raise ValueError(value["state"])
         points = tuple(Point(**{**point, "cross_entropy": _number(point["cross_entropy"])}) for point in curve)
         return name, Trial(**value, curve=points, schedule=_schedule(lived))
     except (KeyError, TypeError, ValueError) as error:

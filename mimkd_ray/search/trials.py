@@ -17,11 +17,11 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, get_args
 
 from mimkd_ray import storage
-from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.train.records.run_dir import jsonable
 
 State = Literal["running", "completed", "stopped", "failed"]
@@ -31,6 +31,17 @@ STATES = get_args(State)
 
 DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {"top1": "maximize", "cross_entropy": "minimize"}
 """Metrics by which a search can score, and their better direction."""
+
+SCALARS = {
+    "number": "int64",
+    "state": "string",
+    "kind": "string",
+    "reason": "string",
+    "score": "float64",
+    "best_epoch": "int64",
+    "seconds": "float64",
+}
+"""Fields of a trial that are columns of the table as they are, and Arrow's names of their types."""
 
 _PARAM = "param/"
 _JSON = {b"encoding": b"json"}
@@ -53,8 +64,6 @@ class Point:
     """Nats per image."""
     nats: float | None = None
     """Mutual information with the teacher, summed over the terms; None: not measured."""
-    seconds: float | None = None
-    """Seconds since the trial's start; None: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +94,6 @@ class Trial:
     """Of a member of a population: the values that its weights were trained with, each with the last epoch of these. A
     member that goes on from another one has that one's past."""
 
-    def __post_init__(self) -> None:
-        if self.state not in STATES:
-            raise ValueError(f"trial {self.number} is in state {self.state!r}; states are {', '.join(STATES)}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Final:
@@ -99,10 +104,6 @@ class Final:
     seeds: tuple[int, ...]
     top1: tuple[float, ...]
     """Percent, for each seed."""
-
-    def __post_init__(self) -> None:
-        if not self.seeds or len(self.seeds) != len(self.top1):
-            raise ValueError(f"finalist {self.trial} has {len(self.top1)} results for {len(self.seeds)} seeds")
 
     @property
     def mean(self) -> float:
@@ -118,16 +119,8 @@ class Final:
 
 
 def direction(metric: str) -> Literal["maximize", "minimize"]:
-    """Return "maximize" or "minimize". Raises UserError for a metric by which no search scores."""
-    if metric not in DIRECTIONS:
-        known = " or ".join(DIRECTIONS)
-        raise UserError(f"no metric {metric!r}: a search scores by {known}{nearest(metric, DIRECTIONS)}")
+    """Return the better direction of a metric."""
     return DIRECTIONS[metric]
-
-
-def is_finite(value: float | None) -> TypeGuard[float]:
-    """Return whether a number is given and finite."""
-    return value is not None and math.isfinite(value)
 
 
 def ranked(trials: Sequence[Trial], metric: str) -> list[Trial]:
@@ -136,42 +129,27 @@ def ranked(trials: Sequence[Trial], metric: str) -> list[Trial]:
     Equal scores keep the order of their numbers. Failed trials are left out, whatever score they had reached.
     """
     sign = -1.0 if direction(metric) == "maximize" else 1.0
-    usable = [trial for trial in trials if trial.state in ("completed", "stopped") and is_finite(trial.score)]
-    return sorted(usable, key=lambda trial: (sign * (trial.score or 0.0), trial.number))
+    scores = {trial.number: trial.score for trial in trials if trial.state in ("completed", "stopped")}
+    finite = {number: sign * score for number, score in scores.items() if score is not None and math.isfinite(score)}
+    return sorted((t for t in trials if t.number in finite), key=lambda trial: (finite[trial.number], trial.number))
 
 
 def to_table(trials: Sequence[Trial], metric: str) -> Any:
     """Return the trials as a pyarrow Table, in their order. Parameters' columns are in the order of first use."""
     import pyarrow as pa
 
-    point = pa.struct(
-        [
-            ("epoch", pa.int64()),
-            ("step", pa.int64()),
-            ("top1", pa.float64()),
-            ("top5", pa.float64()),
-            ("cross_entropy", pa.float64()),
-            ("nats", pa.float64()),
-            ("seconds", pa.float64()),
-        ]
-    )
-    columns: list[tuple[Any, list[Any]]] = [
-        (pa.field("number", pa.int64()), [trial.number for trial in trials]),
-        (pa.field("state", pa.string()), [trial.state for trial in trials]),
-        (pa.field("kind", pa.string()), [trial.kind for trial in trials]),
-        (pa.field("reason", pa.string()), [trial.reason for trial in trials]),
-        (pa.field("score", pa.float64()), [trial.score for trial in trials]),
-        (pa.field("best_epoch", pa.int64()), [trial.best_epoch for trial in trials]),
-        (pa.field("seconds", pa.float64()), [trial.seconds for trial in trials]),
+    point = pa.struct([(f.name, "int64" if f.type == "int" else "float64") for f in dataclasses.fields(Point)])
+    columns = [
+        *(_column(name, kind, [getattr(trial, name) for trial in trials]) for name, kind in SCALARS.items()),
         *(_param_column(name, [trial.params.get(name) for trial in trials]) for name in param_names(trials)),
-        (pa.field("config", pa.string()), [_to_json(trial.config) for trial in trials]),
-        (pa.field("curve", pa.list_(point)), [[dataclasses.asdict(p) for p in trial.curve] for trial in trials]),
-        (pa.field("schedule", pa.string()), [json.dumps(trial.schedule) for trial in trials]),
+        _column("config", "string", [json.dumps(jsonable(trial.config), allow_nan=False) for trial in trials]),
+        _column("curve", pa.list_(point), [[dataclasses.asdict(p) for p in trial.curve] for trial in trials]),
+        _column("schedule", "string", [json.dumps(trial.schedule) for trial in trials]),
     ]
     schema = pa.schema(
         [field for field, _ in columns], metadata={"metric": metric, "direction": direction(metric), "version": "1"}
     )
-    return pa.table([pa.array(values, field.type) for field, values in columns], schema=schema)
+    return pa.table([values for _, values in columns], schema=schema)
 
 
 def write_trials(url: str, trials: Sequence[Trial], metric: str) -> None:
@@ -189,24 +167,22 @@ def param_names(trials: Sequence[Trial]) -> list[str]:
     return list(dict.fromkeys(name for trial in trials for name in trial.params))
 
 
-def _param_column(name: str, values: list[Value | None]) -> tuple[Any, list[Any]]:
-    """Return the field and its values: of the narrowest type that represents every value exactly, else as JSON."""
+def _column(name: str, kind: Any, values: list[Any]) -> tuple[Any, Any]:
+    """Return the field and its values."""
     import pyarrow as pa
 
-    there = [value for value in values if value is not None]
-    types = {type(value) for value in there}
-    widest = max((abs(value) for value in there if type(value) is int), default=0)
-    for kinds, fits, arrow in (
-        ({bool}, True, pa.bool_()),
-        ({str}, True, pa.string()),
-        ({int}, widest < 2**63, pa.int64()),
-        ({int, float}, widest <= 2**53, pa.float64()),
-    ):
-        if types <= kinds and fits:
-            return pa.field(_PARAM + name, arrow), values
-    field = pa.field(_PARAM + name, pa.string(), metadata=_JSON)
-    return field, [None if value is None else json.dumps(value) for value in values]
+    field = pa.field(name, kind)
+    return field, pa.array(values, field.type)
 
 
-def _to_json(config: Mapping[str, Any]) -> str:
-    return json.dumps(jsonable(config), allow_nan=False)
+def _param_column(name: str, values: list[Value | None]) -> tuple[Any, Any]:
+    """Return the field and its values: of the type that Arrow has for all of them, else as JSON."""
+    import pyarrow as pa
+
+    kinds = {type(value) for value in values if value is not None}
+    with suppress(pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        if bool not in kinds or kinds == {bool}:  # Arrow takes True for 1.0
+            found = pa.array(values)
+            return pa.field(_PARAM + name, found.type), found
+    texts = pa.array([None if value is None else json.dumps(value) for value in values])
+    return pa.field(_PARAM + name, texts.type, metadata=_JSON), texts

@@ -99,9 +99,9 @@ def test_hours_add_up_over_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     clock.save()
     again = Clock(str(tmp_path))
     now[0] += 3600
-    assert (again.hours, again.finished) == (1.5, False)
-    again.save(finished=True)
-    assert Clock(str(tmp_path)).finished
+    assert (again.hours, again.finished) == (1.5, None)
+    again.save("finals-1")
+    assert Clock(str(tmp_path)).finished == "finals-1"
 
 
 def test_finals_choose_by_the_mean_of_new_seeds(tmp_path: Path) -> None:
@@ -115,13 +115,18 @@ def test_finals_choose_by_the_mean_of_new_seeds(tmp_path: Path) -> None:
     assert {config.view_seed for config in configs} == {job.view_seed}
     assert {config.data.holdout for config in configs} == {0.3}
     folder = str(tmp_path / "s")
-    assert finals.known(folder) is None
     tops = dict(enumerate((41.0, 43.0, 46.0, 44.0)))
     found = finals.publish(job, folder, {run: figures(2, top1) for run, top1 in tops.items()})
     assert [(final.trial, final.seeds, final.mean) for final in found] == [(0, (1, 2), 45.0), (1, (1, 2), 42.0)]
     best = read_json(f"{folder}/best.json")
     assert (best["loss"]["critic"]["temperature"], best["train"]["seed"]) == (0.1, 0)
-    assert Finals(job, table).known(folder) == found, "finished runs are not repeated"
-    assert Finals(replace(job, search=replace(job.search, seeds=1)), table).known(folder) is None
+    assert Finals(job, table).name == finals.name
+    assert Finals(replace(job, search=replace(job.search, seeds=1)), table).name != finals.name
+    table.publish(job)
+    assert read_json(f"{folder}/best.json") == best, "the finalist's, also when the search is given again"
+    table.publish(replace(job, search=replace(job.search, finalists=0)))
+    assert read_json(f"{folder}/best.json")["loss"]["critic"]["temperature"] == 0.2
+    failed = figures(2, 0.0) | {"failed": "error"}
+    whole = {2: figures(2, 0.0), 3: figures(2, 4.0)}
+    assert [final.trial for final in finals.publish(job, folder, {0: figures(2, 9.0), 1: failed, **whole})] == [0]
     assert finals.publish(job, folder, {0: figures(2, 41.0)}) == [], "a finalist with a failed run is left out"
-    assert not finals.is_whole({"failed": "error", "top1": 0.0})

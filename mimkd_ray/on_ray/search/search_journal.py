@@ -190,10 +190,10 @@ class Journal(tune.Callback):
                 self.on_trial_error(0, trials, trial)
         self.publish()
 
-    def publish(self, finished: bool = False) -> None:
+    def publish(self) -> None:
         """Bring the search's files up to date."""
         self.table.publish(self.job)
-        self.clock.save(finished)
+        self.clock.save()
         write_report(self.job, self.configs.base, self.table, self.clock.hours)
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -168,30 +167,10 @@ def while_nodes_last(job: SearchJob, shape: Shape, own: bool) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def stop_at_sigterm() -> Iterator[list[int]]:
-    """Make SIGTERM end Tune in good order, like Ctrl-C, during the with-block; the list is not empty if it was
-    received."""
-    came: list[int] = []
+def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, shape: Shape, own: bool) -> None:
+    """Run the trials of a search to their ends, or go on with them. ``own``: this Ray was started here.
 
-    def on_signal(number: int, _: object) -> None:
-        came.append(number)
-        signal.raise_signal(signal.SIGINT)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    before = signal.signal(signal.SIGTERM, on_signal)
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, shape: Shape, own: bool) -> bool:
-    """Run the trials of a search to their ends, or go on with them; return True if a stop was requested (SIGTERM).
-
-    After Ctrl-C, Tune returns as if all were done; this raises KeyboardInterrupt. ``own``: this Ray was started here.
+    After Ctrl-C, Tune returns as if all were done; this raises KeyboardInterrupt.
     """
     search = job.search
     if search.workers > 1:
@@ -204,7 +183,7 @@ def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, shape: Shape,
     searcher, space, samples = searcher_of(search, configs)
     journal = Journal(job, folder, configs, shape.gpus * shape.workers)
     kept = 4 if search.scheduler in POPULATION else 2  # others may still copy an older one
-    found, stopped = experiment(
+    found = experiment(
         folder,
         "tune",
         tune.with_resources(trial, shape.bundles()),
@@ -228,17 +207,15 @@ def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, shape: Shape,
         ),
     )
     running = any(row.state == "running" for row in journal.open().rows.values())
-    if not stopped and not journal.over_budget() and (running or (search.trials and len(found) < samples)):
+    if not journal.over_budget() and (running or (search.trials and len(found) < samples)):
         raise KeyboardInterrupt
-    journal.publish(finished=not stopped)
-    return stopped
+    journal.publish()
 
 
-def run_finals(finals: Finals, folder: str, shape: Shape) -> tuple[dict[int, dict[str, Any]], bool]:
-    """Train the finalists again, each with every seed, to their ends; return the last figures of each run that came to
-    its end, and whether a stop was requested."""
+def run_finals(finals: Finals, folder: str, shape: Shape) -> dict[int, dict[str, Any]]:
+    """Train the finalists again, each with every seed, to their ends; return the last figures of each run."""
     trial = search_trainable(finals, folder, shape.cpus)
-    found, stopped = experiment(
+    found = experiment(
         folder,
         finals.name,
         tune.with_resources(trial, shape.bundles()),
@@ -251,17 +228,14 @@ def run_finals(finals: Finals, folder: str, shape: Shape) -> tuple[dict[int, dic
         ),
     )
     results = {each.config["run"]: each.metrics for each in found if each.metrics and each.config}
-    whole = {run: figures for run, figures in results.items() if finals.is_whole(figures)}
-    if not stopped and len(results) < len(finals.runs):
+    if len(results) < len(finals.runs):
         raise KeyboardInterrupt
-    return whole, stopped
+    return results
 
 
-def experiment(
-    folder: str, name: str, trial: Any, space: Any, how: tune.TuneConfig, run: tune.RunConfig
-) -> tuple[ResultGrid, bool]:
-    """Run an experiment of Ray Tune in a folder, or go on with the one that is there; return its results, and whether a
-    stop was requested."""
+def experiment(folder: str, name: str, trial: Any, space: Any, how: tune.TuneConfig, run: tune.RunConfig) -> ResultGrid:
+    """Run an experiment of Ray Tune in a folder, or go on with the one that is there. Raises Interrupted after SIGTERM,
+    once Tune has saved its state."""
     for noisy in ("analysis.experiment_analysis", "tune", "utils.resource_updater"):
         logging.getLogger(f"ray.tune.{noisy}").setLevel(logging.CRITICAL)  # how to restore, in other words than ours
     path, fs = tune_place(folder)
@@ -271,9 +245,20 @@ def experiment(
         storage.remove_tree(storage.join(folder, name))  # a kill came before anything was saved
         run = replace(run, name=name, storage_path=path, storage_filesystem=fs)
         tuner = tune.Tuner(trial, param_space=space, tune_config=how, run_config=run)
-    with stop_at_sigterm() as came:
+    came: list[int] = []
+
+    def on_sigterm(number: int, _: object) -> None:
+        came.append(number)
+        signal.raise_signal(signal.SIGINT)  # at which Tune ends in good order
+
+    before = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
         found = tuner.fit()
-    return found, bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if came:
+        raise Interrupted(f"asked to stop: {folder} has what has ended")
+    return found
 
 
 def trial_name(trial: Any) -> str:

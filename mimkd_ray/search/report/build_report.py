@@ -10,7 +10,7 @@ from mimkd_ray.console import clock
 from mimkd_ray.pages.figures import BLUE, GREY, Line, cut, lines_figure, seeds_figure
 from mimkd_ray.pages.page import Cell, Page
 from mimkd_ray.search.report.study import LABELS, LEAST_TRIALS, LOG_SPAN, MOST_LINES, Study, can_draw, quiet, value_text
-from mimkd_ray.search.trials import STATES, Final, Trial, direction, is_finite, param_names, ranked
+from mimkd_ray.search.trials import STATES, Final, Trial, direction, param_names, ranked
 
 AXIS_WIDTH = 110
 """Least distance of two axes of the parallel coordinates in CSS pixels; a narrower page scrolls them."""
@@ -26,8 +26,7 @@ def report_html(
     """Return the report: a page of pages/page.py.
 
     ``facts`` are shown at the top. The same input gives the same text. All strings are shown literally, never as
-    markup; numbers that are not finite are left out of plots and named in tables. Raises UserError for an unknown
-    metric.
+    markup; numbers that are not finite are left out of plots and named in tables.
     """
     trials = sorted(trials, key=lambda trial: trial.number)
     best_first = ranked(trials, metric)
@@ -66,13 +65,13 @@ def _head(page: Page, trials: Sequence[Trial], metric: str, facts: Mapping[str, 
     label = LABELS.get(metric, metric).partition(" (")[0]
     tiles = [(_score(best[0].score, metric), f"best {label}, trial {best[0].number}")] if best else []
     tiles += [(str(count), state) for state, count in counts if count or state == "completed"]
-    page.tiles([*tiles, (clock(sum(t.seconds for t in trials if is_finite(t.seconds))), "h:mm:ss in all trials")])
+    page.tiles([*tiles, (clock(sum(t.seconds for t in trials if math.isfinite(t.seconds))), "h:mm:ss in all trials")])
     better = "higher" if direction(metric) == "maximize" else "lower"
     page.facts([("scored by", f"{LABELS[metric]}, {better} is better"), *facts.items()])
 
 
 def _finals(page: Page, finals: Sequence[Final]) -> None:
-    best_first = sorted(finals, key=lambda final: (not is_finite(final.mean), -final.mean, final.trial))
+    best_first = sorted(finals, key=lambda final: (not math.isfinite(final.mean), -final.mean, final.trial))
     page.section(
         "finals",
         "Finalists, trained anew",
