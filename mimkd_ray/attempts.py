@@ -199,7 +199,8 @@ def explained(url: str, verb: str) -> Iterator[None]:
                 f"cannot {verb} {url}: there is no bucket {bucket}{f' at {endpoint}' if endpoint else ''}: make it "
                 f"(aws s3 mb {bucket}), or correct its name, or the store's address (AWS_ENDPOINT_URL)"
             ) from _cause(url, error)
-        if code in _REGION:
+        # A redirection without a region, as to a HEAD request, is one that botocore follows for ever.
+        if code in _REGION or (isinstance(error, RecursionError) and url.startswith("s3")):
             region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION") or "us-east-1, the default"
             raise UserError(
                 f"cannot {verb} {url}: the bucket is in another region than {region}: set AWS_DEFAULT_REGION to its "

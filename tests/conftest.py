@@ -1,4 +1,4 @@
-"""An S3 server in this process, for all tests; how pytest-xdist deals them to its processes. It puts this folder on the
+"""An S3 server in this process, for all tests, or the store at MIMKD_TEST_S3; how pytest-xdist deals them to its processes. It puts this folder on the
 path, for the helpers in it."""
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
+    if own := os.environ.get("MIMKD_TEST_S3"):
+        yield own
+        return
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -52,12 +55,13 @@ def s3_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of a new, empty bucket; the environment points at the server."""
+    """URL of a new, empty bucket; the environment points at the server. MIMKD_TEST_S3 takes the environment's keys."""
     import boto3
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    if "MIMKD_TEST_S3" not in os.environ:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     boto3.client("s3").create_bucket(Bucket=name)

@@ -11,6 +11,7 @@ from typing import Any
 ANSWERS = {
     "expired": (403, "ExpiredToken", "The provided token has expired."),
     "region": (400, "AuthorizationHeaderMalformed", "The region 'us-east-1' is wrong; expecting 'eu-central-1'"),
+    "moved": (301, "PermanentRedirect", "The bucket must be addressed using another endpoint."),
     "busy": (503, "SlowDown", "Please reduce your request rate."),
 }
 

@@ -130,6 +130,23 @@ def test_another_region_is_named(store: FailingStore, bucket: str) -> None:
     assert store.failed == 1
 
 
+@pytest.mark.parametrize(
+    ("how", "kind", "said"),
+    [
+        ("region", storage.StorageError, "expired, and to a wrong AWS_DEFAULT_REGION"),
+        ("moved", UserError, "another region than us-east-1: set AWS_DEFAULT_REGION"),
+    ],
+)
+def test_bare_answers_to_a_head_request_name_the_region(
+    store: FailingStore, bucket: str, monkeypatch: pytest.MonkeyPatch, how: str, kind: type[Exception], said: str
+) -> None:
+    """They have a status, 400 or 301, and no body that would name an error."""
+    monkeypatch.setattr(attempts, "TRIES", 1)
+    store.how = how
+    with pytest.raises(kind, match=said):
+        storage.size(f"{bucket}/x")
+
+
 def test_a_place_that_may_be_read_and_not_written_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempts, "ANSWERED", set())
 
