@@ -1,5 +1,5 @@
-"""An S3 server in this process, for all tests, or the store at MIMKD_TEST_S3; how pytest-xdist deals them to its processes. It puts this folder on the
-path, for the helpers in it."""
+"""An S3 server in this process, for all tests, or the store at MIMKD_TEST_S3; how pytest-xdist deals them to its
+processes. It puts this folder on the path, for the helpers in it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What is in a weights file: the state dicts of .safetensors and PyTorch files, by the key that they stand under.
 
 PyTorch files are read with weights_only=True. Beside tensors that allows what other people's checkpoints hold as notes
-on the run: argparse.Namespace, paths and numpy's scalars. No other class is ever unpickled.
+on the run: argparse.Namespace, paths, numpy's scalars, Lightning's AttributeDict. No other class is ever unpickled.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import pathlib
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -104,14 +105,23 @@ def _is_safetensors(data: bytes) -> bool:
     return data[8:9] == b"{" and 0 < int.from_bytes(data[:8], "little") <= len(data)
 
 
+LIGHTNINGS = (
+    *("pytorch_lightning.utilities.parsing", "lightning.pytorch.utilities.parsing"),
+    *("lightning_fabric.utilities.data", "lightning.fabric.utilities.data"),
+)
+"""Modules of Lightning's AttributeDict. None is imported: its place is taken by an OrderedDict."""
+
+
 def _notes() -> list[Any]:
-    """Classes and functions that torch.load may call beside its own: those of Namespace, paths and numpy's scalars."""
+    """Classes and functions that torch.load may call beside its own: those of Namespace, paths, numpy's scalars and
+    Lightning's hyperparameters."""
     scalar = np.float64(0).__reduce__()[0]
     kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"}
     # numpy's module of scalars has had two names.
     scalars = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     path = type(pathlib.Path())
-    return [argparse.Namespace, path, *scalars, np.dtype, *kinds]
+    named = [(OrderedDict, f"{module}.AttributeDict") for module in LIGHTNINGS]
+    return [argparse.Namespace, path, *scalars, *named, np.dtype, *kinds]
 
 
 def _read(path: str) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,51 @@ def test_numpys_older_name_of_its_scalars(tmp_path: Path) -> None:
     assert b"numpy._core.multiarray" in data
     (tmp_path / "old.pt").write_bytes(data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
     assert _same(build_model(STUDENT, 10, str(tmp_path / "old.pt")), net)
+
+
+class AttributeDict(dict):
+    """What older releases of Lightning kept hyper_parameters in."""
+
+
+def test_a_whole_checkpoint_of_lightnings(tmp_path: Path) -> None:
+    net = build_model(STUDENT, 10)
+    hyper = AttributeDict(lr=0.1, where=Path("runs"), optim=AttributeDict(betas=(0.9, 0.99)))
+    hyper.note = "an attribute"
+    checkpoint = {
+        "epoch": 2,
+        "global_step": 4,
+        "pytorch-lightning_version": "1.9.5",
+        "state_dict": _prefixed(dict(net.state_dict()), "model."),
+        "loops": {"fit_loop": {"epoch_loop.batch_progress": {"total": {"ready": 4}, "is_last_batch": True}}},
+        "callbacks": {
+            "ModelCheckpoint{'monitor': 'v'}": {"best_model_score": torch.tensor(0.2), "best_k_models": {"a": None}}
+        },
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"params": [0]}]}],
+        "lr_schedulers": [{"milestones": Counter([1, 2]), "last_epoch": 2}],
+        "hparams_name": "kwargs",
+        "hyper_parameters": hyper,
+    }
+    torch.save(checkpoint, tmp_path / "here.ckpt", _use_new_zipfile_serialization=False)
+    data, name = (tmp_path / "here.ckpt").read_bytes(), f"{__name__}\nAttributeDict".encode()
+    assert name in data
+    for module in ("pytorch_lightning.utilities.parsing", "lightning.fabric.utilities.data"):
+        (tmp_path / "last.ckpt").write_bytes(data.replace(name, f"{module}\nAttributeDict".encode()))
+        assert _same(build_model(STUDENT, 10, str(tmp_path / "last.ckpt")), net)
+
+
+def test_a_whole_checkpoint_of_timms_saver(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    utils = pytest.importorskip("timm.utils")
+    net = build_model(STUDENT, 10)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    net(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    args = argparse.Namespace(model=STUDENT, lr=0.1, clip_grad=None, mean=(0.5, 0.5), aa="rand-m9")
+    saver = utils.CheckpointSaver(
+        net, optimizer, args=args, model_ema=utils.ModelEmaV3(net), checkpoint_dir=tmp_path, recovery_dir=tmp_path
+    )
+    saver.save_checkpoint(3, metric=71.5)
+    assert _same(build_model(STUDENT, 10, str(tmp_path / "last.pth.tar")), net)
+    assert "took 'state_dict', and 'state_dict_ema' would fit as well" in caplog.text
 
 
 class _Harm:
