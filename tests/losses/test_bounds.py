@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +16,7 @@ from mimkd_ray.losses.bounds import BOUNDS, NWJ_LINEAR_FROM, NWJ_READ_TO, SMILE_
 from mimkd_ray.losses.negatives import valid_pairs
 
 NAMES = sorted(BOUNDS)
+FORMULAE = re.compile(r"((?:^    (?:infonce|jsd|dv|nwj|smile) .*\n)+)", re.MULTILINE)
 RHO = 0.8
 TRUTH = -0.5 * math.log(1 - RHO**2)
 
@@ -276,3 +280,21 @@ def test_readings_carry_no_gradient(name):
     value = BOUNDS[name](positive, torch.randn(1, 3, 3, requires_grad=True), torch.ones(3, 3, dtype=torch.bool))
     assert value.loss_L.requires_grad
     assert not value.nats_L.requires_grad
+
+
+def test_the_formulae_of_the_docs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    losses, readings = ([line.split(None, 1) for line in block.splitlines()] for block in FORMULAE.findall(text))
+    assert sorted(name for name, _ in losses) == NAMES
+    generator = torch.Generator().manual_seed(0)
+    u, v = (2 * torch.randn(*shape, generator=generator).double() for shape in ((1, 5), (1, 5, 7)))
+    functions = {name: getattr(torch, name) for name in ("exp", "mean")} | {"ln": torch.log, "clip": torch.clamp}
+    functions |= {"u": u[0], "v": v[0], "N": torch.tensor(7.0), "sum": lambda x: x.sum(1), "softplus": F.softplus}
+
+    def value(formula: str) -> float:
+        return eval(formula, functions).item()  # noqa: S307
+
+    for name, formula in losses:
+        loss, nats = BOUNDS[name](u, v, torch.ones(5, 7, dtype=torch.bool))
+        assert loss.item() == pytest.approx(value(formula))
+        assert nats.item() == pytest.approx(value(dict(readings).get(name, f"-({formula})")))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs_here import ROOT
 from some_trials import read_trials
 from tiny_run import tiny_config
 from tiny_search import odd, tiny_job
@@ -135,7 +137,7 @@ def test_a_tuner_of_ones_own(joined: str, tmp_path: Path) -> None:
     assert sorted(runs["metrics.top1"]) == sorted(each.metrics["top1"] for each in results)
 
 
-def test_search_returns_what_people_know(joined: str, tmp_path: Path) -> None:
+def test_search_returns_what_people_know(joined: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray import tune
 
     config = tiny_config(run={"root": str(tmp_path)}, launch={"gpu": "off"})
@@ -146,6 +148,12 @@ def test_search_returns_what_people_know(joined: str, tmp_path: Path) -> None:
     assert sorted(frame["config/kd_weight"]) == sorted(each.config["kd_weight"] for each in results)
     assert set(frame["epoch"]) == {2}
     assert (tmp_path / "mine" / "teacher.json").exists(), "measured once for all"
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "search.md").read_text(), re.DOTALL)
+    monkeypatch.setattr(mimkd_ray, "search", lambda *_: results)
+    names: dict[str, Any] = {"mimkd_ray": mimkd_ray, "config": config}
+    exec(block, names)
+    assert Path(names["student"].path, "best.safetensors").exists()
+    assert isinstance(names["tuner"], tune.Tuner)
 
 
 @pytest.mark.parametrize("scheduler", ["hyperband", "median", "pb2", "asha"])
