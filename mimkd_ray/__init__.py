@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mimkd_ray import recipes as recipes
+    from mimkd_ray.cli.evaluate import evaluate_run as evaluate_run
     from mimkd_ray.cli.training import run as run
     from mimkd_ray.cli.tuning import search as search
     from mimkd_ray.cli.tuning import trainable as trainable
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from mimkd_ray.config import StorageConfig as StorageConfig
     from mimkd_ray.config import TeacherConfig as TeacherConfig
     from mimkd_ray.config import TrainConfig as TrainConfig
+    from mimkd_ray.config.jobs.evaluate import EvaluateConfig as EvaluateConfig
     from mimkd_ray.errors import UserError as UserError
     from mimkd_ray.losses.bounds import dv as dv
     from mimkd_ray.losses.bounds import infonce as infonce
@@ -64,6 +66,7 @@ __all__ = [
     "DataConfig",
     "DistillationLoss",
     "Distiller",
+    "EvaluateConfig",
     "Features",
     "LaunchConfig",
     "LossConfig",
@@ -84,6 +87,7 @@ __all__ = [
     "distill",
     "dv",
     "evaluate",
+    "evaluate_run",
     "find_shapes",
     "infonce",
     "jsd",
@@ -100,6 +104,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "cli.evaluate": ("evaluate_run",),
     "cli.training": ("run",),
     "cli.tuning": ("trainable",),
     "config": (
@@ -118,6 +123,7 @@ _HOMES = {
         "TeacherConfig",
         "TrainConfig",
     ),
+    "config.jobs.evaluate": ("EvaluateConfig",),
     "errors": ("UserError",),
     "losses.bounds": ("dv", "infonce", "jsd", "nwj", "smile"),
     "losses.distillation": ("DistillationLoss",),

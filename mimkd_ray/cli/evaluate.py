@@ -16,7 +16,7 @@ from mimkd_ray.cli.local_launch import local_context
 from mimkd_ray.cli.training import absolute
 from mimkd_ray.config import Config, LaunchConfig
 from mimkd_ray.config.form.json_form import from_dict
-from mimkd_ray.config.jobs.evaluate import EvaluateJob, evaluate_job
+from mimkd_ray.config.jobs.evaluate import EvaluateConfig, EvaluateJob, evaluate_job
 from mimkd_ray.errors import UserError
 from mimkd_ray.evaluation.measure import FIGURES, PREDICTIONS, measure, save
 from mimkd_ray.json_files import read_json
@@ -30,11 +30,7 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
 
     def work() -> int:
-        run_dir = ""
-        base: Config = Config(recipe="evaluate", launch=LaunchConfig(backend="local"))
-        if arguments and not arguments[0].startswith("-"):
-            run_dir = storage.absolute(arguments.pop(0))
-            base = replace(config_of_run(run_dir), launch=LaunchConfig(backend="local"))  # not that of training
+        run_dir, base = _base(arguments.pop(0) if arguments and not arguments[0].startswith("-") else "")
         head = (
             f"{program} [RUN] [flags]\n\nRUN is a run's directory or URL; its config is the default of all flags but "
             "--launch and --eval."
@@ -45,6 +41,30 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
         return 0
 
     return common.guarded(program, work, "nothing was written")
+
+
+def evaluate_run(run: str = "", settings: EvaluateConfig | None = None, **sections: Any) -> dict[str, Any]:
+    """Evaluate a network as ``mimkd-ray evaluate`` does, print its table, write its files, and return what
+    evaluation.json has.
+
+    Args:
+        run: the directory or URL of a run; "": none, and ``sections`` name the network and the data.
+        settings: what is measured, the flags ``--eval.*``.
+        sections: sections of the config in the place of the run's: ``data=DataConfig(root="imagenet-r", ...)``,
+            ``student=ModelConfig(...)``; ``launch=LaunchConfig(backend="ray", workers=8)`` deals the images to workers.
+
+    Raises UserError.
+    """
+    run_dir, base = _base(run)
+    job = evaluate_job(base, eval=settings or EvaluateConfig(), **sections)
+    return evaluate(absolute(job), run_dir, base if run_dir else None)
+
+
+def _base(run: str) -> tuple[str, Config]:
+    """The place of a run and its config, but for the launch of its training; without a run the defaults."""
+    run_dir = storage.absolute(run) if run else ""
+    config = config_of_run(run_dir) if run else Config(recipe="evaluate")
+    return run_dir, replace(config, launch=LaunchConfig(backend="local"))
 
 
 def config_of_run(run_dir: str) -> Config:
@@ -84,7 +104,8 @@ def table(figures: Mapping[str, Any]) -> str:
         f"{figures['what']} {figures['network']} on {figures['rows']:,} images of {figures['data']} "
         f"({figures['classes']} classes)",
         f"  weights {figures['weights']}",
-        f"  top-1 {_percent(figures['top1'])}, top-5 {_percent(figures['top5'])}"
+        f"  top-1 {_percent(figures['top1'], figures['labelled'])}"
+        + (f", top-5 {_percent(figures['top5'])}" if figures["top5"] is not None else "")
         + (f" of {figures['labelled']:,} labelled" if figures["labelled"] < figures["rows"] else ""),
     ]
     if real := figures["real"]:
@@ -92,15 +113,21 @@ def table(figures: Mapping[str, Any]) -> str:
     if calibration := figures["calibration"]:
         lines.append(
             f"  calibration error {100 * calibration['ece']:.2f} %, {100 * calibration['ece_scaled']:.2f} % at "
-            f"temperature {calibration['temperature']:.2f}"
+            f"temperature {calibration['temperature']:.2f}, fitted on {calibration['fitted_on']}"
         )
     if teacher := figures["teacher"]:
+        agreement = teacher["agreement"]
         lines.append(
-            f"  teacher {teacher['name']}: top-1 {_percent(teacher['top1'])}, the same prediction for "
-            f"{teacher['agreement']:.2f} %, KL {teacher['kl']:.3f} nats"
+            f"  teacher {teacher['name']}: top-1 {_percent(teacher['top1'])}"
+            + (
+                f", the same prediction for {agreement:.2f} %, KL {teacher['kl']:.3f} nats"
+                if agreement is not None
+                else ""
+            )
         )
-    if figures["knn"] is not None:
-        lines.append(f"  features: k-NN {figures['knn']:.2f} %, linear probe {figures['linear_probe']:.2f} %")
+    by_features = {"k-NN": figures["knn"], "linear probe": figures["linear_probe"]}
+    if found := [f"{name} {value:.2f} %" for name, value in by_features.items() if value is not None]:
+        lines.append(f"  features: {', '.join(found)}")
     lines += [
         f"  {tap['teacher']} - {tap['student']}: {tap['nats']:.2f} of at most {tap['ceiling']:.2f} nats, "
         f"CKA {tap['cka']:.3f}"
@@ -118,5 +145,6 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _percent(value: float | None) -> str:
-    return "unknown, as no image has a label" if value is None else f"{value:.2f} %"
+def _percent(value: float | None, labelled: int = 0) -> str:
+    why = "nothing has trained the head" if labelled else "no image has a label"
+    return f"unknown, as {why}" if value is None else f"{value:.2f} %"

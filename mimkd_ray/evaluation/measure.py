@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from mimkd_ray import storage
 from mimkd_ray.config import Config
 from mimkd_ray.config.jobs.evaluate import EvaluateJob
 from mimkd_ray.data.sources.data_set import Data, open_data
-from mimkd_ray.data.sources.source import Source
+from mimkd_ray.data.sources.source import Source, SubsetSource, ids_of
 from mimkd_ray.errors import UserError, count
 from mimkd_ray.evaluation.collect import Collected, collect, few
 from mimkd_ray.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
@@ -34,6 +36,8 @@ FIGURES, PREDICTIONS = "evaluation.json", "predictions.parquet"
 LEAST_PAIRS = 128
 """Fewest images that mutual information is estimated on."""
 CRITIC_EPOCHS = 20
+TEMPERATURE_ROWS = 5000
+"""Most held-out images of the run that a temperature is fitted on."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +54,20 @@ def measure(job: EvaluateJob, context: Context, run_dir: str = "", trained_on: C
 
     `run_dir`: the run whose networks are taken; `trained_on`: its config, if `job` names other data. Raises UserError.
     """
-    data = open_data(job.data)
+    data = open_data(job.data, for_training=False)
     subject = subject_of(job, run_dir, trained_on or job, data, context.device)
     both = [subject.network, *([subject.teacher] if subject.teacher else [])]
     restricted = None if len(subject.labels) == data.num_classes else subject.labels
     source = few(data.val, job.eval.rows, restricted)
     found = collect(both, source, job, context, "evaluating")
-    by_data = torch.full((data.num_classes,), -1)
-    by_data[list(subject.labels)] = torch.arange(len(subject.labels))
-    found.labels_N = torch.where(found.labels_N >= 0, by_data[found.labels_N.clamp(min=0)], -1)
-    figures = _of_logits(subject, found)
+    found.labels_N = _evaluated(found.labels_N, subject.labels)
+    if not _has_logits(found):
+        say(context, "nothing has trained the head (data.labels none, without KD): its features alone are measured")
+    figures = _of_logits(subject, found, _held_out(job, context, subject, data))
     figures["real"] = _of_many_labels(job, subject, source, found)
     figures["taps"] = _of_taps(job, context, subject, found)
     figures |= _of_features(job, context, subject, data, found)
-    figures["corruptions"] = _under_corruptions(job, context, subject, data, by_data)
+    figures["corruptions"] = _under_corruptions(job, context, subject, data) if _has_logits(found) else []
     figures |= {
         "network": subject.network.name,
         "what": job.eval.network,
@@ -83,17 +87,14 @@ def save(evaluation: Evaluation, out: str) -> None:
     import pyarrow.parquet as pq
 
     rows, classes = evaluation.rows, evaluation.subject.classes
-    prediction, probability = _best(rows.logits[0])
-    table = {
-        "id": rows.ids_N.numpy(),
-        "label": [classes[number] if number >= 0 else None for number in rows.labels_N.tolist()],
-        "prediction": [classes[number] for number in prediction],
-        "probability": probability,
-    }
-    if evaluation.figures["teacher"] is not None:
-        prediction, probability = _best(rows.logits[1])
-        table["teacher_prediction"] = [classes[number] for number in prediction]
-        table["teacher_probability"] = probability
+    label = [classes[number] if number >= 0 else None for number in rows.labels_N.tolist()]
+    table = {"id": pa.array(rows.ids_N.numpy()), "label": pa.array(label, pa.string())}
+    for role, logits_NV in zip(("", "teacher_"), rows.logits, strict=False):
+        if not role or evaluation.figures["teacher"] is not None:
+            prediction, probability = _best(logits_NV)
+            guess = [classes[number] for number in prediction] if prediction else [None] * len(label)
+            table[f"{role}prediction"] = pa.array(guess, pa.string())
+            table[f"{role}probability"] = pa.array(probability if probability else [None] * len(label), pa.float64())
     buffer = io.BytesIO()
     pq.write_table(pa.table(table), buffer)
     storage.write_bytes(storage.join(out, PREDICTIONS), buffer.getvalue())
@@ -101,29 +102,72 @@ def save(evaluation: Evaluation, out: str) -> None:
 
 
 def _best(logits_NV: Tensor) -> tuple[list[int], list[float]]:
+    """The predictions and their probabilities; none without logits."""
+    if not logits_NV.shape[1]:
+        return [], []
     probability_N, prediction_N = logits_NV.double().softmax(dim=1).max(dim=1)
     return prediction_N.tolist(), probability_N.tolist()
 
 
-def _of_logits(subject: Subject, found: Collected) -> dict[str, Any]:
+def _has_logits(found: Collected) -> bool:
+    return found.logits[0].shape[1] > 0
+
+
+def _evaluated(labels_N: Tensor, classes: Sequence[int]) -> Tensor:
+    """Return the place of each label among the evaluated classes, given by their numbers; -1 where it has none."""
+    places = torch.full((max(int(labels_N.max()), *classes) + 1,), -1)
+    places[list(classes)] = torch.arange(len(classes))
+    return torch.where(labels_N >= 0, places[labels_N.clamp(min=0)], -1)
+
+
+def _overlap(one: Source, other: Source) -> bool:
+    """Whether rows of one set are in the other, as far as names of files tell."""
+    same = _whole(one).digest == _whole(other).digest
+    return same and bool(np.isin(ids_of(one), ids_of(other)).any())
+
+
+def _whole(source: Source) -> Source:
+    return _whole(source.parent) if isinstance(source, SubsetSource) else source
+
+
+def _held_out(job: EvaluateJob, context: Context, subject: Subject, data: Data) -> tuple[Tensor, Tensor] | None:
+    """Logits and labels of images that the run held out, if they are not those that are evaluated. Images that it was
+    trained on would give a temperature that is too small."""
+    own = subject.of_run
+    if own is None or not own.judged or subject.network.columns == () or _overlap(own.val, data.val):
+        return None
+    source = few(own.val, TEMPERATURE_ROWS, subject.labels_of_run)
+    if source.num_rows < 2:
+        return None
+    found = collect([subject.network], source, job, context, "images that the run held out")
+    return found.logits[0], _evaluated(found.labels_N, subject.labels_of_run)
+
+
+def _of_logits(subject: Subject, found: Collected, held_out: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
     known = found.labels_N >= 0
-    logits_NV, labels_N = found.logits[0][known], found.labels_N[known]
-    predicted_N = logits_NV.argmax(dim=1)
+    labels_N = found.labels_N[known]
     teacher = None
     if len(found.logits) > 1 and found.logits[1].shape[1]:
         teacher = {
             "name": subject.teacher.name if subject.teacher else "",
             "top1": _top(found.logits[1][known], labels_N, 1),
-            **agreement(found.logits[0], found.logits[1]),
+            **(agreement(*found.logits) if _has_logits(found) else {"agreement": None, "kl": None}),
         }
-    return {
-        "labelled": len(labels_N),
+    figures = {"labelled": len(labels_N), "teacher": teacher}
+    if not _has_logits(found):
+        return figures | {"top1": None, "top5": None, "per_class": [], "calibration": None, "confusions": []}
+    logits_NV = found.logits[0][known]
+    predicted_N = logits_NV.argmax(dim=1)
+    calibrated = None
+    if len(labels_N) > 1:
+        fitted_on = f"{len(held_out[1]):,} images that the run held out" if held_out else "the other half of the images"
+        calibrated = calibration(logits_NV, labels_N, held_out) | {"fitted_on": fitted_on}
+    return figures | {
         "top1": _top(logits_NV, labels_N, 1),
         "top5": _top(logits_NV, labels_N, 5),
         "per_class": per_class(predicted_N, labels_N, subject.classes),
-        "calibration": calibration(logits_NV, labels_N) if len(labels_N) > 1 else None,
+        "calibration": calibrated,
         "confusions": confusions(predicted_N, labels_N, subject.classes),
-        "teacher": teacher,
     }
 
 
@@ -134,6 +178,8 @@ def _top(logits_NV: Tensor, labels_N: Tensor, k: int) -> float | None:
 def _of_many_labels(job: EvaluateJob, subject: Subject, source: Source, found: Collected) -> dict[str, float] | None:
     if not job.eval.real:
         return None
+    if subject.network.columns == ():
+        raise UserError(f"eval.real {job.eval.real} judges predictions, and nothing has trained the head: leave it out")
     if subject.network.columns is not None:
         raise UserError(
             f"eval.real {job.eval.real} numbers the classes of the network, and {job.data.root} has only "
@@ -145,6 +191,8 @@ def _of_many_labels(job: EvaluateJob, subject: Subject, source: Source, found: C
 def _of_taps(job: EvaluateJob, context: Context, subject: Subject, found: Collected) -> list[dict[str, Any]]:
     rows = min(job.eval.tap_rows, len(found.labels_N))
     if not subject.pairs or rows < LEAST_PAIRS:
+        if subject.pairs:
+            say(context, f"mutual information and CKA take {LEAST_PAIRS} images, and {rows} are given: left out")
         return []
     say(context, f"mutual information of {count(len(subject.pairs), 'pair')} of taps, on {count(rows, 'image')}")
     spread = torch.linspace(0, len(found.labels_N) - 1, rows, dtype=torch.float64).round().long()
@@ -168,19 +216,27 @@ def _of_taps(job: EvaluateJob, context: Context, subject: Subject, found: Collec
 def _of_features(
     job: EvaluateJob, context: Context, subject: Subject, data: Data, found: Collected
 ) -> dict[str, float | None]:
-    if not job.eval.train_rows:
-        return {"knn": None, "linear_probe": None}
-    source = few(data.train, job.eval.train_rows, subject.labels)  # those that have a label
-    known = found.labels_N >= 0
-    if not source.num_rows or not known.any():
-        return {"knn": None, "linear_probe": None}
-    train = collect([subject.network], source, job, context, "features of training images")
-    arguments = (
-        train.taps[0][subject.vector],
-        train.labels_N,
-        found.taps[0][subject.vector][known],
-        torch.tensor(subject.labels)[found.labels_N[known]],
-    )
+    """k-NN and a linear probe, by training images: those of the data, or where it has none those of the run. Where none
+    has a label, or those that are evaluated are the training images, k-NN is by the other evaluated images."""
+    rows, known = job.eval.train_rows, torch.nonzero(found.labels_N >= 0).flatten()
+    nothing: dict[str, float | None] = {"knn": None, "linear_probe": None}
+    if not rows or not len(known):
+        return nothing
+    features_NC, labels_N = found.taps[0][subject.vector][known], found.labels_N[known]
+    train, labels = data.train, subject.labels
+    if not train.num_rows and subject.of_run is not None:
+        train, labels = subject.of_run.train, subject.labels_of_run
+    source = few(train, rows, labels)  # those that have a label
+    if _overlap(train, data.val) or (data.train.num_rows and not source.num_rows):
+        say(context, "no training images with labels beside the evaluated: k-NN by the others of these, and no probe")
+        spread = torch.linspace(0, len(known) - 1, min(rows, len(known)), dtype=torch.float64).round().long()
+        bank = features_NC[spread], labels_N[spread]
+        return nothing | ({"knn": knn_accuracy(*bank, *bank, leave_one_out=True)} if len(spread) > 1 else {})
+    if not source.num_rows:
+        say(context, f"{job.data.root} has no training images, nor a run with labels: no k-NN, no probe")
+        return nothing
+    found = collect([subject.network], source, job, context, "features of training images")
+    arguments = found.taps[0][subject.vector], _evaluated(found.labels_N, labels), features_NC, labels_N
     return {"knn": knn_accuracy(*arguments), "linear_probe": linear_probe_accuracy(*arguments)}
 
 
@@ -193,7 +249,6 @@ def _under_corruptions(
     context: Context,
     subject: Subject,
     data: Data,
-    by_data: Tensor,
 ) -> list[dict[str, Any]]:
     if not job.eval.corruptions:
         return []
@@ -206,6 +261,6 @@ def _under_corruptions(
         say(context, f"corruption {name}")
         for severity in SEVERITIES:
             found = collect([subject.network], source, job, context, change=partial(_corrupted, corrupt, severity))
-            top1 = top_k(found.logits[0], by_data[found.labels_N], 1)
+            top1 = top_k(found.logits[0], _evaluated(found.labels_N, subject.labels), 1)
             figures.append({"corruption": name, "severity": severity, "top1": top1})
     return figures

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from mimkd_ray import storage
 from mimkd_ray.config import Config, LossConfig
 from mimkd_ray.config.jobs.evaluate import EvaluateJob
-from mimkd_ray.data.sources.data_set import Data, open_data
+from mimkd_ray.data.sources.data_set import Data, class_numbers, open_data
+from mimkd_ray.data.sources.source import SubsetSource
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
+from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.losses.shared_classes import SharedClasses, match
-from mimkd_ray.models.weights import put_state
+from mimkd_ray.models.weights import put_state, say_once
 from mimkd_ray.models.weights_file import shown
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.taps.default_stages import default_taps
@@ -43,7 +45,8 @@ class Network:
     prepare: TeacherImages | None
     """Makes its images of the student's normalised ones; None: they are its own."""
     columns: tuple[int, ...] | None
-    """Its logits of the classes that are evaluated; None: all, in their order. () where it has none of them."""
+    """Its logits of the classes that are evaluated; None: all, in their order. () where it has none of them, and where
+    nothing has trained its head."""
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -70,25 +73,30 @@ class Subject:
     classes: tuple[str, ...]
     labels: tuple[int, ...]
     """The data's numbers of `classes`."""
+    of_run: Data | None = None
+    """The data of the run, where it is other than the evaluated, and has `classes`."""
+    labels_of_run: tuple[int, ...] = ()
+    """The numbers of `classes` there."""
 
 
 def subject_of(job: EvaluateJob, run_dir: str, trained_on: Config, data: Data, device: torch.device) -> Subject:
     """Build what `job` names. `trained_on`: the config of the run, whose data says what the heads mean; `run_dir` is ""
     without a run. Raises UserError for weights that are missing or do not fit, and for classes that nobody shares."""
-    of_run = data if trained_on.data == job.data else open_data(trained_on.data)
     names = _names(job.eval.classes) if job.eval.classes else None
+    of_run = _data_of_run(trained_on, job, data, names)
     count = len(names) if names is not None else of_run.num_classes
-    head = _numbered(of_run) if names is None else names
-    of_data = _numbered(data)
-    shared = _shared(job, head, count, of_data)
-    classes = of_data if shared is None else tuple(of_data[number] for number in shared.of_data)
+    head = of_run.names if names is None else names
+    untrained = bool(run_dir) and job.eval.network != "teacher" and not _trains_head(job, trained_on)
+    related = not untrained or bool(match(of_run.classes, data.classes).of_data)  # else the head's classes mean nothing
+    shared = _shared(job, head, count, data, bool(run_dir or names)) if related else None
+    classes = data.names if shared is None else tuple(data.names[number] for number in shared.of_data)
     given = _teacher(job, run_dir, of_run)
     teacher_model = given[0] if given else None
-    columns = None if shared is None else shared.of_teacher
+    columns = None if shared is None or shared.of_teacher == tuple(range(count)) else shared.of_teacher
     of_teacher = None
     if teacher_model is not None:
         own = teacher_head(replace(trained_on, teacher=job.teacher), of_run).shared
-        of_teacher = _through(own, columns, of_run.num_classes) if names is None else ()
+        of_teacher = _through(own, columns, of_run.num_classes) if names is None and related else ()
     if job.eval.network == "teacher":
         if given is None:
             raise UserError(f"{run_dir or 'the config'} has no teacher: give --teacher.name and --teacher.weights")
@@ -99,6 +107,7 @@ def subject_of(job: EvaluateJob, run_dir: str, trained_on: Config, data: Data, d
     else:
         name = job.student.name
         model, weights = _student(job, run_dir, count)
+        columns = () if untrained else columns
     for each in (model, teacher_model):
         if each is not None:
             place(each, job.train, device).eval().requires_grad_(False)
@@ -128,7 +137,9 @@ def subject_of(job: EvaluateJob, run_dir: str, trained_on: Config, data: Data, d
             of_teacher,
         )
     labels = tuple(range(len(classes))) if shared is None else shared.of_data
-    return Subject(network, teacher, vector, pairs, classes, labels)
+    known = related and of_run is not data and (names is None or job.student.weights == trained_on.student.weights)
+    of_classes = labels if shared is None else shared.of_teacher
+    return Subject(network, teacher, vector, pairs, classes, labels, of_run if known else None, of_classes)
 
 
 def normalizer(job: Config, device: torch.device) -> Normalizer:
@@ -183,18 +194,45 @@ def _names(file: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in storage.read_bytes(url).decode().splitlines() if line.strip())
 
 
-def _numbered(data: Data) -> tuple[str, ...]:
-    """Names of all classes of a data set; those without a name, such as in a set without labels, have their number."""
-    return data.classes + tuple(map(str, range(len(data.classes), data.num_classes)))
+def _data_of_run(trained_on: Config, job: EvaluateJob, data: Data, names: tuple[str, ...] | None) -> Data:
+    """The data of the run, which says what its head means; where it cannot be read, one of `names` without images.
+    Raises UserError without these."""
+    if trained_on.data == job.data:
+        return data
+    try:
+        return open_data(trained_on.data)
+    except (UserError, storage.StorageError) as error:
+        if names is None:
+            raise UserError(
+                f"the run's own data says what its classes are, and cannot be read: {error}; name them with "
+                "--eval.classes FILE"
+            ) from error
+        nothing = SubsetSource(data.val, ())
+        return replace(data, train=nothing, val=nothing, classes=names, num_classes=len(names), judged=False)
 
 
-def _shared(job: EvaluateJob, head: Sequence[str], count: int, of_data: tuple[str, ...]) -> SharedClasses | None:
-    """The classes of the head that the data has; None: all, in its order."""
-    if tuple(head) == of_data:
+def _trains_head(job: EvaluateJob, trained_on: Config) -> bool:
+    """Whether the head has learned what classes are: of labels, of a teacher's logits, or before the run."""
+    loss = trained_on.loss
+    of_logits = loss.resolved_kd_weight > 0 or any(RIVALS[rival].logits for rival in loss.rivals)
+    return trained_on.data.labels != "none" or of_logits or job.student.weights != "random"
+
+
+def _shared(job: EvaluateJob, head: Sequence[str], count: int, data: Data, named: bool) -> SharedClasses | None:
+    """The classes of the head that the data has; None: all, in its order. Not `named`: the head's names are the data's
+    for want of others."""
+    of_data = data.classes or data.names
+    numbers = class_numbers(data.classes)
+    same = tuple(head) == data.names
+    if same and (named or numbers in (None, tuple(range(len(of_data))))):
         return None
     found = match(head, of_data)
+    if numbers is not None and max(numbers) < count and (same or not found.of_data):
+        order = sorted(range(len(numbers)), key=numbers.__getitem__)
+        say_once(f"the classes of {job.data.root} are numbers, and taken as those of the network's classes")
+        return SharedClasses(tuple(numbers[place] for place in order), tuple(order))
     if not found.of_data:
-        if count == len(of_data) and not job.eval.classes:
+        if count == data.num_classes and not job.eval.classes:
             return None  # classes without names in common, such as numbers: the order is the data's
         raise UserError(
             f"the network has {count} classes ({', '.join(head[:3])} ...) and {job.data.root} has {len(of_data)} "

@@ -44,23 +44,27 @@ def confusions(predicted_N: Tensor, labels_N: Tensor, classes: Sequence[str]) ->
     ]
 
 
-def calibration(logits_NV: Tensor, labels_N: Tensor) -> dict[str, Any]:
+def calibration(logits_NV: Tensor, labels_N: Tensor, held_out: tuple[Tensor, Tensor] | None = None) -> dict[str, Any]:
     """Return the expected calibration error as it is and with a fitted temperature, the temperature, and the bins.
 
-    The temperature of each half of the rows (even and odd positions) is fitted on the other half, so that no row is
-    scaled by what was fitted on it; `temperature` is their mean. `bins` has {low, high, rows, confidence, accuracy} as
-    it is.
+    The temperature is fitted on the logits and labels `held_out`; without them that of each half of the rows (even and
+    odd positions) on the other half, so that no row is scaled by what was fitted on it, and `temperature` is their
+    mean. `bins` has {low, high, rows, confidence, accuracy} as it is.
     """
-    halves = [torch.arange(start, len(labels_N), 2, device=labels_N.device) for start in (0, 1)]
-    temperatures = [fit_temperature(logits_NV[rows], labels_N[rows]) for rows in halves]
-    scaled_NV = logits_NV.double().clone()
-    for rows, temperature in zip(halves, reversed(temperatures), strict=True):
-        scaled_NV[rows] /= temperature
+    if held_out is not None:
+        temperatures = [fit_temperature(*held_out)]
+        scaled_NV = logits_NV.double() / temperatures[0]
+    else:
+        halves = [torch.arange(start, len(labels_N), 2, device=labels_N.device) for start in (0, 1)]
+        temperatures = [fit_temperature(logits_NV[rows], labels_N[rows]) for rows in halves]
+        scaled_NV = logits_NV.double().clone()
+        for rows, temperature in zip(halves, reversed(temperatures), strict=True):
+            scaled_NV[rows] /= temperature
     bins = reliability(logits_NV, labels_N)
     return {
         "ece": ece(bins),
         "ece_scaled": ece(reliability(scaled_NV, labels_N)),
-        "temperature": sum(temperatures) / 2,
+        "temperature": sum(temperatures) / len(temperatures),
         "bins": bins,
     }
 

@@ -254,7 +254,8 @@ def _calibration(page: Page, found: Mapping[str, Any]) -> None:
         "How often the student is right where it says so with a given probability. The expected calibration error "
         "(ECE) is the mean distance from the diagonal, weighted by images.",
     )
-    facts = {"ece": "ECE", "ece_scaled": "ECE at the fitted temperature", "temperature": "fitted temperature"}
-    page.facts([(text, f"{found[key]:.4g}") for key, text in facts.items() if found.get(key) is not None])
+    names = {"ece": "ECE", "ece_scaled": "ECE at the fitted temperature", "temperature": "fitted temperature"}
+    facts = [(text, f"{found[key]:.4g}") for key, text in names.items() if found.get(key) is not None]
+    page.facts([*facts, *([("fitted on", found["fitted_on"])] if "fitted_on" in found else [])])
     bins = [(each["confidence"], each["accuracy"], each["rows"]) for each in found["bins"] if each["rows"]]
     page.figures([("Accuracy by confidence", reliability_figure(bins))])

@@ -26,13 +26,16 @@ LOSSLESS = 64
 
 def worst_images(run: RunRecord, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Thumbnail], str]:
     """Return the worst images of `rows` (of predictions.parquet), and "" or a sentence that says why there are none."""
-    wrong = sorted((row for row in rows if row["prediction"] != row["label"]), key=lambda row: -row["probability"])
+    judged = [row for row in rows if row["label"] is not None and row["prediction"] is not None]
+    wrong = sorted((row for row in judged if row["prediction"] != row["label"]), key=lambda row: -row["probability"])
     wrong = wrong[:MOST_IMAGES]
     if not wrong:
-        return [], "The student is right about all of them."
+        return [], "The student is right about all of them." if judged else "No image has a label and a prediction."
     try:
         config = run.parsed().data
-        data = open_data(replace(config, root=run.evaluation.get("data", config.root)))
+        root = run.evaluation.get("data", config.root)
+        subset = config.subset if root == config.root else 0
+        data = open_data(replace(config, root=root, subset=subset), for_training=False)
         source = data.val
         ids = ids_of(source)
         places = np.searchsorted(ids, [row["id"] for row in wrong]).clip(max=len(ids) - 1)
@@ -41,7 +44,7 @@ def worst_images(run: RunRecord, rows: Sequence[Mapping[str, Any]]) -> tuple[lis
         return [], f"The images cannot be read here: {error}"
     images = []
     for row, image in zip(wrong, stored, strict=True):
-        if (image.id, data.classes[image.label]) != (row["id"], row["label"]):
+        if image.label < 0 or (image.id, data.names[image.label]) != (row["id"], row["label"]):
             return [], "The images are not shown: the evaluation was of other data than can be read here."
         try:
             file, kind = _encoded(image)

@@ -22,7 +22,7 @@ class EvaluateConfig:
     train_rows: int = 5000
     """Most training images whose features k-NN and the linear probe learn from; 0: neither is measured."""
     tap_rows: int = 4096
-    """Most evaluated images for mutual information and CKA of the taps; 0: they are not measured."""
+    """Most evaluated images for mutual information and CKA of the taps, which take 128; 0: they are not measured."""
     corruptions: bool = False
     """Measure top-1 under corruptions of the images: seven kinds in five severities, 35 passes in all."""
     corruption_rows: int = 2000

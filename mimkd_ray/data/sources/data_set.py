@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -48,16 +49,22 @@ class Data:
     """The data sets that were passed as objects, for opening them again."""
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all classes; those without one, such as in a set without labels, have their number."""
+        return self.classes + tuple(map(str, range(len(self.classes), self.num_classes)))
+
+    @property
     def are_arrays(self) -> bool:
         """Whether images come decoded, so that they have no tags."""
         return self.own is not None or self.whole.in_memory
 
 
-def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
+def open_data(config: DataConfig, own: OwnData | None = None, for_training: bool = True) -> Data:
     """Open both splits: reads listings and Parquet footers only (with `holdout` or `subset` also the labels).
 
-    `own` data sets take the place of `config.root`, as do those of the function that it names. Raises UserError for a
-    missing place or split, or for labels beyond the classes.
+    `own` data sets take the place of `config.root`, as do those of the function that it names. Not `for_training`: the
+    training split may be missing, and is then empty; of class folders without splits all images are the validation set.
+    Raises UserError for a missing place or split, or for labels beyond the classes.
     """
     if config.resident == "on" and not can_be_resident(make_pipeline(config.pipeline, config.image_size).train):
         raise UserError(
@@ -67,7 +74,11 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
     if own is None and is_function(config.root):
         own = named_sets(config.root)
     root = own or (_Digits() if config.root == "digits" else _Root(config))
-    train = root.open(config.train_split, None)
+    train, val_alone = root.open(config.train_split, None), None
+    if train is None and not for_training:
+        val_alone = _open_val(config, root, None)
+        train = SubsetSource(val_alone, ())
+        config = replace(config, holdout=0.0, subset=0)
     if train is None:
         raise UserError(
             f"{config.root} has no training split '{config.train_split}': expected "
@@ -76,7 +87,7 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
         )
     classes, whole, kept = train.classes, train, None
     num_classes = config.num_classes or len(classes)
-    if config.labels != "none":
+    if config.labels != "none" and train.num_rows:
         _check_labels(config, "training", train, num_classes)
     if config.holdout > 0:
         if own is not None and own.validation is not None:
@@ -94,7 +105,7 @@ def open_data(config: DataConfig, own: OwnData | None = None) -> Data:
         if config.labels != "all":
             val = _labelled(config, val)
     else:
-        val = _labelled(config, _open_val(config, root, train))
+        val = _labelled(config, val_alone or _open_val(config, root, train))
         classes = classes or val.classes
         num_classes = num_classes or len(classes)
     if config.subset:
@@ -156,6 +167,13 @@ def _check_labels(config: DataConfig, role: str, source: Source, num_classes: in
         )
 
 
+def class_numbers(classes: Sequence[str]) -> tuple[int, ...] | None:
+    """Return the numbers that classes have as names, such as the folders 0 to 999 of ImageNetV2, whose order as text is
+    another; None where some have other names."""
+    numbers = tuple(int(name) for name in classes if name.isdecimal())
+    return numbers if numbers and len(set(numbers)) == len(classes) else None
+
+
 def decoding_of(config: DataConfig) -> Decoding:
     """Return how the images of a data set are decoded."""
     return Decoding(config.max_pixels, config.exif == "apply")
@@ -188,14 +206,17 @@ def _warn_of_slow_order(config: DataConfig, train: Source) -> None:
         )
 
 
-def _open_val(config: DataConfig, root: _Root | _Digits | OwnData, train: Source) -> Source:
-    if config.val_split == config.train_split:
+def _open_val(config: DataConfig, root: _Root | _Digits | OwnData, train: Source | None) -> Source:
+    """The validation split; without a training split (`train` is None) also the class folders of the root."""
+    if train is not None and config.val_split == config.train_split:
         return train
     names = VAL_ALIASES if config.val_split == "auto" else (config.val_split,)
     for name in names:
-        val = root.open(name, train.classes)
+        val = root.open(name, train.classes if train is not None else None)
         if val is not None:
             return val
+    if train is None and config.val_split == "auto" and isinstance(root, _Root) and root.dirs and not root.files:
+        return FolderSource(root.url, None, root.store, root.how, root.labelled)
     raise UserError(
         f"{config.root} has no validation split ({', '.join(names)}); found {root.found()}; name it with "
         "--data.val-split, or use --data.holdout 0.1 (a tenth of the training rows), or --data.val-split "

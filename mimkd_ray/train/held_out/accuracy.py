@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,8 +12,9 @@ from torch.utils.data import Dataset
 
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.loading.loader import LaneBatch, plain_batches
-from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.data.sources.data_set import class_numbers, open_data
 from mimkd_ray.data.sources.own_dataset import OwnSource
+from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.outputs import logits_from
 from mimkd_ray.train.distributed import is_distributed
@@ -60,9 +62,19 @@ def evaluate(
 def _of_config(
     model: nn.Module, data: DataConfig, validation: Dataset | None, batch: int, parameter: Tensor
 ) -> Accuracy:
-    source = open_data(data).val if validation is None else OwnSource(validation, "validation")
+    numbers: tuple[int, ...] | None = None
+    if validation is None:
+        opened = open_data(data, for_training=False)
+        source: Source = opened.val
+        if not opened.train.num_rows:  # of class folders alone, such as ImageNetV2's, numbers are the network's
+            numbers = class_numbers(opened.classes)
+    else:
+        source = OwnSource(validation, "validation")
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed() else (0, 1)
-    batches = plain_batches(source, data, batch, rank, world)
+    batches: Iterable[LaneBatch] = plain_batches(source, data, batch, rank, world)
+    if numbers is not None:
+        number_V = torch.tensor(numbers)
+        batches = (replace(lane, labels_B=number_V[lane.labels_B]) for lane in batches)
     normalize = Normalizer(data.mean, data.std, parameter.device, parameter.dtype, channels_last=False)
     name = held_out_name(data) if validation is None else "the validation set"
     return accuracy(partial(logits_from, model), batches, normalize, data.max_damaged, name)
