@@ -41,6 +41,8 @@ def export(config: ExportConfig, run: RunFacts | None, program: str) -> int:
     config = _whole(config, run)
     report = export_student(config, run)
     print("\n".join(_table(report)))
+    for line in report["warnings"]:
+        common.fail(f"{program}: {line}", 0)
     for name, reason in report["failed"].items():
         common.fail(f"{program}: {name}: {reason}; it is not written", 1)
     print(f"exported to {config.out}", flush=True)

@@ -18,6 +18,9 @@ from mimkd_ray.export.runners import Runner, latency_ms, logits_of_all
 TOLERANCE = 1e-3
 """Largest difference of a logit between the student and a file at float32."""
 
+SMALLER = 3.0
+"""How many times smaller int8 is to be than float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
@@ -59,7 +62,7 @@ class Comparison:
 
     def examine(self, run: Runner, path: Path) -> Figures:
         """Return the figures of a file that `run` was loaded from."""
-        return self._figures(run, logits_of_all(run, self.images.batches(self.network)), path.stat().st_size)
+        return self._figures(run, logits_of_all(run, self.images.batches(self.network)), bytes_at(path))
 
     def _figures(self, run: Runner, logits_NC: Tensor, size: int) -> Figures:
         best_N = logits_NC.argmax(1)
@@ -72,6 +75,11 @@ class Comparison:
             latency_ms=latency_ms(run, few, self.threads),
             right_N=best_N == self.images.labels_N,
         )
+
+
+def bytes_at(path: Path) -> int:
+    """Return the size of a file, or of all files of a folder."""
+    return sum(each.stat().st_size for each in (path, *path.rglob("*")) if each.is_file())
 
 
 def fault_at_float32(figures: Figures) -> str:
@@ -93,6 +101,17 @@ def fault_of_int8(figures: Figures, student: Figures, allowed: float) -> str:
         f"its top-1 is {figures.top1:.2f} % on these images, {lost:.2f} points below the student's {student.top1:.2f} "
         f"% ({allowed:g} are allowed): calibrate on more images with --calibration, or allow more with --int8-drop"
     )
+
+
+def too_little_of_int8(figures: Figures, student: Figures, float32_ms: float) -> str:
+    """Return in what an int8 file gains too little over float32; "" for nothing."""
+    milliseconds, smaller = figures.latency_ms["1"], student.bytes / figures.bytes
+    found = []
+    if smaller < SMALLER:
+        found.append(f"is {smaller:.1f} times smaller than the weights at float32, not {SMALLER:g} times")
+    if milliseconds > float32_ms:
+        found.append(f"takes {milliseconds:.2f} ms at batch 1, float32 {float32_ms:.2f} ms")
+    return " and ".join(found)
 
 
 def best_int8(candidates: dict[str, Figures], least_top1: float) -> str:

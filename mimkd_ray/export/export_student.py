@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -18,24 +18,26 @@ from mimkd_ray.config import ExportConfig
 from mimkd_ray.data.loading.cpu_quota import usable_cores
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
-from mimkd_ray.export import hub
+from mimkd_ray.export import coreml_file, hub
 from mimkd_ray.export.deployed import Deployed
 from mimkd_ray.export.examine import (
     Comparison,
     Figures,
     best_int8,
+    bytes_at,
     fault_at_float32,
     fault_of_int8,
     multiply_adds,
+    too_little_of_int8,
 )
 from mimkd_ray.export.find_student import RunFacts, load_of_run
 from mimkd_ray.export.images import Images, read_images
 from mimkd_ray.export.int8 import has_pt2e, quantize_onnx, quantize_pt2
 from mimkd_ray.export.model_card import CARD, TRAINING, model_card, portable, without_folders
-from mimkd_ray.export.model_folder import WEIGHTS, write_model_folder
+from mimkd_ray.export.model_folder import CONFIG, WEIGHTS, read_model_folder, write_model_folder
 from mimkd_ray.export.onnx_file import onnx_runner, write_onnx
 from mimkd_ray.export.pt2_file import pt2_runner, write_pt2
-from mimkd_ray.export.runners import Runner
+from mimkd_ray.export.runners import Runner, quiet
 from mimkd_ray.models.outputs import describe
 from mimkd_ray.models.weights_file import cause, shown
 from mimkd_ray.models.zoo import build_model
@@ -48,6 +50,7 @@ from mimkd_ray.versions import versions
 REPORT = "export.json"
 FILES = {"onnx": "student.onnx", "pt2": "student.pt2"}
 INT8 = "student_int8"
+COREML = "student.mlpackage"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -66,7 +69,11 @@ class Export:
     folder: Path
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    not_compared: dict[str, dict[str, Any]] = field(default_factory=dict)
     int8: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    student: Figures | None = None
+    """Of model.safetensors as it was loaded back."""
 
     @property
     def example(self) -> torch.Tensor:
@@ -79,25 +86,51 @@ class Export:
         """Threads of ONNX Runtime, as of torch."""
         return self.compare.threads
 
-    def attempt(self, name: str, work: Callable[[], None]) -> None:
-        """Do the work for one format. What goes wrong is noted, and the other formats go on."""
+    def attempt(self, name: str, work: Callable[[], None], *files: str) -> None:
+        """Do the work for one format, which writes these files. What goes wrong is noted, none of the files stays, and
+        the other formats go on."""
         try:
             work()
+            return
         except NotWrittenError as error:
             self.failed[name] = str(error)
         except Exception as error:  # exporters have many; the innermost says which operation it was
             reason = " ".join(scrubbed(cause(error)).split())[:300]
             self.failed[name] = f"{self.config.network} cannot be exported: {type(error).__name__}: {reason}"
+        for file in files:
+            (self.folder / file).unlink(missing_ok=True)
+
+    def model_folder(self, model: torch.nn.Module, classes: Sequence[str], num_classes: int) -> None:
+        """Write the files of timm and the hub, load them back, and keep them if their logits are the student's."""
+        data = self.config.data
+        write_model_folder(model, data, classes, num_classes, self.folder)
+        again = read_model_folder(self.folder, describe(model), num_classes, data.image_size)
+        loaded = Deployed(again, data.mean, data.std, self.config.normalize)
+        self.student = self.checked(loaded, self.folder / WEIGHTS)
 
     def float32(self, name: str, write: Callable[[Path], None], load: Callable[[Path], Runner]) -> None:
         """Write a file, load it back, and keep it if its logits are the student's."""
         path = self.folder / FILES[name]
         write(path)
-        figures = self.compare.examine(load(path), path)
+        self.done[name] = {"file": path.name, **self.checked(load(path), path).as_json()}
+
+    def checked(self, run: Runner, path: Path) -> Figures:
+        """Return the figures of a file at float32. Raises NotWrittenError where its logits are not the student's."""
+        figures = self.compare.examine(run, path)
         if fault := fault_at_float32(figures):
-            path.unlink()
             raise NotWrittenError(fault)
-        self.done[name] = {"file": path.name, **figures.as_json()}
+        return figures
+
+    def coreml(self) -> None:
+        """Write the Core ML package, and compare it where Core ML is."""
+        path = self.folder / COREML
+        coreml_file.write_coreml(self.network, self.example, path)
+        if coreml_file.RUNS_HERE:
+            self.done["coreml"] = {"file": COREML, **self.checked(coreml_file.coreml_runner(path), path).as_json()}
+            return
+        size, reason = bytes_at(path), "Core ML runs on macOS alone"
+        self.not_compared["coreml"] = {"file": COREML, "bytes": size, "reason": reason}
+        self.warnings.append(f"{COREML} ({size / 1e6:.2f} MB) is converted but not compared: {reason}")
 
     def quantize(self, student: Figures) -> None:
         """Write int8 by all means that are installed, keep the best, and note the figures of all."""
@@ -123,6 +156,9 @@ class Export:
             kept = self.folder / f"{INT8}{tried[best].suffix}"
             shutil.move(tried[best], kept)
         self.int8["kept"] = best
+        float32_ms = min(each["latency_ms"]["1"] for each in (student.as_json(), *self.done.values()))
+        if little := too_little_of_int8(made[best], student, float32_ms):
+            self.warnings.append(f"{kept.name} {little}")
         self.done["int8"] = {"file": kept.name, **made[best].as_json()}
 
     def _quantized(self, made: dict[str, Figures], name: str, source: Path, path: Path) -> None:
@@ -138,20 +174,24 @@ class Export:
 
 def check_packages(config: ExportConfig) -> None:
     """Raise UserError for a package that the export needs and that is not installed."""
-    needed = list(PACKAGES) if {"onnx", "int8"} & set(config.formats) else []
-    missing = [name for name in needed if not _installed(name)]
-    if missing:
-        raise UserError(
-            f"--formats {' '.join(config.formats)} needs {' and '.join(missing)}, which is not installed: pip install "
-            "mimkd-ray[export], or leave it out with --formats pt2"
-        )
+    by_extra = {
+        "export": PACKAGES if {"onnx", "int8"} & set(config.formats) else (),
+        "coreml": ("coremltools",) if "coreml" in config.formats else (),
+    }
+    for extra, needed in by_extra.items():
+        if missing := [name for name in needed if not _installed(name)]:
+            raise UserError(
+                f"--formats {' '.join(config.formats)} needs {' and '.join(missing)}, which is not installed: pip "
+                f"install mimkd-ray[{extra}], or leave it out with --formats pt2"
+            )
     if config.push_to:
         hub.check_client(config.push_to)
 
 
 def _installed(name: str) -> bool:
     try:
-        import_module(name)
+        with quiet():  # coremltools says what else is not installed
+            import_module(name)
     except ImportError:
         return False
     return True
@@ -173,9 +213,8 @@ def export_student(config: ExportConfig, run: RunFacts | None) -> dict[str, Any]
     calibration = read_images(data.train, config.data, config.calibration, f"the training set of {config.data.root}")
     with local_files.scratch("export") as place:
         folder = Path(place)
-        write_model_folder(model, config.data, data.classes, data.num_classes, folder)
-        student = compare.student((folder / WEIGHTS).stat().st_size)
         export = Export(config, network, compare, calibration, folder)
+        student = _write_model(export, model, data.classes, data.num_classes)
         _write_formats(export, student)
         report = {
             "network": describe(model),
@@ -186,9 +225,11 @@ def export_student(config: ExportConfig, run: RunFacts | None) -> dict[str, Any]
             "parameters": sum(p.numel() for p in model.parameters()),
             "macs": multiply_adds(network, config.data.image_size),
             "images": {"compared": len(images.labels_N), "calibration": len(calibration.labels_N)},
-            "student": {"file": WEIGHTS, **student.as_json()},
+            "student": {"file": WEIGHTS if export.student else "(not written)", **student.as_json()},
             "files": export.done,
             "int8": export.int8,
+            "not_compared": export.not_compared,
+            "warnings": export.warnings,
             "failed": export.failed,
             "threads": threads,
             "versions": versions((*PACKAGES, "torchao", "timm")),
@@ -209,6 +250,13 @@ def _load(config: ExportConfig, run: RunFacts | None, num_classes: int) -> tuple
     return build_model(config.network, num_classes, config.weights, config.data.image_size), config.weights
 
 
+def _write_model(export: Export, model: torch.nn.Module, classes: Sequence[str], num_classes: int) -> Figures:
+    """Write the model folder; return the student's figures, those of the folder where that is as it should be."""
+    export.attempt("model folder", lambda: export.model_folder(model, classes, num_classes), WEIGHTS, CONFIG)
+    size = sum(value.nbytes for value in model.state_dict().values())
+    return export.student or export.compare.student(size)
+
+
 def _write_formats(export: Export, student: Figures) -> None:
     example, network, formats = export.example, export.network, export.config.formats
 
@@ -217,10 +265,15 @@ def _write_formats(export: Export, student: Figures) -> None:
             "onnx", lambda path: write_onnx(network, example, path), lambda p: onnx_runner(p, export.threads)
         )
 
+    def pt2() -> None:
+        export.float32("pt2", lambda path: write_pt2(network, example, path), pt2_runner)
+
     if "onnx" in formats or "int8" in formats:
-        export.attempt("onnx", onnx)
+        export.attempt("onnx", onnx, FILES["onnx"])
     if "pt2" in formats:
-        export.attempt("pt2", lambda: export.float32("pt2", lambda path: write_pt2(network, example, path), pt2_runner))
+        export.attempt("pt2", pt2, FILES["pt2"])
+    if "coreml" in formats:
+        export.attempt("coreml", export.coreml, *(name for name in OF_AN_EXPORT if name.startswith(COREML)))
     if "int8" in formats:
         export.attempt("int8", lambda: export.quantize(student))
 

@@ -13,6 +13,7 @@ from mimkd_ray import storage
 from mimkd_ray.config import Config, ExportConfig
 from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.export.find_student import RunFacts
+from mimkd_ray.export.model_folder import is_of_timm, is_read_by_timm
 from mimkd_ray.models.weights_file import FOLDER, HUB
 from mimkd_ray.secret_urls import redacted_values
 
@@ -63,7 +64,7 @@ def _front(report: Mapping[str, Any], config: ExportConfig, run: RunFacts | None
     top1, rows = _measured(report, config, run)
     data = _data_name(config.data.root)
     return {
-        "library_name": "timm" if _is_timm(report["network"]) else "mimkd-ray",
+        "library_name": "timm" if is_read_by_timm(report["network"]) else "mimkd-ray",
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "knowledge-distillation", *(["onnx"] if "onnx" in report["files"] else [])],
         "model-index": [
@@ -129,6 +130,7 @@ def _figures(report: Mapping[str, Any]) -> str:
     return (
         f"Every file was loaded back and compared with the student on {count:,} held-out images, of which these top-1 "
         f"are; times are medians on one machine with {threads} threads. `export.json` has all figures."
+        + "".join(f" `{each['file']}` was not compared: {each['reason']}." for each in report["not_compared"].values())
     )
 
 
@@ -137,9 +139,9 @@ def _use(report: Mapping[str, Any], config: ExportConfig) -> str:
     lines = [f"Every file takes `images`, float32 (batch, 3, {report['image_size']}, {report['image_size']}): {takes}."]
     if not config.normalize:
         lines[0] += f" Mean {list(config.data.mean)}, standard deviation {list(config.data.std)} of values in 0..1."
-    if _is_timm(report["network"]):
+    if is_read_by_timm(report["network"]):
         lines.append('`timm.create_model("local-dir:FOLDER", pretrained=True)` makes the network.')
-    else:
+    if not is_of_timm(report["network"]):
         lines.append(
             f'`mimkd_ray.build_model("local-dir:FOLDER", {report["classes"]}, "published")` makes the network; '
             "`hf-hub:ORG/NAME` does it from the hub."
@@ -174,7 +176,3 @@ def _data_name(root: str) -> str:
 
 def _bare(network: str) -> str:
     return network.rpartition("/")[2].rpartition(":")[2]
-
-
-def _is_timm(network: str) -> bool:
-    return network.startswith(("timm/", HUB, FOLDER))

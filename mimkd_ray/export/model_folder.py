@@ -2,11 +2,13 @@
 
 A student of timm's gets timm's own config.json. One of torchvision's, and a cifar/ one, gets the same form with
 `torchvision/NAME` or `cifar/NAME` as architecture, which `local-dir:FOLDER` and `hf-hub:ORG/NAME` of this package read.
+Torchvision's networks that timm has with the same parameters have timm's name there, and ours beside it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +19,21 @@ from torch import nn
 
 from mimkd_ray.config import DataConfig
 from mimkd_ray.models.outputs import describe
-from mimkd_ray.models.published import OWN, TORCHVISION
+from mimkd_ray.models.published import OWN, OWN_KEY, TORCHVISION
 from mimkd_ray.models.weights_file import FOLDER, HUB
+from mimkd_ray.models.zoo import build_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def is_of_timm(network: str) -> bool:
+    """Say whether timm makes the network of this name."""
+    return network.startswith(("timm/", HUB, FOLDER))
+
+
+def is_read_by_timm(network: str) -> bool:
+    """Say whether timm reads the folder: networks of timm, and torchvision's ResNets and DenseNets."""
+    return is_of_timm(network) or re.fullmatch(r"(wide_)?(resnet|resnext|densenet)\w+", network) is not None
 
 
 def write_model_folder(
@@ -37,7 +50,7 @@ def write_model_folder(
         "num_classes": num_classes,
     }
     labels = {"label_names": list(classes)} if len(classes) == num_classes else {}
-    if name.startswith(("timm/", HUB, FOLDER)) and hasattr(model, "pretrained_cfg"):
+    if is_of_timm(name):
         from timm.models import save_for_hf
 
         with warnings.catch_warnings():
@@ -46,12 +59,21 @@ def write_model_folder(
             save_for_hf(model, str(folder), cfg, safe_serialization=True)
         return
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / WEIGHTS)
-    architecture = name if name.startswith(OWN) or ":" in name else TORCHVISION + name
+    own = name if name.startswith(OWN) or ":" in name else TORCHVISION + name
     config = {
-        "architecture": architecture,
+        **({"architecture": name, OWN_KEY: own} if is_read_by_timm(name) else {"architecture": own}),
         "num_classes": num_classes,
         **labels,
         "pretrained_cfg": preprocessing,
-        "library_name": "mimkd_ray",
+        "library_name": "timm" if is_read_by_timm(name) else "mimkd_ray",
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_model_folder(folder: Path, name: str, num_classes: int, image_size: int) -> nn.Module:
+    """Return the network that a user gets from both files. ``name`` is what `describe` says of the one written: a
+    function of the user's own is named beside the folder."""
+    place = f"{FOLDER}{folder}"
+    if ":" in name and not is_of_timm(name):
+        return build_model(name, num_classes, place, image_size)
+    return build_model(place, num_classes, "published", image_size)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from mimkd_ray.export.runners import Runner, quiet
 
+MOST = 65536
+"""Images of the largest batch."""
 NOTES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
 """What torch notes of each operation: lines of source, with folders of this machine."""
 
@@ -29,7 +31,7 @@ def export_any_batch(network: nn.Module, example_BCHW: Tensor) -> torch.export.E
     """Trace the network with a batch size that stays open."""
     with quiet(), torch.no_grad():
         return torch.export.export(
-            network, (example_BCHW,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=65536)},)
+            network, (example_BCHW,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=MOST)},)
         )
 
 

@@ -19,6 +19,8 @@ from mimkd_ray.models.weights_file import CONFIG, FOLDER, HUB, bring, cause, fro
 CIFAR, TORCHVISION = "cifar/", "torchvision/"
 OWN = (CIFAR, TORCHVISION)
 """Beginnings of architectures that are not timm's, in the config.json of exported students (export/model_folder.py)."""
+OWN_KEY = "mimkd_ray"
+"""Under which such an architecture stands there, beside the name by which timm knows a network."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def _config_at(path: str, name: str) -> tuple[str, dict[str, Any]]:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
         inner = config.get("pretrained_cfg", config)
-        return str(config["architecture"]), {
+        return str(config.get(OWN_KEY) or config["architecture"]), {
             **inner,
             "num_classes": config.get("num_classes", inner.get("num_classes")),
         }

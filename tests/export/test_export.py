@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,10 @@ from torch import Tensor, nn
 from mimkd_ray.__main__ import main
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.export.int8 import quantize_onnx
+from mimkd_ray.export.model_folder import is_read_by_timm, write_model_folder
+from mimkd_ray.export.onnx_file import newest_opset
 from mimkd_ray.models.own_input import published_input
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.zoo import build_model, model_names
 from mimkd_ray.recipes import CIFAR_MEAN
 from mimkd_ray.train.records.run_files import OF_AN_EXPORT, is_ours
 
@@ -40,8 +45,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(run: Path) -> Path:
-    """All formats of the run's student."""
-    assert main(["export", str(run), *QUICK]) == 0
+    """The formats of the run's student that are made by default; what was said is beside them."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert main(["export", str(run), *QUICK]) == 0
+    (run / "said.txt").write_text(said.getvalue())
     return run / "export"
 
 
@@ -107,6 +114,14 @@ def test_pt2_and_the_model_folder_are_the_student(run: Path, exported: Path) -> 
         assert torch.equal(value, made.state_dict()[name])
 
 
+def test_onnx_has_the_newest_operators_that_its_runtime_has(exported: Path) -> None:
+    import onnx
+
+    (operators,) = onnx.load(exported / "student.onnx").opset_import
+    assert (operators.domain, operators.version) == ("", newest_opset())
+    assert 21 < newest_opset() <= onnx.defs.onnx_opset_version()
+
+
 def test_int8_holds_int8_weights_and_the_better_one_is_kept(exported: Path) -> None:
     import onnx
     from onnx import TensorProto
@@ -170,6 +185,14 @@ def _multiply_adds(model: nn.Module, side: int) -> int:
     return sum(counts)
 
 
+def test_int8_that_gains_little_is_said(run: Path, exported: Path) -> None:
+    report = _report(exported)
+    (line,) = report["warnings"]
+    assert (run / "said.txt").read_text().endswith(f" export: {line}\n")
+    smaller = report["student"]["bytes"] / report["files"]["int8"]["bytes"]
+    assert line.startswith(f"{report['files']['int8']['file']} is {smaller:.1f} times smaller than the weights at")
+
+
 def test_no_file_names_folders_of_this_machine(run: Path, exported: Path) -> None:
     for path in exported.iterdir():
         content = path.read_bytes()
@@ -195,14 +218,18 @@ def test_an_export_belongs_to_its_run() -> None:
     assert not is_ours("export/mine.txt")
 
 
-def test_normalisation_inside_and_files_of_an_earlier_export(run: Path, tmp_path: Path) -> None:
+def test_normalisation_inside_without_torchao_and_files_of_an_earlier_export(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import onnxruntime
 
-    (tmp_path / "student_int8.onnx").write_bytes(b"of an earlier export")
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    (tmp_path / "student.pt2").write_bytes(b"of an earlier export")
     (tmp_path / "mine.txt").write_bytes(b"mine")
-    arguments = ["export", str(run), *QUICK, "--out", str(tmp_path), "--formats", "onnx", "--normalize", "true"]
+    arguments = ["export", str(run), *QUICK, "--out", str(tmp_path), "--formats", "int8", "--normalize", "true"]
     assert main(arguments) == 0
-    assert not (tmp_path / "student_int8.onnx").exists()
+    assert "; pt2e not tried: torchao is not installed; kept: onnxruntime" in capsys.readouterr().out
+    assert not (tmp_path / "student.pt2").exists()
     assert (tmp_path / "mine.txt").exists()
     images = _images()
     session = onnxruntime.InferenceSession(str(tmp_path / "student.onnx"))
@@ -244,6 +271,32 @@ def test_timm_reads_a_student_of_timm(tmp_path: Path) -> None:
     torch.testing.assert_close(made(images), net(images))
     assert tuple(made.pretrained_cfg["mean"]) == (0.485, 0.456, 0.406)
     assert tuple(made.pretrained_cfg["input_size"]) == (3, 32, 32)
+
+
+def test_resnets_and_densenets_of_torchvision_are_those_of_timm(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    names = [name for name in model_names() if is_read_by_timm(name)]
+    assert len(names) == 14
+    assert all(map(timm.is_model, names))
+    for name in ("resnet50", "densenet121"):
+        with torch.device("meta"):
+            ours, theirs = build_model(name, 10), timm.create_model(name, num_classes=10)
+        assert _shapes(ours) == _shapes(theirs), name
+    net = build_model("resnet18", 10).eval()
+    data = replace(tiny_config().data, image_size=32)
+    write_model_folder(net, data, (), 10, tmp_path)
+    place, images = f"local-dir:{tmp_path}", torch.rand(2, 3, 32, 32)
+    again = build_model(place, 10, "published").eval()
+    assert type(again) is type(net)
+    made = timm.create_model(place, pretrained=True).eval()
+    assert type(made) is timm.models.resnet.ResNet
+    with torch.no_grad():
+        assert torch.equal(again(images), net(images))
+        torch.testing.assert_close(made(images), net(images))
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in model.state_dict().items()}
 
 
 def test_a_cifar_student_without_a_run_has_the_images_of_its_protocol(tmp_path: Path) -> None:

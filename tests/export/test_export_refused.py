@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,18 @@ from tiny_run import run_tiny
 from torch import Tensor, nn
 
 from mimkd_ray.__main__ import main
+from mimkd_ray.config.jobs.export import REFUSED
 from mimkd_ray.export.deployed import Deployed
-from mimkd_ray.export.examine import Figures, best_int8, fault_at_float32, fault_of_int8
+from mimkd_ray.export.examine import (
+    Figures,
+    best_int8,
+    fault_at_float32,
+    fault_of_int8,
+    too_little_of_int8,
+)
 from mimkd_ray.export.find_student import load_of_run, read_run
+from mimkd_ray.models.outputs import describe
+from mimkd_ray.models.zoo import build_model
 
 QUICK = ("--images", "20", "--calibration", "20", "--threads", "1")
 
@@ -97,7 +107,16 @@ def test_a_missing_package(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     said = _said(capsys, str(run), "--formats", "pt2", "--push-to", "org/net")
     assert "--push-to org/net needs huggingface_hub, which is not installed: pip install mimkd-ray[export]" in said
+    monkeypatch.setitem(sys.modules, "coremltools", None)
+    said = _said(capsys, str(run), "--formats", "coreml")
+    assert "needs coremltools, which is not installed: pip install mimkd-ray[coreml]" in said
     assert "--push-to x: give ORG/NAME" in _said(capsys, str(run), "--push-to", "x")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_formats_that_cannot_be_made(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = _said(capsys, str(run), "--formats", "onnx", name)
+    assert said.endswith(f" export: --formats {name}: {REFUSED[name]}: convert student.onnx or student.pt2 yourself")
 
 
 class Bessel(nn.Module):
@@ -140,11 +159,11 @@ def test_an_operator_that_cannot_be_exported(
 
 
 def _figures(**values: float) -> Figures:
-    default = {"max_logit_difference": 0.0, "agreement": 100.0, "top1": 70.0}
+    default = {"bytes": 1, "max_logit_difference": 0.0, "agreement": 100.0, "top1": 70.0}
     milliseconds = {"1": values.pop("ms", 1.0), "32": 1.0}
     found = {**default, **values}
     right_N = torch.arange(1000) < 10 * found["top1"]
-    return Figures(bytes=1, latency_ms=milliseconds, right_N=right_N, **found)  # type: ignore[arg-type]
+    return Figures(latency_ms=milliseconds, right_N=right_N, **found)  # type: ignore[arg-type]
 
 
 def test_files_that_are_not_the_student() -> None:
@@ -155,6 +174,11 @@ def test_files_that_are_not_the_student() -> None:
     assert fault_of_int8(_figures(top1=69.0), _figures(), 1.0) == ""
     assert "68.50 % on these images, 1.50 points below the student's 70.00 % (1 are allowed)" in fault_of_int8(
         _figures(top1=68.5), _figures(), 1.0
+    )
+    big = _figures(bytes=300)
+    assert too_little_of_int8(_figures(bytes=100, ms=1.0), big, 1.0) == ""
+    assert too_little_of_int8(_figures(bytes=120, ms=1.2), big, 1.0) == (
+        "is 2.5 times smaller than the weights at float32, not 3 times and takes 1.20 ms at batch 1, float32 1.00 ms"
     )
     # Of 1000 images 10 more are right, and sqrt(10) is the standard error of that; of 3 it is sqrt(3).
     assert best_int8({"a": _figures(top1=69.0, ms=9.0), "b": _figures(top1=68.0)}, 0) == "a"
@@ -168,14 +192,21 @@ def test_a_file_with_other_logits_is_not_kept(
 ) -> None:
     from mimkd_ray.export import export_student
 
-    right = export_student.write_pt2
+    right, folder = export_student.write_pt2, export_student.write_model_folder
 
     def wrong(network: Deployed, example: Tensor, path: Path) -> None:
         broken = Deployed(network.model, (0.3, 0.3, 0.3), (0.2, 0.2, 0.2), normalize=True)
         right(broken, example, path)
 
+    def of_another(model: nn.Module, *rest: Any) -> None:
+        folder(build_model(describe(model), 10), *rest)
+
     monkeypatch.setattr(export_student, "write_pt2", wrong)
-    said = _said(capsys, str(run), "--formats", "pt2", status=1)
-    assert "pt2: its logits differ from the student's by up to" in said
-    assert (run / "export" / "export.json").exists()
-    assert not (run / "export" / "student.pt2").exists()
+    monkeypatch.setattr(export_student, "write_model_folder", of_another)
+    assert main(["export", str(run), "--formats", "pt2", *QUICK]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert "model folder: its logits differ from the student's by up to" in said[0]
+    assert "pt2: its logits differ from the student's by up to" in said[1]
+    written = {path.name for path in (run / "export").iterdir()}
+    assert written == {"README.md", "export.json", "training_config.json"}

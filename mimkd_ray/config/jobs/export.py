@@ -10,7 +10,12 @@ from mimkd_ray.config.data import DataConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import hide
 
-Format = Literal["onnx", "pt2", "int8"]
+Format = Literal["onnx", "pt2", "int8", "coreml", "executorch", "litert"]
+REFUSED = {
+    "executorch": "executorch pins an older scikit-learn, and its runtime does not load with this package's torch",
+    "litert": "litert-torch does not install beside this package's dependencies",
+}
+"""Formats that cannot be made yet, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +30,8 @@ class ExportConfig:
     """Folder or URL for the files; unset: RUN/export, or ./export without a run."""
     formats: tuple[Format, ...] = ("onnx", "pt2", "int8")
     """onnx: ONNX. pt2: torch.export. int8: static quantisation by ONNX Runtime and, where torchao is installed, by
-    PT2E; the one that holds accuracy better is kept."""
+    PT2E; the one that holds accuracy better is kept. coreml: Core ML by coremltools, compared on macOS alone.
+    executorch and litert are refused, with the reason."""
     normalize: bool = False
     """Put the normalisation into the graphs: they take images of values in 0..1 then, and normalised ones otherwise."""
     images: int = 1000
@@ -43,6 +49,8 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         hide(self, "weights", "out")
+        for name in REFUSED.keys() & set(self.formats):
+            raise UserError(f"--formats {name}: {REFUSED[name]}: convert student.onnx or student.pt2 yourself")
         if min(self.images, self.threads) < 0 or self.calibration < 1 or not 0 <= self.int8_drop <= 100:
             raise UserError(
                 f"--images {self.images} and --threads {self.threads} must not be negative, --calibration "
