@@ -18,7 +18,6 @@ from mimkd_ray.models.weights import put_state
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.outcomes import CONFIG, RESULT
-from mimkd_ray.train.records.run_dir import read_metrics
 
 WEIGHTS = "student.safetensors"
 
@@ -31,8 +30,6 @@ class RunFacts:
     config: Config
     result: Mapping[str, Any] = field(default_factory=dict)
     """result.json; empty: the run did not come to its end."""
-    last_evaluation: Mapping[str, Any] = field(default_factory=dict)
-    """Of metrics.jsonl; empty: there was none."""
 
 
 def read_run(place: str) -> RunFacts:
@@ -48,8 +45,7 @@ def read_run(place: str) -> RunFacts:
         kind = "search" if "search" in value else "comparison"
         raise UserError(f"{place} is a {kind} of several runs: name one of them, such as {_some(place, runs)}")
     config = from_dict(Config, value)
-    evaluations = read_metrics(place, "eval")
-    return RunFacts(place, config, read_json(storage.join(place, RESULT)) or {}, evaluations[-1] if evaluations else {})
+    return RunFacts(place, config, read_json(storage.join(place, RESULT)) or {})
 
 
 def _some(place: str, names: list[str]) -> str:
