@@ -224,6 +224,8 @@ def test_damaged_images_have_no_features(tmp_path: Path, monkeypatch: pytest.Mon
         rows = read_all(tmp_path, key, 1)
         if label != "pixels":
             assert {id for id, row in rows.items() if not any(row)} == set(bad)
+    del bad[5:]
+    assert build_here(cached_config(tmp_path / "few")).damaged == 5, "a handful, though 0.001 of 60 is none"
 
 
 def test_features_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_run import cpu, run_tiny, tiny_config, tiny_data
+from torch import nn
 
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.config import Config, LossConfig
@@ -19,6 +21,7 @@ from mimkd_ray.losses.methods.base import RivalTaps
 from mimkd_ray.losses.methods.build_method import RivalPlan
 from mimkd_ray.losses.methods.registry import RIVALS, Method
 from mimkd_ray.losses.shared_classes import SharedClasses, match
+from mimkd_ray.models.outputs import logits_from
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.distiller import distill
@@ -134,6 +137,41 @@ def test_what_cannot_be_is_refused_before_anything_starts(
         sections["teacher"]["classes"] = names
     with pytest.raises(UserError, match=match):
         preflight(tiny_config(**sections))
+
+
+class _Encoder(nn.Module):
+    """A ViT as Hugging Face has them: an output object with tokens and a pooled vector, and no logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 2, 2)
+        self.cls_1IC = nn.Parameter(torch.zeros(1, 1, 16))
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(4))
+        self.layernorm = nn.LayerNorm(16)
+
+    def forward(self, pixel_values: torch.Tensor, return_dict: bool | None = None) -> OrderedDict[str, Any]:
+        tokens_BTC = self.patches(pixel_values).flatten(2).mT
+        tokens_BTC = torch.cat([self.cls_1IC.expand(len(tokens_BTC), -1, -1), tokens_BTC], 1)
+        for layer in self.layers:
+            tokens_BTC = layer(tokens_BTC)
+        tokens_BTC = self.layernorm(tokens_BTC)
+        pooled_BC = tokens_BTC[:, 0]
+        return OrderedDict(last_hidden_state=tokens_BTC, pooler_output=pooled_BC, hidden_states=None)
+
+
+def make_encoder(num_classes: int) -> nn.Module:
+    return _Encoder()
+
+
+def test_an_encoder_of_hugging_faces_is_a_teacher() -> None:
+    teacher = {"name": "test_own_classes:make_encoder", "classes": 16}
+    config = tiny_config(teacher=teacher, loss={"preset": "accuracy", "feature_pairs": ()})
+    preflight(config)
+    network = build_model(config.teacher.name, 16).eval()
+    assert logits_from(network, torch.randn(2, 3, 8, 8)).shape == (2, 16)
+    student = lone_student(config, tiny_data(), network, cpu())
+    student.inputs.start(0)
+    assert {"feature/layers.3-stage3/nats", "global/layers.3-pool/nats"} <= student.step(0).log.keys()
 
 
 def test_own_loops_leave_kd_from_other_classes_out(caplog: pytest.LogCaptureFixture) -> None:

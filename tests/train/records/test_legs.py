@@ -50,6 +50,25 @@ def test_legs(tmp_path: Path) -> None:
     assert run(config(tmp_path)) == first
 
 
+def test_a_stopped_run_goes_on_with_more_data(tmp_path: Path) -> None:
+    """It has a checkpoint and neither result nor weights for other programs."""
+    run(config(tmp_path))
+    for name in ("result.json", "student.safetensors", "best.json"):
+        (tmp_path / "one" / name).unlink(missing_ok=True)
+    found = checkpoint.newest(str(tmp_path / "one"))
+    assert found is not None
+    left = checkpoint.parse(found[1], torch.device("cpu"))["distiller"]
+    more = config(tmp_path, data={"subset": 100}, train={"epochs": 1}, optim={"lr": 1e-9, "warmup_epochs": 0.0})
+    second = run(more)
+    assert second["steps"] == 5
+    assert second["legs"][1]["from"] == str(tmp_path / "one")
+    assert "data.subset: 60 -> 100" in second["legs"][1]["changes"]
+    after = load_file(tmp_path / "one-leg2" / "student.safetensors")
+    for name, _ in build_model("cifar/resnet8_w4", 10).named_parameters():
+        (of_checkpoint,) = [value for key, value in left.items() if key.endswith(f"model.{name}")]
+        assert torch.allclose(of_checkpoint, after[name], atol=1e-6)
+
+
 def test_the_optimiser_and_critics_go_on(tmp_path: Path) -> None:
     run(config(tmp_path))
     found = checkpoint.newest(str(tmp_path / "one"))
