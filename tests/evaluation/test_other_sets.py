@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,21 @@ def test_class_folders_alone(run: Path, own: Path, numbered: Path, tmp_path: Pat
     assert alone["calibration"]["temperature"] == pytest.approx(temperature, rel=1e-3)
     logits, labels = by_hand(run, numbered)
     assert alone["calibration"]["ece_scaled"] == pytest.approx(ece(reliability(logits.double() / temperature, labels)))
+
+
+def test_a_temperature_of_held_out_training_images(own: Path, tmp_path: Path) -> None:
+    """A run with a holdout, on its validation split; on the holdout itself there are no others. And the page's images
+    of class folders alone."""
+    place = as_run(tmp_path / "run", data={"root": str(own), "subset": 0, "holdout": 0.25}, loss={"name": ()})
+    data = config_of_run(str(place)).data
+    settings = EvaluateConfig(tap_rows=0, train_rows=0)
+    found = evaluate_run(str(place), settings, data=replace(data, holdout=0.0))
+    assert (found["rows"], found["calibration"]["fitted_on"]) == (150, "50 images that the run held out")
+    found = evaluate_run(str(place), settings)
+    assert (found["rows"], found["calibration"]["fitted_on"]) == (50, "the other half of the images")
+    evaluate_run(str(place), settings, data=replace(data, root=str(own / "val")))
+    page = Path(write_report(str(place))).read_text()
+    assert page.count("<img") == 24, "the worst images"
 
 
 def test_no_evaluated_image_is_its_own_neighbour(run: Path, own: Path, tmp_path: Path) -> None:
