@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from mimkd_ray import console
 from mimkd_ray.config import Config, LaunchConfig
+from mimkd_ray.data.loading.stuck_loaders import ASKED_TO_STOP
 from mimkd_ray.data.loading.threads import CHOSEN, use_threads
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.train.distributed import GROUP_SECONDS, STOP_SECONDS, Preemption, share_from_first
@@ -62,6 +63,7 @@ class LocalContext:
             yield
             return
         asked = [float("inf")]
+        ASKED_TO_STOP.clear()
 
         def ask(*_: object) -> None:
             self._stopping = True
@@ -85,6 +87,7 @@ class LocalContext:
                 signal.signal(number, handler)
 
     def _give_up(self) -> None:
+        ASKED_TO_STOP.set()
         if self._heard.wait(STOP_SECONDS):
             return
         console.line(

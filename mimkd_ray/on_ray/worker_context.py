@@ -14,6 +14,7 @@ from typing import Any
 import ray.train
 
 from mimkd_ray import storage
+from mimkd_ray.data.loading.stuck_loaders import ASKED_TO_STOP
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError
 from mimkd_ray.json_files import read_if_sound, read_json
 from mimkd_ray.on_ray import driver_console
@@ -74,6 +75,7 @@ class RayContext:
         self._joined = joined
         self._stopping = False
         self._heard = threading.Event()
+        ASKED_TO_STOP.clear()
         if speaks_through is not None:
             driver_console.speak_through(*speaks_through, self.rank)
         self._live = LiveMetrics() if joined and self.rank == 0 else None
@@ -99,6 +101,7 @@ class RayContext:
                         *(url, STOP_LOOK_SECONDS, text),
                     )
                 failing = True
+        ASKED_TO_STOP.set()
         if not self._heard.wait(STOP_SECONDS):
             self._give_up(run_dir)
 

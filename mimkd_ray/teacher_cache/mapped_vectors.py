@@ -17,6 +17,9 @@ from mimkd_ray.teacher_cache.reader import read_verified
 COLUMN_VIEW = 0
 """View whose vectors are used as negatives: they are of other images, so any view will do."""
 
+COLLECT_SECONDS = 1800.0
+"""For which another process may collect a column."""
+
 
 class Column(NamedTuple):
     """Rows in stored form (N, row_bytes), and their ids; mapped, never to be written to."""
@@ -30,13 +33,13 @@ def open_column(root: str, manifest: ViewManifest, folder: Path | None) -> Colum
     there.
 
     Takes the view's size on disk, and the time of reading it once. Raises DamagedDataError for missing or damaged
-    features.
+    features, HeldError if another process has been at it for COLLECT_SECONDS.
     """
     place = (folder or default_folder()) / "columns"
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     name = f"{manifest.key}-{manifest.view:05d}-{manifest.shards[0].sha256[:8]}"
     files = [place / f"{name}.{what}.npy" for what in ("rows", "ids")]
-    with locked(place / f"{name}.lock"):
+    with locked(place / f"{name}.lock", COLLECT_SECONDS):
         if not all(file.exists() for file in files):
             _collect(root, manifest, files)
     return Column(*(np.load(file, mmap_mode="r") for file in files))

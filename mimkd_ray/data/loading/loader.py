@@ -41,6 +41,7 @@ from mimkd_ray.data.loading.damage import DamageCounter
 from mimkd_ray.data.loading.helper_processes import helper_context
 from mimkd_ray.data.loading.read_ahead import AheadSource, Distance, ReadAhead, WithFeatures, distance
 from mimkd_ray.data.loading.shared_memory import Answer, Answers, Failed, Requests, make_slots
+from mimkd_ray.data.loading.stuck_loaders import LOOK_SECONDS, answers_of
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import UserError
@@ -275,10 +276,11 @@ def _run(
         pin_memory=pin_memory and torch.accelerator.is_available(),
         worker_init_fn=_start_worker,
         prefetch_factor=PREFETCH if loader_workers else None,
+        timeout=LOOK_SECONDS if loader_workers else 0,
         generator=torch.Generator(),  # the loader's draw would change the training process's generator
     )
     try:
-        yield from _opened(iter(loader), reader)
+        yield from _opened(answers_of(loader, keys, batches), reader)
     finally:
         if reader is not None:
             reader.close()

@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
@@ -36,8 +37,14 @@ LOCKS = 256  # lock files; blocks that share one wait for each other, which cost
 SUFFIX = ".block"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux: another value after each start of the machine
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+TELL_SECONDS, LOCK_SECONDS, PAUSE_SECONDS = 10.0, 20.0, 0.05
+"""Of a wait for a lock: when it is told, when the block is read without the store, and between two tries, at most."""
 
 Load = Callable[[], StoredBlock]
+
+
+class HeldError(UserError):
+    """A lock that another process does not give back."""
 
 
 class BlockStore:
@@ -78,17 +85,22 @@ class BlockStore:
         """Return block `key`; if it is not here, `load()` makes it once.
 
         Any error of `load` is passed on, and the next caller tries again. If the disk is full even after the store has
-        removed half of its blocks, the block is returned from memory, with one warning.
+        removed half of its blocks, or another process, which may be stopped, holds the lock for LOCK_SECONDS, the block
+        is returned from memory, with one warning.
         """
         block = self._open(key)
         if block is not None:
             return block
-        with locked(self.folder / f"lock-{int(_name(key)[:4], 16) % LOCKS}"):
-            block = self._open(key)
-            if block is not None:
-                return block
-            block = load()
-            return block.at(self._path(key)) if self._keep(key, block) else block
+        try:
+            with locked(self.folder / f"lock-{int(_name(key)[:4], 16) % LOCKS}"):
+                block = self._open(key)
+                if block is not None:
+                    return block
+                block = load()
+                return block.at(self._path(key)) if self._keep(key, block) else block
+        except HeldError as error:
+            self._warn(str(error))
+            return block or load()
 
     def fetch(self, key: str, load: Load) -> bool:
         """Fetch block `key` into the store; return whether it is here (False: there is no room for it)."""
@@ -170,24 +182,20 @@ class BlockStore:
             except OSError as error:
                 part.unlink(missing_ok=True)
                 if last_try or error.errno not in _FULL or needed > self.max_bytes:
-                    self._warn(needed, error)
+                    free = os.statvfs(self.folder)
+                    self._warn(
+                        f"{self.folder}: a block of {needed / 1e6:.1f} MB cannot be kept ({error}; the disk has "
+                        f"{free.f_bavail * free.f_frsize / 1e6:.1f} MB free, the store may hold "
+                        f"{self.max_bytes / 1e6:.1f} MB): free some space, or choose another folder with --data.store "
+                        "or a size with --data.store-gb"
+                    )
                     return False
         raise AssertionError("unreachable")
 
-    def _warn(self, needed: int, error: OSError) -> None:
+    def _warn(self, why: str) -> None:
         if not self._warned:
             self._warned = True
-            free = os.statvfs(self.folder)
-            logger.warning(
-                "%s: a block of %.1f MB cannot be kept (%s; the disk has %.1f MB free, the store may hold %.1f MB): "
-                "blocks are handed over from memory, and each process reads them by itself, which is slower; free "
-                "some space, or choose another folder with --data.store or a size with --data.store-gb",
-                self.folder,
-                needed / 1e6,
-                error,
-                free.f_bavail * free.f_frsize / 1e6,
-                self.max_bytes / 1e6,
-            )
+            logger.warning("%s; until then each process reads blocks by itself, which is slower", why)
 
     def _reserve(self, needed: int, give_up_half: bool) -> None:
         """Make room for `needed` bytes and count them as used."""
@@ -226,6 +234,8 @@ class BlockStore:
         if not boot:
             return  # blocks are written durably in this case
         mark = self.folder / "boot"
+        if mark.is_file() and mark.read_text() == boot:
+            return
         with locked(self.folder / "usage"):
             if mark.is_file() and mark.read_text() == boot:
                 return
@@ -250,17 +260,45 @@ def _name(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:40]
 
 
+_given_up: set[Path] = set()
+
+
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[int]:
-    """Hold the lock of the file, created if missing, against all processes and threads of this machine."""
+def locked(path: Path, seconds: float | None = None) -> Iterator[int]:
+    """Hold the lock of the file, created if missing, against all processes and threads of this machine.
+
+    Raises HeldError if another one holds it for `seconds` (LOCK_SECONDS); from then on it is not waited for.
+    """
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        _lock(file, path, LOCK_SECONDS if seconds is None else seconds)
         yield file
     finally:
         # Unlocked explicitly: a process forked in the meantime has the file open and so would keep the lock.
         fcntl.flock(file, fcntl.LOCK_UN)
         os.close(file)
+
+
+def _lock(file: int, path: Path, seconds: float) -> None:
+    began, pause, told = time.monotonic(), 0.001, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _given_up.discard(path)
+            return
+        except BlockingIOError:
+            waited = time.monotonic() - began
+        if waited >= seconds or path in _given_up:
+            _given_up.add(path)
+            raise HeldError(
+                f"another process holds {path} for longer than {seconds:g} s: if it is stopped, let it go on or end it "
+                f"(fuser {path} names it)"
+            )
+        if waited >= TELL_SECONDS and not told:
+            told = True
+            logger.warning("waiting for %s, which another process holds, for at most %g s", path, seconds)
+        time.sleep(pause)
+        pause = min(2 * pause, PAUSE_SECONDS)
 
 
 def open_store(config: DataConfig) -> BlockStore | None:

@@ -5,6 +5,9 @@ import logging
 import multiprocessing
 import os
 import re
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from mimkd_ray import storage
 from mimkd_ray.cli.common import guarded
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.views import View, decode, make_pipeline
-from mimkd_ray.data.loading import loader, shared_memory
+from mimkd_ray.data.loading import loader, shared_memory, stuck_loaders
 from mimkd_ray.data.loading.damage import damaged_allowed
 from mimkd_ray.data.loading.loader import (
     PREFETCH,
@@ -167,6 +170,28 @@ def test_a_loader_process_that_is_killed_ends_a_job_with_a_line(
         r"job: DataLoader worker \(pid.*\) .*: a process that reads images ended, .*memory.*goes on.*\n",
         capsys.readouterr().err,
     )
+
+
+def test_a_run_that_is_asked_to_stop_does_without_a_stopped_loader_process(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = threading.Event()
+    monkeypatch.setattr(loader, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(stuck_loaders, "STUCK_SECONDS", 0.3)
+    monkeypatch.setattr(stuck_loaders, "ASKED_TO_STOP", asked)
+    before = set(multiprocessing.active_children())
+    batches = eval_batches(source, CIFAR.eval, batch_size=1, loader_workers=2)
+    found = [next(batches)]
+    stopped = [p for p in set(multiprocessing.active_children()) - before if p.name != "read-ahead"]
+    assert len(stopped) == 2
+    for process in stopped:
+        os.kill(process.pid, signal.SIGSTOP)
+    threading.Timer(0.3, asked.set).start()
+    began = time.monotonic()
+    found += batches
+    assert 0.5 < time.monotonic() - began < 5
+    assert not set(multiprocessing.active_children()) - before
+    _assert_same(found, list(eval_batches(source, CIFAR.eval, batch_size=1)))
 
 
 def _damaged_set(tmp_path: Path, broken: set[int], rows: int = 12) -> ParquetSource:

@@ -87,6 +87,29 @@ def test_of_many_processes_one_loads(tmp_path: Path) -> None:
     assert sorted(log.read_text().split()) == ["a", "b"]
 
 
+def test_a_lock_that_is_not_given_back_is_waited_for_once(
+    store: BlockStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, seconds in (("TELL_SECONDS", 0.1), ("LOCK_SECONDS", 0.3)):
+        monkeypatch.setattr(module, name, seconds)
+    store.prepare()
+    lock = store.folder / f"lock-{int(module._name('a')[:4], 16) % module.LOCKS}"
+    for held in (lock, store.folder / "usage"):  # while another process makes the block, and while it counts it
+        caplog.clear()
+        with module.locked(held):
+            for limit in (0.8, 0.2):
+                began = time.monotonic()
+                assert _is(store.get("a", lambda: _block(1)), 1)
+                assert time.monotonic() - began < limit
+        assert not store.touch("a")
+        assert caplog.text.count(f"waiting for {held}, which another process holds, for at most 0.3 s") == 1
+        assert f"holds {held} for longer than 0.3 s" in caplog.text
+        assert "each process reads blocks by itself" in caplog.text
+        store._warned = False
+    assert _is(store.get("a", lambda: _block(1)), 1)
+    assert store.touch("a")
+
+
 def test_a_failed_load_leaves_nothing_behind(store: BlockStore) -> None:
     def fail() -> Any:
         raise UserError("no")

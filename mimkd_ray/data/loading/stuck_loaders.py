@@ -1,0 +1,66 @@
+"""Waiting for loader processes, until this process is asked to stop and they do not answer."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from mimkd_ray.data.loading.batches import Batches, Key
+from mimkd_ray.data.loading.shared_memory import Answer, Answers
+from mimkd_ray.errors import LOST_LOADER
+
+logger = logging.getLogger(__name__)
+
+TIMED_OUT = "DataLoader timed out"
+"""Part of PyTorch's message, a RuntimeError, when it has waited for LOOK_SECONDS; the next call waits on."""
+LOOK_SECONDS, STUCK_SECONDS = 1.0, 10.0
+ASKED_TO_STOP = threading.Event()
+"""Set when this process is asked to save and end. Loader processes that give nothing for STUCK_SECONDS then, because
+they are stopped or wait themselves, are ended, and this process makes the batches: the step can be ended and saved."""
+
+
+def answers_of(loader: DataLoader[Any], keys: Iterable[Key], batches: Batches) -> Iterator[Answer]:
+    """Yield the answers of a loader to all keys. `batches` makes those that stuck processes leave out."""
+    before = set(multiprocessing.active_children())
+    answers = iter(loader)
+    own = set(multiprocessing.active_children()) - before
+    given, stuck_at = 0, 0.0
+    try:
+        while not (stuck_at and time.monotonic() - stuck_at >= STUCK_SECONDS):
+            try:
+                answer = next(answers)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if TIMED_OUT not in str(error):
+                    raise
+                if ASKED_TO_STOP.is_set():
+                    stuck_at = stuck_at or time.monotonic()
+                continue
+            yield answer
+            given, stuck_at = given + 1, 0.0
+        logger.warning("asked to stop, and loader processes do not answer: they are ended, to save without them")
+        _end(own)
+        here = Answers(batches, None)
+        yield from (here[key, None] for key in itertools.islice(keys, given, None))
+    finally:
+        del answers
+        _end(own)
+
+
+def _end(processes: set[Any]) -> None:
+    """Kill those that are left, also stopped ones: torch and multiprocessing would wait for these for ever."""
+    for process in processes & set(multiprocessing.active_children()):
+        try:
+            process.kill()
+            process.join(LOOK_SECONDS)
+        except RuntimeError as error:  # of torch's handler of SIGCHLD
+            if LOST_LOADER not in str(error):
+                raise
