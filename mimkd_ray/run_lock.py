@@ -1,4 +1,5 @@
-"""A lock on the directory of a run or a search: two starts of one command must not write there at once.
+"""A lock on the directory of a run or a search, or another place: two starts of one command must not write there at
+once.
 
 lock.json says who holds it. The owner writes it again every BEAT_SECONDS; when it ends the file goes. One that was left
 behind by a kill is taken over: at once if its process was on this machine, else once it has been seen not to beat.
@@ -42,10 +43,10 @@ class InUse(UserError):
     """Which one, and where."""
 
 
-def check_free(run_dir: str) -> None:
+def check_free(run_dir: str, name: str = LOCK, otherwise: str = "--run.name") -> None:
     """Raise InUse if a living process holds the directory, and remove the lock of a dead one. Takes WATCH_SECONDS
-    where the lock is another machine's."""
-    url = storage.join(run_dir, LOCK)
+    where the lock is another machine's. ``name``: the lock's; ``otherwise``: the flag that names another place."""
+    url = storage.join(run_dir, name)
     if not storage.exists(url):
         return
     there = _read(url)
@@ -56,16 +57,16 @@ def check_free(run_dir: str) -> None:
     holder = f"process {there.get('pid')} on {there.get('host')}"
     error = InUse(
         f"{run_dir} is in use by {holder}, started {there.get('started')}: "
-        f"wait for it or stop it, or pass another --run.name; if there is no such process, remove {url}"
+        f"wait for it or stop it, or pass another {otherwise}; if there is no such process, remove {url}"
     )
     error.holder = holder
     raise error
 
 
 @contextmanager
-def held(run_dir: str) -> Iterator[None]:
+def held(run_dir: str, name: str = LOCK, otherwise: str = "--run.name") -> Iterator[None]:
     """Hold the lock of a directory during the with-block. Raises InUse as `check_free` does."""
-    url = storage.join(run_dir, LOCK)
+    url = storage.join(run_dir, name)
     mine = {
         "owner": uuid.uuid4().hex,
         "host": socket.gethostname(),
@@ -75,7 +76,7 @@ def held(run_dir: str) -> Iterator[None]:
     }
     if not storage.create_once(url, _json(mine, 0)):
         for _ in range(TRIES):  # another one may take over the lock, and die too
-            check_free(run_dir)
+            check_free(run_dir, name, otherwise)
             storage.create_once(url, _json(mine, 0))
             time.sleep(SETTLE_SECONDS)
             if (_read(url) or {}).get("owner") == mine["owner"]:

@@ -26,13 +26,14 @@ from mimkd_ray.evaluation.predictions import agreement, calibration, confusions,
 from mimkd_ray.evaluation.real_labels import real_accuracy
 from mimkd_ray.evaluation.similarity import linear_cka
 from mimkd_ray.losses.estimate import mutual_information
+from mimkd_ray.run_lock import held
 from mimkd_ray.train.distributed import Context
 from mimkd_ray.train.held_out.neighbours import knn_accuracy
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.run_dir import jsonable, write_json
 from mimkd_ray.versions import versions
 
-FIGURES, PREDICTIONS = "evaluation.json", "predictions.parquet"
+FIGURES, PREDICTIONS, LOCK = "evaluation.json", "predictions.parquet", "evaluation.lock.json"
 LEAST_PAIRS = 128
 """Fewest images that mutual information is estimated on."""
 CRITIC_EPOCHS = 20
@@ -97,8 +98,9 @@ def save(evaluation: Evaluation, out: str) -> None:
             table[f"{role}probability"] = pa.array(probability if probability else [None] * len(label), pa.float64())
     buffer = io.BytesIO()
     pq.write_table(pa.table(table), buffer)
-    storage.write_bytes(storage.join(out, PREDICTIONS), buffer.getvalue())
-    write_json(storage.join(out, FIGURES), jsonable(evaluation.figures))
+    with held(out, LOCK, "--eval.out"):  # both of one evaluation; the run itself may train meanwhile
+        storage.write_bytes(storage.join(out, PREDICTIONS), buffer.getvalue())
+        write_json(storage.join(out, FIGURES), jsonable(evaluation.figures))
 
 
 def _best(logits_NV: Tensor) -> tuple[list[int], list[float]]:

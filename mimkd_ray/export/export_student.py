@@ -41,6 +41,7 @@ from mimkd_ray.export.runners import Runner, quiet
 from mimkd_ray.models.outputs import describe
 from mimkd_ray.models.weights_file import cause, shown
 from mimkd_ray.models.zoo import build_model
+from mimkd_ray.run_lock import held
 from mimkd_ray.secret_urls import scrubbed
 from mimkd_ray.train.held_out.evaluate import held_out_name
 from mimkd_ray.train.records.run_dir import write_json
@@ -211,7 +212,7 @@ def export_student(config: ExportConfig, run: RunFacts | None) -> dict[str, Any]
     images = read_images(data.val, config.data, config.images, held_out_name(config.data))
     compare = Comparison.of(network, images, threads)
     calibration = read_images(data.train, config.data, config.calibration, f"the training set of {config.data.root}")
-    with local_files.scratch("export") as place:
+    with held(config.out, otherwise="--out"), local_files.scratch("export") as place:
         folder = Path(place)
         export = Export(config, network, compare, calibration, folder)
         student = _write_model(export, model, data.classes, data.num_classes)

@@ -18,6 +18,7 @@ from mimkd_ray.cli.training import run, run_directory
 from mimkd_ray.data.augment.views import decode, make_pipeline
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.models.zoo import build_model
+from mimkd_ray.run_lock import held
 from mimkd_ray.train.networks.student_module import Normalizer
 
 
@@ -118,6 +119,10 @@ def test_weights_without_a_run(finished: tuple[Path, dict[str, Any]], tmp_path: 
     figures = json.loads((tmp_path / "evaluation.json").read_text())
     assert figures["top1"] == pytest.approx(result["student"]["top1"])
     assert figures["teacher"] is None
+    before = (tmp_path / "evaluation.json").read_bytes()
+    with held(str(tmp_path), "evaluation.lock.json"):
+        assert evaluate(*flags, "--eval.rows", 100) == 2
+    assert (tmp_path / "evaluation.json").read_bytes() == before, "of an evaluation that writes at this moment"
 
 
 def test_bad_input(finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

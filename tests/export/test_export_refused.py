@@ -26,6 +26,7 @@ from mimkd_ray.export.examine import (
 from mimkd_ray.export.find_student import load_of_run, read_run
 from mimkd_ray.models.outputs import describe
 from mimkd_ray.models.zoo import build_model
+from mimkd_ray.run_lock import held
 
 QUICK = ("--images", "20", "--calibration", "20", "--threads", "1")
 
@@ -74,6 +75,14 @@ def test_a_run_without_a_checkpoint(stopped: Path, capsys: pytest.CaptureFixture
     assert "has no student.safetensors and its only checkpoint is damaged: let the run go on" in said
     shutil.rmtree(stopped / "checkpoints")
     assert "has no student.safetensors and no checkpoint: let the run go on" in _said(capsys, str(stopped))
+
+
+def test_a_second_start_while_the_first_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with held(str(run / "export")):
+        said = _said(capsys, str(run))
+    assert "run/export is in use by process" in said
+    assert "or pass another --out;" in said
+    assert not any((run / "export").iterdir())
 
 
 def test_what_is_no_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

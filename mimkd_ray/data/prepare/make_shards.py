@@ -41,6 +41,7 @@ from mimkd_ray.data.sources.shard_manifest import Manifest, Shard, content_diges
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import parse
 from mimkd_ray.places import check_lasting
+from mimkd_ray.run_lock import LOCK, held
 
 Unit = PartUnit | ShardUnit
 Runner = Callable[[Sequence[Unit], str], Iterator[Done]]
@@ -69,6 +70,11 @@ def prepare(config: PrepareConfig, run: Runner = in_process) -> Manifest:
     if not config.source.endswith(".tar") and not storage.exists(config.source):
         raise UserError(f"--source {config.source} does not exist; give a folder or a URL such as s3://bucket/imagenet")
     origin = open_origin(config)
+    with held(work, otherwise="--target"):
+        return _finished(config) or _prepare(config, origin, work, run)
+
+
+def _prepare(config: PrepareConfig, origin: Origin, work: str, run: Runner) -> Manifest:
     settings = _claim(config, origin, work)
     indices = _make_parts(config, origin, work, run)
     damaged = [entry for index in indices for entry in index.damaged]
@@ -227,6 +233,7 @@ def _check_space(config: PrepareConfig, origin: Origin, work: str) -> None:
     there = storage.list_sizes(work) | {
         u: n for u, n in storage.list_sizes(config.target).items() if _is_shard(u, config.split)
     }
+    there.pop(storage.join(work, LOCK), None)
     source = sum(piece.bytes for piece in origin.pieces)
     # Shrunk images are mostly less than half as large; the exact size is not known beforehand.
     need = (source if config.short_side else 2 * source) - sum(there.values())

@@ -23,7 +23,7 @@ MARKER = "config.json"
 OF_A_RUN = (
     *(MARKER, "metrics.jsonl", "samples.jsonl", "teacher.json", "result.json", "student.safetensors"),
     *("best.json", "best.safetensors", "stopped.json", "failed.json", "stop.json", "error.json", "ray.log"),
-    *("evaluation.json", "predictions.parquet", "report.html"),
+    *("evaluation.lock.json", "evaluation.json", "predictions.parquet", "report.html"),
     *("lock.json", "labels.json", "student.json", "loggers.json"),
 )
 OF_AN_EXPORT = (
@@ -59,7 +59,7 @@ _OWN_FILE = "|".join(
         _FILE,
         rf"{_CHECKPOINT}/(?:state\.pt|committed\.json)",
         r"tensorboard/events\.out\.tfevents\.[^/]+",
-        rf"export/(?:{_EXPORTED})",
+        rf"export/(?:{_EXPORTED}|lock\.json)",
         r"calibrations/[0-9a-f]{24}\.safetensors",
         r"trials/\d{4,}\.json",
         rf"{_TUNE}/(?:tuner\.pkl|\.validate_storage_marker|[a-z_-]+-[0-9_-]+\.(?:json|pkl)|pbt_[0-9a-z_]+\.txt)",

@@ -29,6 +29,19 @@ def begun(folders: Path, target: Path, units: int) -> tuple[PrepareConfig, Path]
     return job, target / ".prepare-train"
 
 
+def test_a_second_start_is_refused_while_the_first_goes_on(folders: Path, undisturbed: Path, tmp_path: Path) -> None:
+    job = config(folders, tmp_path / "set")
+
+    def run(units: Sequence[Unit], title: str) -> Iterator[Done]:
+        with pytest.raises(UserError, match=r"/\.prepare-train is in use by process .* or pass another --target"):
+            prepare(job)
+        return in_process(units, title)
+
+    prepare(job, run)
+    assert files(tmp_path / "set") == files(undisturbed)
+    assert not (tmp_path / "set" / ".prepare-train").exists()
+
+
 def test_a_flipped_byte_in_a_part_is_found(folders: Path, undisturbed: Path, tmp_path: Path) -> None:
     job, work = begun(folders, tmp_path / "set", 5)
     blob = work / "part-00002.blob"
