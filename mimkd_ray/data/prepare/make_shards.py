@@ -43,6 +43,7 @@ from mimkd_ray.json_files import parse
 from mimkd_ray.places import check_lasting
 from mimkd_ray.run_lock import LOCK, held
 
+SETTINGS = "settings.json"
 Unit = PartUnit | ShardUnit
 Runner = Callable[[Sequence[Unit], str], Iterator[Done]]
 """Runs the units, in any order and on any node, and yields the result of each. The text names the stage for
@@ -70,12 +71,16 @@ def prepare(config: PrepareConfig, run: Runner = in_process) -> Manifest:
     if not config.source.endswith(".tar") and not storage.exists(config.source):
         raise UserError(f"--source {config.source} does not exist; give a folder or a URL such as s3://bucket/imagenet")
     origin = open_origin(config)
+    _begun(config, origin, work)  # bad input leaves nothing behind, not even a lock
     with held(work, otherwise="--target"):
         return _finished(config) or _prepare(config, origin, work, run)
 
 
 def _prepare(config: PrepareConfig, origin: Origin, work: str, run: Runner) -> Manifest:
-    settings = _claim(config, origin, work)
+    settings = _begun(config, origin, work)
+    if not settings:
+        settings = _settings(config, origin)
+        storage.write_bytes(storage.join(work, SETTINGS), json.dumps(settings, indent=1).encode())
     indices = _make_parts(config, origin, work, run)
     damaged = [entry for index in indices for entry in index.damaged]
     if not any(index.keys for index in indices):
@@ -113,20 +118,18 @@ def _finished(config: PrepareConfig) -> Manifest | None:
     return manifest
 
 
-def _claim(config: PrepareConfig, origin: Origin, work: str) -> dict[str, Any]:
-    """Begin the split, or resume it if its settings are the same. Returns the settings that it was begun with."""
-    url = storage.join(work, "settings.json")
-    settings = _settings(config, origin)
+def _begun(config: PrepareConfig, origin: Origin, work: str) -> dict[str, Any]:
+    """Return the settings that the split was begun with, {} if it was not. Raises UserError if they differ from these,
+    for other files of the split, and for a disk without room."""
+    url = storage.join(work, SETTINGS)
     begun: dict[str, Any] = {}
     if storage.exists(url):
         begun = parse(storage.read_bytes(url), url, remedy=f"remove {work} and start anew")
-        _compare(config, begun, settings, "was begun with")
+        _compare(config, begun, _settings(config, origin), "was begun with")
     else:
         _refuse_strangers(config)
     _check_space(config, origin, work)
-    if not begun:
-        storage.write_bytes(url, json.dumps(settings, indent=1).encode())
-    return begun or settings
+    return begun
 
 
 def open_origin(config: PrepareConfig) -> Origin:
