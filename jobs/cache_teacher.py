@@ -10,9 +10,7 @@ python jobs/cache_teacher.py gc --cache.root s3://bucket/cache --delete true
 
 import sys
 
-from mimkd_ray.cli.cache_teacher import main
-from mimkd_ray.config import Config
-from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES
+from mimkd_ray.cli.jobs import cache
 
 if __name__ == "__main__":
-    sys.exit(main({"custom": Config, **IMAGENET_RECIPES, **CIFAR_RECIPES}))
+    sys.exit(cache(sys.argv[1:], sys.argv[0]))

@@ -8,7 +8,7 @@ torchrun --nproc-per-node 4 jobs/evaluate.py s3://bucket/runs/RUN
 
 import sys
 
-from mimkd_ray.cli.evaluate import main
+from mimkd_ray.cli.jobs import evaluate
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(evaluate(sys.argv[1:], sys.argv[0]))

@@ -9,7 +9,7 @@ ray job submit --working-dir . -- python jobs/prepare_data.py --source s3://buck
 
 import sys
 
-from mimkd_ray.cli.prepare_data import main
+from mimkd_ray.cli.jobs import prepare
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(prepare(sys.argv[1:], sys.argv[0]))

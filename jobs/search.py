@@ -9,9 +9,7 @@ python jobs/cifar100.py --config runs/SEARCH/best.json
 
 import sys
 
-from mimkd_ray.cli.search import main
-from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES
-from mimkd_ray.search.spaces import SPACES
+from mimkd_ray.cli.jobs import search
 
 if __name__ == "__main__":
-    sys.exit(main({**IMAGENET_RECIPES, **CIFAR_RECIPES}, SPACES))
+    sys.exit(search(sys.argv[1:], sys.argv[0]))

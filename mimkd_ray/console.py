@@ -139,7 +139,7 @@ class Shown:
             self._bars = [tqdm(bar_format=shape, position=0, **first, **options)]
             self._bars.append(tqdm(bar_format="{desc}", desc=status.figures, position=1, **options))
         bar, below = self._bars
-        bar.n, bar.bar_format = status.done, shape
+        bar.n, bar.total, bar.bar_format = status.done, status.total or None, shape
         below.set_description_str(status.figures, refresh=False)
         for each in self._bars:
             each.refresh()
@@ -172,9 +172,11 @@ def current() -> Console:
 
 
 def use(console: Console) -> Console:
-    """Make it the console of this process, and return the one before it."""
+    """Make it the console of this process, which tells what goes on from now, and return the one before it."""
     global _current
     before, _current = _current, console
+    before.status(None)
+    show(None)
     return before
 
 

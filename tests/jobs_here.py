@@ -78,6 +78,25 @@ def kill(pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def listening(root: int) -> set[tuple[str, int]]:
+    """Where a process and all below it listen: ("loopback" or an address as Linux has it, port)."""
+    inodes: dict[str, tuple[str, int]] = {}
+    for table in ("tcp", "tcp6"):
+        for line in (Path("/proc/net") / table).read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            address, _, port = local.partition(":")
+            if state == "0A":  # LISTEN
+                place = "loopback" if address.endswith("0100007F") else address
+                inodes[f"socket:[{rest[5]}]"] = (place, int(port, 16))
+    found = set()
+    for pid in tree(root):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for link in (Path("/proc") / str(pid) / "fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    found.add(inodes.get(os.readlink(link), ("", 0)))
+    return found - {("", 0)}
+
+
 def processes(root: int, title: str) -> list[int]:
     """Processes below ``root`` to which Ray has given a title that begins so."""
     found = []

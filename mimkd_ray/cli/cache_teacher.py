@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mimkd_ray import storage
+from mimkd_ray import console, storage
 from mimkd_ray.cache_build.build_cache import Built, build
 from mimkd_ray.cache_build.build_setup import Runner, Setup, Unit
 from mimkd_ray.cache_build.build_units import in_process
@@ -28,6 +28,7 @@ from mimkd_ray.secret_urls import hide
 from mimkd_ray.teacher_cache import admin
 
 ADMIN = ("ls", "verify", "gc")
+PLANNING = "measuring what the cache costs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,8 @@ def main(
             return look_after(command, arguments, f"{program} {command}")
         config = common.parse(recipes, next(iter(recipes)), arguments, f"{program} [build|plan|{'|'.join(ADMIN)}]")
         if config is not None:
-            make(absolute(config), only_plan=command == "plan")
+            with console.phase("teacher cache", said=False):
+                make(absolute(config), only_plan=command == "plan")
         return 0
 
     return common.guarded(program, work, "the same command goes on from what is finished")
@@ -107,21 +109,22 @@ def look_after(command: str, arguments: Sequence[str], program: str) -> int:
 def make(config: Config, only_plan: bool = False) -> Built | None:
     """Print the plan and build the cache: with Ray, or (launch.backend local) in this process."""
     if config.launch.backend == "local":
-        setup = Setup(config, pick_device(config.launch, 0))
-        print(measured_plan(setup).text(), flush=True)
+        with console.phase(PLANNING):
+            setup = Setup(config, pick_device(config.launch, 0))
+            plan = measured_plan(setup).text()
+        console.line(plan)
         return None if only_plan else finish(setup, in_process(setup))
     environment.prepare(config.launch.address)
     from mimkd_ray.on_ray import cache_actors  # Ray takes seconds to import and reads its environment on import
-    from mimkd_ray.on_ray.nodes.cluster import connect, disconnect
+    from mimkd_ray.on_ray.driver_console import joined
 
-    own = connect(config.launch.address, "--launch.address", log_to_driver=False)
-    try:
-        cluster = cache_actors.Cluster(config, own)
-        print(cluster.plan(), flush=True)
+    folder = "" if only_plan else config.cache.root  # a plan writes nothing
+    with joined(config.launch.address, "--launch.address", folder, config.launch.verbose) as own:
+        with console.phase(PLANNING):
+            cluster = cache_actors.Cluster(config, own)
+            plan = cluster.plan()
+        console.line(plan)
         return None if only_plan else finish(cluster.setup(), cluster.run)
-    finally:
-        if own:
-            disconnect()
 
 
 def finish(setup: Setup, run: Runner) -> Built:
@@ -136,11 +139,10 @@ def finish(setup: Setup, run: Runner) -> Built:
 
     built = build(setup, shown)
     damaged = f"without features: {count(built.damaged, 'damaged image')}" if built.damaged else "no damaged images"
-    print(
+    console.line(
         f"{setup.config.cache.root}: {count(built.rows, 'image')} x {count(built.views, 'view')}, "
         f"{built.bytes / 1e6:,.1f} MB; {damaged}\n"
-        + "\n".join(f"  {label}: {key}" for label, key in built.keys.items()),
-        flush=True,
+        + "\n".join(f"  {label}: {key}" for label, key in built.keys.items())
     )
     return built
 
@@ -149,7 +151,7 @@ class Images(Progress):
     """Progress in images, with the megabytes written."""
 
     def __init__(self, title: str, units: Sequence[Unit]) -> None:
-        super().__init__(title, sum(unit.rows for unit in units))
+        super().__init__(title, sum(unit.rows for unit in units), "images", 1)
         self.written = 0
 
     def count(self, done: Done) -> None:

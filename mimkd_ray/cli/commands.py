@@ -7,8 +7,8 @@ COMMANDS = {
     "cache": ("mimkd_ray.cli.jobs:cache", "store a teacher's features once, for many runs"),
     "search": ("mimkd_ray.cli.jobs:search", "search for the best critic, layers and weights"),
     "prepare": ("mimkd_ray.cli.jobs:prepare", "make a prepared data set of class folders, Parquet or archives"),
-    "evaluate": ("mimkd_ray.cli.evaluate:main", "measure a student, a teacher or any network on a data set"),
-    "export": ("mimkd_ray.cli.export:main", "write a student as ONNX, .pt2, int8 and a model of the Hugging Face hub"),
+    "evaluate": ("mimkd_ray.cli.jobs:evaluate", "measure a student, a teacher or any network on a data set"),
+    "export": ("mimkd_ray.cli.jobs:export", "write a student as ONNX, .pt2, int8 and a model of the Hugging Face hub"),
     "report": ("mimkd_ray.cli.report:main", "write report.html of a run, or of several side by side"),
     "runs": (
         "mimkd_ray.cli.runs:main",

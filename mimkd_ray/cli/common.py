@@ -123,7 +123,7 @@ def fail(text: str, status: int) -> int:
 
 def parse(recipes: Mapping[str, Callable[[], C]], default: str, argv: Sequence[str], program: str) -> C | None:
     """Return the config of a command line; None if it only requested a printout."""
-    arguments = [part for word in argv for part in (("--launch.verbose", "true") if word == "--verbose" else (word,))]
+    arguments = list(argv)
     name = default
     if arguments and not arguments[0].startswith("-"):
         name = arguments.pop(0)
@@ -195,6 +195,12 @@ def from_flags(kind: type[T], arguments: Sequence[str], **options: Any) -> T | N
     """
     import tyro
 
+    arguments = list(arguments)
+    if "--verbose" in arguments:
+        at = arguments.index("--verbose")
+        value = [word for word in arguments[at + 1 : at + 2] if word in ("true", "false")]
+        name = "--verbose" if hasattr(kind, "verbose") else "--launch.verbose"
+        arguments[at : at + 1 + len(value)] = [name, *(value or ["true"])]
     # Without credentials: tyro shows the arguments that it does not understand.
     # tyro spells truth values True and False; users type true and false.
     arguments = [{"true": "True", "false": "False"}.get(argument, _hidden(argument)) for argument in arguments]

@@ -5,12 +5,13 @@ Exit status: 0 done, 1 failed, 2 bad input, 3 stopped (SIGTERM), 130 interrupted
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mimkd_ray import storage
+from mimkd_ray import console, storage
 from mimkd_ray.cli import common
 from mimkd_ray.cli.local_launch import local_context
 from mimkd_ray.cli.training import absolute
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
         )
         job = common.from_flags(EvaluateJob, arguments, prog=program, description=head, default=evaluate_job(base))
         if job is not None:
-            evaluate(absolute(job), run_dir, base if run_dir else None)
+            with console.phase("evaluation", said=False):
+                evaluate(absolute(job), run_dir, base if run_dir else None)
         return 0
 
     return common.guarded(program, work, "nothing was written")
@@ -78,6 +80,8 @@ def config_of_run(run_dir: str) -> Config:
 def evaluate(job: EvaluateJob, run_dir: str = "", trained_on: Config | None = None) -> dict[str, Any]:
     """Evaluate, print the table, write the files, and return the figures."""
     out = storage.absolute(job.eval.out or run_dir or ".")
+    if os.environ.get("RANK", "0") != "0":
+        console.use(console.Nobody())  # torchrun's other processes
     if job.launch.backend == "ray":
         from mimkd_ray.on_ray.evaluate_workers import evaluate_on_ray  # Ray takes seconds to import
 
@@ -93,9 +97,9 @@ def evaluate(job: EvaluateJob, run_dir: str = "", trained_on: Config | None = No
 
 
 def _tell(figures: Mapping[str, Any], out: str, run_dir: str) -> None:
-    print(f"{table(figures)}\n{storage.join(out, FIGURES)}\n{storage.join(out, PREDICTIONS)}", flush=True)
+    console.line(f"{table(figures)}\n{storage.join(out, FIGURES)}\n{storage.join(out, PREDICTIONS)}")
     if run_dir and out == run_dir and (page := try_to_write_report(run_dir)):
-        print(page, flush=True)
+        console.line(page)
 
 
 def table(figures: Mapping[str, Any]) -> str:

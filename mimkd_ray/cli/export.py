@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mimkd_ray import storage
+from mimkd_ray import console, storage
 from mimkd_ray.cli import common
 from mimkd_ray.config import DataConfig, ExportConfig
 from mimkd_ray.errors import UserError, count
@@ -39,7 +39,8 @@ def main(argv: Sequence[str], program: str) -> int:
 def export(config: ExportConfig, run: RunFacts | None, program: str) -> int:
     """Export, print the table and what failed; return the exit status."""
     config = _whole(config, run)
-    report = export_student(config, run)
+    with console.phase(f"exporting {config.network}: reading it and its images"):
+        report = export_student(config, run)
     print("\n".join(_table(report)))
     for line in report["warnings"]:
         common.fail(f"{program}: {line}", 0)

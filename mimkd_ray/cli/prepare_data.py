@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
+from mimkd_ray import console, storage
 from mimkd_ray.cli import common
 from mimkd_ray.config import PrepareConfig
 from mimkd_ray.data.prepare.make_shards import Unit, prepare
@@ -30,6 +32,8 @@ class PrepareJob(PrepareConfig):
     """Units at the same time, each of which takes a CPU and 1 to 2 GB of memory; 0 = one per CPU of the cluster."""
     wait_minutes: float = 0.0
     """Minutes for which to wait for a CPU of the cluster, while other jobs hold all of them."""
+    verbose: bool = False
+    """Show what Ray and its workers print themselves, which else goes to ray.log in the target."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,22 +63,18 @@ def prepare_with_ray(job: PrepareJob) -> Manifest:
     def run(units: Sequence[Unit], title: str) -> Iterator[Done]:
         environment.prepare(job.address)
         from mimkd_ray.on_ray import data_units  # Ray takes seconds to import and reads its environment on import
-        from mimkd_ray.on_ray.nodes.cluster import connect
+        from mimkd_ray.on_ray.driver_console import joined
         from mimkd_ray.on_ray.nodes.placement import wait_for_room
 
         if not own:
-            own.append(connect(job.address, "--address", log_to_driver=False))
+            target = storage.absolute(job.target)
+            own.append(connected.enter_context(joined(job.address, "--address", target, job.verbose)))
         if not own[0]:
             wait_for_room(1, 1, 0, 60 * job.wait_minutes, "unit", patience="--wait-minutes")
         return data_units.run_units(units, title, job.workers)
 
-    try:
+    with ExitStack() as connected, console.phase(f"split '{job.split}' of {job.source}: looking what is there"):
         return prepare(job, run)
-    finally:
-        if own == [True]:
-            from mimkd_ray.on_ray.nodes.cluster import disconnect
-
-            disconnect()
 
 
 def summary(manifest: Manifest, target: str) -> str:

@@ -100,18 +100,18 @@ def run(job: SearchJob, folder: str, configs: TrialConfigs) -> None:
     if Clock(folder).finished == finals.name and not (job.search.hours or job.search.gpu_hours):
         return
     environment.prepare(job.launch.address)
-    from mimkd_ray.on_ray.nodes.cluster import connect, disconnect
+    from mimkd_ray.on_ray.driver_console import joined
     from mimkd_ray.on_ray.nodes.node_capacity import Capacity
     from mimkd_ray.on_ray.search import tune_search  # Ray takes seconds to import and reads its environment on import
 
-    own = connect(job.launch.address, "--launch.address", log_to_driver=False)
-    try:
+    with joined(job.launch.address, "--launch.address", folder, job.launch.verbose) as own:
         shape = tune_search.shape_of(job, Capacity.of_cluster())
         console.line(shape.text())
         if not own:
             tune_search.wait_for_others(job, shape)
         with tune_search.while_nodes_last(job, shape, own):
-            tune_search.prepare_on_ray(configs.widest(), folder, shape)
+            with console.phase("preparing what all trials share"):
+                tune_search.prepare_on_ray(configs.widest(), folder, shape)
             tune_search.run_trials(job, folder, configs, shape, own)
             table = Table(folder, job.search.metric)
             finals = Finals(job, table)
@@ -121,6 +121,3 @@ def run(job: SearchJob, folder: str, configs: TrialConfigs) -> None:
                 chosen = finals.publish(job, folder, tune_search.run_finals(finals, folder, shape))
                 write_report(job, configs.base, table, Clock(folder).hours, chosen)
             Clock(folder).save(finals.name)
-    finally:
-        if own:
-            disconnect()

@@ -18,11 +18,9 @@ from mimkd_ray.data.sources.source import Source, SubsetSource
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.evaluation.networks import Network, normalizer
 from mimkd_ray.train.distributed import Context, is_distributed
-from mimkd_ray.train.records.metrics import say
+from mimkd_ray.train.held_out.evaluate import told_batches
 
 logger = logging.getLogger(__name__)
-
-PROGRESS_ROWS = 2000
 
 
 @dataclass
@@ -71,7 +69,8 @@ def collect(
         source, config.data, config.train.eval_batch or config.train.lane_batch, context.rank, context.world_size
     )
     parts = _Parts(logits=[[] for _ in networks], taps=[[] for _ in networks])
-    seen, told = 0, 0
+    if title:
+        batches = told_batches(batches, source, context.world_size, title, said=True)
     for batch in to_device(batches, context.device):
         parts.damaged += batch.damaged
         if not len(batch):
@@ -84,10 +83,6 @@ def collect(
             parts.taps[number].append({name: vector.cpu() for name, vector in vectors.items()})
         parts.ids.append(batch.ids_B.cpu().clone())
         parts.labels.append(batch.labels_B.cpu().clone())
-        seen += len(batch)
-        if title and seen - told >= PROGRESS_ROWS and context.rank == 0:
-            told = seen
-            say(context, f"{title}: {seen * context.world_size:,} of {source.num_rows:,} images")
     whole = _gathered(parts)
     for image in parts.damaged if title else ():  # later passes meet the same
         logger.warning("damaged image left out: %s", image)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimkd_ray import storage
+from mimkd_ray import console, storage
 from mimkd_ray.config import Config
 from mimkd_ray.config.jobs.evaluate import EvaluateJob
 from mimkd_ray.data.sources.data_set import Data, open_data
@@ -55,8 +55,9 @@ def measure(job: EvaluateJob, context: Context, run_dir: str = "", trained_on: C
 
     `run_dir`: the run whose networks are taken; `trained_on`: its config, if `job` names other data. Raises UserError.
     """
-    data = open_data(job.data, for_training=False)
-    subject = subject_of(job, run_dir, trained_on or job, data, context.device)
+    with console.phase("opening data and networks"):
+        data = open_data(job.data, for_training=False)
+        subject = subject_of(job, run_dir, trained_on or job, data, context.device)
     both = [subject.network, *([subject.teacher] if subject.teacher else [])]
     restricted = None if len(subject.labels) == data.num_classes else subject.labels
     source = few(data.val, job.eval.rows, restricted)

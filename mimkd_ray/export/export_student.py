@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mimkd_ray import local_files, storage
+from mimkd_ray import console, local_files, storage
 from mimkd_ray.config import ExportConfig
 from mimkd_ray.data.loading.cpu_quota import usable_cores
 from mimkd_ray.data.sources.data_set import open_data
@@ -91,7 +91,8 @@ class Export:
         """Do the work for one format, which writes these files. What goes wrong is noted, none of the files stays, and
         the other formats go on."""
         try:
-            work()
+            with console.phase(f"writing and comparing {name}"):
+                work()
             return
         except NotWrittenError as error:
             self.failed[name] = str(error)

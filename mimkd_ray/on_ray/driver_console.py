@@ -20,9 +20,11 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mimkd_ray import console, local_files, storage
+from mimkd_ray.on_ray.nodes.cluster import connect, disconnect
+from mimkd_ray.on_ray.nodes.environment import cluster_address
 
 LOG = "ray.log"
-"""File in the run directory with what Ray and its workers print."""
+"""File in the directory that a job writes with what Ray and its workers print."""
 
 POLL_SECONDS = 0.5
 
@@ -60,7 +62,7 @@ class ToDriver:
 
 
 class _Warnings(logging.Handler):
-    """Sends the package's warnings to the driver: a worker's standard error is a file."""
+    """Hands the package's warnings to the console: standard error is a file."""
 
     def emit(self, record: logging.LogRecord) -> None:
         console.line(self.format(record))
@@ -103,15 +105,31 @@ def heard() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def ray_in_file(run_dir: str, verbose: bool) -> Iterator[None]:
+def joined(address: str, flag: str, folder: str, verbose: bool, **options: Any) -> Iterator[bool]:
+    """A with-block that is connected to Ray (see :func:`connect`), whose lines go to a file in ``folder``. Yields
+    whether it was started here; then it ends with the block."""
+    with ray_in_file(folder, verbose):
+        with console.phase("joining the Ray cluster" if cluster_address(address) else "starting Ray"):
+            own = connect(address, flag, **options)
+        try:
+            yield own
+        finally:
+            if own:
+                with console.phase("ending Ray", said=False):
+                    disconnect()
+
+
+@contextlib.contextmanager
+def ray_in_file(folder_url: str, verbose: bool) -> Iterator[None]:
     """A with-block in which all that this process prints, Ray's C++ threads and forwarded lines of workers too, goes to
-    ray.log in the run directory; only the console still reaches people. ``verbose``: nothing of this."""
+    ray.log in the folder, or nowhere without one; only the console still reaches people. ``verbose``: nothing of
+    this."""
     if verbose:
         yield
         return
-    remote = storage.is_remote(run_dir)
+    remote = storage.is_remote(folder_url)
     with local_files.scratch("log") as scratch:
-        folder = Path(scratch) if remote else storage.local_path(run_dir)
+        folder = Path(scratch) if remote or not folder_url else storage.local_path(folder_url)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / LOG
         with contextlib.ExitStack() as stack:
@@ -120,6 +138,9 @@ def ray_in_file(run_dir: str, verbose: bool) -> Iterator[None]:
                 stream.flush()
             shown = console.Shown(_copy(sys.stdout, stack), _copy(sys.stderr, stack))
             stack.callback(console.use, console.use(shown))
+            own, warnings = logging.getLogger("mimkd_ray"), _Warnings(logging.WARNING)
+            own.addHandler(warnings)
+            stack.callback(own.removeHandler, warnings)
             for number in (1, 2):
                 saved = os.dup(number)
                 stack.callback(os.close, saved)
@@ -129,7 +150,7 @@ def ray_in_file(run_dir: str, verbose: bool) -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stderr(log))
             yield
         if remote:
-            storage.upload(str(path), storage.join(run_dir, LOG))
+            storage.upload(str(path), storage.join(folder_url, LOG))
 
 
 def _copy(stream: Any, stack: contextlib.ExitStack) -> Any:

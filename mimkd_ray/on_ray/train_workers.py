@@ -13,8 +13,6 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import ray
-import ray.train
 from ray.train import FailureConfig, RunConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -26,8 +24,6 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_if_sound, read_json
 from mimkd_ray.local_files import scratch_folder
 from mimkd_ray.on_ray import driver_console
-from mimkd_ray.on_ray.nodes.cluster import connect
-from mimkd_ray.on_ray.nodes.environment import cluster_address
 from mimkd_ray.on_ray.nodes.placement import OWN_MINUTES, LossWatch, fewest, scaling
 from mimkd_ray.on_ray.worker_context import ERRORS, STOP, context_of
 from mimkd_ray.secret_urls import Carried
@@ -136,19 +132,12 @@ def run_ray(config: Config, run_dir: str, times: StartTimes) -> dict[str, Any]:
 
 @contextmanager
 def joined(config: Config, run_dir: str, times: StartTimes) -> Iterator[bool]:
-    """A with-block that is connected to Ray, whose lines go to a file in ``run_dir``. Yields whether it was started
-    here; then it ends with the block."""
-    with driver_console.ray_in_file(run_dir, config.launch.verbose):
-        with console.phase("joining the Ray cluster" if cluster_address(config.launch.address) else "starting Ray"):
-            own = connect(config.launch.address, "--launch.address", state_api=True, ignore_reinit_error=True)
+    """A with-block in which Ray Train starts workers. Yields whether Ray was started here."""
+    launch, options = config.launch, {"state_api": True, "ignore_reinit_error": True}
+    with driver_console.joined(launch.address, "--launch.address", run_dir, launch.verbose, **options) as own:
         times.mark("connected")
-        try:
-            with console.phase("starting workers"):
-                yield own
-        finally:
-            if own:
-                with console.phase("ending Ray", said=False):
-                    ray.shutdown()
+        with console.phase("starting workers"):
+            yield own
 
 
 def fit_workers(config: Config, run_dir: str, own: bool, times: StartTimes | None = None) -> dict[str, Any]:

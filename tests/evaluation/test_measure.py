@@ -65,7 +65,10 @@ def test_a_run(finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixt
     same = [mine == its for mine, its in zip(table["prediction"], table["teacher_prediction"], strict=True)]
     assert 100 * sum(same) / len(same) == pytest.approx(figures["teacher"]["agreement"])
     assert table["label"] == [str(label) for label in open_data(tiny_config().data).val.labels()]
-    assert f"top-1 {figures['top1']:.2f} %" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    phases = ["loading PyTorch", "opening data and networks", "evaluating", "features of training images"]
+    assert [line for line in said if line in phases] == phases
+    assert any(line.startswith(f"  top-1 {figures['top1']:.2f} %") for line in said)
 
 
 def test_the_teacher_and_the_best_and_a_part(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -46,9 +46,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(run: Path) -> Path:
     """The formats of the run's student that are made by default; what was said is beside them."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()) as told:
         assert main(["export", str(run), *QUICK]) == 0
     (run / "said.txt").write_text(said.getvalue())
+    (run / "told.txt").write_text(told.getvalue())
     return run / "export"
 
 
@@ -183,6 +184,12 @@ def _multiply_adds(model: nn.Module, side: int) -> int:
     with torch.no_grad():
         model.eval()(torch.zeros(1, 3, side, side))
     return sum(counts)
+
+
+def test_every_phase_says_that_it_begins(run: Path, exported: Path) -> None:
+    first = ["loading PyTorch", "exporting cifar/resnet8_w4: reading it and its images"]
+    steps = [f"writing and comparing {name}" for name in ("model folder", "onnx", "pt2", "int8", "int8 by onnxruntime")]
+    assert (run / "told.txt").read_text().splitlines()[: 2 + len(steps)] == [*first, *steps]
 
 
 def test_int8_that_gains_little_is_said(run: Path, exported: Path) -> None:

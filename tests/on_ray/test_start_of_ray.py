@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -11,13 +12,19 @@ from typing import Any
 import pytest
 import ray
 
+from mimkd_ray import console
 from mimkd_ray.by_name import LOOK_IN, named_function
-from mimkd_ray.cli import training
+from mimkd_ray.cli import cache_teacher, search, training
+from mimkd_ray.cli.common import from_flags
+from mimkd_ray.cli.prepare_data import PrepareJob, prepare_with_ray
 from mimkd_ray.cli.training import run_directory
-from mimkd_ray.config import CacheConfig, Config, DataConfig, PrepareConfig, RunConfig
+from mimkd_ray.config import CacheConfig, Config, DataConfig, LaunchConfig, PrepareConfig, RunConfig
+from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.data.prepare.make_shards import prepare
 from mimkd_ray.errors import UserError
+from mimkd_ray.on_ray import driver_console
 from mimkd_ray.on_ray.nodes import cluster, environment
+from mimkd_ray.search.configs import TrialConfigs
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +92,61 @@ def test_a_start_that_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     failures = 2
     with pytest.raises(UserError, match=r"did not start in two tries .*--launch\.backend local"):
         cluster.connect("", "--launch.address")
+
+
+def test_rays_lines_go_to_a_file_where_the_job_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[str, bool]] = []
+    source = tmp_path / "source"
+    (source / "train" / "a").mkdir(parents=True)
+    (source / "train" / "a" / "1.jpg").write_bytes(b"x")
+
+    def joined(address: str, flag: str, folder: str, verbose: bool) -> None:
+        asked.append((folder, verbose))
+        raise UserError("so far")
+
+    monkeypatch.setattr(driver_console, "joined", joined)
+    for verbose in (False, True):
+        launch = LaunchConfig(verbose=verbose)
+        config = Config(cache=CacheConfig(root="/caches"), data=DataConfig(views=1), launch=launch)
+        job = PrepareJob(source=str(source), target=str(tmp_path / "set"), verbose=verbose)
+        for work in (
+            lambda config=config: cache_teacher.make(config, only_plan=True),
+            lambda config=config: cache_teacher.make(config),
+            lambda config=config: search.run(search_job(config), "/runs/s", TrialConfigs(config, [])),
+            lambda job=job: prepare_with_ray(job),
+        ):
+            with pytest.raises(UserError, match="so far"):
+                work()
+    folders = ["", "/caches", "/runs/s", str(tmp_path / "set")]
+    assert asked == [(folder, verbose) for verbose in (False, True) for folder in folders]
+
+
+def test_verbose_is_a_flag_of_every_job() -> None:
+    prepare_flags = ["--source", "x", "--target", "y"]
+    for flags, verbose in ((["--verbose"], True), (["--verbose", "true"], True), (["--verbose", "false"], False)):
+        job = from_flags(PrepareJob, [*flags, *prepare_flags])
+        assert job is not None
+        assert job.verbose is verbose
+        config = from_flags(Config, [*flags, "--launch.backend", "local"])
+        assert config is not None
+        assert (config.launch.verbose, config.launch.backend) == (verbose, "local")
+
+
+def test_rays_lines_are_in_the_file_and_ours_are_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    began: list[str] = []
+    with console.phase("before", said=False):
+        with driver_console.ray_in_file(str(tmp_path), verbose=False):
+            os.write(2, b"core_worker\n")
+            print("a report")
+            console.line("ours")
+            logging.getLogger("mimkd_ray.x").warning("a warning")
+        began = (tmp_path / "ray.log").read_text().splitlines()
+        with driver_console.ray_in_file(str(tmp_path), verbose=True):
+            print("shown")
+        with driver_console.ray_in_file("", verbose=False):
+            print("nowhere")
+    assert sorted(began) == ["a report", "core_worker"]
+    assert capfd.readouterr() == ("ours\na warning\nshown\n", "")
 
 
 def test_results_do_not_go_into_ray_s_package_folder() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs_here import ENVIRONMENT, JOB, Job, read_lines, result, run, run_and_kill, small, weights
+from jobs_here import ENVIRONMENT, JOB, Job, listening, read_lines, result, run, run_and_kill, small, weights
 from jobs_here import torchrun as torchrun_here
 from safetensors.torch import load_file
 
@@ -68,29 +68,34 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "small"
 
 
-def on_terminal(command: list[str], columns: int) -> tuple[int, str]:
-    """Run a command on a terminal of its own, and return its status and what it wrote."""
+def on_terminal(command: list[str], columns: int) -> tuple[int, str, set[tuple[str, int]]]:
+    """Run a command on a terminal of its own; return its status, what it wrote, and where it listened meanwhile."""
     child, terminal = pty.fork()
     if child == 0:
         os.execvpe(command[0], command, ENVIRONMENT)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    written = b""
+    written, listened = b"", set[tuple[str, int]]()
     try:
         while part := os.read(terminal, 65536):
             written += part
+            if b"held-out top-1" in part:
+                listened |= listening(child)
     except OSError:  # it has ended
         pass
     os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.decode(errors="replace")
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.decode(errors="replace"), listened
 
 
 @pytest.fixture(scope="module")
 def on_ray(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The undisturbed run on two workers of a Ray of its own, and what it wrote on a terminal."""
     root = tmp_path_factory.mktemp("ray")
-    status, said = on_terminal(command(root, "--launch.workers", "2"), 140)
+    status, said, listened = on_terminal(command(root, "--launch.workers", "2"), 140)
     assert status == 0, said
     assert "student cifar/resnet8_w4" in said
+    assert len({port for place, port in listened if place == "loopback"}) > 5
+    elsewhere = {port for place, port in listened if place != "loopback"}
+    assert len(elsewhere) <= 1, "torch's store, by which the workers find each other, has no choice"
     return root / "small", said
 
 

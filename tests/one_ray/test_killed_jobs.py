@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jobs_here import ROOT, Job, kill, processes, run_and_kill
+from jobs_here import ROOT, Job, kill, listening, processes, run_and_kill
 from PIL import Image
 from tiny_cache import files
 
@@ -63,6 +63,7 @@ def test_killed_builders_and_a_killed_job(joined: str, tmp_path: Path, capsys: p
     killed.wait_until(lambda: records() >= 8)
     victims = builders()
     assert victims
+    assert {address for address, _ in listening(killed.process.pid)} == {"loopback"}
     kill(victims)
     killed.wait_until(lambda: records() >= 40)
     assert set(builders()).isdisjoint(victims), "another builder went on"
@@ -84,6 +85,7 @@ def test_killed_builders_and_a_killed_job(joined: str, tmp_path: Path, capsys: p
     build(setup, in_process(setup))
     torch.set_num_threads(threads)
     # A kill may leave a temporary file of a writer behind.
+    (root / "ray.log").unlink()
     clean_up = ["gc", "--cache.root", str(root), "--hours", "0", "--delete", "true"]
     assert cache_teacher.main(RECIPES, clean_up) == 0
     assert files(root) == files(tmp_path / "whole")
@@ -108,12 +110,14 @@ def test_a_killed_preparation_goes_on_and_ends_as_an_undisturbed_one(
     capsys.readouterr()
     assert prepare_data.main(flags) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"checking images ({25 - len(parts)} of 25 parts to do)"
+    assert said[0] == f"split 'train' of {source}: looking what is there"
+    assert said[1:3] == ["starting Ray", f"checking images ({25 - len(parts)} of 25 parts to do)"]
     assert "writing shards (13 of 13 to do)" in said
     assert re.fullmatch(r"  399 images, 100 %, [\d,]+ images/s, 0 s left", said[-3])
     assert "399 images of 2 classes" in said[-2]
     assert said[-1] == f"1 damaged image left out (see train.damaged.json); digest {manifest.digest}"
+    (target / "ray.log").unlink()
     assert files(target) == files(expected)
     assert prepare_data.main(flags) == 0
-    assert capsys.readouterr().out.splitlines() == said[-2:], "a finished set only prints its summary"
+    assert capsys.readouterr().out.splitlines() == [said[0], *said[-2:]], "a finished set only prints its summary"
     assert files(target) == files(expected)

@@ -1,46 +1,34 @@
-"""Progress of units of work: a bar on a terminal, lines elsewhere."""
+"""Progress of units of work, on the console."""
 
 from __future__ import annotations
 
-import sys
 import time
 from contextlib import ExitStack
-
-from tqdm import tqdm
 
 from mimkd_ray import console
 from mimkd_ray.data.prepare.work_units import Done
 
-LINE_SECONDS = 10.0
-"""Seconds between two lines of progress without a terminal."""
-
 
 class Progress:
-    """A progress bar on a terminal, otherwise a line every ten seconds; measured in bytes, because images differ in
-    size.
+    """A phase of the console, measured in bytes, because images differ in size: shown as ``unit`` of so many.
 
     Speed is measured from the end of the first unit, because Ray starts its processes before that.
     """
 
-    def __init__(self, title: str, total_bytes: int) -> None:
-        self.title, self.total_bytes = title, max(total_bytes, 1)
+    def __init__(self, title: str, total_bytes: int, unit: str = "MB", size: int = 10**6) -> None:
+        self.title, self.total_bytes, self.unit, self.size = title, max(total_bytes, 1), unit, size
         self.rows = self.bytes = 0
         self.shown = time.monotonic()
         self.first: tuple[float, int, int] | None = None  # time at which the first unit ended, its rows and bytes
-        shows = sys.stderr.isatty()
-        self.bar = tqdm(total=self.total_bytes, desc=title, bar_format="{desc} |{bar}|") if shows else None
         self._told = ExitStack()
 
     def __enter__(self) -> Progress:
-        if self.bar is None:
-            self._told.enter_context(console.phase(self.title))
+        self._told.enter_context(console.phase(self.title))
         return self
 
     def __exit__(self, *error: object) -> None:
         self._told.close()
-        if self.bar is not None:
-            self.bar.close()
-        elif error[0] is None:
+        if error[0] is None:
             console.line(f"  {self.text(time.monotonic())}")
 
     def add(self, done: Done) -> None:
@@ -49,12 +37,10 @@ class Progress:
         now = time.monotonic()
         if self.first is None:
             self.first = now, done.rows, done.bytes
-        if self.bar is not None:
-            self.bar.set_description_str(f"{self.title}: {self.text(now)}", refresh=False)
-            self.bar.update(done.bytes)
-        elif now - self.shown >= LINE_SECONDS:
+        if now - self.shown >= console.current().every:
             self.shown = now
-            console.line(f"  {self.text(now)}")
+            amount = (self.bytes // self.size, self.total_bytes // self.size, self.unit)
+            console.show(console.Status(self.title, *amount, figures=self.text(now)))
 
     def text(self, now: float) -> str:
         """Return "12,000 images, 43 %, 850 images/s, 2 min left"; the speed once two units have ended."""

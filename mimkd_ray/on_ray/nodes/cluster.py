@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from mimkd_ray import console
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray.nodes.environment import cluster_address
 
@@ -49,7 +50,7 @@ def _start(**options: Any) -> None:
     except Exception as error:  # Ray raises plain ones for what did not come up in time
         first = error
     ray.shutdown()
-    print(f"Ray did not start ({_line(first)}): trying once more, for up to {PATIENCE_S} s", flush=True)
+    console.line(f"Ray did not start ({_line(first)}): trying once more, for up to {PATIENCE_S} s")
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(PATIENCE_S))
     try:
         ray.init(address="local", **options)

@@ -14,7 +14,10 @@ EMBEDDED = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",  # nobody collects those of a Ray that ends with its run
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away with a notice to Ray
-    "RAY_enable_metrics_collection": "0",  # else they are served on every interface, without a token
+    "RAY_enable_metrics_collection": "0",  # nobody collects those either
+    # Without clusters, as Ray has it on Windows, its node is 127.0.0.1, and all its servers listen there alone.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
     "RAY_worker_niceness": "0",  # the default of 15 would let other programs on a busy machine starve the training
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Ray Train sets it for its controller
 }
@@ -55,9 +58,8 @@ def cluster_address(configured: str) -> str:
 def prepare(configured: str) -> None:
     """Set the environment for Ray, except variables that the user has set. Call before Ray is imported.
 
-    Ray listens on every interface and runs any code that is sent to it, so a Ray started by this process requires a
-    token that only this process and its children know. (If Ray was already imported, its mode is fixed and not
-    changed.)
+    Ray runs any code that is sent to it, so a Ray started by this process listens on 127.0.0.1, and requires a token
+    that only this process and its children know. (If Ray was already imported, both are fixed and not changed.)
     """
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # workers' lines would be shown twice
     if not sys.stdout.isatty():
