@@ -189,7 +189,8 @@ def _multiply_adds(model: nn.Module, side: int) -> int:
 def test_every_phase_says_that_it_begins(run: Path, exported: Path) -> None:
     first = ["loading PyTorch", "exporting cifar/resnet8_w4: reading it and its images"]
     steps = [f"writing and comparing {name}" for name in ("model folder", "onnx", "pt2", "int8", "int8 by onnxruntime")]
-    assert (run / "told.txt").read_text().splitlines()[: 2 + len(steps)] == [*first, *steps]
+    told = (run / "told.txt").read_text().splitlines()
+    assert [line for line in told if line in {*first, *steps}] == [*first, *steps]
 
 
 def test_int8_that_gains_little_is_said(run: Path, exported: Path) -> None:
