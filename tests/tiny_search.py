@@ -37,9 +37,9 @@ def figures(epoch: int, top1: float, nats: float = 1.0) -> dict[str, Any]:
     return {"epoch": epoch, "step": 3 * epoch, "top1": top1, "top5": 90.0, "cross_entropy": 1.0, "a/nats": nats}
 
 
-def width(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+def width(trial: Suggest, config: Config, pairs: Candidates) -> Config:
     """A space of a test's own."""
-    own = suggest.choice("width", (8, 16))
+    own = trial.suggest_categorical("width", (8, 16))
     return replace(config, loss=replace(config.loss, critic=replace(config.loss.critic, width=own)))
 
 
@@ -55,9 +55,9 @@ def wild(config: Config) -> Config:
     return replace(config, optim=replace(config.optim, lr=1000.0, weight_decay=1000.0))
 
 
-def unlucky(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+def unlucky(trial: Suggest, config: Config, pairs: Candidates) -> Config:
     """Some trials cannot be trained: one asks for more memory than there is, one has a loss that explodes."""
-    fate = suggest.choice("fate", ("fine", "huge", "wild"))
+    fate = trial.suggest_categorical("fate", ("fine", "huge", "wild"))
     if fate == "huge":
         return replace(config, student=replace(config.student, name="tiny_search:giant"))
     if fate == "wild":
@@ -65,14 +65,14 @@ def unlucky(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
     return config
 
 
-def slow_second(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+def slow_second(trial: Suggest, config: Config, pairs: Candidates) -> Config:
     """Three trials of a grid, of which the second learns nothing."""
-    return replace(config, optim=replace(config.optim, lr=suggest.choice("lr", (0.05, 1e-9, 0.02))))
+    return replace(config, optim=replace(config.optim, lr=trial.suggest_categorical("lr", (0.05, 1e-9, 0.02))))
 
 
-def steady(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+def steady(trial: Suggest, config: Config, pairs: Candidates) -> Config:
     """A number that a population moves."""
-    return replace(config, optim=replace(config.optim, lr=suggest.number("lr", 1e-3, 0.1, log=True)))
+    return replace(config, optim=replace(config.optim, lr=trial.suggest_float("lr", 1e-3, 0.1, log=True)))
 
 
 def own_searcher(search: SearchConfig) -> Any:
@@ -80,6 +80,6 @@ def own_searcher(search: SearchConfig) -> Any:
     return f"mine {search.trials}"
 
 
-def odd(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
+def odd(trial: Suggest, config: Config, pairs: Candidates) -> Config:
     """Another space of a user's own."""
-    return replace(config, loss=replace(config.loss, kd_weight=suggest.number("kd_weight", 0.1, 1.0)))
+    return replace(config, loss=replace(config.loss, kd_weight=trial.suggest_float("kd_weight", 0.1, 1.0)))

@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import reduce
+from operator import getitem
 from typing import Any, NamedTuple
 
 from mimkd_ray import storage
@@ -74,15 +76,12 @@ class FieldConfigs:
         """Return the base with these fields changed. Raises UserError for a name that is no field."""
         flat = dict(dotted(params))
         value = to_dict(self.base)
+        known = dict(dotted(value))
         for name, item in flat.items():
-            at, keys = value, name.split(".")
-            for key in keys:
-                if not isinstance(at, dict) or key not in at:
-                    known = at if isinstance(at, dict) else {}
-                    raise UserError(f"hyperparameter {name!r} is no field of a config{nearest(key, known)}")
-                if key != keys[-1]:
-                    at = at[key]
-            at[keys[-1]] = item
+            if name not in known:
+                raise UserError(f"hyperparameter {name!r} is no field of a config{nearest(name, known)}")
+            *sections, last = name.split(".")
+            reduce(getitem, sections, value)[last] = item
         return Made(from_dict(Config, value), flat)
 
 

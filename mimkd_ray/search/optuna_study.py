@@ -6,10 +6,10 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FixedTrial, TrialState, create_trial
 
 from mimkd_ray.config import SearchConfig
 from mimkd_ray.search.configs import TrialConfigs
@@ -17,36 +17,29 @@ from mimkd_ray.search.suggest import grid, grid_values
 from mimkd_ray.search.trials import Trial, Value, direction
 from mimkd_ray.seeds import derive
 
-V = TypeVar("V", bound=Value)
-
-STATES = {"completed": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
+STATES = {"completed": TrialState.COMPLETE, "stopped": TrialState.PRUNED}
 
 
-class _Ask:
-    """A `Suggest` that takes a space's values from an Optuna trial."""
+class _Points:
+    """An Optuna trial in which numbers are choices of so many values, as a grid's are."""
 
     def __init__(self, trial: Any, points: int) -> None:
-        self.trial, self.points = trial, points
+        self.points, self.suggest_categorical = points, trial.suggest_categorical
 
-    def number(self, name: str, low: float, high: float, log: bool = False) -> float:
-        if self.points:
-            return self.choice(name, grid_values(low, high, self.points, log))
-        return self.trial.suggest_float(name, low, high, log=log)
-
-    def choice(self, name: str, options: Sequence[V]) -> V:
-        return self.trial.suggest_categorical(name, list(options))
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return self.suggest_categorical(name, grid_values(low, high, self.points, log))
 
 
 class DefineByRun:
     """Search spaces as the define-by-run function that Ray Tune's OptunaSearch takes. It can be pickled."""
 
     def __init__(self, configs: TrialConfigs, points: int = 0) -> None:
-        """``points``: numbers are choices of so many values, as a grid's are; 0: they are numbers."""
+        """``points``: numbers are choices of so many values; 0: they are numbers."""
         self.configs, self.points = configs, points
 
     def __call__(self, trial: Any) -> None:
         """Ask for every value of a trial."""
-        self.configs.build(_Ask(trial, self.points))
+        self.configs.build(_Points(trial, self.points) if self.points else trial)
 
 
 def sampler(search: SearchConfig, *where: int) -> optuna.samplers.BaseSampler:
@@ -66,8 +59,8 @@ def combinations(search: SearchConfig, configs: TrialConfigs) -> Iterator[dict[s
 
 
 def draw_pack(search: SearchConfig, configs: TrialConfigs, pack: int, known: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Return the hyperparameters of a pack's members: asked of Optuna, which is told of the trials that have ended, or
-    the next ones of a grid. The last pack has what is left of ``search.trials``."""
+    """Return the hyperparameters of a pack's members: asked of Optuna, which is told of the trials with a score that
+    have ended, or the next ones of a grid. The last pack has what is left of ``search.trials``."""
     count = min(search.pack, search.trials - pack * search.pack) if search.trials else search.pack
     if search.algorithm == "grid":
         first = pack * search.pack
@@ -78,14 +71,18 @@ def draw_pack(search: SearchConfig, configs: TrialConfigs, pack: int, known: Seq
     study = optuna.create_study(sampler=own, direction=direction(search.metric))
     ask = DefineByRun(configs)
     for trial in known:
-        if trial.state != "running":
-            study.enqueue_trial(dict(trial.params))
-            told = study.ask()
+        if trial.state in STATES and trial.score is not None:
+            told = FixedTrial(dict(trial.params))
             ask(told)
-            for point in trial.curve:
-                told.report(getattr(point, search.metric), point.epoch)
-            state = STATES[trial.state] if trial.score is not None else TrialState.FAIL
-            study.tell(told, trial.score if state == TrialState.COMPLETE else None, state=state)
+            study.add_trial(
+                create_trial(
+                    state=STATES[trial.state],
+                    value=trial.score if trial.state == "completed" else None,
+                    params=told.params,
+                    distributions=told.distributions,
+                    intermediate_values={point.epoch: getattr(point, search.metric) for point in trial.curve},
+                )
+            )
     members = []
     for _ in range(first + count):
         asked = study.ask()

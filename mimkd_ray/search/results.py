@@ -11,7 +11,7 @@ from mimkd_ray.config import Config, SearchJob
 from mimkd_ray.errors import count
 from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.search.table import Table
-from mimkd_ray.search.trials import Final, Trial
+from mimkd_ray.search.trials import Final, Trial, value_text
 from mimkd_ray.train.records.run_dir import write_json
 
 
@@ -76,4 +76,4 @@ def closing(table: Table, hours: float) -> str:
 
 def values(params: Mapping[str, Any]) -> str:
     """Return hyperparameters in words."""
-    return ", ".join(f"{name} {f'{v:.4g}' if isinstance(v, float) else v}" for name, v in params.items())
+    return ", ".join(f"{name} {value_text(value)}" for name, value in params.items())

@@ -1,7 +1,7 @@
-"""Search spaces: functions that turn a base config into a trial's and ask a `Suggest` for every value that may differ.
+"""Search spaces: functions that turn a base config into a trial's and ask Optuna for every value that may differ.
 
-    def temperature(suggest: Suggest, config: Config, taps: Candidates) -> Config:
-        value = suggest.number("critic.temperature", 0.02, 1.0, log=True)
+    def temperature(trial: Suggest, config: Config, taps: Candidates) -> Config:
+        value = trial.suggest_float("critic.temperature", 0.02, 1.0, log=True)
         return replace(config, loss=replace(config.loss, critic=replace(config.loss.critic, temperature=value)))
 
 A value that is requested under a condition exists only in the trials that meet it. One function serves every algorithm:
@@ -25,13 +25,13 @@ V = TypeVar("V", bound=Value)
 
 
 class Suggest(Protocol):
-    """The source of a space's values."""
+    """The part of an `optuna.Trial` that spaces use: grids, random draws and known values have no more."""
 
-    def number(self, name: str, low: float, high: float, log: bool = False) -> float:
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
         """Return a number in [low, high]; ``log``: evenly spaced by factors."""
 
-    def choice(self, name: str, options: Sequence[V]) -> V:
-        """Return one of ``options``."""
+    def suggest_categorical(self, name: str, choices: Sequence[V]) -> V:
+        """Return one of ``choices``, which are the same in every trial."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ def find_spaces(names: Sequence[str], known: Mapping[str, Space]) -> list[Space]
 def compose(spaces: Sequence[Space], base: Config, candidates: Candidates) -> Callable[[Suggest], Config]:
     """Return one function that applies all spaces in order."""
 
-    def build(suggest: Suggest) -> Config:
+    def build(trial: Suggest) -> Config:
         config = base
         for space in spaces:
-            config = space(suggest, config, candidates)
+            config = space(trial, config, candidates)
         return config
 
     return build
@@ -86,16 +86,16 @@ class Given:
             raise UserError(f"the search space asks for {name!r}, and the trial has only {', '.join(self.params)}")
         return self.params[name]
 
-    def number(self, name: str, low: float, high: float, log: bool = False) -> float:
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
         """Return the trial's number; one that a scheduler has moved out of the range is at its end."""
         self.used[name] = value = min(max(float(self._value(name)), low), high)
         return value
 
-    def choice(self, name: str, options: Sequence[V]) -> V:
+    def suggest_categorical(self, name: str, choices: Sequence[V]) -> V:
         """Return the trial's choice."""
         value = self._value(name)
-        if value not in options:
-            raise UserError(f"the search space offers {list(options)} for {name!r}, and the trial has {value!r}")
+        if value not in choices:
+            raise UserError(f"the search space offers {list(choices)} for {name!r}, and the trial has {value!r}")
         self.used[name] = value
         return value
 
@@ -117,18 +117,18 @@ class _Path:
         self.sizes: list[int] = []
         self.params: dict[str, Value] = {}
 
-    def choice(self, name: str, options: Sequence[V]) -> V:
+    def suggest_categorical(self, name: str, choices: Sequence[V]) -> V:
         if name in self.params:
             return self.params[name]  # type: ignore[return-value]
         at = len(self.sizes)
         if at == len(self.path):
             self.path.append(0)
-        self.sizes.append(len(options))
-        self.params[name] = options[self.path[at]]
-        return options[self.path[at]]
+        self.sizes.append(len(choices))
+        self.params[name] = choices[self.path[at]]
+        return choices[self.path[at]]
 
-    def number(self, name: str, low: float, high: float, log: bool = False) -> float:
-        return self.choice(name, grid_values(low, high, self.points, log))
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return self.suggest_categorical(name, grid_values(low, high, self.points, log))
 
 
 def grid(build: Callable[[Suggest], Config], points: int) -> Iterator[dict[str, Value]]:

@@ -75,29 +75,30 @@ class _Draw:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)  # not `seeds.derive`: these draws determine what a search's cache must hold
-        self.ranges: dict[str, Range] = {}
-        self.options: dict[str, tuple[Any, ...]] = {}
+        self.asked: dict[str, Range | tuple[Any, ...]] = {}
 
-    def number(self, name: str, low: float, high: float, log: bool = False) -> float:
-        self.ranges[name] = Range(low, high, log)
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        self.asked[name] = Range(low, high, log)
         return low if self.random.random() < 0.5 else high
 
-    def choice(self, name: str, options: Sequence[V]) -> V:
-        self.options[name] = tuple(options)
-        return self.random.choice(options)
+    def suggest_categorical(self, name: str, choices: Sequence[V]) -> V:
+        self.asked[name] = tuple(choices)
+        return self.random.choice(choices)
 
 
 def flat_space(build: Callable[[Suggest], Config]) -> dict[str, Range | tuple[Any, ...]]:
-    """Return the range or the options of everything that any trial may ask for, without the conditions: for the
+    """Return the widest range or all options of everything that any trial may ask for, without the conditions: for the
     searchers and schedulers that know none."""
     found: dict[str, Range | tuple[Any, ...]] = {}
     for seed in range(DRAWS):
         draw = _Draw(seed)
         build(draw)
-        found |= draw.ranges
-        for name, options in draw.options.items():
-            known = found.get(name, ())
-            found[name] = tuple(dict.fromkeys((*known, *options)))
+        for name, own in draw.asked.items():
+            known = found.get(name, own)
+            if isinstance(own, Range) and isinstance(known, Range):
+                found[name] = Range(min(known.low, own.low), max(known.high, own.high), own.log)
+            else:
+                found[name] = tuple(dict.fromkeys((*known, *own)))
     return found
 
 

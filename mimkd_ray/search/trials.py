@@ -118,6 +118,13 @@ class Final:
         return statistics.stdev(self.top1)
 
 
+def value_text(value: Value) -> str:
+    """Return a parameter's value as text: 0.05, 128, true, nce. Floats with four digits."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def direction(metric: str) -> Literal["maximize", "minimize"]:
     """Return the better direction of a metric."""
     return DIRECTIONS[metric]

@@ -64,8 +64,10 @@ def test_fields_by_their_names(tmp_path: Path) -> None:
     made = configs({"optim": {"lr": 0.5}, "loss.critic.temperature": 0.4})
     assert (made.config.optim.lr, made.config.loss.critic.temperature) == (0.5, 0.4)
     assert made.params == {"optim.lr": 0.5, "loss.critic.temperature": 0.4}
-    with pytest.raises(UserError, match=r"'optim.lrr' is no field of a config; did you mean 'lr'"):
+    with pytest.raises(UserError, match=r"'optim.lrr' is no field of a config; did you mean 'optim.lr'"):
         configs({"optim.lrr": 0.5})
+    with pytest.raises(UserError, match=r"'optim.lr.x' is no field"):
+        configs({"optim.lr.x": 0.5})
 
 
 def test_another_search_does_not_go_on_in_the_same_folder(tmp_path: Path) -> None:

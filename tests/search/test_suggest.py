@@ -19,7 +19,7 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.spaces import SPACES
 from mimkd_ray.search.suggest import Candidates, Suggest, compose, find_spaces, grid, grid_values
-from mimkd_ray.search.tap_candidates import _Draw, find_candidates, near_pairs, widest
+from mimkd_ray.search.tap_candidates import Range, _Draw, find_candidates, flat_space, near_pairs, widest
 from mimkd_ray.taps.default_stages import Stages
 from mimkd_ray.train.networks.build import plan_taps
 
@@ -27,10 +27,10 @@ NONE = Candidates((), (), {})
 
 
 def test_a_grid_is_the_product_of_its_choices() -> None:
-    def build(suggest: Suggest) -> Config:
-        suggest.choice("a", (1, 2, 3))
-        suggest.choice("b", ("x", "y"))
-        suggest.number("c", 1.0, 100.0, log=True)
+    def build(trial: Suggest) -> Config:
+        trial.suggest_categorical("a", (1, 2, 3))
+        trial.suggest_categorical("b", ("x", "y"))
+        trial.suggest_float("c", 1.0, 100.0, log=True)
         return Config()
 
     found = [tuple(params.values()) for params in grid(build, 3)]
@@ -40,11 +40,11 @@ def test_a_grid_is_the_product_of_its_choices() -> None:
 def test_a_grid_follows_conditions() -> None:
     """A tree of unequal depth, against its leaves by hand."""
 
-    def build(suggest: Suggest) -> Config:
-        if suggest.choice("on", (True, False)):
-            if suggest.choice("kind", ("p", "q")) == "q":
-                suggest.choice("deep", (1, 2))
-            suggest.choice("kind", ("p", "q"))  # asked again: the same answer, and no new branch
+    def build(trial: Suggest) -> Config:
+        if trial.suggest_categorical("on", (True, False)):
+            if trial.suggest_categorical("kind", ("p", "q")) == "q":
+                trial.suggest_categorical("deep", (1, 2))
+            trial.suggest_categorical("kind", ("p", "q"))  # asked again: the same answer, and no new branch
         return Config()
 
     assert list(grid(build, 2)) == [
@@ -104,16 +104,16 @@ class _Fixed:
     def __init__(self, **answers: object) -> None:
         self.answers, self.asked = answers, list[str]()
 
-    def number(self, name: str, low: float, high: float, log: bool = False) -> float:
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
         self.asked.append(name)
         value = self.answers.get(name, high)
         assert low <= value <= high  # type: ignore[operator]
         return value  # type: ignore[return-value]
 
-    def choice(self, name: str, options: Sequence) -> object:
+    def suggest_categorical(self, name: str, choices: Sequence) -> object:
         self.asked.append(name)
-        value = self.answers.get(name, options[0])
-        assert value in options
+        value = self.answers.get(name, choices[0])
+        assert value in choices
         return value
 
 
@@ -171,8 +171,8 @@ def test_a_rivals_factor_only_where_there_is_one() -> None:
 def test_the_widest_config_names_all_methods_that_are_drawn() -> None:
     base = tiny_config(loss={"name": (), "feature_pairs": ()})
 
-    def method(suggest: Suggest, config: Config, pairs: Candidates) -> Config:
-        name = suggest.choice("method", ("dist", "sp", "mimkd"))
+    def method(trial: Suggest, config: Config, pairs: Candidates) -> Config:
+        name = trial.suggest_categorical("method", ("dist", "sp", "mimkd"))
         return replace(config, loss=replace(config.loss, name=(name,)))  # type: ignore[arg-type]
 
     candidates = find_candidates(base, 10)
@@ -180,6 +180,17 @@ def test_the_widest_config_names_all_methods_that_are_drawn() -> None:
     assert set(wide.loss.name) == {"dist", "sp", "mimkd"}
     assert wide.loss.weight("feature")
     assert wide.loss.feature_pairs == candidates.default["feature"]
+
+
+def test_a_flat_space_has_every_range() -> None:
+    """Of a number whose range depends on a choice: a searcher that knows no conditions may choose from all of it."""
+
+    def build(trial: Suggest) -> Config:
+        low, high = trial.suggest_categorical("range", ((0.1, 1.0), (0.5, 4.0), (0.7, 0.9)))
+        trial.suggest_float("x", low, high, log=True)
+        return Config()
+
+    assert flat_space(build)["x"] == Range(0.1, 4.0, True)
 
 
 def test_whatever_is_drawn_can_be_trained() -> None:

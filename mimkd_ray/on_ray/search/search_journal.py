@@ -116,6 +116,8 @@ class Journal(tune.Callback):
         self._publish()
 
     def _heard(self, name: str, figures: Mapping[str, Any]) -> None:
+        if self.table.rows[name].state != "running":
+            return
         self.table.heard(name, figures)
         if time.monotonic() - self._line > LINE_SECONDS:
             self._line = time.monotonic()
@@ -129,25 +131,19 @@ class Journal(tune.Callback):
                 self._begin(f"{name}/{at}", params)
         if "failed" in result:
             for at in range(len(drawn)):
-                if self.table.rows[f"{name}/{at}"].state == "running":
-                    self._ended(f"{name}/{at}", "failed", result["failed"], result["reason"])
+                self._ended(f"{name}/{at}", "failed", result["failed"], result["reason"])
             return
         told = json.loads(result["members"])
         for at, figures in told["figures"].items():
-            if self.table.rows[f"{name}/{at}"].state == "running":
-                self._heard(f"{name}/{at}", {**figures, "time_total_s": result["time_total_s"]})
+            self._heard(f"{name}/{at}", {**figures, "time_total_s": result["time_total_s"]})
         for at, (kind, reason) in told["ended"].items():
-            if self.table.rows[f"{name}/{at}"].state == "running":
-                state = "stopped" if kind == "early" else "failed" if kind else "completed"
-                self._ended(f"{name}/{at}", state, kind, reason)
+            self._ended(f"{name}/{at}", {"early": "stopped", "": "completed"}.get(kind, "failed"), kind, reason)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has come to its end, or was stopped by the scheduler or the budget."""
         for name in self._names(trial):
-            row = self.table.rows[name]
-            if row.state != "running":
-                continue
-            last = row.curve[-1].epoch if row.curve else 0
+            curve = self.table.rows[name].curve
+            last = curve[-1].epoch if curve else 0
             if last >= self.configs.base.train.epochs:
                 self._ended(name, "completed")
             elif over := self.over_budget():
@@ -162,13 +158,14 @@ class Journal(tune.Callback):
         kind = "out of memory" if any(words in text for words in LOW_ON_MEMORY) else "lost"
         said = " ".join(text.strip().split("\n")[-1].split())[:REASON] or "its process is gone"
         for name in self._names(trial):
-            if self.table.rows[name].state == "running":
-                self._ended(name, "failed", kind, said)
+            self._ended(name, "failed", kind, said)
 
     def _names(self, trial: Any) -> list[str]:
         return [name for name in self.table.rows if name.partition("/")[0] == trial.trial_id]
 
     def _ended(self, name: str, state: Any, kind: str = "", reason: str = "") -> None:
+        if self.table.rows[name].state != "running":
+            return
         self.table.ended(name, state, kind, reason, self.seconds.get(name.partition("/")[0], 0.0))
         row = self.table.rows[name]
         over = sum(each.state != "running" for each in self.table.rows.values())

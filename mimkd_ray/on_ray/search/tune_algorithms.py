@@ -8,7 +8,6 @@ from typing import Any
 
 from ray import tune
 from ray.tune import schedulers
-from ray.tune.schedulers.pb2 import PB2
 from ray.tune.search.optuna import OptunaSearch
 
 from mimkd_ray.by_name import call_named, named_function
@@ -21,12 +20,18 @@ from mimkd_ray.search.tap_candidates import Range, flat_space
 from mimkd_ray.search.trials import direction
 from mimkd_ray.train.records.loggers import require, require_loggers
 
-SEARCHERS = {
-    "hyperopt": ("hyperopt", "ray.tune.search.hyperopt", "HyperOptSearch"),
-    "ax": ("ax", "ray.tune.search.ax", "AxSearch"),
-    "bohb": ("hpbandster", "ray.tune.search.bohb", "TuneBOHB"),
+SCHEDULERS = {
+    "asha": "async_hyperband",
+    "hyperband": "hyperband",
+    "median": "median_stopping_rule",
+    "pbt": "pbt",
+    "pb2": "pb2",
+    "none": "fifo",
 }
-"""Package to install, and the module and name of Ray's class."""
+"""Ray Tune's names of the schedulers."""
+
+PACKAGES = {"hyperopt": "hyperopt", "ax": "ax", "bohb": "hpbandster"}
+"""What Ray Tune's searchers need."""
 
 LOGGERS = {
     "mlflow": ("ray.air.integrations.mlflow", "MLflowLoggerCallback", "experiment_name"),
@@ -43,31 +48,21 @@ def metric_of(search: SearchConfig) -> dict[str, str]:
 
 def scheduler_of(search: SearchConfig, configs: TrialConfigs | FieldConfigs) -> schedulers.TrialScheduler:
     """Return the scheduler. Time is counted in epochs."""
-    epochs = configs.base.train.epochs
-    if search.pack > 1 or search.scheduler == "none":
-        return schedulers.FIFOScheduler()
-    if search.scheduler == "asha":
-        return schedulers.ASHAScheduler(
-            time_attr="epoch",
-            max_t=epochs,
-            grace_period=min(search.grace, epochs),
-            reduction_factor=search.reduction,
-        )
-    if search.scheduler == "hyperband":
-        kind = schedulers.HyperBandForBOHB if search.algorithm == "bohb" else schedulers.HyperBandScheduler
-        return kind(time_attr="epoch", max_t=epochs, reduction_factor=search.reduction)
-    if search.scheduler == "median":
-        return schedulers.MedianStoppingRule(time_attr="epoch", grace_period=search.grace)
-    assert isinstance(configs, TrialConfigs)
-    ranges = {name: value for name, value in flat_space(configs.build).items() if isinstance(value, Range)}
-    if not ranges:
-        raise UserError(f"search.scheduler {search.scheduler} moves numbers, and the space {search.space} has none")
-    if search.scheduler == "pb2":
-        bounds = {name: [value.low, value.high] for name, value in ranges.items()}
-        return PB2(time_attr="epoch", perturbation_interval=search.grace, hyperparam_bounds=bounds)
-    return schedulers.PopulationBasedTraining(
+    name = "none" if search.pack > 1 else search.scheduler
+    ranges: dict[str, Range] = {}
+    if name in POPULATION:
+        assert isinstance(configs, TrialConfigs)
+        ranges = {name: value for name, value in flat_space(configs.build).items() if isinstance(value, Range)}
+        if not ranges:
+            raise UserError(f"search.scheduler {name} moves numbers, and the space {search.space} has none")
+    return tune.create_scheduler(  # which leaves out what this one does not take
+        "hb_bohb" if search.algorithm == "bohb" else SCHEDULERS[name],
         time_attr="epoch",
+        max_t=configs.base.train.epochs,
+        grace_period=min(search.grace, configs.base.train.epochs),
+        reduction_factor=search.reduction,
         perturbation_interval=search.grace,
+        hyperparam_bounds={name: [value.low, value.high] for name, value in ranges.items()},
         hyperparam_mutations={name: _domain(value) for name, value in ranges.items()},
     )
 
@@ -103,10 +98,9 @@ def _named(search: SearchConfig) -> Any:
     if ":" in search.algorithm:
         own = named_function("search.algorithm", search.algorithm)
         return call_named("search.algorithm", search.algorithm, own, search)
-    package, module, name = SEARCHERS[search.algorithm]
-    require(package, f"--search.algorithm {search.algorithm}")
-    seed = {"hyperopt": {"random_state_seed": search.seed % 2**32}, "bohb": {"seed": search.seed % 2**32}}
-    return getattr(importlib.import_module(module), name)(**metric_of(search), **seed.get(search.algorithm, {}))
+    require(PACKAGES[search.algorithm], f"--search.algorithm {search.algorithm}")
+    seed = search.seed % 2**32
+    return tune.create_searcher(search.algorithm, seed=seed, random_state_seed=seed, **metric_of(search))
 
 
 def tune_space(configs: TrialConfigs) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from dataclasses import replace
 from mimkd_ray.console import clock
 from mimkd_ray.pages.figures import BLUE, GREY, Line, cut, lines_figure, seeds_figure
 from mimkd_ray.pages.page import Cell, Page
-from mimkd_ray.search.report.study import LABELS, LEAST_TRIALS, LOG_SPAN, MOST_LINES, Study, can_draw, quiet, value_text
-from mimkd_ray.search.trials import STATES, Final, Trial, direction, param_names, ranked
+from mimkd_ray.search.report.study import LABELS, LEAST_TRIALS, LOG_SPAN, MOST_LINES, Study, can_draw, quiet
+from mimkd_ray.search.trials import STATES, Final, Trial, direction, param_names, ranked, value_text
 
 AXIS_WIDTH = 110
 """Least distance of two axes of the parallel coordinates in CSS pixels; a narrower page scrolls them."""

@@ -21,7 +21,7 @@ from optuna.visualization import (
 from plotly.colors import sample_colorscale
 
 from mimkd_ray.pages.figures import BLUE, ORANGE, RED, cut, plot_text
-from mimkd_ray.search.trials import Trial, Value, direction, param_names, ranked
+from mimkd_ray.search.trials import Trial, Value, direction, param_names, ranked, value_text
 
 LABELS = {"top1": "held-out top-1 (%)", "cross_entropy": "held-out cross-entropy (nats)"}
 
@@ -47,13 +47,6 @@ SCALE = [[0, ORANGE], [1, BLUE]]
 def can_draw(value: float | None) -> TypeGuard[float]:
     """Return whether a number is given, finite, and of a magnitude that an axis can show."""
     return value is not None and abs(value) <= LARGEST
-
-
-def value_text(value: Value) -> str:
-    """Return a parameter's value as text: 0.05, 128, true, nce. Floats with four digits."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 class Study:
