@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 import optuna
-from optuna.trial import FixedTrial, TrialState, create_trial
+from optuna.trial import TrialState
 
 from mimkd_ray.config import SearchConfig
 from mimkd_ray.search.configs import TrialConfigs
@@ -17,7 +17,7 @@ from mimkd_ray.search.suggest import grid, grid_values
 from mimkd_ray.search.trials import Trial, Value, direction
 from mimkd_ray.seeds import derive
 
-STATES = {"completed": TrialState.COMPLETE, "stopped": TrialState.PRUNED}
+STATES = {"completed": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
 
 
 class _Points:
@@ -59,8 +59,8 @@ def combinations(search: SearchConfig, configs: TrialConfigs) -> Iterator[dict[s
 
 
 def draw_pack(search: SearchConfig, configs: TrialConfigs, pack: int, known: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Return the hyperparameters of a pack's members: asked of Optuna, which is told of the trials with a score that
-    have ended, or the next ones of a grid. The last pack has what is left of ``search.trials``."""
+    """Return the hyperparameters of a pack's members: asked of Optuna, which is told of the trials that have ended, or
+    the next ones of a grid. The last pack has what is left of ``search.trials``."""
     count = min(search.pack, search.trials - pack * search.pack) if search.trials else search.pack
     if search.algorithm == "grid":
         first = pack * search.pack
@@ -71,18 +71,14 @@ def draw_pack(search: SearchConfig, configs: TrialConfigs, pack: int, known: Seq
     study = optuna.create_study(sampler=own, direction=direction(search.metric))
     ask = DefineByRun(configs)
     for trial in known:
-        if trial.state in STATES and trial.score is not None:
-            told = FixedTrial(dict(trial.params))
+        if trial.state != "running":
+            study.enqueue_trial(dict(trial.params))
+            told = study.ask()
             ask(told)
-            study.add_trial(
-                create_trial(
-                    state=STATES[trial.state],
-                    value=trial.score if trial.state == "completed" else None,
-                    params=told.params,
-                    distributions=told.distributions,
-                    intermediate_values={point.epoch: getattr(point, search.metric) for point in trial.curve},
-                )
-            )
+            for point in trial.curve:
+                told.report(getattr(point, search.metric), point.epoch)
+            state = STATES[trial.state] if trial.score is not None else TrialState.FAIL
+            study.tell(told, trial.score if state == TrialState.COMPLETE else None, state=state)
     members = []
     for _ in range(first + count):
         asked = study.ask()

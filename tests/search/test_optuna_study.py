@@ -11,7 +11,6 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from some_trials import point
 from tiny_search import tiny_configs
 
 from mimkd_ray.config import Config, SearchConfig
@@ -93,22 +92,6 @@ def test_packs_learn_from_packs(tmp_path: Path) -> None:
     assert len(values) == 14, "what is left"
     assert sum(values) / len(values) > uniform / 2
     assert draw_pack(own, configs, 0, []) == [trial.params for trial in known[:16]], "the same pack, drawn again"
-
-
-def test_a_pack_is_drawn_in_no_time_after_many_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Known trials are told as they were: nothing is drawn for them."""
-    asked: list[int] = []
-    sample = optuna.samplers.TPESampler.sample_relative
-    monkeypatch.setattr(
-        optuna.samplers.TPESampler, "sample_relative", lambda *given: (asked.append(1), sample(*given))[1]
-    )
-    params = {"clip": True, "norm": 2.0, "lr": 0.1}
-    known = [
-        Trial(number=0, state="failed", params={"other": 1}, score=2.0),
-        *(Trial(number=n, state="stopped", params=params, score=n / 40, curve=(point(1, n / 40),)) for n in range(40)),
-    ]
-    members = draw_pack(config(algorithm="tpe", pack=2), searched(tmp_path, branches), 3, known)
-    assert len(members) == len(asked) == 2
 
 
 @given(

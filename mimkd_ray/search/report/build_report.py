@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from mimkd_ray.console import clock
 from mimkd_ray.pages.figures import BLUE, GREY, Line, cut, lines_figure, seeds_figure
@@ -129,17 +130,17 @@ def _schedules(page: Page, study: Study) -> None:
     figures = []
     for name in names:
         lines = []
-        for place, trial in enumerate(members):
-            x, y, since = [], [], 0
-            for epoch, own in trial.schedule:
-                value = own.get(name)
-                if not isinstance(value, bool | str) and can_draw(value):
-                    x += [since, epoch]
-                    y += [value, value]
-                since = epoch
-            if x:
-                color = BLUE if not place else GREY
-                lines.append(Line(f"trial {trial.number}", x, y, color, "solid" if not place else "dot", not place))
+        for trial in members:
+            spans = [
+                (since, until, value)
+                for (since, _), (until, own) in pairwise([(0, {}), *trial.schedule])
+                if not isinstance(value := own.get(name), bool | str) and can_draw(value)
+            ]
+            if spans:
+                x = [epoch for since, until, _ in spans for epoch in (since, until)]
+                y = [value for *_, value in spans for _ in range(2)]
+                style = (BLUE, "solid", True) if trial is members[0] else (GREY, "dot", False)
+                lines.append(Line(f"trial {trial.number}", x, y, *style))
         values = [value for line in lines for value in line.y if value is not None]
         if len(set(values)) > 1:
             figure = lines_figure(lines[::-1], "epoch", "")

@@ -31,6 +31,9 @@ LARGEST = 1e100
 LOG_SPAN = 8.0
 """Ratio of the largest to the smallest positive value from which an axis is logarithmic."""
 
+FEW = 6
+"""Most different numbers that each have their own tick: four widths are not read off a logarithmic axis."""
+
 LEAST_TRIALS = 8
 """Fewest trials for which importances are computed."""
 
@@ -78,8 +81,12 @@ class Study:
         figure = plot_slice(self._study, params=[plot_text(name)], target_name=LABELS[self.metric])
         figure.update_traces(marker={"colorscale": SCALE, "showscale": False, "line": {"width": 0}})
         figure = self._styled(figure, 280, scores="y").update_xaxes(title={"text": ""})
-        choices = getattr(self._spaces[name], "choices", ())
-        return figure.update_xaxes(labelalias={repr(each): each for each in choices})
+        if hasattr(self._spaces[name], "choices"):
+            return figure.update_xaxes(labelalias={repr(each): each for each in self._spaces[name].choices})
+        values = {value for trial in self.scored if (value := _value(trial, name)) is not None}
+        if len(values) <= FEW:
+            figure.update_xaxes(tickvals=list(values), ticktext=[value_text(value) for value in values])
+        return figure
 
     def parallel(self) -> Any:
         """Return parallel coordinates of the parameters that all trials have."""
