@@ -35,6 +35,16 @@ ERRORS = (
     *("UserError", "AccessError", "InUse", "DamagedDataError", "NonFiniteLossError", "MemberMemoryError"),
     *("StorageError", "Interrupted"),
 )
+LICENCES = {
+    "gcsfs": "BSD-3-Clause",
+    "hyperopt": "BSD-3-Clause",
+    "mlflow-skinny": "Apache-2.0",
+    "wandb": "MIT",
+    "comet-ml": "MIT",
+    "torchao": "BSD-3-Clause",
+    "coremltools": "BSD-3-Clause",
+}
+"""Of extras that are not installed where the site is made, or do not say theirs in their metadata."""
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)(#[^)]*)?\)")
 
 
@@ -151,23 +161,35 @@ def _cell(text: str) -> str:
 
 
 def licences() -> str:
-    """Return the page of the dependencies and their licences, from what is installed."""
+    """Return the page of the dependencies and their licences, those of extras too, and of what they bring along."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = {"always": project["dependencies"], **project["optional-dependencies"]}
-    rows = []
+    direct: dict[str, str] = {}
     for group, requirements in groups.items():
-        for name in (re.split(r"[\s<>=!;\[~]", requirement)[0] for requirement in requirements):
-            rows.append(f"| {name} | {_licence(name)} | {group} |")
-    table = "| package | licence | needed |\n|---|---|---|\n" + "\n".join(dict.fromkeys(rows))
-    return f"# Licences\n\nmimkd_ray is under the Apache License 2.0. What it depends on:\n\n{table}\n"
+        for requirement in requirements:
+            direct.setdefault(re.split(r"[\s<>=!;\[~]", requirement)[0].lower().replace("_", "-"), group)
+    direct.pop(project["name"])  # extras that name each other
+    rows = [f"| {name} | {_licence(name) or LICENCES[name]} | {group} |" for name, group in direct.items()]
+    pinned = [line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    brought = {name: _licence(name) for name in pinned if name.lower().replace("_", "-") not in direct}
+    return "\n".join(
+        [
+            "# Licences\n\nmimkd_ray is under the Apache License 2.0. What it depends on:\n",
+            "| package | licence | needed |\n|---|---|---|",
+            *rows,
+            "\nWhat these bring along:\n\n| package | licence |\n|---|---|",
+            *(f"| {name} | {licence} |" for name, licence in brought.items() if licence),
+            "",
+        ]
+    )
 
 
 def _licence(package: str) -> str:
+    """What an installed package says of its licence; "": it says nothing, or is not installed."""
     try:
         found = metadata(package)
     except PackageNotFoundError:
-        return "(not installed where this page was made)"
+        return ""
     classifiers = [entry.rpartition(" :: ")[2] for entry in found.get_all("Classifier", []) if "License ::" in entry]
-    given = found.get_all("License-Expression", []) + found.get_all("License", [])
-    short = [entry for entry in given if entry and len(entry) < 60]
-    return (short or classifiers or ["see its page"])[0].replace(os.linesep, " ")
+    short = [entry for entry in found.get_all("License", []) if len(entry) < 60 and entry != "UNKNOWN"]
+    return (found.get_all("License-Expression", []) + short + classifiers or [""])[0].replace(os.linesep, " ")

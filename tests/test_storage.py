@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import stat
+import sys
 import time
 import uuid
 from itertools import pairwise
@@ -287,3 +288,9 @@ def test_a_short_read_is_retried(monkeypatch: pytest.MonkeyPatch, quick: list[fl
     monkeypatch.setattr(fs, "cat_file", lambda *a, **k: answers.pop() if answers else whole(*a, **k))
     assert storage.open_file(url).read() == bytes(100)
     assert len(quick) == 1
+
+
+def test_a_store_whose_client_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"^gs://bucket/x: cannot open 'gs://' places: Please install gcsfs"):
+        storage.exists("gs://bucket/x")

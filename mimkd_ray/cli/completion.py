@@ -11,17 +11,30 @@ from mimkd_ray.cli import common
 from mimkd_ray.cli.commands import COMMANDS
 from mimkd_ray.cli.prepare_data import PrepareJob
 from mimkd_ray.config import Config, DoctorConfig, ExportConfig, SearchJob
+from mimkd_ray.config.jobs.evaluate import EvaluateJob
 from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES
 
 _RECIPES = (*IMAGENET_RECIPES, *CIFAR_RECIPES)
 _OF_JOBS = ("--help", "--help-all", "--verbose", "--config", "--print-config")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Nothing:
+    """Print a script for bash, which zsh reads too: source <(mimkd-ray completion)."""
+
+
 WORDS: dict[str, tuple[type, tuple[str, ...]]] = {
     "train": (Config, (*_RECIPES, *_OF_JOBS)),
     "cache": (Config, ("build", "plan", "ls", "verify", "gc", *_RECIPES, *_OF_JOBS)),
     "search": (SearchJob, (*_RECIPES, *_OF_JOBS)),
     "prepare": (PrepareJob, ("--help",)),
+    "evaluate": (EvaluateJob, ("--help",)),
     "export": (ExportConfig, ("--help",)),
+    "report": (_Nothing, ("--help", "--out")),
+    "runs": (_Nothing, ("ls", "show", "compare", "--help")),
+    "layers": (_Nothing, ("--help", "--image-size", "--num-classes", "--all")),
     "doctor": (DoctorConfig, ("--help",)),
+    "completion": (_Nothing, ("--help",)),
 }
 """Command to (the config that its flags come from, other words that it takes)."""
 
@@ -38,11 +51,6 @@ _mimkd_ray() {{
 }}
 complete -o default -F _mimkd_ray mimkd-ray
 """
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Nothing:
-    """Print a script for bash, which zsh reads too: source <(mimkd-ray completion)."""
 
 
 def main(argv: Sequence[str], program: str) -> int:

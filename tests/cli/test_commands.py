@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -13,7 +14,7 @@ import pytest
 import mimkd_ray
 from mimkd_ray.__main__ import main
 from mimkd_ray.cli.commands import COMMANDS
-from mimkd_ray.cli.completion import WORDS, script
+from mimkd_ray.cli.completion import WORDS, flags, script
 from mimkd_ray.recipes import CIFAR_RECIPES
 
 
@@ -24,6 +25,14 @@ def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert f"mimkd-ray {name}" in said or f"mimkd_ray {name}" in said
     module, _, function = COMMANDS[name][0].partition(":")
     assert callable(getattr(import_module(module), function))
+    config, words = WORDS[name]
+    offered = {word for word in words if word.startswith("--")} | {f"--{flag}" for flag in flags(config)}
+    listed = set(re.findall(r"^[ │] (?:-h, )?(--[a-z][\w.-]*)", said, re.MULTILINE))
+    assert listed <= offered, "completion lacks some"
+    if "--help-all" not in offered:  # --help lists them all
+        assert offered <= listed, "completion has more"
+    for choices in re.findall(r"^  \{(.*)\}$", said, re.MULTILINE):
+        assert set(choices.split(",")) <= set(words)
 
 
 def test_train_takes_the_recipes_of_both_jobs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,6 +57,8 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         (["train", "--train.ep"], ["--train.epochs"]),
         (["search", "--search.tri"], ["--search.trials"]),
         (["prepare", "--short"], ["--short-side"]),
+        (["evaluate", "--eval.corruptions"], ["--eval.corruptions"]),
+        (["runs", "co"], ["compare"]),
     ],
 )
 def test_completion_in_bash(line: list[str], expected: list[str], tmp_path: Path) -> None:
@@ -56,10 +67,6 @@ def test_completion_in_bash(line: list[str], expected: list[str], tmp_path: Path
     ask = f"source {tmp_path}/completion; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(line)}; _mimkd_ray; "
     done = subprocess.run(["bash", "-c", ask + 'echo "${COMPREPLY[@]}"'], capture_output=True, text=True, check=True)
     assert done.stdout.split() == expected
-
-
-def test_words_are_of_commands() -> None:
-    assert WORDS.keys() <= COMMANDS.keys()
 
 
 def test_as_a_module() -> None:
