@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
@@ -23,6 +21,7 @@ from mimkd_ray import storage
 from mimkd_ray.data.prepare.input_pieces import Origin, Sample, rows_per_piece
 from mimkd_ray.data.sources.folders import SUFFIXES
 from mimkd_ray.data.sources.source import digest_of
+from mimkd_ray.data.sources.tars import CLOSE, opened
 from mimkd_ray.errors import UserError
 
 TRAIN = "ILSVRC2012_img_train.tar"
@@ -34,7 +33,6 @@ GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 # Bytes per request while the headers of an archive in an object store are listed. Class tars lie far apart: a little
 # around each header is enough. Images lie close together: reading on is faster than a request for each header.
 FAR_APART = 1 << 16
-CLOSE = 8 << 20
 
 
 def open_archives(root: str, split: str) -> Origin | None:
@@ -170,15 +168,6 @@ def _read(url: str, archive_bytes: int, offset: int, length: int) -> bytes:
     if len(data) != length:
         raise UserError(f"{url}: got {len(data):,} of {length:,} bytes at {offset:,}; the archive has changed")
     return data
-
-
-@contextmanager
-def opened(url: str, size: int, read_ahead: int) -> Iterator[BinaryIO]:
-    """Open an archive for listing its headers; of an object store so many bytes are requested at a time."""
-    with storage.open_file(url, size) as file:
-        yield (
-            cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, file), read_ahead)) if storage.is_remote(url) else file
-        )
 
 
 def _members(file: BinaryIO, size: int, place: str, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, tuple[int, int]]:

@@ -25,7 +25,7 @@ from mimkd_ray.config import PrepareConfig
 from mimkd_ray.data.prepare.archives import ARCHIVES, open_archives
 from mimkd_ray.data.prepare.input_pieces import THREADS, Origin, open_folders, open_parquet
 from mimkd_ray.data.prepare.shuffle_plan import plan_shards, row_keys
-from mimkd_ray.data.prepare.web_tars import open_tars, tars_of
+from mimkd_ray.data.prepare.web_tars import open_tars
 from mimkd_ray.data.prepare.work_units import (
     Done,
     Index,
@@ -38,6 +38,7 @@ from mimkd_ray.data.prepare.work_units import (
 )
 from mimkd_ray.data.sources.hub_readme import README, declared_files
 from mimkd_ray.data.sources.shard_manifest import Manifest, Shard, content_digest, read_manifest, write_manifest
+from mimkd_ray.data.sources.tars import tars_of
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import parse
 from mimkd_ray.places import check_lasting

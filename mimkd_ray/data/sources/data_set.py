@@ -20,6 +20,7 @@ from mimkd_ray.data.sources.own_dataset import SCHEME, OwnData, named_sets
 from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.sources.shard_manifest import MANIFEST_SUFFIX, read_manifest
 from mimkd_ray.data.sources.source import Source, SubsetSource, digest_of, stratified_split
+from mimkd_ray.data.sources.tars import TarSource, tars_of
 from mimkd_ray.data.store.block_reader import CACHE_BYTES
 from mimkd_ray.data.store.block_store import open_store
 from mimkd_ray.errors import UserError
@@ -234,8 +235,9 @@ class _Digits:
 
 
 class _Root:
-    """A folder with splits: `[data/]<split>-*.parquet`, `<split>/*.parquet` or `<split>/<class>/<image>`; or Parquet
-    files that its README.md names, as that of a Hugging Face data set.
+    """A folder with splits: `[data/]<split>-*.parquet`, `<split>/*.parquet` or `<split>/<class>/<image>`; Parquet files
+    that its README.md names, as that of a Hugging Face data set; or tars, `<split>-*.tar` or `<split>/*.tar`. Or a
+    pattern of tars, which are those of the training split.
 
     A split with a `<split>.manifest.json` is a prepared one.
     """
@@ -248,22 +250,28 @@ class _Root:
                 "validation=...): give them again"
             )
         self.url = url
-        if url.endswith(".tar"):
-            raise UserError(_tars(url, url))
         self.store, self.how = open_store(config), decoding_of(config)
         self.labelled = config.labels == "all"
+        self.files: dict[str, storage.Entry] = {}
+        self.manifests: set[str] = set()
+        self.dirs: dict[str, str] = {}
+        self.declared: dict[str, dict[str, storage.Entry]] = {}
+        self.tars: dict[str, int] = {}
+        if url.endswith(".tar"):
+            self.tars = tars_of(url, config.train_split, {})
+            return
         listing = storage.list_entries(url)
         self.files = {file: entry for file, entry in listing.items() if file.endswith(".parquet")}
         self.manifests = {file for file in listing if file.endswith(MANIFEST_SUFFIX)}
         self.dirs = {place.rpartition("/")[2]: place for place in storage.list_dirs(url)}
-        tars = sorted(file.rpartition("/")[2] for file in listing if file.endswith(".tar"))
-        if tars and not self.files and not self.dirs:
-            raise UserError(_tars(f"{url} ({tars[0]}, {len(tars)} in all)", url))
+        self.tars = {file: entry.size for file, entry in listing.items() if file.endswith(".tar")}
         self.declared = declared_files(url) if storage.join(url, README) in listing else {}
-        if not self.files and not self.dirs:
+        if not self.files and not self.dirs and not self.tars:
             if not storage.exists(url):
                 raise UserError(f"data.root {url} does not exist; give 'digits', a folder or a URL such as s3://...")
-            raise UserError(f"data.root {url} holds neither Parquet files nor folders; give the folder of the splits")
+            raise UserError(
+                f"data.root {url} holds neither Parquet files nor folders nor tars; give the folder of the splits"
+            )
         if "data" in self.dirs:  # the folder used by the Hugging Face hub
             self.files |= storage.list_entries(self.dirs["data"], ".parquet")
 
@@ -275,12 +283,17 @@ class _Root:
         if not files and split in self.dirs:
             files = storage.list_entries(self.dirs[split], ".parquet")
             if not files:
+                tars = storage.list_sizes(self.dirs[split], ".tar")
+                if tars and not storage.list_dirs(self.dirs[split]):
+                    return self._of_tars(tars, classes)
                 return FolderSource(self.dirs[split], classes or None, self.store, self.how, self.labelled)
         manifest = None
         if storage.join(self.url, split + MANIFEST_SUFFIX) in self.manifests:
             manifest = read_manifest(self.url, split)
         if not files and manifest is None:
-            return None
+            tars = self.tars if split == self.config.train_split else {}  # all of a pattern
+            tars = tars if self.url.endswith(".tar") else tars_of(self.url, split, self.tars)
+            return self._of_tars(tars, classes) if tars else None
         source = ParquetSource(
             {url: entry.size for url, entry in files.items()},
             manifest=manifest,
@@ -313,18 +326,19 @@ class _Root:
             )
         return source
 
+    def _of_tars(self, tars: dict[str, int], classes: tuple[str, ...] | None) -> Source:
+        if storage.is_remote(self.url):
+            raise UserError(
+                f"data.root {self.url}: tars are trained from on a disk alone, as their headers are read at every "
+                f"start: copy them, or make a prepared set of them once, mimkd-ray prepare --source '{self.url}' "
+                "--target DIR --split train (and the held-out tars with --split val), and pass --data.root DIR"
+            )
+        return TarSource(tars, classes or None, self.how, self.labelled)
+
     def found(self) -> str:
         names = [f"{split} (in {README})" for split in self.declared]
-        names += [url.rpartition("/")[2] for url in self.files] + [f"{name}/" for name in self.dirs]
+        names += [url.rpartition("/")[2] for url in (*self.files, *self.tars)] + [f"{name}/" for name in self.dirs]
         return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _tars(what: str, source: str) -> str:
-    return (
-        f"data.root {what}: training reads no tar archives, in which rows have no places: make a prepared set of them "
-        f"once, mimkd-ray prepare --source '{source}' --target DIR --split train (and the held-out tars with --split "
-        "val), and pass --data.root DIR"
-    )
 
 
 def _numbered(classes: tuple[str, ...]) -> bool:

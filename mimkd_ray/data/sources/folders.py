@@ -169,6 +169,12 @@ class FolderSource:
             for label, name in enumerate(self.classes)
             for file, entry in listed.images.get(name, {}).items()
         ]
+        order = self._arrange(found)
+        versions = [found[place][2] for place in order] if self.store else []
+        self._keys = [self._key(block, versions) for block in range(self.blocks.num_blocks)] if self.store else []
+
+    def _arrange(self, found: Sequence[tuple[int, str, storage.Entry]]) -> np.ndarray:
+        """Number the (label, file, Entry) of a listing; return their order."""
         self.num_rows: int = len(found)
         order = permutation(self.num_rows, 0, "folder listing")
         # Arrays, not lists: a million Python strings cost each loader process a copy of them.
@@ -177,8 +183,7 @@ class FolderSource:
         self.blocks: Blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
         self.num_bytes: int = sum(entry.size for _, _, entry in found)
         self.digest: str = digest_of("folders", self.classes, self._files.tolist(), self._labels.tolist())
-        versions = [found[place][2] for place in order] if self.store else []
-        self._keys = [self._key(block, versions) for block in range(self.blocks.num_blocks)] if self.store else []
+        return order
 
     @property
     def distant(self) -> bool:
@@ -229,8 +234,11 @@ class FolderSource:
         return self.store is not None and self.store.fetch(self._keys[block], partial(self._load, block))
 
     def _url(self, position: int) -> str:
-        label, file = int(self._labels[position]), os.fsdecode(self._files[position])
+        label, file = int(self._labels[position]), self._file(position)
         return storage.join(self.root, f"{self.classes[label]}/{file}" if label >= 0 else file)
+
+    def _file(self, position: int) -> str:
+        return os.fsdecode(self._files[position])
 
     def _read_files(self, positions: Sequence[int]) -> list[bytes]:
         urls = [self._url(int(position)) for position in positions]

@@ -1,22 +1,24 @@
-"""WebDataset tars: prepared, with other programs' layouts and faults; training from them says what to do."""
+"""WebDataset tars: prepared and trained from, with other programs' layouts and faults."""
 
 from __future__ import annotations
 
 import io
 import json
+import pickle
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from image_sets import images
+from image_sets import folder_set, images
 from prepare_sets import config, table
 
+from mimkd_ray import storage
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.prepare.make_shards import prepare
-from mimkd_ray.data.prepare.web_tars import expanded
 from mimkd_ray.data.sources.data_set import open_data
-from mimkd_ray.errors import UserError
+from mimkd_ray.data.sources.tars import expanded
+from mimkd_ray.errors import DamagedDataError, UserError
 
 
 def write_tar(path: Path, files: Mapping[str, bytes]) -> None:
@@ -71,11 +73,45 @@ def test_patterns() -> None:
     assert expanded("a.tar") == ["a.tar"]
 
 
-def test_training_from_tars_names_the_preparation(tmp_path: Path) -> None:
-    write_set(tmp_path)
-    for root in (tmp_path, f"{tmp_path}/train-{{000000..000002}}.tar"):
-        with pytest.raises(UserError, match=r"reads no tar archives.*mimkd-ray prepare --source '\S+' --target DIR"):
-            open_data(DataConfig(root=str(root)))
+def test_training_from_tars_is_training_from_class_folders(tmp_path: Path) -> None:
+    """Of the same images in the order of the folders' listing: same ids, labels, blocks and bytes, so the same run."""
+    folder_set(tmp_path / "folders")
+    for split in ("train", "val"):
+        found = sorted((tmp_path / "folders" / split).glob("*/*_*"))
+        files: dict[str, bytes] = {}
+        for number, path in enumerate(found):
+            label = ("ant", "bee", "cat").index(path.parent.name)
+            files |= {f"{number:04d}{path.suffix}": path.read_bytes(), f"{number:04d}.cls": str(label).encode()}
+        half = 2 * (len(found) // 2)
+        for shard, names in enumerate((list(files)[:half], list(files)[half:])):
+            write_tar(tmp_path / "tars" / f"{split}-{shard}.tar", {name: files[name] for name in names})
+    folders, tars = (open_data(DataConfig(root=str(tmp_path / each))) for each in ("folders", "tars"))
+    assert (tars.num_classes, tars.classes) == (3, ("0", "1", "2"))
+    for theirs, ours in ((folders.train, tars.train), (folders.val, tars.val)):
+        assert ours.blocks == theirs.blocks
+        assert ours.labels().tolist() == theirs.labels().tolist()
+        rows = pickle.loads(pickle.dumps(ours)).read([7, 0, 11])  # noqa: S301
+        assert [row._replace(name="") for row in rows] == [row._replace(name="") for row in theirs.read([7, 0, 11])]
+    pattern = open_data(DataConfig(root=f"{tmp_path}/tars/train-{{0..1}}.tar", holdout=0.25))
+    assert (pattern.train.num_rows, pattern.val.num_rows) == (9, 3)
+    with pytest.raises(UserError, match=r"no validation split .*--data.holdout"):
+        open_data(DataConfig(root=f"{tmp_path}/tars/train-{{0..1}}.tar"))
+    (tmp_path / "tars" / "train-1.tar").write_bytes(b"")
+    with pytest.raises(DamagedDataError, match=r"train-1.tar/00\d\d.[A-Za-z]+ is gone"):
+        tars.train.read(range(12))
+
+
+def test_class_folders_are_read_and_not_the_tar_that_they_came_from(tmp_path: Path) -> None:
+    folder_set(tmp_path)
+    write_tar(tmp_path / "train.tar", {"ant/1.jpg": b"x"})
+    assert open_data(DataConfig(root=str(tmp_path))).classes == ("ant", "bee", "cat")
+
+
+def test_training_from_tars_elsewhere_names_the_preparation() -> None:
+    storage.write_bytes("memory://tars/train-0.tar", b"")
+    for root in ("memory://tars", "memory://tars/train-{0..0}.tar"):
+        with pytest.raises(UserError, match=r"on a disk alone.*mimkd-ray prepare --source '\S+' --target DIR"):
+            open_data(DataConfig(root=root))
 
 
 @pytest.mark.parametrize(
