@@ -131,7 +131,7 @@ OTHERS: list[Case] = [
     ("prepare", ("--split", "../x"), "--split '../x' has a slash"),
     ("prepare", ("--workers", "-2"), "--workers -2: give 1 or more"),
     ("prepare", ("--source", "/nix"), "--source /nix does not exist"),
-    ("prepare", ("--target", "/etc/hostname"), "cannot write /etc/hostname/"),
+    ("prepare", ("--target", "/etc/hostname"), "cannot create /etc/hostname/"),
     ("search", ("--search.space", "nix"), "search.space 'nix' is unknown"),
     ("search", ("--search.trials", "0"), "the search would never end; give one"),
     ("search", ("--search.hours", "nan"), "search.hours is nan: give a finite number"),
