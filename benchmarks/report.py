@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from mimkd_ray.versions import cpu_model
+
 Figures = Mapping[str, float]
 Targets = Mapping[str, tuple[Literal[">=", "<="], float]]
 
@@ -44,20 +46,11 @@ def gpu_name() -> str | None:
 def machine() -> dict[str, str | int | float | None]:
     """Return processor, cores, memory and GPU of this machine; nothing that identifies the machine itself."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count() or 1,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": gpu_name(),
     }
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:

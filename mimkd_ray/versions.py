@@ -1,10 +1,15 @@
-"""Versions of the software, for result files."""
+"""Versions of the software, and the machine, for result files."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("mimkd-ray", "torch", "torchvision", "ray", "pyarrow", "numpy")
 
@@ -19,3 +24,20 @@ def versions(more: Iterable[str] = ()) -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Return the names of a device, of the processor and of the system; nothing that identifies the machine itself."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {"device": name, "processor": cpu_model(), "system": platform.platform()}
+
+
+def cpu_model() -> str:
+    """Return the name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

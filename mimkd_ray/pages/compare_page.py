@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import posixpath
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
-from mimkd_ray.pages.figures import Line, color_of, lines_figure, seeds_figure
+from mimkd_ray import storage
+from mimkd_ray.pages.figures import Line, color_of, lines_figure, reliability_figure, seeds_figure
 from mimkd_ray.pages.page import Cell, Page
 from mimkd_ray.pages.run_page import column
-from mimkd_ray.pages.run_records import RunRecord
+from mimkd_ray.pages.run_records import REPORT, RunRecord
 from mimkd_ray.pages.sections import (
+    MOST_CONFUSIONS,
+    RELIABILITY,
     class_gains,
     differing_fields,
     number_cell,
@@ -26,9 +32,9 @@ Arms = Mapping[str, Sequence[RunRecord]]
 
 
 def compare_page(arms: Arms, place: str, config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """Return the page of a comparison of arms, each with runs in the order of its seeds. The first arm without a
-    teacher, or else the first, is what the others are compared with. `place`, `config` and `result` say how it is made
-    again; without a config that is left out."""
+    """Return the page of a comparison of arms, each with runs in the order of its seeds, in the folder `place`. The
+    first arm without a teacher, or else the first, is what the others are compared with. `config` and `result` say how
+    it is made again; without a config that is left out."""
     arms = {LABELS.get(arm, arm): runs for arm, runs in arms.items()}
     base = next((arm for arm, runs in arms.items() if not runs[0].uses_teacher), next(iter(arms)))
     summaries = _summaries(arms, base)
@@ -40,12 +46,11 @@ def compare_page(arms: Arms, place: str, config: Mapping[str, Any], result: Mapp
     _table(page, arms, summaries, base)
     _curves(page, arms)
     _classes(page, arms, base)
+    _evaluations(page, arms)
+    _runs(page, arms, place)
     differing_fields(page, {arm: runs[0] for arm, runs in arms.items()})
     if config:
         reproduction(page, place, config, result)
-    else:
-        page.section("again", "Make them again")
-        page.facts([(arm, ", ".join(run.place for run in runs)) for arm, runs in arms.items()])
     return page.html()
 
 
@@ -167,3 +172,42 @@ def _classes(page: Page, arms: Arms, base: str) -> None:
             columns[arm] = {name: statistics.fmean(each[name] for each, _ in found if name in each) for name in values}
     if base in columns and len(columns) > 1:
         class_gains(page, columns, rows, f"Top-1 by class of the runs that were evaluated; bars against {base}.")
+
+
+def _evaluations(page: Page, arms: Arms) -> None:
+    """Add confusions and reliability of the first run of each arm that was evaluated."""
+    found = {arm: next((run.evaluation for run in runs if run.evaluation), None) for arm, runs in arms.items()}
+    known = {arm: evaluation for arm, evaluation in found.items() if evaluation}
+    bins = {arm: (value.get("calibration") or {}).get("bins") for arm, value in known.items()}
+    if any(bins.values()):
+        page.section("calibration", "Reliability", f"{RELIABILITY} Of the first run of an arm that was evaluated.")
+        shown = {arm: value for arm, value in bins.items() if value}
+        page.facts([(arm, f"ECE {known[arm]['calibration']['ece']:.4g}") for arm in shown])
+        page.figures([("Accuracy by confidence", reliability_figure(shown))])
+    pairs: dict[tuple[str, str], dict[str, int]] = {}
+    for arm, value in known.items():
+        for each in value.get("confusions") or []:
+            pairs.setdefault((str(each["label"]), str(each["prediction"])), {})[arm] = each["count"]
+    worst = sorted(pairs, key=lambda pair: -max(pairs[pair].values()))[:MOST_CONFUSIONS]
+    if worst:
+        page.section("confusions", "Worst confusions", "Images of the same runs; empty: not among an arm's worst.")
+        page.table(
+            ["label", "student says", *known],
+            [[*map(Cell, pair), *(number_cell(pairs[pair].get(arm), "d") for arm in known)] for pair in worst],
+        )
+
+
+def _runs(page: Page, arms: Arms, folder: str) -> None:
+    """Add every run with a link to its own page, or the command that makes it."""
+    page.section("runs", "The runs", "Pages of their own have confusions, reliability and the worst images.")
+    if not all(run.evaluation for runs in arms.values() for run in runs):
+        page.paragraph("Once they are evaluated, mimkd-ray report makes this page again with their figures.")
+    rows = []
+    for arm, runs in arms.items():
+        for run in runs:
+            own = storage.join(run.place, REPORT)
+            near = storage.is_remote(own) == storage.is_remote(folder) and storage.exists(own)
+            link = quote(posixpath.relpath(own, folder)) if near else ""
+            command = "" if run.evaluation else f"mimkd-ray evaluate {shlex.quote(run.place)}"
+            rows.append([Cell(arm), Cell(run.place, link=link), number_cell(run.top1), Cell(command, long=True)])
+    page.table(["", "run", "top-1 %", "not evaluated yet"], rows)

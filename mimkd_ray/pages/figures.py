@@ -134,24 +134,26 @@ def bars_figure(names: Sequence[str], values: Sequence[float], x_title: str) -> 
     return figure
 
 
-def reliability_figure(bins: Sequence[tuple[float, float, float]]) -> Any:
-    """Return accuracy against confidence, from (mean probability, accuracy, images) of each bin, and the diagonal of a
-    perfectly calibrated network. The markers' areas tell of images."""
+def reliability_figure(networks: Mapping[str, Sequence[Mapping[str, float]]]) -> Any:
+    """Return accuracy against confidence, from the bins of each network's calibration, and the diagonal of a perfectly
+    calibrated one. The markers' areas tell of images."""
     figure = blank("probability of the answer", "share that is right", 340)
     figure.add_scatter(
         x=[0, 1], y=[0, 1], mode="lines", line={"color": GREY, "dash": "dot"}, name="calibrated", hoverinfo="skip"
     )
-    most = max((count for *_, count in bins), default=1) or 1
-    figure.add_scatter(
-        x=[probability for probability, _, _ in bins],
-        y=[accuracy for _, accuracy, _ in bins],
-        mode="lines+markers",
-        line={"color": BLUE, "width": 1.8},
-        marker={"size": [6 + 16 * math.sqrt(count / most) for *_, count in bins], "opacity": 0.85},
-        hovertext=[f"{count:,.0f} images" for *_, count in bins],
-        hovertemplate="%{hovertext}: said %{x:.3f}, right %{y:.3f}<extra></extra>",
-        name="student",
-    )
+    for place, (name, all_bins) in enumerate(networks.items()):
+        bins = [each for each in all_bins if each["rows"]]
+        most = max((each["rows"] for each in bins), default=1)
+        figure.add_scatter(
+            x=[each["confidence"] for each in bins],
+            y=[each["accuracy"] for each in bins],
+            mode="lines+markers",
+            line={"color": color_of(place), "width": 1.8},
+            marker={"size": [6 + 16 * math.sqrt(each["rows"] / most) for each in bins], "opacity": 0.85},
+            hovertext=[f"{each['rows']:,.0f} images" for each in bins],
+            hovertemplate="%{hovertext}: said %{x:.3f}, right %{y:.3f}<extra></extra>",
+            name=plot_text(cut(name, 48)),
+        )
     figure.update_xaxes(range=[-0.02, 1.04])
     figure.update_yaxes(range=[-0.02, 1.06])
     return figure

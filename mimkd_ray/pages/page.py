@@ -28,6 +28,8 @@ class Cell(NamedTuple):
     """Sort key in a column of numbers; NaN puts the cell last, in either order."""
     long: bool = False
     """True for a cell that wraps and is wide enough for sentences."""
+    link: str = ""
+    """Address of another page."""
 
 
 class Thumbnail(NamedTuple):
@@ -166,6 +168,8 @@ def _data(id: str, packed: str) -> str:
 
 
 def _cell(cell: Cell) -> str:
+    if cell.link:
+        return f'<td><a href="{html.escape(cell.link)}">{html.escape(cell.text)}</a></td>'
     if cell.long:
         return f"<td class=long>{html.escape(cell.text)}</td>"
     if cell.key is None:

@@ -10,11 +10,17 @@ from mimkd_ray.errors import count
 from mimkd_ray.pages.figures import GREY, Line, color_of, lines_figure, reliability_figure
 from mimkd_ray.pages.page import Cell, Page
 from mimkd_ray.pages.run_records import RunRecord, alone_beside
-from mimkd_ray.pages.sections import class_gains, number_cell, reproduction, size_text, top1_by_class
+from mimkd_ray.pages.sections import (
+    MOST_CONFUSIONS,
+    RELIABILITY,
+    class_gains,
+    number_cell,
+    reproduction,
+    size_text,
+    top1_by_class,
+)
 from mimkd_ray.pages.thumbnails import MOST_IMAGES, worst_images
 from mimkd_ray.train.records.metrics import reading
-
-MOST_CONFUSIONS = 20
 
 
 def run_page(run: RunRecord) -> str:
@@ -56,12 +62,27 @@ def _headline(page: Page, run: RunRecord, alone: RunRecord | None) -> None:
         )
     if "seconds" in run.result:
         tiles.append((clock(run.result["seconds"]), f"h:mm:ss for {count(run.result['steps'], 'step')}"))
+    tiles += _exported(run)
     page.tiles(tiles)
     if not run.result:
         page.paragraph(f"This run has not come to its end: it is at step {last.get('step', 0):,}.")
     readings = run.result.get("nats") or {}
     terms = [(f"mutual information, {name}", reading(v["nats"], v["ceiling"])) for name, v in readings.items()]
     page.facts([("recipe", str(run.config.get("recipe", ""))), *_held_out_facts(run), *terms])
+
+
+def _exported(run: RunRecord) -> list[tuple[str, str]]:
+    """Return the tiles of export.json: multiply-adds, and latency at batch 1 of the student and of each file."""
+    if not run.export:
+        return []
+    files = {"PyTorch": run.export["student"], **run.export["files"]}
+    took = {name: each["latency_ms"]["1"] for name, each in files.items()}
+    best = min(took, key=lambda name: took[name])
+    each = ", ".join(f"{name} {value:.2f} ms, {files[name]['bytes'] / 1e6:.2f} MB" for name, value in took.items())
+    return [
+        (f"{run.export['macs'] / 1e6:,.1f} M", "multiply-adds an image"),
+        (f"{took[best]:.2f} ms", f"an image at batch 1 with {count(run.export['threads'], 'thread')}: {each}"),
+    ]
 
 
 def _held_out_facts(run: RunRecord) -> list[tuple[str, str]]:
@@ -248,14 +269,8 @@ _TAP = ("nats", "ceiling", "cka")
 def _calibration(page: Page, found: Mapping[str, Any]) -> None:
     if not found.get("bins"):
         return
-    page.section(
-        "calibration",
-        "Reliability",
-        "How often the student is right where it says so with a given probability. The expected calibration error "
-        "(ECE) is the mean distance from the diagonal, weighted by images.",
-    )
+    page.section("calibration", "Reliability", RELIABILITY)
     names = {"ece": "ECE", "ece_scaled": "ECE at the fitted temperature", "temperature": "fitted temperature"}
     facts = [(text, f"{found[key]:.4g}") for key, text in names.items() if found.get(key) is not None]
     page.facts([*facts, *([("fitted on", found["fitted_on"])] if "fitted_on" in found else [])])
-    bins = [(each["confidence"], each["accuracy"], each["rows"]) for each in found["bins"] if each["rows"]]
-    page.figures([("Accuracy by confidence", reliability_figure(bins))])
+    page.figures([("Accuracy by confidence", reliability_figure({"student": found["bins"]}))])

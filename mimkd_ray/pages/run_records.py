@@ -23,7 +23,7 @@ from mimkd_ray.train.records.run_dir import read_metrics
 
 logger = logging.getLogger(__name__)
 
-TEACHER, WEIGHTS = "teacher.json", "student.safetensors"
+TEACHER, WEIGHTS, EXPORT, REPORT = "teacher.json", "student.safetensors", "export/export.json", "report.html"
 WITHOUT = "the page is made without it"
 
 MOST_HEADER = 100_000_000
@@ -52,6 +52,8 @@ class RunRecord:
     """teacher.json, of the comparison for an arm of one; {} for a run without a teacher."""
     evaluation: Mapping[str, Any]
     """evaluation.json; {} for a run that was not evaluated by itself."""
+    export: Mapping[str, Any]
+    """export.json of its default place; {} for a student that was not exported."""
     size: tuple[int, int] | None
     """Parameters and bytes of student.safetensors."""
     teacher_size: tuple[int, int] | None
@@ -122,6 +124,7 @@ def read_run(run_dir: str) -> RunRecord:
         evals=read_metrics(run_dir, "eval"),
         teacher=teacher,
         evaluation=redacted_values(read_if_sound(storage.join(run_dir, FIGURES), instead=WITHOUT) or {}),
+        export=read_if_sound(storage.join(run_dir, EXPORT), instead=WITHOUT) or {},
         size=weights_size(storage.join(run_dir, WEIGHTS)),
         teacher_size=weights_size(str(teacher.get("weights", ""))),
     )

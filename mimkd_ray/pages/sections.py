@@ -14,6 +14,11 @@ from mimkd_ray.pages.page import Cell, Page
 from mimkd_ray.pages.run_records import RunRecord
 from mimkd_ray.train.records.outcomes import CONFIG
 
+RELIABILITY = (
+    "How often a network is right where it says so with a given probability. The expected calibration error (ECE) is "
+    "the mean distance from the diagonal, weighted by images."
+)
+MOST_CONFUSIONS = 20
 MOST_BARS = 30
 """Most classes that have a bar: those that changed most. The table has them all."""
 
@@ -83,6 +88,7 @@ def reproduction(page: Page, place: str, config: Mapping[str, Any], result: Mapp
         [
             ("directory", place),
             *layout,
+            *((name, str(value)) for name, value in result.get("machine", {}).items()),
             *((f"digest of the {name}", str(value)[:16]) for name, value in digests.items()),
             *((name, str(version)) for name, version in versions.items()),
         ]

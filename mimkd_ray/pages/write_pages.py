@@ -10,13 +10,11 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.pages.compare_page import compare_page
 from mimkd_ray.pages.run_page import run_page
-from mimkd_ray.pages.run_records import RunRecord, read_run, runs_of
+from mimkd_ray.pages.run_records import REPORT, RunRecord, read_run, runs_of
 from mimkd_ray.secret_urls import redacted_values, scrubbed
 from mimkd_ray.train.records.outcomes import CONFIG, RESULT
 
 logger = logging.getLogger(__name__)
-
-REPORT = "report.html"
 
 
 def write_report(run_dir: str) -> str:
@@ -57,7 +55,7 @@ def write_comparison(run_dirs: Sequence[str], place: str) -> str:
         own: Mapping[str, Sequence[RunRecord]] = runs_of(run_dir) or {name: [read_run(run_dir)]}
         for arm, runs in own.items():
             arms[arm if arm not in arms else f"{arm} of {run_dir}"] = runs
-    return _write(place, compare_page(arms, place, {}, {}))
+    return _write(place, compare_page(arms, place.rpartition("/")[0], {}, {}))
 
 
 def _write(place: str, text: str) -> str:

@@ -21,7 +21,7 @@ from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import RESULT
 from mimkd_ray.train.records.run_dir import write_json
 from mimkd_ray.train.records.same_inputs import check_same_student
-from mimkd_ray.versions import versions
+from mimkd_ray.versions import machine, versions
 
 
 def arm_config(config: Config, arm: Arm, seed: int) -> Config:
@@ -83,6 +83,7 @@ def compare(
         "held_out_rows": data.val.num_rows,
         "seconds": time.perf_counter() - began,
         "digests": {"config": digest(config), "data": data.digest},
+        "machine": machine(context.device),
         "versions": versions(),
     }
     if context.rank == 0:

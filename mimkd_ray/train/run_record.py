@@ -23,7 +23,7 @@ from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import FiniteGuard, Meter, say
 from mimkd_ray.train.records.outcomes import RESULT
 from mimkd_ray.train.records.run_dir import MetricsLog, json_bytes, read_metrics, write_json
-from mimkd_ray.versions import versions
+from mimkd_ray.versions import machine, versions
 
 BUSY_SECONDS = 5.0
 """For which the first worker looks whether a file is committed, before it tells the others that it is not."""
@@ -212,5 +212,6 @@ def describe(student: Student, held_out: Mapping[str, Any], meter: Meter, start:
         "resumed_from": start,
         "timeline": student.context.times.marks(),
         "digests": {"config": digest(config), "data": student.data.digest},
+        "machine": machine(student.context.device),
         "versions": versions(),
     }

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
+import subprocess
 from pathlib import Path
 
 import pytest
 from evaluated import CLASSES, write_evaluation
 from page_reader import Reader
+from some_trials import search
 from tiny_run import run_tiny
 
 from mimkd_ray.__main__ import main
+from mimkd_ray.pages.write_pages import write_report
+from mimkd_ray.search.report.build_report import report_html
+
+WIDTHS = (1280, 400)
+PAPER = {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 28)"}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,7 @@ def per_class(run: Path) -> dict[str, float]:
 def test_arms_side_by_side(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = reported(str(compared), capsys=capsys)
     result = json.loads((compared / "result.json").read_text())
-    assert page.sections == ["arms", "curves", "classes", "differences", "again"]
+    assert page.sections == ["arms", "curves", "classes", "calibration", "confusions", "runs", "differences", "again"]
     top1 = {arm: value["top1"] for arm, value in result["compare"].items()}
     gain = statistics.fmean(b - a for a, b in zip(top1["alone"], top1["mimkd"], strict=True))
     assert f"{gain:+.2f} ± " in page.text
@@ -49,9 +57,61 @@ def test_arms_side_by_side(compared: Path, capsys: pytest.CaptureFixture[str]) -
     (bars,) = page.figure("Per class")["data"]
     alone, taught = per_class(compared / "alone-seed00"), per_class(compared / "mimkd-seed00")
     assert sorted(bars["x"]) == pytest.approx(sorted(taught[name] - alone[name] for name in CLASSES))
+    _, *networks = page.figure("Accuracy by confidence")["data"]
+    assert [each["name"] for each in networks] == ["student alone", "MIMKD"]
+    assert all(each["y"] == pytest.approx([0.8 * x for x in each["x"]]) for each in networks)
+    worst = json.loads((compared / "mimkd-seed00" / "evaluation.json").read_text())["confusions"][0]
+    assert f"{worst['label']}\n{worst['prediction']}\n" in page.text
     assert "loss.name" in page.text
     assert f"{result['teacher']['top1']:.2f} %" in page.text
     assert f"mimkd-ray train --config {compared}/config.json --run.name c-again" in page.text
+
+
+def test_each_arm_has_a_link_or_the_command_that_makes_its_page(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(compared, tmp_path / "a b")
+    own, other = (str(tmp_path / "a b" / name) for name in ("mimkd-seed00", "alone-seed01"))
+    reported(own, capsys=capsys)
+    for page in (
+        reported(str(tmp_path / "a b"), capsys=capsys),
+        reported(own, other, "--out", str(tmp_path / "a b" / "both.html"), capsys=capsys),
+    ):
+        links = [str(attrs["href"]) for tag, attrs in page.elements if tag == "a" and "#" not in str(attrs["href"])]
+        assert links == ["mimkd-seed00/report.html"]
+        assert f"mimkd-ray evaluate '{other}'" in page.text
+        assert f"mimkd-ray evaluate '{own}'" not in page.text
+    page = reported(own, other, "--out", str(tmp_path / "both.html"), capsys=capsys)
+    assert ("a", {"href": "a%20b/mimkd-seed00/report.html"}) in page.elements
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium here")
+def test_a_browser_draws_every_figure_and_nothing_is_too_wide(compared: Path, tmp_path: Path) -> None:
+    """A run, a comparison and a search, each on a desk and on a telephone, in one of which it is dark."""
+    files = [Path(write_report(str(compared / "mimkd-seed00"))), Path(write_report(str(compared)))]
+    files.append(tmp_path / "search.html")
+    files[-1].write_text(report_html(search(40), "top1", "a search", {"recipe": "x" * 200}))
+    schemes = [("light", "dark"), ("dark", "light"), ("light", "dark")]
+    frames = [
+        (f.as_uri(), *each) for f, pair in zip(files, schemes, strict=True) for each in zip(WIDTHS, pair, strict=True)
+    ]
+    page = (Path(__file__).parent / "frames.html").read_text().replace("FRAMES", json.dumps(frames))
+    (tmp_path / "frames.html").write_text(page)
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'own'}"]
+    options = [
+        "--allow-file-access-from-files",
+        "--virtual-time-budget=60000",
+        "--dump-dom",
+        str(tmp_path / "frames.html"),
+    ]
+    shown = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=True).stdout
+    seen = json.loads(re.findall("<pre>(.*)</pre>", shown)[0])
+    counts = [len(Reader(file.read_text()).figures) for file in files for _ in WIDTHS]
+    assert [each["plots"] for each in seen] == counts
+    assert min(counts) > 7
+    assert [each["paper"] for each in seen] == [PAPER[scheme] for _, _, scheme in frames]
+    assert [each["width"] for each in seen] == [width for _, width, _ in frames]
+    assert [each for each in seen if each["needs"] > each["width"]] == []
 
 
 def test_an_arm_alone_tells_its_gain(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
