@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mimkd_ray.cli.commands import COMMANDS
+import shlex
+
+from mimkd_ray import storage
 from mimkd_ray.config import Config
 from mimkd_ray.data.loading.threads import told
 from mimkd_ray.errors import count
@@ -59,9 +61,9 @@ def _workers(config: Config) -> str:
 
 def closing(config: Config, run_dir: str, report: str | None = None) -> str:
     """Return the lines below the table of results: where they are, with the page if one was made, and what can be done
-    with them."""
-    tools = [] if config.compare.seeds else ["evaluate", "export"]
-    tools += [] if report else ["report"]
-    lines = [f"  python -m mimkd_ray {name} {run_dir}" for name in tools if name in COMMANDS]
+    with them; of a comparison with the first run of its last arm."""
+    one = storage.join(run_dir, f"{config.compare.arms[-1]}-seed00") if config.compare.seeds else run_dir
+    tools = [("evaluate", one), ("export", one), *([] if report else [("report", run_dir)])]
+    lines = [f"  python -m mimkd_ray {name} {shlex.quote(place)}" for name, place in tools]
     page = [f"report: {report}"] if report else []
-    return "\n".join([f"run directory: {run_dir}", *page, *(["next:", *lines] if lines else [])])
+    return "\n".join([f"run directory: {run_dir}", *page, "next:", *lines])

@@ -39,13 +39,16 @@ def _percent(value: float | None) -> str:
 
 def _single(result: Mapping[str, Any]) -> str:
     student, teacher = result["student"], result.get("teacher")
-    rows = [["", "top-1 %", "top-5 %", "images/s"]]
+    rows = [["", "top-1 %", "against teacher" if teacher else "", "top-5 %", "images/s"]]
+    gap = ""
     if teacher:
-        rows.append([f"teacher {teacher['name']}", _percent(teacher["top1"]), _percent(teacher["top5"]), ""])
+        rows.append([f"teacher {teacher['name']}", _percent(teacher["top1"]), "", _percent(teacher["top5"]), ""])
+        if "-" not in (_percent(student["top1"]), _percent(teacher["top1"])):
+            gap = f"{student['top1'] - teacher['top1']:+.2f}"
     rate = f"{result['images_per_second']:.0f}"
-    rows.append([f"student {student['name']}", _percent(student["top1"]), _percent(student["top5"]), rate])
+    rows.append([f"student {student['name']}", _percent(student["top1"]), gap, _percent(student["top5"]), rate])
     if "knn" in student:
-        rows.append(["student by k-NN", _percent(student["knn"]), "", ""])
+        rows.append(["student by k-NN", _percent(student["knn"]), "", "", ""])
     return "\n".join([columns(rows), *_information(result["nats"])])
 
 

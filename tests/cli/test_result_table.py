@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
-from tiny_run import tiny_config
-
-from mimkd_ray.cli.opening import opening
 from mimkd_ray.cli.result_table import result_table
 from mimkd_ray.errors import count
 from mimkd_ray.train.compare import paired
@@ -53,7 +49,7 @@ def cells(table: str, label: str) -> list[str]:
 def test_single_run() -> None:
     table = result_table(single())
     assert cells(table, "teacher resnet34") == ["73.31", "91.42"]
-    assert cells(table, "student resnet18") == ["71.24", "90.00", "1234"]
+    assert cells(table, "student resnet18") == ["71.24", "-2.08", "90.00", "1234"]
     assert "feature/layer4-layer4: 2.500 of at most 4.16 nats" in table
 
 
@@ -77,7 +73,14 @@ def test_single_run_without_teacher_and_information() -> None:
     table = result_table(single(teacher=None, nats={}))
     assert "teacher" not in table
     assert "mutual information" not in table
-    assert cells(table, "student resnet18")[0] == "71.24"
+    assert cells(table, "student resnet18") == ["71.24", "90.00", "1234"]
+
+
+def test_nothing_is_won_or_lost_where_nothing_has_a_label() -> None:
+    student = {"name": "resnet18", "top1": math.nan, "top5": None, "knn": 60.5}
+    table = result_table(single(student=student))
+    assert cells(table, "student resnet18") == ["-", "-", "1234"]
+    assert cells(table, "student by k-NN") == ["60.50"]
 
 
 def test_a_reading_that_is_not_valid_says_so() -> None:
@@ -136,12 +139,3 @@ def test_one_is_no_plural() -> None:
     assert [count(n, "class", "classes") for n in (0, 1, 1000)] == ["0 classes", "1 class", "1,000 classes"]
     assert [count(n, "CPU") for n in (1.0, 0.5)] == ["1 CPU", "0.5 CPUs"]
     assert "450 held out, 1 seed, 1 worker\n" in result_table(comparison([90.0]) | {"workers": 1})
-    limits = {"epochs": 1, "max_steps": 1}
-    one = tiny_config(compare={"seeds": 1}, train=limits, launch={"backend": "ray", "workers": 1})
-    told = opening(one, "runs/one")
-    assert "mimkd: 1 seed each" in told
-    assert "1 epoch, at most 1 step\n" in told
-    assert ", 1 worker of Ray\n" in told
-    assert not re.search(r"\b1 \w+s\b", told)
-    ranged = tiny_config(launch={"backend": "ray", "workers": "1..2"})
-    assert ", 1..2 workers of Ray\n" in opening(ranged, "runs/some")

@@ -112,7 +112,8 @@ def test_the_headline_has_size_and_latency_of_an_export(plain: Path, tmp_path: P
     (tmp_path / "run" / "export" / "export.json").write_text(json.dumps(report))
     text = page_of(tmp_path / "run").text
     assert "12.3 M\nmultiply-adds an image" in text
-    assert "2.00 ms\nan image at batch 1 with 2 threads: PyTorch 7.25 ms, 5.10 MB, onnx 4.10 ms, 5.00 MB, int8" in text
+    assert "2.00 ms\nan image, batch 1, 2 threads, exported as int8" in text
+    assert "export, PyTorch\n7.25 ms, 5.10 MB\nexport, onnx\n4.10 ms, 5.00 MB\nexport, int8\n2.00 ms, 2.00 MB" in text
 
 
 def test_the_size_counts_parameters_without_running_statistics(plain: Path) -> None:

@@ -1,0 +1,58 @@
+"""What a run says at its beginning and at its end."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from tiny_run import tiny_config
+
+from mimkd_ray.cli.commands import COMMANDS
+from mimkd_ray.cli.opening import closing, opening
+
+
+def test_who_teaches_whom_on_what_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mimkd_ray.cli.opening.told", lambda _: "two threads")
+    first, *rows = opening(tiny_config(train={"max_steps": 5}), "runs/one").splitlines()
+    assert first == "tiny"
+    assert [row.split(None, 1) for row in rows] == [
+        ["teacher", "cifar/resnet8, weights random"],
+        ["student", "cifar/resnet8_w4, weights random"],
+        ["loss", "cross-entropy + mimkd"],
+        ["data", "digits, 60 training images"],
+        ["views", "digits, 8 pixels, a new one every epoch"],
+        ["batch", "20 images (2 x 10), 2 epochs, at most 5 steps"],
+        ["device", "GPU if there is one, else CPU, this process: two threads"],
+        ["results", "runs/one"],
+    ]
+    own = {"name": "cifar/resnet20", "train": True, "epochs": 30}
+    said = opening(tiny_config(teacher=own, data={"views": 4}, cache={"root": "s3://b/c"}), "x")
+    assert "teacher  cifar/resnet20, trained first, 30 epochs\n" in said
+    assert "4 views of an image, teacher's features from s3://b/c\n" in said
+
+
+def test_one_is_no_plural() -> None:
+    limits = {"epochs": 1, "max_steps": 1}
+    one = tiny_config(compare={"seeds": 1}, train=limits, launch={"backend": "ray", "workers": 1})
+    told = opening(one, "runs/one")
+    assert "mimkd: 1 seed each" in told
+    assert "1 epoch, at most 1 step\n" in told
+    assert ", 1 worker of Ray\n" in told
+    assert not re.search(r"\b1 \w+s\b", told)
+    ranged = tiny_config(launch={"backend": "ray", "workers": "1..2"})
+    assert ", 1..2 workers of Ray\n" in opening(ranged, "runs/some")
+
+
+@pytest.mark.parametrize("report", [None, "s3://b/a run/report.html"])
+@pytest.mark.parametrize("seeds", [0, 3])
+def test_the_end_names_the_next_commands(seeds: int, report: str | None) -> None:
+    said = closing(tiny_config(compare={"seeds": seeds}), "s3://b/a run", report).splitlines()
+    assert said[0] == "run directory: s3://b/a run"
+    assert ([report] if report else []) == [
+        line.removeprefix("report: ") for line in said if line.startswith("report:")
+    ]
+    student = "s3://b/a run/mimkd-seed00" if seeds else "s3://b/a run"
+    commands = [line.removeprefix("  python -m mimkd_ray ") for line in said[said.index("next:") + 1 :]]
+    again = [] if report else ["report 's3://b/a run'"]
+    assert commands == [f"evaluate '{student}'", f"export '{student}'", *again]
+    assert {command.split()[0] for command in commands} <= COMMANDS.keys()
