@@ -16,7 +16,7 @@ from mimkd_ray.data.sources.source import SubsetSource
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.losses.methods.registry import RIVALS
-from mimkd_ray.losses.shared_classes import SharedClasses, match
+from mimkd_ray.losses.shared_classes import SharedClasses, comparable, match
 from mimkd_ray.models.weights import put_state, say_once
 from mimkd_ray.models.weights_file import shown
 from mimkd_ray.models.zoo import build_model
@@ -86,7 +86,7 @@ def subject_of(job: EvaluateJob, run_dir: str, trained_on: Config, data: Data, d
     of_run = _data_of_run(trained_on, job, data, names)
     count = len(names) if names is not None else of_run.num_classes
     head = of_run.names if names is None else names
-    untrained = bool(run_dir) and job.eval.network != "teacher" and not _trains_head(job, trained_on)
+    untrained = bool(run_dir) and job.eval.network != "teacher" and not _trains_head(job, trained_on, of_run)
     related = not untrained or bool(match(of_run.classes, data.classes).of_data)  # else the head's classes mean nothing
     shared = _shared(job, head, count, data, bool(run_dir or names)) if related else None
     classes = data.names if shared is None else tuple(data.names[number] for number in shared.of_data)
@@ -211,11 +211,12 @@ def _data_of_run(trained_on: Config, job: EvaluateJob, data: Data, names: tuple[
         return replace(data, train=nothing, val=nothing, classes=names, num_classes=len(names), judged=False)
 
 
-def _trains_head(job: EvaluateJob, trained_on: Config) -> bool:
+def _trains_head(job: EvaluateJob, trained_on: Config, of_run: Data) -> bool:
     """Whether the head has learned what classes are: of labels, of a teacher's logits, or before the run."""
-    loss = trained_on.loss
-    of_logits = loss.resolved_kd_weight > 0 or any(RIVALS[rival].logits for rival in loss.rivals)
-    return trained_on.data.labels != "none" or of_logits or job.student.weights != "random"
+    if trained_on.data.labels != "none" or job.student.weights != "random":
+        return True
+    loss = comparable(trained_on.loss, teacher_head(trained_on, of_run).shared)
+    return loss.resolved_kd_weight > 0 or any(RIVALS[rival].logits for rival in loss.rivals)
 
 
 def _shared(job: EvaluateJob, head: Sequence[str], count: int, data: Data, named: bool) -> SharedClasses | None:

@@ -206,6 +206,8 @@ def test_a_head_that_nothing_has_trained(own: Path, tmp_path: Path, capsys: pyte
     taught, page = label_free(tmp_path / "taught", own, "none", loss={"kd_weight": 1.0})
     assert taught["top1"] is not None
     assert taught["knn"] == found["knn"]
+    not_taught, _ = label_free(tmp_path / "other", own, "none", loss={"kd_weight": 1.0}, teacher={"classes": 5})
+    assert not_taught["top1"] is None, "KD is off with a teacher of other classes"
     assert "other data" not in page
 
 
