@@ -4,9 +4,9 @@ python tests/kills.py --kills 100
 python tests/kills.py --kills 5 --only train-local,prepare-ray --seed 7 --keep /tmp/kills
 
 Jobs: training (local, with loader processes, under Ray), a teacher cache, a search and a preparation of data. Victims:
-the whole job with SIGKILL, or one loader process, worker or actor of it. Sample logs, weights, features, trials and
-files must be equal, byte for byte. It ends with a table, and with status 1 if anything differs. Only processes that it
-started are killed.
+the whole job with SIGKILL, or one loader process, worker or actor of it, or its driver alone. Sample logs, weights,
+results, features, trials and files must be equal, byte for byte. It ends with a table, and with status 1 if anything
+differs, or a local job without a loader process ends in a traceback. Only processes that it started are killed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs_here import JOB, ROOT, SMALL, Job, kill, tree
+from jobs_here import JOB, ROOT, SMALL, Job, kill, result, tree
 
 LINES, WEIGHTS = "samples.jsonl", "student.safetensors"
+OF_A_START = {"images_per_second", "seconds", "timeline", "checkpoints", "resumed_from"}
+"""Fields of a result that say how long it took, and from where."""
 OFTEN = (
     "--train.epochs",
     "8",
@@ -111,7 +113,9 @@ def pictures(folder: Path) -> None:
 def trained(root: Path) -> dict[str, Any]:
     """What a run leaves that must be equal."""
     run = root / "small"
-    return {name: (run / name).read_bytes() for name in (LINES, WEIGHTS)}
+    found = result(run)
+    of_result = {f"result.json {name}": value for name, value in found.items() if name not in OF_A_START}
+    return {**{name: (run / name).read_bytes() for name in (LINES, WEIGHTS)}, **of_result}
 
 
 def cached(root: Path) -> dict[str, Any]:
@@ -176,6 +180,7 @@ KINDS = {
     "train-loader": Kind(train, (*LOCAL, "--data.loader-workers", "2"), "child", trained, lines_below),
     "cache-local": Kind(cache, LOCAL, "job", cached, files_below),
     "train-ray": Kind(train, RAY, "job", trained, lines_below),
+    "train-driver": Kind(train, RAY, "driver", trained, lines_below),
     "train-worker": Kind(train, RAY, "ray", trained, lines_below),
     "cache-ray": Kind(cache, (), "job", cached, files_below),
     "cache-actor": Kind(cache, (), "ray", cached, files_below),
@@ -194,7 +199,10 @@ def title(pid: int) -> str:
 
 
 def victims(kind: Kind, job: Job) -> list[int]:
-    """The processes that are killed together: all, or one loader process, or one worker, actor or task of Ray."""
+    """The processes of which one is killed, or, of a whole job, all: loader processes, the driver, workers, actors or
+    tasks of Ray."""
+    if kind.victim == "driver":
+        return [job.process.pid]
     below = tree(job.process.pid)
     if kind.victim == "job":
         return below
@@ -239,10 +247,12 @@ def attack(name: str, kind: Kind, folder: Path, kills: int, chance: random.Rando
                 break
             kill(chosen if kind.victim == "job" else [chance.choice(chosen)])
             done += 1
-            if kind.victim == "job":
+            if kind.victim in ("job", "driver"):
                 job.process.wait()
             elif kind.victim == "child":
                 job.end(SECONDS)  # it ends with a line, or goes on without the process
+                if "Traceback" in log.read_text():
+                    problems.append(f"{name}: more than a line:\n{log.read_text()[-2000:]}")
             if job.process.poll() is not None:
                 job = Job(kind.command(root, *kind.more), log)
         status = job.end(SECONDS)

@@ -59,6 +59,7 @@ def test_a_directory_that_is_no_runs_is_refused_and_stays(
     ):
         overwritten(config)
     changes: dict[str, Any] = {"run": replace(config.run, overwrite=True), "launch": LaunchConfig()}
+    changes["train"] = replace(config.train, max_steps=0)
     job = search_job(config, **changes, search=SearchConfig(holdout=0.3))
     with pytest.raises(UserError, match="Nothing was removed"):
         search_line.search(job, SPACES)
