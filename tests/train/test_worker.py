@@ -4,6 +4,7 @@ import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from tiny_run import cpu, run_tiny, tiny_config
 
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.config import CompareConfig
+from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train import worker
 from mimkd_ray.train.compare import arm_config, paired
 from mimkd_ray.train.networks.teacher import chance_limit
-from mimkd_ray.train.worker import obtain_teacher, run_job
+from mimkd_ray.train.worker import measure, obtain_teacher, run_job
 
 
 def test_a_teacher_below_expectation_stops_the_run_before_training(tmp_path: Path) -> None:
@@ -55,8 +58,6 @@ def test_weights_from_a_file_are_the_teacher(tmp_path: Path) -> None:
     network = build_model("cifar/resnet8", 10)
     save_file(network.state_dict(), tmp_path / "teacher.safetensors")
     config = tiny_config(teacher={"weights": str(tmp_path / "teacher.safetensors")})
-    from mimkd_ray.data.sources.data_set import open_data
-
     model, facts = obtain_teacher(config, open_data(config.data), cpu(), str(tmp_path / "run"))
     assert model is not None
     for name, value in load_file(tmp_path / "teacher.safetensors").items():
@@ -64,10 +65,41 @@ def test_weights_from_a_file_are_the_teacher(tmp_path: Path) -> None:
     assert len(facts["teacher"]["sha256"]) == 64
 
 
+def test_a_teacher_is_measured_once_for_its_weights_and_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By runs beside each other."""
+    measured: list[int] = []
+
+    def counted(*arguments: Any) -> dict[str, Any]:
+        found = measure(*arguments)
+        measured.append(found["rows"])
+        return found
+
+    monkeypatch.setattr(worker, "measure", counted)
+    runs = iter("abcdef")
+
+    def look(rows: int = 20, **data: int) -> None:
+        config = tiny_config(teacher={"weights": str(file)}, data={"val_rows": rows, **data})
+        facts = obtain_teacher(config, open_data(config.data), cpu(), str(tmp_path / next(runs)))[1]
+        assert facts["teacher"]["rows"] == rows == measured[-1]
+
+    for number in range(2):
+        file = tmp_path / f"{number}.safetensors"
+        torch.manual_seed(number)
+        save_file(build_model("cifar/resnet8", 10).state_dict(), file)
+        look()
+        look(subset_seed=1)  # other training images
+        assert measured == [20] * (number + 1)
+    look(30)
+    assert measured == [20, 20, 30]
+
+
+def test_held_out_images_are_limited(tmp_path: Path) -> None:
+    result = run_tiny(tmp_path / "run", data={"val_rows": 20}, train={"max_steps": 1})
+    assert result["student"]["rows"] == 20 == result["teacher"]["rows"]
+
+
 def test_a_random_teacher_is_the_same_after_a_restart(tmp_path: Path) -> None:
     config = tiny_config()
-    from mimkd_ray.data.sources.data_set import open_data
-
     data = open_data(config.data)
     digests = []
     for noise in (1, 2):
