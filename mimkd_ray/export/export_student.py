@@ -152,6 +152,9 @@ class Export:
                 self.int8["pt2e"] = "not tried: torchao is not installed"
             if not made:
                 raise NotWrittenError("no quantisation worked")
+            for name in tried.keys() - made.keys():  # another one worked: nothing is missing
+                if reason := self.failed.pop(f"int8 by {name}", ""):
+                    self.int8[name] = f"not made: {reason}"
             best = best_int8(made, student.top1 - self.config.int8_drop)
             if fault := fault_of_int8(made[best], student, self.config.int8_drop):
                 raise NotWrittenError(fault)

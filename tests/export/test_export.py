@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mimkd_ray.__main__ import main
 from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.export import examine, export_student
 from mimkd_ray.export.int8 import quantize_onnx
 from mimkd_ray.export.model_folder import is_read_by_timm, write_model_folder
 from mimkd_ray.export.onnx_file import newest_opset
@@ -199,6 +200,21 @@ def test_int8_that_gains_little_is_said(run: Path, exported: Path) -> None:
     assert (run / "said.txt").read_text().endswith(f" export: {line}\n")
     smaller = report["student"]["bytes"] / report["files"]["int8"]["bytes"]
     assert line.startswith(f"{report['files']['int8']['file']} is {smaller:.1f} times smaller than the weights at")
+
+
+def test_a_quantiser_that_fails_beside_another(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("more than one output node")
+
+    monkeypatch.setattr(export_student, "quantize_pt2", broken)
+    monkeypatch.setattr(examine, "latency_ms", lambda *_: {"1": 1.0, "32": 1.0})
+    assert main(["export", str(run), *QUICK, "--out", str(tmp_path), "--formats", "int8"]) == 0
+    report = _report(tmp_path)
+    assert report["failed"] == {}
+    assert report["int8"]["pt2e"].startswith("not made: cifar/resnet8_w4 cannot be exported: ValueError: more than one")
+    assert f"; pt2e {report['int8']['pt2e']}; kept: onnxruntime" in capsys.readouterr().out
 
 
 def test_no_file_names_folders_of_this_machine(run: Path, exported: Path) -> None:
