@@ -28,6 +28,7 @@ class Finals:
     def __init__(self, job: SearchJob, table: Table) -> None:
         search = job.search
         self.metric, self.seeds, self.retries = search.metric, search.seeds, search.retries
+        self.epochs = search.epochs or job.train.epochs
         self.chosen: dict[int, Trial] = {trial.number: trial for trial in table.ranked()[: search.finalists]}
         self.runs = [(number, seed) for number in self.chosen for seed in range(1, search.seeds + 1)]
 

@@ -12,6 +12,7 @@ from tiny_search import figures, tiny_configs, tiny_job
 
 from mimkd_ray.config import SearchJob
 from mimkd_ray.search.configs import claim
+from mimkd_ray.search.finals import Finals
 from mimkd_ray.search.table import Table
 
 VALUES = {"critic.learn_temperature": False, "critic.temperature": 0.5}
@@ -57,6 +58,29 @@ def test_as_many_trials_or_packs_at_a_time_as_told(
     job, shape = tiny_job(tmp_path, **changes), tune_search.Shape(1, 1.0, 0.0, 3)
     with pytest.raises(KeyboardInterrupt):
         tune_search.run_trials(job, str(tmp_path / "s"), tiny_configs(tmp_path), shape, True)
+
+
+@pytest.mark.parametrize(("epochs", "whole"), [((2, 2), True), ((2, 1), False), ((2,), False)])
+def test_finals_that_were_interrupted_are_no_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: tuple[int, ...], whole: bool
+) -> None:
+    """After Ctrl-C, Tune returns the evaluations so far. A run that is lost for good holds up nothing."""
+    from mimkd_ray.on_ray.search import tune_search
+
+    job, table = tiny_job(tmp_path, finalists=1, seeds=3), Table(str(tmp_path / "s"), "top1")
+    table.begin("x", tiny_configs(tmp_path)(VALUES), VALUES)
+    table.heard("x", figures(2, 50.0))
+    table.ended("x", "completed")
+    told: list[Any] = [figures(epoch, 50.0) for epoch in epochs]
+    runs = [SimpleNamespace(config={"run": run}, metrics=each, error=None) for run, each in enumerate(told)]
+    runs.append(SimpleNamespace(config={"run": 2}, metrics=None, error=RuntimeError("lost")))
+    monkeypatch.setattr(tune_search, "experiment", lambda *_: runs)
+    finals, shape = Finals(job, table), tune_search.Shape(1, 1.0, 0.0, 1)
+    if whole:
+        assert tune_search.run_finals(finals, "s", shape) == dict(enumerate(told))
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            tune_search.run_finals(finals, "s", shape)
 
 
 @pytest.mark.parametrize("pack", [False, True])

@@ -213,7 +213,8 @@ def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, shape: Shape,
 
 
 def run_finals(finals: Finals, folder: str, shape: Shape) -> dict[int, dict[str, Any]]:
-    """Train the finalists again, each with every seed, to their ends; return the last figures of each run."""
+    """Train the finalists again, each with every seed, to their ends; return the last figures of each run that was not
+    lost. Raises KeyboardInterrupt after Ctrl-C, of which Tune does not tell."""
     trial = search_trainable(finals, folder, shape.cpus)
     found = experiment(
         folder,
@@ -227,10 +228,11 @@ def run_finals(finals: Finals, folder: str, shape: Shape) -> dict[int, dict[str,
             verbose=0,
         ),
     )
-    results = {each.config["run"]: each.metrics for each in found if each.metrics and each.config}
-    if len(results) < len(finals.runs):
+    last = [(each, each.metrics or {}) for each in found]
+    over = [each for each, told in last if each.error or "failed" in told or told.get("epoch") == finals.epochs]
+    if len(over) < len(finals.runs):
         raise KeyboardInterrupt
-    return results
+    return {each.config["run"]: each.metrics for each in over if not each.error}
 
 
 def experiment(folder: str, name: str, trial: Any, space: Any, how: tune.TuneConfig, run: tune.RunConfig) -> ResultGrid:
