@@ -20,6 +20,7 @@ from mimkd_ray.on_ray.nodes import environment
 from mimkd_ray.run_lock import check_free, held
 from mimkd_ray.search.configs import TrialConfigs, begun_as, claim, search_digest, trial_config
 from mimkd_ray.search.finals import Finals
+from mimkd_ray.search.optuna_study import combinations
 from mimkd_ray.search.results import Clock, closing, write_report
 from mimkd_ray.search.suggest import Space, find_spaces
 from mimkd_ray.search.table import Table
@@ -66,6 +67,8 @@ def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
         run_files.overwrite(folder)
     configs = TrialConfigs(trial_config(job, job.search), found)
     begun_as(job, folder)
+    if job.search.algorithm == "grid":
+        combinations(job.search, configs)
     with console.phase("checking data, networks and places"):
         preflight(configs.widest())
     with held(folder), console.phase(f"search of {job.search.algorithm}", said=False):

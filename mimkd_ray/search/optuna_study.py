@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -12,10 +12,14 @@ import optuna
 from optuna.trial import TrialState
 
 from mimkd_ray.config import SearchConfig
+from mimkd_ray.errors import UserError
 from mimkd_ray.search.configs import TrialConfigs
 from mimkd_ray.search.suggest import grid, grid_values
 from mimkd_ray.search.trials import Trial, Value, direction
 from mimkd_ray.seeds import derive
+
+MOST_COMBINATIONS = 10_000
+"""Largest grid without a number of trials: to list it takes half a minute."""
 
 STATES = {"completed": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
 
@@ -53,9 +57,15 @@ def sampler(search: SearchConfig, *where: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
 
 
-def combinations(search: SearchConfig, configs: TrialConfigs) -> Iterator[dict[str, Value]]:
-    """Return the combinations of a grid, at most ``search.trials``."""
-    return islice(grid(configs.build, search.points), search.trials or None)
+def combinations(search: SearchConfig, configs: TrialConfigs) -> list[dict[str, Value]]:
+    """Return the combinations of a grid, at most ``search.trials``. Raises UserError for very many if that is 0."""
+    found = list(islice(grid(configs.build, search.points), search.trials or MOST_COMBINATIONS + 1))
+    if not search.trials and len(found) > MOST_COMBINATIONS:
+        raise UserError(
+            f"the grid has more than {MOST_COMBINATIONS:,} combinations, which are listed before the first trial: give "
+            "--search.trials, fewer --search.points or less in --search.space"
+        )
+    return found
 
 
 def draw_pack(search: SearchConfig, configs: TrialConfigs, pack: int, known: Sequence[Trial]) -> list[dict[str, Any]]:
@@ -64,7 +74,7 @@ def draw_pack(search: SearchConfig, configs: TrialConfigs, pack: int, known: Seq
     count = min(search.pack, search.trials - pack * search.pack) if search.trials else search.pack
     if search.algorithm == "grid":
         first = pack * search.pack
-        return list(islice(combinations(search, configs), first, first + count))
+        return combinations(search, configs)[first : first + count]
     # Independent draws are those of the same search without packs; others have a seed of the pack.
     first = pack * search.pack if search.algorithm == "random" and search.trials else 0
     own = sampler(search) if search.algorithm == "random" and search.trials else sampler(search, pack)

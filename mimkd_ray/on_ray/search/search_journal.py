@@ -41,6 +41,7 @@ class Journal(tune.Callback):
         """``gpus``: those of a trial."""
         self.job, self.folder, self.configs, self.gpus = job, folder, configs, gpus
         self.seconds: dict[str, float] = {}
+        self._total = count_trials(job.search, configs)
         self._table: Table | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -50,7 +51,6 @@ class Journal(tune.Callback):
         """Read the table, and the limits of this start."""
         self.job = from_dict(SearchJob, read_json(storage.join(self.folder, "config.json")) or {})
         self._table = Table(self.folder, self.job.search.metric)
-        self._total = count_trials(self.job.search, self.configs)
         self.clock = Clock(self.folder)
         for name, row in self._table.rows.items():
             self.spent(name.partition("/")[0], row.seconds)

@@ -79,7 +79,7 @@ def searcher_of(search: SearchConfig, configs: TrialConfigs) -> tuple[Any, dict[
     if search.scheduler in POPULATION:
         return None, tune_space(configs), trials
     if search.algorithm in ("tpe", "random", "grid"):
-        points = list(combinations(search, configs)) if search.algorithm == "grid" else None
+        points = combinations(search, configs) if search.algorithm == "grid" else None
         space = DefineByRun(configs, search.points if points else 0)
         found = OptunaSearch(space, sampler=sampler(search), points_to_evaluate=points, **metric_of(search))
         return found, None, len(points) if points else trials
@@ -89,7 +89,7 @@ def searcher_of(search: SearchConfig, configs: TrialConfigs) -> tuple[Any, dict[
 def count_trials(search: SearchConfig, configs: TrialConfigs) -> int:
     """Return the number of trials, at most as many as configured of a grid; 0: as many as the budget allows."""
     if search.algorithm == "grid" and search.scheduler not in POPULATION:
-        return sum(1 for _ in combinations(search, configs))
+        return len(combinations(search, configs))
     return search.trials
 
 
