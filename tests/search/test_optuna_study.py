@@ -67,7 +67,7 @@ def test_a_grid_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({tuple(sorted(each.items())) for each in found}) == len(found)
     assert combinations(replace(own, trials=4), configs) == found[:4]
     monkeypatch.setattr("mimkd_ray.search.optuna_study.MOST_COMBINATIONS", 5)
-    with pytest.raises(UserError, match="more than 5 combinations, .* give --search.trials"):
+    with pytest.raises(UserError, match=r"more than 5 combinations, .* give --search.trials"):
         combinations(own, configs)
     study = optuna.create_study(sampler=sampler(own))
     for each in found:
