@@ -6,6 +6,7 @@ per node without reservations, and for the all-reduce one GPU on each node if al
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -13,6 +14,7 @@ from mimkd_ray import storage
 from mimkd_ray.cli import common
 from mimkd_ray.config import DoctorConfig
 from mimkd_ray.doctor.outcome import lines
+from mimkd_ray.doctor.places import check_links
 from mimkd_ray.on_ray.nodes import environment
 from mimkd_ray.train.records.run_dir import write_json
 
@@ -29,7 +31,7 @@ def doctor(config: DoctorConfig) -> int:
     environment.prepare(config.address)
     from mimkd_ray.on_ray.nodes import check_nodes  # Ray takes seconds to import and reads its environment on import
 
-    outcomes = check_nodes.cluster(config)
+    outcomes = [*check_nodes.cluster(config), check_links(os.getcwd())]
     counts = {status: sum(outcome.status == status for outcome in outcomes) for status in ("pass", "warn", "fail")}
     for line in lines(outcomes):
         print(line)

@@ -6,7 +6,7 @@ import shlex
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config
-from mimkd_ray.data.loading.threads import told
+from mimkd_ray.data.loading.threads import told, told_by_ray
 from mimkd_ray.errors import count
 
 
@@ -56,7 +56,7 @@ def _workers(config: Config) -> str:
     where = f"the Ray cluster at {launch.address}" if launch.address else "Ray"
     fewest, most = launch.worker_range
     workers = f"{launch.workers} workers" if fewest < most else count(most, "worker") if most else "a worker each"
-    return f", {workers} of {where}"
+    return f", {workers} of {where}: {told_by_ray(config.data, launch.cpus_per_worker)}"
 
 
 def closing(config: Config, run_dir: str, report: str | None = None) -> str:

@@ -22,7 +22,8 @@ class Outcome:
     """One check on one node, or of all nodes together."""
 
     check: str
-    """Name of the check: versions, gpus, all-reduce, storage, disk, decode, memory, clock, authentication, nodes."""
+    """Name of the check: versions, gpus, all-reduce, storage, disk, decode, memory, clock, authentication, links,
+    nodes."""
     status: Status
     """warn: the job would run, slower or less safely; fail: it would not run, or not as requested."""
     text: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from mimkd_ray.data.augment import decode as decoding
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.data.store.local_disk import is_on_local_disk
 from mimkd_ray.doctor.outcome import Outcome, Status, redacted
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import UserError, count
 
 OBJECT_BYTES = 16 << 20
 """Size of the object that is written and read to measure MB/s, about that of a block of data."""
@@ -33,6 +34,32 @@ SLOW_DECODE = 300.0
 """Images/s of one core below which the check warns: less than half of the slowest server CPUs."""
 
 DECODE_SECONDS = 0.5
+
+MOST_FOLDERS = 20_000
+"""Folders that are looked through for links."""
+
+
+def check_links(folder: str) -> Outcome:
+    """Look for links below the folder that lead out of it: `ray job submit --working-dir` uploads what they lead to,
+    under their own names. Folders that its .rayignore names are left out."""
+    ignore = Path(folder) / ".rayignore"
+    lines = ignore.read_text().splitlines() if ignore.exists() else []
+    ignored = {line.strip().strip("/") for line in lines}
+    whole, found = Path(folder).resolve(), []
+    for at, folders, files in islice(os.walk(folder), MOST_FOLDERS):
+        links = [path for name in (*folders, *files) if name not in ignored and (path := Path(at) / name).is_symlink()]
+        found += [path for path in links if path.exists() and not path.resolve().is_relative_to(whole)]
+        folders[:] = [name for name in folders if name not in ignored]
+    if not found:
+        return Outcome(check="links", status="pass", text=f"none leads out of {folder}")
+    named = ", ".join(f"{path.relative_to(folder)} to {path.resolve()}" for path in found[:3])
+    return Outcome(
+        check="links",
+        status="warn",
+        text=f"{count(len(found), 'link')} in {folder} to elsewhere: {named}",
+        remedy="`ray job submit --working-dir .` uploads what is there to every node: remove them, or name them in "
+        ".rayignore",
+    )
 
 
 def leave_mark(folder: str) -> str:

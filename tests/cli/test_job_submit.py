@@ -19,6 +19,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from head_here import Head, ray_head
 
+from mimkd_ray.doctor.places import check_links
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 # 500 steps, which take some ten seconds, and no checkpoint but the one that a stop writes.
@@ -135,16 +137,24 @@ def test_what_was_submitted_runs_and_nothing_else_travels(head: Head) -> None:
     assert suffixes <= {".py", ".pyc", ".typed", ".css", ".js"}, "Python adds its .pyc files there"
 
 
-def test_credentials_do_not_travel(head: Head, tmp_path: Path) -> None:
+def test_credentials_do_not_travel(head: Head, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """What Ray packs of a folder in which people keep such files, and what arrives."""
     shutil.copy(ROOT / ".rayignore", tmp_path)
     for name in (*CREDENTIALS, *WANTED):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
+    # Links travel as what they lead to, whatever its name: `mimkd-ray doctor` names them.
+    outside = tmp_path_factory.mktemp("home") / ".aws"
+    outside.mkdir()
+    (outside / "credentials").write_text("x")
+    (tmp_path / "notes").symlink_to(outside)
+    (tmp_path / "notes.txt").symlink_to(outside / "credentials")
+    assert "notes to " in check_links(str(tmp_path)).text
+    wanted = (".rayignore", *WANTED, "notes.txt", "notes/credentials")
     look = "import os; print('found', sorted(os.path.join(p, n) for p, _, ns in os.walk('.') for n in ns))"
     printed = ray_job(head.submit("look", "python", "-c", look, folder=tmp_path), head.environment)
     (there,) = re.findall(r"^found (\[.*\])$", printed, re.MULTILINE)
-    assert sorted(json.loads(there.replace("'", '"'))) == sorted(f"./{name}" for name in (".rayignore", *WANTED))
+    assert sorted(json.loads(there.replace("'", '"'))) == sorted(f"./{name}" for name in wanted)
 
 
 @TAKES_MINUTES

@@ -31,16 +31,17 @@ def test_who_teaches_whom_on_what_and_where(monkeypatch: pytest.MonkeyPatch) -> 
     assert "4 views of an image, teacher's features from s3://b/c\n" in said
 
 
-def test_one_is_no_plural() -> None:
+def test_one_is_no_plural(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     limits = {"epochs": 1, "max_steps": 1}
     one = tiny_config(compare={"seeds": 1}, train=limits, launch={"backend": "ray", "workers": 1})
     told = opening(one, "runs/one")
     assert "mimkd: 1 seed each" in told
     assert "1 epoch, at most 1 step\n" in told
-    assert ", 1 worker of Ray\n" in told
+    assert ", 1 worker of Ray: 1 thread and 0 loader processes each\n" in told
     assert not re.search(r"\b1 \w+s\b", told)
     ranged = tiny_config(launch={"backend": "ray", "workers": "1..2"})
-    assert ", 1..2 workers of Ray\n" in opening(ranged, "runs/some")
+    assert ", 1..2 workers of Ray: 1 thread and 0 loader processes each\n" in opening(ranged, "runs/some")
 
 
 @pytest.mark.parametrize("report", [None, "s3://b/a run/report.html"])

@@ -12,7 +12,15 @@ import pytest
 
 from mimkd_ray import attempts, storage
 from mimkd_ray.data.augment.decode import jpeg_size
-from mimkd_ray.doctor.places import OBJECT_BYTES, check_decode, check_disk, check_storage, leave_mark, photograph
+from mimkd_ray.doctor.places import (
+    OBJECT_BYTES,
+    check_decode,
+    check_disk,
+    check_links,
+    check_storage,
+    leave_mark,
+    photograph,
+)
 
 
 @pytest.fixture
@@ -28,6 +36,26 @@ def read_only() -> Iterator[Path]:
     finally:
         os.seteuid(before)
         folder.rmdir()
+
+
+def test_links_that_lead_out_of_the_working_directory(tmp_path: Path) -> None:
+    here, home = tmp_path / "here", tmp_path / "home" / ".aws"
+    for folder in (here / "mine" / "deep", here / ".venv" / "bin", home):
+        folder.mkdir(parents=True)
+    (here / ".rayignore").write_text("# not these\n.venv/\n/known\n")
+    (here / "known").symlink_to(home)
+    (here / ".venv" / "bin" / "python").symlink_to(home)
+    (here / "inside").symlink_to(here / "mine")
+    (here / "broken").symlink_to(here.parent / "nothing")
+    assert check_links(str(here)).status == "pass"
+    (here / "mine" / "deep" / "settings").symlink_to(home)
+    (home / "credentials").write_text("x")
+    (here / "notes.txt").symlink_to(home / "credentials")
+    found = check_links(str(here))
+    assert found.status == "warn"
+    assert (
+        f"2 links in {here} to elsewhere: notes.txt to {home}/credentials, mine/deep/settings to {home}" in found.text
+    )
 
 
 def test_a_bucket(bucket: str) -> None:

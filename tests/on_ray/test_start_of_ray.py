@@ -6,6 +6,8 @@ import logging
 import os
 import socket
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,16 @@ def test_nobody_listens_at_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
         cluster.connect(f"127.0.0.1:{port}", "--launch.address")
     with pytest.raises(UserError, match="no Ray cluster answers at 127"):
         cluster.connect("127.0.0.1:99999", "--launch.address")
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        port = mute.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+            with pytest.raises(UserError, match=rf"no Ray cluster answers at {address} \(timed out\)"):
+                cluster.connect(address, "--launch.address")
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as web:
+        threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        with pytest.raises(UserError, match="a web server is there, and no head of Ray, whose port is 6379"):
+            cluster.connect(f"127.0.0.1:{web.server_port}", "--launch.address")
+        web.shutdown()
 
 
 def test_a_start_that_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

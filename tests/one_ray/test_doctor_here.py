@@ -21,6 +21,7 @@ def test_a_good_machine_passes_and_leaves_nothing_behind(
     said = capsys.readouterr().out
     kinds = [line.split()[1].rstrip(":") for line in said.splitlines() if line.startswith(("pass", "warn"))]
     everything = ["versions", "gpus", "authentication", "clock", "memory", "disk", "decode", "storage", "all-reduce"]
+    everything.append("links")
     assert kinds == everything
     assert "warn  authentication: RAY_AUTH_MODE is disabled" in said, "as these tests have it"
     assert "gloo over processes of one node: 64 MB in" in said

@@ -17,7 +17,9 @@ from mimkd_ray.on_ray.nodes.environment import cluster_address
 PATIENCE_S = 120
 """Seconds that the second try gives the first of Ray's processes; the first try gives 30."""
 ANSWER_S = 10.0
-"""Seconds for which nothing may listen at the address of a cluster: a head that restarts comes back in a few."""
+"""Seconds for which nothing may answer at the address of a cluster: a head that restarts comes back in a few."""
+HTTP_2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+"""How a client of gRPC begins (RFC 9113, 3.4, with no settings); servers answer with their settings."""
 
 
 def connect(configured: str, flag: str, state_api: bool = False, **options: Any) -> bool:
@@ -63,23 +65,27 @@ def _start(**options: Any) -> None:
 
 
 def _knock(address: str, flag: str) -> None:
-    """Raise UserError if nothing listens at host:port for ANSWER_S; other forms of address are Ray's business."""
-    found = re.fullmatch(r"\[?([\w.:-]+?)\]?:(\d+)", address)
+    """Raise UserError if nothing answers at host:port or ray://host:port for ANSWER_S; other forms of address are Ray's
+    business. Ray itself waits for minutes for what accepts connections and says nothing."""
+    found = re.fullmatch(r"(?:ray://)?\[?([\w.:-]+?)\]?:(\d+)", address)
     if found is None:
         return
     until = time.monotonic() + ANSWER_S
     while True:
         try:
-            with socket.create_connection((found[1], int(found[2])), timeout=ANSWER_S / 2):
-                return
+            with socket.create_connection((found[1], int(found[2])), timeout=ANSWER_S / 2) as head:
+                head.sendall(HTTP_2)
+                if head.recv(1) in (b"\0", b"\x15", b""):  # a frame of HTTP 2, or a refusal by TLS
+                    return
+                refused = OSError("a web server is there, and no head of Ray, whose port is 6379 by default")
         except (OSError, OverflowError) as error:
-            refused = error
+            refused = error if isinstance(error, OSError) else OSError(error)
         if time.monotonic() > until:
             raise UserError(
                 f"no Ray cluster answers at {address} ({_line(refused)}): check {flag} or RAY_ADDRESS (host:port of "
                 "the head, or `auto`), or unset both for a Ray of this process's own"
             ) from None
-        time.sleep(1)
+        time.sleep(ANSWER_S / 10)
 
 
 def _line(error: BaseException) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.loading import threads
-from mimkd_ray.data.loading.threads import told, use_threads
+from mimkd_ray.data.loading.threads import told, told_by_ray, use_threads
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,15 @@ def test_threads_are_a_share_of_the_cores(
     words = f"{expected} thread{'s' * (expected > 1)} and {loaders} loader process{'es' * (loaders != 1)}"
     each = " each" if workers > 1 else ""
     assert told(data) == f"{words}{each}, {cores} core{'s' * (cores > 1)} usable"
+    assert told_by_ray(data, max(1, cores // workers)).startswith(f"{expected} thread{'s' * (expected > 1)} ")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert told(data).startswith("OMP_NUM_THREADS 3 and ")
+    assert told_by_ray(data, 4).startswith("OMP_NUM_THREADS 3 ")
     assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_what_a_worker_of_ray_uses_before_its_cluster_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    images = DataConfig(root="x", image_size=224)
+    assert told_by_ray(images, 0) == "a thread per CPU each, loader processes by the cores of its node"
+    assert told_by_ray(replace(images, loader_workers=3), 4) == "4 threads and 3 loader processes each"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_run import run_tiny, tiny_config
 
+from mimkd_ray import storage
 from mimkd_ray.cli.runs import comparison, listing, shown
 from mimkd_ray.cli.training import run_directory
 from mimkd_ray.errors import UserError
@@ -68,3 +69,11 @@ def test_runs_are_listed_shown_and_compared(tmp_path: Path) -> None:
     assert f"one -> two:\n  optim.lr: {tiny_config().optim.lr} -> 0.03" in said
     with pytest.raises(UserError, match=r"notes is no run: it has no config\.json"):
         shown(str(tmp_path / "notes"))
+    there = f"memory://{tmp_path.name}"
+    for file in (*tmp_path.glob("*/*.json"),):
+        storage.upload(file, f"{there}/{file.relative_to(tmp_path)}")
+    assert listing(there).splitlines()[2:] == rows
+    assert shown(f"{there}/one") == shown(str(tmp_path / "one")).replace(str(tmp_path), there)
+    assert comparison([f"{there}/one", f"{there}/two"]) == said
+    with pytest.raises(UserError, match=r"notes is no run: it has no config\.json"):
+        shown(f"{there}/notes")

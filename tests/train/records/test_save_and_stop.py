@@ -40,6 +40,8 @@ def test_by_epochs_steps_and_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _saves(cpu(), clock, 40, 1.0, checkpoint_every=2) == [20, 40]
     assert _saves(cpu(), clock, 40, 1.0, checkpoint_steps=7) == [7, 14, 21, 28, 35]
     assert _saves(cpu(), clock, 40, 10.0, checkpoint_minutes=2) == [12, 24, 36]
+    by_default = RunConfig().checkpoint_minutes  # Ray kills 3 s after `ray job stop`: at most a minute is lost
+    assert _saves(cpu(), clock, 13, 10.0, checkpoint_minutes=by_default) == [6, 12]
     # Any checkpoint puts off the next one by time.
     assert _saves(cpu(), clock, 40, 10.0, checkpoint_minutes=2, checkpoint_steps=7) == [7, 14, 21, 28, 35]
 
