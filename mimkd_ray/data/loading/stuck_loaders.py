@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -29,7 +30,12 @@ they are stopped or wait themselves, are ended, and this process makes the batch
 def answers_of(loader: DataLoader[Any], keys: Iterable[Key], batches: Batches) -> Iterator[Answer]:
     """Yield the answers of a loader to all keys. `batches` makes those that stuck processes leave out."""
     before = set(multiprocessing.active_children())
+    on_death = signal.getsignal(signal.SIGCHLD)
     answers = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # torch's handler raises its error wherever this process is, also where Python prints and drops it. Without it
+        # the next batch that is asked for raises one.
+        signal.signal(signal.SIGCHLD, on_death or signal.SIG_DFL)
     own = set(multiprocessing.active_children()) - before
     given, stuck_at = 0, 0.0
     try:
