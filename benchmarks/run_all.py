@@ -19,7 +19,7 @@ from report import met, refresh
 NAMES = (
     *("mi_bounds", "loss", "ray_overhead", "loader", "data_wait", "jump", "checkpoint", "lanes", "layout", "cache"),
     *("cache_effect", "search", "memory_bank", "epoch", "scaling", "job_start", "autoscale", "node_loss", "evaluate"),
-    "threads",
+    *("threads", "pages"),
 )
 
 FOLDER = Path(__file__).resolve().parent
