@@ -146,7 +146,7 @@ def of_student(report: Mapping[str, Any], times: Times, ratio: float, trained: b
     }
     if trained:
         own |= {"top1": report["student"]["top1"], "images": report["images"]["compared"]}
-        tried = {name: value for name, value in report["int8"].items() if name != "kept"}
+        tried = {name: value for name, value in report["int8"].items() if isinstance(value, dict)}  # else: why not
         own |= {f"{name}_top1": value["top1"] for name, value in tried.items()}
         own |= {f"{name}_bytes": value["bytes"] for name, value in tried.items()}
         own["int8_top1"] = files["int8"]["top1"]
