@@ -36,7 +36,8 @@ def image_folders(root: Path) -> None:
 
 
 def evaluated_run(root: Path) -> str:
-    """Train a student for a step (channels last, torch 2.15 crashes in its backward pass), evaluate it; its folder."""
+    """Train a student for a step, evaluate it, return its folder. Not channels last: torch 2.15's backward pass of this
+    network crashes so at 224 px."""
     image_folders(root / "set")
     config = Config(
         recipe="pages",

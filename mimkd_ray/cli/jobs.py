@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -62,5 +63,6 @@ def export(argv: Sequence[str], program: str) -> int:
 
 
 def _loading(argv: Sequence[str]) -> AbstractContextManager[object]:
-    """A with-block around imports that take seconds."""
-    return nullcontext() if PRINTS & {*argv} else console.phase("loading PyTorch")
+    """A with-block around imports that take seconds. Of torchrun's processes the first tells."""
+    silent = PRINTS & {*argv} or os.environ.get("RANK", "0") != "0"
+    return nullcontext() if silent else console.phase("loading PyTorch")

@@ -85,6 +85,7 @@ class LocalContext:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            ASKED_TO_STOP.clear()  # a notebook goes on
 
     def _give_up(self) -> None:
         ASKED_TO_STOP.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
+from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 
@@ -35,21 +36,28 @@ SLOW_DECODE = 300.0
 
 DECODE_SECONDS = 0.5
 
-MOST_FOLDERS = 20_000
+MOST_FOLDERS = 2000
 """Folders that are looked through for links."""
+
+NOT_SUBMITTED = (".git", ".venv", "venv", "__pycache__")
+"""Names that Ray leaves out of what is submitted, beside those in .gitignore and .rayignore."""
 
 
 def check_links(folder: str) -> Outcome:
     """Look for links below the folder that lead out of it: `ray job submit --working-dir` uploads what they lead to,
-    under their own names. Folders that its .rayignore names are left out."""
-    ignore = Path(folder) / ".rayignore"
-    lines = ignore.read_text().splitlines() if ignore.exists() else []
-    ignored = {line.strip().strip("/") for line in lines}
+    under their own names. Names that its .gitignore or .rayignore has are left out."""
+    patterns = list(NOT_SUBMITTED)
+    for ignore in (Path(folder) / ".gitignore", Path(folder) / ".rayignore"):
+        patterns += [line.strip().strip("/") for line in ignore.read_text().splitlines()] if ignore.exists() else []
+
+    def goes(name: str) -> bool:
+        return not any(fnmatch(name, pattern) for pattern in patterns)
+
     whole, found = Path(folder).resolve(), []
     for at, folders, files in islice(os.walk(folder), MOST_FOLDERS):
-        links = [path for name in (*folders, *files) if name not in ignored and (path := Path(at) / name).is_symlink()]
+        links = [path for name in (*folders, *files) if goes(name) and (path := Path(at) / name).is_symlink()]
         found += [path for path in links if path.exists() and not path.resolve().is_relative_to(whole)]
-        folders[:] = [name for name in folders if name not in ignored]
+        folders[:] = [name for name in folders if goes(name)]
     if not found:
         return Outcome(check="links", status="pass", text=f"none leads out of {folder}")
     named = ", ".join(f"{path.relative_to(folder)} to {path.resolve()}" for path in found[:3])
@@ -57,8 +65,7 @@ def check_links(folder: str) -> Outcome:
         check="links",
         status="warn",
         text=f"{count(len(found), 'link')} in {folder} to elsewhere: {named}",
-        remedy="`ray job submit --working-dir .` uploads what is there to every node: remove them, or name them in "
-        ".rayignore",
+        remedy="`ray job submit --working-dir .` would upload what is there to every node: name them in .rayignore",
     )
 
 

@@ -59,6 +59,7 @@ def measure(job: EvaluateJob, context: Context, run_dir: str = "", trained_on: C
         data = open_data(job.data, for_training=False)
         subject = subject_of(job, run_dir, trained_on or job, data, context.device)
     both = [subject.network, *([subject.teacher] if subject.teacher else [])]
+    _check_real(job, subject)
     restricted = None if len(subject.labels) == data.num_classes else subject.labels
     source = few(data.val, job.eval.rows, restricted)
     found = collect(both, source, job, context, "evaluating")
@@ -66,7 +67,7 @@ def measure(job: EvaluateJob, context: Context, run_dir: str = "", trained_on: C
     if not _has_logits(found):
         say(context, "nothing has trained the head (data.labels none, without KD): its features alone are measured")
     figures = _of_logits(subject, found, _held_out(job, context, subject, data))
-    figures["real"] = _of_many_labels(job, subject, source, found)
+    figures["real"] = _of_many_labels(job, source, found)
     figures["taps"] = _of_taps(job, context, subject, found)
     figures |= _of_features(job, context, subject, data, found)
     figures["corruptions"] = _under_corruptions(job, context, subject, data) if _has_logits(found) else []
@@ -134,10 +135,11 @@ def _whole(source: Source) -> Source:
 
 
 def _held_out(job: EvaluateJob, context: Context, subject: Subject, data: Data) -> tuple[Tensor, Tensor] | None:
-    """Logits and labels of images that the run held out, if they are not those that are evaluated. Images that it was
-    trained on would give a temperature that is too small."""
-    own = subject.of_run
-    if own is None or not own.judged or subject.network.columns == () or _overlap(own.val, data.val):
+    """Logits and labels of images that the run's student has not seen, if it is evaluated, on others. Images that a
+    network was trained on would give a temperature that is too small."""
+    own, judged = subject.of_run, data.judged and subject.network.columns != ()
+    of_others = job.eval.network == "teacher" or job.student.weights not in ("random", "")
+    if own is None or not own.judged or not judged or of_others or _overlap(own.val, data.val):
         return None
     source = few(own.val, TEMPERATURE_ROWS, subject.labels_of_run)
     if source.num_rows < 2:
@@ -178,9 +180,10 @@ def _top(logits_NV: Tensor, labels_N: Tensor, k: int) -> float | None:
     return top_k(logits_NV, labels_N, k) if len(labels_N) else None
 
 
-def _of_many_labels(job: EvaluateJob, subject: Subject, source: Source, found: Collected) -> dict[str, float] | None:
+def _check_real(job: EvaluateJob, subject: Subject) -> None:
+    """Raise UserError for lists of labels that do not go with the network and the data."""
     if not job.eval.real:
-        return None
+        return
     if subject.network.columns == ():
         raise UserError(f"eval.real {job.eval.real} judges predictions, and nothing has trained the head: leave it out")
     if subject.network.columns is not None:
@@ -188,6 +191,11 @@ def _of_many_labels(job: EvaluateJob, subject: Subject, source: Source, found: C
             f"eval.real {job.eval.real} numbers the classes of the network, and {job.data.root} has only "
             f"{len(subject.classes)} of them: give the images of all classes"
         )
+
+
+def _of_many_labels(job: EvaluateJob, source: Source, found: Collected) -> dict[str, float] | None:
+    if not job.eval.real:
+        return None
     return real_accuracy(found.logits[0].argmax(dim=1), found.labels_N, found.ids_N, source, job.eval.real)
 
 
@@ -230,7 +238,7 @@ def _of_features(
     if not train.num_rows and subject.of_run is not None:
         train, labels = subject.of_run.train, subject.labels_of_run
     source = few(train, rows, labels)  # those that have a label
-    if _overlap(train, data.val) or (data.train.num_rows and not source.num_rows):
+    if _overlap(train, data.val) or (train.num_rows and not source.num_rows):
         say(context, "no training images with labels beside the evaluated: k-NN by the others of these, and no probe")
         spread = torch.linspace(0, len(known) - 1, min(rows, len(known)), dtype=torch.float64).round().long()
         bank = features_NC[spread], labels_N[spread]

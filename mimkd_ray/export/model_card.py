@@ -118,7 +118,8 @@ def _files(report: Mapping[str, Any]) -> str:
         "| file | bytes | largest logit difference | same top-1 % | top-1 % | ms at batch 1 | at 32 |",
         "|---|---|---|---|---|---|---|",
     ]
-    for each in (report["student"], *report["files"].values()):
+    student = [] if "model folder" in report["failed"] else [report["student"]]
+    for each in (*student, *report["files"].values()):
         times = [f"{each['latency_ms'][batch]:.2f}" for batch in ("1", "32")]
         cells = [f"{each['max_logit_difference']:.2g}", f"{each['agreement']:.2f}", f"{each['top1']:.2f}", *times]
         rows.append(f"| {each['file']} | {each['bytes']:,} | {' | '.join(cells)} |")
@@ -127,10 +128,11 @@ def _files(report: Mapping[str, Any]) -> str:
 
 def _figures(report: Mapping[str, Any]) -> str:
     count, threads = report["images"]["compared"], report["threads"]
+    others = report["not_compared"].values()
     return (
-        f"Every file was loaded back and compared with the student on {count:,} held-out images, of which these top-1 "
-        f"are; times are medians on one machine with {threads} threads. `export.json` has all figures."
-        + "".join(f" `{each['file']}` was not compared: {each['reason']}." for each in report["not_compared"].values())
+        f"Every {'other ' if others else ''}file was loaded back and compared with the student on {count:,} held-out "
+        f"images, of which these top-1 are; times are medians on one machine with {threads} threads. `export.json` has "
+        "all figures." + "".join(f" `{each['file']}` was not compared: {each['reason']}." for each in others)
     )
 
 
@@ -139,9 +141,10 @@ def _use(report: Mapping[str, Any], config: ExportConfig) -> str:
     lines = [f"Every file takes `images`, float32 (batch, 3, {report['image_size']}, {report['image_size']}): {takes}."]
     if not config.normalize:
         lines[0] += f" Mean {list(config.data.mean)}, standard deviation {list(config.data.std)} of values in 0..1."
-    if is_read_by_timm(report["network"]):
+    written = "model folder" not in report["failed"]
+    if written and is_read_by_timm(report["network"]):
         lines.append('`timm.create_model("local-dir:FOLDER", pretrained=True)` makes the network.')
-    if not is_of_timm(report["network"]):
+    if written and not is_of_timm(report["network"]):
         lines.append(
             f'`mimkd_ray.build_model("local-dir:FOLDER", {report["classes"]}, "published")` makes the network; '
             "`hf-hub:ORG/NAME` does it from the hub."

@@ -197,6 +197,11 @@ def _evaluations(page: Page, arms: Arms) -> None:
         )
 
 
+def _place(url: str) -> str:
+    """The scheme and bucket of a URL; "" on this machine."""
+    return "/".join(url.split("/")[:3]) if storage.is_remote(url) else ""
+
+
 def _runs(page: Page, arms: Arms, folder: str) -> None:
     """Add every run with a link to its own page, or the command that makes it."""
     page.section("runs", "The runs", "Pages of their own have confusions, reliability and the worst images.")
@@ -206,7 +211,7 @@ def _runs(page: Page, arms: Arms, folder: str) -> None:
     for arm, runs in arms.items():
         for run in runs:
             own = storage.join(run.place, REPORT)
-            near = storage.is_remote(own) == storage.is_remote(folder) and storage.exists(own)
+            near = _place(own) == _place(folder) and storage.exists(own)
             link = quote(posixpath.relpath(own, folder)) if near else ""
             command = "" if run.evaluation else f"mimkd-ray evaluate {shlex.quote(run.place)}"
             rows.append([Cell(arm), Cell(run.place, link=link), number_cell(run.top1), Cell(command, long=True)])

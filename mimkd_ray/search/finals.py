@@ -28,7 +28,6 @@ class Finals:
     def __init__(self, job: SearchJob, table: Table) -> None:
         search = job.search
         self.metric, self.seeds, self.retries = search.metric, search.seeds, search.retries
-        self.epochs = search.epochs or job.train.epochs
         self.chosen: dict[int, Trial] = {trial.number: trial for trial in table.ranked()[: search.finalists]}
         self.runs = [(number, seed) for number in self.chosen for seed in range(1, search.seeds + 1)]
 
@@ -44,6 +43,10 @@ class Finals:
         config = from_dict(Config, self.chosen[number].config)
         return Made(replace(config, train=replace(config.train, seed=config.train.seed + seed)), dict(params))
 
+    def is_over(self, params: Mapping[str, Any], told: Mapping[str, Any]) -> bool:
+        """Return whether a run has come to its end, by the last that it told."""
+        return "failed" in told or ("epoch" in told and told["epoch"] == self(params).config.train.epochs)
+
     def publish(self, job: SearchJob, folder: str, results: Mapping[int, Mapping[str, Any]]) -> list[Final]:
         """Write best.json with the config of the finalist with the best mean (finals.json has them all), and return the
         finalists, best first. Those with a failed run are left out. ``results``: last figures by number of run."""
@@ -56,8 +59,8 @@ class Finals:
         means = {trial: statistics.fmean(each[self.metric] for each in whole[trial].values()) for trial in whole}
         order = sorted(whole, key=lambda trial: means[trial], reverse=direction(self.metric) == "maximize")
         lines = [{"trial": trial, "mean": means[trial], "seeds": whole[trial]} for trial in order]
-        write_json(storage.join(folder, FINALS), {"metric": self.metric, "name": self.name, "finals": lines})
         if order:
+            write_json(storage.join(folder, FINALS), {"metric": self.metric, "name": self.name, "finals": lines})
             write_json(storage.join(folder, "best.json"), final_config(job, self.chosen[order[0]].config))
         return [
             Final(trial=trial, seeds=tuple(whole[trial]), top1=tuple(each["top1"] for each in whole[trial].values()))

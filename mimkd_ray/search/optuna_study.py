@@ -74,7 +74,7 @@ def draw_pack(search: SearchConfig, configs: TrialConfigs, pack: int, known: Seq
     count = min(search.pack, search.trials - pack * search.pack) if search.trials else search.pack
     if search.algorithm == "grid":
         first = pack * search.pack
-        return combinations(search, configs)[first : first + count]
+        return list(islice(grid(configs.build, search.points), first, first + count))
     # Independent draws are those of the same search without packs; others have a seed of the pack.
     first = pack * search.pack if search.algorithm == "random" and search.trials else 0
     own = sampler(search) if search.algorithm == "random" and search.trials else sampler(search, pack)

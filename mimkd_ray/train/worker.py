@@ -128,6 +128,8 @@ def obtain_teacher(
         check_accuracy(teacher, known["top1"], known["rows"], classes)
         if known["top1"] < 200 / classes:
             say(context, f"teacher {teacher.name} is hardly better than chance ({100 / classes:.2f} %)")
+    elif teacher.expect_top1 and not data.judged:
+        say(context, f"teacher {teacher.name}: no held-out image has a label, so its top-1 is not checked")
     return model, {"teacher": known}
 
 

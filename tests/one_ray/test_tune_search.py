@@ -148,7 +148,8 @@ def test_search_returns_what_people_know(joined: str, tmp_path: Path, monkeypatc
     assert sorted(frame["config/kd_weight"]) == sorted(each.config["kd_weight"] for each in results)
     assert set(frame["epoch"]) == {2}
     assert (tmp_path / "mine" / "teacher.json").exists(), "measured once for all"
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "search.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "search.md").read_text(), re.DOTALL)
+    (block,) = (each for each in blocks if "mimkd_ray.search(" in each)
     monkeypatch.setattr(mimkd_ray, "search", lambda *_: results)
     names: dict[str, Any] = {"mimkd_ray": mimkd_ray, "config": config}
     exec(block, names)

@@ -29,9 +29,9 @@ class ExportConfig:
     out: str = ""
     """Folder or URL for the files; unset: RUN/export, or ./export without a run."""
     formats: tuple[Format, ...] = ("onnx", "pt2", "int8")
-    """onnx: ONNX. pt2: torch.export. int8: static quantisation by ONNX Runtime and, where torchao is installed, by
-    PT2E; the one that holds accuracy better is kept. coreml: Core ML by coremltools, compared on macOS alone.
-    executorch and litert are refused, with the reason."""
+    """onnx: ONNX. pt2: torch.export. int8: static quantisation, two by ONNX Runtime and, where torchao is installed,
+    one by PT2E; of those that hold accuracy the fastest is kept. coreml: Core ML by coremltools, compared on macOS
+    alone. executorch and litert are refused, with the reason."""
     normalize: bool = False
     """Put the normalisation into the graphs: they take images of values in 0..1 then, and normalised ones otherwise."""
     images: int = 1000

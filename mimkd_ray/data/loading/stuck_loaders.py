@@ -24,19 +24,26 @@ TIMED_OUT = "DataLoader timed out"
 LOOK_SECONDS, STUCK_SECONDS = 1.0, 10.0
 ASKED_TO_STOP = threading.Event()
 """Set when this process is asked to save and end. Loader processes that give nothing for STUCK_SECONDS then, because
-they are stopped or wait themselves, are ended, and this process makes the batches: the step can be ended and saved."""
+they are stopped or wait themselves, are ended, and this process makes the batches: the step can be ended and saved. Of
+Ray's workers only the first knows of a request: where another's loaders are stuck, the run ends by its stop limit."""
+_opening = threading.Lock()
+_PIN_LOOP = "_pin_memory_loop"
+"""Part of the name of the thread in which torch brings batches to pinned memory."""
 
 
 def answers_of(loader: DataLoader[Any], keys: Iterable[Key], batches: Batches) -> Iterator[Answer]:
     """Yield the answers of a loader to all keys. `batches` makes those that stuck processes leave out."""
-    before = set(multiprocessing.active_children())
-    on_death = signal.getsignal(signal.SIGCHLD)
-    answers = iter(loader)
+    with _opening:  # another thread may open a loader too
+        before, threads = set(multiprocessing.active_children()), set(threading.enumerate())
+        on_death = signal.getsignal(signal.SIGCHLD)
+        answers = iter(loader)
+        own = set(multiprocessing.active_children()) - before
+        pinning = [thread for thread in threading.enumerate() if thread not in threads and _PIN_LOOP in thread.name]
     if threading.current_thread() is threading.main_thread():
         # torch's handler raises its error wherever this process is, also where Python prints and drops it. Without it
         # the next batch that is asked for raises one.
-        signal.signal(signal.SIGCHLD, on_death or signal.SIG_DFL)
-    own = set(multiprocessing.active_children()) - before
+        of_torch = getattr(on_death, "__module__", "").startswith("torch.")
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if of_torch or on_death is None else on_death)
     given, stuck_at = 0, 0.0
     try:
         while not (stuck_at and time.monotonic() - stuck_at >= STUCK_SECONDS):
@@ -45,7 +52,7 @@ def answers_of(loader: DataLoader[Any], keys: Iterable[Key], batches: Batches) -
             except StopIteration:
                 return
             except RuntimeError as error:
-                if TIMED_OUT not in str(error):
+                if TIMED_OUT not in str(error) or not all(thread.is_alive() for thread in pinning):
                     raise
                 if ASKED_TO_STOP.is_set():
                     stuck_at = stuck_at or time.monotonic()

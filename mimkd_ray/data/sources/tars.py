@@ -99,7 +99,7 @@ class TarSource(FolderSource):
         self._places = np.array([(at, image.offset, image.bytes) for at, image in found], dtype=np.int64)[order]
 
     def _url(self, position: int) -> str:
-        return storage.join(self.root, self._file(position))
+        return storage.join(self._tars[self._places[position][0]], self._file(position).partition(".tar/")[2])
 
     def _read_files(self, positions: Sequence[int]) -> list[bytes]:
         found = []
@@ -158,6 +158,8 @@ def _images(url: str, size: int, labelled: bool) -> tuple[list[Found], list[str]
                         raise UserError(
                             f"{url} is cut short: {member.name} ends beyond its {size:,} bytes; copy it again"
                         )
+                elif ending in ("cls", "json") and not labelled:
+                    continue
                 elif ending in ("cls", "json"):
                     label = _label(tar.extractfile(member), ending, f"{url}: {member.name}")
                     if label is not None:

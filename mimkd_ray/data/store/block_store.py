@@ -37,7 +37,7 @@ LOCKS = 256  # lock files; blocks that share one wait for each other, which cost
 SUFFIX = ".block"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux: another value after each start of the machine
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-TELL_SECONDS, LOCK_SECONDS, PAUSE_SECONDS = 10.0, 20.0, 0.05
+TELL_SECONDS, LOCK_SECONDS, PAUSE_SECONDS = 10.0, 60.0, 0.05
 """Of a wait for a lock: when it is told, when the block is read without the store, and between two tries, at most."""
 
 Load = Callable[[], StoredBlock]
@@ -291,8 +291,8 @@ def _lock(file: int, path: Path, seconds: float) -> None:
         if waited >= seconds or path in _given_up:
             _given_up.add(path)
             raise HeldError(
-                f"another process holds {path} for longer than {seconds:g} s: if it is stopped, let it go on or end it "
-                f"(fuser {path} names it)"
+                f"another process holds {path} for longer than {seconds:g} s: it reads slow storage, or is stopped; "
+                f"then let it go on or end it (fuser {path} names it)"
             )
         if waited >= TELL_SECONDS and not told:
             told = True

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -228,8 +229,7 @@ def run_finals(finals: Finals, folder: str, shape: Shape) -> dict[int, dict[str,
             verbose=0,
         ),
     )
-    last = [(each, each.metrics or {}) for each in found]
-    over = [each for each, told in last if each.error or "failed" in told or told.get("epoch") == finals.epochs]
+    over = [each for each in found if each.error or finals.is_over(each.config or {}, each.metrics or {})]
     if len(over) < len(finals.runs):
         raise KeyboardInterrupt
     return {each.config["run"]: each.metrics for each in over if not each.error}
@@ -253,11 +253,13 @@ def experiment(folder: str, name: str, trial: Any, space: Any, how: tune.TuneCon
         came.append(number)
         signal.raise_signal(signal.SIGINT)  # at which Tune ends in good order
 
-    before = signal.signal(signal.SIGTERM, on_sigterm)
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, on_sigterm) if in_main else None
     try:
         found = tuner.fit()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
     if came:
         raise Interrupted(f"asked to stop: {folder} has what has ended")
     return found

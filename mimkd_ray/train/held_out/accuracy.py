@@ -13,10 +13,12 @@ from torch.utils.data import Dataset
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.loading.loader import LaneBatch, plain_batches
 from mimkd_ray.data.sources.data_set import class_numbers, open_data
+from mimkd_ray.data.sources.folders import FolderSource
 from mimkd_ray.data.sources.own_dataset import OwnSource
 from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.outputs import logits_from
+from mimkd_ray.models.weights import say_once
 from mimkd_ray.train.distributed import is_distributed
 from mimkd_ray.train.held_out.evaluate import Accuracy, accuracy, held_out_name
 from mimkd_ray.train.networks.student_module import Normalizer
@@ -66,8 +68,10 @@ def _of_config(
     if validation is None:
         opened = open_data(data, for_training=False)
         source: Source = opened.val
-        if not opened.train.num_rows:  # of class folders alone, such as ImageNetV2's, numbers are the network's
-            numbers = class_numbers(opened.classes)
+        found = class_numbers(opened.classes) if isinstance(source, FolderSource) and not opened.train.num_rows else ()
+        if found and sorted(found) == list(range(len(found))):  # class folders alone, such as ImageNetV2's 0 to 999
+            say_once(f"the class folders of {data.root} are numbers, and taken as those of the network's classes")
+            numbers = found
     else:
         source = OwnSource(validation, "validation")
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed() else (0, 1)

@@ -8,7 +8,9 @@ import os
 import pickle
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,16 @@ ROWS = 4
 
 def _block(number: int, size: int = 1000) -> StoredBlock:
     return StoredBlock.of([bytes([number]) * size] * ROWS, np.full(ROWS, number))
+
+
+def _noted(waits: list[float]) -> Callable[[float], None]:
+    """A `time.sleep` that keeps what it was asked for."""
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        time.sleep(seconds)
+
+    return sleep
 
 
 def _is(block: StoredBlock, number: int, size: int = 1000) -> bool:
@@ -97,10 +109,14 @@ def test_a_lock_that_is_not_given_back_is_waited_for_once(
     for held in (lock, store.folder / "usage"):  # while another process makes the block, and while it counts it
         caplog.clear()
         with module.locked(held):
-            for limit in (0.8, 0.2):
-                began = time.monotonic()
+            waits: list[float] = []
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=_noted(waits)))
                 assert _is(store.get("a", lambda: _block(1)), 1)
-                assert time.monotonic() - began < limit
+                assert waits
+                waits.clear()
+                assert _is(store.get("a", lambda: _block(1)), 1)
+                assert not waits, "once given up, it is not waited for again"
         assert not store.touch("a")
         assert caplog.text.count(f"waiting for {held}, which another process holds, for at most 0.3 s") == 1
         assert f"holds {held} for longer than 0.3 s" in caplog.text
