@@ -71,7 +71,7 @@ def main() -> int:
             weights=weights or "random",
             images=args.images if trained else 16,
             calibration=args.calibration if trained else 8,
-            int8_drop=100,  # what is lost is a figure here, not a reason to stop
+            int8_drop=1 if trained else 100,
             threads=args.threads,
             data=data,
         )
