@@ -91,7 +91,7 @@ def hurried() -> Iterator[None]:
 
 def attempt(url: str, verb: str, call: Callable[[], T]) -> T:
     """Run `call`, repeat it with growing waits while it fails transiently, and name `url` in the error."""
-    where, writes = _place(url), verb in _WRITING
+    where, writes = place_of(url), verb in _WRITING
     known = bool(where) and bool({(where, False), (where, True)} & ANSWERED)
     began, tried = time.monotonic(), 0
     while True:
@@ -118,7 +118,7 @@ def attempt(url: str, verb: str, call: Callable[[], T]) -> T:
             time.sleep(min(WAIT_CAP_S, FIRST_WAIT_S * 2 ** min(tried - 1, 9)) * random.uniform(0.5, 1.5))
 
 
-def _place(url: str) -> str:
+def place_of(url: str) -> str:
     """Protocol and bucket or host; "" for a file of this machine."""
     scheme, mark, rest = url.partition("://")
     return f"{scheme}://{rest.partition('/')[0]}" if mark and scheme != "file" else ""
@@ -194,7 +194,7 @@ def explained(url: str, verb: str) -> Iterator[None]:
         said = " ".join(scrubbed(str(error)).split())
         if no_bucket(error):
             endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-            bucket = _place(url)
+            bucket = place_of(url)
             raise UserError(
                 f"cannot {verb} {url}: there is no bucket {bucket}{f' at {endpoint}' if endpoint else ''}: make it "
                 f"(aws s3 mb {bucket}), or correct its name, or the store's address (AWS_ENDPOINT_URL)"

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from mimkd_ray import storage
+from mimkd_ray.attempts import place_of
 from mimkd_ray.pages.figures import Line, color_of, lines_figure, reliability_figure, seeds_figure
 from mimkd_ray.pages.page import Cell, Page
 from mimkd_ray.pages.run_page import column
@@ -197,11 +198,6 @@ def _evaluations(page: Page, arms: Arms) -> None:
         )
 
 
-def _place(url: str) -> str:
-    """The scheme and bucket of a URL; "" on this machine."""
-    return "/".join(url.split("/")[:3]) if storage.is_remote(url) else ""
-
-
 def _runs(page: Page, arms: Arms, folder: str) -> None:
     """Add every run with a link to its own page, or the command that makes it."""
     page.section("runs", "The runs", "Pages of their own have confusions, reliability and the worst images.")
@@ -211,7 +207,7 @@ def _runs(page: Page, arms: Arms, folder: str) -> None:
     for arm, runs in arms.items():
         for run in runs:
             own = storage.join(run.place, REPORT)
-            near = _place(own) == _place(folder) and storage.exists(own)
+            near = place_of(own) == place_of(folder) and storage.exists(own)
             link = quote(posixpath.relpath(own, folder)) if near else ""
             command = "" if run.evaluation else f"mimkd-ray evaluate {shlex.quote(run.place)}"
             rows.append([Cell(arm), Cell(run.place, link=link), number_cell(run.top1), Cell(command, long=True)])

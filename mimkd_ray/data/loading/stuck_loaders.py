@@ -42,7 +42,7 @@ def answers_of(loader: DataLoader[Any], keys: Iterable[Key], batches: Batches) -
     if threading.current_thread() is threading.main_thread():
         # torch's handler raises its error wherever this process is, also where Python prints and drops it. Without it
         # the next batch that is asked for raises one.
-        of_torch = getattr(on_death, "__module__", "").startswith("torch.")
+        of_torch = str(getattr(on_death, "__module__", "")).startswith("torch.")
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if of_torch or on_death is None else on_death)
     given, stuck_at = 0, 0.0
     try:
