@@ -43,7 +43,8 @@ def _single(result: Mapping[str, Any]) -> str:
     gap = ""
     if teacher:
         rows.append([f"teacher {teacher['name']}", _percent(teacher["top1"]), "", _percent(teacher["top5"]), ""])
-        if "-" not in (_percent(student["top1"]), _percent(teacher["top1"])):
+        by_head = "knn" not in student  # where images lack labels, the head may have learned from few or none
+        if by_head and "-" not in (_percent(student["top1"]), _percent(teacher["top1"])):
             gap = f"{student['top1'] - teacher['top1']:+.2f}"
     rate = f"{result['images_per_second']:.0f}"
     rows.append([f"student {student['name']}", _percent(student["top1"]), gap, _percent(student["top5"]), rate])

@@ -53,6 +53,12 @@ def test_single_run() -> None:
     assert "feature/layer4-layer4: 2.500 of at most 4.16 nats" in table
 
 
+def test_a_head_that_learned_without_labels_is_not_held_against_the_teacher() -> None:
+    table = result_table(single(student={"name": "resnet18", "top1": 0.7, "top5": 4.25, "rows": 500, "knn": 17.1}))
+    assert cells(table, "student resnet18") == ["0.70", "4.25", "1234"]
+    assert cells(table, "student by k-NN") == ["17.10"]
+
+
 def test_bounds_without_a_ceiling_are_estimates() -> None:
     """DV, JSD and SMILE read too much in small batches. JSON has None for their infinite ceiling."""
     for ceiling in (None, math.inf):
