@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -142,4 +144,23 @@ def folder_set(root: Path, per_class: int = 4) -> Path:
                 data = encode(pixels(100 * s + 10 * c + i), kinds[i % 4])
                 (folder / f"{name}_{i}{suffixes[i % 4]}").write_bytes(data)
             (folder / "notes.txt").write_text("no image")
+    return root
+
+
+def write_tar(path: Path, files: Mapping[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+def tar_set(root: Path) -> Path:
+    """train in two tars of 8 images, val in one of 9; three classes by their numbers, and a file of another kind."""
+    for name, count, first in (("train-0", 8, 0), ("train-1", 8, 8), ("val-0", 9, 1000)):
+        files = {"notes.npy": b"x"}
+        for number, image in enumerate(images(count, first), first):
+            files |= {f"{number:04d}.jpg": image or b"", f"{number:04d}.cls": str(number % 3).encode()}
+        write_tar(root / f"{name}.tar", files)
     return root

@@ -21,7 +21,7 @@ from mimkd_ray import storage
 from mimkd_ray.data.prepare.input_pieces import Origin, Sample, rows_per_piece
 from mimkd_ray.data.sources.folders import SUFFIXES
 from mimkd_ray.data.sources.source import digest_of
-from mimkd_ray.data.sources.tars import CLOSE, opened
+from mimkd_ray.data.sources.tar_headers import CLOSE, opened
 from mimkd_ray.errors import UserError
 
 TRAIN = "ILSVRC2012_img_train.tar"

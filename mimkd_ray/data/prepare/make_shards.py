@@ -145,7 +145,8 @@ def open_origin(config: PrepareConfig) -> Origin:
         return archives
     if source.endswith(".tar"):
         return open_tars(tars_of(source, split, {}))
-    files, folders = storage.list_sizes(source), [url.rpartition("/")[2] for url in storage.list_dirs(source)]
+    entries, folders = storage.list_entries(source), [url.rpartition("/")[2] for url in storage.list_dirs(source)]
+    files = {url: entry.size for url, entry in entries.items()}
     listings = [files]
     if "data" in folders:  # the folder used by the Hugging Face hub
         listings.append(storage.list_sizes(storage.join(source, "data")))
@@ -157,7 +158,7 @@ def open_origin(config: PrepareConfig) -> Origin:
     if split in declared:
         shards = {url: entry.size for url, entry in declared[split].items()}
         return open_parquet(shards, config.image_column, config.label_column)
-    tars = tars_of(source, split, files)
+    tars = tars_of(source, split, entries)
     if tars:
         return open_tars(tars)
     if split in folders:
@@ -165,7 +166,7 @@ def open_origin(config: PrepareConfig) -> Origin:
         shards = storage.list_sizes(folder, ".parquet")
         if shards:
             return open_parquet(shards, config.image_column, config.label_column)
-        tars = storage.list_sizes(folder, ".tar")
+        tars = storage.list_entries(folder, ".tar")
         if tars:
             return open_tars(tars)
         # The classes of a set are those of its training images: others may lack some.

@@ -256,7 +256,7 @@ class _Root:
         self.manifests: set[str] = set()
         self.dirs: dict[str, str] = {}
         self.declared: dict[str, dict[str, storage.Entry]] = {}
-        self.tars: dict[str, int] = {}
+        self.tars: dict[str, storage.Entry] = {}
         if url.endswith(".tar"):
             self.tars = tars_of(url, config.train_split, {})
             return
@@ -264,7 +264,7 @@ class _Root:
         self.files = {file: entry for file, entry in listing.items() if file.endswith(".parquet")}
         self.manifests = {file for file in listing if file.endswith(MANIFEST_SUFFIX)}
         self.dirs = {place.rpartition("/")[2]: place for place in storage.list_dirs(url)}
-        self.tars = {file: entry.size for file, entry in listing.items() if file.endswith(".tar")}
+        self.tars = {file: entry for file, entry in listing.items() if file.endswith(".tar")}
         self.declared = declared_files(url) if storage.join(url, README) in listing else {}
         if not self.files and not self.dirs and not self.tars:
             if not storage.exists(url):
@@ -283,9 +283,9 @@ class _Root:
         if not files and split in self.dirs:
             files = storage.list_entries(self.dirs[split], ".parquet")
             if not files:
-                tars = storage.list_sizes(self.dirs[split], ".tar")
+                tars = storage.list_entries(self.dirs[split], ".tar")
                 if tars and not storage.list_dirs(self.dirs[split]):
-                    return self._of_tars(tars, classes)
+                    return TarSource(tars, classes or None, self.store, self.how, self.labelled)
                 return FolderSource(self.dirs[split], classes or None, self.store, self.how, self.labelled)
         manifest = None
         if storage.join(self.url, split + MANIFEST_SUFFIX) in self.manifests:
@@ -293,7 +293,7 @@ class _Root:
         if not files and manifest is None:
             tars = self.tars if split == self.config.train_split else {}  # all of a pattern
             tars = tars if self.url.endswith(".tar") else tars_of(self.url, split, self.tars)
-            return self._of_tars(tars, classes) if tars else None
+            return TarSource(tars, classes or None, self.store, self.how, self.labelled) if tars else None
         source = ParquetSource(
             {url: entry.size for url, entry in files.items()},
             manifest=manifest,
@@ -325,15 +325,6 @@ class _Root:
                 + "; the labels of both must mean the same"
             )
         return source
-
-    def _of_tars(self, tars: dict[str, int], classes: tuple[str, ...] | None) -> Source:
-        if storage.is_remote(self.url):
-            raise UserError(
-                f"data.root {self.url}: tars are trained from on a disk alone, as their headers are read at every "
-                f"start: copy them, or make a prepared set of them once, mimkd-ray prepare --source '{self.url}' "
-                "--target DIR --split train (and the held-out tars with --split val), and pass --data.root DIR"
-            )
-        return TarSource(tars, classes or None, self.how, self.labelled)
 
     def found(self) -> str:
         names = [f"{split} (in {README})" for split in self.declared]

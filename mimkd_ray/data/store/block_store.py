@@ -7,7 +7,7 @@ keeps only the places of its rows, and the fact that they were verified. The lea
 the folder is full.
 
 Writes do not wait for the disk: after a power cut, which may lose the content of a renamed file, the store starts
-empty.
+empty. Notes, which say what was found in a data set by reading all of it, are small, wait for the disk, and stay.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import os
 import stat
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any
 
+from mimkd_ray import local_files
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.store.stored_block import StoredBlock, read_stored
 from mimkd_ray.errors import UserError
@@ -39,6 +41,9 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux: another value after 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 TELL_SECONDS, LOCK_SECONDS, PAUSE_SECONDS = 10.0, 60.0, 0.05
 """Of a wait for a lock: when it is told, when the block is read without the store, and between two tries, at most."""
+
+NOTE_SECONDS = 600.0
+"""Of a wait for a note that another process makes: it reads whole files."""
 
 Load = Callable[[], StoredBlock]
 
@@ -111,6 +116,27 @@ class BlockStore:
         self._count(1)
         self.get(key, load)
         return self._path(key).exists()
+
+    def note(self, key: str, make: Callable[[], bytes]) -> bytes:
+        """Return note `key`; if it is not here, `make()` makes it once. Any error of `make` is passed on."""
+        self.prepare()
+        path = self.folder / f"{_name(key)}.note"
+        found = _read_note(path)
+        if found is not None:
+            return found
+        try:
+            with locked(self.folder / f"notes-{int(_name(key)[:4], 16) % LOCKS}", NOTE_SECONDS):
+                found = _read_note(path)
+                if found is None:
+                    found = make()
+                    packed = zlib.compress(found)
+                    try:
+                        local_files.publish(path, lambda out: out.write(packed))
+                    except OSError as error:
+                        self._warn(f"{path} cannot be written: {error}; choose another folder with --data.store")
+        except HeldError as error:
+            self._warn(str(error))
+        return make() if found is None else found
 
     def touch(self, key: str) -> bool:
         """Mark block `key` as used just now; return whether it is here."""
@@ -254,6 +280,16 @@ def default_folder() -> Path:
 def _boot_id() -> str:
     """Return the identity of this start of the machine; "" if the system has none."""
     return BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ""
+
+
+def _read_note(path: Path) -> bytes | None:
+    try:
+        return zlib.decompress(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, zlib.error) as error:
+        logger.warning("%s is damaged (%s): it is made anew", path, error)
+        return None
 
 
 def _name(key: str) -> str:

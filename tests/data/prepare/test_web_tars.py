@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
-import tarfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from image_sets import folder_set, images
+from image_sets import folder_set, images, write_tar
 from prepare_sets import config, table
 
-from mimkd_ray import storage
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.prepare.make_shards import prepare
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.tars import expanded
 from mimkd_ray.errors import DamagedDataError, UserError
-
-
-def write_tar(path: Path, files: Mapping[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
 
 
 def write_set(root: Path, name: str = "train-{:06d}.tar") -> list[tuple[bytes | None, int]]:
@@ -101,17 +88,23 @@ def test_training_from_tars_is_training_from_class_folders(tmp_path: Path) -> No
         tars.train.read(range(12))
 
 
+def test_labels_of_a_part_of_the_images(tmp_path: Path) -> None:
+    files = {f"{number}.jpg": image or b"" for number, image in enumerate(images(5))}
+    files |= {"0.cls": b"1", "1.json": b'{"label": 0}', "2.json": b'{"label": "a text"}', "3.json": b"{"}
+    for split in ("train", "val"):
+        write_tar(tmp_path / f"{split}-0.tar", files)
+    with pytest.raises(UserError, match=r"2\.json holds"):
+        open_data(DataConfig(root=str(tmp_path)))
+    data = open_data(DataConfig(root=str(tmp_path), labels="partial"))
+    found = {row.name.rpartition("/")[2]: row.label for row in data.train.read(range(5))}
+    assert found == {"0.jpg": 1, "1.jpg": 0, "2.jpg": -1, "3.jpg": -1, "4.jpg": -1}
+    assert (data.num_classes, data.judged, data.val.num_rows) == (2, True, 2)
+
+
 def test_class_folders_are_read_and_not_the_tar_that_they_came_from(tmp_path: Path) -> None:
     folder_set(tmp_path)
     write_tar(tmp_path / "train.tar", {"ant/1.jpg": b"x"})
     assert open_data(DataConfig(root=str(tmp_path))).classes == ("ant", "bee", "cat")
-
-
-def test_training_from_tars_elsewhere_names_the_preparation() -> None:
-    storage.write_bytes("memory://tars/train-0.tar", b"")
-    for root in ("memory://tars", "memory://tars/train-{0..0}.tar"):
-        with pytest.raises(UserError, match=r"on a disk alone.*mimkd-ray prepare --source '\S+' --target DIR"):
-            open_data(DataConfig(root=root))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_sets import folder_set, parquet_set, prepared_set
+from image_sets import folder_set, parquet_set, prepared_set, tar_set
 
 from mimkd_ray import attempts, remote, storage
 from mimkd_ray.config import DataConfig
@@ -151,7 +151,7 @@ def test_read_after_fork(bucket: str) -> None:
     assert storage.read_bytes(f"{bucket}/x") == b"shared"
 
 
-LAYOUTS = {"parquet": parquet_set, "folders": folder_set, "prepared": prepared_set}
+LAYOUTS = {"parquet": parquet_set, "folders": folder_set, "prepared": prepared_set, "tars": tar_set}
 
 
 def _upload(local: Path, url: str) -> None:
@@ -197,8 +197,8 @@ def test_training_reads_each_block_once(
 def test_an_object_that_goes_away(bucket: str, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _upload(LAYOUTS[layout](tmp_path / "set"), f"{bucket}/set")
     train = open_data(DataConfig(root=f"{bucket}/set")).train
-    first = train.read([0])[0].name if layout == "folders" else storage.list_files(f"{bucket}/set", ".parquet")[0]
-    storage.remove_tree(first)
+    first = train.read([0])[0].name if layout in ("folders", "tars") else storage.list_files(f"{bucket}/set")[0]
+    storage.remove_tree(first.partition("/0")[0])
     monkeypatch.setattr(block_reader, "_blocks", block_reader._KeptBlocks())
     storage.remove_tree(str(block_store.default_folder()))
     with pytest.raises(DamagedDataError, match=f"{first} is gone"):

@@ -1,0 +1,126 @@
+"""WebDataset tars in an object store: what a node keeps of their headers, and what is read of them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from image_sets import images, tar_set, write_tar
+
+from mimkd_ray import console, storage
+from mimkd_ray.config import DataConfig
+from mimkd_ray.data.sources import tar_headers
+from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.data.store.block_store import BlockStore, default_folder
+from mimkd_ray.errors import UserError
+from mimkd_ray.remote_file import RemoteFile
+
+Reads = list[tuple[str, int]]
+
+
+@pytest.fixture
+def there(bucket: str, tmp_path: Path) -> str:
+    """URL of a set of tars."""
+    for path in tar_set(tmp_path / "set").iterdir():
+        storage.upload(path, f"{bucket}/set/{path.name}")
+    return f"{bucket}/set"
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """(file, bytes) of each range that is read."""
+    found: Reads = []
+    read = RemoteFile.read
+
+    def noted(file: RemoteFile, size: int | None = -1) -> bytes:
+        data = read(file, size)
+        if data:
+            found.append((file.url.rpartition("/")[2], len(data)))
+        return data
+
+    monkeypatch.setattr(RemoteFile, "read", noted)
+    return found
+
+
+def test_headers_are_read_once(there: str, reads: Reads, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = DataConfig(root=there)
+    first = open_data(config)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "set").iterdir()}
+    assert sorted(reads) == sorted(sizes.items()), "each tar in one request, as it is smaller than CLOSE"
+    reads.clear()
+    caplog.clear()
+    second = open_data(config)
+    assert reads == []
+    assert "passed over: 2 files of other kinds (2 .npy)" in caplog.text
+    assert (second.digest, second.train.num_rows, second.classes) == (first.digest, 16, ("0", "1", "2"))
+    assert second.train.read([3]) == first.train.read([3])
+    pattern = open_data(DataConfig(root=f"{there}/train-{{0..1}}.tar", holdout=0.25, split_seed=1))
+    assert (pattern.train.num_rows, pattern.val.num_rows, pattern.whole.digest) == (12, 4, first.train.digest)
+    reads.clear()
+    assert open_data(DataConfig(root=there, labels="none")).train.labels().tolist() == first.train.labels().tolist()
+    assert len(reads) == 3, "what is refused where all images need a label is taken here"
+    reads.clear()
+    open_data(DataConfig(root=there, store_gb=0))
+    open_data(DataConfig(root=there, store_gb=0))
+    assert len(reads) == 6, "without a store nothing is kept"
+
+
+def test_a_tar_that_is_written_again_is_read_again(there: str, reads: Reads, tmp_path: Path) -> None:
+    config = DataConfig(root=there)
+    before = open_data(config).train.read(range(16))
+    reads.clear()
+    whole = images(8, 8)
+    files = {f"{8 + at:04d}.jpg": whole[7 - at] or b"" for at in range(8)}
+    labels = {name.replace("jpg", "cls"): b"2" for name in files}
+    write_tar(tmp_path / "again.tar", dict(sorted((files | labels).items())))
+    storage.upload(tmp_path / "again.tar", f"{there}/train-1.tar")
+    opened = open_data(config)
+    assert {name for name, _ in reads} == {"train-1.tar"}
+    rows = opened.train.read(range(16))
+    kept = [row for row in rows if "train-0" in row.name]
+    assert [(row.name, row.label, bytes(row.image)) for row in kept] == [
+        (row.name, row.label, bytes(row.image)) for row in before if "train-0" in row.name
+    ]
+    found = {row.name.rpartition("/")[2]: (bytes(row.image), row.label) for row in rows if "train-1" in row.name}
+    assert found == {name: (image, 2) for name, image in files.items()}
+
+
+def test_a_damaged_note_is_made_anew(there: str, reads: Reads, caplog: pytest.LogCaptureFixture) -> None:
+    open_data(DataConfig(root=there))
+    notes = sorted(default_folder().glob("*.note"))
+    assert len(notes) == 3
+    notes[0].write_bytes(notes[0].read_bytes()[:-1])
+    reads.clear()
+    assert open_data(DataConfig(root=there)).train.num_rows == 16
+    assert len(reads) == 1
+    assert "is damaged" in caplog.text
+    assert len(list(default_folder().iterdir())) == len({path.name for path in default_folder().iterdir()})
+    reads.clear()
+    open_data(DataConfig(root=there))
+    assert reads == []
+
+
+def test_notes_stay_where_blocks_make_room(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path / "store", max_bytes=1)
+    assert store.note("a", lambda: b"of a") == b"of a"
+    store._evict(0, give_up_half=True)
+    assert store.note("a", lambda: b"other") == b"of a"
+    with pytest.raises(UserError, match="of make"):
+        store.note("b", _fail)
+    assert store.note("b", lambda: b"of b") == b"of b"
+
+
+def _fail() -> bytes:
+    raise UserError("an error of make")
+
+
+def test_progress_is_told(there: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
+    out = io.StringIO()
+    before = console.use(console.Shown(out, out))
+    try:
+        tar_headers.headers(storage.list_entries(there, ".tar"))
+    finally:
+        console.use(before)
+    assert "reading the headers of 3 tars: " in out.getvalue()
