@@ -41,7 +41,8 @@ from mimkd_ray.config import Config, LaunchConfig, LossConfig
 from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.recipes import CIFAR_PAIRS, r34_r18
-from mimkd_ray.train.engine.captured import WARM_STEPS, make_engine
+from mimkd_ray.train.cuda_graphs import WARM
+from mimkd_ray.train.engine.captured import make_engine
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.student import Student
 from mimkd_ray.train.networks.build import build_network, plan_student
@@ -110,7 +111,7 @@ class Bench:
         students = [Student(one, inputs) for one in planned]
         engine = make_engine(students)
         inputs.start(0, batches)
-        warm = 2 * WARM_STEPS if ON_GPU else 1
+        warm = 2 * WARM if ON_GPU else 1
         for step in range(warm):
             engine.step(students, step)
         self.wait()

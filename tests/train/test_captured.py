@@ -19,7 +19,8 @@ from mimkd_ray.config import Config, CriticConfig, LossConfig
 from mimkd_ray.config.loss_presets import PRESETS
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.methods.registry import RIVALS
-from mimkd_ray.train.engine.captured import WARM_STEPS, CapturedEngine, make_engine
+from mimkd_ray.train.cuda_graphs import WARM
+from mimkd_ray.train.engine.captured import CapturedEngine, make_engine
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.student import Student, lone_student
 from mimkd_ray.train.networks.build import build_network, plan_student
@@ -139,7 +140,7 @@ class _Stream:
         pass
 
 
-@pytest.mark.parametrize("leave_at", [1, WARM_STEPS, WARM_STEPS + 2])
+@pytest.mark.parametrize("leave_at", [1, WARM, WARM + 2])
 @pytest.mark.parametrize("left", [1, 2])
 def test_each_student_that_is_left_has_a_stream(monkeypatch: pytest.MonkeyPatch, left: int, leave_at: int) -> None:
     """On a GPU students work beside each other; whenever some leave, the streams are those of the others."""
@@ -197,7 +198,7 @@ def test_nothing_of_a_step_needs_the_host(name: str, lanes: int) -> None:
     engine = make_engine([student])
     assert isinstance(engine, CapturedEngine)
     student.inputs.start(0)
-    for step in range(WARM_STEPS):
+    for step in range(WARM):
         engine.step([student], step)
     with NoHost():
         taken = engine._take([student], None, False)

@@ -14,7 +14,8 @@ from tiny_run import tiny_config
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.distillation import MIMKDLoss
-from mimkd_ray.train.engine.captured import WARM_STEPS, CapturedEngine, make_engine
+from mimkd_ray.train.cuda_graphs import WARM
+from mimkd_ray.train.engine.captured import CapturedEngine, make_engine
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.student import Student
 from mimkd_ray.train.loop import train
@@ -48,7 +49,7 @@ def on_gpu(
     inputs.start(0)
     losses = []
     for step in range(steps):
-        if isinstance(runner, CapturedEngine) and runner.recorded is not None and step == WARM_STEPS + 2:
+        if isinstance(runner, CapturedEngine) and runner.recorded is not None and step == WARM + 2:
             torch.cuda.set_sync_debug_mode("error")
         students = students[: (stay or {}).get(step, len(students))]
         taken = runner.step(students, step)
@@ -72,7 +73,7 @@ def test_a_graph_trains_what_the_plain_engine_trains(lanes: int, members: int, m
     assert torch.allclose(graph, plain, rtol=5e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize("leave_at", [WARM_STEPS, 2 * WARM_STEPS], ids=["before the recording", "after it"])
+@pytest.mark.parametrize("leave_at", [WARM, 2 * WARM], ids=["before the recording", "after it"])
 @pytest.mark.parametrize("left", [1, 2])
 def test_those_that_stay_are_recorded(left: int, leave_at: int) -> None:
     alone = [first for (first,) in on_gpu("plain", 1, 20, precision="float32")]
@@ -120,3 +121,27 @@ def test_what_cannot_be_recorded_is_run_plainly(
     monkeypatch.setattr(MIMKDLoss, "forward", real)
     graph = torch.tensor(on_gpu("captured", 2, 10, precision="float32"))
     assert torch.allclose(graph, plain, rtol=5e-2, atol=5e-2)
+
+
+def test_graphs_give_the_figures_of_a_plain_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    found = {}
+    for engine in ("captured", "plain"):
+        config = tiny_config(
+            data={"resident": "on"},
+            train={"engine": engine, "compile": "off", "precision": "float32", "eval_batch": 50, "ema_decay": 0.5},
+        )
+        data = open_data(config.data)
+        teacher = build_network(config, data.num_classes, "random")
+        inputs = Inputs([plan_student(config, teacher, data.num_classes)], data, teacher, GPU)
+        student = Student(plan_student(config, teacher, data.num_classes), inputs)
+        found[engine] = [student.evaluate()]
+        for step in range(2):
+            student.step(step)
+            found[engine].append(student.evaluate())
+        if inputs.forwards is not None:
+            assert [known.graph is not None for known in inputs.forwards.passes.values()] == [True]
+    for graph, plain in zip(found["captured"], found["plain"], strict=True):
+        assert graph["top1"] == pytest.approx(plain["top1"], abs=0.5)
+        assert graph["cross_entropy"] == pytest.approx(plain["cross_entropy"], rel=1e-2)
+    assert found["captured"][0]["cross_entropy"] != found["captured"][1]["cross_entropy"]

@@ -14,9 +14,7 @@ graphs, and the same code is called for every step; so it is tested.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -25,15 +23,13 @@ from torch import Tensor
 
 from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.loading.loader import LaneBatch
+from mimkd_ray.train.cuda_graphs import WARM, record, run_warm
 from mimkd_ray.train.distributed import Context
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.step import StepRecord, optimisation_step, seed_lane
 from mimkd_ray.train.engine.student import Student
 from mimkd_ray.train.engine.turns import NoMemory
 from mimkd_ray.train.records.metrics import say
-
-WARM_STEPS = 3
-"""Steps before the recording."""
 
 Taken = dict[Student, StepRecord | NoMemory]
 """For each student the record of its step, or the allocator's words."""
@@ -114,7 +110,7 @@ class CapturedEngine:
         beside = len(students) if self.on_gpu and len(students) > 1 else 0
         if len(self.streams) != beside:
             self.streams = [torch.cuda.Stream(self.context.device) for _ in range(beside)]
-        if self.recorded is None and self.warm >= WARM_STEPS:
+        if self.recorded is None and self.warm >= WARM:
             self._record(students, step)
         taken = self._warm_step(students, step) if self.recorded is None else self._replay(self.recorded, step)
         ids, view = [lane.ids_B for lane in lanes], lanes[-1].view  # the buffers' will be those of the next step
@@ -143,15 +139,12 @@ class CapturedEngine:
         """A step without a graph, which shows whether the networks draw random numbers."""
         self.warm += 1
         seeds = _Seeds(self.inputs.config.train.seed, step, self.context.device)
+        take = partial(self._take, students, seeds, self.spare)
         if self.stream is None:
-            done = self._take(students, seeds, self.spare)
+            done = take()
         else:
-            here = torch.cuda.current_stream()
-            self.stream.wait_stream(here)
-            with torch.cuda.stream(self.stream), _waits_noted() as waits:
-                done = self._take(students, seeds, self.spare)
-            here.wait_stream(self.stream)
-            if waits and self.warm == WARM_STEPS:  # in the first steps libraries set themselves up
+            done, waits = run_warm(take, self.stream)
+            if waits and self.warm == WARM:  # in the first steps libraries set themselves up
                 self._give_up(f"a network or a loss waits for the device ({waits[0]})")
         if len(students) * len(self.buffers) > 1 and seeds.drawn():
             self._give_up("networks or losses draw random numbers, of which each lane and student has its own")
@@ -162,19 +155,20 @@ class CapturedEngine:
         if self.stream is None:
             self.recorded = _Recorded(None, list(students), [], None)
             return
-        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
-                taken = self._take(students, None, False)
-                logs = [found.log for found in taken.values() if isinstance(found, StepRecord)]
-                figures_M = torch.stack([value for log in logs for value in log.values()])
+            graph, (names, figures_M) = record(partial(self._figures, students), self.stream)
         except RuntimeError as error:
-            torch.cuda.set_stream(here)
             for student in students:
                 student.schedule(step)  # anew: the loss forgets the lanes of the recording
             self._give_up(str(error).partition("\n")[0])
             return
-        self.recorded = _Recorded(graph, list(students), [list(log) for log in logs], figures_M)
+        self.recorded = _Recorded(graph, list(students), names, figures_M)
+
+    def _figures(self, students: Sequence[Student]) -> tuple[list[list[str]], Tensor]:
+        """Take a step, and return the names of each student's figures and all of these in one tensor."""
+        taken = self._take(students, None, False)
+        logs = [found.log for found in taken.values() if isinstance(found, StepRecord)]
+        return [list(log) for log in logs], torch.stack([value for log in logs for value in log.values()])
 
     def _replay(self, recorded: _Recorded, step: int) -> Taken:
         seed_lane(self.inputs.config.train.seed, step, self.inputs.my_lanes[0])
@@ -187,26 +181,6 @@ class CapturedEngine:
         self.gave_up = True
         self.streams = []
         say(self.context, f"steps are not captured, and run operation by operation: {why}")
-
-
-@contextmanager
-def _waits_noted() -> Iterator[list[str]]:
-    """A with-block that yields a list, in which what waits for a CUDA device is noted: a graph cannot hold it, and a
-    recording that fails may leave PyTorch in a state of which nothing is promised."""
-    waits: list[str] = []
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield waits
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    for warning in warned:
-        if "synchronizing CUDA operation" in str(warning.message):
-            waits.append(f"{warning.filename}, line {warning.lineno}")
-        elif "prototype feature" not in str(warning.message):
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 class _Seeds:

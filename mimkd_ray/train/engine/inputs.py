@@ -24,9 +24,11 @@ from mimkd_ray.train.from_cache.cached_negatives import CachedNegatives
 from mimkd_ray.train.from_cache.cached_teacher import Cached
 from mimkd_ray.train.from_cache.live_check import CacheCheck
 from mimkd_ray.train.held_out.evaluate import told_batches
+from mimkd_ray.train.held_out.recorded import RecordedForwards
 from mimkd_ray.train.networks.build import (
     PlannedStudent,
     build_teacher,
+    captures,
     choose_kernels,
     make_order,
     parameter_dtype,
@@ -109,6 +111,8 @@ class Inputs:
         self.damage = DamageCounter(config.data.max_damaged, max(1, data.train.num_rows // context.world_size))
         self.waited = 0.0  # seconds that steps waited for the loader
         self._batches: Iterator[LaneBatch] | None = None
+        self.eval_batch = train.eval_batch or train.lane_batch
+        self.forwards = RecordedForwards(context, self.eval_batch) if captures(train, device) else None
         self._held_out: dict[int, list[LaneBatch]] = {}
 
     def _canary(self) -> CacheCheck | None:
@@ -287,7 +291,7 @@ class Inputs:
         return iter(self._held_out[batch_size])
 
     def close(self) -> None:
-        """End reading, and take the hooks off the teacher, which other runs may use after this one."""
-        self._batches = None
+        """End reading, free graphs, and take the hooks off the teacher, which other runs may use after this one."""
+        self._batches = self.forwards = None
         if self.teacher is not None:
             self.teacher.tapped.release()

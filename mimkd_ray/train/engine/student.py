@@ -285,10 +285,14 @@ def evaluate_together(
         training = {network: network.training for network in networks.values()}
         for network in training:
             network.eval()
-        logits = {student: partial(_logits, network) for student, network in networks.items()}
+        recorded = inputs.forwards
+        logits = {
+            student: partial(_logits, network) if recorded is None else recorded.of(network)
+            for student, network in networks.items()
+        }
         measured = {student: Accuracy(math.nan, math.nan, math.nan, inputs.data.val.num_rows, 0) for student in logits}
         if inputs.data.judged:
-            batches = inputs.held_out(train.eval_batch or train.lane_batch)
+            batches = inputs.held_out(inputs.eval_batch)
             measured = accuracies(
                 logits, batches, inputs.normalize, images.max_damaged, held_out_name(images), failed=failed
             )

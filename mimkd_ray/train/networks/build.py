@@ -157,11 +157,15 @@ def uses_channels_last(config: TrainConfig, device: torch.device) -> bool:
     return config.channels_last == "on"
 
 
+def captures(config: TrainConfig, device: torch.device) -> bool:
+    """Return whether GPU work is to be recorded as CUDA graphs, where that is possible."""
+    return config.engine == "captured" or (config.engine == "auto" and device.type == "cuda")
+
+
 def why_plain(config: Config, device: torch.device) -> str:
     """Return why steps are not to be captured (train/engine/captured.py), for people; "" where they are."""
-    engine = config.train.engine
-    if engine == "plain" or (engine == "auto" and device.type != "cuda"):
-        return f"train.engine is {engine}"
+    if not captures(config.train, device):
+        return f"train.engine is {config.train.engine}"
     if config.student.head_epochs:
         return "the classifier is trained alone first"
     if is_distributed():
