@@ -41,6 +41,10 @@ class AccessError(UserError):
     """A store refuses what it is asked for: no credentials, others, or expired ones."""
 
 
+class ShortError(OSError):
+    """An object ends before the bytes that are asked for: another try finds no more of it."""
+
+
 # Failures that a retry does not cure. Every other OSError is retried: stores report throttling, resets and server
 # errors as plain OSError.
 _PERMANENT_ERRNOS = frozenset({errno.EROFS, errno.ENAMETOOLONG, errno.EPERM, errno.EACCES, errno.ENOSYS})
@@ -66,7 +70,7 @@ _REGION |= {"301", "InvalidLocationConstraint"}
 """Codes of S3's answers. An answer to a HEAD request has none, only its status."""
 
 _NO_RANGE = {"InvalidRange", "416"}
-"""Of an object that ends before the bytes that are asked for: another try finds no more of it."""
+"""Of an object that ends before the first byte that is asked for, as ShortError says it of the others."""
 
 ANSWERED: set[tuple[str, bool]] = set()
 """Places that have answered this process, and whether to a write: some may be read and not written."""
@@ -110,8 +114,9 @@ def attempt(url: str, verb: str, call: Callable[[], T]) -> T:
                 raise
             patience = _patience_s() if known else 0.0
             spent = time.monotonic() - began
-            if _code(error) in _NO_RANGE or (spent >= patience and (tried >= TRIES or spent >= FIRST_SECONDS)):
-                if not _hurried.get():
+            short = isinstance(error, ShortError) or _code(error) in _NO_RANGE
+            if short or (spent >= patience and (tried >= TRIES or spent >= FIRST_SECONDS)):
+                if not short and not _hurried.get():
                     ANSWERED.difference_update({(where, False), (where, True)})  # others do not wait as long again
                 raise _gave_up(url, verb, error, tried, spent) from _cause(url, error)
             _tell(where, f"{verb} {url}", error, spent, patience)
@@ -133,7 +138,7 @@ def _gave_up(url: str, verb: str, error: Exception, tried: int, spent: float) ->
         return StorageError(f"{error} (tried for {_span(spent)})")
     tries = f"{tried} {'tries' if tried > 1 else 'try'}"
     text = f"could not {verb} {url} in {tries}, {_span(spent)}; the last failure: {_detail(error)}"
-    if url.startswith("s3"):
+    if url.startswith("s3") and not isinstance(error, ShortError):
         text += "; check the network and the address of the store (AWS_ENDPOINT_URL)"
     if _code(error) == "400":  # of a HEAD request, which says no more
         text += "; so a store answers to credentials that have expired, and to a wrong AWS_DEFAULT_REGION"

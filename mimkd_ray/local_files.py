@@ -97,14 +97,36 @@ def create_once(path: Path, data: bytes) -> bool:
     return True
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with what is in it; nothing there is fine."""
+    if not path.is_dir() or path.is_symlink():
+        return path.unlink(missing_ok=True)
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError as error:
+        if path.exists():
+            raise OSError(errno.EBUSY, "another process removes a part of it", str(path)) from error
+
+
 def entries(folder: Path) -> list[tuple[str, bool, int, str]]:
     """Return (name, is a folder, bytes, version) of each entry of the folder, sorted; [] if there is no folder."""
     try:
-        with os.scandir(folder) as found:
-            there = [(e.name, e.is_dir(), e.stat()) for e in found if e.is_dir() or e.is_file()]
-        return sorted((n, d, 0 if d else s.st_size, str(s.st_mtime_ns)) for n, d, s in there)
+        with os.scandir(folder) as listed:
+            return sorted(filter(None, map(_entry, listed)))
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def _entry(listed: os.DirEntry[str]) -> tuple[str, bool, int, str] | None:
+    """None for a broken link, and for what has been renamed or removed since it was listed."""
+    is_dir = listed.is_dir()
+    if not is_dir and not listed.is_file():
+        return None
+    try:
+        status = listed.stat()
+    except FileNotFoundError:
+        return None
+    return listed.name, is_dir, 0 if is_dir else status.st_size, str(status.st_mtime_ns)
 
 
 def tree(folder: Path) -> list[str]:

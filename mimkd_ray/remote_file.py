@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any, cast
 
+from mimkd_ray.attempts import ShortError
 from mimkd_ray.remote import call
 
 
@@ -41,6 +42,8 @@ class RemoteFile(io.RawIOBase):
 
         def fetch(fs: Any, path: str) -> bytes:
             data = cast(bytes, fs.cat_file(path, start=start, end=stop))
+            if len(data) < stop - start and (there := int(fs.info(path)["size"])) < stop:
+                raise ShortError(f"it has {there:,} bytes, and {stop:,} are needed")
             if len(data) != stop - start:
                 raise OSError(f"got {len(data)} bytes of the {stop - start} at offset {start}")
             return data

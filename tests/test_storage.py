@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
 import os
+import shutil
 import stat
 import sys
 import time
@@ -211,6 +213,35 @@ def test_remove_tree_refuses_what_holds_home_or_the_current_folder(
     assert not (home / "runs").exists()
 
 
+def test_a_file_that_goes_while_its_folder_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b", ".b.12-34.tmp"):
+        storage.write_bytes(str(tmp_path / name), b"xyz")
+    listed = [entry for entry in os.scandir(tmp_path)]
+    (tmp_path / ".b.12-34.tmp").unlink()  # as a writer does that renames it
+    monkeypatch.setattr(local_files.os, "scandir", lambda folder: contextlib.nullcontext(listed))
+    assert storage.list_sizes(str(tmp_path)) == {str(tmp_path / "a"): 3, str(tmp_path / "b"): 3}
+
+
+def test_two_processes_that_remove_one_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: list[float]
+) -> None:
+    for name in ("a", "b"):
+        storage.write_bytes(str(tmp_path / "tree" / name), b"x")
+    whole = shutil.rmtree
+    calls = []
+
+    def race(path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            (path / "a").unlink()
+            raise FileNotFoundError(errno.ENOENT, "gone", str(path / "a"))
+        whole(path)
+
+    monkeypatch.setattr(local_files.shutil, "rmtree", race)
+    storage.remove_tree(str(tmp_path / "tree"))
+    assert not (tmp_path / "tree").exists()
+
+
 def test_a_listed_tree_does_not_follow_links(tmp_path: Path) -> None:
     for name in ("a/b/c.bin", "a/d", "elsewhere/mine"):
         storage.write_bytes(str(tmp_path / name), b"x")
@@ -288,6 +319,15 @@ def test_a_short_read_is_retried(monkeypatch: pytest.MonkeyPatch, quick: list[fl
     monkeypatch.setattr(fs, "cat_file", lambda *a, **k: answers.pop() if answers else whole(*a, **k))
     assert storage.open_file(url).read() == bytes(100)
     assert len(quick) == 1
+
+
+def test_an_object_that_is_too_short_is_not_waited_for(quick: list[float]) -> None:
+    url = f"memory://{uuid.uuid4().hex}/x"
+    storage.write_bytes(url, bytes(100))
+    with pytest.raises(storage.StorageError, match="it has 100 bytes, and 120 are needed"):
+        storage.read_range(url, 90, 30)
+    assert quick == []
+    assert (attempts.place_of(url), True) in attempts.ANSWERED  # the store is as patient a place as before
 
 
 def test_a_store_whose_client_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,9 @@ def _mounted() -> dict[str, str]:
     if not _MOUNTS.is_file():
         return {}
     found = {}
-    for line in _MOUNTS.read_text().splitlines():
+    for line in _MOUNTS.read_bytes().splitlines():
         # "36 35 98:0 / /mnt/x rw,noatime master:1 - ext4 /dev/sda1 rw"; a space in a path is written \040
-        mount, _, source = line.partition(" - ")
-        point = mount.split(" ")[4].encode().decode("unicode_escape")
-        found[point] = source.split(" ")[0]
+        mount, _, source = line.partition(b" - ")
+        point = mount.split(b" ")[4].decode("unicode_escape").encode("latin-1")
+        found[os.fsdecode(point)] = source.split(b" ")[0].decode()
     return found

@@ -15,6 +15,7 @@ MOUNTS = r"""
 33 22 0:47 / /fast rw - lustre fsx@tcp:/x rw
 34 22 0:48 / /usb rw - fuseblk /dev/sdb rw
 35 22 0:49 / /over rw - nfs old rw
+37 22 0:51 / /mnt/données rw - nfs4 fs-2.efs:/ rw
 36 35 0:50 / /over rw master:7 propagate_from:2 - tmpfs tmpfs rw
 """
 
@@ -28,6 +29,7 @@ MOUNTS = r"""
         ("/mnt/efsx/imagenet", True),
         ("/mnt/efs/scratch/x", True),
         ("/mnt/my bucket/x", False),
+        ("/mnt/données/x", False),
         ("/fast/x", False),
         ("/usb/x", True),
         ("/over/x", True),
