@@ -267,7 +267,8 @@ def remove_tree(url: str) -> None:
         path = Path(os.path.abspath(local_path(url)))
         if path == Path(path.anchor) or any(each.is_relative_to(path) for each in (Path.home(), Path.cwd())):
             raise UserError(f"refusing to remove {url}: {path} holds much else; name a folder below it")
-        return attempt(url, "remove", lambda: local_files.remove(path))
+        attempt(url, "remove", lambda: local_files.remove(path))
+        return
     parts = url.split("://", 1)[1].strip("/").split("/")
     if not any(parts[1:]) or {".", ".."} & set(parts):
         raise UserError(f"refusing to remove {url}: it is a whole bucket, or may be; name a folder in it")

@@ -8,11 +8,15 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
+
+hypothesis.settings.register_profile("shared cores", deadline=None)  # an example may wait for other processes
+hypothesis.settings.load_profile("shared cores")
 
 WITH_RAY = ("one_ray", "on_ray", "cli")
 """Folders of tests that start a Ray."""

@@ -216,7 +216,7 @@ def test_remove_tree_refuses_what_holds_home_or_the_current_folder(
 def test_a_file_that_goes_while_its_folder_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b", ".b.12-34.tmp"):
         storage.write_bytes(str(tmp_path / name), b"xyz")
-    listed = [entry for entry in os.scandir(tmp_path)]
+    listed = list(os.scandir(tmp_path))
     (tmp_path / ".b.12-34.tmp").unlink()  # as a writer does that renames it
     monkeypatch.setattr(local_files.os, "scandir", lambda folder: contextlib.nullcontext(listed))
     assert storage.list_sizes(str(tmp_path)) == {str(tmp_path / "a"): 3, str(tmp_path / "b"): 3}

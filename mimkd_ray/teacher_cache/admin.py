@@ -193,4 +193,7 @@ def _name(url: str) -> str:
 
 
 def _old(url: str, hours: float) -> bool:
-    return time.time() - storage.modified(url) > 3600 * hours
+    try:
+        return time.time() - storage.modified(url) > 3600 * hours
+    except FileNotFoundError:  # a writer at work has renamed it
+        return False

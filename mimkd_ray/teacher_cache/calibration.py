@@ -62,7 +62,9 @@ class Fitter:
         self.kept: list[Tensor] = []
 
     def add(self, feature: Tensor) -> None:
-        """Add the taps of a batch, (B, C, H, W) or (B, C)."""
+        """Add the taps of a batch, (B, C, H, W) or (B, C), which may be empty: where all its images were damaged."""
+        if not len(feature):
+            return
         rows_NC = channels_last(pool(feature.float(), self.coded)).reshape(-1, self.shape.channels)
         if self.moments is not None:
             self.moments.add(rows_NC)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from mimkd_ray.data.store.block_store import default_folder, locked
-from mimkd_ray.teacher_cache.feature_manifest import ViewManifest
+from mimkd_ray.data.store.block_store import BlockStore, locked
+from mimkd_ray.local_files import publish
+from mimkd_ray.storage import explained
+from mimkd_ray.teacher_cache.feature_manifest import FeatureBlock, ViewManifest
 from mimkd_ray.teacher_cache.keys import THREADS
 from mimkd_ray.teacher_cache.reader import read_verified
 
@@ -19,6 +20,10 @@ COLUMN_VIEW = 0
 
 COLLECT_SECONDS = 1800.0
 """For which another process may collect a column."""
+
+
+AT_A_TIME = 4 * THREADS
+"""Row groups, of at most 1,024 images each, that are in memory while a column is collected."""
 
 
 class Column(NamedTuple):
@@ -33,41 +38,34 @@ def open_column(root: str, manifest: ViewManifest, folder: Path | None) -> Colum
     there.
 
     Takes the view's size on disk, and the time of reading it once. Raises DamagedDataError for missing or damaged
-    features, HeldError if another process has been at it for COLLECT_SECONDS.
+    features, HeldError if another process has been at it for COLLECT_SECONDS, UserError for a full disk.
     """
-    place = (folder or default_folder()) / "columns"
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    store = BlockStore(folder or "")
+    store.prepare()
+    place = store.folder / "columns"
+    place.mkdir(mode=0o700, exist_ok=True)
     name = f"{manifest.key}-{manifest.view:05d}-{manifest.shards[0].sha256[:8]}"
     files = [place / f"{name}.{what}.npy" for what in ("rows", "ids")]
     with locked(place / f"{name}.lock", COLLECT_SECONDS):
         if not all(file.exists() for file in files):
-            _collect(root, manifest, files)
+            for left in place.glob(f".{name}.*"):  # by a process that was killed
+                left.unlink()
+            with explained(str(place), "write to"):
+                publish(files[0], lambda rows: publish(files[1], lambda ids: _collect(root, manifest, rows, ids)))
     return Column(*(np.load(file, mmap_mode="r") for file in files))
 
 
-def _collect(root: str, manifest: ViewManifest, files: list[Path]) -> None:
-    parts = [file.with_suffix(f".{os.getpid()}.part") for file in files]
-    shapes = ((manifest.rows, manifest.row_bytes), (manifest.rows,))
-    arrays = [
-        np.lib.format.open_memmap(part, "w+", kind, shape)
-        for part, kind, shape in zip(parts, (np.uint8, np.int64), shapes, strict=True)
-    ]
+def _collect(root: str, manifest: ViewManifest, rows: BinaryIO, ids: BinaryIO) -> None:
+    """Write the two arrays, as files of NumPy."""
+    for out, kind, shape in ((rows, "|u1", (manifest.rows, manifest.row_bytes)), (ids, "<i8", (manifest.rows,))):
+        np.lib.format.write_array_header_1_0(out, {"descr": kind, "fortran_order": False, "shape": shape})
 
-    def copy(number: int) -> None:
+    def read(number: int) -> tuple[FeatureBlock, memoryview]:
         record, block = manifest.locate(number)
-        data = np.frombuffer(read_verified(root, manifest, record, block), np.uint8)
-        span = slice(manifest.blocks.start(number), manifest.blocks.start(number + 1))
-        values = data[block.values_at : block.values_at + block.rows * manifest.row_bytes]
-        arrays[0][span] = values.reshape(block.rows, manifest.row_bytes)
-        arrays[1][span] = data[block.ids_at : block.ids_at + 8 * block.rows].view(np.int64)
+        return block, memoryview(read_verified(root, manifest, record, block))
 
-    try:
-        with ThreadPoolExecutor(THREADS) as pool:
-            for _ in pool.map(copy, range(manifest.blocks.num_blocks)):
-                pass
-        for part, file, array in zip(parts, files, arrays, strict=True):
-            array.flush()
-            os.replace(part, file)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for numbers in np.array_split(range(manifest.blocks.num_blocks), -(-manifest.blocks.num_blocks // AT_A_TIME)):
+            for block, data in pool.map(read, numbers.tolist()):
+                rows.write(data[block.values_at : block.values_at + block.rows * manifest.row_bytes])
+                ids.write(data[block.ids_at : block.ids_at + 8 * block.rows])

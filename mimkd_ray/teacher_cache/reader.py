@@ -21,6 +21,7 @@ from mimkd_ray import storage
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.store.block_reader import TOUCH_S, BlockReader
 from mimkd_ray.data.store.block_store import BlockStore
+from mimkd_ray.data.store.local_disk import is_on_local_disk
 from mimkd_ray.data.store.stored_block import Identity, StoredBlock
 from mimkd_ray.errors import DamagedDataError
 from mimkd_ray.teacher_cache.feature_manifest import (
@@ -81,6 +82,8 @@ class FeatureReader:
         part of the cached set; positions count within them.
         """
         self.root, self.keys, self.rows, self.store = root, dict(keys), rows, store
+        self.distant = storage.is_remote(root) or not is_on_local_disk(storage.local_path(root))
+        """Whether row groups are copied to the store, from object storage or a network file system."""
         self.kept = kept
         self.used = tuple(used or self.keys)
         self.bytes_read = 0
@@ -160,11 +163,6 @@ class FeatureReader:
                     return False
         return True
 
-    @property
-    def distant(self) -> bool:
-        """True if row groups are copied to the store, from object storage."""
-        return storage.is_remote(self.root)
-
     def block_bytes(self, blocks: Blocks) -> int:
         """Return the mean bytes of features that belong to one of the training set's blocks."""
         return sum(self.manifest(label, 0).bytes for label in self.used) // max(1, blocks.num_blocks)
@@ -180,7 +178,7 @@ class FeatureReader:
             return group
         record, block = manifest.locate(number)
         key, url = block_key(block), feature_url(self.root, manifest, record)
-        in_place = self.store is not None and not storage.is_remote(url)
+        in_place = self.store is not None and not self.distant
         path = str(storage.local_path(url)) if in_place else ""
         identity = _identity(path) if in_place else None  # read before the group is verified
         data, _ = BlockReader(self.store).row(key, partial(self._load, manifest, record, block), 0)
@@ -197,7 +195,7 @@ class FeatureReader:
         """Fetch and verify a row group: a block of a single row. It stays in place if the cache is on a local disk."""
         url = feature_url(self.root, manifest, record)
         self.bytes_read += block.length
-        if storage.is_remote(url) or self.store is None:
+        if self.distant or self.store is None:
             return StoredBlock.of([read_verified(self.root, manifest, record, block)], np.zeros(1, dtype=np.int64))
         path = storage.local_path(url)
         # Read before the file: the verified file is this one, or an older one, which will be noticed.

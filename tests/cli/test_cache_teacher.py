@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_cache import files
 
+from mimkd_ray import storage
 from mimkd_ray.cli.cache_teacher import main
 from mimkd_ray.config import Config
 
@@ -111,13 +112,24 @@ def test_garbage_is_nothing_that_no_build_writes(tmp_path: Path, capsys: pytest.
     assert [name for name in mine if not (key / name).exists()] == []
 
 
-def test_garbage_is_what_no_manifest_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_garbage_is_what_no_manifest_lists(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "cache"
     assert main(RECIPES, local(root)) == 0
     whole = files(root)
     key = next(path.parent for path in root.glob("*/view-00000.manifest.json"))
     (key / "view-00000" / "0000000000-0000000064-ffffffffffffffff.parquet").write_bytes(b"of a late builder")
     (key / ".view-00000.manifest.json.77-abc.tmp").write_bytes(b"of a killed one")
+    (key / ".view-00001.manifest.json.88-abc.tmp").write_bytes(b"of one at work, which renames it soon")
+    modified = storage.modified
+
+    def renamed(url: str) -> float:
+        if url.endswith(".88-abc.tmp"):
+            Path(url).unlink()
+        return modified(url)
+
+    monkeypatch.setattr(storage, "modified", renamed)
     (key / "view-00007").mkdir()
     (key / "view-00007" / "0000000000-0000000064-ffffffffffffffff.parquet").write_bytes(b"of a build in progress")
     capsys.readouterr()

@@ -139,7 +139,7 @@ def test_jsd_objective_is_not_nats(gaussian_scores):
         assert -other < objective
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=st.integers(2, 7),
     scale=st.sampled_from([0.1, 1.0, 30.0, 1e4]),

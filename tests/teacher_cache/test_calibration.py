@@ -13,6 +13,7 @@ from mimkd_ray.config.form.codec_spec import parse_spec
 from mimkd_ray.errors import DamagedDataError
 from mimkd_ray.teacher_cache import calibration as module
 from mimkd_ray.teacher_cache.calibration import Fitter, Moments, from_bytes, principal, publish, ranges, read, to_bytes
+from mimkd_ray.teacher_cache.codec import Shape
 
 
 def test_moments_are_those_of_all_rows_together() -> None:
@@ -76,6 +77,20 @@ def test_ranges_leave_out_a_tail_that_costs_more_than_it_is_worth() -> None:
     assert float(low[1]) > -1.001, "a stray value on either side is clipped"
     assert float(low[1] + 255 * step[1]) < 1.001
     assert float(low[2] + 255 * step[2]) > 9e4, "a value that large is worth its range"
+
+
+def test_a_batch_of_damaged_images_changes_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(20, 6, 3, 3, generator=generator) for _ in range(2)]
+    fitted = []
+    for empty in (False, True):
+        fitter = Fitter(parse_spec("pca4,uint8"), Shape(6, 3, 3), 40, CPU)
+        for batch in batches:
+            if empty:
+                fitter.add(batch[:0])
+            fitter.add(batch)
+        fitted.append(to_bytes(fitter.finish()))
+    assert fitted[0] == fitted[1]
 
 
 def test_kept_values_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

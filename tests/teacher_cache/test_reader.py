@@ -15,6 +15,7 @@ from mimkd_ray import storage
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.errors import DamagedDataError
+from mimkd_ray.teacher_cache import reader as reader_module
 from mimkd_ray.teacher_cache.feature_manifest import ViewManifest, publish
 from mimkd_ray.teacher_cache.reader import FeatureReader
 from mimkd_ray.teacher_cache.writer import write_shard
@@ -133,6 +134,19 @@ def test_a_file_that_changes_while_it_is_in_use(root: Path, tmp_path: Path) -> N
     np.testing.assert_array_equal(reader.read(0, first, ids()[:16])["a:map"], features(40, 0)[:16])
     assert reader.bytes_read == 3 * read
     assert sum(file.stat().st_size for file in (tmp_path / "store").glob("*.block")) < 300, "only where it lies is kept"
+
+
+def test_a_cache_on_a_network_file_system_is_copied(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapped file of a server that does not answer stops the process, or kills it."""
+    monkeypatch.setattr(reader_module, "is_on_local_disk", lambda path: False)
+    reader = FeatureReader(str(root), {"a:map": KEY}, 64, BlockStore(tmp_path / "store", 10**7))
+    assert reader.distant
+    assert reader.fetch(0, 0, 64)
+    for path in (root / KEY / "view-00000").glob("*.parquet"):
+        path.unlink()
+    np.testing.assert_array_equal(reader.read(0, np.arange(64), ids())["a:map"], features(40, 0))
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

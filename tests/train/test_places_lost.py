@@ -8,15 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from bad_files import IMAGES, table
 from tiny_run import run_tiny, tiny_config
 
 from mimkd_ray import local_files, storage
 from mimkd_ray.cli import local_launch, training
 from mimkd_ray.config import DataConfig, RunConfig
-from mimkd_ray.data.augment.views import make_pipeline
-from mimkd_ray.data.loading.loader import eval_batches
+from mimkd_ray.data.augment.views import View, make_pipeline
+from mimkd_ray.data.loading.batches import Key
+from mimkd_ray.data.loading.loader import eval_batches, view_batches
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.store.stored_block import StoredBlock, read_stored
 from mimkd_ray.errors import UserError
@@ -71,6 +74,12 @@ def test_a_stored_block_is_verified_again_when_an_image_of_it_cannot_be_decoded(
     assert batch.damaged == ()
     assert "validation-00000-of-00001.parquet: an image of row group 0 cannot be decoded: it is fetched" in caplog.text
     assert len(batch.images_BCHW) == len(IMAGES)
+    data.val._loaded_again.clear()  # as another process
+    block.write(stored, durable=False)
+    view = View(make_pipeline("none", 8).train, 0)
+    (cached,) = view_batches(data.val, view, [Key(0, 0, np.arange(len(IMAGES)), 0)])
+    assert cached.damaged == (), "for a cache, too"
+    assert torch.equal(cached.images_BCHW, batch.images_BCHW)
     stored.write_bytes(b"")
     again = data.val.read_again(0)
     assert again is not None

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +27,6 @@ __all__ = [
     "Transform",
     "View",
     "decode",
-    "generator_kept",
     "hash32",
     "make_pipeline",
 ]
@@ -57,7 +54,7 @@ class View:
         An encoded image or an (H, W, 3) array is decoded here; a transform with a method `from_bytes` decodes encoded
         images itself and only as far as it needs. Raises DamagedImageError.
         """
-        with generator_kept():
+        with torch.random.fork_rng(devices=()):
             return self.replay(image, id, view, how=how)
 
     def replay(
@@ -68,7 +65,7 @@ class View:
         out: Tensor | None = None,
         how: Decoding = DECODING,
     ) -> Tensor:
-        """Return what `apply` does, but leave the generator where the view took it; see `generator_kept`.
+        """Return what `apply` does, but leave the generator where the view took it.
 
         The result may be in `out` if that saves a copy (`transforms.from_bytes`). Costs 2 us beside decoding and
         transform, and 5 more if a transform draws from the generator.
@@ -79,18 +76,6 @@ class View:
         if isinstance(image, np.ndarray):
             return self.transform(decode(image))
         return from_bytes(self.transform, image, out, how)
-
-
-@contextmanager
-def generator_kept() -> Iterator[None]:
-    """Restore torch's generator after the with-block, so that the model's own random numbers are not disturbed. Used
-    once per batch: its 2 us would matter per image."""
-    generator = torch.default_generator
-    state = generator.get_state()
-    try:
-        yield
-    finally:
-        generator.set_state(state)
 
 
 def hash32(seed: int, id: int, view: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimkd_ray.data.augment.views import DamagedImageError, Transform, View, decode, generator_kept
+from mimkd_ray.data.augment.views import DamagedImageError, Transform, View, decode
 from mimkd_ray.data.loading.damage import first_three
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.sample_order import Order, view_number
@@ -128,43 +128,37 @@ class FeatureSource(Protocol):
         ...
 
 
-class Batches(Protocol):
-    """A maker of batches, run in a loader process."""
-
-    @property
-    def source(self) -> Source:
-        """Source of the images."""
-        ...
-
-    def image_bytes(self) -> int:
-        """Return the size of one image of a batch."""
-        ...
-
-    def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch | LeftOut:
-        """Return the batch; its images in `memory` (bytes), if they fit; or the one image of it that is damaged."""
-        ...
-
-
 @dataclass(frozen=True)
-class TrainBatches:
-    """A maker of training batches of constant size; runs in loader processes."""
+class _Views:
+    """A maker of batches of views."""
 
     source: Source
     view: View
-    features: FeatureSource | None = None
 
     def image_bytes(self) -> int:
         """Return the size of one image of a batch."""
-        return self.view.apply(_BLANK, 0, 0).numel()
+        return self._blank().numel()
 
-    def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch:
-        """Return the batch, with its images in `memory` (bytes) if they fit."""
+    def _blank(self) -> Tensor:
+        return self.view.apply(_BLANK, 0, 0)
 
+    def _decoded(self, key: Key, memory: Tensor | None, instead: Callable[[], Tensor] | None = None) -> _Decoded:
         def transform(row: Row, out: Tensor | None) -> Tensor:
             return self.view.replay(row.image, row.id, key.view, out, row.how)
 
-        with generator_kept():
-            made = _decode_all(self.source, key, transform, memory)
+        with torch.random.fork_rng(devices=()):  # once a batch: its 10 us would matter per image
+            return _decode_all(self.source, key, transform, memory, instead)
+
+
+@dataclass(frozen=True)
+class TrainBatches(_Views):
+    """A maker of training batches of constant size; runs in loader processes."""
+
+    features: FeatureSource | None = None
+
+    def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch:
+        """Return the batch, with its images in `memory` (bytes) if they fit."""
+        made = self._decoded(key, memory)
         if made.damaged:
             made = made.chosen(nearest_intact(made.places, len(key.positions)))
         batch = made.batch(key)
@@ -175,38 +169,15 @@ class TrainBatches:
 
 
 @dataclass(frozen=True)
-class ViewBatches:
+class ViewBatches(_Views):
     """A maker of batches of one view that keep every row, for caching; runs in loader processes.
 
     A damaged image is black, and its label is DAMAGED.
     """
 
-    source: Source
-    view: View
-
-    def image_bytes(self) -> int:
-        """Return the size of one image of a batch."""
-        return self.view.apply(_BLANK, 0, 0).numel()
-
     def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch:
         """Return the batch, with its images in `memory` (bytes) if they fit."""
-        damaged: list[str] = []
-        intact: list[bool] = []
-        black = torch.zeros_like(self.view.apply(_BLANK, 0, 0))
-
-        def transform(row: Row, out: Tensor | None) -> Tensor:
-            try:
-                image = self.view.replay(row.image, row.id, key.view, out, row.how)
-            except DamagedImageError as error:
-                damaged.append(f"{row.name} ({error})")
-                image = black
-            intact.append(image is not black)
-            return image
-
-        with generator_kept():
-            batch = _decode_all(self.source, key, transform, memory).batch(key)
-        labels_B = torch.where(torch.tensor(intact), batch.labels_B, DAMAGED)
-        return replace(batch, labels_B=labels_B, damaged=tuple(damaged))
+        return self._decoded(key, memory, lambda: torch.zeros_like(self._blank())).batch(key)
 
 
 @dataclass(frozen=True)
@@ -232,6 +203,10 @@ class EvalBatches:
 
     def _view(self, row: Row, out: Tensor | None) -> Tensor:
         return self.transform(decode(row.image, how=row.how))
+
+
+Batches = TrainBatches | ViewBatches | EvalBatches
+"""A maker of batches, run in a loader process."""
 
 
 def nearest_intact(places: Sequence[int], count: int) -> list[int]:
@@ -277,11 +252,16 @@ class _Decoded:
 
 
 def _decode_all(
-    source: Source, key: Key, transform: Callable[[Row, Tensor | None], Tensor], memory: Tensor | None
+    source: Source,
+    key: Key,
+    transform: Callable[[Row, Tensor | None], Tensor],
+    memory: Tensor | None,
+    instead: Callable[[], Tensor] | None = None,
 ) -> _Decoded:
     """Return the transformed intact images of the key's rows, in `memory` if they fit.
 
     `transform` takes a row and its image's place in the batch, where it may write the result; None for the first one.
+    What `instead` returns takes the place of a damaged image, with the label DAMAGED.
 
     Each image is copied to its place at once, in its own layout, mostly channels last: keeping all results would cost
     50 us an image for fresh memory, and another layout 60 us. Raises _AllDamagedError if no image is intact.
@@ -292,6 +272,7 @@ def _decode_all(
     made = _Decoded(_NONE, [], [], [], ())
     damaged = []
     for place, row in enumerate(source.read(key.positions.tolist())):
+        label = row.label
         try:
             try:
                 image = transform(row, out)
@@ -303,7 +284,9 @@ def _decode_all(
                 image = transform(again, out)
         except DamagedImageError as error:
             damaged.append(f"{row.name} ({error})")
-            continue
+            if instead is None:
+                continue
+            image, label = instead(), DAMAGED
         if images_BCHW is None:
             images_BCHW = _room_for(len(key.positions), image, memory)
             rooms = iter(images_BCHW.unbind())
@@ -313,7 +296,7 @@ def _decode_all(
             out.copy_(image)
         out = next(rooms, None)
         made.places.append(place)
-        made.labels.append(row.label)
+        made.labels.append(label)
         made.ids.append(row.id)
     if images_BCHW is None:
         raise _AllDamagedError(damaged)

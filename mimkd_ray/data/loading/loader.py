@@ -201,8 +201,7 @@ class _Copy:
             stream.wait_event(self.done)
             # The memory belongs to the side stream, which must not reuse it before the current stream has finished with
             # it.
-            batch = self.batch
-            for tensor in (batch.images_BCHW, batch.labels_B, batch.ids_B, *batch.features.values()):
+            for tensor in self.batch.tensors():
                 tensor.record_stream(stream)
         return self.batch
 
@@ -264,7 +263,6 @@ def _run(
 ) -> Iterator[LaneBatch]:
     if not len(keys):
         return
-    reader = ReadAhead(ahead, _PositionsOf(keys, ahead), far, loader_workers > 0) if far else None
     slots = make_slots(batches, PREFETCH * loader_workers + SPARE_SLOTS, batch_size) if loader_workers else None
     loader: DataLoader[Any] = DataLoader(
         Answers(batches, slots),  # type: ignore[arg-type]  # any object with __getitem__ serves
@@ -279,6 +277,7 @@ def _run(
         timeout=LOOK_SECONDS if loader_workers else 0,
         generator=torch.Generator(),  # the loader's draw would change the training process's generator
     )
+    reader = ReadAhead(ahead, _PositionsOf(keys, ahead), far, loader_workers > 0) if far else None
     try:
         yield from _opened(answers_of(loader, keys, batches), reader)
     finally:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,34 +39,6 @@ FULL_AHEAD = 4  # batches per lane, for an order without windows, where each row
 LEAST_BATCHES = 64  # least batches that it may look ahead of the loop
 POLL_S = 0.03  # seconds between two checks of the loop's progress
 PARENT_POLL_S = 0.5  # seconds between two checks that the training process lives
-
-
-class AheadSource(Protocol):
-    """A source of blocks to read ahead: images, or images together with cached features."""
-
-    @property
-    def store(self) -> BlockStore | None:
-        """Store of the blocks that were read; None: there is nothing to read ahead."""
-        ...
-
-    @property
-    def blocks(self) -> Blocks:
-        """The units of fetching."""
-        ...
-
-    @property
-    def block_bytes(self) -> int:
-        """Mean size of a block in bytes."""
-        ...
-
-    @property
-    def distant(self) -> bool:
-        """True if fetching waits for a network."""
-        ...
-
-    def fetch(self, block: int) -> bool:
-        """Fetch the block into the store; return whether it is there."""
-        ...
 
 
 class WithFeatures:
@@ -89,6 +61,10 @@ class WithFeatures:
         if self.source.store is not None and not self.source.fetch(number):
             return False
         return self.features.fetch(view, self.source.blocks.start(number), self.source.blocks.start(number + 1))
+
+
+AheadSource = Source | WithFeatures
+"""What is read ahead: images, or images together with cached features."""
 
 
 class Distance(NamedTuple):

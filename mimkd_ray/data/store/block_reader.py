@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 
 from mimkd_ray.data.store.block_store import BlockStore, Load
-from mimkd_ray.data.store.stored_block import ChangedFileError, StoredBlock
+from mimkd_ray.data.store.stored_block import ChangedFileError, Identity, StoredBlock
 from mimkd_ray.errors import DamagedDataError
 
 CACHE_BYTES = 256 * 2**20  # of blocks that a process caches
@@ -82,7 +82,7 @@ class _KeptBlocks:
         self._lock = threading.Lock()
         self._blocks: OrderedDict[str, StoredBlock] = OrderedDict()
         self._noted: dict[str, float] = {}  # last time at which the store was told that a block is in use
-        self._mapped: OrderedDict[str, memoryview] = OrderedDict()
+        self._mapped: OrderedDict[tuple[str, Identity | None], memoryview] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -120,21 +120,25 @@ class _KeptBlocks:
             self._noted.pop(key, None)
             if block is not None:
                 self.bytes -= block.held_bytes
-                self._mapped.pop(block.path, None)
+                self._mapped.pop((block.path, block.identity), None)
 
-    def mapped(self, path: str) -> memoryview:
-        """Return the content of a file; the mapping lives as long as it is used, even if the file is deleted."""
+    def mapped(self, path: str, identity: Identity | None) -> memoryview:
+        """Return the content of a file; the mapping lives as long as it is used, even if the file is deleted. One in
+        place must have this identity."""
+        name = path, identity
         with self._lock:
-            if path not in self._mapped:
+            if name not in self._mapped:
                 try:
                     with open(path, "rb") as file:
-                        self._mapped[path] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                        if identity is not None and Identity.of(os.fstat(file.fileno())) != identity:
+                            raise ChangedFileError(f"{path} has been written again")
+                        self._mapped[name] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
                 except (FileNotFoundError, ValueError) as error:  # ValueError: it is empty
                     raise ChangedFileError(f"{path} is gone, or empty") from error
-            self._mapped.move_to_end(path)
+            self._mapped.move_to_end(name)
             while len(self._mapped) > MAPPED_FILES:
                 self._mapped.popitem(last=False)
-            return self._mapped[path]
+            return self._mapped[name]
 
 
 _blocks = _KeptBlocks()

@@ -88,8 +88,9 @@ class StoredBlock:
         """Place after the last image; used for every batch."""
         return int((self.offsets + self.lengths).max())
 
-    def images(self, mapped: Callable[[str], memoryview]) -> memoryview:
-        """Return the bytes that `offsets` refer to; `mapped` returns those of a file. Raises ChangedFileError.
+    def images(self, mapped: Callable[[str, Identity | None], memoryview]) -> memoryview:
+        """Return the bytes that `offsets` refer to; `mapped` returns those of a file, which
+        must be the one of this identity. Raises ChangedFileError.
 
         A file in place is checked first. If it is truncated between the check and the use of a row, the system kills
         the process; the next start finds the file damaged.
@@ -103,7 +104,7 @@ class StoredBlock:
                 raise ChangedFileError(f"{self.path} is gone") from error
             if found != self.identity:
                 raise ChangedFileError(f"{self.path} has been written again")
-        view = mapped(self.path)
+        view = mapped(self.path, self.identity)
         if len(view) < self.end:
             raise ChangedFileError(f"{self.path} is cut short: it has {len(view):,} bytes")
         return view

@@ -49,7 +49,7 @@ def test_a_row_without_a_label() -> None:
 
 
 def _rows(block: StoredBlock) -> list[bytes]:
-    images = block.images(lambda path: memoryview(Path(path).read_bytes()))
+    images = block.images(lambda path, identity: memoryview(Path(path).read_bytes()))
     return [bytes(images[block.row(row)[0]]) for row in range(len(block.labels))]
 
 

@@ -91,6 +91,16 @@ def test_a_block_removed_for_others_is_loaded_again(store: BlockStore) -> None:
     assert len(loads) == 2
 
 
+def test_a_file_that_was_replaced_is_mapped_anew_for_each_of_its_blocks(store: BlockStore, tmp_path: Path) -> None:
+    path = tmp_path / "set"
+    path.write_bytes(b"abcd")
+    assert BlockReader(store).row("first", lambda: _load_in_place(path), 0)[0] == b"a"
+    (tmp_path / "new").write_bytes(b"efgh")
+    (tmp_path / "new").replace(path)
+    store.get("second", lambda: _load_in_place(path))  # by another process
+    assert BlockReader(store).row("second", _never, 1)[0] == b"f"
+
+
 def test_a_file_that_never_stays_the_same(store: BlockStore, tmp_path: Path) -> None:
     def load() -> StoredBlock:
         (tmp_path / "set").write_bytes(b"abcd")

@@ -39,7 +39,7 @@ def _noted(waits: list[float]) -> Callable[[float], None]:
 
 
 def _is(block: StoredBlock, number: int, size: int = 1000) -> bool:
-    images = block.images(lambda path: memoryview(Path(path).read_bytes()))
+    images = block.images(lambda path, identity: memoryview(Path(path).read_bytes()))
     found = [bytes(images[o : o + n]) for o, n in zip(block.offsets, block.lengths, strict=True)]
     return found == [bytes([number]) * size] * ROWS and block.labels.tolist() == [number] * ROWS
 

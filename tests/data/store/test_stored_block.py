@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mimkd_ray.data.store.stored_block import ChangedFileError, Identity, StoredBlock, read_stored
 
 
-def _mapped(path: str) -> memoryview:
+def _mapped(path: str, identity: Identity | None) -> memoryview:
     return memoryview(Path(path).read_bytes())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from math import log
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from test_cached_teacher import walk
 from tiny_cache import CPU, build_here, cached_config
 
+from mimkd_ray import local_files
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.errors import DamagedDataError, UserError
@@ -74,7 +76,28 @@ def test_a_column_is_collected_once_and_verified(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(DamagedDataError, match="is damaged"):
         open_column(config.cache.root, manifest, tmp_path / "elsewhere")
-    assert not list((tmp_path / "elsewhere").rglob("*.part"))
+    assert not list((tmp_path / "elsewhere").rglob("*.tmp"))
+
+
+def test_a_column_that_finds_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, reader = make(tmp_path)
+    manifest = read_manifest(config.cache.root, reader.keys["pool:vector"], 0)
+    store = tmp_path / "here"
+    (store / "columns").mkdir(parents=True, mode=0o700)
+    left = store / "columns" / f".{manifest.key}-00000-{manifest.shards[0].sha256[:8]}.rows.npy.1-ab.tmp"
+    left.write_bytes(b"of a process that was killed")
+    store.chmod(0o777)
+    with pytest.raises(UserError, match="can be written by others"):
+        open_column(config.cache.root, manifest, store)
+    store.chmod(0o700)
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(local_files.os, "fsync", full)
+    with pytest.raises(UserError, match="no space is left"):
+        open_column(config.cache.root, manifest, store)
+    assert [path.name for path in (store / "columns").iterdir()] == [f"{left.name[1:].partition('.')[0]}.lock"]
 
 
 def test_they_reach_the_loss(tmp_path: Path) -> None:
