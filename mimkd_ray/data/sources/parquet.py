@@ -104,6 +104,8 @@ class ParquetSource:
         self.num_rows: int = self.blocks.num_rows
         if self.num_rows == 0:
             raise UserError(f"{self.files[0][0]}: the {len(self.files)} Parquet file(s) of this split hold no rows")
+        if store is not None:
+            store.expect(max(stop - start for f in footers for _, start, stop in f.row_groups))
         self._places: dict[int, _Place] = {}
         self._loaded_again: set[int] = set()
         self._listed: tuple[Block, ...] = ()

@@ -42,6 +42,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 TELL_SECONDS, LOCK_SECONDS, PAUSE_SECONDS = 10.0, 60.0, 0.05
 """Of a wait for a lock: when it is told, when the block is read without the store, and between two tries, at most."""
 
+SLOW_BYTES = 4_000_000
+"""Per second, of slow storage: a block that takes it more than LOCK_SECONDS is waited for as long as that."""
 NOTE_SECONDS = 600.0
 """Of a wait for a note that another process makes: it reads whole files."""
 
@@ -65,6 +67,7 @@ class BlockStore:
         self._ready = False
         self._counted = False
         self._warned = False
+        self._patience = 0.0
         self._uses: Any = multiprocessing.Array("q", 2, lock=False)  # blocks that a fetch found here, and all others
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,18 +89,23 @@ class BlockStore:
     def _count(self, which: int) -> None:
         self._uses[which] += 1  # without a lock, which other kinds of process could not share: a count may get lost
 
+    def expect(self, largest: int) -> None:
+        """Be told of blocks that are made from so many bytes: see SLOW_BYTES."""
+        self._patience = max(self._patience, largest / SLOW_BYTES)
+
     def get(self, key: str, load: Load) -> StoredBlock:
         """Return block `key`; if it is not here, `load()` makes it once.
 
         Any error of `load` is passed on, and the next caller tries again. If the disk is full even after the store has
-        removed half of its blocks, or another process, which may be stopped, holds the lock for LOCK_SECONDS, the block
-        is returned from memory, with one warning.
+        removed half of its blocks, or another process, which may be stopped, holds the lock for LOCK_SECONDS (large
+        blocks: SLOW_BYTES), the block is returned from memory, with one warning.
         """
         block = self._open(key)
         if block is not None:
             return block
         try:
-            with locked(self.folder / f"lock-{int(_name(key)[:4], 16) % LOCKS}"):
+            lock = self.folder / f"lock-{int(_name(key)[:4], 16) % LOCKS}"
+            with locked(lock, max(LOCK_SECONDS, self._patience)):
                 block = self._open(key)
                 if block is not None:
                     return block

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +125,26 @@ def test_a_lock_that_is_not_given_back_is_waited_for_once(
         store._warned = False
     assert _is(store.get("a", lambda: _block(1)), 1)
     assert store.touch("a")
+
+
+def test_a_large_block_of_slow_storage_is_waited_for(
+    store: BlockStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, seconds in (("TELL_SECONDS", 0.1), ("LOCK_SECONDS", 0.1)):
+        monkeypatch.setattr(module, name, seconds)
+    store.expect(20 * module.SLOW_BYTES)
+    store.expect(1)
+    made: list[int] = []
+
+    def make() -> Any:
+        time.sleep(0.5)
+        made.append(1)
+        return _block(1)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(_is(block, 1) for block in pool.map(lambda _: store.get("a", make), range(2)))
+    assert made == [1], "the other one has waited"
+    assert "for at most 20 s" in caplog.text
 
 
 def test_a_failed_load_leaves_nothing_behind(store: BlockStore) -> None:
