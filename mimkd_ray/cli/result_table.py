@@ -47,9 +47,12 @@ def _single(result: Mapping[str, Any]) -> str:
         if by_head and "-" not in (_percent(student["top1"]), _percent(teacher["top1"])):
             gap = f"{student['top1'] - teacher['top1']:+.2f}"
     rate = f"{result['images_per_second']:.0f}"
-    rows.append([f"student {student['name']}", _percent(student["top1"]), gap, _percent(student["top5"]), rate])
+    name, of_head = f"student {student['name']}", student.get("head_learns", True)
+    if of_head:
+        rows.append([name, _percent(student["top1"]), gap, _percent(student["top5"]), rate])
     if "knn" in student:
-        rows.append(["student by k-NN", _percent(student["knn"]), "", "", ""])
+        rows.append(["student by k-NN" if of_head else f"{name} by k-NN", _percent(student["knn"]), "", "", ""])
+        rows[-1][-1] = "" if of_head else rate
     return "\n".join([columns(rows), *_information(result["nats"])])
 
 

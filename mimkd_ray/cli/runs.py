@@ -90,8 +90,9 @@ def _row(run_dir: str, config: Mapping[str, Any], result: Mapping[str, Any] | No
     top1 = ""
     if result and "compare" in result:
         top1 = ", ".join(f"{arm} {value['mean']:.2f}" for arm, value in result["compare"].items())
-    elif result and result.get("student", {}).get("top1") is not None:
-        top1 = f"{result['student']['top1']:.2f}"
+    elif result and (student := result.get("student", {})):
+        kind, key = ("", "top1") if student.get("head_learns", True) else ("k-NN ", "knn")
+        top1 = f"{kind}{student[key]:.2f}" if student.get(key) is not None else ""
     names = (config["teacher"]["name"], config["student"]["name"], _name(config["data"]["root"]))
     return (_state(run_dir, result), *names, top1)
 

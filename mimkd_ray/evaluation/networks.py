@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from mimkd_ray import storage
 from mimkd_ray.config import Config, LossConfig
 from mimkd_ray.config.jobs.evaluate import EvaluateJob
-from mimkd_ray.data.sources.data_set import Data, class_numbers, open_data
-from mimkd_ray.data.sources.source import SubsetSource
+from mimkd_ray.data.sources.data_set import Data, open_data
+from mimkd_ray.data.sources.source import SubsetSource, class_numbers
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
-from mimkd_ray.losses.methods.registry import RIVALS
-from mimkd_ray.losses.shared_classes import SharedClasses, comparable, match
+from mimkd_ray.losses.shared_classes import SharedClasses, match
 from mimkd_ray.models.weights import put_state, say_once
 from mimkd_ray.models.weights_file import shown
 from mimkd_ray.models.zoo import build_model
@@ -26,7 +25,7 @@ from mimkd_ray.train.distributed import ask_first
 from mimkd_ray.train.networks.build import build_network, place, taps_of_run, teacher_images, uses_channels_last
 from mimkd_ray.train.networks.student_module import Normalizer
 from mimkd_ray.train.networks.teacher import canonical
-from mimkd_ray.train.networks.teacher_head import teacher_head
+from mimkd_ray.train.networks.teacher_head import teacher_head, trains_head
 from mimkd_ray.train.networks.teacher_input import TeacherImages
 from mimkd_ray.train.records import checkpoint
 
@@ -86,7 +85,9 @@ def subject_of(job: EvaluateJob, run_dir: str, trained_on: Config, data: Data, d
     of_run = _data_of_run(trained_on, job, data, names)
     count = len(names) if names is not None else of_run.num_classes
     head = of_run.names if names is None else names
-    untrained = bool(run_dir) and job.eval.network != "teacher" and not _trains_head(job, trained_on, of_run)
+    untrained = False
+    if run_dir and job.eval.network != "teacher":
+        untrained = not trains_head(replace(trained_on, student=job.student), teacher_head(trained_on, of_run).shared)
     related = not untrained or bool(match(of_run.classes, data.classes).of_data)  # else the head's classes mean nothing
     shared = _shared(job, head, count, data, bool(run_dir or names)) if related else None
     classes = data.names if shared is None else tuple(data.names[number] for number in shared.of_data)
@@ -209,14 +210,6 @@ def _data_of_run(trained_on: Config, job: EvaluateJob, data: Data, names: tuple[
             ) from error
         nothing = SubsetSource(data.val, ())
         return replace(data, train=nothing, val=nothing, classes=names, num_classes=len(names), judged=False)
-
-
-def _trains_head(job: EvaluateJob, trained_on: Config, of_run: Data) -> bool:
-    """Whether the head has learned what classes are: of labels, of a teacher's logits, or before the run."""
-    if trained_on.data.labels != "none" or job.student.weights != "random":
-        return True
-    loss = comparable(trained_on.loss, teacher_head(trained_on, of_run).shared)
-    return loss.resolved_kd_weight > 0 or any(RIVALS[rival].logits for rival in loss.rivals)
 
 
 def _shared(job: EvaluateJob, head: Sequence[str], count: int, data: Data, named: bool) -> SharedClasses | None:

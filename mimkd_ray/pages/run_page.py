@@ -48,6 +48,9 @@ def _headline(page: Page, run: RunRecord, alone: RunRecord | None) -> None:
             tiles.append((f"{run.teacher['top1']:.2f} %", f"top-1 of the teacher; the student is {gap:+.2f} from it"))
         if alone is not None and alone.top1 is not None:
             tiles.append((f"{run.top1 - alone.top1:+.2f}", f"points over the student alone, {alone.top1:.2f} %"))
+    elif (knn := run.held_out("knn")) is not None:
+        rows = f"{run.held_out('rows') or 0:,.0f} held-out images"
+        tiles.append((f"{knn:.2f} %", f"of {rows} by k nearest neighbours in the student's features"))
     if run.size is not None:
         text = f"parameters, {run.size[1] / 1e6:.1f} MB"
         if run.teacher_size is not None:

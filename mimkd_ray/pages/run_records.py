@@ -76,8 +76,9 @@ class RunRecord:
 
     @property
     def top1(self) -> float | None:
-        """Held-out top-1 in percent: of the result, or of the last evaluation."""
-        return self.held_out("top1")
+        """Held-out top-1 in percent: of the result, or of the last evaluation; None for a head that nothing trains."""
+        learns = self.result.get("student", {}).get("head_learns", True)
+        return self.held_out("top1") if learns else None
 
     def held_out(self, key: str) -> float | None:
         """Return a held-out figure: of the result, or of the last evaluation."""

@@ -189,7 +189,7 @@ class Loop:
     def text(self, records: Mapping[Run, StepRecord]) -> str:
         """The latest metrics, for the bar."""
         run = self.runs[0]
-        known = [f"held-out top-1 {run.held_out['top1']:.2f} %"] if run.held_out else []
+        known = [judged(run.held_out, run.student.head_learns)] if run.held_out else []
         return ", ".join([summary(records[run].log), *known])
 
     def evaluate(self, done: int) -> list[dict[str, Any]]:
@@ -210,7 +210,7 @@ class Loop:
         """Tell of an evaluation, whose checkpoint, where one was due, is under way by now."""
         (run,) = self.runs
         if not self.quiet:
-            say(self.context, f"{self.label}: epoch {epoch}, {judged(run.held_out)}")
+            say(self.context, f"{self.label}: epoch {epoch}, {judged(run.held_out, run.student.head_learns)}")
         if not self.quiet or self.context.reports_are_final:
             self.context.report({"step": done, "epoch": epoch, **run.held_out})
 

@@ -199,6 +199,7 @@ def describe(student: Student, held_out: Mapping[str, Any], meter: Meter, start:
             "name": config.student.name,
             **{key: held_out.get(key) for key in ("top1", "top5", "cross_entropy", "rows")},
             **({"knn": held_out.get("knn")} if student.vector is not None else {}),
+            **({} if student.head_learns else {"head_learns": False}),
         },
         "nats": nats,
         "images_per_second": meter.rate(),

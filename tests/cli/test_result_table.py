@@ -59,6 +59,13 @@ def test_a_head_that_learned_without_labels_is_not_held_against_the_teacher() ->
     assert cells(table, "student by k-NN") == ["17.10"]
 
 
+def test_a_head_that_nothing_has_trained_has_no_figure() -> None:
+    student = {"name": "resnet18", "top1": 0.2, "top5": 1.0, "rows": 500, "knn": 17.1, "head_learns": False}
+    table = result_table(single(student=student))
+    assert cells(table, "student resnet18 by k-NN") == ["17.10", "1234"]
+    assert table.count("student") == 1
+
+
 def test_bounds_without_a_ceiling_are_estimates() -> None:
     """DV, JSD and SMILE read too much in small batches. JSON has None for their infinite ceiling."""
     for ceiling in (None, math.inf):

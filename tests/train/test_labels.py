@@ -26,6 +26,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.terms import Term
+from mimkd_ray.pages.write_pages import write_report
 from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.held_out.neighbours import NEIGHBOURS, TEMPERATURE, knn_accuracy
 from mimkd_ray.train.networks.build import build_network
@@ -93,6 +94,23 @@ def test_labels_that_are_there_have_no_part_in_training(tmp_path: Path) -> None:
     assert made["a"]["student"]["knn"] > 60 > 40 > made["b"]["student"]["knn"]
     labelled = run_tiny(tmp_path / "labelled", data=at(str(tmp_path / "a"), "all"), loss={"preset": "best"})
     assert "knn" not in labelled["student"]
+
+
+def test_a_head_that_nothing_trains_is_not_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "validation"):
+        parquet(tmp_path / "set", split, 60, lambda label, n: label)
+    data = at(str(tmp_path / "set"), "none")
+    alone = run_tiny(tmp_path / "features", data=data)
+    said = capsys.readouterr().out
+    assert f"held-out k-NN {alone['student']['knn']:.2f} %" in said
+    assert "held-out top-1" not in said
+    assert alone["student"]["head_learns"] is False
+    page = Path(write_report(str(tmp_path / "features"))).read_text()
+    assert "by k nearest neighbours" in page
+    assert "top-1 of the student" not in page
+    taught = run_tiny(tmp_path / "logits", data=data, loss={"preset": "best"})
+    assert f"held-out top-1 {taught['student']['top1']:.2f} %, k-NN" in capsys.readouterr().out
+    assert "head_learns" not in taught["student"]
 
 
 def test_partial_labels(half: str, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +18,7 @@ from mimkd_ray.data.sources.hub_readme import README, declared_files
 from mimkd_ray.data.sources.own_dataset import SCHEME, OwnData, named_sets
 from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.sources.shard_manifest import MANIFEST_SUFFIX, read_manifest
-from mimkd_ray.data.sources.source import Source, SubsetSource, digest_of, stratified_split
+from mimkd_ray.data.sources.source import Source, SubsetSource, class_numbers, digest_of, stratified_split
 from mimkd_ray.data.sources.tars import TarSource, tars_of
 from mimkd_ray.data.store.block_reader import CACHE_BYTES
 from mimkd_ray.data.store.block_store import open_store
@@ -168,13 +167,6 @@ def _check_labels(config: DataConfig, role: str, source: Source, num_classes: in
         )
 
 
-def class_numbers(classes: Sequence[str]) -> tuple[int, ...] | None:
-    """Return the numbers that classes have as names, such as the folders 0 to 999 of ImageNetV2, whose order as text is
-    another; None where some have other names."""
-    numbers = tuple(int(name) for name in classes if name.isdecimal())
-    return numbers if numbers and len(set(numbers)) == len(classes) else None
-
-
 def decoding_of(config: DataConfig) -> Decoding:
     """Return how the images of a data set are decoded."""
     return Decoding(config.max_pixels, config.exif == "apply")
@@ -316,7 +308,9 @@ class _Root:
                 others.label or "(none)",
                 ", which are text" if others.text else "",
             )
-        if classes and source.classes != classes and not (_numbered(classes) or _numbered(source.classes)):
+        sides = [names for names in (classes, source.classes) if names]
+        numbered = any(class_numbers(names) == tuple(range(len(names))) for names in sides)
+        if classes and source.classes not in ((), classes) and not numbered:
             first = next((p for p in zip(classes, source.classes, strict=False) if p[0] != p[1]), None)
             raise UserError(
                 f"{self.url}: split '{split}' names {len(source.classes)} classes and the training split "
@@ -330,7 +324,3 @@ class _Root:
         names = [f"{split} (in {README})" for split in self.declared]
         names += [url.rpartition("/")[2] for url in (*self.files, *self.tars)] + [f"{name}/" for name in self.dirs]
         return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _numbered(classes: tuple[str, ...]) -> bool:
-    return classes == tuple(map(str, range(len(classes))))

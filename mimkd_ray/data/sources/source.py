@@ -155,6 +155,13 @@ def numbered_classes(highest: int, where: str) -> tuple[str, ...]:
     return tuple(map(str, range(highest + 1)))
 
 
+def class_numbers(classes: Sequence[str]) -> tuple[int, ...] | None:
+    """Return the numbers that classes have as names, such as the folders 0 to 999 of ImageNetV2, whose order as text is
+    another; None where some have other names."""
+    numbers = tuple(int(name) for name in classes if name.isdecimal())
+    return numbers if numbers and len(set(numbers)) == len(classes) else None
+
+
 def ids_of(source: Source) -> np.ndarray:
     """Return the ids of all rows by position: int64, ascending. Reads nothing."""
     if isinstance(source, SubsetSource):

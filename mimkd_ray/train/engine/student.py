@@ -37,7 +37,7 @@ from mimkd_ray.train.networks.optim import (
     set_learning_rate,
 )
 from mimkd_ray.train.networks.student_module import LaneNorms, StudentModule, data_parallel
-from mimkd_ray.train.networks.teacher_head import teacher_head
+from mimkd_ray.train.networks.teacher_head import teacher_head, trains_head
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import say
 
@@ -61,6 +61,7 @@ class Student:
         self.plain_because = why_plain(config, device)
         self.order, self.total_steps, self.my_lanes = inputs.order, inputs.total_steps, inputs.my_lanes
         self.vector = planned.vector
+        self.head_learns = trains_head(config, planned.shared)
         self.distiller = build_distiller(planned, self.data.train, device)
         self.ema = (
             AveragedModel(self.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))

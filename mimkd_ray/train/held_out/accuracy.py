@@ -12,10 +12,10 @@ from torch.utils.data import Dataset
 
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.loading.loader import LaneBatch, plain_batches
-from mimkd_ray.data.sources.data_set import class_numbers, open_data
+from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.folders import FolderSource
 from mimkd_ray.data.sources.own_dataset import OwnSource
-from mimkd_ray.data.sources.source import Source
+from mimkd_ray.data.sources.source import Source, class_numbers
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.outputs import logits_from
 from mimkd_ray.models.weights import say_once

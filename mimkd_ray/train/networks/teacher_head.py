@@ -8,7 +8,8 @@ from mimkd_ray import storage
 from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.shared_classes import SharedClasses, match
+from mimkd_ray.losses.methods.registry import RIVALS
+from mimkd_ray.losses.shared_classes import SharedClasses, comparable, match
 from mimkd_ray.models.weights import say_once
 
 
@@ -48,6 +49,15 @@ def teacher_head(config: Config, data: Data) -> TeacherHead:
     elif len(shared.of_data) < data.num_classes:
         say_once(f"teacher {name} has {seen}: KD and the check of its top-1 are of those alone")
     return TeacherHead(count, shared)
+
+
+def trains_head(config: Config, shared: SharedClasses | None) -> bool:
+    """Whether a student's head learns what classes are, of labels or of a teacher's logits, or knew it before.
+    ``shared``: the classes that the teacher has in common with the data."""
+    if config.data.labels != "none" or config.student.weights != "random":
+        return True
+    loss = comparable(config.loss, shared)
+    return loss.resolved_kd_weight > 0 or any(RIVALS[rival].logits for rival in loss.rivals)
 
 
 def _read(url: str) -> list[str]:

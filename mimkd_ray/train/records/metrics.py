@@ -38,12 +38,13 @@ def reading(nats: float | None, ceiling: float | None, digits: int = 2) -> str:
     return f"{nats:.{digits}f} of at most {ceiling:.2f} nats"
 
 
-def judged(held_out: Mapping[str, float]) -> str:
-    """Return the accuracy of held-out figures as text: by the head, and where images lack labels by k-NN."""
+def judged(held_out: Mapping[str, float], head_learns: bool = True) -> str:
+    """Return the accuracy of held-out figures as text: by the head, if it learns, and where images lack labels by
+    k-NN."""
     found = [
         f"{name} {held_out[key]:.2f} %"
         for key, name in (("top1", "top-1"), ("knn", "k-NN"))
-        if not math.isnan(held_out.get(key, math.nan))
+        if not math.isnan(held_out.get(key, math.nan)) and (head_learns or key != "top1")
     ]
     return f"held-out {', '.join(found)}" if found else "nothing held out has a label"
 
