@@ -155,6 +155,13 @@ def _config_at(path: str, name: str) -> tuple[str, dict[str, Any]]:
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
+        if "model_type" in config and "architecture" not in config:
+            place = name.removeprefix(HUB).removeprefix(FOLDER)
+            raise UserError(
+                f"model {name!r} is a {config['model_type']} of Hugging Face's transformers, and not of timm: name a "
+                f"function package.module:function(num_classes) that returns AutoModel.from_pretrained({place!r}), as "
+                "docs/teachers.md shows"
+            )
         inner = config.get("pretrained_cfg", config)
         return str(config.get(OWN_KEY) or config["architecture"]), {
             **inner,
