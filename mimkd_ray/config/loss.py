@@ -159,6 +159,12 @@ class LossConfig:
             )
         if (self.soft_temperature or self.hard_share < 1) and self.critic.kind != "dot":
             raise UserError(f"{on[0]} reads the teacher's cosines, which the {self.critic.kind} critic has none of")
+        of_logits = self._pairs_of_logits()
+        if of_logits and self.resolved_negatives in ("step", "cache"):
+            raise UserError(
+                f"loss.negatives is {self.resolved_negatives}, which has vectors of layers alone, and "
+                f"{of_logits[0]} reads the teacher's logits: pass --loss.negatives queue or all"
+            )
         if self.feature_negatives == "all" and self.resolved_negatives == "rolled":
             raise UserError("loss.feature_negatives is all, and loss.negatives is rolled: pass --loss.negatives all")
 
@@ -232,12 +238,16 @@ class LossConfig:
     @property
     def uses_logits(self) -> bool:
         """True if any term reads the teacher's logits."""
-        terms = (*self.global_pairs, *self.local_pairs) if self.uses_features else ()
         return (
             self.resolved_kd_weight > 0
             or any(RIVALS[rival].logits for rival in self.rivals)
-            or any(pair.startswith("logits:") for pair in terms)
+            or bool(self._pairs_of_logits())
         )
+
+    def _pairs_of_logits(self) -> list[str]:
+        """The configured pairs whose terms read the teacher's logits."""
+        terms = (*self.global_pairs, *self.local_pairs) if self.uses_features else ()
+        return [pair for pair in terms if pair.startswith("logits:")]
 
     @property
     def uses_teacher(self) -> bool:

@@ -31,7 +31,7 @@ from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.losses.negatives import roll_of, valid_pairs, with_more, with_queue
 from mimkd_ray.losses.precision import full_precision
 from mimkd_ray.losses.shared_classes import SharedClasses, columns
-from mimkd_ray.losses.teacher_queue import NO_LABEL, TeacherQueue
+from mimkd_ray.losses.teacher_queue import TeacherQueue, class_numbers
 from mimkd_ray.losses.terms import Candidates, Objective, Term, inputs_of, score_term, vector_of
 
 WARMUP_SHARE = 0.1
@@ -169,9 +169,8 @@ class MIMKDLoss(nn.Module):
                 vectors[term.teacher] = critic.reduce_teacher(raw_BC)  # type: ignore[operator]
             if isinstance(critic.teacher, FrozenSide):
                 means.append(vectors[term.teacher].mean(0))
-        if labels_B.is_floating_point():
-            labels_B = torch.full_like(ids_B, NO_LABEL)
-        self.lanes.append(_Lane(vectors if self.queue is not None else {}, ids_B, labels_B, means))
+        kept = vectors if self.queue is not None else {}
+        self.lanes.append(_Lane(kept, ids_B, class_numbers(labels_B, ids_B), means))
 
     @torch.no_grad()
     def after_step(self, gather: Gather | None = None) -> None:
@@ -288,15 +287,20 @@ class MIMKDLoss(nn.Module):
             critic.observe(reduced_LBC, student_LBC)
         candidates = Candidates(reduced_LBC, valid_BK)
         if term.kind != "feature":
+
+            def apart(ids_M: Tensor, classes_M: Tensor) -> Tensor:
+                valid_BM = ids_B.unsqueeze(1) != ids_M
+                return (
+                    valid_BM if classes_B is None else valid_BM & ((classes_B.unsqueeze(1) != classes_M) | unknown_B1)
+                )
+
             if teacher.others is not None:
-                more_MC = full_precision(teacher.others.vectors[term.teacher].detach())
-                valid_BM = ids_B.unsqueeze(1) != teacher.others.ids_M.unsqueeze(0)
-                candidates = with_more(candidates, critic.reduce_teacher(more_MC), valid_BM)
+                others = teacher.others
+                more_MC = critic.reduce_teacher(full_precision(others.vectors[term.teacher].detach()))
+                candidates = with_more(candidates, more_MC, apart(others.ids_M, others.labels_M))
             if self.queue is not None:
                 count = max(1, self.queue.size // len(student_LBC))
-                valid_BM = self.queue.filled_Q[:count] & (ids_B.unsqueeze(1) != self.queue.ids_Q[:count])
-                if classes_B is not None:
-                    valid_BM &= (classes_B.unsqueeze(1) != self.queue.labels_Q[:count]) | unknown_B1
+                valid_BM = self.queue.filled_Q[:count] & apart(self.queue.ids_Q[:count], self.queue.labels_Q[:count])
                 candidates = with_queue(candidates, self.queue.vectors(term.teacher, count), valid_BM)
         everywhere = self.config.feature_negatives == "all"
         return score_term(critic, objective, candidates, student_LBC, everywhere, self.score_bytes)

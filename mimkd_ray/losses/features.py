@@ -12,10 +12,12 @@ from mimkd_ray.losses.precision import full_precision
 
 
 class Others(NamedTuple):
-    """Teacher vectors (M, C) by tap, and ids, of the step's other lanes: additional negatives for terms of vectors."""
+    """Teacher vectors (M, C) by tap, ids and class numbers (negative: unknown) of images beside the lane's: additional
+    negatives for terms of vectors."""
 
     vectors: Mapping[str, Tensor]
     ids_M: Tensor
+    labels_M: Tensor
 
 
 class Features(NamedTuple):

@@ -26,6 +26,11 @@ NO_LABEL = -1
 """Class of an image whose class is not known or which is a mix of several."""
 
 
+def class_numbers(labels_B: Tensor, ids_B: Tensor) -> Tensor:
+    """Return the class numbers of images (B,), for mixed images NO_LABEL."""
+    return torch.full_like(ids_B, NO_LABEL) if labels_B.is_floating_point() else labels_B
+
+
 class TeacherQueue(nn.Module):
     """A ring of the newest ``size`` teacher vectors of each tap, written by :meth:`push` and read as a whole.
 

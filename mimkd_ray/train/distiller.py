@@ -29,6 +29,7 @@ from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features, Others
 from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.losses.shared_classes import SharedClasses, check_classes, comparable
+from mimkd_ray.losses.teacher_queue import class_numbers
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.taps.tapped_model import TappedModel
@@ -113,7 +114,7 @@ class Distiller(nn.Module):
         Under autocast both networks run in its precision, and the loss in float32. In training mode the batch is
         noted for :meth:`after_step`.
         """
-        teacher, student, logits, ids = self._features(images, ids)
+        teacher, student, logits, ids = self._features(images, labels, ids)
         output = self.loss(teacher, student, labels, ids)
         if self.training:
             self._note(teacher, labels, ids)
@@ -123,16 +124,18 @@ class Distiller(nn.Module):
     def read(self, images: Tensor, labels: Tensor, ids: Tensor | None = None) -> dict[str, Tensor]:
         """Return the log of :meth:`forward` with every bound read over all pairs of the batch and all locations, and
         without rivals: for held-out images, in evaluation mode."""
-        teacher, student, _, ids = self._features(images, ids)
+        teacher, student, _, ids = self._features(images, labels, ids)
         return self.loss(teacher, student, labels, ids, reading=True).log
 
-    def _features(self, images: Tensor, ids: Tensor | None) -> tuple[Features | None, Features, Tensor, Tensor]:
+    def _features(
+        self, images: Tensor, labels: Tensor, ids: Tensor | None
+    ) -> tuple[Features | None, Features, Tensor, Tensor]:
         tapped = self._tapped[0]
         if not tapped.names and (self._vectors or self._maps):
             raise UserError("this Distiller was released, its hooks are gone: make another one with distill()")
         if ids is None:
             ids = self._new_ids(len(images))
-        teacher = self._teach(images, ids)
+        teacher = self._teach(images, labels, ids)
         logits, taps = tapped(images)
         return teacher, canonical(logits, taps, self._shapes, self._vectors, self._maps), logits, ids
 
@@ -145,7 +148,7 @@ class Distiller(nn.Module):
         return ids
 
     @torch.no_grad()
-    def _teach(self, images: Tensor, ids: Tensor) -> Features | None:
+    def _teach(self, images: Tensor, labels: Tensor, ids: Tensor) -> Features | None:
         """Return the teacher's features; with negatives of the whole step also those of the other ranks' images."""
         if not self.loss.config.uses_teacher:
             return None
@@ -158,7 +161,7 @@ class Distiller(nn.Module):
         features = canonical(logits, taps, self._teacher_shapes, *self._teacher_taps)
         if self.loss.negatives != "step" or not is_distributed() or not features.vectors:
             return features
-        return features._replace(others=_of_other_ranks(features.vectors, ids))
+        return features._replace(others=_of_other_ranks(features.vectors, ids, class_numbers(labels, ids)))
 
     @torch.compiler.disable
     def _note(self, teacher: Features | None, labels: Tensor, ids: Tensor) -> None:
@@ -208,13 +211,13 @@ def _take_up(distiller: Distiller, _: Any) -> None:
 
 @torch.compiler.disable
 @torch.no_grad()
-def _of_other_ranks(vectors: Mapping[str, Tensor], ids: Tensor) -> Others:
-    """The teacher vectors and ids of the other ranks' batches, which are of this one's size."""
+def _of_other_ranks(vectors: Mapping[str, Tensor], ids: Tensor, labels: Tensor) -> Others:
+    """The teacher vectors, ids and class numbers of the other ranks' batches, which are of this one's size."""
     world = dist.get_world_size()
     rest = [rank for rank in range(world) if rank != dist.get_rank()]
     gathered = {tap: gather_lanes(value.float().unsqueeze(0), world)[rest] for tap, value in vectors.items()}
-    ids_RB = gather_lanes(ids.unsqueeze(0), world)[rest]
-    return Others({tap: value.flatten(0, 1) for tap, value in gathered.items()}, ids_RB.flatten())
+    ids_M, labels_M = (gather_lanes(value.unsqueeze(0), world)[rest].flatten() for value in (ids, labels))
+    return Others({tap: value.flatten(0, 1) for tap, value in gathered.items()}, ids_M, labels_M)
 
 
 def distill(

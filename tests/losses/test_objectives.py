@@ -359,6 +359,7 @@ def test_mixed_labels_leave_no_class_out() -> None:
         ({"hard_share": 0.5, "critic": CriticConfig(kind="concat")}, "reads the teacher's cosines"),
         ({"feature_negatives": "all", "negatives": "rolled", "bound": "jsd"}, "loss.feature_negatives is all"),
         ({"queue": 0}, "loss.queue is 0"),
+        ({"negatives": "step", "global_pairs": ("logits:logits",)}, "vectors of layers alone, and logits:logits reads"),
         ({"local_pairs": ("a:b",)}, "loss.local_pairs names pairs, and preset accuracy gives local terms no weight"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mimkd_ray.config import CriticConfig, LossConfig
-from mimkd_ray.config.loss_presets import Kind
+from mimkd_ray.config.loss_presets import Kind, SameClass
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features, Others
 from mimkd_ray.losses.terms import Term
@@ -16,10 +16,14 @@ from mimkd_ray.losses.terms import Term
 B, M, CT, CS = 4, 7, 5, 3
 
 
-def _loss(kind: Kind) -> MIMKDLoss:
+LABELS, OTHER_LABELS = [0, 1, -1, 0], [0, 1, 2, 0, 3, -1, 1]
+"""Class numbers of the lane and of the others; -1 is unknown."""
+
+
+def _loss(kind: Kind, **fields) -> MIMKDLoss:
     torch.manual_seed(1)
     term = Term(kind=kind, teacher="t", student="s", weight=1.0, teacher_channels=CT, student_channels=CS)
-    loss = MIMKDLoss(LossConfig(preset="two_sided", negatives="step", critic=CriticConfig(width=6)), [term])
+    loss = MIMKDLoss(LossConfig(preset="two_sided", negatives="step", critic=CriticConfig(width=6), **fields), [term])
     with torch.no_grad():
         for parameter in loss.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -38,37 +42,44 @@ def _features(kind: Kind) -> tuple[Features, Features, torch.Tensor]:
 
 def _others(ids: list[int]) -> Others:
     torch.manual_seed(3)
-    return Others({"t": torch.randn(len(ids), CT).double()}, torch.tensor(ids))
+    return Others({"t": torch.randn(len(ids), CT).double()}, torch.tensor(ids), torch.tensor(OTHER_LABELS[: len(ids)]))
 
 
+@pytest.mark.parametrize("same_class", ["keep", "leave_out"])
 @pytest.mark.parametrize("kind", ["global", "local"])
-def test_candidates_are_the_lane_and_the_others_without_equal_ids(kind: Kind) -> None:
-    loss = _loss(kind)
+def test_candidates_are_the_lane_and_the_others_without_equal_ids(kind: Kind, same_class: SameClass) -> None:
+    """Nor those of the same class, if these are left out; an unknown class is no reason."""
+    loss = _loss(kind, same_class=same_class)
+    loss.labels = "partial"
     teacher, student, ids = _features(kind)
     other_ids = [20, 21, 12, 23, 10, 25, 26]  # two of them are in this lane
     others = _others(other_ids)
-    output = loss(teacher._replace(others=others), student, torch.zeros(B, dtype=torch.int64), ids)
+    output = loss(teacher._replace(others=others), student, torch.tensor(LABELS), ids)
 
     critic = loss.critics[0]
     candidates = torch.cat([teacher.vectors["t"], others.vectors["t"]])
-    everyone = ids.tolist() + other_ids
+    everyone, classes = ids.tolist() + other_ids, LABELS + OTHER_LABELS
+
+    def is_negative(i: int, k: int) -> bool:
+        same = same_class == "leave_out" and classes[i] == classes[k] != -1
+        return everyone[i] != everyone[k] and not same
+
     locations = [student.vectors["s"]] if kind == "global" else list(student.maps["s"].flatten(2).unbind(2))
     total = 0.0
     for features_BC in locations:
         for i in range(B):
-            scores = [
-                critic.paired(
+            scores = {
+                k: critic.paired(
                     critic.embed_student(features_BC[i : i + 1])[None],
                     critic.embed_teacher(candidates[k : k + 1])[None],
                 ).item()
                 for k in range(B + M)
-                if k == i or everyone[k] != everyone[i]
-            ]
-            positive = scores[i - sum(everyone[k] == everyone[i] for k in range(i))]
-            total += math.log(sum(map(math.exp, scores)) / len(scores)) - positive
+                if k == i or is_negative(i, k)
+            }
+            total += math.log(sum(map(math.exp, scores.values())) / len(scores)) - scores[i]
     name = loss.plan[0].name
     assert output.log[f"{name}/loss"].item() == pytest.approx(total / (B * len(locations)), rel=1e-10)
-    counts = [sum(j != i for j in everyone) for i in ids.tolist()]
+    counts = [sum(is_negative(i, k) for k in range(B + M)) for i in range(B)]
     expected = sum(math.log(count + 1) for count in counts) / B
     assert output.log[f"{name}/ceiling"].item() == pytest.approx(expected, rel=1e-6)
 

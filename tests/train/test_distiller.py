@@ -175,7 +175,7 @@ def test_reading_is_over_all_pairs_and_locations() -> None:
     loss = LossConfig(preset="paper")  # trains with one negative and reads with all
     log = some_distiller(loss).eval().read(*batch())
     own = some_distiller(loss).eval()
-    teacher, student, _, ids = own._features(batch()[0], None)
+    teacher, student, _, ids = own._features(*batch()[:2], None)
     expected = own.loss(teacher, student, batch()[1], ids, reading=True).log
     assert log.keys() == expected.keys()
     for key, value in expected.items():

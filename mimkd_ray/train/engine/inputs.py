@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mimkd_ray.config import LossConfig
 from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.augment.mixing import mix
 from mimkd_ray.data.augment.views import View, make_pipeline
@@ -18,7 +19,7 @@ from mimkd_ray.data.loading.resident import keeps_on_device, resident, resident_
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import UserError, count
 from mimkd_ray.losses.features import Features, Others
-from mimkd_ray.losses.teacher_queue import NO_LABEL
+from mimkd_ray.losses.teacher_queue import NO_LABEL, class_numbers
 from mimkd_ray.train.distributed import Context, gather_lanes
 from mimkd_ray.train.from_cache.cached_negatives import CachedNegatives
 from mimkd_ray.train.from_cache.cached_teacher import Cached
@@ -107,7 +108,7 @@ class Inputs:
         asked = {loss.resolved_negatives for loss in losses if loss.uses_teacher}
         self.shares_vectors = "step" in asked and self.teacher is not None and bool(self.teacher.vectors)
         self.check = self._canary()
-        self.negatives = self._cached_negatives() if "cache" in asked else None
+        self.negatives = self._cached_negatives(losses) if "cache" in asked else None
         self.damage = DamageCounter(config.data.max_damaged, max(1, data.train.num_rows // context.world_size))
         self.waited = 0.0  # seconds that steps waited for the loader
         self._batches: Iterator[LaneBatch] | None = None
@@ -120,11 +121,13 @@ class Inputs:
             return None
         return CacheCheck(self.config, self.features, self.order, self.teacher)
 
-    def _cached_negatives(self) -> CachedNegatives | None:
+    def _cached_negatives(self, losses: Sequence[LossConfig]) -> CachedNegatives | None:
         if self.features is None:
             return None
         say(self.context, "collecting teacher vectors of the cache for negatives")
-        return CachedNegatives(self.config, self.features)
+        leave_out = any(loss.resolved_same_class == "leave_out" for loss in losses)
+        known = leave_out and self.config.data.labels != "none"
+        return CachedNegatives(self.config, self.features, self.data.train if known else None)
 
     def start(self, step: int, batches: Iterator[LaneBatch] | None = None) -> None:
         """Begin reading at ``step``. ``batches``, made beforehand, take the place of the data set's."""
@@ -215,8 +218,8 @@ class Inputs:
         if self.negatives is not None:
             assert self.decoder is not None
             assert ready.teacher is not None
-            rows, ids_M = self.negatives.draw(step, lane, ready.images_BCHW.device)
-            others = Others(self.decoder.decode(rows).vectors, ids_M)
+            rows, ids_M, labels_M = self.negatives.draw(step, lane, ready.images_BCHW.device)
+            others = Others(self.decoder.decode(rows).vectors, ids_M, labels_M)
             ready = ready._replace(teacher=ready.teacher._replace(others=others))
         return ready
 
@@ -255,10 +258,16 @@ class Inputs:
             for tap in features[0].vectors
         }
         ids_LB = gather_lanes(torch.stack([lane.ids_B for lane in mine]), lanes)
+        classes = [class_numbers(lane.labels_B, lane.ids_B) for lane in mine]
+        labels_LB = gather_lanes(torch.stack(classes), lanes)
         ready = []
         for lane, own in zip(mine, features, strict=True):
             rest = [other for other in range(lanes) if other != lane.number]
-            others = Others({tap: v[rest].flatten(0, 1) for tap, v in vectors_LBC.items()}, ids_LB[rest].flatten())
+            others = Others(
+                {tap: v[rest].flatten(0, 1) for tap, v in vectors_LBC.items()},
+                ids_LB[rest].flatten(),
+                labels_LB[rest].flatten(),
+            )
             ready.append(lane._replace(teacher=own._replace(others=others)))
         return ready
 

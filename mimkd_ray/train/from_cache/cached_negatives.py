@@ -8,7 +8,9 @@ from torch import Tensor
 
 from mimkd_ray.config import Config
 from mimkd_ray.data.order.random_numbers import raw
+from mimkd_ray.data.sources.source import Source, ids_of
 from mimkd_ray.errors import UserError
+from mimkd_ray.losses.teacher_queue import NO_LABEL
 from mimkd_ray.teacher_cache.mapped_vectors import COLUMN_VIEW, open_column
 from mimkd_ray.teacher_cache.reader import FeatureReader
 
@@ -16,8 +18,9 @@ from mimkd_ray.teacher_cache.reader import FeatureReader
 class CachedNegatives:
     """Draws for each lane of each step. What is drawn depends on (seed, step, lane) only, never on who carries it."""
 
-    def __init__(self, config: Config, reader: FeatureReader) -> None:
-        """Collects the vectors that the loss reads on this node, where no process has yet."""
+    def __init__(self, config: Config, reader: FeatureReader, labelled: Source | None = None) -> None:
+        """Collects the vectors that the loss reads on this node, where no process has yet. ``labelled``: the training
+        set, if the loss asks for the classes of its images."""
         labels = [label for label in reader.used if label.endswith(":vector")]
         if not labels:
             raise UserError(
@@ -31,10 +34,11 @@ class CachedNegatives:
         self.seed, self.count = config.train.seed, config.cache.negatives
         self.rows, self.kept = reader.rows, reader.kept
         self.damaged = reader.manifest(labels[0], COLUMN_VIEW).damaged
+        self.labels = None if labelled is None else (ids_of(labelled), labelled.labels())
 
-    def draw(self, step: int, lane: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-        """Return {label: rows (M, row_bytes)} as they are stored, and ids_M, on the device. Images that could not be
-        decoded are left out."""
+    def draw(self, step: int, lane: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Return {label: rows (M, row_bytes)} as they are stored, ids_M and class numbers labels_M (NO_LABEL where they
+        are not known), on the device. Images that could not be decoded are left out."""
         among = np.uint64(self.rows if self.kept is None else len(self.kept))
         positions = np.sort(raw(self.count, self.seed, "negatives", step, lane) % among).astype(np.int64)
         if self.kept is not None:  # images that are held out give no negatives
@@ -44,4 +48,9 @@ class CachedNegatives:
             sound = ~np.isin(ids, self.damaged)
             positions, ids = positions[sound], ids[sound]
         rows = {label: torch.from_numpy(column.rows_NB[positions]).to(device) for label, column in self.columns.items()}
-        return rows, torch.from_numpy(ids).to(device)
+        classes = np.full_like(ids, NO_LABEL)
+        if self.labels is not None:
+            of_train, of_class = self.labels
+            places = np.searchsorted(of_train, ids).clip(max=len(of_train) - 1)
+            classes = np.where(of_train[places] == ids, of_class[places], NO_LABEL)
+        return rows, torch.from_numpy(ids).to(device), torch.from_numpy(classes).to(device)

@@ -15,6 +15,7 @@ from tiny_cache import CPU, build_here, cached_config
 
 from mimkd_ray import local_files
 from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.data.sources.source import SubsetSource
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
@@ -43,13 +44,19 @@ def make(root: Path) -> tuple[Any, FeatureReader]:
 def test_a_draw_is_rows_of_the_cache(tmp_path: Path) -> None:
     config, reader = make(tmp_path)
     negatives = CachedNegatives(config, reader)
-    rows, ids_M = negatives.draw(3, 1, CPU)
+    rows, ids_M, labels_M = negatives.draw(3, 1, CPU)
     assert list(rows) == ["pool:vector"]
     assert len(ids_M) == 30
     stored = open_data(config.data).train.read(range(60))
     positions = np.array([next(p for p, row in enumerate(stored) if row.id == i) for i in ids_M.tolist()])
     found = reader.read(0, positions, ids_M.numpy())["pool:vector"]
     np.testing.assert_array_equal(rows["pool:vector"].numpy(), found)
+    assert labels_M.tolist() == [-1] * 30
+    train = SubsetSource(open_data(config.data).train, np.arange(5, 60))  # a draw may have images that are not in it
+    labels = CachedNegatives(config, reader, train).draw(3, 1, CPU)[2].tolist()
+    of_id = {row.id: row.label for row in stored[5:]}
+    assert labels == [of_id.get(i, -1) for i in ids_M.tolist()]
+    assert len(set(labels)) > 2
 
 
 def test_draws_are_keyed(tmp_path: Path) -> None:
