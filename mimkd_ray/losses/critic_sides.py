@@ -64,18 +64,31 @@ class Projection(nn.Module):
         return self.norm(self.output(F.relu(self.hidden(feature))) + self.shortcut(feature))
 
 
+def unit(feature: Tensor) -> Tensor:
+    """Return features at unit length, as F.normalize does, with half of its passes over them."""
+    return feature * feature.square().sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()
+
+
 class Centred(NamedTuple):
-    """Teacher vectors with the data to centre and normalise them without a copy: the vectors, their mean, and the
-    reciprocal of each vector's length after centring."""
+    """Teacher vectors (M, d) and the mean by which they are centred where they are compared, without a copy."""
 
     raw_Md: Tensor
     mean_d: Tensor
-    inverse_M: Tensor
 
     def cosines(self, unit_LBd: Tensor) -> Tensor:
-        """Return products with vectors of unit length: (L, B, M)."""
-        shift_LB1 = (unit_LBd @ self.mean_d).unsqueeze(-1)
-        return (unit_LBd @ self.raw_Md.T - shift_LB1) * self.inverse_M
+        """Return products of vectors of unit length with the centred ones at unit length: (L, B, M).
+
+        A vector that is its mean up to rounding has no direction; its products are less than 1.
+        """
+        unit_Nd = unit_LBd.flatten(0, 1)
+        # The mean is one more row, so that the vectors are read once.
+        products_PM = torch.cat([unit_Nd, self.mean_d.unsqueeze(0)]) @ self.raw_Md.T
+        with torch.no_grad():
+            lengths_M = torch.linalg.vector_norm(self.raw_Md, dim=1).square() + self.mean_d @ self.mean_d
+            rounding_M = 32 * torch.finfo(lengths_M.dtype).eps * lengths_M + 1e-24
+            inverse_M = (lengths_M - 2 * products_PM[-1]).maximum(rounding_M).rsqrt()
+        shift_N1 = (unit_Nd @ self.mean_d).unsqueeze(1)
+        return ((products_PM[:-1] - shift_N1) * inverse_M).unflatten(0, unit_LBd.shape[:2])
 
 
 class FrozenSide(nn.Module):
@@ -111,12 +124,9 @@ class FrozenSide(nn.Module):
         own_d = reduced_LKd[:, :lane].mean((0, 1))
         return reduced_LKd - torch.where(self.images > 0, self.mean_d.to(own_d.dtype), own_d)
 
-    @torch.no_grad()
     def centred(self, reduced_Md: Tensor) -> Centred:
         """Return reduced features of earlier steps, ready to be compared with vectors of the lane."""
-        mean_d = self.mean_d.to(reduced_Md.dtype)
-        square_M = torch.linalg.vector_norm(reduced_Md, dim=1).square() - 2 * (reduced_Md @ mean_d) + mean_d @ mean_d
-        return Centred(reduced_Md, mean_d, square_M.clamp(min=1e-20).rsqrt())
+        return Centred(reduced_Md, self.mean_d.to(reduced_Md.dtype))
 
     @torch.no_grad()
     def update(self, mean_d: Tensor, images: int) -> None:

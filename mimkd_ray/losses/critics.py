@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimkd_ray.config import CriticConfig
-from mimkd_ray.losses.critic_sides import Centred, FrozenSide, Pointwise, Projection, Standardised
+from mimkd_ray.losses.critic_sides import Centred, FrozenSide, Pointwise, Projection, Standardised, unit
 
 
 class DotCritic(nn.Module):
@@ -70,12 +70,12 @@ class DotCritic(nn.Module):
         """Embed teacher features: (L, K, reduced channels) -> (L, K, width), of unit length. The first ``lane``
         features of each location belong to the lane itself; by default all."""
         if isinstance(self.teacher, FrozenSide):
-            return F.normalize(self.teacher(reduced_LKC, lane or reduced_LKC.shape[1]), dim=-1)
-        return F.normalize(self.teacher(reduced_LKC), dim=-1)
+            return unit(self.teacher(reduced_LKC, lane or reduced_LKC.shape[1]))
+        return unit(self.teacher(reduced_LKC))
 
     def embed_student(self, feature: Tensor) -> Tensor:
         """Embed student features: (..., student channels) -> (..., width), of unit length."""
-        return F.normalize(self.student(feature), dim=-1)
+        return unit(self.student(feature))
 
     def paired(self, student_LBd: Tensor, teacher_LBd: Tensor) -> Tensor:
         """Score each student with the teacher in the same place: (L, B)."""

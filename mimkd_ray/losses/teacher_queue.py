@@ -34,7 +34,9 @@ def class_numbers(labels_B: Tensor, ids_B: Tensor) -> Tensor:
 class TeacherQueue(nn.Module):
     """A ring of the newest ``size`` teacher vectors of each tap, written by :meth:`push` and read as a whole.
 
-    Memory: 2 * size * (sum of the taps' channels) bytes.
+    Checkpoints hold 2 * size * (sum of the taps' channels) bytes. The same numbers in single precision, which the loss
+    reads, take twice as much memory beside them: to convert all of them in every step would cost more than their matrix
+    product.
     """
 
     ids_Q: Tensor
@@ -50,14 +52,20 @@ class TeacherQueue(nn.Module):
         for tap, count in channels.items():
             # Bytes, so that a cast of the loss to another float type leaves them unchanged, and NCCL accepts them.
             self.register_buffer(self.buffer_of[tap], torch.zeros(size, 2 * count, dtype=torch.uint8))
+            self.register_buffer(self._single(tap), torch.zeros(size, count), persistent=False)
         self.register_buffer("ids_Q", torch.full((size,), -1))
         self.register_buffer("labels_Q", torch.full((size,), NO_LABEL))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
+        self.register_load_state_dict_post_hook(_convert)
+
+    def _single(self, tap: str) -> str:
+        """The name of the buffer of a tap's vectors in single precision."""
+        return f"single_{self.buffer_of[tap]}"
 
     def vectors(self, tap: str, count: int | None = None) -> Tensor:
-        """Return the vectors of a tap (Q, C) in half precision; only those of ``filled_Q`` are valid. ``count`` limits
-        them to the first places, which are renewed as often as the others."""
-        return self.get_buffer(self.buffer_of[tap])[:count].view(torch.float16)
+        """Return the vectors of a tap (Q, C), rounded to half precision; only those of ``filled_Q`` are valid.
+        ``count`` limits them to the first places, which are renewed as often as the others."""
+        return self.get_buffer(self._single(tap))[:count]
 
     @property
     def filled_Q(self) -> Tensor:
@@ -72,9 +80,19 @@ class TeacherQueue(nn.Module):
         for tap, value_NC in vectors.items():
             half_NC = value_NC[dropped:].clamp(-HALF_MAX, HALF_MAX).half().contiguous()
             self.get_buffer(self.buffer_of[tap]).index_copy_(0, places_N, half_NC.view(torch.uint8))
+            single_QC = self.get_buffer(self._single(tap))
+            single_QC.index_copy_(0, places_N, half_NC.to(single_QC.dtype))
         self.ids_Q.index_copy_(0, places_N, ids_N[dropped:])
         self.labels_Q.index_copy_(0, places_N, labels_N[dropped:])
         self.pushed += len(ids_N)
+
+
+@torch.no_grad()
+def _convert(queue: nn.Module, _: object) -> None:
+    """Convert the vectors of a state that was loaded."""
+    assert isinstance(queue, TeacherQueue)
+    for tap, name in queue.buffer_of.items():
+        queue.vectors(tap).copy_(queue.get_buffer(name).view(torch.float16))
 
 
 def check_size(size: int, channels: Mapping[str, int]) -> None:

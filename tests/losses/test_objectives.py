@@ -280,6 +280,17 @@ def test_queued_vectors_score_as_those_of_the_lane() -> None:
     torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-9)
 
 
+def test_a_queued_vector_without_a_direction_has_no_large_score() -> None:
+    """A teacher that says the same of all images: what is left after centring is rounding, which is not blown up."""
+    side = FrozenSide(64, 64)
+    vector = torch.rand(64, generator=torch.Generator().manual_seed(0)) + 3
+    side.update(vector.half().float(), 5)
+    directions = torch.nn.functional.normalize(torch.randn(1, 500, 64), dim=-1)
+    queue = vector.half().float() * (1 + torch.linspace(-1e-6, 1e-6, 7)).unsqueeze(1)
+    assert float(side.centred(queue).cosines(directions).abs().max()) < 1
+    assert torch.equal(side.centred(torch.zeros(1, 64)).cosines(directions).isfinite().all(), torch.tensor(True))
+
+
 class ExactCritic(DotCritic):
     """The log of the density ratio of two standard Gaussians with correlation rho in each of d dimensions."""
 
