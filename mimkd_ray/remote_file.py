@@ -1,4 +1,4 @@
-"""A file of an object store as Python's file objects are, read in ranges."""
+"""Files that are read in ranges, as Python's file objects are: those of an object store."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from mimkd_ray.attempts import ShortError
 from mimkd_ray.remote import call
 
 
-class RemoteFile(io.RawIOBase):
-    """A read-only remote file, read in ranges. Threads must not share one."""
+class RangeFile(io.RawIOBase):
+    """A read-only file of `length` bytes, of which each read fetches a range. Threads must not share one."""
 
-    def __init__(self, url: str, length: int) -> None:
-        self.url = url
+    def __init__(self, length: int) -> None:
         self.length = length
         self._place = 0
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteFile, (self.url, self.length)
+    def fetch(self, start: int, stop: int) -> bytes:
+        """Return the bytes start..stop-1, which are within the file and at least one."""
+        raise NotImplementedError
 
     def readable(self) -> bool:
         return True
@@ -39,16 +39,7 @@ class RemoteFile(io.RawIOBase):
         stop = self.length if size is None or size < 0 else min(self.length, start + size)
         if stop <= start:
             return b""
-
-        def fetch(fs: Any, path: str) -> bytes:
-            data = cast(bytes, fs.cat_file(path, start=start, end=stop))
-            if len(data) < stop - start and (there := int(fs.info(path)["size"])) < stop:
-                raise ShortError(f"it has {there:,} bytes, and {stop:,} are needed")
-            if len(data) != stop - start:
-                raise OSError(f"got {len(data)} bytes of the {stop - start} at offset {start}")
-            return data
-
-        data = call(self.url, "read", fetch)
+        data = self.fetch(start, stop)
         self._place = stop
         return data
 
@@ -60,3 +51,25 @@ class RemoteFile(io.RawIOBase):
         data = self.read(len(view))
         view[: len(data)] = data
         return len(data)
+
+
+class RemoteFile(RangeFile):
+    """A file of an object store."""
+
+    def __init__(self, url: str, length: int) -> None:
+        super().__init__(length)
+        self.url = url
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteFile, (self.url, self.length)
+
+    def fetch(self, start: int, stop: int) -> bytes:
+        def ask(fs: Any, path: str) -> bytes:
+            data = cast(bytes, fs.cat_file(path, start=start, end=stop))
+            if len(data) < stop - start and (there := int(fs.info(path)["size"])) < stop:
+                raise ShortError(f"it has {there:,} bytes, and {stop:,} are needed")
+            if len(data) != stop - start:
+                raise OSError(f"got {len(data)} bytes of the {stop - start} at offset {start}")
+            return data
+
+        return call(self.url, "read", ask)

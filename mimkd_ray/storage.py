@@ -88,7 +88,8 @@ def exists(url: str) -> bool:
 
 
 def list_files(url: str, suffix: str = "") -> list[str]:
-    """Return the files in folder `url` whose names end in `suffix`, sorted; [] if there is no folder."""
+    """Return the files in folder `url`, sorted; [] if there is no folder. With a `suffix` those whose names end in it,
+    without hidden ones (`._x.parquet`, which a Mac leaves on other disks)."""
     return list(list_sizes(url, suffix))
 
 
@@ -102,7 +103,7 @@ def list_entries(url: str, suffix: str = "") -> dict[str, Entry]:
     return {
         join(url, name): Entry(size, version)
         for name, is_dir, size, version in _entries(url)
-        if not is_dir and name.endswith(suffix)
+        if not is_dir and name.endswith(suffix) and not (suffix and name.startswith("."))
     }
 
 

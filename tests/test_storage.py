@@ -70,6 +70,9 @@ def test_write_read_list_remove(root: str) -> None:
     assert storage.list_files(folder) == [f"{folder}/{n}" for n in ("a.bin", "b.bin", "c.txt")]
     assert storage.list_dirs(folder) == [f"{folder}/sub"]
     assert storage.list_sizes(folder, ".txt") == {f"{folder}/c.txt": 5}
+    storage.write_bytes(f"{folder}/._a.bin", b"of a Mac")
+    assert storage.list_files(folder, ".bin") == [f"{folder}/a.bin", f"{folder}/b.bin"]
+    storage.remove_file(f"{folder}/._a.bin")
     assert storage.read_bytes(f"{folder}/sub/d.bin") == b"sub/d.bin"
     assert storage.size(f"{folder}/c.txt") == 5
     storage.write_bytes(f"{folder}/c.txt", b"replaced")  # seen at once: nothing is cached

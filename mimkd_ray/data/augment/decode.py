@@ -4,8 +4,11 @@ JPEGs are decoded by simplejpeg if it is installed (libjpeg-turbo's accurate set
 checked in the tests). Pillow decodes everything else, and every JPEG that simplejpeg rejects, and decides which images
 are damaged. Microseconds on one core (EPYC, ImageNet photographs):
 
-| JPEG | Pillow | simplejpeg | |---|---|---| | 341 x 256, 27 kB | 500 | 330 | | 500 x 375, 67 kB | 1,040 | 700 | | 2048
-x 1536, 509 kB | 15,000 | 7,600; scaled by 1/2 5,900, by 1/4 5,100 |
+| JPEG | Pillow | simplejpeg |
+|---|---|---|
+| 341 x 256, 27 kB | 500 | 330 |
+| 500 x 375, 67 kB | 1,040 | 700 |
+| 2048 x 1536, 509 kB | 15,000 | 7,600; scaled by 1/2 5,900, by 1/4 5,100 |
 """
 
 from __future__ import annotations

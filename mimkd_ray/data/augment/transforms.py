@@ -27,15 +27,12 @@ LOG_ASPECT = tuple(torch.log(torch.tensor(ASPECT)).tolist())  # float32, as torc
 
 
 def from_bytes(transform: Transform, data: Encoded, out: Tensor | None = None, how: Decoding = DECODING) -> Tensor:
-    """Return the transform of an encoded image; one with a method `from_bytes` decodes only what it needs.
+    """Return the transform of an encoded image; one with such a method itself decodes only what it needs.
 
-    With a method `into(data, out, how)` it may put the result where it is wanted, in `out`: (3, size, size), any
-    layout.
+    It may put the result where it is wanted, in `out`: (3, size, size), any layout.
     """
-    if out is not None and hasattr(transform, "into"):
-        return transform.into(data, out, how)
     if hasattr(transform, "from_bytes"):
-        return transform.from_bytes(data, how)
+        return transform.from_bytes(data, out, how)
     return transform(decode(data, how=how))
 
 
@@ -86,8 +83,9 @@ class ResizedCropFlip:
     def __call__(self, image: Tensor) -> Tensor:
         return self._take(image, self.draw(image.shape[1], image.shape[2]))
 
-    def from_bytes(self, data: Encoded, how: Decoding = DECODING) -> Tensor:
-        """Return the view of an encoded image: draws first, then decodes no finer than the crop needs.
+    def from_bytes(self, data: Encoded, out: Tensor | None = None, how: Decoding = DECODING) -> Tensor:
+        """Return the view of an encoded image, in `out` where that saves a copy. Draws first, and decodes no finer than
+        the crop needs.
 
         The pixels are those of `self(decode(data))`, unless the crop of a JPEG is at least twice `size` in both
         directions: then it is decoded at 1/2, 1/4 or 1/8 and its edges move to whole pixels of that scale. Compared
@@ -96,10 +94,6 @@ class ResizedCropFlip:
         112, 56 and 28). At size 224 images of 500 x 375 are never decoded smaller; a view of 1024 x 768 takes 2.6 ms
         instead of 3.1, one of 2048 x 1536 6.1 ms instead of 9.5.
         """
-        return self.into(data, None, how)
-
-    def into(self, data: Encoded, out: Tensor | None, how: Decoding = DECODING) -> Tensor:
-        """Return `from_bytes(data)`, in `out` where that saves a copy."""
         bounds = jpeg_size(data, how)
         if bounds is None:
             return self(decode(data, how=how))
@@ -141,7 +135,7 @@ class Then:
     def __call__(self, image: Tensor) -> Tensor:
         return self.rest(self.first(image))
 
-    def from_bytes(self, data: Encoded, how: Decoding = DECODING) -> Tensor:
+    def from_bytes(self, data: Encoded, out: Tensor | None = None, how: Decoding = DECODING) -> Tensor:
         """Return the view of an encoded image; see ResizedCropFlip.from_bytes."""
         return self.rest(from_bytes(self.first, data, how=how))
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from mimkd_ray.errors import DamagedDataError
+
+if TYPE_CHECKING:
+    from mimkd_ray.data.loading.batches import LaneBatch
 
 logger = logging.getLogger(__name__)
 
@@ -19,13 +22,6 @@ def damaged_allowed(max_share: float, rows: int) -> float:
     The handful is half of the rows at most; a share of 0 allows none.
     """
     return max(max_share * rows, min(A_HANDFUL, rows // 2)) if max_share > 0 else 0
-
-
-class _Batch(Protocol):
-    @property
-    def damaged(self) -> tuple[str, ...]: ...
-
-    def __len__(self) -> int: ...
 
 
 class DamageCounter:
@@ -47,7 +43,7 @@ class DamageCounter:
         """Distinct damaged images met so far."""
         return len(self._logged)
 
-    def add(self, batch: _Batch) -> None:
+    def add(self, batch: LaneBatch) -> None:
         """Count the batch's damaged images. Raises DamagedDataError when there are too many."""
         if self._seen >= self.rows:
             self._seen = 0

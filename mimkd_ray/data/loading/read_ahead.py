@@ -17,7 +17,6 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
@@ -133,22 +132,13 @@ def _in_process(source: AheadSource, batches: Iterable[np.ndarray], far: Distanc
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    _walk(source, batches, far, consumed, _sleep)
-
-
-def _reached(consumed: Any, batches: float) -> bool:
-    return consumed.value >= batches
-
-
-def _sleep(seconds: float) -> bool:
-    time.sleep(seconds)
-    return False
+    _walk(source, batches, far, consumed, time.sleep)
 
 
 def _walk(
-    source: AheadSource, batches: Iterable[np.ndarray], far: Distance, consumed: Any, wait: Callable[[float], bool]
+    source: AheadSource, batches: Iterable[np.ndarray], far: Distance, consumed: Any, wait: Callable[[float], object]
 ) -> None:
-    """Fetch block after block; `wait(seconds)` returns True to stop."""
+    """Fetch block after block; `wait(seconds)` returns something true to stop."""
     full = threading.Event()
     known: OrderedDict[int, None] = OrderedDict()  # recently requested blocks, which the store still holds
     pending: deque[int] = deque()  # for each block fetched ahead: the number of the first batch that needs it
@@ -176,13 +166,17 @@ def _walk(
             pending.popleft()
         return len(pending) < far.ahead
 
+    def few_batches() -> bool:
+        return consumed.value >= least
+
     fetches = FETCHES if source.distant else max(1, min(FETCHES, usable_cores() // CORES_A_FETCH))
     pool = ThreadPoolExecutor(fetches, thread_name_prefix="fetch")
+    least = 0.0
     rows = (far.ahead + far.in_use) * source.blocks.num_rows / max(1, source.blocks.num_blocks)
     for number, positions in enumerate(batches):
         # If all blocks are known already, the number of batches must be limited instead.
-        most = number - max(LEAST_BATCHES, 2 * rows / len(positions))
-        if not may_go_on(partial(_reached, consumed, most)):
+        least = number - max(LEAST_BATCHES, 2 * rows / len(positions))
+        if not may_go_on(few_batches):
             pool.shutdown(wait=False, cancel_futures=True)
             return
         for block in dict.fromkeys(source.blocks.locate(positions)[0].tolist()):

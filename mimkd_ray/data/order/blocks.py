@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 
+@dataclass(frozen=True, eq=False, slots=True)
 class Blocks:
-    """Consecutive blocks of rows. Positions count the rows through all of them, from 0.
+    """Consecutive blocks of rows, made by `uniform` or `of`. Positions count the rows through all of them, from 0.
 
     Uniform blocks (all of `block_rows` rows; only the last may be shorter) need no arrays, whatever the size of the
     set. Other blocks take 8 bytes each. Immutable, hashable, picklable.
     """
 
-    __slots__ = ("_ends", "block_rows", "num_blocks", "num_rows")
-
     num_rows: int
     num_blocks: int
-    block_rows: int  # of every block except the last; 0: the blocks are uneven
-    _ends: np.ndarray | None  # of uneven blocks: the position after each
-
-    def __init__(self, num_rows: int, num_blocks: int, block_rows: int, ends: np.ndarray | None) -> None:
-        """Store the fields; use `uniform` or `of` instead."""
-        self.num_rows, self.num_blocks, self.block_rows, self._ends = num_rows, num_blocks, block_rows, ends
+    block_rows: int
+    """Of every block except the last; 0: the blocks are uneven."""
+    _ends: np.ndarray | None = field(repr=False)
+    """Of uneven blocks: the position after each."""
 
     @classmethod
     def uniform(cls, num_rows: int, block_rows: int) -> Blocks:
@@ -80,13 +78,6 @@ class Blocks:
 
     def __hash__(self) -> int:
         return hash(self._sizes())
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Blocks, (*self._sizes(), self._ends)
-
-    def __repr__(self) -> str:
-        kind = f"of {self.block_rows}" if self.block_rows else "uneven"
-        return f"Blocks({self.num_rows} rows, {self.num_blocks} blocks, {kind})"
 
     def _sizes(self) -> tuple[int, int, int]:
         return self.num_rows, self.num_blocks, self.block_rows

@@ -58,7 +58,6 @@ class ClassTar:
     """A tar of all training images of one class: `bytes` at `offset` of the archive."""
 
     url: str
-    archive_bytes: int
     offset: int
     bytes: int
     label: int
@@ -66,7 +65,7 @@ class ClassTar:
 
     def samples(self) -> list[Sample]:
         """Read the tar with one request; images in the order of their names."""
-        data = _read(self.url, self.archive_bytes, self.offset, self.bytes)
+        data = _read(self.url, self.offset, self.bytes)
         place = f"{self.url}, {self.wnid}.tar"
         found = _members(io.BytesIO(data), len(data), place)
         if not found:
@@ -82,7 +81,6 @@ class TarSlice:
     """Some images of a tar: `members` are (name, offset, bytes) in the archive."""
 
     url: str
-    archive_bytes: int
     members: tuple[tuple[str, int, int], ...]
     labels: tuple[int, ...]
 
@@ -95,7 +93,7 @@ class TarSlice:
         """Read from the first image to the last with one request: consecutive images are neighbours in the tar."""
         start = min(offset for _, offset, _ in self.members)
         stop = max(offset + size for _, offset, size in self.members)
-        data = _read(self.url, self.archive_bytes, start, stop - start)
+        data = _read(self.url, start, stop - start)
         return [
             Sample(label, name, data[offset - start : offset - start + size])
             for label, (name, offset, size) in zip(self.labels, self.members, strict=True)
@@ -108,7 +106,7 @@ def _open_train(url: str, size: int) -> Origin:
     if not tars:
         raise UserError(f"{url} holds no class tar (<wnid>.tar); it should be the official training archive")
     classes = tuple(sorted(tars))
-    pieces = tuple(ClassTar(url, size, *tars[wnid], label, wnid) for label, wnid in enumerate(classes))
+    pieces = tuple(ClassTar(url, *tars[wnid], label, wnid) for label, wnid in enumerate(classes))
     return Origin(classes, digest_of("train archive", size, sorted(tars.items())), pieces, labels=None)
 
 
@@ -128,7 +126,7 @@ def _open_val(url: str, size: int, devkit: str) -> Origin:
     step = rows_per_piece(len(members))
     rows = [order[start : start + step] for start in range(0, len(order), step)]
     pieces = tuple(
-        TarSlice(url, size, tuple(members[row] for row in of_piece), tuple(int(labels[row]) for row in of_piece))
+        TarSlice(url, tuple(members[row] for row in of_piece), tuple(int(labels[row]) for row in of_piece))
         for of_piece in rows
     )
     digest = digest_of("validation archive", size, members, labels.tolist())
@@ -161,10 +159,8 @@ def _read_devkit(url: str) -> tuple[dict[int, str], list[int]]:
     return wnids, truth
 
 
-def _read(url: str, archive_bytes: int, offset: int, length: int) -> bytes:
-    with storage.open_file(url, archive_bytes) as file:
-        file.seek(offset)
-        data = file.read(length)
+def _read(url: str, offset: int, length: int) -> bytes:
+    data = storage.read_range(url, offset, length)
     if len(data) != length:
         raise UserError(f"{url}: got {len(data):,} of {length:,} bytes at {offset:,}; the archive has changed")
     return data

@@ -6,9 +6,10 @@ Face Parquet are here; the official ImageNet archives are in archives.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -192,12 +193,21 @@ def _rows(file: Any, group: int, columns: list[str], start: int, stop: int) -> A
     return pa.Table.from_batches(found)
 
 
-def open_parquet(files: dict[str, int], image_column: str = "", label_column: str = "") -> Origin:
+def open_parquet(
+    files: dict[str, int],
+    image_column: str = "",
+    label_column: str = "",
+    training: Callable[[], tuple[str, ...] | None] | None = None,
+) -> Origin:
     """Open Parquet files given as {URL: bytes}. Reads footers and label columns.
 
-    Raises UserError for files that are not image sets or disagree, and for labels without a class.
+    If labels are text, `training` gives the classes of the training split, whose numbers they get: others may lack
+    some. Raises UserError for files that are not image sets or disagree, and for labels without a class.
     """
-    source = ParquetSource(files, image_column=image_column, label_column=label_column)
+    opened = partial(ParquetSource, files, image_column=image_column, label_column=label_column)
+    source = opened()
+    if source.names is not None and training is not None:
+        source = opened(classes=training())
     labels = source.labels()
     if labels.min() < 0 or labels.max() >= len(source.classes):
         raise UserError(

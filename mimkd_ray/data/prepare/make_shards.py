@@ -36,6 +36,7 @@ from mimkd_ray.data.prepare.work_units import (
     read_index,
     read_sidecar,
 )
+from mimkd_ray.data.sources.folders import class_folders
 from mimkd_ray.data.sources.hub_readme import README, declared_files
 from mimkd_ray.data.sources.shard_manifest import Manifest, Shard, content_digest, read_manifest, write_manifest
 from mimkd_ray.data.sources.tars import tars_of
@@ -45,6 +46,12 @@ from mimkd_ray.places import check_lasting
 from mimkd_ray.run_lock import LOCK, held
 
 SETTINGS = "settings.json"
+
+
+class NoSplitError(UserError):
+    """The source has no such split."""
+
+
 Unit = PartUnit | ShardUnit
 Runner = Callable[[Sequence[Unit], str], Iterator[Done]]
 """Runs the units, in any order and on any node, and yields the result of each. The text names the stage for
@@ -153,11 +160,11 @@ def open_origin(config: PrepareConfig) -> Origin:
     for listing in listings:
         shards = {url: size for url, size in listing.items() if _is_shard(url, split)}
         if shards:
-            return open_parquet(shards, config.image_column, config.label_column)
+            return _of_parquet(config, shards)
     declared = declared_files(source) if storage.join(source, README) in files else {}
     if split in declared:
         shards = {url: entry.size for url, entry in declared[split].items()}
-        return open_parquet(shards, config.image_column, config.label_column)
+        return _of_parquet(config, shards)
     tars = tars_of(source, split, entries)
     if tars:
         return open_tars(tars)
@@ -165,26 +172,35 @@ def open_origin(config: PrepareConfig) -> Origin:
         folder = storage.join(source, split)
         shards = storage.list_sizes(folder, ".parquet")
         if shards:
-            return open_parquet(shards, config.image_column, config.label_column)
+            return _of_parquet(config, shards)
         tars = storage.list_entries(folder, ".tar")
         if tars:
             return open_tars(tars)
         # The classes of a set are those of its training images: others may lack some.
-        whole = "train" in folders and split != "train"
-        train = storage.list_dirs(storage.join(source, "train")) if whole else []
-        names = (url.rpartition("/")[2] for url in train)
-        return open_folders(folder, tuple(name for name in names if not name.startswith(".")) or None)
+        classes = tuple(class_folders(storage.join(source, "train"))) if split != "train" else ()
+        return open_folders(folder, classes or None)
     found = [
         *(f"{name} (in {README})" for name in declared),
         *(f"{name}/" for name in folders),
         *(url.rpartition("/")[2] for url in files),
     ]
-    raise UserError(
+    raise NoSplitError(
         f"--source {source} has no split '{split}': expected {split}-*.parquet (here or in data/), {split}-*.tar, "
         f"class folders {split}/<class>/<image>, or the official archive {ARCHIVES.get(split, 'of ImageNet')}; found "
         f"{', '.join(found[:8]) or 'nothing'}{f' and {len(found) - 8} more' if len(found) > 8 else ''}; name it with "
         "--split"
     )
+
+
+def _of_parquet(config: PrepareConfig, files: dict[str, int]) -> Origin:
+    def training() -> tuple[str, ...] | None:
+        try:
+            return open_origin(replace(config, split="train")).classes
+        except NoSplitError:
+            return None
+
+    wanted = (config.image_column, config.label_column)
+    return open_parquet(files, *wanted, training=None if config.split == "train" else training)
 
 
 def _is_shard(url: str, split: str) -> bool:

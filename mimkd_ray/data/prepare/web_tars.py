@@ -18,11 +18,11 @@ def open_tars(tars: Mapping[str, storage.Entry]) -> Origin:
     found = headers(tars)
     step = rows_per_piece(sum(map(len, found)))
     pieces = []
-    for (url, entry), images in zip(tars.items(), found, strict=True):
+    for url, images in zip(tars, found, strict=True):
         for start in range(0, len(images), step):
             part = images[start : start + step]
             members = tuple((image.name, image.offset, image.bytes) for image in part)
-            pieces.append(TarSlice(url, entry.size, members, tuple(image.label for image in part)))
+            pieces.append(TarSlice(url, members, tuple(image.label for image in part)))
     labels = tuple(np.array(piece.labels, np.int64) for piece in pieces)
     classes = numbered_classes(max(int(each.max()) for each in labels), next(iter(tars)))
     digest = digest_of("web tars", [(url.rpartition("/")[2], entry.size) for url, entry in tars.items()], found)

@@ -207,10 +207,7 @@ def _gather(unit: ShardUnit) -> Iterator[tuple[float, _Row]]:
     def read(place: tuple[int, int, int]) -> bytes:
         part, start, stop = place
         try:
-            # A reader requests only what is read, so any length that is long enough will do.
-            with storage.open_file(blob_url(unit.work, part), stop) as file:
-                file.seek(start)
-                return file.read(stop - start)
+            return storage.read_range(blob_url(unit.work, part), start, stop - start)
         except FileNotFoundError as error:
             raise UserError(f"{error.filename} is gone: {not_shared(unit.work)}") from None
 

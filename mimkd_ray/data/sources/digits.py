@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mimkd_ray.data.order.blocks import Blocks
-from mimkd_ray.data.sources.source import Row, digest_of, stratified_split
-from mimkd_ray.data.store.block_store import BlockStore
+from mimkd_ray.data.sources.source import Row, RowsInPlace, digest_of, stratified_split
 from mimkd_ray.errors import UserError
 
 VAL_ROWS = 450  # 45 of each digit; 1,347 remain for training
@@ -22,8 +21,10 @@ BLOCK_ROWS = 64
 SPLIT_SEED = 0  # part of the data set's definition, not of a run
 
 
-class DigitsSource:
+class DigitsSource(RowsInPlace):
     """One split, "train" or "val", held in memory; id = position."""
+
+    in_memory = True
 
     def __init__(self, split: str) -> None:
         images, labels = _load()
@@ -35,27 +36,7 @@ class DigitsSource:
         self.classes: tuple[str, ...] = tuple("0123456789")
         self.num_rows: int = len(chosen)
         self.blocks: Blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
-        self.in_memory: bool = True
-        self.store: BlockStore | None = None
-        self.block_bytes: int = 0
-        self.distant: bool = False
         self.digest: str = digest_of("digits", split, self.num_rows, int(self._images.sum()))
-
-    def labels(self) -> np.ndarray:
-        """Return all labels, int64."""
-        return self._labels
-
-    def label_range(self) -> tuple[int, int]:
-        """Return (0, 9)."""
-        return 0, 9
-
-    def read_again(self, position: int) -> Row | None:
-        """Return None: there is no copy that could be damaged."""
-        return None
-
-    def fetch(self, block: int) -> bool:
-        """Return False: there is no store."""
-        return False
 
     def read(self, positions: Sequence[int]) -> list[Row]:
         """Return rows whose images are (8, 8, 3) uint8 arrays."""

@@ -27,7 +27,7 @@ from mimkd_ray import storage
 from mimkd_ray.data.augment.decode import DECODING, Decoding, Encoded
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.random_numbers import permutation
-from mimkd_ray.data.sources.source import Row, digest_of
+from mimkd_ray.data.sources.source import Row, RowsInPlace, digest_of
 from mimkd_ray.data.store.block_reader import BlockReader, forget
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.data.store.stored_block import StoredBlock
@@ -56,14 +56,19 @@ class ClassFolders(NamedTuple):
     """By folder: {path below it: Entry}, sorted."""
 
 
+def class_folders(root: str) -> dict[str, str]:
+    """Return {class: folder} of the class folders below `root`, sorted."""
+    folders = {url.rpartition("/")[2]: url for url in storage.list_dirs(root)}
+    return {name: url for name, url in folders.items() if not name.startswith(".") and name not in OTHERS}
+
+
 def list_classes(root: str, classes: tuple[str, ...] | None) -> ClassFolders:
     """List the class folders below `root`. `classes` are the training set's, if they are known.
 
     Says in a line what was passed over, and which classes have no image. Raises UserError for folders that are not
     among `classes`, and for no image at all.
     """
-    folders = {url.rpartition("/")[2]: url for url in storage.list_dirs(root)}
-    folders = {name: url for name, url in folders.items() if not name.startswith(".") and name not in OTHERS}
+    folders = class_folders(root)
     with ThreadPoolExecutor(THREADS) as pool:
         listings = dict(zip(folders, pool.map(_files, folders.values()), strict=True))
     images = {
@@ -139,7 +144,7 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-class FolderSource:
+class FolderSource(RowsInPlace):
     """The images below `root`; id = position. Opening lists every class folder and reads no image.
 
     `classes` fixes the class numbers (for a validation set: those of the training set); by default they are
@@ -158,7 +163,6 @@ class FolderSource:
         """Not `labelled`: images that lie in `root` itself are the set, with those in its folders, without classes."""
         self.root = root
         self.how = how
-        self.in_memory: bool = False
         self.store: BlockStore | None = store if storage.is_remote(root) else None
         found = [] if labelled else _without_classes(root)
         listed = list_classes(root, classes) if not found else ClassFolders((), (), {})
@@ -181,27 +185,10 @@ class FolderSource:
         self._files = np.array([os.fsencode(file) for _, file, _ in found])[order]
         self._labels = np.array([label for label, _, _ in found], dtype=np.int64)[order]
         self.blocks: Blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
-        self.num_bytes: int = sum(entry.size for _, _, entry in found)
+        self.distant = self.store is not None
+        self.block_bytes = sum(entry.size for _, _, entry in found) // self.blocks.num_blocks if self.store else 0
         self.digest: str = digest_of("folders", self.classes, self._files.tolist(), self._labels.tolist())
         return order
-
-    @property
-    def distant(self) -> bool:
-        """True if images are copied from object storage to the store."""
-        return self.store is not None
-
-    @property
-    def block_bytes(self) -> int:
-        """Mean size of a block on the object store; 0 for local files."""
-        return self.num_bytes // self.blocks.num_blocks if self.store else 0
-
-    def labels(self) -> np.ndarray:
-        """Return all labels, int64. Costs nothing: they are folder numbers."""
-        return self._labels
-
-    def label_range(self) -> tuple[int, int]:
-        """Return the smallest and largest label."""
-        return int(self._labels.min()), int(self._labels.max())
 
     def read(self, positions: Sequence[int]) -> list[Row]:
         """Return the rows at `positions`, in that order. Raises DamagedDataError for a file that is gone."""

@@ -32,8 +32,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from mimkd_ray.by_name import call_named, named_function
 from mimkd_ray.data.augment.decode import rgb_pixels
 from mimkd_ray.data.order.blocks import Blocks
-from mimkd_ray.data.sources.source import Row, Source, digest_of, numbered_classes
-from mimkd_ray.data.store.block_store import BlockStore
+from mimkd_ray.data.sources.source import Row, RowsInPlace, Source, digest_of, numbered_classes
 from mimkd_ray.errors import UserError
 
 SCHEME = "own://"
@@ -42,7 +41,7 @@ BLOCK_ROWS = 256
 VALIDATION = ("validation", "val", "valid", "test")
 
 
-class OwnSource:
+class OwnSource(RowsInPlace):
     """The rows of a map-style data set; id = position."""
 
     def __init__(self, dataset: Dataset, role: str, classes: tuple[str, ...] | None = None) -> None:
@@ -66,28 +65,8 @@ class OwnSource:
             )
         self.classes: tuple[str, ...] = classes or named or numbered_classes(int(self._labels.max()), f"the {role} set")
         self.blocks: Blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
-        self.in_memory: bool = False
-        self.store: BlockStore | None = None
-        self.block_bytes: int = 0
-        self.distant: bool = False
         of_labels = hashlib.sha256(self._labels.tobytes()).hexdigest()
         self.digest: str = digest_of("own", role, self.num_rows, self.classes, of_labels)
-
-    def labels(self) -> np.ndarray:
-        """Return all labels, int64."""
-        return self._labels
-
-    def label_range(self) -> tuple[int, int]:
-        """Return the smallest and largest label."""
-        return int(self._labels.min()), int(self._labels.max())
-
-    def read_again(self, position: int) -> Row | None:
-        """Return None: there is no copy that could be damaged."""
-        return None
-
-    def fetch(self, block: int) -> bool:
-        """Return False: there is no store."""
-        return False
 
     def read(self, positions: Sequence[int]) -> list[Row]:
         """Return the rows at `positions`, in that order; images are (H, W, 3) uint8 arrays."""

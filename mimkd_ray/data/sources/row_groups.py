@@ -7,7 +7,6 @@ are) and the file is on a local disk, the images stay there and only their place
 from __future__ import annotations
 
 import hashlib
-import io
 import mmap
 import os
 import tempfile
@@ -25,6 +24,7 @@ from mimkd_ray.data.sources.folders import SUFFIXES
 from mimkd_ray.data.sources.shard_manifest import Block
 from mimkd_ray.data.store.stored_block import Identity, StoredBlock
 from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.remote_file import RangeFile
 
 KEPT_FOOTERS = 64  # parsed, per process
 HEAD_BYTES = 64  # first bytes of an image, by which it is searched
@@ -249,40 +249,17 @@ def find_images(data: bytes | mmap.mmap, block: StoredBlock, at: int = 0) -> np.
     return np.array(found, dtype=np.int64)
 
 
-class _Part(io.RawIOBase):
+class _Part(RangeFile):
     """A part of a file in memory, at its own offset; reads outside it are errors."""
 
     def __init__(self, data: bytes, offset: int, size: int) -> None:
-        self._data = memoryview(data)
-        self._offset = offset
-        self._size = size
-        self._place = 0
+        super().__init__(size)
+        self._data, self._offset = data, offset
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        return self._place
-
-    def read(self, size: int | None = -1) -> bytes:
-        start = self._place - self._offset
-        stop = len(self._data) if size is None or size < 0 else start + size
-        if start < 0 or stop > len(self._data):
-            raise OSError(f"bytes {start + self._offset} to {stop + self._offset} are outside the row group")
-        self._place = stop + self._offset
-        return bytes(self._data[start:stop])
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        view[:] = self.read(len(view))
-        return len(view)
+    def fetch(self, start: int, stop: int) -> bytes:
+        if start < self._offset or stop > self._offset + len(self._data):
+            raise OSError(f"bytes {start} to {stop} are outside the row group")
+        return self._data[start - self._offset : stop - self._offset]
 
 
 @lru_cache(maxsize=KEPT_FOOTERS)

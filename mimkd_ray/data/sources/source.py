@@ -101,6 +101,32 @@ class Source(Protocol):
         ...
 
 
+class RowsInPlace:
+    """A base of sources whose labels are known and whose rows are read where they are, without a store."""
+
+    in_memory: bool = False
+    store: BlockStore | None = None
+    block_bytes: int = 0
+    distant: bool = False
+    _labels: np.ndarray
+
+    def labels(self) -> np.ndarray:
+        """Return all labels, int64. Costs nothing."""
+        return self._labels
+
+    def label_range(self) -> tuple[int, int]:
+        """Return the smallest and largest label."""
+        return int(self._labels.min()), int(self._labels.max())
+
+    def read_again(self, position: int) -> Row | None:
+        """Return None: there is no copy that could be damaged."""
+        return None
+
+    def fetch(self, block: int) -> bool:
+        """Return False: there is no store."""
+        return False
+
+
 class SubsetSource:
     """The rows of `parent` at the given sorted, distinct positions.
 

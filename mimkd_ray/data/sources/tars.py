@@ -74,7 +74,7 @@ class TarSource(FolderSource):
     ) -> None:
         """Reads the headers of all tars; of an object store once, with a `store`. Not `labelled`: images may lack a
         label."""
-        self.root, self.how, self.in_memory = next(iter(tars)).rpartition("/")[0], how, False
+        self.root, self.how = next(iter(tars)).rpartition("/")[0], how
         self.store = store if storage.is_remote(self.root) else None
         self._loaded_again = set()
         self._tars = list(tars)

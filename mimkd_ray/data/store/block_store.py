@@ -180,7 +180,10 @@ class BlockStore:
                 f"the block store {self.folder} can be written by others (mode {status.st_mode & 0o777:o}): what "
                 f"others can write is not trained on; chmod 700 it, or {remedy}"
             )
-        self._begin_anew_after_a_restart()
+        try:
+            self._begin_anew_after_a_restart()
+        except OSError as error:  # a full disk, or a file system without locks
+            raise UserError(f"the block store {self.folder} cannot be used: {error}; {remedy}") from error
         self._ready = True
 
     def _path(self, key: str) -> Path:

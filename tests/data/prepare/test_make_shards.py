@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from image_sets import encode, folder_set, images, pixels, write_parquet
@@ -213,6 +214,28 @@ def test_a_validation_split_has_the_classes_of_training(tmp_path: Path) -> None:
     assert {row["label"] for row in table(tmp_path / "set", manifest)} == {1, 2}
     data = open_data(DataConfig(root=str(tmp_path / "set")))
     assert (data.train.num_rows, data.val.num_rows) == (12, 8)
+
+
+def test_a_folder_that_a_system_made_is_no_class_of_any_split(tmp_path: Path) -> None:
+    for name in ("train/cat/a", "train/dog/a", "train/__MACOSX/a", "val/dog/a"):
+        path = tmp_path / "raw" / f"{name}.png"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(encode(pixels(1)))
+    made = {split: prepare(config(tmp_path / "raw", tmp_path / "set", split=split)) for split in ("train", "val")}
+    assert made["train"].classes == made["val"].classes == ("cat", "dog")
+    assert [row["label"] for row in table(tmp_path / "set", made["val"])] == [1]
+
+
+def test_classes_that_are_text_have_the_numbers_of_training(tmp_path: Path) -> None:
+    for split, labels in {"train": ["cat", "dog", "eel"], "val": ["eel", "dog"], "alone": ["eel"]}.items():
+        columns = {"image": pa.array([encode(pixels(i)) for i in range(len(labels))]), "label": pa.array(labels)}
+        source = tmp_path / ("raw" if split != "alone" else "other")
+        source.mkdir(exist_ok=True)
+        pq.write_table(pa.table(columns), source / f"{split}-0.parquet")
+    made = {split: prepare(config(tmp_path / "raw", tmp_path / "set", split=split)) for split in ("train", "val")}
+    assert made["train"].classes == made["val"].classes == ("cat", "dog", "eel")
+    assert sorted(row["label"] for row in table(tmp_path / "set", made["val"])) == [1, 2]
+    assert prepare(config(tmp_path / "other", tmp_path / "set", split="alone")).classes == ("eel",)
 
 
 def test_an_object_store_gives_the_same_bytes(bucket: str, folders: Path, undisturbed: Path) -> None:

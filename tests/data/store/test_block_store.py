@@ -300,6 +300,19 @@ def test_a_folder_that_is_cleaned_away_is_made_again(store: BlockStore) -> None:
     assert _is(store.get("a", _never), 2)
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOSPC])
+def test_a_file_system_without_locks_or_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fails(*arguments: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    if number == errno.ENOSYS:
+        monkeypatch.setattr(module.fcntl, "flock", fails)
+    else:
+        monkeypatch.setattr(Path, "write_text", fails)
+    with pytest.raises(UserError, match=f"{os.strerror(number)}; choose another folder with --data.store, or none"):
+        BlockStore(tmp_path / "store").prepare()
+
+
 def test_the_default_folder_is_this_users() -> None:
     assert default_folder().name.endswith(str(os.getuid()))
     assert BlockStore().folder == default_folder()
