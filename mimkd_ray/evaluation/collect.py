@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mimkd_ray.config import Config
-from mimkd_ray.data.loading.damage import damaged_allowed, first_three
+from mimkd_ray.data.loading.batches import first_three
+from mimkd_ray.data.loading.damage import damaged_allowed
 from mimkd_ray.data.loading.loader import plain_batches, to_device
 from mimkd_ray.data.sources.source import Source, SubsetSource
 from mimkd_ray.errors import DamagedDataError, UserError

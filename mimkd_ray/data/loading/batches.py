@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.data.augment.views import DamagedImageError, Transform, View, decode
-from mimkd_ray.data.loading.damage import first_three
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.sample_order import Order, view_number
 from mimkd_ray.data.sources.source import Row, Source
@@ -212,6 +211,11 @@ Batches = TrainBatches | ViewBatches | EvalBatches
 def nearest_intact(places: Sequence[int], count: int) -> list[int]:
     """Return for each of `count` places the index of the nearest intact place; the lower of two equally near ones."""
     return [min(range(len(places)), key=lambda i: abs(places[i] - place)) for place in range(count)]
+
+
+def first_three(names: Sequence[str]) -> str:
+    """Return the names, of many the first three."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 _BLANK = torch.full((3, 256, 256), 128, dtype=torch.uint8)

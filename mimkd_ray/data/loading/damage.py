@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from mimkd_ray.data.loading.batches import LaneBatch, first_three
 from mimkd_ray.errors import DamagedDataError
-
-if TYPE_CHECKING:
-    from mimkd_ray.data.loading.batches import LaneBatch
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +56,3 @@ class DamageCounter:
                 f"share of {self.max_share:g}: {first_three(list(self._counted))}; repair the data, or "
                 "allow more with --data.max-damaged"
             )
-
-
-def first_three(names: Sequence[str]) -> str:
-    """Return the names, of many the first three."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
