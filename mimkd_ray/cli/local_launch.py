@@ -21,7 +21,7 @@ from mimkd_ray.config import Config, LaunchConfig
 from mimkd_ray.data.loading.stuck_loaders import ASKED_TO_STOP
 from mimkd_ray.data.loading.threads import CHOSEN, use_threads
 from mimkd_ray.data.sources.own_dataset import OwnData
-from mimkd_ray.train.distributed import GROUP_SECONDS, STOP_SECONDS, Preemption, share_from_first
+from mimkd_ray.train.distributed import GROUP_SECONDS, STOP_SECONDS, Preemption, share_from_first, stay_here
 from mimkd_ray.train.start_times import StartTimes
 from mimkd_ray.train.worker import do_job
 
@@ -132,6 +132,8 @@ def local_context(launch: LaunchConfig, times: StartTimes) -> Iterator[LocalCont
     device = pick_device(launch, int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        stay_here()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=GROUP_SECONDS))
     try:
         launch_id = share_from_first(uuid.uuid4().hex)

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import ray
 from ray.train import FailureConfig, RunConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -25,6 +26,7 @@ from mimkd_ray.json_files import read_if_sound, read_json
 from mimkd_ray.local_files import scratch_folder
 from mimkd_ray.on_ray import driver_console
 from mimkd_ray.on_ray.nodes.placement import OWN_MINUTES, LossWatch, fewest, scaling
+from mimkd_ray.on_ray.one_machine import OneMachine
 from mimkd_ray.on_ray.worker_context import ERRORS, STOP, context_of
 from mimkd_ray.secret_urls import Carried
 from mimkd_ray.train.distributed import GROUP_SECONDS
@@ -167,6 +169,7 @@ def fit(
     # Ray needs a place for its own snapshot. Only our checkpoints are used, so it is deleted.
     scratch = scratch_folder("ray")
     workers = scaling(config, own)
+    here, group = own and len(ray.nodes()) == 1, {"timeout_s": GROUP_SECONDS}
     remedy = (
         ": add nodes and give it again: it goes on from the last checkpoint; or pass a range of workers, such as "
         "--launch.workers 1..8"
@@ -188,7 +191,7 @@ def fit(
                     "console": (mailbox, console.current().every),
                 },
                 scaling_config=workers,
-                torch_config=TorchConfig(timeout_s=GROUP_SECONDS),
+                torch_config=OneMachine(**group, folder=scratch) if here else TorchConfig(**group),
                 run_config=RunConfig(
                     name=launch_id,
                     storage_path=scratch,

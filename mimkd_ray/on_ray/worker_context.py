@@ -42,8 +42,9 @@ ERRORS: dict[str, type[Exception]] = {
 }
 """Errors that a restart does not cure, sent to the driver by name."""
 
-STOP, STOP_LOOK_SECONDS = "stop.json", 1.0
-"""File that asks the workers of a launch to save and end, and seconds between two checks for it by the first worker."""
+STOP, STOP_LOOK_SECONDS, OTHERS_LOOK_SECONDS = "stop.json", 1.0, 10.0
+"""File that asks the workers of a launch to save and end, and seconds between two checks for it by the first worker and
+by each other one, which need not hurry: the first tells them after a step, unless they are what it waits for."""
 
 WRITE_SECONDS = 20.0
 """For the last words of a worker that is stuck."""
@@ -79,16 +80,16 @@ class RayContext:
         if speaks_through is not None:
             driver_console.speak_through(*speaks_through, self.rank)
         self._live = LiveMetrics() if joined and self.rank == 0 else None
-        if self.rank == 0:
-            threading.Thread(target=self._watch, args=(run_dir,), name="stop watch", daemon=True).start()
+        every = OTHERS_LOOK_SECONDS if self.rank else STOP_LOOK_SECONDS
+        threading.Thread(target=self._watch, args=(run_dir, every), name="stop watch", daemon=True).start()
 
-    def _watch(self, run_dir: str) -> None:
+    def _watch(self, run_dir: str, every: float) -> None:
         """Check for a stop request until there is one. A failed check is followed by the next, whatever the error: if
         this thread ended, the job would ignore every later request."""
         url = storage.join(run_dir, STOP)
         failing = False
         while not self._stopping:
-            time.sleep(STOP_LOOK_SECONDS)
+            time.sleep(every)
             try:
                 asked = read_json(url, ("launch_id",))
                 self._stopping = asked is not None and asked["launch_id"] in (self.launch_id, ANYBODY)
@@ -98,11 +99,12 @@ class RayContext:
                     text = " ".join(f"{type(error).__name__}: {error}".split())
                     logger.warning(
                         "cannot look for a stop request at %s, and try again every %g s: %s",
-                        *(url, STOP_LOOK_SECONDS, text),
+                        *(url, every, text),
                     )
                 failing = True
         ASKED_TO_STOP.set()
-        if not self._heard.wait(STOP_SECONDS):
+        # The first worker ends with its step, whoever holds that up.
+        if self.rank == 0 and not self._heard.wait(STOP_SECONDS):
             self._give_up(run_dir)
 
     def _give_up(self, run_dir: str) -> None:
@@ -119,7 +121,7 @@ class RayContext:
         os._exit(3)
 
     def stop_requested(self) -> bool:
-        """Return whether the driver was told to stop. Only the first worker knows."""
+        """Return whether the driver was told to stop. The first worker knows first."""
         if self._stopping:
             self._heard.set()
         return self._stopping

@@ -6,6 +6,8 @@ Ray Train. They set up the process group, if there is one.
 
 from __future__ import annotations
 
+import os
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -65,6 +67,14 @@ class Context(Protocol):
     def preemption(self) -> Preemption | None:
         """Return the machines that are about to be taken away, or None. All ranks call it together and get equal
         answers; may be slow."""
+
+
+def stay_here() -> None:
+    """Have workers that are all on this machine talk by its loopback, unless the user has named an interface. Call it
+    before they form a process group."""
+    if sys.platform == "linux":
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
 
 
 def is_distributed() -> bool:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,18 +29,14 @@ from mimkd_ray.train.records.run_dir import write_json
 LAUNCH = "this-launch"
 
 
-class _FirstWorker:
-    def get_world_rank(self) -> int:
-        return 0
-
-    def get_world_size(self) -> int:
-        return 1
-
-
-def watching(monkeypatch: pytest.MonkeyPatch, run_dir: Path, joined: bool = False) -> worker_context.RayContext:
-    """The context of the only worker of a job, which looks for a stop request a hundred times a second."""
+def watching(
+    monkeypatch: pytest.MonkeyPatch, run_dir: Path, joined: bool = False, rank: int = 0
+) -> worker_context.RayContext:
+    """The context of a worker of a job, which looks for a stop request a hundred times a second."""
+    place = SimpleNamespace(get_world_rank=lambda: rank, get_world_size=lambda: rank + 1)
     monkeypatch.setattr(worker_context, "STOP_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(worker_context.ray.train, "get_context", _FirstWorker)
+    monkeypatch.setattr(worker_context, "OTHERS_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(worker_context.ray.train, "get_context", lambda: place)
     monkeypatch.setattr(worker_context.ray.train.torch, "get_device", lambda: torch.device("cpu"))
     return worker_context.RayContext(LAUNCH, str(run_dir), joined)
 
@@ -130,6 +127,21 @@ def test_a_worker_that_is_stuck_leaves_an_error_and_ends(tmp_path: Path, monkeyp
     error = json.loads((tmp_path / "error.json").read_text())
     assert (error["launch_id"], error["kind"]) == (LAUNCH, "Interrupted")
     assert "asked to stop, and no step has ended in 0 s: ended without saving" in error["message"]
+
+
+def test_every_worker_hears_and_only_the_first_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second worker's loader processes may be what the first waits for."""
+    ended: list[int] = []
+    monkeypatch.setattr(worker_context, "STOP_SECONDS", 0.05)
+    monkeypatch.setattr(worker_context.os, "_exit", ended.append)
+    second = watching(monkeypatch, tmp_path, rank=1)
+    assert not second.stop_requested()
+    assert not worker_context.ASKED_TO_STOP.is_set()
+    write_json(str(tmp_path / "stop.json"), {"launch_id": LAUNCH})
+    assert worker_context.ASKED_TO_STOP.wait(10), "its loader processes are waited for without limit"
+    time.sleep(0.3)
+    assert ended == []
+    worker_context.ASKED_TO_STOP.clear()
 
 
 @pytest.mark.parametrize("way", ["asks", "is over"])

@@ -24,8 +24,7 @@ TIMED_OUT = "DataLoader timed out"
 LOOK_SECONDS, STUCK_SECONDS = 1.0, 10.0
 ASKED_TO_STOP = threading.Event()
 """Set when this process is asked to save and end. Loader processes that give nothing for STUCK_SECONDS then, because
-they are stopped or wait themselves, are ended, and this process makes the batches: the step can be ended and saved. Of
-Ray's workers only the first knows of a request: where another's loaders are stuck, the run ends by its stop limit."""
+they are stopped or wait themselves, are ended, and this process makes the batches: the step can be ended and saved."""
 _opening = threading.Lock()
 _PIN_LOOP = "_pin_memory_loop"
 """Part of the name of the thread in which torch brings batches to pinned memory."""

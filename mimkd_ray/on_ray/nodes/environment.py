@@ -17,7 +17,6 @@ EMBEDDED = {
     "RAY_enable_metrics_collection": "0",  # nobody collects those either
     # Without clusters, as Ray has it on Windows, its node is 127.0.0.1, and all its servers listen there alone.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
     "RAY_worker_niceness": "0",  # the default of 15 would let other programs on a busy machine starve the training
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Ray Train sets it for its controller
 }
