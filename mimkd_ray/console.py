@@ -122,8 +122,8 @@ class Shown:
                 return
             if self._terminal():
                 self._draw(status)
-            elif time.monotonic() - self._last >= LINE_SECONDS:
-                self.line(status.text())
+            elif (status.total or status.figures) and time.monotonic() - self._last >= LINE_SECONDS:
+                self.line(status.text())  # of what has no count only the watch tells, once it has taken a while
             if not self._watched:
                 self._watched = True
                 threading.Thread(target=self._watch, name="console", daemon=True).start()
@@ -160,7 +160,8 @@ class Shown:
                 for bar in self._bars:
                     bar.refresh()
                 if not self._bars and now - self._last >= SILENCE_SECONDS:
-                    self.line(f"{status.text()}, {clock(now - self._began)} so far")
+                    so_far = replace(status, rate=0.0, left=None)  # they were those of the last news
+                    self.line(f"{so_far.text()}, {clock(now - self._began)} so far")
 
 
 _current: Console = Shown()

@@ -68,18 +68,17 @@ def test_nobody_listens_at_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(UserError, match=rf"no Ray cluster answers at 127\.0\.0\.1:{port} .*refused.*--launch\.address"):
-        cluster.connect(f"127.0.0.1:{port}", "--launch.address")
-    with pytest.raises(UserError, match="no Ray cluster answers at 127"):
-        cluster.connect("127.0.0.1:99999", "--launch.address")
+    for address in (f"127.0.0.1:{port}", "127.0.0.1:99999", "nowhere.invalid:6379"):
+        with pytest.raises(UserError, match=rf"no Ray cluster answers at {address} .*0\.2 s.*--launch\.address"):
+            cluster.connect(address, "--launch.address")
     with socket.create_server(("127.0.0.1", 0)) as mute:
         port = mute.getsockname()[1]
         for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
-            with pytest.raises(UserError, match=rf"no Ray cluster answers at {address} \(timed out\)"):
+            with pytest.raises(UserError, match=f"no Ray cluster answers at {address}"):
                 cluster.connect(address, "--launch.address")
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as web:
         threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        with pytest.raises(UserError, match="a web server is there, and no head of Ray, whose port is 6379"):
+        with pytest.raises(UserError, match="nothing there takes calls as a head of Ray does, by default at port 6379"):
             cluster.connect(f"127.0.0.1:{web.server_port}", "--launch.address")
         web.shutdown()
 

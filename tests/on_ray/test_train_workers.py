@@ -17,7 +17,20 @@ from typing import Any
 
 import pytest
 import torch
-from jobs_here import ENVIRONMENT, JOB, Job, listening, read_lines, result, run, run_and_kill, small, tree, weights
+from jobs_here import (
+    ENVIRONMENT,
+    JOB,
+    Job,
+    kill,
+    listening,
+    read_lines,
+    result,
+    run,
+    run_and_kill,
+    small,
+    tree,
+    weights,
+)
 from jobs_here import torchrun as torchrun_here
 from safetensors.torch import load_file
 
@@ -82,6 +95,9 @@ def on_terminal(command: list[str], columns: int) -> tuple[int, str, set[tuple[s
                 listened |= listening(child)
     except OSError:  # it has ended
         pass
+    except BaseException:  # of a test's time limit
+        kill(tree(child))
+        raise
     os.close(terminal)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.decode(errors="replace"), listened
 

@@ -27,7 +27,8 @@ ASKED_TO_STOP = threading.Event()
 they are stopped or wait themselves, are ended, and this process makes the batches: the step can be ended and saved."""
 _opening = threading.Lock()
 _PIN_LOOP = "_pin_memory_loop"
-"""Part of the name of the thread in which torch brings batches to pinned memory."""
+"""Part of the name of the thread in which torch brings batches to pinned memory. torch does not tell of its end, after
+which a batch is waited for without limit. Under another name its end would not be noticed either, no more."""
 
 
 def answers_of(loader: DataLoader[Any], keys: Iterable[Key], batches: Batches) -> Iterator[Answer]:
@@ -39,10 +40,9 @@ def answers_of(loader: DataLoader[Any], keys: Iterable[Key], batches: Batches) -
         own = set(multiprocessing.active_children()) - before
         pinning = [thread for thread in threading.enumerate() if thread not in threads and _PIN_LOOP in thread.name]
     if threading.current_thread() is threading.main_thread():
-        # torch's handler raises its error wherever this process is, also where Python prints and drops it. Without it
-        # the next batch that is asked for raises one.
-        of_torch = str(getattr(on_death, "__module__", "")).startswith("torch.")
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if of_torch or on_death is None else on_death)
+        # The loader's own handler would raise its error wherever this process is, also where Python prints and drops
+        # it. Without it the next batch that is asked for raises one.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if on_death is None else on_death)
     given, stuck_at = 0, 0.0
     try:
         while not (stuck_at and time.monotonic() - stuck_at >= STUCK_SECONDS):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import socket
-import time
 from typing import Any
 
+import grpc
 import ray
 
 from mimkd_ray import console
@@ -18,8 +17,6 @@ PATIENCE_S = 120
 """Seconds that the second try gives the first of Ray's processes; the first try gives 30."""
 ANSWER_S = 10.0
 """Seconds for which nothing may answer at the address of a cluster: a head that restarts comes back in a few."""
-HTTP_2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-"""How a client of gRPC begins (RFC 9113, 3.4, with no settings); servers answer with their settings."""
 
 
 def connect(configured: str, flag: str, state_api: bool = False, **options: Any) -> bool:
@@ -37,10 +34,7 @@ def connect(configured: str, flag: str, state_api: bool = False, **options: Any)
     try:
         ray.init(address=address, logging_level="warning", **options)
     except ConnectionError as error:
-        raise UserError(
-            f"no Ray cluster answers at {address} ({error}): check {flag} or RAY_ADDRESS (host:port of the head, or "
-            "`auto`), or unset both for a Ray of this process's own"
-        ) from None
+        raise _nobody(address, str(error), flag) from None
     return False
 
 
@@ -65,27 +59,29 @@ def _start(**options: Any) -> None:
 
 
 def _knock(address: str, flag: str) -> None:
-    """Raise UserError if nothing answers at host:port or ray://host:port for ANSWER_S; other forms of address are Ray's
-    business. Ray itself waits for minutes for what accepts connections and says nothing."""
-    found = re.fullmatch(r"(?:ray://)?\[?([\w.:-]+?)\]?:(\d+)", address)
-    if found is None:
+    """Raise UserError if nothing takes calls at host:port or ray://host:port for ANSWER_S; other forms of address are
+    Ray's business, and so is TLS. Ray itself waits for minutes for what accepts connections and says nothing."""
+    found = re.fullmatch(r"(?:ray://)?(.+:\d+)", address)
+    if found is None or os.environ.get("RAY_USE_TLS", "0") != "0":
         return
-    until = time.monotonic() + ANSWER_S
-    while True:
+    with grpc.insecure_channel(found[1], options=(("grpc.enable_http_proxy", 0),)) as channel:
+        ready = grpc.channel_ready_future(channel)
         try:
-            with socket.create_connection((found[1], int(found[2])), timeout=ANSWER_S / 2) as head:
-                head.sendall(HTTP_2)
-                if head.recv(1) in (b"\0", b"\x15", b""):  # a frame of HTTP 2, or a refusal by TLS
-                    return
-                refused = OSError("a web server is there, and no head of Ray, whose port is 6379 by default")
-        except (OSError, OverflowError) as error:
-            refused = error if isinstance(error, OSError) else OSError(error)
-        if time.monotonic() > until:
-            raise UserError(
-                f"no Ray cluster answers at {address} ({_line(refused)}): check {flag} or RAY_ADDRESS (host:port of "
-                "the head, or `auto`), or unset both for a Ray of this process's own"
+            ready.result(timeout=ANSWER_S)
+        except grpc.FutureTimeoutError:
+            ready.cancel()
+            raise _nobody(
+                address,
+                f"nothing there takes calls as a head of Ray does, by default at port 6379, in {ANSWER_S:g} s",
+                flag,
             ) from None
-        time.sleep(ANSWER_S / 10)
+
+
+def _nobody(address: str, why: str, flag: str) -> UserError:
+    return UserError(
+        f"no Ray cluster answers at {address} ({why}): check {flag} or RAY_ADDRESS (host:port of the head, or `auto`), "
+        "or unset both for a Ray of this process's own"
+    )
 
 
 def _line(error: BaseException) -> str:
