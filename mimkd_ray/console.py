@@ -20,8 +20,11 @@ T = TypeVar("T")
 BAR_SECONDS, LINE_SECONDS = 0.5, 8.0
 """Between two states of the bar, and between two plain lines about the same work."""
 
-SILENCE_SECONDS = 9.0
-"""After which the work that goes on is told again, whoever is at fault."""
+SILENCE_SECONDS, LOOK_SECONDS = 8.5, 0.5
+"""After which the work that goes on is told again, whoever is at fault, and between two looks whether that is due."""
+
+BRIEF_SECONDS, STALE_SECONDS = 1.0, 20.0
+"""Work that takes less is not told of, and rates are not told again after the latter."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Shown:
         self._out, self._bar_on = out, bar_on
         self._lock = threading.RLock()  # a signal's handler may speak while its thread does
         self._status: Status | None = None
-        self._began = self._last = time.monotonic()
+        self._began = self._last = self._heard = time.monotonic()
         self._bars: list[Any] = []
         self._watched = False
 
@@ -117,7 +120,7 @@ class Shown:
             if status is None or self._status is None or status.what != self._status.what:
                 self._began = time.monotonic()
                 self._erase()
-            self._status = status
+            self._status, self._heard = status, time.monotonic()
             if status is None:
                 return
             if self._terminal():
@@ -152,16 +155,19 @@ class Shown:
     def _watch(self) -> None:
         """Never let a job be silent: draw the bar's clock, tell again what goes on."""
         while True:
-            time.sleep(1.0)
+            time.sleep(LOOK_SECONDS)
             with self._lock:
                 now, status = time.monotonic(), self._status
                 if status is None or (self._out or sys.stdout).closed:
                     continue
                 for bar in self._bars:
                     bar.refresh()
-                if not self._bars and now - self._last >= SILENCE_SECONDS:
-                    so_far = replace(status, rate=0.0, left=None)  # they were those of the last news
-                    self.line(f"{so_far.text()}, {clock(now - self._began)} so far")
+                began = now - self._began
+                if not self._bars and now - self._last >= SILENCE_SECONDS and began >= BRIEF_SECONDS:
+                    age = now - self._heard
+                    left = None if status.left is None or age >= STALE_SECONDS else max(0.0, status.left - age)
+                    rate = status.rate if age < STALE_SECONDS else 0.0
+                    self.line(f"{replace(status, rate=rate, left=left).text()}, {clock(began)} so far")
 
 
 _current: Console = Shown()

@@ -65,7 +65,7 @@ def _device(context: Context) -> str:
     """The device of the first worker, in words."""
     if context.device.type == "cuda":
         return torch.cuda.get_device_name(context.device)
-    return f"CPU, {count(torch.get_num_threads(), 'thread')} each"
+    return f"CPU, {count(torch.get_num_threads(), 'thread')}{' each' if context.world_size > 1 else ''}"
 
 
 def check_judged(config: Config, data: Data) -> None:
@@ -123,7 +123,7 @@ def obtain_teacher(
     if context.rank == 0:
         write_json(storage.join(run_dir, "teacher.json"), known)
     if known["top1"] is not None:
-        said = f"top-1 {known['top1']:.2f} % on {known['rows']} held-out images"
+        said = f"top-1 {known['top1']:.2f} % on {known['rows']:,} held-out images"
         say(context, f"teacher {teacher.name} ({shown(weights)}): {said}")
         check_accuracy(teacher, known["top1"], known["rows"], classes)
         if known["top1"] < 200 / classes:

@@ -111,13 +111,13 @@ def check_accuracy(config: TeacherConfig, top1: float, rows: int, classes: int) 
             else "check weights, class order, data.mean/std and data.image_size (or teacher.mean/std and image_size)"
         )
         raise UserError(
-            f"teacher {config.name} with weights {shown(config.weights)} reaches {top1:.2f} % top-1 on {rows} held-out "
-            f"images of {classes} classes; chance is {100 / classes:.2f} %, and below {limit:.2f} % it cannot be told "
-            f"from it: {remedy}, or pass --teacher.allow-chance true"
+            f"teacher {config.name} with weights {shown(config.weights)} reaches {top1:.2f} % top-1 on {rows:,} "
+            f"held-out images of {classes} classes; chance is {100 / classes:.2f} %, and below {limit:.2f} % it cannot "
+            f"be told from it: {remedy}, or pass --teacher.allow-chance true"
         )
     if config.expect_top1 and not config.finetune and top1 < config.expect_top1 - config.tolerance:
         raise UserError(
-            f"teacher {config.name} with weights {shown(config.weights)} reaches {top1:.2f} % top-1 on {rows} held-out "
-            f"images; {config.expect_top1:.2f} % was expected: check weights, class order, data.mean/std "
+            f"teacher {config.name} with weights {shown(config.weights)} reaches {top1:.2f} % top-1 on {rows:,} "
+            f"held-out images; {config.expect_top1:.2f} % was expected: check weights, class order, data.mean/std "
             "and data.image_size (or teacher.mean/std and image_size), or pass --teacher.expect-top1 0"
         )
