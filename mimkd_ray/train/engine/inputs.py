@@ -277,9 +277,11 @@ class Inputs:
         store = self.features.store if self.features is not None else self.data.train.store
         return store.hit_rate() if store is not None else None
 
-    def held_out(self, batch_size: int) -> Iterator[LaneBatch]:
-        """This worker's slice of the held-out rows. Kept on the device where the training set is."""
-        return told_batches(self._held_out_batches(batch_size), self.data.val, self.context.world_size)
+    def held_out(self, batch_size: int, what: str = "held-out images", rows: int = 0) -> Iterator[LaneBatch]:
+        """This worker's slice of the held-out rows. Kept on the device where the training set is. ``what`` is told of
+        them; ``rows``: so many will do."""
+        batches = self._held_out_batches(batch_size)
+        return told_batches(batches, self.data.val, self.context.world_size, what, rows=rows)
 
     def _held_out_batches(self, batch_size: int) -> Iterator[LaneBatch]:
         if batch_size in self._held_out:

@@ -307,8 +307,9 @@ def evaluate_together(
         readable = {student: student.distiller for student in values if student.distiller.loss.plan}
         if inputs.teacher is not None and readable and train.information_rows:
             # In batches of a lane, so that held-out nats have the ceiling of those in training.
-            lanes = inputs.held_out(train.lane_batch)
-            read = read_information(readable, inputs.teacher, lanes, inputs.normalize, train.information_rows, failed)
+            rows = train.information_rows
+            lanes = inputs.held_out(train.lane_batch, "mutual information on held-out images", rows)
+            read = read_information(readable, inputs.teacher, lanes, inputs.normalize, rows, failed)
             for student, information in read.items():
                 values[student] |= information
     return {student: found for student, found in values.items() if student not in (failed or {})}

@@ -41,10 +41,12 @@ class Accuracy(NamedTuple):
 
 
 def told_batches(
-    batches: Iterable[LaneBatch], source: Source, world_size: int, what: str = "held-out images", said: bool = False
+    batches: Iterable[LaneBatch], source: Source, world_size: int, what: str, said: bool = False, rows: int = 0
 ) -> Iterator[LaneBatch]:
-    """The batches of one rank, told on the console as a part of all. ``said``: also that they begin."""
-    return console.counted(batches, lambda batch: world_size * len(batch), what, source.num_rows, said)
+    """The batches of one rank, told on the console as a part of all. ``said``: also that they begin. ``rows``: as many
+    of each rank are asked for; 0: all."""
+    total = min(source.num_rows, world_size * rows or source.num_rows)
+    return console.counted(batches, lambda batch: world_size * len(batch), what, total, said)
 
 
 def held_out_name(data: DataConfig) -> str:
