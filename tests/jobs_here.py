@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,27 @@ class Job:
         """SIGKILL it and every process that it started."""
         kill(tree(self.process.pid))
         self.process.wait()
+
+
+@contextmanager
+def meanwhile(condition: Callable[[], Any], action: Callable[[], Any]) -> Iterator[threading.Event]:
+    """Do it once, in a thread, when the condition holds during the with-block; the event says that it was done."""
+    over, done = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            if condition():
+                done.set()
+                action()
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield done
+    finally:
+        over.set()
+        thread.join()
 
 
 def run_and_kill(arguments: list[str], when: Callable[[], bool], log: Path) -> None:

@@ -33,10 +33,10 @@ def store(bucket: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Ite
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The store is a socket that accepts, and neither reads nor answers."""
-    monkeypatch.setattr(remote, "ANSWER_SECONDS", 0.4)
-    monkeypatch.setattr(remote, "UPLOAD_SECONDS", 0.8)
+    monkeypatch.setattr(remote, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(remote, "UPLOAD_SECONDS", 0.4)
     monkeypatch.setattr(remote, "SLOWEST_UPLOAD", 1e8)
-    monkeypatch.setattr(attempts, "FIRST_SECONDS", 0.5)
+    monkeypatch.setattr(attempts, "FIRST_SECONDS", 0.25)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     with socket.create_server(("127.0.0.1", 0)) as listening:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from tiny_run import tiny_config
 
 from mimkd_ray import storage
-from mimkd_ray.cli import cache_teacher, common
+from mimkd_ray.cli import cache_teacher, common, search
 from mimkd_ray.cli.doctor import doctor
 from mimkd_ray.cli.training import absolute, run, run_directory
 from mimkd_ray.config import Config, DoctorConfig, PrepareConfig, RunConfig
@@ -21,6 +20,8 @@ from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.data.prepare.make_shards import prepare
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import check_name, place
+from mimkd_ray.recipes import IMAGENET_RECIPES
+from mimkd_ray.search.spaces import SPACES
 
 ODD = "my runs #1 %41 50% é 数据 [a]*?"
 """A folder's name as people have them."""
@@ -156,20 +157,21 @@ def test_names_that_people_use_are_fine(name: str) -> None:
     assert run_directory(Config(run=RunConfig(root="/runs", name=name))) == f"/runs/{name}"
 
 
-def test_a_bad_name_on_the_command_line_is_one_line_and_writes_nothing(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[1]
+def test_a_bad_name_on_the_command_line_is_one_line_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train, find = partial(common.main, IMAGENET_RECIPES, "demo"), partial(search.main, IMAGENET_RECIPES, SPACES)
     value = {**to_dict(Config()), "recipe": "../../x"}
     (tmp_path / "c.json").write_text(json.dumps(value))
     for job, flags in (
-        ("imagenet", ["demo", "--run.name", ".."]),
-        ("search", ["demo", "--run.name", "a\nb", "--run.overwrite", "true"]),
-        ("imagenet", ["demo", "--config", str(tmp_path / "c.json")]),
+        (train, ["demo", "--run.name", ".."]),
+        (find, ["demo", "--run.name", "a\nb", "--run.overwrite", "true"]),
+        (train, ["demo", "--config", str(tmp_path / "c.json")]),
     ):
-        command = [sys.executable, str(root / "jobs" / f"{job}.py"), *flags, "--run.root", str(tmp_path / "runs" / "x")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-        assert done.returncode == 2, done.stderr
-        assert done.stderr.count("\n") == 1
-        assert "it becomes the name of one folder" in done.stderr
+        assert job([*flags, "--run.root", str(tmp_path / "runs" / "x")]) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert "it becomes the name of one folder" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json"]
 
 

@@ -7,15 +7,12 @@ import os
 import re
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from jobs_here import CHANCE, ROOT, Job, kill, processes
+from jobs_here import CHANCE, ROOT, Job, kill, meanwhile, processes
 from some_trials import read_trials
 
 from mimkd_ray.cli.search import main
@@ -54,27 +51,6 @@ def ended(root: Path) -> list[dict[str, Any]]:
 def trial_processes(root: int) -> list[int]:
     """Processes below ``root`` in which Ray Tune trains."""
     return processes(root, "ImplicitFunc")
-
-
-@contextmanager
-def meanwhile(condition: Callable[[], Any], action: Callable[[], Any]) -> Iterator[threading.Event]:
-    """Do it once, in a thread, when the condition holds during the with-block; the event says that it was done."""
-    over, done = threading.Event(), threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.01):
-            if condition():
-                done.set()
-                action()
-                return
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield done
-    finally:
-        over.set()
-        thread.join()
 
 
 def test_killed_trials_and_a_killed_search(joined: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

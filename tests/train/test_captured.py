@@ -92,17 +92,29 @@ def test_a_lone_student_draws_what_a_plain_one_draws(
     assert lines(tmp_path / "captured/0") == lines(tmp_path / "plain/0")
 
 
-@pytest.mark.parametrize("lanes", [1, 4])
-@pytest.mark.parametrize(("first", "second"), [("captured", "plain"), ("plain", "captured"), ("captured", "captured")])
-def test_any_engine_goes_on_from_any_checkpoint(
-    tmp_path: Path, lanes: int, first: str, second: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sections: dict[str, Any] = {
+def over_checkpoints(lanes: int) -> dict[str, Any]:
+    """Sections of a run with a checkpoint at every step."""
+    return {
         "train": {"lanes": lanes, "lane_batch": 20 // lanes, "epochs": 4, "ema_decay": 0.9},
         "run": {"checkpoint_steps": 1},
         "optim": {"name": "adamw", "lr": 0.002},
     }
-    run_tiny(tmp_path / "whole", **sections)
+
+
+@pytest.fixture(scope="module", params=[1, 4])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """A number of lanes, and the undisturbed run of it in plain steps."""
+    root = tmp_path_factory.mktemp("whole")
+    run_tiny(root, **over_checkpoints(request.param))
+    return request.param, root
+
+
+@pytest.mark.parametrize(("first", "second"), [("captured", "plain"), ("plain", "captured"), ("captured", "captured")])
+def test_any_engine_goes_on_from_any_checkpoint(
+    tmp_path: Path, whole: tuple[int, Path], first: str, second: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lanes, undisturbed = whole
+    sections = over_checkpoints(lanes)
     real = Student.schedule
 
     def dies(self: Student, step: int) -> None:
@@ -117,7 +129,7 @@ def test_any_engine_goes_on_from_any_checkpoint(
     wait_for_checkpoints()
     run_tiny(tmp_path / "halves", **sections | {"train": sections["train"] | {"engine": second}})
     assert json.loads((tmp_path / "halves/result.json").read_text())["resumed_from"] >= 6
-    same_weights(tmp_path / "halves/student.safetensors", tmp_path / "whole/student.safetensors")
+    same_weights(tmp_path / "halves/student.safetensors", undisturbed / "student.safetensors")
 
 
 def test_a_member_that_leaves_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

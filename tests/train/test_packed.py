@@ -193,7 +193,15 @@ def quick(**sections: dict[str, Any]) -> list[Config]:
     ]
 
 
-def test_the_judge_hears_every_evaluation_and_stops_members(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The lone twins of `quick`."""
+    root = tmp_path_factory.mktemp("twins")
+    alone(quick(run={"log_samples": True}), root)
+    return root
+
+
+def test_the_judge_hears_every_evaluation_and_stops_members(tmp_path: Path, twins: Path) -> None:
     configs = quick()
     heard: list[tuple[int, dict[int, Mapping[str, Any]]]] = []
 
@@ -217,10 +225,9 @@ def test_the_judge_hears_every_evaluation_and_stops_members(tmp_path: Path) -> N
     assert [type(outcome) for outcome in outcomes] == [Finished, Stopped, Finished]
     assert outcomes[1] == Stopped(2)
     assert json.loads((tmp_path / "pack/1/stopped.json").read_text()) == {"epoch": 2, "step": 12}
-    alone(configs, tmp_path / "alone")
     for number in (0, 2):
-        same(tmp_path / "pack" / str(number), tmp_path / "alone" / str(number))
-    told = [line for line in lines(tmp_path / "alone" / "1") if line["step"] <= 12]
+        same(tmp_path / "pack" / str(number), twins / str(number))
+    told = [line for line in lines(twins / "1") if line["step"] <= 12]
     assert lines(tmp_path / "pack" / "1") == told
     assert pack(configs, tmp_path / "pack", pytest.fail) == outcomes, "nothing is trained again"
 
@@ -263,7 +270,7 @@ def lose(folder: Path, *steps: int) -> None:
 
 @pytest.mark.parametrize(("lost", "start"), [((), 12), ((12,), 6), ((6, 12), 0)])
 def test_a_killed_pack_goes_on_from_what_all_members_have(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: tuple[int, ...], start: int
+    tmp_path: Path, twins: Path, monkeypatch: pytest.MonkeyPatch, lost: tuple[int, ...], start: int
 ) -> None:
     configs = quick(run={"checkpoint_steps": 6, "log_samples": True})
     killed_at(monkeypatch, 15, configs, tmp_path / "cut")
@@ -273,12 +280,11 @@ def test_a_killed_pack_goes_on_from_what_all_members_have(
     for number in range(3):
         assert max(steps_of(tmp_path / "cut" / str(number)), default=0) == start, "what cannot be used is removed"
     outcomes = pack(configs, tmp_path / "cut")
-    alone(configs, tmp_path / "alone")
     for number, outcome in enumerate(outcomes):
         assert isinstance(outcome, Finished)
         assert outcome.result["resumed_from"] == start
-        same(tmp_path / "cut" / str(number), tmp_path / "alone" / str(number))
-        ours, theirs = ((tmp_path / where / str(number) / "samples.jsonl").read_bytes() for where in ("cut", "alone"))
+        same(tmp_path / "cut" / str(number), twins / str(number))
+        ours, theirs = ((root / str(number) / "samples.jsonl").read_bytes() for root in (tmp_path / "cut", twins))
         assert ours == theirs
 
 
@@ -368,7 +374,7 @@ def test_a_member_whose_loss_is_no_number_leaves_and_the_others_go_on(tmp_path: 
         same(tmp_path / "pack" / str(ours), tmp_path / "alone" / str(theirs))
 
 
-def test_a_member_with_wrong_taps_or_no_student_is_the_only_one_that_fails(tmp_path: Path) -> None:
+def test_a_member_with_wrong_taps_or_no_student_is_the_only_one_that_fails(tmp_path: Path, twins: Path) -> None:
     configs = quick()
     configs[0] = replace(configs[0], loss=replace(configs[0].loss, feature_pairs=("stage3:nowhere",)))
     configs[2] = replace(configs[2], student=replace(configs[2].student, name="cifar/nothing"))
@@ -380,8 +386,7 @@ def test_a_member_with_wrong_taps_or_no_student_is_the_only_one_that_fails(tmp_p
         assert isinstance(outcome, Failed)
         assert isinstance(outcome.error, UserError)
         assert message in str(outcome.error)
-    alone(configs[1:2], tmp_path / "alone")
-    same(tmp_path / "pack" / "1", tmp_path / "alone" / "0")
+    same(tmp_path / "pack" / "1", twins / "1")
 
 
 def test_one_that_failed_is_not_trained_again_and_if_all_fail_the_pack_ends(

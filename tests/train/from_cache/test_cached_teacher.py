@@ -48,8 +48,7 @@ CODECS = {
 """Codecs, and the relative errors that they allow of features (and loss), and of the gradient."""
 
 
-@pytest.mark.parametrize("pipeline", ["digits", "none"])
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize(("name", "pipeline"), [*((name, "digits") for name in CODECS), ("uint8", "none")])
 def test_cached_is_live_up_to_rounding(tmp_path: Path, name: str, pipeline: str) -> None:
     """The same samples and views; features, first loss and first gradient as near as the codec rounds."""
     codecs, tolerance, of_gradient = CODECS[name]
