@@ -3,9 +3,11 @@ processes. It puts this folder on the path, for the helpers in it."""
 
 from __future__ import annotations
 
+import functools
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -18,17 +20,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 hypothesis.settings.register_profile("shared cores", deadline=None)  # an example may wait for other processes
 hypothesis.settings.load_profile("shared cores")
 
-WITH_RAY = ("one_ray", "on_ray", "cli")
-"""Folders of tests that start a Ray."""
+
+@functools.cache
+def starts_ray(file: Path) -> bool:
+    """Return whether a file of tests starts a Ray: it marks those tests so."""
+    return "mark.ray" in file.read_text()
 
 
 class Dealer(LoadScopeScheduling):
-    """Deals whole files, as their fixtures are dear. Those that start a Ray (WITH_RAY) go to one process: two
-    Rays would starve each other."""
+    """Deals whole files, as their fixtures are dear. Those that start a Ray go to one process: two Rays would starve
+    each other. It waits more than it computes, and so there is a process more than cores (Makefile)."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "ray" if file.split("/")[-2] in WITH_RAY else file
+        return "ray" if starts_ray(self.config.rootpath / file) else file
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -40,7 +45,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Dealer:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Under pytest-xdist the files that start a Ray begin first, because they take longest."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: item.path.parent.name not in WITH_RAY)
+        items.sort(key=lambda item: not starts_ray(item.path))
 
 
 @pytest.fixture(scope="session")
