@@ -18,11 +18,11 @@ from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.errors import UserError, count
 from mimkd_ray.on_ray.nodes import environment
 from mimkd_ray.run_lock import check_free, held
-from mimkd_ray.search.configs import TrialConfigs, begun_as, claim, search_digest, trial_config
+from mimkd_ray.search.configs import TrialConfigs, claim, search_digest, trial_config
 from mimkd_ray.search.finals import Finals
 from mimkd_ray.search.optuna_study import combinations
 from mimkd_ray.search.results import Clock, closing, write_report
-from mimkd_ray.search.suggest import Space, find_spaces
+from mimkd_ray.search.suggest import Grid, Space, find_spaces
 from mimkd_ray.search.table import Table
 from mimkd_ray.train.records import run_files
 from mimkd_ray.train.records.loggers import require_loggers
@@ -66,15 +66,14 @@ def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
     if job.run.overwrite:
         run_files.overwrite(folder)
     configs = TrialConfigs(trial_config(job, job.search), found)
-    begun_as(job, folder)
-    if job.search.algorithm == "grid":
-        combinations(job.search, configs)
+    claim(job, folder, write=False)
+    grid = combinations(job.search, configs) if job.search.algorithm == "grid" else None
     with console.phase("checking data, networks and places"):
         preflight(configs.widest())
     with held(folder), console.phase(f"search of {job.search.algorithm}", said=False):
         claim(job, folder)
         console.line(opening(job, configs, Table(folder, job.search.metric)))
-        run(job, folder, configs)
+        run(job, folder, configs, grid)
     table = Table(folder, job.search.metric)
     if not table.ranked():
         failed = [f"trial {trial.number}: {trial.reason}" for trial in table.trials() if trial.reason]
@@ -97,8 +96,8 @@ def opening(job: SearchJob, configs: TrialConfigs, table: Table) -> str:
     )
 
 
-def run(job: SearchJob, folder: str, configs: TrialConfigs) -> None:
-    """Run the trials and the finals that are not over yet."""
+def run(job: SearchJob, folder: str, configs: TrialConfigs, grid: Grid | None) -> None:
+    """Run the trials and the finals that are not over yet. ``grid``: the combinations of one."""
     finals = Finals(job, Table(folder, job.search.metric))
     if Clock(folder).finished == finals.name and not (job.search.hours or job.search.gpu_hours):
         return
@@ -115,7 +114,7 @@ def run(job: SearchJob, folder: str, configs: TrialConfigs) -> None:
         with tune_search.while_nodes_last(job, shape, own):
             with console.phase("preparing what all trials share"):
                 tune_search.prepare_on_ray(configs.widest(), folder, shape)
-            tune_search.run_trials(job, folder, configs, shape, own)
+            tune_search.run_trials(job, folder, configs, grid, shape, own)
             table = Table(folder, job.search.metric)
             finals = Finals(job, table)
             if finals.runs:

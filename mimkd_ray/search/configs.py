@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import reduce
 from operator import getitem
@@ -17,7 +17,7 @@ from mimkd_ray.config.form.json_form import dotted, from_dict, to_dict
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.json_files import read_json
-from mimkd_ray.search.suggest import Given, Space, compose
+from mimkd_ray.search.suggest import Given, Space, Suggest, compose
 from mimkd_ray.search.tap_candidates import find_candidates, widest
 from mimkd_ray.search.trials import Value
 from mimkd_ray.train.networks.teacher_head import teacher_head
@@ -50,10 +50,13 @@ class TrialConfigs:
         self.candidates = find_candidates(base, data.num_classes, teacher_head(base, data).count)
         self.spaces = tuple(spaces)
 
-    @property
-    def build(self) -> Callable[..., Config]:
-        """The function that asks for a trial's values."""
-        return compose(self.spaces, self.base, self.candidates)
+    def build(self, trial: Suggest) -> Config:
+        """Ask for every value of a trial, and return its config."""
+        return compose(self.spaces, self.base, self.candidates)(trial)
+
+    def ask(self, trial: Suggest) -> None:
+        """Ask for every value of a trial: the define-by-run function that Ray Tune's OptunaSearch takes."""
+        self.build(trial)
 
     def widest(self) -> Config:
         """Return a config that reads everything of the teacher that any trial may read."""
@@ -139,17 +142,15 @@ def _with_changes(target: Mapping[str, Any], shared: Mapping[str, Any], chosen: 
     return changed
 
 
-def begun_as(job: SearchJob, folder: str) -> None:
-    """Raise UserError for a folder that was begun with another search."""
-    old = read_json(storage.join(folder, "config.json"), ("search",), DAMAGED_CONFIG)
+def claim(job: SearchJob, folder: str, write: bool = True) -> None:
+    """Write the search's config.json; without ``write`` only look. Raises UserError for a folder that was begun with
+    another search."""
+    url = storage.join(folder, "config.json")
+    old = read_json(url, ("search",), DAMAGED_CONFIG)
     if old is not None:
         refuse_changes(folder, differences(_lasting(old), _lasting(to_dict(job))))
-
-
-def claim(job: SearchJob, folder: str) -> None:
-    """Write the search's config.json, once everything is checked. Raises UserError as `begun_as` does."""
-    begun_as(job, folder)
-    write_json(storage.join(folder, "config.json"), to_dict(job))
+    if write:
+        write_json(url, to_dict(job))
 
 
 def _lasting(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,14 +55,17 @@ class Finals:
             trial, seed = self.runs[number]
             if "failed" not in figures and math.isfinite(getattr(point_of(figures), self.metric)):
                 found.setdefault(trial, {})[seed] = {name: figures[name] for name in ("top1", "top5", "cross_entropy")}
-        whole = {trial: seeds for trial, seeds in found.items() if len(seeds) == self.seeds}
-        means = {trial: statistics.fmean(each[self.metric] for each in whole[trial].values()) for trial in whole}
-        order = sorted(whole, key=lambda trial: means[trial], reverse=direction(self.metric) == "maximize")
-        lines = [{"trial": trial, "mean": means[trial], "seeds": whole[trial]} for trial in order]
+        means = {
+            trial: statistics.fmean(each[self.metric] for each in seeds.values())
+            for trial, seeds in found.items()
+            if len(seeds) == self.seeds
+        }
+        order = sorted(means, key=lambda trial: means[trial], reverse=direction(self.metric) == "maximize")
+        lines = [{"trial": trial, "mean": means[trial], "seeds": found[trial]} for trial in order]
         if order:
             write_json(storage.join(folder, FINALS), {"metric": self.metric, "name": self.name, "finals": lines})
             write_json(storage.join(folder, "best.json"), final_config(job, self.chosen[order[0]].config))
         return [
-            Final(trial=trial, seeds=tuple(whole[trial]), top1=tuple(each["top1"] for each in whole[trial].values()))
+            Final(trial=trial, seeds=tuple(found[trial]), top1=tuple(each["top1"] for each in found[trial].values()))
             for trial in order
         ]

@@ -8,7 +8,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,8 +39,6 @@ from mimkd_ray.train.worker import obtain_teacher
 Tell = Callable[[Mapping[str, Any]], None]
 """Callback for the figures of an evaluation. It may end the trial by an exception that is none of a trial's own."""
 
-Ending = Literal["out of memory", "non-finite", "error"]
-
 REASON = 2000
 """Characters of an error that are kept: the error of a non-finite loss names 64 images before the remedy."""
 
@@ -54,11 +52,7 @@ class TrialContext:
     def __init__(self, device: torch.device, tell: Tell) -> None:
         self.times = StartTimes()
         self.times.mark("asked")
-        self.device, self.launch_id, self._tell = device, uuid.uuid4().hex, tell
-
-    def report(self, metrics: Mapping[str, Any]) -> None:
-        """Report an evaluation; its data is already committed."""
-        self._tell(metrics)
+        self.device, self.launch_id, self.report = device, uuid.uuid4().hex, tell
 
     def stop_requested(self) -> bool:
         """Return False: a trial ends in a report, or with its process."""
@@ -204,7 +198,7 @@ def failure(epoch: int) -> dict[str, Any]:
     return {"epoch": epoch, "step": 0, "top1": 0.0, "top5": 0.0, "cross_entropy": float("inf")}
 
 
-def explain(error: BaseException) -> tuple[Ending, str]:
+def explain(error: BaseException) -> tuple[str, str]:
     """Return the kind and reason of a trial that failed."""
     text = " ".join(scrubbed(str(error)).split())[:REASON]
     if isinstance(error, NonFiniteLossError):

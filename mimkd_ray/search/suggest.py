@@ -21,6 +21,9 @@ from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.search.trials import Value
 
+Grid = list[dict[str, Value]]
+"""Every combination of a grid, listed."""
+
 V = TypeVar("V", bound=Value)
 
 
@@ -131,7 +134,7 @@ class _Path:
         return self.suggest_categorical(name, grid_values(low, high, self.points, log))
 
 
-def grid(build: Callable[[Suggest], Config], points: int) -> Iterator[dict[str, Value]]:
+def every_answer(build: Callable[[Suggest], Config], points: int) -> Iterator[dict[str, Value]]:
     """Yield every combination of answers, including conditional ones: the last value changes fastest."""
     path: list[int] = []
     while True:

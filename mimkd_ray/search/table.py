@@ -47,15 +47,10 @@ class Table:
 
     def begin(self, name: str, made: Made | None, params: Mapping[str, Any]) -> Trial:
         """Note that a trial has begun, or goes on, and return it. ``made`` is None where there is no such config."""
-        known = self.rows.get(name)
-        number = known.number if known else 1 + max((row.number for row in self.rows.values()), default=-1)
-        trial = known or Trial(number=number, state="running", params={})
-        config = to_dict(made.config) if made else {}
-        self._put(
-            name,
-            replace(trial, state="running", kind="", reason="", params=made.params if made else params, config=config),
-        )
-        return self.rows[name]
+        number = 1 + max((row.number for row in self.rows.values()), default=-1)
+        trial = self.rows.get(name) or Trial(number=number, state="running", params={})
+        own = {"params": made.params, "config": to_dict(made.config)} if made else {"params": params, "config": {}}
+        return self._put(name, replace(trial, state="running", kind="", reason="", **own))
 
     def heard(self, name: str, figures: Mapping[str, Any]) -> None:
         """Note an evaluation."""
@@ -71,10 +66,11 @@ class Table:
             state, kind, reason = "failed", "non-finite", f"no finite {self.metric}"
         self._put(name, replace(trial, state=state, kind=kind, reason=reason, seconds=max(seconds, trial.seconds)))
 
-    def _put(self, name: str, trial: Trial) -> None:
+    def _put(self, name: str, trial: Trial) -> Trial:
         """Write a trial at once: Ray Tune may know of this evaluation after a kill, and does not tell of it again."""
         self.rows[name] = trial
         write_json(self._url(trial.number), {"id": name, **asdict(trial)})
+        return trial
 
     def _url(self, number: int) -> str:
         return storage.join(self.folder, "trials", f"{number:04d}.json")
@@ -103,10 +99,12 @@ def _read(url: str) -> tuple[str, Trial] | None:
     try:
         if value["state"] not in STATES:
             raise ValueError(value["state"])
-        points = tuple(Point(**{**point, "cross_entropy": _number(point["cross_entropy"])}) for point in curve)
-        return name, Trial(**value, curve=points, schedule=_schedule(lived))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedDataError(f"{url} is damaged ({error!r}): {DAMAGED}") from error
+        for point in curve:
+            point["cross_entropy"] = _number(point["cross_entropy"])
+            point.pop("seconds", None)  # which earlier versions wrote
+        return name, Trial(**value, curve=tuple(Point(**point) for point in curve), schedule=_schedule(lived))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedDataError(f"{url} is damaged, or of another version ({error!r}): {DAMAGED}") from error
 
 
 def _schedule(read: Iterable[Any]) -> tuple[tuple[int, dict[str, Any]], ...]:

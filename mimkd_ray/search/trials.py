@@ -146,17 +146,21 @@ def to_table(trials: Sequence[Trial], metric: str) -> Any:
     import pyarrow as pa
 
     point = pa.struct([(f.name, "int64" if f.type == "int" else "float64") for f in dataclasses.fields(Point)])
-    columns = [
-        *(_column(name, kind, [getattr(trial, name) for trial in trials]) for name, kind in SCALARS.items()),
-        *(_param_column(name, [trial.params.get(name) for trial in trials]) for name in param_names(trials)),
-        _column("config", "string", [json.dumps(jsonable(trial.config), allow_nan=False) for trial in trials]),
-        _column("curve", pa.list_(point), [[dataclasses.asdict(p) for p in trial.curve] for trial in trials]),
-        _column("schedule", "string", [json.dumps(trial.schedule) for trial in trials]),
+    rows = [
+        {
+            **vars(trial),
+            "config": json.dumps(jsonable(trial.config), allow_nan=False),
+            "curve": [vars(point) for point in trial.curve],
+            "schedule": json.dumps(trial.schedule),
+        }
+        for trial in trials
     ]
-    schema = pa.schema(
-        [field for field, _ in columns], metadata={"metric": metric, "direction": direction(metric), "version": "1"}
-    )
-    return pa.table([values for _, values in columns], schema=schema)
+    columns = [*SCALARS.items(), ("config", "string"), ("curve", pa.list_(point)), ("schedule", "string")]
+    metadata = {"metric": metric, "direction": direction(metric), "version": "1"}
+    table = pa.Table.from_pylist(rows, pa.schema(columns, metadata=metadata))
+    for at, name in enumerate(param_names(trials), len(SCALARS)):
+        table = table.add_column(at, *_param_column(name, [trial.params.get(name) for trial in trials]))
+    return table
 
 
 def write_trials(url: str, trials: Sequence[Trial], metric: str) -> None:
@@ -172,14 +176,6 @@ def write_trials(url: str, trials: Sequence[Trial], metric: str) -> None:
 def param_names(trials: Sequence[Trial]) -> list[str]:
     """Return every parameter that a trial had, in the order of first use."""
     return list(dict.fromkeys(name for trial in trials for name in trial.params))
-
-
-def _column(name: str, kind: Any, values: list[Any]) -> tuple[Any, Any]:
-    """Return the field and its values."""
-    import pyarrow as pa
-
-    field = pa.field(name, kind)
-    return field, pa.array(values, field.type)
 
 
 def _param_column(name: str, values: list[Value | None]) -> tuple[Any, Any]:

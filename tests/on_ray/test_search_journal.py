@@ -23,25 +23,23 @@ def journal_of(folder: Path, job: SearchJob) -> Any:
     from mimkd_ray.on_ray.search.search_journal import Journal
 
     claim(job, str(folder / "s"))
-    return Journal(job, str(folder / "s"), tiny_configs(folder), 2.0)
+    return Journal(job, str(folder / "s"), tiny_configs(folder), 2.0, 3)
 
 
 def test_gpu_hours_count_after_a_restore(tmp_path: Path) -> None:
     """Tune pickles the budget apart from the callbacks, and tells it results only."""
-    from mimkd_ray.on_ray.search.search_journal import Budget
-
     journal = journal_of(tmp_path, tiny_job(tmp_path, gpu_hours=2.0))
-    before, trial = Budget(journal), SimpleNamespace(trial_id="x", config=VALUES)
+    trial = SimpleNamespace(trial_id="x", config=VALUES)
     journal.on_trial_start(0, [trial], trial)
     result = {**figures(1, 50.0), "time_total_s": 1800.0}
-    assert not before("x", result)
+    assert not journal("x", result)
     journal.on_trial_result(0, [trial], trial, result)
-    assert not before.stop_all(), "two GPUs for half an hour are one of two GPU hours"
-    again = pickle.loads(pickle.dumps(before))  # noqa: S301
+    assert not journal.stop_all(), "two GPUs for half an hour are one of two GPU hours"
+    again = pickle.loads(pickle.dumps(journal))  # noqa: S301
     assert not again.stop_all()
     again("y", {"time_total_s": 1900.0})
     assert again.stop_all()
-    assert again.journal.over_budget() == "the budget is used up: 2.06 of 2 gpu_hours"
+    assert again.over_budget() == "the budget is used up: 2.06 of 2 gpu_hours"
 
 
 @pytest.mark.parametrize(("changes", "concurrent"), [({}, 3), ({"pack": 2}, 3), ({"scheduler": "pbt"}, None)])
@@ -57,7 +55,7 @@ def test_as_many_trials_or_packs_at_a_time_as_told(
     monkeypatch.setattr(tune_search, "experiment", experiment)
     job, shape = tiny_job(tmp_path, **changes), tune_search.Shape(1, 1.0, 0.0, 3)
     with pytest.raises(KeyboardInterrupt):
-        tune_search.run_trials(job, str(tmp_path / "s"), tiny_configs(tmp_path), shape, True)
+        tune_search.run_trials(job, str(tmp_path / "s"), tiny_configs(tmp_path), None, shape, True)
 
 
 @pytest.mark.parametrize(("epochs", "whole"), [((2, 2), True), ((2, 1), False), ((2,), False)])

@@ -89,7 +89,7 @@ def test_damage_in_a_search(tmp_path: Path) -> None:
     whole = file.read_text()
     for text, problem in (
         ('{"number": 1}', r"0001\.json .* has no 'id'; remove it, and the table goes on"),
-        (whole.replace('"running"', '"gone"'), r"0001\.json is damaged .*'gone'.*: remove it"),
+        (whole.replace('"running"', '"gone"'), r"0001\.json is damaged, or of another version .*'gone'.*: remove it"),
         (whole.replace('"curve": []', '"curve": [{"top1": 1}]'), r"0001\.json is damaged"),
     ):
         file.write_text(text)

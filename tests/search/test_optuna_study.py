@@ -16,7 +16,7 @@ from tiny_search import tiny_configs
 from mimkd_ray.config import Config, SearchConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.configs import TrialConfigs
-from mimkd_ray.search.optuna_study import DefineByRun, combinations, draw_pack, halving, has_rung, sampler
+from mimkd_ray.search.optuna_study import combinations, draw_pack, halving, has_rung, sampler
 from mimkd_ray.search.suggest import Candidates, Suggest
 from mimkd_ray.search.trials import Trial
 from mimkd_ray.seeds import SEEDS
@@ -48,7 +48,7 @@ def searched(folder: Path, space: Any) -> TrialConfigs:
 
 def test_what_optuna_is_asked_for_is_what_a_trial_takes(tmp_path: Path) -> None:
     configs = searched(tmp_path, branches)
-    ask = pickle.loads(pickle.dumps(DefineByRun(configs)))  # noqa: S301
+    ask = pickle.loads(pickle.dumps(configs.ask))  # noqa: S301
     study = optuna.create_study(sampler=sampler(config(algorithm="random")))
     kinds = set()
     for _ in range(8):
@@ -73,9 +73,9 @@ def test_a_grid_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for each in found:
         study.enqueue_trial(each)
         trial = study.ask()
-        DefineByRun(configs, own.points)(trial)
+        configs.ask(trial)
         assert trial.params == each
-    packs = [draw_pack(replace(own, trials=5, pack=2), configs, pack, []) for pack in range(3)]
+    packs = [draw_pack(replace(own, pack=2), configs, pack, [], found[:5]) for pack in range(3)]
     assert packs == [found[:2], found[2:4], found[4:5]]
 
 

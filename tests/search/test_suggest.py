@@ -18,7 +18,7 @@ from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.spaces import SPACES
-from mimkd_ray.search.suggest import Candidates, Suggest, compose, find_spaces, grid, grid_values
+from mimkd_ray.search.suggest import Candidates, Suggest, compose, every_answer, find_spaces, grid_values
 from mimkd_ray.search.tap_candidates import Range, _Draw, find_candidates, flat_space, near_pairs, widest
 from mimkd_ray.taps.default_stages import Stages
 from mimkd_ray.train.networks.build import plan_taps
@@ -33,7 +33,7 @@ def test_a_grid_is_the_product_of_its_choices() -> None:
         trial.suggest_float("c", 1.0, 100.0, log=True)
         return Config()
 
-    found = [tuple(params.values()) for params in grid(build, 3)]
+    found = [tuple(params.values()) for params in every_answer(build, 3)]
     assert found == list(itertools.product((1, 2, 3), ("x", "y"), (1.0, pytest.approx(10.0), 100.0)))
 
 
@@ -47,7 +47,7 @@ def test_a_grid_follows_conditions() -> None:
             trial.suggest_categorical("kind", ("p", "q"))  # asked again: the same answer, and no new branch
         return Config()
 
-    assert list(grid(build, 2)) == [
+    assert list(every_answer(build, 2)) == [
         {"on": True, "kind": "p"},
         {"on": True, "kind": "q", "deep": 1},
         {"on": True, "kind": "q", "deep": 2},

@@ -35,6 +35,9 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     again = Table(str(tmp_path / "s"), "top1")
     assert again.rows == table.rows
     assert [trial.number for trial in again.ranked()] == [1, 2, 0]
+    file = tmp_path / "s" / "trials" / "0000.json"
+    file.write_text(file.read_text().replace('"epoch"', '"seconds": 0.5, "epoch"'))
+    assert Table(str(tmp_path / "s"), "top1").rows == table.rows, "of a version whose evaluations had a duration"
     job = tiny_job(tmp_path)
     again.publish(job)
     trials, metric = read_trials(str(tmp_path / "s" / "trials.parquet"))

@@ -1,4 +1,4 @@
-"""The callback by which Ray Tune's trials become the rows of a search's table, and its budget as a stopper."""
+"""The callback by which Ray Tune's trials become the rows of a search's table; it is the search's stopper too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from mimkd_ray.config import SearchJob
 from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
-from mimkd_ray.on_ray.search.tune_algorithms import count_trials
 from mimkd_ray.search.configs import Made, TrialConfigs
 from mimkd_ray.search.results import Clock, ending, values, write_report
 from mimkd_ray.search.run_trials import REASON
@@ -33,15 +32,15 @@ LOW_ON_MEMORY = ("OutOfMemoryError", "low on memory")
 """Parts of Ray's message about a process that its memory monitor has killed."""
 
 
-class Journal(tune.Callback):
-    """Writes the table, the report and the terminal's lines. Tune pickles it at the start of an experiment, without
-    what it has read: a restored one reads the table anew."""
+class Journal(tune.Callback, tune.Stopper):
+    """Writes the table, the report and the terminal's lines, and ends the search when its budget is used up. Tune
+    pickles it without what it has read: a restored one reads the table anew. The restored stopper is another object
+    than the restored callback, so each hears for itself what trials take."""
 
-    def __init__(self, job: SearchJob, folder: str, configs: TrialConfigs, gpus: float) -> None:
-        """``gpus``: those of a trial."""
-        self.job, self.folder, self.configs, self.gpus = job, folder, configs, gpus
+    def __init__(self, job: SearchJob, folder: str, configs: TrialConfigs, gpus: float, total: int) -> None:
+        """``gpus``: those of a trial. ``total``: the number of trials, 0: as many as the budget allows."""
+        self.job, self.folder, self.configs, self.gpus, self._total = job, folder, configs, gpus, total
         self.seconds: dict[str, float] = {}
-        self._total = count_trials(job.search, configs)
         self._table: Table | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,8 +68,7 @@ class Journal(tune.Callback):
 
     def over_budget(self) -> str:
         """Return a message about the budget that is used up, "" if none is."""
-        if self._table is None:
-            self.open()
+        _ = self.table
         used = {"hours": self.clock.hours, "gpu_hours": sum(self.seconds.values()) * self.gpus / 3600}
         for name, hours in used.items():
             limit = getattr(self.job.search, name)
@@ -80,16 +78,24 @@ class Journal(tune.Callback):
 
     # What Tune calls
 
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Note what a trial has taken, and return False: no trial is stopped alone."""
+        self.spent(trial_id, result["time_total_s"])
+        return False
+
+    def stop_all(self) -> bool:
+        """Return whether the budget is used up."""
+        return bool(self.over_budget())
+
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Forget rows that Tune does not know, once."""
-        if not self.table.rows or self._known:
-            return
-        self._known = True
-        self.table.keep({trial.trial_id for trial in trials})
+        table = self.table
+        if not self._known:
+            self._known = True
+            table.keep({trial.trial_id for trial in trials})
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial begins or goes on, perhaps with other values."""
-        self._known = True
         if "pack" not in trial.config:
             self._begin(trial.trial_id, trial.config)
 
@@ -192,20 +198,3 @@ class Journal(tune.Callback):
         self.table.publish(self.job)
         self.clock.save()
         write_report(self.job, self.configs.base, self.table, self.clock.hours)
-
-
-class Budget(tune.Stopper):
-    """Ends a search when its hours are used up. It hears by itself what trials take: Tune pickles it apart, and after a
-    restore its journal is not the one that Tune tells of everything else."""
-
-    def __init__(self, journal: Journal) -> None:
-        self.journal = journal
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Note what the trial has taken, and return False: no trial is stopped alone."""
-        self.journal.spent(trial_id, result["time_total_s"])
-        return False
-
-    def stop_all(self) -> bool:
-        """Return whether the budget is used up."""
-        return bool(self.journal.over_budget())

@@ -15,7 +15,8 @@ from mimkd_ray.config import SearchConfig
 from mimkd_ray.config.jobs.search import POPULATION
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.configs import FieldConfigs, TrialConfigs
-from mimkd_ray.search.optuna_study import DefineByRun, combinations, sampler
+from mimkd_ray.search.optuna_study import sampler
+from mimkd_ray.search.suggest import Grid
 from mimkd_ray.search.tap_candidates import Range, flat_space
 from mimkd_ray.search.trials import direction
 from mimkd_ray.train.records.loggers import require, require_loggers
@@ -67,30 +68,22 @@ def scheduler_of(search: SearchConfig, configs: TrialConfigs | FieldConfigs) -> 
     )
 
 
-def searcher_of(search: SearchConfig, configs: TrialConfigs) -> tuple[Any, dict[str, Any] | None, int]:
+def searcher_of(
+    search: SearchConfig, configs: TrialConfigs, grid: Grid | None = None
+) -> tuple[Any, dict[str, Any] | None, int]:
     """Return the searcher (None: Ray's own draws), the flat space that it needs if it knows no conditions, and the
-    number of samples."""
-    trials = search.trials or -1
+    number of samples. ``grid``: the combinations of one."""
+    trials = len(grid) if grid else search.trials or -1
     if search.pack > 1:
-        packs = -(-count_trials(search, configs) // search.pack) if trials > 0 or search.algorithm == "grid" else 0
-        if packs:
-            return None, {"pack": tune.grid_search(list(range(packs)))}, 1
-        return None, {"pack": tune.randint(0, 2**31)}, -1
+        if trials < 0:
+            return None, {"pack": tune.randint(0, 2**31)}, -1
+        return None, {"pack": tune.grid_search(list(range(-(-trials // search.pack))))}, 1
     if search.scheduler in POPULATION:
         return None, tune_space(configs), trials
     if search.algorithm in ("tpe", "random", "grid"):
-        points = combinations(search, configs) if search.algorithm == "grid" else None
-        space = DefineByRun(configs, search.points if points else 0)
-        found = OptunaSearch(space, sampler=sampler(search), points_to_evaluate=points, **metric_of(search))
-        return found, None, len(points) if points else trials
+        found = OptunaSearch(configs.ask, sampler=sampler(search), points_to_evaluate=grid, **metric_of(search))
+        return found, None, trials
     return _named(search), tune_space(configs), trials
-
-
-def count_trials(search: SearchConfig, configs: TrialConfigs) -> int:
-    """Return the number of trials, at most as many as configured of a grid; 0: as many as the budget allows."""
-    if search.algorithm == "grid" and search.scheduler not in POPULATION:
-        return len(combinations(search, configs))
-    return search.trials
 
 
 def _named(search: SearchConfig) -> Any:

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +24,7 @@ from mimkd_ray.config.jobs.search import POPULATION, search_job
 from mimkd_ray.errors import Interrupted, UserError, count
 from mimkd_ray.on_ray.nodes.node_capacity import Capacity
 from mimkd_ray.on_ray.nodes.placement import OWN_MINUTES, LossWatch, wait_for_room
-from mimkd_ray.on_ray.search.search_journal import Budget, Journal
+from mimkd_ray.on_ray.search.search_journal import Journal
 from mimkd_ray.on_ray.search.tune_algorithms import loggers, metric_of, scheduler_of, searcher_of, tune_space
 from mimkd_ray.on_ray.search.tune_trials import (
     LargeTrial,
@@ -36,8 +35,7 @@ from mimkd_ray.on_ray.search.tune_trials import (
 )
 from mimkd_ray.search.configs import TrialConfigs, trial_config
 from mimkd_ray.search.finals import Finals
-from mimkd_ray.search.optuna_study import DefineByRun
-from mimkd_ray.search.suggest import Space
+from mimkd_ray.search.suggest import Grid, Space
 from mimkd_ray.secret_urls import Carried
 
 HEAD_SHARE = 0.001
@@ -128,7 +126,7 @@ def search(
     param_space = space if isinstance(space, dict) else None
     if isinstance(configs, TrialConfigs):
         if tune_config.search_alg is None and not isinstance(tune_config.scheduler, PopulationBasedTraining):
-            ask = OptunaSearch(DefineByRun(configs), metric=tune_config.metric, mode=tune_config.mode)
+            ask = OptunaSearch(configs.ask, metric=tune_config.metric, mode=tune_config.mode)
             tune_config = replace(tune_config, search_alg=ask)
         else:
             param_space = tune_space(configs)
@@ -168,8 +166,9 @@ def while_nodes_last(job: SearchJob, shape: Shape, own: bool) -> Iterator[None]:
         raise
 
 
-def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, shape: Shape, own: bool) -> None:
-    """Run the trials of a search to their ends, or go on with them. ``own``: this Ray was started here.
+def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, grid: Grid | None, shape: Shape, own: bool) -> None:
+    """Run the trials of a search to their ends, or go on with them. ``grid``: the combinations of one. ``own``: this
+    Ray was started here.
 
     After Ctrl-C, Tune returns as if all were done; this raises KeyboardInterrupt.
     """
@@ -178,11 +177,11 @@ def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, shape: Shape,
         parts = {"configs": configs, "folder": folder, "cpus": int(shape.cpus), "own": own, "secrets": Carried()}
         trial: Any = tune.with_parameters(LargeTrial, **parts)
     elif search.pack > 1:
-        trial = pack_trainable(search, configs, folder, shape.cpus)
+        trial = pack_trainable(search, configs, grid, folder, shape.cpus)
     else:
         trial = search_trainable(configs, folder, shape.cpus, search.scheduler in POPULATION)
-    searcher, space, samples = searcher_of(search, configs)
-    journal = Journal(job, folder, configs, shape.gpus * shape.workers)
+    searcher, space, samples = searcher_of(search, configs, grid)
+    journal = Journal(job, folder, configs, shape.gpus * shape.workers, len(grid) if grid else search.trials)
     kept = 4 if search.scheduler in POPULATION else 2  # others may still copy an older one
     found = experiment(
         folder,
@@ -203,7 +202,7 @@ def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, shape: Shape,
             failure_config=tune.FailureConfig(max_failures=search.retries),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=kept),
             callbacks=[journal, *loggers(job.run.loggers, f"mimkd-{job.recipe}")],
-            stop=Budget(journal),
+            stop=journal,
             verbose=0,
         ),
     )
@@ -242,7 +241,13 @@ def experiment(folder: str, name: str, trial: Any, space: Any, how: tune.TuneCon
         logging.getLogger(f"ray.tune.{noisy}").setLevel(logging.CRITICAL)  # how to restore, in other words than ours
     path, fs = tune_place(folder)
     if has_trials(storage.join(folder, name)):
-        tuner = tune.Tuner.restore(f"{path}/{name}", trainable=trial, storage_filesystem=fs)
+        try:
+            tuner = tune.Tuner.restore(f"{path}/{name}", trainable=trial, storage_filesystem=fs)
+        except (AttributeError, ImportError, TypeError) as error:
+            raise UserError(
+                f"{folder} was begun by another version, whose state of Ray Tune cannot be read here ({error}): go on "
+                "with that version, or begin anew with --run.overwrite true"
+            ) from error
     else:
         storage.remove_tree(storage.join(folder, name))  # a kill came before anything was saved
         run = replace(run, name=name, storage_path=path, storage_filesystem=fs)
@@ -253,13 +258,11 @@ def experiment(folder: str, name: str, trial: Any, space: Any, how: tune.TuneCon
         came.append(number)
         signal.raise_signal(signal.SIGINT)  # at which Tune ends in good order
 
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, on_sigterm) if in_main else None
+    before = signal.signal(signal.SIGTERM, on_sigterm)
     try:
         found = tuner.fit()
     finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
     if came:
         raise Interrupted(f"asked to stop: {folder} has what has ended")
     return found

@@ -27,7 +27,7 @@ from mimkd_ray.search.configs import FieldConfigs, Made, TrialConfigs, trial_con
 from mimkd_ray.search.optuna_study import draw_pack
 from mimkd_ray.search.run_trials import Tell, explain, failure, failures_told, prepare, train_members, train_trial
 from mimkd_ray.search.spaces import SPACES
-from mimkd_ray.search.suggest import Space, find_spaces
+from mimkd_ray.search.suggest import Grid, Space, find_spaces
 from mimkd_ray.search.table import Table, point_of
 from mimkd_ray.secret_urls import Carried
 from mimkd_ray.train.records.run_dir import read_metrics, write_json
@@ -87,7 +87,9 @@ def search_trainable(configs: Configs, folder: str, cpus: float, population: boo
     return trial
 
 
-def pack_trainable(search: SearchConfig, configs: TrialConfigs, folder: str, cpus: float) -> Trainable:
+def pack_trainable(
+    search: SearchConfig, configs: TrialConfigs, grid: Grid | None, folder: str, cpus: float
+) -> Trainable:
     """Return the trainable of a pack, whose number is its one hyperparameter: see search/run_trials.py."""
     secrets = Carried()
 
@@ -98,7 +100,7 @@ def pack_trainable(search: SearchConfig, configs: TrialConfigs, folder: str, cpu
             drawn = read_json(url, ("members",))
             if drawn is None:
                 known = Table(folder, search.metric).trials() if search.algorithm == "tpe" else []
-                drawn = {"members": draw_pack(search, configs, params["pack"], known)}
+                drawn = {"members": draw_pack(search, configs, params["pack"], known, grid)}
                 write_json(url, drawn)
             members = drawn["members"]
             report = reporter(run_dir)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 from mimkd_ray.console import clock
 from mimkd_ray.pages.figures import BLUE, GREY, Line, cut, lines_figure, seeds_figure
 from mimkd_ray.pages.page import Cell, Page
-from mimkd_ray.search.report.study import LABELS, LEAST_TRIALS, LOG_SPAN, MOST_LINES, Study, can_draw, quiet
-from mimkd_ray.search.trials import STATES, Final, Trial, direction, param_names, ranked, value_text
+from mimkd_ray.pages.sections import number_cell
+from mimkd_ray.search.report.study import LABELS, LEAST_TRIALS, LOG_SPAN, MOST_LINES, Study, can_draw
+from mimkd_ray.search.trials import STATES, Final, Trial, Value, direction, param_names, ranked, value_text
 
 AXIS_WIDTH = 110
 """Least distance of two axes of the parallel coordinates in CSS pixels; a narrower page scrolls them."""
@@ -40,8 +40,7 @@ def report_html(
         return page.html()
     study = Study(trials, metric)
     if study.scored:
-        with quiet():
-            _figures(page, study)
+        _figures(page, study)
     else:
         page.paragraph("No trial has a score.")
     if best_first:
@@ -126,23 +125,16 @@ def _figures(page: Page, study: Study) -> None:
 def _schedules(page: Page, study: Study) -> None:
     """What the members of a population went through."""
     members = [trial for trial in study.scored if trial.schedule]
-    names = param_names([replace(each, params=own) for each in members for _, own in each.schedule])
     figures = []
-    for name in names:
+    for name in param_names([replace(each, params=own) for each in members for _, own in each.schedule]):
         lines = []
         for trial in members:
-            spans = [
-                (since, until, value)
-                for (since, _), (until, own) in pairwise([(0, {}), *trial.schedule])
-                if not isinstance(value := own.get(name), bool | str) and can_draw(value)
-            ]
-            if spans:
-                x = [epoch for since, until, _ in spans for epoch in (since, until)]
-                y = [value for *_, value in spans for _ in range(2)]
-                style = (BLUE, "solid", True) if trial is members[0] else (GREY, "dot", False)
-                lines.append(Line(f"trial {trial.number}", x, y, *style))
-        values = [value for line in lines for value in line.y if value is not None]
-        if len(set(values)) > 1:
+            ends = [epoch for epoch, _ in trial.schedule for _ in range(2)]
+            own = [value if can_draw(value := params.get(name)) else None for _, params in trial.schedule]
+            style = (BLUE, "solid", True) if trial is members[0] else (GREY, "dot", False)
+            lines.append(Line(f"trial {trial.number}", [0, *ends[:-1]], [v for v in own for _ in range(2)], *style))
+        values = {value for line in lines for value in line.y if value is not None}
+        if len(values) > 1:
             figure = lines_figure(lines[::-1], "epoch", "")
             if min(values) > 0 and max(values) / min(values) >= LOG_SPAN:
                 figure.update_yaxes(type="log")
@@ -161,27 +153,25 @@ def _tables(page: Page, trials: Sequence[Trial], metric: str, best_first: Sequen
     page.section("trials", "All trials", "The best first. A click on a head sorts by it, a second one the other way.")
     names = param_names(trials)
     known = {trial.number for trial in best_first}
-    rows = []
-    for trial in [*best_first, *(trial for trial in trials if trial.number not in known)]:
-        rows.append(
-            [
-                Cell(str(trial.number), trial.number),
-                Cell(trial.state),
-                Cell(trial.kind),
-                Cell(_score(trial.score, metric), math.nan if trial.score is None else trial.score),
-                Cell("", math.nan) if trial.best_epoch is None else Cell(str(trial.best_epoch), trial.best_epoch),
-                Cell(f"{trial.seconds:.0f}", trial.seconds),
-                *(_parameter(trial, name) for name in names),
-                Cell(trial.reason, long=True),
-            ]
-        )
+    rows = [
+        [
+            number_cell(trial.number, "d"),
+            Cell(trial.state),
+            Cell(trial.kind),
+            Cell(_score(trial.score, metric), math.nan if trial.score is None else trial.score),
+            number_cell(trial.best_epoch, "d"),
+            number_cell(trial.seconds, ".0f"),
+            *(_parameter(trial.params.get(name)) for name in names),
+            Cell(trial.reason, long=True),
+        ]
+        for trial in [*best_first, *(trial for trial in trials if trial.number not in known)]
+    ]
     heads = ["trial", "state", "kind", LABELS[metric], "best epoch", "seconds", *(cut(n, 60) for n in names), "reason"]
     page.table(heads, rows, sortable=True)
 
 
-def _parameter(trial: Trial, name: str) -> Cell:
-    value = trial.params.get(name)
-    if value is None:
-        return Cell("")
-    text = cut(value_text(value), 80)
-    return Cell(text) if isinstance(value, bool | str) else Cell(text, value if can_draw(value) else math.nan)
+def _parameter(value: Value | None) -> Cell:
+    text = "" if value is None else cut(value_text(value), 80)
+    if value is None or isinstance(value, bool | str):
+        return Cell(text)
+    return Cell(text, value if can_draw(value) else math.nan)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 from optuna import create_study, logging
@@ -47,16 +46,17 @@ SCALE = [[0, ORANGE], [1, BLUE]]
 """Colours that can be seen on a light page and on a dark one; Optuna's run into white."""
 
 
-def can_draw(value: float | None) -> TypeGuard[float]:
-    """Return whether a number is given, finite, and of a magnitude that an axis can show."""
-    return value is not None and abs(value) <= LARGEST
+def can_draw(value: Value | None) -> TypeGuard[float]:
+    """Return whether a value is a number, finite, and of a magnitude that an axis can show."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 class Study:
     """An Optuna study with the scored trials of a search as complete ones, and the others as failed."""
 
     def __init__(self, trials: Sequence[Trial], metric: str) -> None:
-        self.metric = metric
+        logging.set_verbosity(logging.ERROR)  # not a line about each study in memory
+        self.metric, self._trials = metric, trials
         self.scored = [trial for trial in ranked(trials, metric) if can_draw(trial.score)]
         """Trials that figures show, the best first."""
         values = {name: [v for t in self.scored if (v := _value(t, name)) is not None] for name in param_names(trials)}
@@ -65,22 +65,20 @@ class Study:
         self.shared = [name for name in self.varying if len(values[name]) == len(self.scored)]
         """Those that each of them has."""
         self._spaces = {name: _distribution(values[name]) for name in self.varying}
-        self._trials = trials
-        with quiet():
-            self._study = self._with([trial.number for trial in self.scored])
+        self._study = self._with(self.scored)
 
     def history(self) -> Any:
         """Return the score by trial, and the best so far."""
         figure = plot_optimization_history(self._study, target_name=LABELS[self.metric])
         figure.update_traces(marker={"color": BLUE}, selector={"mode": "markers"})
         figure.update_traces(line={"color": RED}, selector={"mode": "lines"})
-        return self._styled(figure, 380, scores="y")
+        return self._styled(figure, 380)
 
     def slice(self, name: str) -> Any:
         """Return the score by one parameter."""
         figure = plot_slice(self._study, params=[plot_text(name)], target_name=LABELS[self.metric])
         figure.update_traces(marker={"colorscale": SCALE, "showscale": False, "line": {"width": 0}})
-        figure = self._styled(figure, 280, scores="y").update_xaxes(title={"text": ""})
+        figure = self._styled(figure, 280).update_xaxes(title={"text": ""})
         if hasattr(self._spaces[name], "choices"):
             return figure.update_xaxes(labelalias={repr(each): each for each in self._spaces[name].choices})
         values = {value for trial in self.scored if (value := _value(trial, name)) is not None}
@@ -90,7 +88,7 @@ class Study:
 
     def parallel(self) -> Any:
         """Return parallel coordinates of the parameters that all trials have."""
-        study = self._with([trial.number for trial in self.scored[:MOST_LINES]])
+        study = self._with(self.scored[:MOST_LINES])
         names = [plot_text(name) for name in self.shared]
         figure = plot_parallel_coordinate(study, params=names, target_name=LABELS[self.metric])
         figure.for_each_trace(self._recolour)
@@ -118,7 +116,7 @@ class Study:
             return None
         every = -(-len(self.scored) // MOST_WEIGHED)
         figure = plot_param_importances(
-            self._with([trial.number for trial in self.scored[::every]]),
+            self._with(self.scored[::every]),
             evaluator=FanovaImportanceEvaluator(seed=0),
             params=[plot_text(name) for name in self.shared],
             target=lambda trial: float(scores.index(trial.value)),
@@ -132,19 +130,19 @@ class Study:
         """Return the share of trials that are at most as good as a score."""
         figure = plot_edf(self._study, target_name=LABELS[self.metric])
         figure.update_traces(line={"color": BLUE}, showlegend=False)
-        return self._styled(figure, 300, scores="x")
+        return self._styled(figure, 300)
 
     def curves(self) -> Any:
         """Return the learning curves of the best trials."""
-        figure = plot_intermediate_values(self._with([trial.number for trial in self.scored[:MOST_LINES]]))
+        figure = plot_intermediate_values(self._with(self.scored[:MOST_LINES]))
         figure.update_traces(marker={"size": 4}, line={"width": 1.2})
-        figure = self._styled(figure, 380, scores="y").update_layout(showlegend=False)
+        figure = self._styled(figure, 380).update_layout(showlegend=False)
         return figure.update_xaxes(title={"text": "epoch"}).update_yaxes(title={"text": LABELS[self.metric]})
 
-    def _with(self, numbers: Sequence[int]) -> Any:
-        """Return a study in which the trials of these numbers are complete."""
+    def _with(self, complete: Sequence[Trial]) -> Any:
+        """Return a study in which these trials are complete."""
         study = create_study(study_name="trials", direction=direction(self.metric))
-        chosen = set(numbers)
+        chosen = {trial.number for trial in complete}
         for trial in self._trials:
             if trial.number not in chosen:
                 study.add_trial(create_trial(state=TrialState.FAIL))
@@ -161,22 +159,16 @@ class Study:
             )
         return study
 
-    def _styled(self, figure: Any, height: int, scores: str = "") -> Any:
-        """Return Optuna's figure without its title, of the page's height; the axis of `scores` is logarithmic where
-        cross-entropies span decades."""
-        figure.update_layout(
-            title={"text": ""}, height=height, plot_bgcolor=None, margin={"l": 8, "r": 12, "t": 8, "b": 8}
-        )
-        numbers = [trial.score for trial in self.scored if trial.score is not None]
-        if scores and self.metric != "top1" and min(numbers) > 0 and max(numbers) / min(numbers) > 30:
-            figure.update_layout({f"{scores}axis": {"type": "log"}})
-        return figure
+    def _styled(self, figure: Any, height: int) -> Any:
+        """Return Optuna's figure without its title, of the page's height."""
+        margin = {"l": 8, "r": 12, "t": 8, "b": 8}
+        return figure.update_layout(title={"text": ""}, height=height, plot_bgcolor=None, margin=margin)
 
 
 def _value(trial: Trial, name: str) -> Value | None:
     """Return a trial's value of a parameter; None if it has none, or a number that no axis can show."""
     value = trial.params.get(name)
-    return None if isinstance(value, int | float) and not can_draw(value) else value
+    return value if isinstance(value, bool | str) or can_draw(value) else None
 
 
 def _distribution(values: Sequence[Value]) -> Any:
@@ -192,14 +184,3 @@ def _distribution(values: Sequence[Value]) -> Any:
 def _as_in(space: Any, value: Value) -> Any:
     """Return a value as its distribution has it."""
     return plot_text(value_text(value)) if hasattr(space, "choices") else float(value)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence Optuna's notes about studies in memory and trials without a score, during the with-block."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
