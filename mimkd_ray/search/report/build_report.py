@@ -133,8 +133,8 @@ def _schedules(page: Page, study: Study) -> None:
             own = [value if can_draw(value := params.get(name)) else None for _, params in trial.schedule]
             style = (BLUE, "solid", True) if trial is members[0] else (GREY, "dot", False)
             lines.append(Line(f"trial {trial.number}", [0, *ends[:-1]], [v for v in own for _ in range(2)], *style))
-        values = {value for line in lines for value in line.y if value is not None}
-        if len(values) > 1:
+        if any(len({*line.y} - {None}) > 1 for line in lines):
+            values = [value for line in lines for value in line.y if value is not None]
             figure = lines_figure(lines[::-1], "epoch", "")
             if min(values) > 0 and max(values) / min(values) >= LOG_SPAN:
                 figure.update_yaxes(type="log")

@@ -80,7 +80,9 @@ class Study:
         figure.update_traces(marker={"colorscale": SCALE, "showscale": False, "line": {"width": 0}})
         figure = self._styled(figure, 280).update_xaxes(title={"text": ""})
         if hasattr(self._spaces[name], "choices"):
-            return figure.update_xaxes(labelalias={repr(each): each for each in self._spaces[name].choices})
+            choices = self._spaces[name].choices
+            figure.update_xaxes(range=[-0.5, len(choices) - 0.5])  # else the outer ones are at the edges
+            return figure.update_xaxes(labelalias={repr(each): each for each in choices})
         values = {value for trial in self.scored if (value := _value(trial, name)) is not None}
         if len(values) <= FEW:
             figure.update_xaxes(tickvals=list(values), ticktext=[value_text(value) for value in values])

@@ -143,13 +143,16 @@ def test_the_table_begins_with_the_best() -> None:
 def test_schedules_of_a_population() -> None:
     """A figure for every number that moved: the best member's line is named, strings and constants have none."""
     past = [(2, {"lr": 0.1, "kd": 1.0, "kind": "dot"}), (4, {"lr": 0.001, "kd": 1.0, "kind": "dot"})]
+    pasts = [past, [(epoch, {**own, "kd": 2.0}) for epoch, own in past[1:]]]
     members = [
-        trial(number, score=50.0 + number, params=past[-1][1], schedule=tuple(past[number:]), curve=(point(4, 50.0),))
-        for number in (0, 1)
+        trial(at, score=50.0 + at, params=own[-1][1], schedule=tuple(own), curve=(point(4, 50.0),))
+        for at, own in enumerate(pasts)
     ]
     page = read(members)
     assert "schedules" in page.sections
     assert "that of trial 1, the best" in page.text
     assert page.titles.count("lr") == 1, "its slice needs two values"
-    assert "kd" not in page.titles
+    assert page.titles.count("kd") == 1, "its slice: members differ in it, and none moved it"
+    (moved,) = [each for each in page.figure("lr")["data"] if each["name"] == "trial 0"]
+    assert (moved["x"], moved["y"]) == ([0, 2, 2, 4], [0.1, 0.1, 0.001, 0.001])
     assert "schedules" not in read(search(40)).sections
