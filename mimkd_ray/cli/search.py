@@ -122,4 +122,6 @@ def run(job: SearchJob, folder: str, configs: TrialConfigs, grid: Grid | None) -
                 console.line(f"finalists: trials {names}, {count(job.search.seeds, 'seed')} each")
                 chosen = finals.publish(job, folder, tune_search.run_finals(finals, folder, shape))
                 write_report(job, configs.base, table, Clock(folder).hours, chosen)
+                means = ", ".join(f"trial {final.trial} {final.mean:.2f} %" for final in chosen)
+                console.line(f"mean top-1 of the finalists, the best first: {means or 'none came to its end'}")
             Clock(folder).save(finals.name)

@@ -26,8 +26,9 @@ def report_html(
 ) -> str:
     """Return the report: a page of pages/page.py.
 
-    ``facts`` are shown at the top. The same input gives the same text. All strings are shown literally, never as
-    markup; numbers that are not finite are left out of plots and named in tables.
+    ``facts`` are shown at the top, ``finals`` are in their order: the first one's config is the best. The same input
+    gives the same text. All strings are shown literally, never as markup; numbers that are not finite are left out of
+    plots and named in tables.
     """
     trials = sorted(trials, key=lambda trial: trial.number)
     best_first = ranked(trials, metric)
@@ -44,8 +45,10 @@ def report_html(
     else:
         page.paragraph("No trial has a score.")
     if best_first:
-        best = best_first[0]
-        page.section("best", "Best config", f"Of trial {best.number}: {_score(best.score, metric)}.")
+        best, how = best_first[0], "the best score"
+        if finals:
+            best, how = next(trial for trial in trials if trial.number == finals[0].trial), "the best finalist, score"
+        page.section("best", "Best config", f"Of trial {best.number}, {how} {_score(best.score, metric)}.")
         page.facts([(name, cut(value_text(value), 400)) for name, value in best.params.items()])
         page.json("The whole config", best.config)
     _tables(page, trials, metric, best_first)
@@ -71,13 +74,12 @@ def _head(page: Page, trials: Sequence[Trial], metric: str, facts: Mapping[str, 
 
 
 def _finals(page: Page, finals: Sequence[Final]) -> None:
-    best_first = sorted(finals, key=lambda final: (not math.isfinite(final.mean), -final.mean, final.trial))
     page.section(
         "finals",
         "Finalists, trained anew",
         "The best few trials with new seeds, scored on held-out training rows; the validation set was not looked at.",
     )
-    page.figure(seeds_figure({f"trial {final.trial}": final.top1 for final in best_first}, "top-1 (%)"))
+    page.figure(seeds_figure({f"trial {final.trial}": final.top1 for final in finals}, "top-1 (%)"))
     page.table(
         ["trial", "mean ± standard deviation", "top-1 in % (seed)"],
         [
@@ -86,7 +88,7 @@ def _finals(page: Page, finals: Sequence[Final]) -> None:
                 Cell(f"{final.mean:.2f}{'' if final.sd is None else f' ± {final.sd:.2f}'} %"),
                 Cell(", ".join(f"{top1:.2f} ({seed})" for seed, top1 in zip(final.seeds, final.top1, strict=True))),
             ]
-            for final in best_first
+            for final in finals
         ],
     )
 
@@ -129,10 +131,13 @@ def _schedules(page: Page, study: Study) -> None:
     for name in param_names([replace(each, params=own) for each in members for _, own in each.schedule]):
         lines = []
         for trial in members:
-            ends = [epoch for epoch, _ in trial.schedule for _ in range(2)]
-            own = [value if can_draw(value := params.get(name)) else None for _, params in trial.schedule]
+            x, y = [0], list[float | None]()
+            for epoch, params in trial.schedule:
+                if epoch > x[-1]:  # else trained for no epoch
+                    x += [epoch, epoch]
+                    y += [value if can_draw(value := params.get(name)) else None] * 2
             style = (BLUE, "solid", True) if trial is members[0] else (GREY, "dot", False)
-            lines.append(Line(f"trial {trial.number}", [0, *ends[:-1]], [v for v in own for _ in range(2)], *style))
+            lines.append(Line(f"trial {trial.number}", x[: len(y)], y, *style))
         if any(len({*line.y} - {None}) > 1 for line in lines):
             values = [value for line in lines for value in line.y if value is not None]
             figure = lines_figure(lines[::-1], "epoch", "")

@@ -83,9 +83,10 @@ class Study:
             choices = self._spaces[name].choices
             figure.update_xaxes(range=[-0.5, len(choices) - 0.5])  # else the outer ones are at the edges
             return figure.update_xaxes(labelalias={repr(each): each for each in choices})
-        values = {value for trial in self.scored if (value := _value(trial, name)) is not None}
-        if len(values) <= FEW:
-            figure.update_xaxes(tickvals=list(values), ticktext=[value_text(value) for value in values])
+        values = [value for trial in self.scored if (value := _value(trial, name)) is not None]
+        few = {*values}
+        if len(few) <= FEW and len(few) < len(values):  # else ticks of draws, some close together
+            figure.update_xaxes(tickvals=list(few), ticktext=[value_text(value) for value in few])
         return figure
 
     def parallel(self) -> Any:
@@ -96,7 +97,7 @@ class Study:
         figure.for_each_trace(self._recolour)
         figure = self._styled(figure, 460).update_layout(margin={"l": 20, "r": 20, "t": 20, "b": 20})
         figure.update_annotations(font={"color": None})
-        names = [cut(text, 18) for text in figure.layout.xaxis.ticktext or ()]
+        names = [cut(text, 16) for text in figure.layout.xaxis.ticktext or ()]
         return figure.update_xaxes(ticktext=names, range=[-0.5, len(self.shared) + 0.3], tickangle=0)
 
     @staticmethod
@@ -139,7 +140,9 @@ class Study:
         figure = plot_intermediate_values(self._with(self.scored[:MOST_LINES]))
         figure.update_traces(marker={"size": 4}, line={"width": 1.2})
         figure = self._styled(figure, 380).update_layout(showlegend=False)
-        return figure.update_xaxes(title={"text": "epoch"}).update_yaxes(title={"text": LABELS[self.metric]})
+        last = max((point.epoch for trial in self.scored for point in trial.curve), default=1)
+        figure.update_xaxes(title={"text": "epoch"}, dtick=-(-last // 8))  # ticks at whole epochs
+        return figure.update_yaxes(title={"text": LABELS[self.metric]})
 
     def _with(self, complete: Sequence[Trial]) -> Any:
         """Return a study in which these trials are complete."""
