@@ -52,5 +52,5 @@ class CriticConfig:
         if not 0 < self.min_temperature <= self.temperature:
             raise UserError(
                 f"loss.critic.temperature is {self.temperature} and min_temperature {self.min_temperature}; "
-                "0 < min_temperature <= temperature is needed"
+                "0 < min_temperature <= temperature is needed: pass a lower --loss.critic.min-temperature too"
             )

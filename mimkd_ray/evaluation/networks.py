@@ -171,10 +171,8 @@ def _student(job: EvaluateJob, run_dir: str, count: int) -> tuple[nn.Module, str
             "pass --student.weights"
         )
     state = checkpoint.parse(checkpoint.read(folder), torch.device("cpu"))
-    holder, prefix = ("ema", "module.model.") if state["ema"] else ("distiller", "student.model.")
-    own = {key.removeprefix(prefix): value for key, value in state[holder].items() if key.startswith(prefix)}
     model = built("random")
-    put_state(model, {"": own}, folder, count)
+    put_state(model, {"": checkpoint.student_of(state)}, folder, count)
     return model, folder
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config
@@ -74,13 +74,5 @@ def load_of_run(run: RunFacts, name: str, num_classes: int) -> tuple[nn.Module, 
     folder, data = found
     model = build_model(name, num_classes, "random", size)
     state = checkpoint.parse(data, torch.device("cpu"))
-    put_state(model, {"": _student_of(state)}, folder, num_classes)
+    put_state(model, {"": checkpoint.student_of(state)}, folder, num_classes)
     return model, folder
-
-
-def _student_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The exported weights in a checkpoint's state: the moving average where there is one."""
-    tensors, prefix = (
-        (state["ema"], "module.model.") if state["ema"] is not None else (state["distiller"], "student.model.")
-    )
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

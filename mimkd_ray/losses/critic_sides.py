@@ -91,6 +91,13 @@ class Centred(NamedTuple):
         return ((products_PM[:-1] - shift_N1) * inverse_M).unflatten(0, unit_LBd.shape[:2])
 
 
+def cosines(unit_LBd: Tensor, teacher_LKd: Tensor, queue: Centred | None = None) -> Tensor:
+    """Return products of vectors of unit length with those of the teacher, and behind them with a queue's: (L, B, K) or
+    (L, B, K + M)."""
+    own_LBK = unit_LBd @ teacher_LKd.transpose(1, 2)
+    return own_LBK if queue is None else torch.cat([own_LBK, queue.cosines(unit_LBd)], dim=2)
+
+
 class FrozenSide(nn.Module):
     """The teacher's own features, centred by their mean over training; it has no learned parameters.
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimkd_ray.config import CriticConfig
-from mimkd_ray.losses.critic_sides import Centred, FrozenSide, Pointwise, Projection, Standardised, unit
+from mimkd_ray.losses.critic_sides import Centred, FrozenSide, Pointwise, Projection, Standardised, cosines, unit
 
 
 class DotCritic(nn.Module):
@@ -81,23 +81,10 @@ class DotCritic(nn.Module):
         """Score each student with the teacher in the same place: (L, B)."""
         return (student_LBd * teacher_LBd).sum(-1) * self.scale() + self.bias
 
-    def all_pairs(self, student_LBd: Tensor, teacher_LKd: Tensor) -> Tensor:
-        """Score each student (rows) with every teacher (columns) at the same location: (L, B, K)."""
-        return student_LBd @ teacher_LKd.transpose(1, 2) * self.scale() + self.bias
-
-    def embed_queue(self, reduced_MC: Tensor) -> Centred | Tensor:
-        """Prepare teacher vectors of earlier steps for :meth:`queue_pairs`."""
-        if isinstance(self.teacher, FrozenSide):
-            return self.teacher.centred(reduced_MC)
-        return self.embed_teacher(reduced_MC.unsqueeze(0))
-
-    def queue_cosines(self, unit_LBd: Tensor, queue: Centred | Tensor) -> Tensor:
-        """Return the cosines of embeddings with every vector of the queue: (L, B, M)."""
-        return queue.cosines(unit_LBd) if isinstance(queue, Centred) else unit_LBd @ queue.transpose(1, 2)
-
-    def queue_pairs(self, student_LBd: Tensor, queue: Centred | Tensor) -> Tensor:
-        """Score each student with every vector of the queue: (L, B, M)."""
-        return self.queue_cosines(student_LBd, queue) * self.scale() + self.bias
+    def all_pairs(self, student_LBd: Tensor, teacher_LKd: Tensor, queue: Centred | None = None) -> Tensor:
+        """Score each student (rows) with every teacher (columns) at the same location, and behind them with every
+        vector of a queue: (L, B, K) or (L, B, K + M)."""
+        return cosines(student_LBd, teacher_LKd, queue) * self.scale() + self.bias
 
 
 class ConcatCritic(nn.Module):
@@ -153,21 +140,9 @@ class ConcatCritic(nn.Module):
         """Score each student with the teacher in the same place: (L, B)."""
         return self._score(student_LBd + teacher_LBd)
 
-    def all_pairs(self, student_LBd: Tensor, teacher_LBd: Tensor) -> Tensor:
+    def all_pairs(self, student_LBd: Tensor, teacher_LKd: Tensor, queue: None = None) -> Tensor:
         """Score each student (rows) with every teacher (columns): (L, B, K). Holds L*B*K*width values."""
-        return self._score(student_LBd.unsqueeze(2) + teacher_LBd.unsqueeze(1))
-
-    def embed_queue(self, reduced_MC: Tensor) -> Tensor:
-        """Prepare teacher vectors of earlier steps for :meth:`queue_pairs`."""
-        return self.embed_teacher(reduced_MC.unsqueeze(0))
-
-    def queue_cosines(self, unit_LBd: Tensor, queue: Tensor) -> Tensor:
-        """Raise NotImplementedError: embeddings of this critic have no cosines."""
-        raise NotImplementedError("loss.critic.kind concat has no cosines")
-
-    def queue_pairs(self, student_LBd: Tensor, queue: Tensor) -> Tensor:
-        """Score each student with every vector of the queue: (L, B, M)."""
-        return self.all_pairs(student_LBd, queue)
+        return self._score(student_LBd.unsqueeze(2) + teacher_LKd.unsqueeze(1))
 
 
 Critic = DotCritic | ConcatCritic

@@ -23,13 +23,12 @@ from mimkd_ray.config.loss_presets import Negatives
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.critic_sides import FrozenSide, Standardised
 from mimkd_ray.losses.critics import ConcatCritic, Critic, build_critic
-from mimkd_ray.losses.features import Features, in_full_precision
+from mimkd_ray.losses.features import Features, full_precision, in_full_precision
 from mimkd_ray.losses.methods.build_method import RivalPlan, build_rival
 from mimkd_ray.losses.methods.crd import TrainingRows
 from mimkd_ray.losses.methods.kd import kd_loss
 from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.losses.negatives import roll_of, valid_pairs, with_more, with_queue
-from mimkd_ray.losses.precision import full_precision
 from mimkd_ray.losses.shared_classes import SharedClasses, columns
 from mimkd_ray.losses.teacher_queue import TeacherQueue, class_numbers
 from mimkd_ray.losses.terms import Candidates, Objective, Term, inputs_of, score_term, vector_of
@@ -301,7 +300,7 @@ class MIMKDLoss(nn.Module):
             if self.queue is not None:
                 count = max(1, self.queue.size // len(student_LBC))
                 valid_BM = self.queue.filled_Q[:count] & apart(self.queue.ids_Q[:count], self.queue.labels_Q[:count])
-                candidates = with_queue(candidates, self.queue.vectors(term.teacher, count), valid_BM)
+                candidates = with_queue(candidates, critic, self.queue.vectors(term.teacher, count), valid_BM)
         everywhere = self.config.feature_negatives == "all"
         return score_term(critic, objective, candidates, student_LBC, everywhere, self.score_bytes)
 
@@ -317,7 +316,7 @@ class MIMKDLoss(nn.Module):
             return loss, stats
         count = max(1, self.queue.size // len(student_LBC))
         valid_BM = self.queue.filled_Q[:count].expand(len(ids_B), -1)
-        candidates = with_queue(candidates, self.queue.vectors(term.teacher, count), valid_BM)
+        candidates = with_queue(candidates, critic, self.queue.vectors(term.teacher, count), valid_BM)
         lane = {"lane_nats": stats["nats"], "lane_ceiling": stats["ceiling"]}
         loss, stats = score_term(critic, Objective(self.bound), candidates, student_LBC, score_bytes=self.score_bytes)
         return loss, stats | lane

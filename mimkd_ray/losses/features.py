@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimkd_ray.losses.precision import full_precision
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in float32; float64 is kept, so that runs can be compared in double precision."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 class Others(NamedTuple):

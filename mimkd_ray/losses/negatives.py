@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.config.loss_presets import Negatives
+from mimkd_ray.losses.critic_sides import FrozenSide
+from mimkd_ray.losses.critics import Critic
 from mimkd_ray.losses.terms import Candidates
 
 
@@ -35,10 +37,15 @@ def valid_pairs(ids_B: Tensor, negatives: Negatives, mixed: bool = False) -> Ten
     return ((ids_B != ids_B.roll(roll_of(mixed))) & apart).unsqueeze(1)
 
 
-def with_queue(candidates: Candidates, vectors_MC: Tensor, valid_BM: Tensor) -> Candidates:
-    """Return candidates of one location with vectors of earlier steps added as negatives."""
+def with_queue(candidates: Candidates, critic: Critic, vectors_MC: Tensor, valid_BM: Tensor) -> Candidates:
+    """Return candidates of one location with reduced teacher vectors of earlier steps added as negatives: by a frozen
+    side as they are, without a copy."""
+    if not isinstance(critic.teacher, FrozenSide):
+        return with_more(candidates, vectors_MC, valid_BM)
     valid_BK = torch.cat([candidates.valid_BK, valid_BM], dim=1)
-    return candidates._replace(valid_BK=valid_BK, queued_MC=vectors_MC.to(candidates.reduced_LKC.dtype))
+    return candidates._replace(
+        valid_BK=valid_BK, queue=critic.teacher.centred(vectors_MC.to(candidates.reduced_LKC.dtype))
+    )
 
 
 def with_more(candidates: Candidates, more_MC: Tensor, valid_BM: Tensor) -> Candidates:

@@ -24,10 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mimkd_ray.config.loss_presets import BoundName, Kind
 from mimkd_ray.losses.bounds import BOUNDS, BoundValue, ceiling, infonce, soft_cross_entropy
+from mimkd_ray.losses.critic_sides import Centred, cosines
 from mimkd_ray.losses.critics import Critic
-from mimkd_ray.losses.features import Features, match_sizes
+from mimkd_ray.losses.features import Features, full_precision, match_sizes
 from mimkd_ray.losses.locations import draw_locations, to_locations
-from mimkd_ray.losses.precision import full_precision
 
 GPU_SCORE_BYTES = 256 * 2**20
 """Memory for a term's scores at a time on a GPU, unless the config says otherwise."""
@@ -71,11 +71,12 @@ class Objective(NamedTuple):
 
 class Candidates(NamedTuple):
     """The teacher's side of a term: reduced features (L or 1, K, C), of which the first B of each location belong to
-    the lane's images; vectors of earlier steps (M, C); and the mask of the negatives of each image (B, K + M)."""
+    the lane's images; the mask of the negatives of each image (B, K + M); and M vectors of earlier steps, where they
+    are compared as they are."""
 
     reduced_LKC: Tensor
     valid_BK: Tensor
-    queued_MC: Tensor | None = None
+    queue: Centred | None = None
 
 
 def vector_of(features: Features, tap: str) -> Tensor:
@@ -117,8 +118,7 @@ def score_term(
     teacher_LKd = critic.embed_teacher(candidates.reduced_LKC, batch)
     student_LBd = critic.embed_student(student_LBC)
     own_LBd = teacher_LKd[:, :batch]
-    queue = None if candidates.queued_MC is None else critic.embed_queue(candidates.queued_MC)
-    valid_BK = candidates.valid_BK
+    valid_BK, queue = candidates.valid_BK, candidates.queue
     pooled = all_locations and len(teacher_LKd) > 1
     if pooled:
         valid_BK = valid_BK.repeat(1, len(teacher_LKd))
@@ -130,17 +130,12 @@ def score_term(
         return _statistics(objective, positive_lB, negative_lB1, valid_BK)
 
     def all_pairs(own_lBd: Tensor, teacher_lKd: Tensor, student_lBd: Tensor) -> Tensor:
-        scores_lBK = critic.all_pairs(student_lBd, teacher_lKd)
-        if queue is not None:
-            scores_lBK = torch.cat([scores_lBK, critic.queue_pairs(student_lBd, queue)], dim=2)  # type: ignore[arg-type]
+        scores_lBK = critic.all_pairs(student_lBd, teacher_lKd, queue)  # type: ignore[arg-type]
         positive_lB = critic.paired(student_lBd, own_lBd) if pooled else scores_lBK.diagonal(dim1=1, dim2=2)
         similarity_lBK = reverse_lBB = None
         if objective.soft_temperature or objective.hard_share < 1:
             with torch.no_grad():
-                similarity_lBK = own_lBd @ teacher_lKd.transpose(1, 2)
-                if queue is not None:
-                    more_lBM = critic.queue_cosines(own_lBd, queue)  # type: ignore[arg-type]
-                    similarity_lBK = torch.cat([similarity_lBK, more_lBM], dim=2)
+                similarity_lBK = cosines(own_lBd, teacher_lKd, queue)
         if objective.symmetric:
             own_lBB = critic.all_pairs(student_lBd, own_lBd) if pooled else scores_lBK[:, :, :batch]
             reverse_lBB = own_lBB.transpose(1, 2)

@@ -10,59 +10,16 @@ from collections.abc import Callable
 
 from torch import nn
 
-from mimkd_ray.models.cifar_mobile import (
-    mobilenet_v2,
-    shufflenet_v1,
-    shufflenet_v2,
-    vgg8,
-    vgg11,
-    vgg13,
-    vgg16,
-)
-from mimkd_ray.models.cifar_resnet import (
-    resnet8,
-    resnet8_w4,
-    resnet8x4,
-    resnet14,
-    resnet18,
-    resnet20,
-    resnet32,
-    resnet32x4,
-    resnet44,
-    resnet50,
-    resnet56,
-    resnet110,
-    wrn_16_1,
-    wrn_16_2,
-    wrn_40_1,
-    wrn_40_2,
-)
+from mimkd_ray.models import cifar_mobile, cifar_resnet
 
-_ALL = (
-    resnet8_w4,
-    resnet8,
-    resnet14,
-    resnet20,
-    resnet32,
-    resnet44,
-    resnet56,
-    resnet110,
-    resnet8x4,
-    resnet32x4,
-    wrn_16_1,
-    wrn_16_2,
-    wrn_40_1,
-    wrn_40_2,
-    resnet18,
-    resnet50,
-    vgg8,
-    vgg11,
-    vgg13,
-    vgg16,
-    mobilenet_v2,
-    shufflenet_v1,
-    shufflenet_v2,
+_RESNETS = (
+    *("resnet8_w4", "resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
+    *("resnet8x4", "resnet32x4", "wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2", "resnet18", "resnet50"),
 )
+_OTHERS = ("vgg8", "vgg11", "vgg13", "vgg16", "mobilenet_v2", "shufflenet_v1", "shufflenet_v2")
 
-NETWORKS: dict[str, Callable[[int], nn.Module]] = {net.__name__: net for net in _ALL}
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    **{name: getattr(cifar_resnet, name) for name in _RESNETS},
+    **{name: getattr(cifar_mobile, name) for name in _OTHERS},
+}
 """Network name -> function that takes the number of classes and returns the network, randomly initialised."""

@@ -13,6 +13,7 @@ from mimkd_ray.losses.critic_sides import FrozenSide
 from mimkd_ray.losses.critics import DotCritic
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.negatives import with_queue
 from mimkd_ray.losses.terms import Candidates, Objective, Term, hardest, score_term
 
 B, CT, CS, SIDE = 5, 6, 4, 2
@@ -273,8 +274,9 @@ def test_queued_vectors_score_as_those_of_the_lane() -> None:
     queue = torch.randn(7, CT, dtype=torch.float64) + 2
     student = torch.randn(3, B, CS, dtype=torch.float64, requires_grad=True)
     embedded = critic.embed_student(student)
-    fast = critic.queue_pairs(embedded, critic.embed_queue(queue))
-    slow = critic.all_pairs(embedded, critic.embed_teacher(queue.unsqueeze(0)))
+    own = torch.randn(1, B, CT, dtype=torch.float64)
+    fast = critic.all_pairs(embedded, critic.embed_teacher(own), side.centred(queue))
+    slow = critic.all_pairs(embedded, critic.embed_teacher(torch.cat([own[0], queue]).unsqueeze(0)))
     torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
     grads = [torch.autograd.grad(scores.square().sum(), student, retain_graph=True)[0] for scores in (fast, slow)]
     torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-9)
@@ -304,18 +306,12 @@ class ExactCritic(DotCritic):
     def embed_student(self, feature: torch.Tensor) -> torch.Tensor:
         return feature
 
-    def all_pairs(self, student_LBd: torch.Tensor, teacher_LKd: torch.Tensor) -> torch.Tensor:
+    def all_pairs(self, student_LBd: torch.Tensor, teacher_LKd: torch.Tensor, queue: None = None) -> torch.Tensor:
         squares = student_LBd.square().sum(-1).unsqueeze(2) + teacher_LKd.square().sum(-1).unsqueeze(1)
         cross = student_LBd @ teacher_LKd.transpose(1, 2)
         rest = 1 - self.rho**2
         constant = -0.5 * student_LBd.shape[2] * math.log(rest)
         return constant - (self.rho**2 * squares - 2 * self.rho * cross) / (2 * rest)
-
-    def embed_queue(self, reduced_MC: torch.Tensor) -> torch.Tensor:
-        return reduced_MC.unsqueeze(0)
-
-    def queue_pairs(self, student_LBd: torch.Tensor, queue: torch.Tensor) -> torch.Tensor:
-        return self.all_pairs(student_LBd, queue)
 
 
 def test_a_queue_reads_eight_nats_of_gaussians_and_a_lane_cannot() -> None:
@@ -330,7 +326,7 @@ def test_a_queue_reads_eight_nats_of_gaussians_and_a_lane_cannot() -> None:
         student = rho * teacher + math.sqrt(1 - rho**2) * torch.randn(64, d)
         valid = ~torch.eye(64, dtype=torch.bool)
         small = Candidates(teacher.unsqueeze(0), valid)
-        large = Candidates(teacher.unsqueeze(0), torch.cat([valid, torch.ones(64, queue, dtype=torch.bool)], 1), queued)
+        large = with_queue(small, critic, queued, torch.ones(64, queue, dtype=torch.bool))
         for name, candidates in (("lane", small), ("queue", large)):
             _, stats = score_term(critic, Objective("infonce"), candidates, student.unsqueeze(0))
             read[name] += stats["nats"].item() / lanes

@@ -8,8 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mimkd_ray.losses.features import Features
-from mimkd_ray.losses.precision import full_precision
+from mimkd_ray.losses.features import Features, full_precision
 
 
 class Side(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimkd_ray.losses.precision import full_precision
+from mimkd_ray.losses.features import full_precision
 
 
 def kd_loss(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -181,6 +181,13 @@ def _sound(folder: str) -> bytes | None:
 def parse(data: bytes, device: torch.device) -> dict[str, Any]:
     """The state in a checkpoint's content. Tensors only: ``weights_only`` refuses pickled code."""
     return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+
+
+def student_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the student in a checkpoint's state that a run exports: the moving average where there is one."""
+    average = state["ema"] is not None
+    tensors, prefix = (state["ema"], "module.model.") if average else (state["distiller"], "student.model.")
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def read(folder: str) -> bytes:
