@@ -334,7 +334,9 @@ def test_chunks_change_nothing(bound, kind, teacher_locations, monkeypatch):
     valid = valid_pairs(torch.arange(6), "all")
     calls = []
     score = critic.all_pairs
-    monkeypatch.setattr(critic, "all_pairs", lambda s, t: calls.append((len(s), len(t))) or score(s, t), raising=False)
+    monkeypatch.setattr(
+        critic, "all_pairs", lambda s, t, q: calls.append((len(s), len(t))) or score(s, t), raising=False
+    )
 
     def run(score_bytes=0):
         calls.clear()
