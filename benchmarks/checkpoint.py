@@ -43,7 +43,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         root = args.root or folder
-        writer = checkpoint.Writer(root, 2, lambda: None)
+        writer = checkpoint.Writer(root, 2, lambda _: None)
         for step in range(args.rounds):
             student.step(step)  # momentum is there from the first step on
             note("stall", student.save, step + 1, writer)

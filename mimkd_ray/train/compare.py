@@ -15,7 +15,7 @@ from mimkd_ray.config import CompareConfig, Config
 from mimkd_ray.config.compare import Arm
 from mimkd_ray.config.digest import digest
 from mimkd_ray.data.sources.data_set import Data, open_data
-from mimkd_ray.train.distributed import Context, ask_first, barrier
+from mimkd_ray.train.distributed import Context, ask_first
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import RESULT
@@ -86,9 +86,7 @@ def compare(
         "machine": machine(context.device),
         "versions": versions(),
     }
-    if context.rank == 0:
-        write_json(storage.join(run_dir, RESULT), result)
-    barrier()
+    ask_first(lambda: write_json(storage.join(run_dir, RESULT), result))
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from mimkd_ray import storage
 from mimkd_ray.config.digest import digest
 from mimkd_ray.json_files import read_if_sound
-from mimkd_ray.train.distributed import all_sum, ask_first, barrier, gather_lanes, share_from_first
+from mimkd_ray.train.distributed import all_sum, ask_first, gather_lanes, share_from_first
 from mimkd_ray.train.engine.step import StepRecord
 from mimkd_ray.train.engine.student import Student
 from mimkd_ray.train.records import checkpoint
@@ -24,6 +24,8 @@ from mimkd_ray.train.records.metrics import FiniteGuard, Meter, say
 from mimkd_ray.train.records.outcomes import RESULT
 from mimkd_ray.train.records.run_dir import MetricsLog, json_bytes, read_metrics, write_json
 from mimkd_ray.versions import machine, versions
+
+FIGURES = "best.json"
 
 BUSY_SECONDS = 5.0
 """For which the first worker looks whether a file is committed, before it tells the others that it is not."""
@@ -45,9 +47,12 @@ class Run:
         config, context = student.config, student.context
         self.log: MetricsLog | None = None
         self.writer: checkpoint.Writer | None = None
-        if context.rank == 0:
+
+        def open_files() -> None:
             self.log = MetricsLog(run_dir, start, config.run)
             self.writer = checkpoint.Writer(run_dir, max(keep, config.run.keep_checkpoints), self._publish)
+
+        ask_first(open_files)
         self.guard = FiniteGuard(context.device)
         self.best = Best(student, run_dir, start) if config.run.keep_best else None
         self.held_out: dict[str, Any] = {}
@@ -65,20 +70,24 @@ class Run:
         self.held_out = held_out
         if self.best is not None:
             self.best.consider(done, epoch, held_out)
-        if self.log is not None:
+
+        def note() -> None:
+            assert self.log is not None
             self.log.write("eval", done, {"epoch": epoch, **held_out})
             try:
                 with storage.hurried():
-                    self._publish()
+                    self._publish(self.run_dir)
             except (storage.StorageError, storage.AccessError) as error:
                 say(self.student.context, f"{error}; training goes on, and the next checkpoint waits for it")
 
-    def _publish(self) -> None:
-        """Bring to the directory what belongs to the next checkpoint."""
+        ask_first(note)
+
+    def _publish(self, folder: str) -> None:
+        """Bring to a folder what belongs to the next checkpoint there."""
         assert self.log is not None
         if self.best is not None:
-            self.best.publish()
-        self.log.publish()
+            self.best.publish(folder)
+        self.log.publish(folder)
 
     def save(self, done: int) -> None:
         """Checkpoint, in the background."""
@@ -101,6 +110,7 @@ class Run:
         """Commit and publish everything, and write no more."""
         if self.log is not None:
             self.wait()
+            self._publish(self.run_dir)
             self.log.close()
 
     def finish(self, meter: Meter) -> dict[str, Any]:
@@ -117,23 +127,16 @@ class Run:
         self.wait()
         if self.writer is not None:
             result["checkpoints"] = {"saved": len(self.writer.stalls), "stall_seconds": sum(self.writer.stalls)}
-            write = partial(_write_result, weights, result)
-            self.writer.start("result", lambda: self._end(write), write)
+            self.writer.start("result", partial(self._write_result, weights, result))
         self.wait()
-        barrier()
+        if self.log is not None:
+            self.log.close()
         return share_from_first(result)
 
-    def _end(self, write: Callable[[str], None]) -> None:
-        assert self.log is not None
-        if self.best is not None:
-            self.best.publish()
-        self.log.close()
-        write(self.run_dir)
-
-
-def _write_result(weights: dict[str, Tensor], result: dict[str, Any], folder: str) -> None:
-    storage.write_bytes(storage.join(folder, "student.safetensors"), save_safetensors(weights))
-    write_json(storage.join(folder, RESULT), result)
+    def _write_result(self, weights: dict[str, Tensor], result: dict[str, Any], folder: str) -> None:
+        self._publish(folder)
+        storage.write_bytes(storage.join(folder, "student.safetensors"), save_safetensors(weights))
+        write_json(storage.join(folder, RESULT), result)
 
 
 class Best:
@@ -144,11 +147,11 @@ class Best:
         """Goes on from the best.json that is there, unless it is of a later step than the run goes on from; a damaged
         one is made anew from metrics.jsonl."""
         self.student, self.run_dir, self.start = student, run_dir, start
-        self.weights, self.figures = (storage.join(run_dir, name) for name in ("best.safetensors", "best.json"))
+        self.figures = storage.join(run_dir, FIGURES)
         self.key = "top1" if student.vector is None else "knn"
-        known = share_from_first(self._known() if student.context.rank == 0 else None)
+        known = ask_first(self._known)
         self.top1 = -math.inf
-        self._owed: list[tuple[str, bytes]] = []  # files that are to be written, in this order
+        self._owed: list[tuple[str, bytes]] = []  # names and contents that are to be written, in this order
         self._writing = threading.Lock()
         if known is not None and known["step"] <= start and known[self.key] is not None:
             self.top1 = known[self.key]
@@ -176,13 +179,14 @@ class Best:
         if self.student.context.rank == 0:
             figures = json_bytes({"step": done, "epoch": epoch, **held_out})
             with self._writing:
-                self._owed = [(self.weights, save_safetensors(weights)), (self.figures, figures)]
+                self._owed = [("best.safetensors", save_safetensors(weights)), (FIGURES, figures)]
 
-    def publish(self) -> None:
-        """Write what is kept. Weights come first: what best.json tells of is there."""
+    def publish(self, folder: str) -> None:
+        """Write what is kept to a folder. Weights come first: what best.json tells of is there."""
         with self._writing:
             while self._owed:
-                storage.write_bytes(*self._owed[0])
+                name, content = self._owed[0]
+                storage.write_bytes(storage.join(folder, name), content)
                 self._owed.pop(0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,7 @@ from mimkd_ray.losses.shared_classes import SharedClasses
 from mimkd_ray.models.outputs import logits_from
 from mimkd_ray.models.weights_file import shown
 from mimkd_ray.train.compare import arm_config, compare
-from mimkd_ray.train.distributed import Context, ask_first, share_from_first
+from mimkd_ray.train.distributed import Context, ask_first
 from mimkd_ray.train.held_out.evaluate import accuracy, held_out_name, told_batches
 from mimkd_ray.train.held_out.known_accuracy import known_or_measured
 from mimkd_ray.train.loop import train_on
@@ -29,7 +28,7 @@ from mimkd_ray.train.networks.build import build_network, parameter_dtype, place
 from mimkd_ray.train.networks.student_module import Normalizer
 from mimkd_ray.train.networks.teacher import check_accuracy, refuse_random, weights_digest
 from mimkd_ray.train.networks.teacher_head import teacher_head
-from mimkd_ray.train.networks.teacher_input import TeacherImages, sees_data
+from mimkd_ray.train.networks.teacher_input import sees_data
 from mimkd_ray.train.records.legs import history
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import begin
@@ -57,7 +56,7 @@ def do_job(config: Config, context: Context, run_dir: str, given: OwnData | None
     context.times.mark("teacher")
     if config.compare.seeds:
         return compare(config, data, teacher, facts, context, run_dir)
-    legs = share_from_first(history(config) if context.rank == 0 else None)
+    legs = ask_first(lambda: history(config))
     return train_on(config, data, teacher, context, run_dir, facts | ({"legs": legs} if legs else {}))
 
 
@@ -120,8 +119,7 @@ def obtain_teacher(
         look = partial(measure, model, config, data, context, head.shared)
         figures = known_or_measured(digest, head, config, data, context, run_dir, look)
     known = {"name": teacher.name, "weights": shown(weights), **figures, "sha256": digest, "data": data.digest}
-    if context.rank == 0:
-        write_json(storage.join(run_dir, "teacher.json"), known)
+    ask_first(lambda: write_json(storage.join(run_dir, "teacher.json"), known))
     if known["top1"] is not None:
         said = f"top-1 {known['top1']:.2f} % on {known['rows']:,} held-out images"
         say(context, f"teacher {teacher.name} ({shown(weights)}): {said}")
@@ -142,12 +140,15 @@ def measure(
         return {"top1": None, "top5": None, "rows": 0}
     held_out: Source = data.val
     images = teacher_images(config, context.device)
-    logits_of: Callable[[Tensor], Tensor] = partial(_logits, model, images)
+
+    def logits_of(images_BCHW: Tensor) -> Tensor:
+        logits_BC = logits_from(model, images(images_BCHW))
+        return logits_BC if shared is None else shared.teacher_as_data(logits_BC, data.num_classes)
+
     if shared is not None:
         held_out = SubsetSource(data.val, np.flatnonzero(np.isin(data.val.labels(), shared.of_data)))
         if not held_out.num_rows:
             return {"top1": None, "top5": None, "rows": 0}
-        logits_of = partial(_as_data, logits_of, shared, data.num_classes)
     layout = uses_channels_last(config.train, context.device)
     normalize = Normalizer(config.data.mean, config.data.std, context.device, parameter_dtype(config.train), layout)
     batches = plain_batches(
@@ -157,13 +158,3 @@ def measure(
     told = told_batches(batches, held_out, context.world_size, what, said=True)
     measured = accuracy(logits_of, told, normalize, config.data.max_damaged, held_out_name(config.data))
     return {"top1": measured.top1, "top5": measured.top5, "rows": measured.rows}
-
-
-def _logits(model: nn.Module, images: TeacherImages, images_BCHW: Tensor) -> Tensor:
-    return logits_from(model, images(images_BCHW))
-
-
-def _as_data(
-    logits_of: Callable[[Tensor], Tensor], shared: SharedClasses, num_classes: int, images_BCHW: Tensor
-) -> Tensor:
-    return shared.teacher_as_data(logits_of(images_BCHW), num_classes)

@@ -53,7 +53,7 @@ def _attempt(context: LocalContext, config: Config, run_dir: str, stop: int) -> 
         seen["losses"].append(float(loss))
         if step == 0:
             seen["gradient"] = torch.cat([p.grad.flatten() for p in student.distiller.parameters()])
-    writer = checkpoint.Writer(run_dir, 2, lambda: None) if context.rank == 0 else None
+    writer = checkpoint.Writer(run_dir, 2, lambda _: None) if context.rank == 0 else None
     student.save(stop, writer)
     if writer is not None:
         writer.wait()

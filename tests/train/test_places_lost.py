@@ -31,14 +31,14 @@ def test_a_directory_that_goes_away_ends_the_run_with_a_line(how: str, tmp_path:
     run = tmp_path / "run"
     log = MetricsLog(str(run), 0, RunConfig(tensorboard=False))
     log.write("train", 1, {"loss": 1.0})
-    log.publish()
+    log.publish(str(run))
     shutil.move(run, tmp_path / "other")
     if how == "removed":
         shutil.rmtree(tmp_path / "other")
     if how == "begun anew":
         MetricsLog(str(run), 0, RunConfig(tensorboard=False)).close()
     with pytest.raises(UserError, match=r"metrics\.jsonl is gone, or another file: the directory of the run was moved"):
-        log.publish()
+        log.publish(str(run))
     assert run.exists() == (how == "begun anew"), "it is not made again with half of the files"
 
 

@@ -61,10 +61,10 @@ def test_a_state_that_cannot_be_written_is_saved_here_and_gone_on_from(
         with pytest.raises(storage.StorageError, match=r"the credentials have expired|they may have expired") as error:
             run_tiny(f"{bucket}/run", **OPTIONS)
     said = str(error.value)
-    found = re.search(r"saved on \S+ in (\S+) \(checkpoints\): once the store answers, aws s3 cp --recursive", said)
+    found = re.search(r"saved on \S+ in (\S+) \((.*)\): once the store answers, aws s3 cp --recursive", said)
     assert found is not None, said
     (folder,) = (tmp_path / "home" / rescue.FOLDER).iterdir()
-    assert found[1] == str(folder)
+    assert (found[1], found[2]) == (str(folder), "checkpoints, metrics.jsonl")
     assert checkpoint.newest(str(folder)) is not None
     store.how = ""
     steps = [url.rpartition("/step_")[2][:8] for url in storage.list_dirs(f"{bucket}/run/checkpoints")]
@@ -74,6 +74,7 @@ def test_a_state_that_cannot_be_written_is_saved_here_and_gone_on_from(
     again = run_tiny(f"{bucket}/run", **OPTIONS)
     assert again["resumed_from"] == 4
     assert again["student"] == whole["student"]
+    assert [line["step"] for line in read_metrics(f"{bucket}/run", "train")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_result_that_cannot_be_written_is_saved_here(
@@ -81,10 +82,11 @@ def test_a_result_that_cannot_be_written_is_saved_here(
 ) -> None:
     with monkeypatch.context() as lost:
         _lost_at(store, 6, lost)
-        with pytest.raises(storage.StorageError, match=r"\(result\.json, student\.safetensors\)"):
+        with pytest.raises(storage.StorageError, match=r"metrics\.jsonl, result\.json, student\.safetensors\)"):
             run_tiny(f"{bucket}/run", **OPTIONS)
     (folder,) = (tmp_path / "home" / rescue.FOLDER).iterdir()
     assert (folder / "student.safetensors").stat().st_size > 1000
+    assert [line["step"] for line in read_metrics(str(folder), "eval")] == [3, 6]
     shutil.rmtree(folder)
 
 

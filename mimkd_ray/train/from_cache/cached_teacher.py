@@ -23,7 +23,7 @@ from mimkd_ray.teacher_cache.feature_manifest import views_there
 from mimkd_ray.teacher_cache.keys import Entry, Origin, calibration_url, key_of, logits_entry, parts_of, pixels_entry
 from mimkd_ray.teacher_cache.pixel_digests import PIXELS, ROW_BYTES
 from mimkd_ray.teacher_cache.reader import FeatureReader
-from mimkd_ray.train.distributed import Context, barrier, share_from_first
+from mimkd_ray.train.distributed import Context, ask_first
 from mimkd_ray.train.from_cache.fit_codecs import Sight, fit
 from mimkd_ray.train.from_cache.missing_features import Wanted, explain
 from mimkd_ray.train.networks.build import (
@@ -105,8 +105,7 @@ def open_cached(
     place = config.cache.root or run_dir
     fitted = [entry for entry in entries if needs_calibration(entry.spec, entry.shape)]
     urls = {entry.label: calibration_url(place, entry, origin, config.cache.calibration_rows) for entry in fitted}
-    there = {label: calibration.read(url) for label, url in urls.items()} if context.rank == 0 else None
-    known = share_from_first(there)
+    known = ask_first(lambda: {label: calibration.read(url) for label, url in urls.items()})
     missing = [entry for entry in fitted if known[entry.label] is None]
     if missing and not config.cache.reads:
         # Every worker does the same work: waiting for one of them could outlast a collective's patience.
@@ -114,31 +113,27 @@ def open_cached(
         pipeline = make_pipeline(config.data.pipeline, config.data.image_size)
         made = fit(Sight(config, data, pipeline, teacher, context.device), missing)
         teacher.tapped.release()
-        if context.rank == 0:
-            made = {label: calibration.publish(urls[label], value) for label, value in made.items()}
-        known |= share_from_first(made)
+        known |= ask_first(lambda: {label: calibration.publish(urls[label], value) for label, value in made.items()})
     numbers = {label: calibration.from_bytes(value, urls[label]) for label, value in known.items() if value}
     reader = None
     if config.cache.reads:
         parts = parts_of_run(entries, origin, known)
         configs = [one.config for one in planned]
-        reader = open_reader(configs, data, context, parts, [entry.label for entry in missing])
+        reader = open_reader(configs, data, parts, [entry.label for entry in missing])
     return Cached(Coding(entries, numbers, context.device, parameter_dtype(config.train)), reader)
 
 
 def open_reader(
     configs: Sequence[Config],
     data: Data,
-    context: Context,
     parts: Mapping[str, dict[str, Any]],
     unfitted: Sequence[str],
 ) -> FeatureReader:
     """The reader of the entries with these key parts. Raises UserError for views that are not there."""
     config = configs[0]
-    problem = share_from_first(what_is_missing(configs, parts, unfitted) if context.rank == 0 else "")
+    problem = ask_first(lambda: what_is_missing(configs, parts, unfitted))
     if problem:
         raise UserError(problem)
-    barrier()
     keys = {label: key_of(each) for label, each in parts.items()}
     used = [label for label in keys if label != PIXELS]
     store = data.train.store or open_store(config.data)

@@ -38,8 +38,9 @@ class Writer:
     it is written its serialised form.
     """
 
-    def __init__(self, run_dir: str, keep: int, before: Callable[[], None]) -> None:
-        """``before`` is called ahead of each commit, in the thread: what belongs to the state must not be missing."""
+    def __init__(self, run_dir: str, keep: int, before: Callable[[str], None]) -> None:
+        """``before`` is called ahead of each commit, in the thread, with the folder that it goes to: what belongs to
+        the state must not be missing."""
         self.run_dir, self.keep, self.before = run_dir, keep, before
         self.stalls: list[float] = []  # seconds that training waited, by save
         self._copied: Any = None  # of the last save, for the next one
@@ -56,21 +57,22 @@ class Writer:
         copied = self._copied = _copy(state, self._copied)
         self.stalls.append(time.perf_counter() - began)
 
-        def commit() -> None:
-            self.before()
-            save(self.run_dir, step, copied, self.keep)
+        def commit(folder: str) -> None:
+            self.before(folder)
+            save(folder, step, copied, self.keep)
 
-        self.start(f"checkpoint {step}", commit, lambda folder: save(folder, step, copied, self.keep))
+        self.start(f"checkpoint {step}", commit)
 
-    def start(self, name: str, work: Callable[[], None], keep: Callable[[str], object]) -> None:
-        """Do ``work`` in the background. ``keep`` saves what is to be written in a folder of this machine instead."""
+    def start(self, name: str, write: Callable[[str], None]) -> None:
+        """Call ``write`` in the background with the run's directory, and where that, in a store, stays away, with a
+        folder of this machine."""
 
         def run() -> None:
             try:
                 try:
-                    work()
+                    write(self.run_dir)
                 except (storage.StorageError, storage.AccessError) as error:
-                    raise rescued(self.run_dir, keep, error) from error
+                    raise rescued(self.run_dir, write, error) from error
             except BaseException as error:  # handed to the training thread, which raises it
                 self._error = error
 
@@ -135,6 +137,12 @@ def newest(run_dir: str) -> tuple[str, bytes] | None:
         if data is not None:
             return folder, data
     return None
+
+
+def newest_step(run_dir: str) -> int | None:
+    """The step of the newest committed checkpoint of the run, or None. Reads no content."""
+    there = (folder for folder in reversed(_folders(run_dir)) if storage.exists(storage.join(folder, MARKER)))
+    return next(map(_step, there), None)
 
 
 def newest_shared(run_dirs: Sequence[str]) -> tuple[int, list[bytes]]:

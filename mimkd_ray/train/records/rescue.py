@@ -14,8 +14,8 @@ FOLDER = "mimkd_ray_saved"
 """In the home folder, or among temporary files where nothing can be written there."""
 
 
-def rescued(run_dir: str, keep: Callable[[str], object], error: Exception) -> storage.StorageError:
-    """Call ``keep`` with a folder of this machine, in the place of the run's directory, and return the error that says
+def rescued(run_dir: str, write: Callable[[str], None], error: Exception) -> storage.StorageError:
+    """Call ``write`` with a folder of this machine, in the place of the run's directory, and return the error that says
     what is there and how to go on."""
     name = f"{run_dir.rstrip('/').rpartition('/')[2]}-{zlib.crc32(run_dir.encode()):08x}"
     home = Path.home() / FOLDER / name
@@ -24,7 +24,7 @@ def rescued(run_dir: str, keep: Callable[[str], object], error: Exception) -> st
         folder = home
     except OSError:
         folder = Path(tempfile.gettempdir()) / FOLDER / name
-    keep(str(folder))
+    write(str(folder))
     kept = ", ".join(sorted({path.partition("/")[0] for path in local_files.tree(folder)}))
     how = f"aws s3 cp --recursive {folder} {run_dir}" if run_dir.startswith("s3://") else f"copy it into {run_dir}"
     return storage.StorageError(

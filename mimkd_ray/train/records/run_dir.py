@@ -130,17 +130,20 @@ class MetricsLog:
             for key, value in points.items():
                 self._tensorboard.add_scalar(key, value, step)
 
-    def publish(self) -> None:
-        """Bring the staged files to a remote run directory; flush local ones. Raises UserError if those are gone."""
-        self._check_place()
+    def publish(self, folder: str) -> None:
+        """Bring the staged files of a remote run to ``folder``, its directory or one of this machine; flush local ones.
+        Raises UserError if the run's directory is gone."""
+        if folder == self.run_dir:
+            self._check_place()
+        elif not self.remote:  # they stay where they are
+            return
         if self._tensorboard is not None:
             with storage.explained(self.run_dir, "write to"):
                 self._tensorboard.flush()
         if self.remote:
             for path in self.staging.rglob("*"):
                 if path.is_file():
-                    relative = path.relative_to(self.staging).as_posix()
-                    storage.upload(str(path), storage.join(self.run_dir, relative))
+                    storage.upload(path, storage.join(folder, path.relative_to(self.staging).as_posix()))
 
     def _check_place(self) -> None:
         """A directory that is moved or removed would be made again, with half of the files."""
@@ -153,8 +156,7 @@ class MetricsLog:
             )
 
     def close(self) -> None:
-        """Publish and release the files."""
-        self.publish()
+        """Release the files, which are published."""
         self._lines.close()
         if self._samples is not None:
             self._samples.close()

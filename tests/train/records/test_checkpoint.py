@@ -98,7 +98,7 @@ def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path: Path, monkey
         return save(*arguments)
 
     monkeypatch.setattr(checkpoint, "save", slow_save)
-    writer = checkpoint.Writer(str(tmp_path), 2, lambda: order.append("before"))
+    writer = checkpoint.Writer(str(tmp_path), 2, lambda _: order.append("before"))
     weights = torch.zeros(3)
     writer.save(1, {"step": 1, "weights": weights, "nested": [{"own": weights}]})
     weights += 7  # the next step
@@ -113,7 +113,7 @@ def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path: Path, monkey
 
 def test_a_failed_write_is_raised_by_the_next_call_and_once(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
-    writer = checkpoint.Writer(str(tmp_path), 2, lambda: None)
+    writer = checkpoint.Writer(str(tmp_path), 2, lambda _: None)
     writer.save(1, {"step": 1})
     with pytest.raises(UserError, match=r"cannot write .*checkpoints"):
         writer.wait()

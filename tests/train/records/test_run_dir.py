@@ -84,14 +84,16 @@ def test_a_remote_run_is_staged_and_published_whole() -> None:
     run = "memory://files-test/run"
     log = MetricsLog(run, 0, RunConfig(tensorboard=True))
     log.write("train", 1, {"loss": 1.0})
-    log.publish()
+    log.publish(run)
     log.write("train", 2, {"loss": 0.5})
+    log.publish(run)
     log.close()
     lines = storage.read_bytes(storage.join(run, "metrics.jsonl")).decode().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == [1.0, 0.5]
     assert len(storage.list_files(storage.join(run, "tensorboard"))) == 1
     resumed = MetricsLog(run, 1, RunConfig(tensorboard=False))
     resumed.write("train", 2, {"loss": 0.4})
+    resumed.publish(run)
     resumed.close()
     lines = storage.read_bytes(storage.join(run, "metrics.jsonl")).decode().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == [1.0, 0.4]
