@@ -21,6 +21,7 @@ from mimkd_ray.config.jobs.evaluate import EvaluateConfig, EvaluateJob, evaluate
 from mimkd_ray.errors import UserError
 from mimkd_ray.evaluation.measure import FIGURES, PREDICTIONS, measure, save
 from mimkd_ray.json_files import read_json
+from mimkd_ray.on_ray.nodes import environment
 from mimkd_ray.pages.write_pages import try_to_write_report
 from mimkd_ray.train.start_times import StartTimes
 
@@ -83,7 +84,8 @@ def evaluate(job: EvaluateJob, run_dir: str = "", trained_on: Config | None = No
     if os.environ.get("RANK", "0") != "0":
         console.use(console.Nobody())  # torchrun's other processes
     if job.launch.backend == "ray":
-        from mimkd_ray.on_ray.evaluate_workers import evaluate_on_ray  # Ray takes seconds to import
+        environment.prepare(job.launch.address)
+        from mimkd_ray.on_ray.evaluate_workers import evaluate_on_ray  # Ray takes seconds, and reads its environment
 
         figures = evaluate_on_ray(job, out, run_dir, trained_on)
         _tell(figures, out, run_dir)

@@ -32,6 +32,9 @@ def opening(config: Config, run_dir: str) -> str:
         ("device", {"auto": "GPU if there is one, else CPU", "on": "GPU", "off": "CPU"}[launch.gpu] + _workers(config)),
         ("results", run_dir),
     ]
+    if config.optim.schedule == "step" and min(config.optim.milestones, default=0) >= train.epochs:
+        drops = ", ".join(map(str, config.optim.milestones))
+        rows.insert(-2, ("rate", f"{config.optim.lr:g} to the end: optim.milestones {drops} come after the last epoch"))
     if compare.seeds:
         rows.insert(3, ("compared", f"{', '.join(compare.arms)}: {count(compare.seeds, 'seed')} each"))
     return "\n".join([config.recipe, *(f"  {name:<9}{text}" for name, text in rows)])

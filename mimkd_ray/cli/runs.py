@@ -16,6 +16,7 @@ from mimkd_ray.config.digest import differences, training_part
 from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_if_sound
+from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.outcomes import CONFIG, RESULT
 
 
@@ -100,6 +101,5 @@ def _row(run_dir: str, config: Mapping[str, Any], result: Mapping[str, Any] | No
 def _state(run_dir: str, result: Mapping[str, Any] | None) -> str:
     if result is not None:
         return "finished"
-    saved = [_name(folder) for folder in storage.list_dirs(storage.join(run_dir, "checkpoints"))]
-    steps = [int(name.split("_")[1].split("-")[0]) for name in saved if name.startswith("step_")]
-    return f"saved at step {max(steps)}" if steps else "begun"
+    step = checkpoint.newest_step(run_dir)
+    return "begun" if step is None else f"saved at step {step}"

@@ -84,13 +84,15 @@ def absolute(config: C) -> C:
 
 
 def run(config: Config, train: Dataset | None = None, validation: Dataset | None = None) -> dict[str, Any]:
-    """Run ``config`` to its end, print its table and return its result. A finished run only prints it.
+    """Run ``config`` to its end, print its table and return its result, as result.json has it: "student" and "teacher"
+    with their top-1, "nats" of each term; of a comparison "compare", by arm. A finished run only prints it.
 
     ``train`` and ``validation`` are map-style data sets of (image, class number), in the place of ``config.data.root``
     (see data/sources/own_dataset.py); without ``validation`` set ``config.data.holdout``. They need ``launch.backend``
     local: a plain process, or torchrun. Everything else is as with data at rest: lanes, views, resuming.
 
-    Under torchrun every process calls it, and all follow what the first finds in the run directory.
+    Under torchrun every process calls it, and all follow what the first finds in the run directory. Raises UserError
+    for what cannot be run, and Interrupted once it has saved after SIGTERM or Ctrl-C: called again, it goes on.
     """
     times = StartTimes()
     times.mark("parsed")
@@ -104,6 +106,8 @@ def run(config: Config, train: Dataset | None = None, validation: Dataset | None
         config, run_dir = leg_of(config, run_dir)
     if config.launch.backend == "local":
         with local_context(config.launch, times) as context:
+            # Of torchrun: as many as it has started.
+            config = replace(config, launch=replace(config.launch, workers=context.world_size))
             work = partial(run_local, config, context, run_dir, given)
             return _run(config, run_dir, context.rank == 0, work, times, given)
     if under_torchrun():
@@ -138,7 +142,6 @@ def _run(
     given: OwnData | None = None,
 ) -> dict[str, Any]:
     """Return the result of a finished run, or check the job and do the ``work``. ``first`` says who prints."""
-    ask_first(lambda: check_free(run_dir))
     finished = ask_first(lambda: _finished(config, run_dir))
     if finished is not None:
         if first:
@@ -150,7 +153,9 @@ def _run(
         console.line(opening(config, run_dir))
     with console.phase("checking data, networks and places"):
         preflight(config, given)
-    with ExitStack() as lock:  # not before: a config that cannot be run leaves nothing behind
+    if config.run.overwrite:  # not before: a config that cannot be run costs nothing that is there
+        ask_first(lambda: _overwrite(run_dir))
+    with ExitStack() as lock:  # nor does it leave anything behind
         ask_first(lambda: lock.enter_context(held(run_dir)))
         ask_first(lambda: claim(config, run_dir))
         times.mark("checked")
@@ -162,15 +167,22 @@ def _run(
 
 
 def _finished(config: Config, run_dir: str) -> dict[str, Any] | None:
-    """Delete an old run if ``run.overwrite`` says so, and return the result of a finished one. For one process alone:
-    another must not read what this one is about to delete."""
+    """Return the result of a finished run, unless ``run.overwrite`` says that it is done again. For one process alone.
+    Raises UserError for a directory that is in use, or was begun with another config."""
+    check_free(run_dir)
     if config.run.overwrite:
-        run_files.overwrite(run_dir)
+        return None
     finished = find_result(config, run_dir)
     if finished is not None:
         with suppress(UserError):  # the result can be read where nothing can be written
             claim(config, run_dir)  # an earlier release may have saved a URL with its password
     return finished
+
+
+def _overwrite(run_dir: str) -> None:
+    """Delete an old run, unless another process has begun it meanwhile. For one process alone."""
+    check_free(run_dir)
+    run_files.overwrite(run_dir)
 
 
 def _run_on_ray(config: Config, run_dir: str, times: StartTimes) -> dict[str, Any]:

@@ -21,11 +21,11 @@ from mimkd_ray.errors import Interrupted, count
 from mimkd_ray.run_lock import InUse, held
 from mimkd_ray.train.distributed import Context, ask_first, share_from_first
 from mimkd_ray.train.held_out.known_accuracy import beside
-from mimkd_ray.train.loop import train
+from mimkd_ray.train.loop import train_on
 from mimkd_ray.train.networks.build import build_student
 from mimkd_ray.train.networks.teacher import weights_digest
 from mimkd_ray.train.records.metrics import say
-from mimkd_ray.train.records.outcomes import find_result
+from mimkd_ray.train.records.outcomes import begin, find_result
 
 FOLDER = "teachers"
 LOOK_SECONDS = 5.0
@@ -72,14 +72,16 @@ def train_teacher(config: Config, data: Data, context: Context, run_dir: str) ->
     images = open_data(own.data, data.own)
     folder = ask_first(lambda: folder_of(own, images, run_dir))
     finished = ask_first(lambda: find_result(own, folder))
-    if finished is not None:
-        say(context, f"the teacher {config.teacher.name} was trained before, in {folder}")
-    else:
-        how = "fine-tuning" if config.teacher.finetune else "training"
-        with ExitStack() as lock:
+    with ExitStack() as lock:
+        if finished is None:
             _in_turn(lock, folder, context)
+            finished = ask_first(lambda: begin(own, folder))  # another run may have trained it meanwhile
+        if finished is not None:
+            say(context, f"the teacher {config.teacher.name} was trained before, in {folder}")
+        else:
+            how = "fine-tuning" if config.teacher.finetune else "training"
             say(context, f"{how} the teacher {config.teacher.name}, {count(own.train.epochs, 'epoch')}, in {folder}")
-            finished = train(own, images, None, context, folder)
+            finished = train_on(own, images, None, context, folder)
     return storage.join(folder, "student.safetensors"), finished["student"]
 
 

@@ -31,6 +31,14 @@ def test_who_teaches_whom_on_what_and_where(monkeypatch: pytest.MonkeyPatch) -> 
     assert "4 views of an image, teacher's features from s3://b/c\n" in said
 
 
+def test_a_rate_that_would_never_drop_is_said() -> None:
+    steps = {"schedule": "step", "milestones": (150, 180), "lr": 0.05}
+    said = "  rate     0.05 to the end: optim.milestones 150, 180 come after the last epoch\n"
+    assert said in opening(tiny_config(train={"epochs": 150}, optim=steps), "x")
+    assert "rate" not in opening(tiny_config(train={"epochs": 151}, optim=steps), "x")
+    assert "rate" not in opening(tiny_config(train={"epochs": 150}), "x"), "a cosine falls"
+
+
 def test_one_is_no_plural(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     limits = {"epochs": 1, "max_steps": 1}

@@ -6,11 +6,13 @@ import json
 import os
 import socket
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import start_ranks
 from tiny_run import tiny_config
 
@@ -81,6 +83,16 @@ def test_torchrun_and_ray_together_are_refused(tmp_path: Path, monkeypatch: pyte
         training.run(config)
 
 
+def test_more_processes_than_lanes_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three = local_launch.LocalContext(torch.device("cpu"), rank=0, world_size=3)
+    monkeypatch.setattr(training, "local_context", lambda *_: nullcontext(three))
+    with pytest.raises(UserError, match=r"launch\.workers is 3 and train\.lanes 2: .*--train\.lanes 3"):
+        training.run(tiny_config(run={"root": str(tmp_path), "name": "one"}))
+    assert not (tmp_path / "one").exists()
+
+
 def test_a_config_that_cannot_be_run_leaves_no_directory(tmp_path: Path) -> None:
     """Nor is the one that mends it refused because something else was trained there."""
     config = tiny_config(
@@ -90,6 +102,17 @@ def test_a_config_that_cannot_be_run_leaves_no_directory(tmp_path: Path) -> None
         training.run(replace(config, data=replace(config.data, root=str(tmp_path / "nowhere"))))
     assert not (tmp_path / "one").exists()
     assert training.run(config)["steps"] == 1
+
+
+def test_a_config_that_cannot_be_run_overwrites_nothing(tmp_path: Path) -> None:
+    config = tiny_config(
+        run={"root": str(tmp_path), "name": "one"}, train={"max_steps": 1}, launch={"gpu": "off"}, loss={"name": ()}
+    )
+    first = training.run(config)
+    anew = replace(config, run=replace(config.run, overwrite=True))
+    with pytest.raises(UserError, match="there is no weights file"):
+        training.run(replace(anew, student=replace(config.student, weights=str(tmp_path / "gone.safetensors"))))
+    assert training.run(config) == first, "it is there as it was"
 
 
 def test_a_run_writes_its_config_once_and_is_asked_once_for_a_result(

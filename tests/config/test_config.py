@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 from tiny_run import tiny_config
 
-from mimkd_ray.config import Config
+from mimkd_ray.config import Config, ExportConfig
 from mimkd_ray.config.digest import differences, digest, training_dict
 from mimkd_ray.config.form.json_form import from_dict, to_dict
+from mimkd_ray.config.jobs.evaluate import EvaluateConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.recipes import CIFAR_RECIPES as RECIPES
 
@@ -16,6 +17,14 @@ from mimkd_ray.recipes import CIFAR_RECIPES as RECIPES
 def test_json_round_trip_keeps_every_field() -> None:
     config = tiny_config(loss={"bound": "smile", "local_pairs": ("a:b", "c:d:0.5")}, train={"ema_decay": 0.99})
     assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_values_of_evaluations_and_exports_are_checked_as_all_others() -> None:
+    with pytest.raises(UserError, match=r"eval\.rows is 1\.5: give a whole number"):
+        EvaluateConfig(rows=1.5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"calibration is nan: give a whole number"):
+        ExportConfig(calibration=float("nan"))  # type: ignore[arg-type]
+    assert "secret" not in EvaluateConfig(out="http://me:secret@host/out").out
 
 
 def test_unknown_name_is_refused_with_its_place() -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +17,12 @@ import ray
 
 from mimkd_ray import console
 from mimkd_ray.by_name import LOOK_IN, named_function
-from mimkd_ray.cli import cache_teacher, search, training
+from mimkd_ray.cli import cache_teacher, evaluate, search, training
 from mimkd_ray.cli.common import from_flags
 from mimkd_ray.cli.prepare_data import PrepareJob, prepare_with_ray
 from mimkd_ray.cli.training import run_directory
 from mimkd_ray.config import CacheConfig, Config, DataConfig, LaunchConfig, PrepareConfig, RunConfig
+from mimkd_ray.config.jobs.evaluate import evaluate_job
 from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.data.prepare.make_shards import prepare
 from mimkd_ray.errors import UserError
@@ -35,6 +37,22 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_ADDRESS", "RAY_TMPDIR", LOOK_IN, "RAY_gcs_server_port_wait_time_s", *environment.EMBEDDED):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+
+
+def test_an_evaluation_sets_the_environment_before_ray_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it Ray listens to other machines, asks them for no token, and its workers find no functions here."""
+    seen: dict[str, str] = {}
+
+    def evaluate_on_ray(*_: object) -> dict[str, Any]:
+        seen.update(os.environ)
+        return {}
+
+    workers = SimpleNamespace(evaluate_on_ray=evaluate_on_ray)
+    monkeypatch.setitem(sys.modules, "mimkd_ray.on_ray.evaluate_workers", workers)
+    monkeypatch.setattr(evaluate, "_tell", lambda *_: None)
+    evaluate.evaluate(evaluate_job(Config(launch=LaunchConfig(backend="ray"))))
+    assert environment.EMBEDDED.items() <= seen.items()
+    assert seen[LOOK_IN] == os.getcwd()
 
 
 def test_the_address_of_the_job_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -130,6 +131,19 @@ def test_a_run_waits_for_the_teacher_of_another(
     obtain_teacher(config, tiny_data(), cpu(), str(tmp_path / "a"))
     assert ended.wait(10)
     assert Path(folder, "result.json").exists()
+    capsys.readouterr()
+    in_turn = trained_teacher._in_turn
+
+    def after_another(*arguments: Any) -> None:
+        in_turn(*arguments)
+        shutil.move(tmp_path / "result.json", folder)
+
+    shutil.move(Path(folder, "result.json"), tmp_path)
+    monkeypatch.setattr(trained_teacher, "_in_turn", after_another)
+    obtain_teacher(config, tiny_data(), cpu(), str(tmp_path / "b"))
+    told = capsys.readouterr().out
+    assert "was trained before, in" in told
+    assert "training the teacher" not in told
 
 
 def test_fine_tuning_trains_a_new_head_and_then_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

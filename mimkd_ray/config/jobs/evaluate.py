@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from mimkd_ray.config.config import Config
+from mimkd_ray.config.form.values import check_values
 from mimkd_ray.errors import UserError
+from mimkd_ray.secret_urls import hide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +31,13 @@ class EvaluateConfig:
     """Most images for the corruptions."""
     classes: str = ""
     """File with the names of the network's classes, one a line, in its order; unset: those of the data of the run."""
-
     real: str = ""
     """File with the labels of ImageNet-ReaL (real.json), a list with the numbers of the right classes of each
     validation image: gives another top-1 beside the usual one."""
 
     def __post_init__(self) -> None:
+        check_values(self, "eval")
+        hide(self, "out", "classes", "real")
         for name in ("rows", "train_rows", "tap_rows"):
             if getattr(self, name) < 0:
                 raise UserError(f"eval.{name} is {getattr(self, name)}: give a number of images, or 0")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mimkd_ray.config.data import DataConfig
+from mimkd_ray.config.form.values import check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import hide
 
@@ -48,6 +49,7 @@ class ExportConfig:
     """The images: the run's; without a run those of a CIFAR or an ImageNet recipe."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         hide(self, "weights", "out")
         for name in REFUSED.keys() & set(self.formats):
             raise UserError(f"--formats {name}: {REFUSED[name]}: convert student.onnx or student.pt2 yourself")

@@ -19,6 +19,7 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.digest import changes, refuse_changes, training_dict
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import UserError
+from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.losses.features import Features
 from mimkd_ray.models.head import head_of
 from mimkd_ray.taps.tapped_model import TappedModel
@@ -40,6 +41,7 @@ from mimkd_ray.train.networks.student_module import LaneNorms, StudentModule, da
 from mimkd_ray.train.networks.teacher_head import teacher_head, trains_head
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import say
+from mimkd_ray.train.records.outcomes import RESULT
 
 COMPILE_FROM_STEPS = 10_000
 """Steps of a run from which compilation pays by default. On an H200 it took 43 s and made captured steps of ResNet-34
@@ -217,6 +219,9 @@ class Student:
                 state = checkpoint.parse(content, self.context.device)
                 self.distiller.load_state_dict(state["distiller"])
                 load_portable(self.optimizer, state["optimizer"], own_settings=True)
+                # A run that was given more steps after its end has the weights of that end until the next one.
+                result = read_if_sound(storage.join(run_dir, RESULT)) or {}
+                weights = weights and result.get("steps", state["step"]) >= state["step"]
             if weights:
                 self.distiller.student.model.load_state_dict(load_safetensors(storage.read_bytes(file)))
         except (RuntimeError, KeyError, ValueError) as error:

@@ -61,6 +61,7 @@ def test_runs_are_listed_shown_and_compared(tmp_path: Path) -> None:
     run_tiny(tmp_path / "one")
     run_tiny(tmp_path / "two", optim={"lr": 0.03})
     claim(tiny_config(), str(tmp_path / "three"))
+    (tmp_path / "three" / "checkpoints" / "step_00000003-abcdef").mkdir(parents=True)  # a kill came in the middle
     (tmp_path / "notes").mkdir()
     rows = listing(str(tmp_path)).splitlines()[2:]
     assert [row.split()[:2] for row in rows] == [["one", "finished"], ["three", "begun"], ["two", "finished"]]
