@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
-from own_loop import Digits, Network
+from small_digits import Network, batches
 from torch import nn
-from torch.utils.data import DataLoader, Subset
 
 import mimkd_ray
 
@@ -20,8 +19,7 @@ def main(epochs: int = 8, accelerator: Accelerator | None = None) -> tuple[mimkd
     torch.manual_seed(0)
     plain = mimkd_ray.distill(teacher=Network(width=32), student=Network(width=4), image_size=8)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.02, momentum=0.9)
-    train = DataLoader(Subset(Digits(), range(1400)), batch_size=50, shuffle=True, drop_last=True)
-    distiller, optimizer, train = accelerator.prepare(plain, optimizer, train)
+    distiller, optimizer, train = accelerator.prepare(plain, optimizer, batches()[0])
     for epoch in range(epochs):
         for batch in train:
             with accelerator.accumulate(distiller):

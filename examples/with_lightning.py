@@ -9,9 +9,8 @@ from typing import Any
 
 import lightning
 import torch
-from own_loop import Digits, Network
+from small_digits import Network, batches
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
 import mimkd_ray
 
@@ -40,8 +39,7 @@ def main(epochs: int = 8, **trainer: Any) -> Distillation:
     """Train a student of a random teacher. ``trainer``: options of lightning.Trainer. Returns what was trained."""
     lightning.seed_everything(0)
     module = Distillation(teacher=Network(width=32), student=Network(width=4))
-    train = DataLoader(Subset(Digits(), range(1400)), batch_size=50, shuffle=True, drop_last=True)
-    lightning.Trainer(max_epochs=epochs, **trainer).fit(module, train)
+    lightning.Trainer(max_epochs=epochs, **trainer).fit(module, batches()[0])
     return module
 
 

@@ -30,6 +30,13 @@ def test_every_example_is_tested() -> None:
     assert all(f'example("{path.stem}")' in tested for path in EXAMPLES.glob("*.py"))
 
 
+def test_batches_of_digits(example: Any) -> None:
+    train, held_out = example("small_digits").batches(image_size=16)
+    images, labels, ids = next(iter(held_out))
+    assert images.shape == (100, 3, 16, 16)
+    assert (len(train), len(labels), ids[0]) == (28, 100, 1400)
+
+
 def test_own_loop(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
     of_teacher, of_student = example("own_loop").main(epochs=3)
     assert of_teacher > 80
