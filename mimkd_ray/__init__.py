@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mimkd_ray.losses.bounds import jsd as jsd
     from mimkd_ray.losses.bounds import nwj as nwj
     from mimkd_ray.losses.bounds import smile as smile
-    from mimkd_ray.losses.distillation import MIMKDLoss as DistillationLoss
+    from mimkd_ray.losses.distillation import MIMKDLoss as DistillationLoss  # noqa: F401
     from mimkd_ray.losses.estimate import mutual_information as mutual_information
     from mimkd_ray.losses.features import Features as Features
     from mimkd_ray.losses.terms import Term as Term
@@ -57,51 +57,6 @@ if TYPE_CHECKING:
     from mimkd_ray.train.held_out.accuracy import evaluate as evaluate
 
 __version__ = "0.2.0"
-
-__all__ = [
-    "CacheConfig",
-    "CompareConfig",
-    "Config",
-    "CriticConfig",
-    "DataConfig",
-    "DistillationLoss",
-    "Distiller",
-    "EvaluateConfig",
-    "Features",
-    "LaunchConfig",
-    "LossConfig",
-    "MixConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "RunConfig",
-    "StorageConfig",
-    "TappedModel",
-    "TeacherConfig",
-    "Term",
-    "TrainConfig",
-    "UserError",
-    "build_model",
-    "cifar100",
-    "default_taps",
-    "demo",
-    "distill",
-    "dv",
-    "evaluate",
-    "evaluate_run",
-    "find_shapes",
-    "infonce",
-    "jsd",
-    "mutual_information",
-    "nwj",
-    "r34_r18",
-    "r50_mbv2",
-    "r50_shufflenetv2",
-    "recipes",
-    "run",
-    "search",
-    "smile",
-    "trainable",
-]
 
 _HOMES = {
     "cli.evaluate": ("evaluate_run",),
@@ -141,6 +96,8 @@ _HOMES = {
 
 _WITHIN = {"DistillationLoss": "MIMKDLoss"}
 """Public names that differ from the name in their module."""
+
+__all__ = sorted(["recipes", "search", *(name for names in _HOMES.values() for name in names)])
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mimkd_ray.config.form.codec_spec import DEFAULT_MAP, DEFAULT_VECTOR, CodecSpec, parse_logits, parse_spec
-from mimkd_ray.config.form.values import check_values
+from mimkd_ray.config.form.values import check_values, worker_range
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.secret_urls import hide
 
@@ -67,17 +67,12 @@ class CacheConfig:
                 f"cache.canary is {self.canary} and cache.tolerance {self.tolerance}: give a share of the images from "
                 "0 to 1, and a relative error between 0 and 1"
             )
-        fewest, most = self.worker_range
-        if not 0 <= fewest <= most or (fewest == 0 and most > 0):
-            raise UserError(f"cache.workers is {self.workers!r}: give a number, or a range such as 1..8")
+        worker_range("cache.workers", self.workers)
 
     @property
     def worker_range(self) -> tuple[int, int]:
         """Fewest and most builders; (0, 0) if the launcher chooses."""
-        parts = str(self.workers).split("..")
-        if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
-            raise UserError(f"cache.workers is {self.workers!r}: give a number, or a range such as 1..8")
-        return int(parts[0]), int(parts[-1])
+        return worker_range("cache.workers", self.workers)
 
     @property
     def reads(self) -> bool:

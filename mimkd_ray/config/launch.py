@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mimkd_ray.config.form.values import check_values
+from mimkd_ray.config.form.values import check_values, worker_range
 from mimkd_ray.errors import UserError
 
 
@@ -41,9 +41,7 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "launch", cpus_per_worker=4096)
-        fewest, most = self.worker_range
-        if not 0 <= fewest <= most or (fewest == 0 and most > 0):
-            raise UserError(f"launch.workers is {self.workers!r}: give a number, or a range such as 2..8")
+        worker_range("launch.workers", self.workers)
         if self.max_preemptions < -1:
             raise UserError(f"launch.max_preemptions is {self.max_preemptions}: give 0 or more, or -1 for no limit")
         if min(self.cpus_per_worker, self.max_failures, self.resize_seconds, self.wait_minutes, self.lost_minutes) < 0:
@@ -56,7 +54,4 @@ class LaunchConfig:
     @property
     def worker_range(self) -> tuple[int, int]:
         """Fewest and most workers; (0, 0) if the launcher chooses."""
-        parts = str(self.workers).split("..")
-        if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
-            raise UserError(f"launch.workers is {self.workers!r}: give a number, or a range such as 2..8")
-        return int(parts[0]), int(parts[-1])
+        return worker_range("launch.workers", self.workers)

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mimkd_ray import console, local_files, storage
-from mimkd_ray.on_ray.nodes.cluster import connect, disconnect
+from mimkd_ray.on_ray.nodes.cluster import connect
 from mimkd_ray.on_ray.nodes.environment import cluster_address
 
 LOG = "ray.log"
@@ -116,7 +116,7 @@ def joined(address: str, flag: str, folder: str, verbose: bool, **options: Any) 
         finally:
             if own:
                 with console.phase("ending Ray", said=False):
-                    disconnect()
+                    ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -71,6 +71,17 @@ def fits(value: Any, annotation: Any) -> bool:
     return isinstance(value, annotation) if isinstance(annotation, type) else True
 
 
+def worker_range(name: str, value: int | str) -> tuple[int, int]:
+    """Return the fewest and the most of a field that is a number or a range such as 2..8; 0 alone leaves the choice to
+    the launcher. Raises UserError for anything else."""
+    parts = str(value).split("..")
+    if len(parts) <= 2 and all(part.strip().isdecimal() for part in parts):
+        fewest, most = int(parts[0]), int(parts[-1])
+        if 0 < fewest <= most or fewest == most == 0:
+            return fewest, most
+    raise UserError(f"{name} is {value!r}: give a number, or a range such as 2..8")
+
+
 @functools.cache
 def _annotations(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -16,7 +17,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mimkd_ray import storage
 from mimkd_ray.doctor import facts, link, places
 from mimkd_ray.doctor.outcome import Outcome, redacted
-from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray.nodes.cluster import connect
 from mimkd_ray.secret_urls import Carried
 
@@ -42,39 +42,14 @@ class Node:
 
 
 class Examiner:
-    """The process on a node that runs the checks, an actor without reservations."""
+    """The process on a node that does the checks, an actor without reservations."""
 
-    def __init__(self, node: Node, _secrets: Carried) -> None:
-        self.node = node
+    def __init__(self, _secrets: Carried) -> None:
+        pass
 
-    def facts(self) -> facts.NodeFacts:
-        """Return the node's facts."""
-        return facts.look(self.node.name, self.node.gpus, self.node.object_store_bytes)
-
-    def time(self) -> float:
-        """Return the node's Unix time."""
-        return time.time()
-
-    def leave_mark(self, folder: str) -> str:
-        """Call places.leave_mark."""
-        return places.leave_mark(folder)
-
-    def storage(self, root: str, folder: str) -> Outcome:
-        """Call places.check_storage."""
-        return places.check_storage(self.node.name, root, folder)
-
-    def remove(self, folder: str) -> None:
-        """Remove the files that the check of storage has left."""
-        with suppress(OSError, UserError):  # already reported at this point
-            storage.remove_tree(folder)
-
-    def disk(self, folder: str, gigabytes: float) -> Outcome:
-        """Call places.check_disk."""
-        return places.check_disk(self.node.name, folder, gigabytes)
-
-    def decode(self) -> Outcome:
-        """Call places.check_decode."""
-        return places.check_decode(self.node.name, self.node.cpus)
+    def do(self, check: Callable[[], Any]) -> Any:
+        """Return what a check finds here."""
+        return check()
 
 
 class Rank:
@@ -130,30 +105,32 @@ class _Visit:
         self.silent: list[Outcome] = []
         kind = ray.remote(num_cpus=0, max_restarts=0)(Examiner)
         self.examiners = {
-            node: kind.options(scheduling_strategy=_on(node), runtime_env=SEES_ALL_GPUS).remote(node, Carried())
+            node: kind.options(scheduling_strategy=_on(node), runtime_env=SEES_ALL_GPUS).remote(Carried())
             for node in nodes
         }
 
     def outcomes(self) -> list[Outcome]:
         """Return all checks, in the order in which they are shown."""
         config = self.config
-        known = self._ask("nodes", lambda examiner: examiner.facts.remote())
+        known = self._ask("nodes", lambda node: partial(facts.look, node.name, node.gpus, node.object_store_bytes))
         if not known:
             return self.silent
         everybody = list(known.values())
         found = [facts.check_versions(everybody), facts.check_gpus(everybody), facts.check_authentication(everybody)]
         found += self._clocks()
         found += [facts.check_memory(each) for each in everybody]
-        found += self._ask("disk", lambda examiner: examiner.disk.remote(config.store, config.store_gb)).values()
-        found += self._ask("decode", lambda examiner: examiner.decode.remote()).values()
+        disk, decode = places.check_disk, places.check_decode
+        found += self._ask("disk", lambda node: partial(disk, node.name, config.store, config.store_gb)).values()
+        found += self._ask("decode", lambda node: partial(decode, node.name, node.cpus)).values()
         for root in config.root:
             found += self._storage(root)
         found.append(self._all_reduce())
         return [*found, *self.silent]
 
-    def _ask(self, check: str, question: Callable[[Any], Any]) -> dict[Node, Any]:
-        """Ask all examiners at the same time. Nodes that do not answer in time are reported and not asked again."""
-        asked = {node: question(examiner) for node, examiner in self.examiners.items()}
+    def _ask(self, check: str, on: Callable[[Node], Callable[[], Any]]) -> dict[Node, Any]:
+        """Do a check on all nodes at the same time. Those that do not answer in time are reported and not asked
+        again."""
+        asked = {node: examiner.do.remote(on(node)) for node, examiner in self.examiners.items()}
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=self.config.wait_seconds)
         answers = {}
         for node, answer in asked.items():
@@ -171,7 +148,7 @@ class _Visit:
             try:
                 for _ in range(CLOCK_TRIES):
                     asked = time.time()
-                    there = ray.get(examiner.time.remote(), timeout=self.config.wait_seconds)
+                    there = ray.get(examiner.do.remote(time.time), timeout=self.config.wait_seconds)
                     half = (time.time() - asked) / 2
                     if half < best[1]:
                         best = (there - asked - half, half)
@@ -197,7 +174,7 @@ class _Visit:
             return []
         node, first = next(iter(self.examiners.items()))
         try:
-            error = ray.get(first.leave_mark.remote(folder), timeout=self.config.wait_seconds)
+            error = ray.get(first.do.remote(partial(places.leave_mark, folder)), timeout=self.config.wait_seconds)
         except RayError as lost:
             self._lost("storage", node, lost, root)
             return []
@@ -206,10 +183,10 @@ class _Visit:
                 "check the place, the endpoint, the credentials of this node, and that its policy allows the prefix"
             )
             return [Outcome(check="storage", status="fail", node=node.name, text=error, remedy=remedy)]
-        found = self._ask("storage", lambda examiner: examiner.storage.remote(root, folder))
+        found = self._ask("storage", lambda node: partial(places.check_storage, node.name, root, folder))
         if node in self.examiners:
             with suppress(RayError):  # failures have been reported already
-                ray.get(first.remove.remote(folder), timeout=self.config.wait_seconds)
+                ray.get(first.do.remote(partial(storage.remove_tree, folder)), timeout=self.config.wait_seconds)
         return list(found.values())
 
     def _all_reduce(self) -> Outcome:

@@ -86,8 +86,3 @@ def _nobody(address: str, why: str, flag: str) -> UserError:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def disconnect() -> None:
-    """Leave the cluster that this process is connected to; a Ray started by this process ends."""
-    ray.shutdown()
