@@ -23,6 +23,7 @@ from mimkd_ray.evaluation.measure import FIGURES, PREDICTIONS, measure, save
 from mimkd_ray.json_files import read_json
 from mimkd_ray.on_ray.nodes import environment
 from mimkd_ray.pages.write_pages import try_to_write_report
+from mimkd_ray.places import check_lasting
 from mimkd_ray.train.start_times import StartTimes
 
 
@@ -81,6 +82,7 @@ def config_of_run(run_dir: str) -> Config:
 def evaluate(job: EvaluateJob, run_dir: str = "", trained_on: Config | None = None) -> dict[str, Any]:
     """Evaluate, print the table, write the files, and return the figures."""
     out = storage.absolute(job.eval.out or run_dir or ".")
+    check_lasting("--eval.out", out)
     if os.environ.get("RANK", "0") != "0":
         console.use(console.Nobody())  # torchrun's other processes
     if job.launch.backend == "ray":

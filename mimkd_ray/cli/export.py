@@ -16,6 +16,7 @@ from mimkd_ray.errors import UserError, count
 from mimkd_ray.export.export_student import export_student
 from mimkd_ray.export.find_student import RunFacts, read_run
 from mimkd_ray.models.weights_file import FOLDER, HUB, WEB
+from mimkd_ray.places import check_lasting
 from mimkd_ray.recipes import cifar100, r34_r18
 
 
@@ -74,12 +75,14 @@ def _whole(config: ExportConfig, run: RunFacts | None) -> ExportConfig:
     weights = config.weights
     if weights and not weights.startswith((HUB, FOLDER, *WEB)) and weights not in ("random", "published"):
         weights = storage.absolute(weights)
+    out = config.out or (storage.join(run.place, "export") if run else "export")
+    check_lasting("--out", storage.absolute(out))
     root = config.data.root
     return replace(
         config,
         network=network,
         weights=weights,
-        out=storage.absolute(config.out) if config.out else storage.join(run.place, "export") if run else "export",
+        out=storage.absolute(out) if config.out else out,
         data=replace(config.data, root=root if root == "digits" else storage.absolute(root)),
     )
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from mimkd_ray import storage
 from mimkd_ray.cli.common import parsed
 from mimkd_ray.errors import UserError
+from mimkd_ray.places import check_lasting
 from mimkd_ray.secret_urls import redacted
 
 
@@ -30,5 +31,7 @@ def main(argv: Sequence[str], program: str) -> int:
             raise UserError("--out is for several runs: the page of one is report.html in its directory")
         print(write_report(runs[0]))
     else:
-        print(write_comparison(runs, storage.absolute(redacted(options.out or "comparison.html"))))
+        page = storage.absolute(redacted(options.out or "comparison.html"))
+        check_lasting("--out", page)
+        print(write_comparison(runs, page))
     return 0

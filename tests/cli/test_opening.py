@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from tiny_run import tiny_config
 
+from mimkd_ray.__main__ import main
 from mimkd_ray.cli.commands import COMMANDS
 from mimkd_ray.cli.opening import closing, opening
+from mimkd_ray.places import RAY_PACKAGES
 
 
 def test_who_teaches_whom_on_what_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,3 +68,25 @@ def test_the_end_names_the_next_commands(seeds: int, report: str | None) -> None
     again = [] if report else ["report 's3://b/a run'"]
     assert commands == [f"evaluate '{student}'", f"export '{student}'", *again]
     assert {command.split()[0] for command in commands} <= COMMANDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (("evaluate", "--student.name", "cifar/resnet8"), "--eval.out"),
+        (("export", "--network", "cifar/resnet8", "--weights", "random", "--data.root", "digits"), "--out"),
+        (("report", "one", "two"), "--out"),
+    ],
+)
+def test_results_are_not_left_in_a_folder_that_ray_removes(
+    arguments: tuple[str, ...],
+    flag: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    package = tmp_path / RAY_PACKAGES.strip("/") / "_ray_pkg_ab"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(package)
+    assert main(list(arguments)) == 2
+    assert re.search(rf"is a temporary folder of Ray's.*pass {flag} with a folder", capsys.readouterr().err)
