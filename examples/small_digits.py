@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, random_split
 
 
 def batches(image_size: int = 8) -> tuple[DataLoader, DataLoader]:
@@ -14,7 +14,7 @@ def batches(image_size: int = 8) -> tuple[DataLoader, DataLoader]:
     small = torch.tensor(digits.images, dtype=torch.float32).div(8).sub(1).unsqueeze(1).expand(-1, 3, -1, -1)
     images = nn.functional.interpolate(small, size=image_size, mode="bilinear")
     rows = TensorDataset(images, torch.tensor(digits.target), torch.arange(len(images)))
-    train, held_out = Subset(rows, range(1400)), Subset(rows, range(1400, len(rows)))
+    train, held_out = random_split(rows, [1400, len(rows) - 1400], torch.Generator().manual_seed(0))
     return DataLoader(train, batch_size=50, shuffle=True, drop_last=True), DataLoader(held_out, batch_size=100)
 
 
