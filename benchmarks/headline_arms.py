@@ -57,6 +57,9 @@ TERMS: dict[str, LossConfig] = {
     "feature_3": _loss(**{**BASE, "feature_weight": 3.0}),
     "feature_3_all_locations": _loss(**{**BASE, "feature_weight": 3.0}, feature_negatives="all"),
     "feature_10_only": _loss(**{**BASE, "global_weight": 0.0, "feature_weight": 10.0}),
+    "feature_3_width_512": _loss(**{**BASE, "feature_weight": 3.0}, critic=CriticConfig(frozen_width=512)),
+    "feature_3_width_256": _loss(**{**BASE, "feature_weight": 3.0}, critic=CriticConfig(frozen_width=256)),
+    "feature_3_width_128": _loss(**{**BASE, "feature_weight": 3.0}, critic=CriticConfig(frozen_width=128)),
     "before_relu": _loss(**{**BASE, "feature_weight": 3.0}, taps="before"),
     "local_3": _loss(**{**BASE, "local_weight": 3.0}),
     "two_stages": _loss(
