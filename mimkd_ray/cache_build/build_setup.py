@@ -14,7 +14,7 @@ from mimkd_ray.config.cache import check_rules
 from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.prepare.work_units import Done
-from mimkd_ray.data.sources.data_set import Data, open_data
+from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.taps.tap_codecs import Coding, tap_entries
@@ -86,7 +86,7 @@ def shards_of(blocks: Blocks, shard_rows: int) -> list[tuple[int, tuple[int, ...
 class Setup:
     """Data of a build: data, network, entries, and the parts of their keys. The same for driver and builders."""
 
-    def __init__(self, config: Config, device: torch.device, data: Data | None = None) -> None:
+    def __init__(self, config: Config, device: torch.device) -> None:
         """Raises UserError for a config that nothing can be cached for."""
         if not config.cache.root:
             raise UserError(
@@ -100,7 +100,7 @@ class Setup:
                 "the weights that its teacher.json names, and --teacher.train and --teacher.finetune false"
             )
         self.config, self.device = config, device
-        self.data = data or open_data(config.data)
+        self.data = open_data(config.data)
         self.head = teacher_head(config, self.data)
         self.network: nn.Module = build_network(config, self.head.count, config.teacher.weights)
         size = teacher_input(config).size

@@ -145,7 +145,7 @@ class _Views:
         def transform(row: Row, out: Tensor | None) -> Tensor:
             return self.view.replay(row.image, row.id, key.view, out, row.how)
 
-        with torch.random.fork_rng(devices=()):  # once a batch: its 10 us would matter per image
+        with torch.random.fork_rng(devices=()):  # once a batch: its 4 us would matter per image
             return _decode_all(self.source, key, transform, memory, instead)
 
 

@@ -23,8 +23,8 @@ TIMED_OUT = "DataLoader timed out"
 """Part of PyTorch's message, a RuntimeError, when it has waited for LOOK_SECONDS; the next call waits on."""
 LOOK_SECONDS, STUCK_SECONDS = 1.0, 10.0
 ASKED_TO_STOP = threading.Event()
-"""Set when this process is asked to save and end. Loader processes that give nothing for STUCK_SECONDS then, because
-they are stopped or wait themselves, are ended, and this process makes the batches: the step can be ended and saved."""
+"""Set when this process is asked to save and end. If loader processes have ended then, or give nothing for
+STUCK_SECONDS because they are stopped or wait themselves, this process makes the batches: the step can be saved."""
 _opening = threading.Lock()
 _PIN_LOOP = "_pin_memory_loop"
 """Part of the name of the thread in which torch brings batches to pinned memory. torch does not tell of its end, after
@@ -51,6 +51,8 @@ def answers_of(loader: DataLoader[Any], keys: Iterable[Key], batches: Batches) -
             except StopIteration:
                 return
             except RuntimeError as error:
+                if LOST_LOADER in str(error) and ASKED_TO_STOP.wait(LOOK_SECONDS):
+                    break  # batch systems and torchrun send the request to all processes, and these end
                 if TIMED_OUT not in str(error) or not all(thread.is_alive() for thread in pinning):
                     raise
                 if ASKED_TO_STOP.is_set():
@@ -58,7 +60,7 @@ def answers_of(loader: DataLoader[Any], keys: Iterable[Key], batches: Batches) -
                 continue
             yield answer
             given, stuck_at = given + 1, 0.0
-        logger.warning("asked to stop, and loader processes do not answer: they are ended, to save without them")
+        logger.warning("asked to stop, and loader processes have ended or do not answer: the step ends without them")
         _end(own)
         here = Answers(batches, None)
         yield from (here[key, None] for key in itertools.islice(keys, given, None))

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from mimkd_ray import storage
 from mimkd_ray.config import PrepareConfig
@@ -53,6 +53,8 @@ class NoSplitError(UserError):
 
 
 Unit = PartUnit | ShardUnit
+U = TypeVar("U", PartUnit, ShardUnit)
+T = TypeVar("T")
 Runner = Callable[[Sequence[Unit], str], Iterator[Done]]
 """Runs the units, in any order and on any node, and yields the result of each. The text names the stage for
 progress."""
@@ -96,7 +98,7 @@ def _prepare(config: PrepareConfig, origin: Origin, work: str, run: Runner) -> M
             f"--source {config.source}: none of the {len(damaged):,} images of split '{config.split}' can be decoded"
             + (f"; the first is {damaged[0][0]}: {damaged[0][1]}" if damaged else "")
         )
-    shards = _make_shards(config, origin, indices, work, run)
+    shards = tuple(_make_shards(config, origin, indices, work, run))
     text = json.dumps(damaged, indent=1, ensure_ascii=False)
     storage.write_bytes(storage.join(config.target, f"{config.split}.damaged.json"), text.encode("utf-8", "replace"))
     manifest = Manifest(
@@ -272,50 +274,20 @@ def _check_space(config: PrepareConfig, origin: Origin, work: str) -> None:
 
 def _make_parts(config: PrepareConfig, origin: Origin, work: str, run: Runner) -> list[Index]:
     """Have the missing parts made, and return the index of every part."""
-    sizes = storage.list_sizes(work)
+    units = [
+        PartUnit(number, piece, keys, config.seed, config.short_side, config.quality, work, config.max_pixels)
+        for number, (piece, keys) in enumerate(zip(origin.pieces, row_keys(origin, config.seed), strict=True))
+    ]
 
-    def read(number: int) -> Index | None:
-        index = read_index(work, number)
-        whole = index is not None and sizes.get(blob_url(work, number)) == sum(index.lengths)
-        return index if whole else None
+    def read(unit: PartUnit, sizes: Mapping[str, int]) -> Index | None:
+        there = sizes.get(blob_url(work, unit.number))
+        index = read_index(work, unit.number) if there is not None else None
+        return index if index is not None and there == sum(index.lengths) else None
 
-    keys = row_keys(origin, config.seed)
-    begun = [number for number in range(len(origin.pieces)) if f"{blob_url(work, number)}" in sizes]
-    with ThreadPoolExecutor(THREADS) as pool:
-        indices = dict(zip(begun, pool.map(read, begun), strict=True))
-        missing = [number for number in range(len(origin.pieces)) if indices.get(number) is None]
-        units = [
-            PartUnit(
-                number,
-                origin.pieces[number],
-                keys[number],
-                config.seed,
-                config.short_side,
-                config.quality,
-                work,
-                config.max_pixels,
-            )
-            for number in missing
-        ]
-        _run_all(run, units, f"checking images ({len(units):,} of {len(origin.pieces):,} parts to do)")
-        sizes = storage.list_sizes(work)
-        indices |= dict(zip(missing, pool.map(read, missing), strict=True))
-    found = [indices[number] for number in range(len(origin.pieces))]
-    complete = [index for index in found if index is not None]
-    if len(complete) < len(found):
-        raise UserError(f"{len(found) - len(complete)} of {len(found)} parts are not to be seen: {not_shared(work)}")
-    return complete
+    return _made(run, units, read, work, work, "checking images", "parts")
 
 
-def _run_all(run: Runner, units: Sequence[Unit], title: str) -> None:
-    if units:
-        for _ in run(units, title):
-            pass
-
-
-def _make_shards(
-    config: PrepareConfig, origin: Origin, indices: list[Index], work: str, run: Runner
-) -> tuple[Shard, ...]:
+def _make_shards(config: PrepareConfig, origin: Origin, indices: list[Index], work: str, run: Runner) -> list[Shard]:
     """Have the missing shards made, and return the description of every shard."""
     units = plan_shards(
         indices=indices,
@@ -326,20 +298,41 @@ def _make_shards(
         target=config.target,
         work=work,
     )
-    sizes = storage.list_sizes(config.target)
 
-    def read(unit: ShardUnit) -> Shard | None:
-        shard = read_sidecar(work, unit.number)
-        whole = shard is not None and sizes.get(storage.join(config.target, unit.file)) == shard.bytes
-        return shard if whole else None
+    def read(unit: ShardUnit, sizes: Mapping[str, int]) -> Shard | None:
+        there = sizes.get(storage.join(config.target, unit.file))
+        shard = read_sidecar(work, unit.number) if there is not None else None
+        return shard if shard is not None and there == shard.bytes else None
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        shards = dict(zip(range(len(units)), pool.map(read, units), strict=True))
-        missing = [unit for unit in units if shards[unit.number] is None]
-        _run_all(run, missing, f"writing shards ({len(missing):,} of {len(units):,} to do)")
-        sizes = storage.list_sizes(config.target)
-        shards |= {unit.number: shard for unit, shard in zip(missing, pool.map(read, missing), strict=True)}
-    complete = tuple(shard for shard in shards.values() if shard is not None)
-    if len(complete) < len(units):
-        raise UserError(f"{len(units) - len(complete)} of {len(units)} shards are not to be seen: {not_shared(work)}")
-    return complete
+    return _made(run, units, read, config.target, work, "writing shards", "shards")
+
+
+def _made(
+    run: Runner,
+    units: Sequence[U],
+    read: Callable[[U, Mapping[str, int]], T | None],
+    folder: str,
+    work: str,
+    doing: str,
+    what: str,
+) -> list[T]:
+    """Have those units run whose results are not there, and return all results. `read` takes a unit and the sizes of
+    the files in `folder`."""
+
+    def look(which: Sequence[U]) -> list[T | None]:
+        sizes = storage.list_sizes(folder)
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(lambda unit: read(unit, sizes), which))
+
+    found = look(units)
+    missing = [number for number, result in enumerate(found) if result is None]
+    if missing:
+        lacking = [units[number] for number in missing]
+        for _ in run(lacking, f"{doing} ({len(missing):,} of {len(units):,} {what} to do)"):
+            pass
+        for number, result in zip(missing, look(lacking), strict=True):
+            found[number] = result
+    results = [result for result in found if result is not None]
+    if len(results) < len(units):
+        raise UserError(f"{len(units) - len(results)} of {len(units)} {what} are not to be seen: {not_shared(work)}")
+    return results

@@ -276,10 +276,7 @@ class BlockStore:
         with locked(self.folder / "usage"):
             if mark.is_file() and mark.read_text() == boot:
                 return
-            for entry in os.scandir(self.folder):
-                if entry.name.endswith((SUFFIX, ".part")):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(entry.path)
+            self._evict(0, give_up_half=False)
             mark.write_text(boot)
 
 

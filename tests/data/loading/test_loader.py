@@ -197,6 +197,22 @@ def test_a_run_that_is_asked_to_stop_does_without_a_stopped_loader_process(
     _assert_same(found, list(eval_batches(source, CIFAR.eval, batch_size=1)))
 
 
+def test_a_request_to_stop_that_ends_the_loader_processes_too(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm and torchrun send SIGTERM to every process of a job."""
+    asked = threading.Event()
+    monkeypatch.setattr(stuck_loaders, "ASKED_TO_STOP", asked)
+    before = set(multiprocessing.active_children())
+    batches = eval_batches(source, CIFAR.eval, batch_size=1, loader_workers=2)
+    found = [next(batches)]
+    for process in set(multiprocessing.active_children()) - before:
+        if process.name != "read-ahead":
+            os.kill(process.pid, signal.SIGTERM)
+    asked.set()
+    found += batches
+    assert not set(multiprocessing.active_children()) - before
+    _assert_same(found, list(eval_batches(source, CIFAR.eval, batch_size=1)))
+
+
 def _damaged_set(tmp_path: Path, broken: set[int], rows: int = 12) -> ParquetSource:
     files = images(rows)
     good = encode(pixels(0, 64, 64), "JPEG")
