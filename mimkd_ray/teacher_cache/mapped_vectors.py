@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -21,6 +24,9 @@ COLUMN_VIEW = 0
 COLLECT_SECONDS = 1800.0
 """For which another process may collect a column."""
 
+
+UNUSED_SECONDS = 30 * 86400.0
+"""A column that no run has opened for so long is removed: the store's own limit does not count columns."""
 
 AT_A_TIME = 4 * THREADS
 """Row groups, of at most 1,024 images each, that are in memory while a column is collected."""
@@ -46,13 +52,24 @@ def open_column(root: str, manifest: ViewManifest, folder: Path | None) -> Colum
     place.mkdir(mode=0o700, exist_ok=True)
     name = f"{manifest.key}-{manifest.view:05d}-{manifest.shards[0].sha256[:8]}"
     files = [place / f"{name}.{what}.npy" for what in ("rows", "ids")]
+    _remove_unused(place)
     with locked(place / f"{name}.lock", COLLECT_SECONDS):
         if not all(file.exists() for file in files):
             for left in place.glob(f".{name}.*"):  # by a process that was killed
                 left.unlink()
             with explained(str(place), "write to"):
                 publish(files[0], lambda rows: publish(files[1], lambda ids: _collect(root, manifest, rows, ids)))
+        for file in files:
+            os.utime(file)
     return Column(*(np.load(file, mmap_mode="r") for file in files))
+
+
+def _remove_unused(place: Path) -> None:
+    """Remove old columns; a process that has one mapped keeps it."""
+    for file in place.glob("*.npy"):
+        with suppress(FileNotFoundError):  # another process removes it
+            if time.time() - file.stat().st_mtime > UNUSED_SECONDS:
+                file.unlink()
 
 
 def _collect(root: str, manifest: ViewManifest, rows: BinaryIO, ids: BinaryIO) -> None:

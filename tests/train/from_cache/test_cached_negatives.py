@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import time
 from math import log
 from pathlib import Path
 from typing import Any
@@ -73,10 +75,17 @@ def test_a_column_is_collected_once_and_verified(tmp_path: Path) -> None:
     manifest = read_manifest(config.cache.root, reader.keys["pool:vector"], 0)
     column = open_column(config.cache.root, manifest, tmp_path / "here")
     assert column.rows_NB.shape == (60, manifest.row_bytes)
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "here").rglob("*.npy")}
+    files = {path: path.stat().st_ino for path in (tmp_path / "here").rglob("*.npy")}
     assert len(files) == 2
+    for path in files:
+        os.utime(path, (0, time.time() - 29 * 86400))
+    old = path.with_name("of-another-teacher.rows.npy")
+    old.write_bytes(b"")
+    os.utime(old, (0, time.time() - 31 * 86400))
     open_column(config.cache.root, manifest, tmp_path / "here")
-    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert not old.exists()
+    assert {path: path.stat().st_ino for path in files} == files
+    assert all(time.time() - path.stat().st_mtime < 3600 for path in files), "in use again"
     (path, *_) = (tmp_path / "cache" / manifest.key / "view-00000").glob("*.parquet")
     data = bytearray(path.read_bytes())
     data[300] ^= 1
