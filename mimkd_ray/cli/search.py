@@ -63,13 +63,15 @@ def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
     job = absolute(job)
     folder = below_root(job, f"search-{job.recipe}-{search_digest(job)[:8]}")
     check_free(folder)
-    if job.run.overwrite:
-        run_files.overwrite(folder)
     configs = TrialConfigs(trial_config(job, job.search), found)
-    claim(job, folder, write=False)
+    if not job.run.overwrite:
+        claim(job, folder, write=False)
     grid = combinations(job.search, configs) if job.search.algorithm == "grid" else None
     with console.phase("checking data, networks and places"):
         preflight(configs.widest())
+    if job.run.overwrite:  # not before: a search that cannot be run costs nothing that is there
+        check_free(folder)
+        run_files.overwrite(folder)
     with held(folder), console.phase(f"search of {job.search.algorithm}", said=False):
         claim(job, folder)
         console.line(opening(job, configs, Table(folder, job.search.metric)))

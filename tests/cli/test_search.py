@@ -15,6 +15,7 @@ from some_trials import read_trials
 
 from mimkd_ray.cli.search import main
 from mimkd_ray.config import Config, SearchConfig
+from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.errors import UserError
 from mimkd_ray.recipes import demo
@@ -98,6 +99,16 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert error.count("\n") == 1
+
+
+def test_a_search_that_cannot_be_run_overwrites_nothing(tmp_path: Path) -> None:
+    trial = tmp_path / "s" / "trials" / "0000.json"
+    trial.parent.mkdir(parents=True)
+    trial.write_text("{}")
+    (tmp_path / "s" / "config.json").write_text(json.dumps(to_dict(demo())))
+    named = ["--run.root", str(tmp_path), "--run.name", "s", "--run.overwrite", "true"]
+    assert main({"demo": _demo}, SPACES, [*FLAGS, *named, "--cache.root", "nowhere", "--data.views", "2"]) == 2
+    assert trial.exists()
 
 
 def test_a_misspelt_flag_is_told_by_tyro(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
