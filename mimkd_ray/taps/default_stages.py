@@ -195,10 +195,12 @@ def _quarters(grids: list[_Found]) -> list[_Found]:
     runs: dict[tuple[object, ...], list[_Found]] = {}
     for found in grids:
         shape = found.shape
+        if isinstance(found.call.module, nn.Identity):  # a block has several where nothing is dropped or scaled
+            continue
         runs.setdefault((_parent(found.call.path), type(found.call.module), shape.kind, shape.channels), []).append(
             found
         )
-    blocks = max(runs.values(), key=len)
+    blocks = max(runs.values(), key=len, default=[])
     if len(blocks) < 4:
         return []
     return [blocks[len(blocks) * quarter // 4 - 1] for quarter in (1, 2, 3, 4)]

@@ -62,6 +62,14 @@ def test_torchvision_families(name: str) -> None:
     assert _described(net, default_taps(net, 224), 224) == FAMILIES[name]
 
 
+def test_a_small_transformer_has_its_blocks_and_not_what_does_nothing_in_one_of_them() -> None:
+    """Each of timm's blocks holds four identities, as many as there are blocks here."""
+    transformer = pytest.importorskip("timm.models.vision_transformer")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
+    net = transformer.VisionTransformer(num_classes=10, **sizes)
+    assert default_taps(net, 32).maps == ("blocks.0", "blocks.1", "blocks.2", "blocks.3")
+
+
 def test_other_image_sizes() -> None:
     with torch.device("meta"):
         vit, inception = build_model("vit_b_16", 10, image_size=64), build_model("inception_v3", 10)
