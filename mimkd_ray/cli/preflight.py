@@ -24,7 +24,7 @@ from mimkd_ray.teacher_cache.codec import needs_calibration
 from mimkd_ray.teacher_cache.keys import calibration_url, logits_entry
 from mimkd_ray.train.from_cache.cached_teacher import entries_of, origin_of, parts_of_run, what_is_missing
 from mimkd_ray.train.networks.build import PlannedStudent, build_network, build_student, make_order, taps_of_run
-from mimkd_ray.train.networks.teacher import refuse_random
+from mimkd_ray.train.networks.teacher_check import refuse_random
 from mimkd_ray.train.networks.teacher_head import teacher_head
 from mimkd_ray.train.networks.teacher_input import teacher_input
 from mimkd_ray.train.records.loggers import require_loggers

@@ -26,7 +26,8 @@ from mimkd_ray.train.held_out.known_accuracy import known_or_measured
 from mimkd_ray.train.loop import train_on
 from mimkd_ray.train.networks.build import build_network, parameter_dtype, place, teacher_images, uses_channels_last
 from mimkd_ray.train.networks.student_module import Normalizer
-from mimkd_ray.train.networks.teacher import check_accuracy, refuse_random, weights_digest
+from mimkd_ray.train.networks.teacher import weights_digest
+from mimkd_ray.train.networks.teacher_check import check_accuracy, refuse_random
 from mimkd_ray.train.networks.teacher_head import teacher_head
 from mimkd_ray.train.networks.teacher_input import sees_data
 from mimkd_ray.train.records.legs import history

@@ -19,7 +19,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train import worker
 from mimkd_ray.train.compare import arm_config, paired
-from mimkd_ray.train.networks.teacher import chance_limit
+from mimkd_ray.train.networks.teacher_check import chance_limit
 from mimkd_ray.train.worker import measure, obtain_teacher, run_job
 
 

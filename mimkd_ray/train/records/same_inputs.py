@@ -21,7 +21,7 @@ from mimkd_ray.data.sources.source import Source, SubsetSource
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.models.weights_file import file_digest, shown
-from mimkd_ray.train.networks.teacher import check_accuracy
+from mimkd_ray.train.networks.teacher_check import check_accuracy
 from mimkd_ray.train.records.run_dir import write_json
 
 LABELS, STUDENT = "labels.json", "student.json"
