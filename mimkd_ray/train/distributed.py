@@ -89,6 +89,17 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def world_size() -> int:
+    """Return the number of ranks."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def from_first(tensor: Tensor) -> None:
+    """Give every rank the first one's ``tensor``, in place."""
+    if is_distributed():
+        dist.broadcast(tensor, src=0)
+
+
 def barrier() -> None:
     """Wait for all ranks. An all-reduce, because a NCCL barrier must be told its device."""
     if is_distributed():
@@ -148,6 +159,15 @@ def all_max(values: list[int]) -> list[int]:
     box = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_side_group())
     return box.tolist()
+
+
+def first_said(said: str) -> str:
+    """Return on every rank what the first rank says that says anything; "" where none does. By the side channel."""
+    if not is_distributed():
+        return said
+    every = [""] * dist.get_world_size()
+    dist.all_gather_object(every, said, group=_side_group())
+    return next((one for one in every if one), "")
 
 
 def gather_by_rank(tensor: Tensor) -> list[Tensor]:

@@ -102,7 +102,10 @@ class Loop:
     def go(self) -> None:
         """Train to the end, which leaves ``results``. Raises Interrupted when the job was asked to stop."""
         with compile_settings() if any(run.student.compiled for run in self.runs) else nullcontext():
-            self._go()
+            try:
+                self._go()
+            finally:
+                self.engine.close()
 
     def _go(self) -> None:
         context = self.context

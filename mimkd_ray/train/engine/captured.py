@@ -24,7 +24,7 @@ from torch import Tensor
 from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.train.cuda_graphs import WARM, record, run_warm
-from mimkd_ray.train.distributed import Context
+from mimkd_ray.train.distributed import Context, first_said
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.step import StepRecord, optimisation_step, seed_lane
 from mimkd_ray.train.engine.student import Student
@@ -40,6 +40,9 @@ class Engine(Protocol):
 
     def step(self, students: Sequence[Student], step: int) -> Taken:
         """One optimiser step of every student, on the same lanes."""
+
+    def close(self) -> None:
+        """Take no more steps, and free what they needed."""
 
 
 class PlainEngine:
@@ -59,6 +62,9 @@ class PlainEngine:
             if isinstance(found, StepRecord):
                 student.follow()
         return taken
+
+    def close(self) -> None:
+        """Nothing is held between steps."""
 
 
 class _Recorded(NamedTuple):
@@ -102,7 +108,8 @@ class CapturedEngine:
         if self.gave_up:
             return self.plain.step(students, step)
         if self.recorded is not None and self.recorded.students != list(students):
-            self.recorded, self.warm = None, 0  # a student has left
+            self.close()  # a student has left
+            self.warm = 0
         lanes = self.inputs.batches_of(step)
         self._load(step, lanes)
         for student in students:
@@ -111,8 +118,14 @@ class CapturedEngine:
         if len(self.streams) != beside:
             self.streams = [torch.cuda.Stream(self.context.device) for _ in range(beside)]
         if self.recorded is None and self.warm >= WARM:
-            self._record(students, step)
-        taken = self._warm_step(students, step) if self.recorded is None else self._replay(self.recorded, step)
+            self._agree(students, step, self._record(students))
+        if self.gave_up:
+            taken = self._take(students, partial(seed_lane, self.inputs.config.train.seed, step), self.spare)
+        elif self.recorded is None:
+            taken, why = self._warm_step(students, step)
+            self._agree(students, step, why)
+        else:
+            taken = self._replay(self.recorded, step)
         ids, view = [lane.ids_B for lane in lanes], lanes[-1].view  # the buffers' will be those of the next step
         for student, found in taken.items():
             if isinstance(found, StepRecord):
@@ -135,34 +148,33 @@ class CapturedEngine:
         """A step from the buffers: what is recorded."""
         return optimisation_step(students, self.inputs.lanes_of(self.buffers, self.keys), seeds, spare, self.streams)
 
-    def _warm_step(self, students: Sequence[Student], step: int) -> Taken:
-        """A step without a graph, which shows whether the networks draw random numbers."""
+    def _warm_step(self, students: Sequence[Student], step: int) -> tuple[Taken, str]:
+        """A step without a graph, which shows why none could hold it, if so."""
         self.warm += 1
         seeds = _Seeds(self.inputs.config.train.seed, step, self.context.device)
         take = partial(self._take, students, seeds, self.spare)
+        why = ""
         if self.stream is None:
             done = take()
         else:
             done, waits = run_warm(take, self.stream)
             if waits and self.warm == WARM:  # in the first steps libraries set themselves up
-                self._give_up(f"a network or a loss waits for the device ({waits[0]})")
+                why = f"a network or a loss waits for the device ({waits[0]})"
         if len(students) * len(self.buffers) > 1 and seeds.drawn():
-            self._give_up("networks or losses draw random numbers, of which each lane and student has its own")
-        return done
+            why = "networks or losses draw random numbers, of which each lane and student has its own"
+        return done, why
 
-    def _record(self, students: Sequence[Student], step: int) -> None:
-        """Record a step, which is not run by that."""
+    def _record(self, students: Sequence[Student]) -> str:
+        """Record a step, which is not run by that. Return why that is impossible, if so."""
         if self.stream is None:
             self.recorded = _Recorded(None, list(students), [], None)
-            return
+            return ""
         try:
             graph, (names, figures_M) = record(partial(self._figures, students), self.stream)
         except RuntimeError as error:
-            for student in students:
-                student.schedule(step)  # anew: the loss forgets the lanes of the recording
-            self._give_up(str(error).partition("\n")[0])
-            return
+            return str(error).partition("\n")[0] or type(error).__name__
         self.recorded = _Recorded(graph, list(students), names, figures_M)
+        return ""
 
     def _figures(self, students: Sequence[Student]) -> tuple[list[list[str]], Tensor]:
         """Take a step, and return the names of each student's figures and all of these in one tensor."""
@@ -177,10 +189,24 @@ class CapturedEngine:
         recorded.graph.replay()
         return {student: StepRecord(log, [], 0) for student, log in recorded.logs().items()}
 
-    def _give_up(self, why: str) -> None:
+    def _agree(self, students: Sequence[Student], step: int, why: str) -> None:
+        """Give up where any worker has a reason to: all take part in the same collectives."""
+        why = first_said(why)
+        if not why:
+            return
+        self.close()
         self.gave_up = True
         self.streams = []
+        for student in students:
+            student.schedule(step)  # anew: the loss forgets the lanes of a recording
+            student.go_plain()
         say(self.context, f"steps are not captured, and run operation by operation: {why}")
+
+    def close(self) -> None:
+        """Free the graph: a process group whose collectives are in one cannot be ended."""
+        if self.recorded is not None and self.recorded.graph is not None:
+            self.recorded.graph.reset()  # a replay under way comes to its end first
+        self.recorded = None
 
 
 class _Seeds:

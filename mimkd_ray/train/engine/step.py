@@ -31,6 +31,9 @@ class Steps(Protocol):
     distiller: StudentModule
     model: DistributedDataParallel | StudentModule
 
+    def sum_gradients(self) -> None:
+        """Average the gradients of all workers, where DDP did not."""
+
     def leave_alone(self) -> None:
         """Drop the gradients of what this step does not train."""
 
@@ -81,7 +84,7 @@ def optimisation_step(
                 if seed is not None:
                     seed(lane.number)
                 features = student.asks_for(lane.teacher)
-                log = backward_lane(  # forward and backward; the last lane of a step adds up the workers' gradients
+                log = backward_lane(  # forward and backward; DDP adds up the workers' gradients in the last lane
                     student.model,
                     lane.images_BCHW,
                     lane.labels_B,
@@ -98,6 +101,7 @@ def optimisation_step(
     for student in turns:
         with turns.of(student):
             student.norms.end_step()
+            student.sum_gradients()
             student.leave_alone()
             if student.config.optim.clip_norm:
                 torch.nn.utils.clip_grad_norm_(student.distiller.parameters(), student.config.optim.clip_norm)
@@ -128,10 +132,10 @@ def backward_lane(
     weight: float,
     last: bool,
 ) -> dict[str, Tensor]:
-    """Forward and backward of one lane. Gradients accumulate; only the last lane of a step synchronises workers.
+    """Forward and backward of one lane. Gradients accumulate; with DDP the last lane of a step synchronises workers.
 
-    DDP divides the sum over workers by their number, so ``weight`` is workers / lanes: gradients end up summed over
-    all lanes of the step and divided by their number, for even and uneven deals.
+    DDP, like SummedGradients, divides the sum over workers by their number, so ``weight`` is workers / lanes: gradients
+    end up summed over all lanes of the step and divided by their number, for even and uneven deals.
     """
     quiet = isinstance(model, DistributedDataParallel) and not last
     with model.no_sync() if quiet else nullcontext():  # type: ignore[operator]

@@ -24,6 +24,7 @@ from mimkd_ray.losses.features import Features
 from mimkd_ray.models.head import head_of
 from mimkd_ray.taps.tapped_model import TappedModel
 from mimkd_ray.train.distributed import Context, gather_by_rank, is_distributed, share_from_first
+from mimkd_ray.train.engine.gradients import SummedGradients
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.step import StepRecord, optimisation_step, seed_lane
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
@@ -73,9 +74,12 @@ class Student:
         self.head_alone, self.body = False, _body(self.distiller, config.student.head_epochs, self.data.num_classes)
         self.optimizer = build_optimizer(config.optim, self.distiller, not self.plain_because)
         self.norms = LaneNorms(self.distiller, len(self.my_lanes), train.lanes)
-        self.model: DistributedDataParallel | StudentModule = (
-            data_parallel(self.distiller) if is_distributed() else self.distiller
-        )
+        self.model: DistributedDataParallel | StudentModule = self.distiller
+        self.summed: SummedGradients | None = None
+        if is_distributed() and self.plain_because:
+            self.model = data_parallel(self.distiller)
+        elif is_distributed():
+            self.summed = SummedGradients(self.distiller)
         self.compiled = False
         self._compile()
 
@@ -102,6 +106,17 @@ class Student:
         self.distiller.loss.begin_step(epoch, epoch / self.config.train.epochs)
         lr = learning_rate(self.config.optim, step, self.order.steps_per_epoch, self.config.train.epochs)
         set_learning_rate(self.optimizer, lr)
+
+    def sum_gradients(self) -> None:
+        """Average the gradients of all workers, where DDP did not."""
+        if self.summed is not None:
+            self.summed.average()
+
+    def go_plain(self) -> None:
+        """Leave the gradients of several workers to DDP from now on: steps are not captured after all. Every worker
+        calls it."""
+        if self.summed is not None:
+            self.summed, self.model = None, data_parallel(self.distiller, alike=False)
 
     def leave_alone(self) -> None:
         """Drop the gradients of all but the classifier, in the epochs in which that is trained alone: the optimiser

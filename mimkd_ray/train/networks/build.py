@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mimkd_ray.config import CacheConfig, Config, LossConfig, TrainConfig
@@ -168,8 +169,10 @@ def why_plain(config: Config, device: torch.device) -> str:
         return f"train.engine is {config.train.engine}"
     if config.student.head_epochs:
         return "the classifier is trained alone first"
-    if is_distributed():
-        return "gradients of several workers are summed"
+    if is_distributed() and config.train.engine == "auto":
+        return "there are several workers (--train.engine captured records their steps too)"
+    if is_distributed() and device.type == "cuda" and dist.get_backend() != "nccl":
+        return f"gradients of several workers are summed by {dist.get_backend()}, which no graph holds"
     if config.mix.active:
         return "images are mixed by numbers of the host"
     if config.loss.resolved_negatives == "cache":

@@ -158,8 +158,9 @@ class LaneNorms:
             buffer.copy_(part.view_as(buffer))
 
 
-def data_parallel(module: nn.Module) -> DistributedDataParallel:
+def data_parallel(module: nn.Module, alike: bool = True) -> DistributedDataParallel:
     """Wrap ``module`` in DDP with the same arithmetic after a restart, buffers left alone. Call it before ``compile``.
+    ``alike``: all workers get the first one's parameters and buffers.
 
     With find_unused_parameters a parameter may go without a gradient, always or in some steps (a layer that the
     network has and does not use, a lane without a valid negative), and several workers then train as one does. DDP
@@ -173,4 +174,4 @@ def data_parallel(module: nn.Module) -> DistributedDataParallel:
     # torch 2.15 renames the option and warns about the old name.
     new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     options: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-    return DistributedDataParallel(module, find_unused_parameters=True, **options)
+    return DistributedDataParallel(module, find_unused_parameters=True, init_sync=alike, **options)
