@@ -35,11 +35,12 @@ def captured(config: Config) -> Config:
 
 @contextmanager
 def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """A with-block in which the engines that are made are listed."""
+    """A with-block in which the engines that are made are listed; they keep what they have recorded."""
     made: list[Any] = []
 
     def make(*arguments: Any) -> Any:
         made.append(make_engine(*arguments))
+        made[-1].close = lambda: None
         return made[-1]
 
     with monkeypatch.context() as patch:
@@ -137,9 +138,33 @@ def test_a_member_that_leaves_ends_no_other(tmp_path: Path, monkeypatch: pytest.
     configs = [base, replace(base, optim=replace(base.optim, lr=0.02))]
     with engines(monkeypatch) as made:
         pack([captured(config) for config in configs], tmp_path / "pack", lambda epoch, _: {0} if epoch == 2 else set())
-    assert made[0].recorded.students == [made[0].recorded.students[0]]
+    assert len(made[0].recorded.students) == 1
     alone(configs[1:], tmp_path / "alone")
     same(tmp_path / "pack/1", tmp_path / "alone/0")
+
+
+@pytest.mark.parametrize("head_epochs", [1, 2])
+def test_the_step_is_recorded_anew_when_the_body_joins(
+    tmp_path: Path, head_epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After epochs of three steps: before anything was recorded, and after."""
+    base = tiny_config(
+        train={"epochs": 4, "lanes": 1, "information_rows": 0},
+        optim={"weight_decay": 0.05},
+        data={"subset": 30, "val_rows": 20},
+    )
+    config = replace(base, student=replace(base.student, head_epochs=head_epochs))
+    begun, real = [], CapturedEngine._record
+
+    def records(self: CapturedEngine, students: Any) -> str:
+        begun.append(students[0].head_alone)
+        return real(self, students)
+
+    monkeypatch.setattr(CapturedEngine, "_record", records)
+    alone([captured(config)], tmp_path / "captured")
+    assert begun == [True, False][2 - head_epochs :]
+    alone([config], tmp_path / "plain")
+    same(tmp_path / "captured/0", tmp_path / "plain/0")
 
 
 class _Stream:

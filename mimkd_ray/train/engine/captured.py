@@ -96,6 +96,7 @@ class CapturedEngine:
         self.plain = PlainEngine(inputs, spare)
         self.gave_up = False
         self.recorded: _Recorded | None = None
+        self.takes: list[tuple[Student, bool]] = []
         self.warm = 0
         self.buffers: list[LaneBatch] = []
         self.keys: list[Tensor] = []
@@ -107,13 +108,14 @@ class CapturedEngine:
         """One optimiser step of every student, on the same lanes."""
         if self.gave_up:
             return self.plain.step(students, step)
-        if self.recorded is not None and self.recorded.students != list(students):
-            self.close()  # a student has left
-            self.warm = 0
-        lanes = self.inputs.batches_of(step)
-        self._load(step, lanes)
         for student in students:
             student.schedule(step)
+        takes = [(student, student.head_alone) for student in students]
+        if takes != self.takes:  # a student has left, or its body has joined its classifier
+            self._forget()
+            self.takes, self.warm = takes, 0
+        lanes = self.inputs.batches_of(step)
+        self._load(step, lanes)
         beside = len(students) if self.on_gpu and len(students) > 1 else 0
         if len(self.streams) != beside:
             self.streams = [torch.cuda.Stream(self.context.device) for _ in range(beside)]
@@ -194,7 +196,7 @@ class CapturedEngine:
         why = first_said(why)
         if not why:
             return
-        self.close()
+        self._forget()
         self.gave_up = True
         self.streams = []
         for student in students:
@@ -204,6 +206,9 @@ class CapturedEngine:
 
     def close(self) -> None:
         """Free the graph: a process group whose collectives are in one cannot be ended."""
+        self._forget()
+
+    def _forget(self) -> None:
         if self.recorded is not None and self.recorded.graph is not None:
             self.recorded.graph.reset()  # a replay under way comes to its end first
         self.recorded = None

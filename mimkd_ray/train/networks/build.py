@@ -167,8 +167,6 @@ def why_plain(config: Config, device: torch.device) -> str:
     """Return why steps are not to be captured (train/engine/captured.py), for people; "" where they are."""
     if not captures(config.train, device):
         return f"train.engine is {config.train.engine}"
-    if config.student.head_epochs:
-        return "the classifier is trained alone first"
     if is_distributed() and config.train.engine == "auto":
         return "there are several workers (--train.engine captured records their steps too)"
     if is_distributed() and device.type == "cuda" and dist.get_backend() != "nccl":
