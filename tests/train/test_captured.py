@@ -15,8 +15,9 @@ from test_packed import alone, config_of, lines, pack, same, same_weights, varia
 from tiny_run import cpu, run_tiny, tiny_config, wait_for_checkpoints
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mimkd_ray.config import Config, CriticConfig, LossConfig
+from mimkd_ray.config import Config, CriticConfig, LossConfig, MixConfig
 from mimkd_ray.config.loss_presets import PRESETS
+from mimkd_ray.data.augment.mixing import draw_mix
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.train.cuda_graphs import WARM
@@ -143,6 +144,19 @@ def test_a_member_that_leaves_ends_no_other(tmp_path: Path, monkeypatch: pytest.
     same(tmp_path / "pack/1", tmp_path / "alone/0")
 
 
+def test_mixed_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By mixup, by CutMix and not at all, in turn."""
+    base = tiny_config(train={"lanes": 2, "epochs": 3, "information_rows": 0}, data={"val_rows": 20})
+    config = replace(base, mix=MixConfig(mixup_alpha=0.4, cutmix_alpha=1.0, probability=0.7))
+    drawn = [draw_mix(config.mix, 0, step, lane, 8, 8) for step in range(9) for lane in range(2)]
+    assert {None if one is None else one.box is None for one in drawn[2 * WARM :]} == {None, True, False}
+    with engines(monkeypatch) as made:
+        alone([captured(config)], tmp_path / "captured")
+    assert made[0].recorded is not None
+    alone([config], tmp_path / "plain")
+    same(tmp_path / "captured/0", tmp_path / "plain/0")
+
+
 @pytest.mark.parametrize("head_epochs", [1, 2])
 def test_the_step_is_recorded_anew_when_the_body_joins(
     tmp_path: Path, head_epochs: int, monkeypatch: pytest.MonkeyPatch
@@ -219,6 +233,7 @@ OPTIONS: dict[str, LossConfig] = {
     **{method: LossConfig(name=(method,)) for method in RIVALS},
     "soft": LossConfig(preset="best", queue=40, soft_temperature=0.2, symmetric=True, hard_share=0.5),
     "concat": LossConfig(preset="two_sided", critic=CriticConfig(kind="concat", width=8)),
+    "mixed": LossConfig(preset="paper"),
     "everywhere": LossConfig(preset="best", queue=40, feature_negatives="all", schedule="rise", local_weight=1.0),
 }
 
@@ -229,7 +244,7 @@ def test_nothing_of_a_step_needs_the_host(name: str, lanes: int) -> None:
     if lanes > 1 and any(RIVALS[method].bank for method in OPTIONS[name].rivals):
         lanes = 1  # a bank is for one lane
     config = captured(tiny_config(train={"lanes": lanes, "lane_batch": 10}, optim={"clip_norm": 1.0}))
-    config = replace(config, loss=OPTIONS[name])
+    config = replace(config, loss=OPTIONS[name], mix=MixConfig(mixup_alpha=0.4 if name == "mixed" else 0.0))
     data = open_data(config.data)
     student = lone_student(config, data, build_network(config, data.num_classes, "random"), cpu())
     engine = make_engine([student])

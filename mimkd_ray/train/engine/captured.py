@@ -4,8 +4,8 @@ A small network's step is thousands of short GPU operations, and Python takes lo
 them. The captured engine asks once: everything of a step that runs on the device (view, normalisation, teacher or
 decoded cache, students, losses, backward passes, clipping, optimisers, batch-norm bookkeeping of lanes) is recorded as
 a graph. What changes from step to step lies in tensors that the graph reads: the batch's images, labels, ids and cached
-features, the key of the view, the learning rate, the weights of the loss. Samples, views and random numbers are those
-of the plain engine; arithmetic differs as far as cuDNN chooses other algorithms.
+features, the key of the view, the numbers of a mix, the learning rate, the weights of the loss. Samples, views and
+random numbers are those of the plain engine; arithmetic differs as far as cuDNN chooses other algorithms.
 
 The first steps run without a graph, in the same buffers and on the same streams: libraries set themselves up in them.
 The students of a pack work side by side, each on a stream of its own, after one teacher pass. On a CPU there are no
@@ -100,6 +100,7 @@ class CapturedEngine:
         self.warm = 0
         self.buffers: list[LaneBatch] = []
         self.keys: list[Tensor] = []
+        self.mixes: list[Tensor | None] = []
         self.on_gpu = context.device.type == "cuda"
         self.stream = torch.cuda.Stream(context.device) if self.on_gpu else None
         self.streams: list[torch.cuda.Stream] = []
@@ -140,15 +141,21 @@ class CapturedEngine:
         if not self.buffers:
             self.buffers = [lane.each_tensor(torch.empty_like) for lane in lanes]
             self.keys = [torch.zeros((), dtype=torch.int64, device=self.context.device) for _ in lanes]
-        for buffer, key, lane in zip(self.buffers, self.keys, lanes, strict=True):
+            own = torch.ones(6, dtype=torch.float64, device=self.context.device)
+            self.mixes = [own.clone() if self.inputs.config.mix.active else None for _ in lanes]
+        for buffer, key, mix, lane in zip(self.buffers, self.keys, self.mixes, lanes, strict=True):
             key.fill_(view_key(lane.view, self.inputs.config.view_seed))
+            numbers = self.inputs.mix_of(step, lane)
+            if mix is not None and numbers is not None:
+                mix.copy_(numbers, non_blocking=True)
             for place, value in zip(buffer.tensors(), lane.tensors(), strict=True):
                 place.copy_(value, non_blocking=True)
             self.inputs.check_cached(step, lane)
 
     def _take(self, students: Sequence[Student], seeds: Callable[[int], None] | None, spare: bool) -> Taken:
         """A step from the buffers: what is recorded."""
-        return optimisation_step(students, self.inputs.lanes_of(self.buffers, self.keys), seeds, spare, self.streams)
+        lanes = self.inputs.lanes_of(self.buffers, self.keys, self.mixes)
+        return optimisation_step(students, lanes, seeds, spare, self.streams)
 
     def _warm_step(self, students: Sequence[Student], step: int) -> tuple[Taken, str]:
         """A step without a graph, which shows why none could hold it, if so."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mimkd_ray.config import LossConfig
 from mimkd_ray.data.augment.batch_views import view_key
-from mimkd_ray.data.augment.mixing import mix
+from mimkd_ray.data.augment.mixing import mix, mix_numbers
 from mimkd_ray.data.augment.views import View, make_pipeline
 from mimkd_ray.data.loading.loader import DamageCounter, LaneBatch, eval_batches, to_device, train_batches
 from mimkd_ray.data.loading.resident import keeps_on_device, resident, resident_batches
@@ -142,15 +142,28 @@ class Inputs:
         """Return the batches of this worker's lanes of the step, for :meth:`lanes_of` of a captured step."""
         return [self._next(step, lane) for lane in self.my_lanes]
 
-    def lanes_of(self, batches: Sequence[LaneBatch], keys: Sequence[Tensor]) -> Iterable[Lane]:
-        """Return the lanes of a step from batches in buffers, without a word to the host. ``keys`` are of their views.
-
-        Images that are mixed, and negatives from a cache, need the host: :meth:`step` alone has them.
+    def lanes_of(
+        self, batches: Sequence[LaneBatch], keys: Sequence[Tensor], mixes: Sequence[Tensor | None]
+    ) -> Iterable[Lane]:
+        """Return the lanes of a step from batches in buffers, without a word to the host. ``keys`` are of their views,
+        ``mixes`` the numbers of :meth:`mix_of`. Negatives from a cache need the host: :meth:`step` alone has them.
         """
         return self._with_others(
-            self._with_teacher(self._finish(batch, key)[1], batch.features)
-            for batch, key in zip(batches, keys, strict=True)
+            self._with_teacher(self._mixed(self._finish(batch, key)[1], numbers), batch.features)
+            for batch, key, numbers in zip(batches, keys, mixes, strict=True)
         )
+
+    def mix_of(self, step: int, batch: LaneBatch) -> Tensor | None:
+        """Return the numbers by which a batch is mixed, on the host; None where none is."""
+        mixing, seed = self.config.mix, self.config.train.seed
+        return mix_numbers(mixing, seed, step, batch.lane, *batch.images_BCHW.shape[2:]) if mixing.active else None
+
+    def _mixed(self, lane: Lane, numbers: Tensor | None) -> Lane:
+        if numbers is None:
+            return lane
+        known_B = lane.labels_B.clamp(min=0)  # no label is read where data.labels is none
+        images, labels_B = mix(lane.images_BCHW, known_B, self.data.num_classes, numbers)
+        return lane._replace(images_BCHW=images, labels_B=labels_B)
 
     def check_cached(self, step: int, batch: LaneBatch) -> None:
         """Compare the cached features of a batch with the live teacher's where that is due."""
@@ -206,12 +219,9 @@ class Inputs:
 
     def _lane(self, step: int, batch: LaneBatch) -> Lane:
         pixels, ready = self._finish(batch, view_key(batch.view, self.config.view_seed))
-        mixing, lane = self.config.mix, batch.lane
-        if mixing.active:
-            seed, classes = self.config.train.seed, self.data.num_classes
-            known_B = ready.labels_B.clamp(min=0)  # no label is read where data.labels is none
-            images, labels_B = mix(ready.images_BCHW, known_B, classes, mixing, seed, step, lane)
-            ready = ready._replace(images_BCHW=images, labels_B=labels_B)
+        numbers, lane = self.mix_of(step, batch), batch.lane
+        if numbers is not None:
+            ready = self._mixed(ready, numbers.to(self.context.device, non_blocking=True))
         ready = self._with_teacher(ready, batch.features)
         if self.check is not None and self.check.due(step, lane):
             self._look(batch, pixels, ready)

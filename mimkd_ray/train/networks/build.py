@@ -171,8 +171,6 @@ def why_plain(config: Config, device: torch.device) -> str:
         return "there are several workers (--train.engine captured records their steps too)"
     if is_distributed() and device.type == "cuda" and dist.get_backend() != "nccl":
         return f"gradients of several workers are summed by {dist.get_backend()}, which no graph holds"
-    if config.mix.active:
-        return "images are mixed by numbers of the host"
     if config.loss.resolved_negatives == "cache":
         return "loss.negatives is cache"
     return ""
