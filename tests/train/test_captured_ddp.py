@@ -79,7 +79,7 @@ def _train(context: LocalContext, config: Config, stops: tuple[int, ...], folder
         for step in range(start, stop):
             seen["losses"].append(engine.step([student], step)[student].log["loss"].double())  # type: ignore[union-attr]
         if len(stops) > 1:
-            writer = checkpoint.Writer(str(folder), 2, lambda: None) if context.rank == 0 else None
+            writer = checkpoint.Writer(str(folder), 2, lambda _: None) if context.rank == 0 else None
             student.save(stop, writer)
             if writer is not None:
                 writer.wait()
