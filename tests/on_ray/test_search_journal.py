@@ -11,6 +11,7 @@ import pytest
 from tiny_search import figures, tiny_configs, tiny_job
 
 from mimkd_ray.config import SearchJob
+from mimkd_ray.errors import UserError
 from mimkd_ray.search.configs import claim
 from mimkd_ray.search.finals import Finals
 from mimkd_ray.search.table import Table
@@ -91,3 +92,17 @@ def test_the_time_of_a_failed_trial_counts(tmp_path: Path, pack: bool) -> None:
     (row,) = Table(str(tmp_path / "s"), "top1").trials()
     assert (row.state, row.seconds) == ("failed", 2000.0)
     assert "1.11 of 1 gpu_hours" in journal.over_budget()
+
+
+def test_a_state_of_another_version_is_told(tmp_path: Path) -> None:
+    """It names a class that is no longer there."""
+    from ray import tune
+
+    from mimkd_ray.on_ray.search import tune_search
+
+    place = tmp_path / "tune"
+    place.mkdir()
+    (place / "experiment_state-1.json").write_text('{"trial_data": [1]}')
+    (place / "tuner.pkl").write_bytes(b"cmimkd_ray.search.optuna_study\nDefineByRun\n.")
+    with pytest.raises(UserError, match=r"begun by another version, .*DefineByRun.* --run.overwrite true"):
+        tune_search.experiment(str(tmp_path), "tune", print, None, tune.TuneConfig(), tune.RunConfig())
