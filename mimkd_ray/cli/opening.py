@@ -59,7 +59,7 @@ def _workers(config: Config) -> str:
     where = f"the Ray cluster at {launch.address}" if launch.address else "Ray"
     fewest, most = launch.worker_range
     workers = f"{launch.workers} workers" if fewest < most else count(most, "worker") if most else "a worker each"
-    return f", {workers} of {where}: {told_by_ray(config.data, launch.cpus_per_worker)}"
+    return f", {workers} of {where}: {told_by_ray(config.data, launch.cpus_per_worker, most)}"
 
 
 def closing(config: Config, run_dir: str, report: str | None = None) -> str:

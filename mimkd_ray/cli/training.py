@@ -161,7 +161,8 @@ def _run(
         times.mark("checked")
         result = work()
     if first:
-        report = try_to_write_report(run_dir)
+        with console.phase("writing report.html", said=False):
+            report = try_to_write_report(run_dir)
         console.line(f"\n{result_table(result)}\n{closing(config, run_dir, report)}")
     return result
 
@@ -187,6 +188,7 @@ def _overwrite(run_dir: str) -> None:
 
 def _run_on_ray(config: Config, run_dir: str, times: StartTimes) -> dict[str, Any]:
     environment.prepare(config.launch.address)
-    from mimkd_ray.on_ray.train_workers import run_ray  # Ray takes seconds to import, and reads its environment then
+    with console.phase("loading Ray", said=False):
+        from mimkd_ray.on_ray.train_workers import run_ray  # Ray reads its environment when it is imported
 
     return run_ray(config, run_dir, times)

@@ -12,6 +12,7 @@ import struct
 import sys
 import termios
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from jobs_here import (
     ENVIRONMENT,
     JOB,
+    TAKES_MINUTES,
     Job,
     kill,
     listening,
@@ -28,6 +30,7 @@ from jobs_here import (
     run,
     run_and_kill,
     small,
+    train_workers,
     tree,
     weights,
 )
@@ -258,3 +261,33 @@ def test_sigterm_saves_under_torchrun_too(tmp_path: Path) -> None:
     assert "asked to stop: saved at step" in job.log.read_text()
     assert not (run_dir / "result.json").exists()
     assert list((run_dir / "checkpoints").glob("*/committed.json"))
+
+
+@TAKES_MINUTES
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("Ray", marks=pytest.mark.ray)])
+def test_stopped_loader_processes_of_any_worker_do_not_hold_up_a_stop(launcher: str, tmp_path: Path) -> None:
+    long = ("--train.epochs", "2000", "--run.checkpoint-every", "0", "--data.loader-workers", "1")
+    where = ("--launch.workers", "2") if launcher == "Ray" else ("--launch.backend", "local")
+    python = (sys.executable,) if launcher == "Ray" else torchrun_here(2)
+    job = Job(command(tmp_path, *long, *where, python=python), tmp_path / "log")
+    try:
+        job.wait_until(lambda: len(lines(tmp_path / "small", "train")) >= 3, 400)
+        root = job.process.pid
+        workers = train_workers(root) if launcher == "Ray" else tree(root)[1:3]
+        loaders = {pid for worker in workers for pid in tree(worker)[1:]}
+        assert len(loaders) == 2
+        for loader in loaders:
+            os.kill(loader, signal.SIGSTOP)
+        before = -1
+        while (step := len(lines(tmp_path / "small", "train"))) > before:  # what was ready is trained with
+            before = step
+            time.sleep(3)
+        job.process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        job.end(100)  # less than the limit after which a run ends without saving
+        assert time.monotonic() - began > 5, "they were not stuck"
+        assert "asked to stop: saved at step" in job.log.read_text()
+    finally:
+        if job.process.poll() is None:
+            job.kill()

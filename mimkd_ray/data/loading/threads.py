@@ -47,13 +47,14 @@ def told(data: DataConfig) -> str:
     return f"{threads} and {decoding}{each}, {count(usable_cores(), 'core')} usable"
 
 
-def told_by_ray(data: DataConfig, cpus: int) -> str:
-    """Return in words what each worker of Ray uses, which reserves so many CPUs; 0: that is not known yet."""
+def told_by_ray(data: DataConfig, cpus: int, workers: int = 0) -> str:
+    """Return in words what each of the ``workers`` of Ray uses, which reserves so many CPUs; 0: not known yet."""
     known = count(threads_for(data, cpus), "thread") if threads_for(data, cpus) else "a thread per CPU"
     threads = f"{CHOSEN} {os.environ[CHOSEN]}" if os.environ.get(CHOSEN) else known
+    each = "" if workers == 1 else " each"
     if data.loader_workers < 0 and loaders(data, 1):
-        return f"{threads} each, loader processes by the cores of its node"
-    return f"{threads} and {count(loaders(data, 1), 'loader process', 'loader processes')} each"
+        return f"{threads}{each}, loader processes by the cores of its node"
+    return f"{threads} and {count(loaders(data, 1), 'loader process', 'loader processes')}{each}"
 
 
 def _share() -> int:

@@ -56,3 +56,4 @@ def test_what_a_worker_of_ray_uses_before_its_cluster_is_known(monkeypatch: pyte
     images = DataConfig(root="x", image_size=224)
     assert told_by_ray(images, 0) == "a thread per CPU each, loader processes by the cores of its node"
     assert told_by_ray(replace(images, loader_workers=3), 4) == "4 threads and 3 loader processes each"
+    assert told_by_ray(replace(images, loader_workers=3), 4, 1) == "4 threads and 3 loader processes"
