@@ -49,7 +49,7 @@ def test_one_is_no_plural(monkeypatch: pytest.MonkeyPatch) -> None:
     told = opening(one, "runs/one")
     assert "mimkd: 1 seed each" in told
     assert "1 epoch, at most 1 step\n" in told
-    assert ", 1 worker of Ray: 1 thread and 0 loader processes each\n" in told
+    assert ", 1 worker of Ray: 1 thread and 0 loader processes\n" in told
     assert not re.search(r"\b1 \w+s\b", told)
     ranged = tiny_config(launch={"backend": "ray", "workers": "1..2"})
     assert ", 1..2 workers of Ray: 1 thread and 0 loader processes each\n" in opening(ranged, "runs/some")
