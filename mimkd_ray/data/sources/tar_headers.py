@@ -53,7 +53,7 @@ def headers(
     lock, done = threading.Lock(), 0
     total = sum(entry.size for entry in tars.values())
     what = f"reading the headers of {count(len(tars), 'tar')}"
-    with ThreadPoolExecutor(THREADS) as pool, console.phase(what, total // 10**6, "MB", said=False) as advance:
+    with ThreadPoolExecutor(THREADS) as pool, console.phase(what, -(-total // 10**6), "MB", said=False) as advance:
 
         def passed(more: int) -> None:
             nonlocal done
