@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
@@ -115,12 +114,32 @@ def _fail() -> bytes:
     raise UserError("an error of make")
 
 
-def test_progress_is_told(there: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
-    out = io.StringIO()
-    before = console.use(console.Shown(out, out))
+class _Heard:
+    """A console that keeps what it is told."""
+
+    every = 0.0
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int, int, str]] = []
+
+    def line(self, text: str) -> None:
+        """Nothing is said."""
+        raise AssertionError(text)
+
+    def status(self, status: console.Status | None) -> None:
+        """Keep it."""
+        if status is not None:
+            self.told.append((status.what, status.done, status.total, status.unit))
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-0.tar", {"0.jpg": bytes(3_000_000), "0.cls": b"0"})
+    heard = _Heard()
+    before = console.use(heard)
     try:
-        tar_headers.headers(storage.list_entries(there, ".tar"))
+        tar_headers.headers(storage.list_entries(str(tmp_path), ".tar"))
     finally:
         console.use(before)
-    assert "reading the headers of 3 tars: " in out.getvalue()
+    what = "reading the headers of 1 tar"
+    assert heard.told[0] == (what, 0, 4, "MB"), "3,010,560 bytes, rounded up"
+    assert (what, 3, 4, "MB") in heard.told
