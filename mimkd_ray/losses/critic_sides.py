@@ -80,15 +80,13 @@ class Centred(NamedTuple):
 
         A vector that is its mean up to rounding has no direction; its products are less than 1.
         """
-        unit_Nd = unit_LBd.flatten(0, 1)
-        # The mean is one more row, so that the vectors are read once.
-        products_PM = torch.cat([unit_Nd, self.mean_d.unsqueeze(0)]) @ self.raw_Md.T
         with torch.no_grad():
+            # A product with one vector keeps float32's precision also where TF32 multiplies matrices.
             lengths_M = torch.linalg.vector_norm(self.raw_Md, dim=1).square() + self.mean_d @ self.mean_d
             rounding_M = 32 * torch.finfo(lengths_M.dtype).eps * lengths_M + 1e-24
-            inverse_M = (lengths_M - 2 * products_PM[-1]).maximum(rounding_M).rsqrt()
-        shift_N1 = (unit_Nd @ self.mean_d).unsqueeze(1)
-        return ((products_PM[:-1] - shift_N1) * inverse_M).unflatten(0, unit_LBd.shape[:2])
+            inverse_M = (lengths_M - 2 * (self.raw_Md @ self.mean_d)).maximum(rounding_M).rsqrt()
+        shift_LB1 = (unit_LBd @ self.mean_d).unsqueeze(-1)
+        return (unit_LBd @ self.raw_Md.T - shift_LB1) * inverse_M
 
 
 def cosines(unit_LBd: Tensor, teacher_LKd: Tensor, queue: Centred | None = None) -> Tensor:

@@ -36,7 +36,7 @@ class TeacherQueue(nn.Module):
 
     Checkpoints hold 2 * size * (sum of the taps' channels) bytes. The same numbers in single precision, which the loss
     reads, take twice as much memory beside them: to convert all of them in every step would cost more than their matrix
-    product.
+    product. A cast of the loss to another float type rounds these, and leaves the saved ones unchanged.
     """
 
     ids_Q: Tensor
@@ -50,7 +50,7 @@ class TeacherQueue(nn.Module):
         self.size = size
         self.buffer_of = {tap: f"vectors{number}" for number, tap in enumerate(channels)}
         for tap, count in channels.items():
-            # Bytes, so that a cast of the loss to another float type leaves them unchanged, and NCCL accepts them.
+            # Bytes, which a cast of the loss leaves unchanged, and NCCL accepts.
             self.register_buffer(self.buffer_of[tap], torch.zeros(size, 2 * count, dtype=torch.uint8))
             self.register_buffer(self._single(tap), torch.zeros(size, count), persistent=False)
         self.register_buffer("ids_Q", torch.full((size,), -1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.config import CriticConfig, LossConfig, MixConfig
-from mimkd_ray.data.augment.mixing import mix, mix_numbers
+from mimkd_ray.data.augment.mixing import draw_mix, mix
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.negatives import valid_pairs
@@ -24,7 +24,7 @@ def mixed_lane(size: int, kind: str) -> tuple[Tensor, Tensor]:
     config = MixConfig(**{f"{kind}_alpha": 1.0})
     images, labels = torch.eye(size)[:, :, None, None].expand(-1, -1, 8, 8), torch.arange(size)
     for step in range(20):
-        mixed, labels_BC = mix(images, labels, size, mix_numbers(config, 0, step, 0, *images.shape[2:]))
+        mixed, labels_BC = mix(images, labels, size, draw_mix(config, 0, step, 0, *images.shape[2:]))
         if ((labels_BC > 0.1).sum(1) == 2).all():
             return mixed.mean((2, 3)), labels_BC
     raise AssertionError("nothing was mixed")

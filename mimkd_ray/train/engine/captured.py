@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.data.augment.batch_views import view_key
+from mimkd_ray.data.augment.mixing import mix_numbers
 from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.train.cuda_graphs import WARM, record, run_warm
 from mimkd_ray.train.distributed import Context, first_said
@@ -145,9 +146,8 @@ class CapturedEngine:
             self.mixes = [own.clone() if self.inputs.config.mix.active else None for _ in lanes]
         for buffer, key, mix, lane in zip(self.buffers, self.keys, self.mixes, lanes, strict=True):
             key.fill_(view_key(lane.view, self.inputs.config.view_seed))
-            numbers = self.inputs.mix_of(step, lane)
-            if mix is not None and numbers is not None:
-                mix.copy_(numbers, non_blocking=True)
+            if mix is not None:
+                mix.copy_(mix_numbers(self.inputs.mix_of(step, lane)), non_blocking=True)
             for place, value in zip(buffer.tensors(), lane.tensors(), strict=True):
                 place.copy_(value, non_blocking=True)
             self.inputs.check_cached(step, lane)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mimkd_ray.config import LossConfig
 from mimkd_ray.data.augment.batch_views import view_key
-from mimkd_ray.data.augment.mixing import mix, mix_numbers
+from mimkd_ray.data.augment.mixing import Mix, draw_mix, mix, mix_by_numbers
 from mimkd_ray.data.augment.views import View, make_pipeline
 from mimkd_ray.data.loading.loader import DamageCounter, LaneBatch, eval_batches, to_device, train_batches
 from mimkd_ray.data.loading.resident import keeps_on_device, resident, resident_batches
@@ -146,23 +146,27 @@ class Inputs:
         self, batches: Sequence[LaneBatch], keys: Sequence[Tensor], mixes: Sequence[Tensor | None]
     ) -> Iterable[Lane]:
         """Return the lanes of a step from batches in buffers, without a word to the host. ``keys`` are of their views,
-        ``mixes`` the numbers of :meth:`mix_of`. Negatives from a cache need the host: :meth:`step` alone has them.
+        ``mixes`` the numbers of :meth:`mix_of`'s. Negatives from a cache need the host: :meth:`step` alone has them.
         """
         return self._with_others(
             self._with_teacher(self._mixed(self._finish(batch, key)[1], numbers), batch.features)
             for batch, key, numbers in zip(batches, keys, mixes, strict=True)
         )
 
-    def mix_of(self, step: int, batch: LaneBatch) -> Tensor | None:
-        """Return the numbers by which a batch is mixed, on the host; None where none is."""
+    def mix_of(self, step: int, batch: LaneBatch) -> Mix | None:
+        """Return how a batch is mixed; None if it is not."""
         mixing, seed = self.config.mix, self.config.train.seed
-        return mix_numbers(mixing, seed, step, batch.lane, *batch.images_BCHW.shape[2:]) if mixing.active else None
+        return draw_mix(mixing, seed, step, batch.lane, *batch.images_BCHW.shape[2:]) if mixing.active else None
 
-    def _mixed(self, lane: Lane, numbers: Tensor | None) -> Lane:
-        if numbers is None:
+    def _mixed(self, lane: Lane, what: Mix | Tensor | None) -> Lane:
+        """Mix a lane by what was drawn for it, or by the numbers of that, which a graph reads."""
+        if not self.config.mix.active:
             return lane
         known_B = lane.labels_B.clamp(min=0)  # no label is read where data.labels is none
-        images, labels_B = mix(lane.images_BCHW, known_B, self.data.num_classes, numbers)
+        if isinstance(what, Tensor):
+            images, labels_B = mix_by_numbers(lane.images_BCHW, known_B, self.data.num_classes, what)
+        else:
+            images, labels_B = mix(lane.images_BCHW, known_B, self.data.num_classes, what)
         return lane._replace(images_BCHW=images, labels_B=labels_B)
 
     def check_cached(self, step: int, batch: LaneBatch) -> None:
@@ -219,16 +223,13 @@ class Inputs:
 
     def _lane(self, step: int, batch: LaneBatch) -> Lane:
         pixels, ready = self._finish(batch, view_key(batch.view, self.config.view_seed))
-        numbers, lane = self.mix_of(step, batch), batch.lane
-        if numbers is not None:
-            ready = self._mixed(ready, numbers.to(self.context.device, non_blocking=True))
-        ready = self._with_teacher(ready, batch.features)
-        if self.check is not None and self.check.due(step, lane):
+        ready = self._with_teacher(self._mixed(ready, self.mix_of(step, batch)), batch.features)
+        if self.check is not None and self.check.due(step, batch.lane):
             self._look(batch, pixels, ready)
         if self.negatives is not None:
             assert self.decoder is not None
             assert ready.teacher is not None
-            rows, ids_M, labels_M = self.negatives.draw(step, lane, ready.images_BCHW.device)
+            rows, ids_M, labels_M = self.negatives.draw(step, batch.lane, ready.images_BCHW.device)
             others = Others(self.decoder.decode(rows).vectors, ids_M, labels_M)
             ready = ready._replace(teacher=ready.teacher._replace(others=others))
         return ready

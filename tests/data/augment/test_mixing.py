@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import v2
 
 from mimkd_ray.config import MixConfig
-from mimkd_ray.data.augment.mixing import Mix, draw_mix, mix, mix_numbers
+from mimkd_ray.data.augment.mixing import Mix, draw_mix, mix, mix_by_numbers, mix_numbers
 from mimkd_ray.errors import UserError
 
 BOTH = MixConfig(mixup_alpha=0.4, cutmix_alpha=1.0)
@@ -40,10 +40,22 @@ def test_equals_torchvision(kind: str) -> None:
         assert (what.box is None) == (kind == "mixup")
         theirs = forced((v2.MixUp if kind == "mixup" else v2.CutMix)(num_classes=7), what)
         expected_images, expected_labels = theirs(images, labels)
-        ours_images, ours_labels = mix(images, labels, 7, mix_numbers(config, 3, step, 1, 9, 12))
+        ours_images, ours_labels = mix(images, labels, 7, what)
         torch.testing.assert_close(ours_images, expected_images, rtol=0, atol=1e-6)
         torch.testing.assert_close(ours_labels, expected_labels, rtol=0, atol=1e-6)
         assert torch.equal(images, kept)
+
+
+@pytest.mark.parametrize("config", [MixConfig(mixup_alpha=0.4), MixConfig(cutmix_alpha=1.0), MixConfig()])
+def test_numbers_that_a_graph_reads_mix_alike(config: MixConfig) -> None:
+    images, labels = batch()
+    for step in range(12):
+        what = draw_mix(config, 3, step, 1, 9, 12)
+        ours_images, ours_labels = mix_by_numbers(images, labels, 7, mix_numbers(what))
+        expected_images, expected_labels = mix(images, labels, 7, what)
+        rounding = 1e-6 if config.mixup_alpha else 0.0
+        torch.testing.assert_close(ours_images, expected_images, rtol=0, atol=rounding)
+        torch.testing.assert_close(ours_labels, expected_labels, rtol=0, atol=1e-6)
 
 
 @given(
@@ -59,7 +71,7 @@ def test_shares(seed: int, step: int, lane: int, height: int, width: int, alpha:
     config = MixConfig(mixup_alpha=alpha, cutmix_alpha=alpha)
     own = torch.zeros(2, 1, height, width)
     own[1] = 1  # image 1 counts its own pixels
-    images, labels = mix(own, torch.tensor([0, 1]), 3, mix_numbers(config, seed, step, lane, height, width))
+    images, labels = mix(own, torch.tensor([0, 1]), 3, draw_mix(config, seed, step, lane, height, width))
     torch.testing.assert_close(labels.sum(1), torch.ones(2))
     assert labels.dtype == torch.float32
     assert labels.min() >= 0
@@ -102,8 +114,8 @@ def test_probabilities() -> None:
 @pytest.mark.parametrize("config", [MixConfig(), MixConfig(mixup_alpha=1.0, probability=0)])
 def test_off(config: MixConfig) -> None:
     images, labels = batch()
-    same, one_hot = mix(images, labels, 7, mix_numbers(config, 0, 0, 0, 9, 12))
-    assert torch.equal(same, images)
+    same, one_hot = mix(images, labels, 7, draw_mix(config, 0, 0, 0, 9, 12))
+    assert same is images
     assert torch.equal(one_hot.argmax(1), labels)
     assert one_hot.sum().item() == 5
     assert not config.active
