@@ -77,21 +77,22 @@ def stay_here() -> None:
             os.environ.setdefault(name, "lo")
 
 
+def world_size() -> int:
+    """Return the number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def is_distributed() -> bool:
-    """Return whether a process group is up."""
-    return dist.is_available() and dist.is_initialized()
+    """Return whether there are several ranks. One rank needs no collective, though Ray and torchrun form a group for it
+    too: a CUDA graph of its steps then holds none."""
+    return world_size() > 1
 
 
 def all_sum(tensor: Tensor) -> Tensor:
-    """Sum of ``tensor`` over all ranks, in place; the tensor itself for one process."""
+    """Sum of ``tensor`` over all ranks, in place; the tensor itself for one rank."""
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
-
-
-def world_size() -> int:
-    """Return the number of ranks."""
-    return dist.get_world_size() if is_distributed() else 1
 
 
 def from_first(tensor: Tensor) -> None:

@@ -6,7 +6,7 @@ how a sum is rounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from mimkd_ray.train.cuda_graphs import WARM
 from mimkd_ray.train.distributed import first_said
 from mimkd_ray.train.engine.captured import CapturedEngine, make_engine
 from mimkd_ray.train.engine.student import lone_student
-from mimkd_ray.train.networks.build import why_plain
+from mimkd_ray.train.networks.build import captures, why_plain
 from mimkd_ray.train.records import checkpoint
 
 STEPS = WARM + 3
@@ -106,6 +106,11 @@ def _rank(rank: int, world: int, folder: str) -> None:
     found["resumed"] = _train(context, config, (WARM + 1, WARM + 2, STEPS), Path(folder) / "run")
     found["auto"] = why_plain(replace(config, train=replace(config.train, engine="auto")), torch.device("cuda"))
     found["gloo"] = why_plain(config, torch.device("cuda"))
+    found["evaluations"] = [
+        engine
+        for engine in ("auto", "plain", "captured")
+        if captures(replace(config.train, engine=engine), torch.device("cuda"))
+    ]
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -144,3 +149,37 @@ def test_either_goes_on_from_the_other(ranks: list[dict[str, Any]]) -> None:
 def test_who_is_captured(ranks: list[dict[str, Any]]) -> None:
     assert "--train.engine captured" in ranks[0]["auto"]
     assert "by gloo" in ranks[0]["gloo"]
+    assert ranks[0]["evaluations"] == ["captured"], "by default neither steps nor evaluations of several workers"
+
+
+@pytest.fixture
+def group_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group of one worker, as Ray and torchrun form it, whose collectives fail."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a collective of one worker")
+
+    with monkeypatch.context() as patch:
+        for name in ("all_reduce", "broadcast", "broadcast_object_list", "all_gather", "all_gather_object"):
+            patch.setattr(dist, name, refuse)
+        yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("make", [_queue, _step])
+def test_a_group_of_one_counts_as_none(group_of_one: None, make: Callable[[int], Config]) -> None:
+    config = make(2)
+    context = LocalContext(torch.device("cpu"), 0, 1)
+    assert why_plain(config, torch.device("cuda")) == "", "auto captures there too"
+    assert captures(config.train, torch.device("cuda"))
+    graph, plain = (_train(context, one, (STEPS,), Path()) for one in (captured(config), config))
+    assert graph["recorded"]
+    assert not plain["recorded"]
+    assert not graph["has DDP"]
+    assert not plain["has DDP"]
+    same(graph, plain)
+    student = lone_student(captured(config), tiny_data(config), build_model("cifar/resnet8", 10), context)
+    assert student.summed is None
+    student.evaluate()
+    student.save(0, None)

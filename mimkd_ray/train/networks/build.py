@@ -159,16 +159,19 @@ def uses_channels_last(config: TrainConfig, device: torch.device) -> bool:
 
 
 def captures(config: TrainConfig, device: torch.device) -> bool:
-    """Return whether GPU work is to be recorded as CUDA graphs, where that is possible."""
-    return config.engine == "captured" or (config.engine == "auto" and device.type == "cuda")
+    """Return whether GPU work, steps and evaluations, is to be recorded as CUDA graphs, where that is possible."""
+    return config.engine == "captured" or (config.engine == "auto" and device.type == "cuda" and not is_distributed())
 
 
 def why_plain(config: Config, device: torch.device) -> str:
     """Return why steps are not to be captured (train/engine/captured.py), for people; "" where they are."""
     if not captures(config.train, device):
-        return f"train.engine is {config.train.engine}"
-    if is_distributed() and config.train.engine == "auto":
-        return "there are several workers (--train.engine captured records their steps too)"
+        several = config.train.engine == "auto" and device.type == "cuda"
+        return (
+            "there are several workers (--train.engine captured records their steps too)"
+            if several
+            else f"train.engine is {config.train.engine}"
+        )
     if is_distributed() and device.type == "cuda" and dist.get_backend() != "nccl":
         return f"gradients of several workers are summed by {dist.get_backend()}, which no graph holds"
     if config.loss.resolved_negatives == "cache":
