@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mimkd_ray.__main__ import main
+from mimkd_ray.config import DoctorConfig
+from mimkd_ray.doctor.link import LinkSpeed
+from mimkd_ray.on_ray.nodes import check_nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -29,3 +35,18 @@ def test_a_good_machine_passes_and_leaves_nothing_behind(
     assert list(root.iterdir()) == []
     written = json.loads(result.read_text())
     assert (written["ok"], [check["check"] for check in written["checks"]]) == (True, everything)
+
+
+def test_ranks_of_one_node_talk_by_its_loopback(joined: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told(check_nodes.Rank):
+        """A rank that gives the interface in place of its time. Local, so that Ray sends it by value."""
+
+        def measure(self, *arguments: Any) -> LinkSpeed:
+            speed = super().measure(*arguments)
+            return replace(speed, error=speed.error or f"by {os.environ.get('GLOO_SOCKET_IFNAME')}")
+
+    monkeypatch.setattr(check_nodes, "Rank", Told)
+    (outcome,) = [
+        one for one in check_nodes.cluster(DoctorConfig(workers=2, store_gb=0.001)) if one.check == "all-reduce"
+    ]
+    assert "2 of 2 ranks failed; rank 0: by lo" in outcome.text

@@ -19,6 +19,7 @@ from mimkd_ray.doctor import facts, link, places
 from mimkd_ray.doctor.outcome import Outcome, redacted
 from mimkd_ray.on_ray.nodes.cluster import connect
 from mimkd_ray.secret_urls import Carried
+from mimkd_ray.train.distributed import stay_here
 
 if TYPE_CHECKING:
     from mimkd_ray.config import DoctorConfig
@@ -61,8 +62,12 @@ class Rank:
         self.store, port = link.open_store(host)
         return host, port
 
-    def measure(self, host: str, port: int, rank: int, world: int, backend: link.Backend) -> link.LinkSpeed:
-        """Call link.measure."""
+    def measure(
+        self, host: str, port: int, rank: int, world: int, backend: link.Backend, one_node: bool
+    ) -> link.LinkSpeed:
+        """Call link.measure. ``one_node``: all ranks are on it, and talk by its loopback."""
+        if one_node:
+            stay_here()
         try:
             store = self.store if rank == 0 else link.join_store(host, port)
         except RuntimeError as error:
@@ -201,7 +206,10 @@ class _Visit:
         ranks = [kind.options(scheduling_strategy=_on(nodes[rank % len(nodes)])).remote() for rank in range(world)]
         try:
             host, port = ray.get(ranks[0].open_store.remote(), timeout=self.config.wait_seconds)
-            answers = [rank.measure.remote(host, port, number, world, backend) for number, rank in enumerate(ranks)]
+            one_node = len(nodes) == 1
+            answers = [
+                rank.measure.remote(host, port, number, world, backend, one_node) for number, rank in enumerate(ranks)
+            ]
             return link.check_all_reduce(ray.get(answers, timeout=self.config.wait_seconds), backend, where)
         except RayError as error:
             text = f"{backend} over {where}: no answer in {self.config.wait_seconds:g} s ({type(error).__name__})"
