@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from typing import Any
 
 import grpc
@@ -17,6 +18,8 @@ PATIENCE_S = 120
 """Seconds that the second try gives the first of Ray's processes; the first try gives 30."""
 ANSWER_S = 10.0
 """Seconds for which nothing may answer at the address of a cluster: a head that restarts comes back in a few."""
+CONNECT_S = 2.0
+"""Seconds in which a connection is made where something listens."""
 
 
 def connect(configured: str, flag: str, state_api: bool = False, **options: Any) -> bool:
@@ -61,20 +64,28 @@ def _start(**options: Any) -> None:
 def _knock(address: str, flag: str) -> None:
     """Raise UserError if nothing takes calls at host:port or ray://host:port for ANSWER_S; other forms of address are
     Ray's business, and so is TLS. Ray itself waits for minutes for what accepts connections and says nothing."""
-    found = re.fullmatch(r"(?:ray://)?(.+:\d+)", address)
+    found = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
     if found is None or os.environ.get("RAY_USE_TLS", "0") != "0":
         return
-    with grpc.insecure_channel(found[1], options=(("grpc.enable_http_proxy", 0),)) as channel:
+    host, port = found[1], int(found[2])
+    if not 0 < port < 65536:
+        raise _nobody(address, f"{port} is no port: ports are 1 to 65535, and that of a head is 6379 by default", flag)
+    with grpc.insecure_channel(f"{host}:{port}", options=(("grpc.enable_http_proxy", 0),)) as channel:
         ready = grpc.channel_ready_future(channel)
         try:
             ready.result(timeout=ANSWER_S)
         except grpc.FutureTimeoutError:
             ready.cancel()
-            raise _nobody(
-                address,
-                f"nothing there takes calls as a head of Ray does, by default at port 6379, in {ANSWER_S:g} s",
-                flag,
-            ) from None
+            raise _nobody(address, f"{_silence(host, port)}; waited {ANSWER_S:g} s", flag) from None
+
+
+def _silence(host: str, port: int) -> str:
+    """Return why gRPC finds nobody at an address, which it does not tell itself."""
+    try:
+        socket.create_connection((host.strip("[]"), port), CONNECT_S).close()
+    except (OSError, UnicodeError) as error:  # the second: a name that cannot be one, such as a..b
+        return _line(error)
+    return "it accepts connections and does not speak gRPC, as a head of Ray does, by default at port 6379"
 
 
 def _nobody(address: str, why: str, flag: str) -> UserError:
