@@ -23,7 +23,7 @@ from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.losses.features import Features
 from mimkd_ray.models.head import head_of
 from mimkd_ray.taps.tapped_model import TappedModel
-from mimkd_ray.train.distributed import Context, gather_by_rank, is_distributed, share_from_first
+from mimkd_ray.train.distributed import Context, ask_first, gather_by_rank, is_distributed, share_from_first
 from mimkd_ray.train.engine.gradients import SummedGradients
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.step import StepRecord, optimisation_step, seed_lane
@@ -218,12 +218,13 @@ class Student:
         return self.restore(run_dir, found[1] if found else checkpoint.read(folder))
 
     def start_from(self, run_dir: str) -> None:
-        """Begin with what another run ended with: its student's weights, and the critics', the queue and the
-        optimiser's state of its newest checkpoint. Raises UserError if they do not fit."""
+        """Begin with what another run ended with: the weights that it exports (its student's, or their moving average),
+        and the critics', the queue and the optimiser's state of its newest checkpoint. Raises UserError if they do not
+        fit."""
         found = checkpoint.newest(run_dir) if self.context.rank == 0 else None
         folder = share_from_first(found[0] if found else None)
         file = storage.join(run_dir, "student.safetensors")
-        weights = share_from_first(storage.exists(file))
+        weights, result = ask_first(lambda: (storage.exists(file), read_if_sound(storage.join(run_dir, RESULT)) or {}))
         if folder is None and not weights:
             raise UserError(f"run.start_from {run_dir} has neither checkpoint nor result: name a run that reached one")
         if folder is None:
@@ -235,10 +236,9 @@ class Student:
                 self.distiller.load_state_dict(state["distiller"])
                 load_portable(self.optimizer, state["optimizer"], own_settings=True)
                 # A run that was given more steps after its end has the weights of that end until the next one.
-                result = read_if_sound(storage.join(run_dir, RESULT)) or {}
                 weights = weights and result.get("steps", state["step"]) >= state["step"]
-            if weights:
-                self.distiller.student.model.load_state_dict(load_safetensors(storage.read_bytes(file)))
+            exported = load_safetensors(storage.read_bytes(file)) if weights else checkpoint.student_of(state)
+            self.distiller.student.model.load_state_dict(exported)
         except (RuntimeError, KeyError, ValueError) as error:
             told = " ".join(str(error).split())[:300]
             raise UserError(

@@ -90,23 +90,31 @@ def test_the_optimiser_and_critics_go_on(tmp_path: Path) -> None:
     assert all(torch.equal(own[name], value) for name, value in critics.items())
 
 
-def test_a_run_that_was_given_more_steps_is_gone_on_from_where_it_stands(tmp_path: Path) -> None:
-    """Its result and weights are those of its earlier end until it comes to the next one."""
-    longer = {"schedule": "constant"}
-    run(config(tmp_path, optim=longer, run={"extend": False}))
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_run_that_was_given_more_steps_is_gone_on_from_where_it_stands(tmp_path: Path, decay: float) -> None:
+    """Its result and weights are those of its earlier end until it comes to the next one. With a moving average the
+    next leg begins with that, as it does after an end."""
+    longer, average = {"schedule": "constant"}, {"ema_decay": decay}
+    run(config(tmp_path, optim=longer, train=average, run={"extend": False}))
     of_the_end = {name: (tmp_path / "one" / name).read_bytes() for name in ("result.json", "student.safetensors")}
-    run(config(tmp_path, optim=longer, train={"epochs": 4}, run={"extend": False}))
+    run(config(tmp_path, optim=longer, train={"epochs": 4} | average, run={"extend": False}))
     for name, content in of_the_end.items():  # as a kill leaves it ahead of the end
         (tmp_path / "one" / name).write_bytes(content)
     found = checkpoint.newest(str(tmp_path / "one"))
     assert found is not None
     state = checkpoint.parse(found[1], torch.device("cpu"))
     assert state["step"] == 9
-    next_leg = config(tmp_path, optim=longer, run={"start_from": str(tmp_path / "one")})
+    next_leg = config(tmp_path, optim=longer, train=average, run={"start_from": str(tmp_path / "one")})
     student = lone_student(next_leg, tiny_data(next_leg), build_model("cifar/resnet8", 10).eval(), cpu())
     assert student.resume(str(tmp_path / "new")) == 0
     mine = student.distiller.state_dict()
-    assert all(torch.equal(mine[name], value) for name, value in state["distiller"].items())
+    averages = state["ema"] if decay else {}
+    expected = {
+        name: averages.get(name.replace("student.", "module.", 1), own) for name, own in state["distiller"].items()
+    }
+    assert all(torch.equal(mine[name], value) for name, value in expected.items())
+    moved = [name for name, value in expected.items() if not torch.equal(value, state["distiller"][name])]
+    assert bool(moved) is bool(decay), "an average that is the student itself shows nothing"
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
