@@ -34,8 +34,8 @@ class TrainConfig:
     GPU, in runs of 10,000 steps and more for each student of a pack, because compiling takes a minute. on: always."""
     engine: Literal["auto", "plain", "captured"] = "auto"
     """captured: record the step, and the forward pass of evaluations, once as CUDA graphs and replay them, if possible;
-    on a CPU the same code is called each time. plain: operation by operation. auto: captured on a GPU by one worker, also
-    of Ray or torchrun, and plain by several."""
+    on a CPU the same code is called each time. plain: operation by operation. auto: captured on a GPU by one worker,
+    also of Ray or torchrun, and plain by several."""
     ema_decay: float = 0.0
     """Keep an exponential moving average of the student with this decay, and evaluate and export it; 0 is off."""
     log_every: int = 50
