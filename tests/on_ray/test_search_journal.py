@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,8 +95,17 @@ def test_the_time_of_a_failed_trial_counts(tmp_path: Path, pack: bool) -> None:
     assert "1.11 of 1 gpu_hours" in journal.over_budget()
 
 
-def test_a_state_of_another_version_is_told(tmp_path: Path) -> None:
-    """It names a class that is no longer there."""
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ("mimkd_ray.search.optuna_study\nDefineByRun", r"begun by another version, .*DefineByRun.* --run.overwrite true$"),
+        ("mimkd_ray.search.gone\nDefineByRun", r"begun by another version, .*mimkd_ray.search.gone.* --run.overwrite true$"),
+        ("my_spaces\nwidth", r"needs module my_spaces as .*No module named 'my_spaces'.*: start in the folder in which [^-]*$"),
+        ("tiny_search\ngone", r"needs module tiny_search as it was .*'gone'.*: start in the folder in which [^-]*$"),
+    ],
+)
+def test_a_state_that_cannot_be_read_is_told(tmp_path: Path, named: str, told: str) -> None:
+    """It names a class or a module that is not there: of another version, or the user's."""
     from ray import tune
 
     from mimkd_ray.on_ray.search import tune_search
@@ -103,6 +113,38 @@ def test_a_state_of_another_version_is_told(tmp_path: Path) -> None:
     place = tmp_path / "tune"
     place.mkdir()
     (place / "experiment_state-1.json").write_text('{"trial_data": [1]}')
-    (place / "tuner.pkl").write_bytes(b"cmimkd_ray.search.optuna_study\nDefineByRun\n.")
-    with pytest.raises(UserError, match=r"begun by another version, .*DefineByRun.* --run.overwrite true"):
+    (place / "tuner.pkl").write_bytes(f"c{named}\n.".encode())
+    with pytest.raises(UserError, match=told):
         tune_search.experiment(str(tmp_path), "tune", print, None, tune.TuneConfig(), tune.RunConfig())
+
+
+@pytest.mark.parametrize(
+    ("changes", "combinations", "found", "whole"),
+    [
+        ({"trials": 3}, 0, 3, True),
+        ({"trials": 3}, 0, 2, False),
+        ({"trials": 0, "hours": 1.0}, 0, 2, True),  # as many as there is time for
+        ({"trials": 0, "hours": 1.0, "algorithm": "grid"}, 3, 3, True),
+        ({"trials": 0, "hours": 1.0, "algorithm": "grid"}, 3, 2, False),
+        ({"trials": 3, "pack": 2}, 0, 2, True),
+        ({"trials": 3, "pack": 2}, 0, 1, False),
+    ],
+)
+def test_a_search_that_was_interrupted_is_not_at_its_end(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    combinations: int,
+    found: int,
+    whole: bool,
+) -> None:
+    """Between two trials, after which Tune returns what it has."""
+    from mimkd_ray.on_ray.search import tune_search
+
+    folder, job = str(tmp_path / "s"), tiny_job(tmp_path, **changes)
+    claim(job, folder)
+    grid = [{"critic.temperature": 0.1 * at} for at in range(combinations)] or None
+    monkeypatch.setattr(tune_search, "experiment", lambda *_: [None] * found)
+    with nullcontext() if whole else pytest.raises(KeyboardInterrupt):
+        tune_search.run_trials(job, folder, tiny_configs(tmp_path), grid, tune_search.Shape(1, 1.0, 0.0, 1), True)
+    assert (tmp_path / "s" / "report.html").exists() == whole

@@ -68,7 +68,8 @@ class Journal(tune.Callback, tune.Stopper):
 
     def over_budget(self) -> str:
         """Return a message about the budget that is used up, "" if none is."""
-        _ = self.table
+        if self._table is None:
+            self.open()  # the clock too
         used = {"hours": self.clock.hours, "gpu_hours": sum(self.seconds.values()) * self.gpus / 3600}
         for name, hours in used.items():
             limit = getattr(self.job.search, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -181,7 +182,8 @@ def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, grid: Grid | 
     else:
         trial = search_trainable(configs, folder, shape.cpus, search.scheduler in POPULATION)
     searcher, space, samples = searcher_of(search, configs, grid)
-    journal = Journal(job, folder, configs, shape.gpus * shape.workers, len(grid) if grid else search.trials)
+    trials = len(grid) if grid else search.trials  # 0: as many as the budget allows
+    journal = Journal(job, folder, configs, shape.gpus * shape.workers, trials)
     kept = 4 if search.scheduler in POPULATION else 2  # others may still copy an older one
     found = experiment(
         folder,
@@ -207,7 +209,7 @@ def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, grid: Grid | 
         ),
     )
     running = any(row.state == "running" for row in journal.open().rows.values())
-    if not journal.over_budget() and (running or (search.trials and len(found) < samples)):
+    if not journal.over_budget() and (running or len(found) < math.ceil(trials / search.pack)):
         raise KeyboardInterrupt
     journal.publish()
 
@@ -244,10 +246,7 @@ def experiment(folder: str, name: str, trial: Any, space: Any, how: tune.TuneCon
         try:
             tuner = tune.Tuner.restore(f"{path}/{name}", trainable=trial, storage_filesystem=fs)
         except (AttributeError, ImportError, TypeError) as error:
-            raise UserError(
-                f"{folder} was begun by another version, whose state of Ray Tune cannot be read here ({error}): go on "
-                "with that version, or begin anew with --run.overwrite true"
-            ) from error
+            raise UserError(_unreadable(folder, error)) from error
     else:
         storage.remove_tree(storage.join(folder, name))  # a kill came before anything was saved
         run = replace(run, name=name, storage_path=path, storage_filesystem=fs)
@@ -266,6 +265,22 @@ def experiment(folder: str, name: str, trial: Any, space: Any, how: tune.TuneCon
     if came:
         raise Interrupted(f"asked to stop: {folder} has what has ended")
     return found
+
+
+def _unreadable(folder: str, error: AttributeError | ImportError | TypeError) -> str:
+    """Return a message about a state of Ray Tune that cannot be unpickled: what is missing is this package's, of
+    another version, or it is a module of the user's, which is found from the folder in which the search was begun."""
+    named = re.search(r"module '([\w.]+)'", str(error))
+    module = error.name if isinstance(error, ImportError) else named and named[1]
+    if (module or "").partition(".")[0] == "mimkd_ray" or not (module or isinstance(error, ImportError)):
+        return (
+            f"{folder} was begun by another version, whose state of Ray Tune cannot be read here ({error}): go on "
+            "with that version, or begin anew with --run.overwrite true"
+        )
+    return (
+        f"the state of Ray Tune in {folder} needs {f'module {module}' if module else 'a module'} as it was at the "
+        f"beginning ({error}): start in the folder in which it was begun, with the same modules and packages"
+    )
 
 
 def trial_name(trial: Any) -> str:
