@@ -27,15 +27,29 @@ def test_the_first_is_a_request_and_the_second_is_not(monkeypatch: pytest.Monkey
     assert signal.getsignal(signal.SIGINT) is before
 
 
+PLAIN = ("--launch.backend", "local")
+RAY = ("--launch.workers", "2")
+
+
 @pytest.mark.slow
-def test_an_interrupted_job_has_saved(tmp_path: Path) -> None:
-    """Under Ray: tests/one_ray/test_interrupted.py."""
-    arguments = small(tmp_path, "--launch.backend", "local", "--train.epochs", "2000")
+@pytest.mark.parametrize(
+    ("launch", "stopping"),
+    [
+        (PLAIN, "stopping: saving after this step; a second Ctrl-C ends at once"),
+        pytest.param(
+            RAY,
+            "stopping: the workers are asked to save and end; a second Ctrl-C ends at once",
+            marks=pytest.mark.ray,
+        ),
+    ],
+)
+def test_an_interrupted_job_has_saved(launch: tuple[str, ...], stopping: str, tmp_path: Path) -> None:
+    arguments = small(tmp_path, *launch, "--train.epochs", "2000")
     job = Job([sys.executable, JOB, *arguments], tmp_path / "log")
     job.wait_until(lambda: len(read_lines(tmp_path / "small/metrics.jsonl")) > 3)
     job.process.send_signal(signal.SIGINT)
     assert job.end() == 3, job.log.read_text()
     said = job.log.read_text()
-    assert "stopping: saving after this step; a second Ctrl-C ends at once" in said
+    assert stopping in said
     step = int(said.partition("asked to stop: saved at step ")[2].split()[0])
     assert list((tmp_path / "small/checkpoints").glob(f"step_{step:08d}-*/committed.json"))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tiny_run import cpu, run_tiny, tiny_config, tiny_data
 from mimkd_ray.errors import NonFiniteLossError, UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train import loop
+from mimkd_ray.train.engine.captured import PlainEngine
 from mimkd_ray.train.engine.student import Student, lone_student
 from mimkd_ray.train.worker import run_job
 
@@ -98,6 +100,29 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         assert [_without_clock(x) for x in _metrics(tmp_path / "whole", kind)] == [
             _without_clock(x) for x in _metrics(tmp_path / "cut", kind)
         ]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_engine_is_closed_once_also_after_an_error(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process group whose collectives are in a graph that is not freed cannot be ended."""
+    did: list[str] = []
+
+    class Engine(PlainEngine):
+        def step(self, students: Any, step: int) -> Any:
+            if fails and step == 2:
+                raise _StopError
+            did.append("step")
+            return super().step(students, step)
+
+        def close(self) -> None:
+            did.append("close")
+
+    monkeypatch.setattr(loop, "make_engine", lambda students, spare: Engine(students[0].inputs, spare))
+    with pytest.raises(_StopError) if fails else nullcontext():
+        run_tiny(tmp_path)
+    assert did == ["step"] * (2 if fails else 6) + ["close"]
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,9 @@ CODECS = {
 """Codecs, and the relative errors that they allow of features (and loss), and of the gradient."""
 
 
-@pytest.mark.parametrize(("name", "pipeline"), [*((name, "digits") for name in CODECS), ("uint8", "none")])
+@pytest.mark.parametrize(
+    ("name", "pipeline"), [*((name, "digits") for name in CODECS), ("fp32", "none"), ("uint8", "none")]
+)
 def test_cached_is_live_up_to_rounding(tmp_path: Path, name: str, pipeline: str) -> None:
     """The same samples and views; features, first loss and first gradient as near as the codec rounds."""
     codecs, tolerance, of_gradient = CODECS[name]
