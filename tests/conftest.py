@@ -42,6 +42,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Dealer:
     return Dealer(config, log)
 
 
+OF_A_RAY = {"cluster", "joined", "head", "raylet", "on_ray", "under_ray"}
+"""Names of the fixtures that start a Ray or join one."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Fail a test on a Ray that has no mark, before its fixtures: it would start a second Ray in another process."""
+    uses = OF_A_RAY.intersection(getattr(item, "fixturenames", ()))
+    if (uses or item.path.parent.name == "one_ray") and item.get_closest_marker("ray") is None:
+        pytest.fail(f"{item.nodeid} runs on a Ray: mark it, or its file, with pytest.mark.ray", pytrace=False)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Under pytest-xdist the files that start a Ray begin first, because they take longest."""
     if hasattr(config, "workerinput"):

@@ -36,7 +36,7 @@ def _config(lanes: int = 8, **launch: Any) -> Config:
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+def resources(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Replace the cluster's resources by a dictionary that a test can change."""
     has: dict[str, float] = {"CPU": 16}
     monkeypatch.setattr(placement.ray, "cluster_resources", lambda: dict(has))
@@ -46,28 +46,28 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return has
 
 
-def test_by_default_as_many_as_there_are_lanes_or_cpus(cluster: dict[str, float]) -> None:
+def test_by_default_as_many_as_there_are_lanes_or_cpus(resources: dict[str, float]) -> None:
     assert scaling(_config(), own=True).num_workers == 8
     assert scaling(_config(), own=True).resources_per_worker == {"CPU": 2}
-    cluster["CPU"] = 3
+    resources["CPU"] = 3
     assert scaling(_config(), own=False).num_workers == 3
 
 
-def test_a_gpu_each_and_its_share_of_the_cpus(cluster: dict[str, float]) -> None:
-    cluster["GPU"] = 4
+def test_a_gpu_each_and_its_share_of_the_cpus(resources: dict[str, float]) -> None:
+    resources["GPU"] = 4
     made = scaling(_config(), own=False)
     assert (made.num_workers, made.use_gpu, made.resources_per_worker) == (4, True, {"CPU": 4, "GPU": 1})
 
 
-def test_a_range_is_elastic_in_a_cluster_and_the_most_that_fit_at_home(cluster: dict[str, float]) -> None:
+def test_a_range_is_elastic_in_a_cluster_and_the_most_that_fit_at_home(resources: dict[str, float]) -> None:
     made = scaling(_config(workers="2..8", resize_seconds=7), own=False)
     assert made.num_workers == (2, 8)
     assert made.elastic_resize_monitor_interval_s == 7
     assert scaling(_config(workers="2..8"), own=True).num_workers == 8
-    cluster["CPU"] = 5
+    resources["CPU"] = 5
     assert scaling(_config(workers="2..8"), own=True).num_workers == 5
     assert scaling(_config(workers="2..8"), own=False).num_workers == (2, 8), "the others may still come"
-    cluster["CPU"] = 1
+    resources["CPU"] = 1
     with pytest.raises(
         UserError, match="2 workers with 1 CPU each do not fit: the cluster has 1 CPU and 0 GPUs on 1 node"
     ):
@@ -126,15 +126,15 @@ def test_a_range_survives_json() -> None:
 
 
 def test_waiting_for_an_autoscaler_ends_when_nodes_come(
-    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    resources: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cluster["CPU"] = 0
+    resources["CPU"] = 0
     groups: list[Any] = []
     monkeypatch.setattr(placement, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(placement, "placement_group", lambda bundles: groups.append(bundles) or bundles)
     monkeypatch.setattr(placement, "remove_placement_group", groups.remove)
     seen: list[Any] = []
-    threading.Timer(0.2, lambda: (seen.extend(groups), cluster.update(CPU=4))).start()
+    threading.Timer(0.2, lambda: (seen.extend(groups), resources.update(CPU=4))).start()
     assert scaling(_config(workers="2", wait_minutes=1), own=False).num_workers == 2
     assert seen == [[{"CPU": 1}] * 2], "asked for once, while it waits"
     assert not groups, "and no longer"
@@ -148,38 +148,38 @@ def wait_long() -> None:
 
 
 def test_a_wait_that_was_in_vain_asks_for_nothing_any_more(
-    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch
+    resources: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups: list[Any] = []
     monkeypatch.setattr(placement, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(placement, "placement_group", lambda bundles: groups.append(bundles) or bundles)
     monkeypatch.setattr(placement, "remove_placement_group", groups.remove)
-    cluster["CPU"] = 0
+    resources["CPU"] = 0
     with pytest.raises(UserError, match="2 workers with 1 CPU each do not fit"):
         scaling(_config(workers="2", wait_minutes=0.1 / 60), own=False)
     assert not groups
 
 
 def test_nodes_that_stay_away_end_the_job_with_numbers(
-    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    resources: dict[str, float], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setattr(placement, "LOOK_SECONDS", 0.02)
     # As Ray Train does. A shell starts what it puts in the background with Ctrl-C ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     needed = fewest(ScalingConfig(num_workers=(2, 8), resources_per_worker={"CPU": 2}))
-    cluster["CPU"] = 3
+    resources["CPU"] = 3
     with pytest.raises(KeyboardInterrupt), LossWatch(*needed, 0.3 / 60, ": add some") as watch:
         wait_long()
     assert "had only {'CPU': 3} of the {'CPU': 4} that 2 workers need: add some" in watch.gave_up
-    cluster["CPU"] = 4
+    resources["CPU"] = 4
     with LossWatch(*needed, 0.1 / 60) as watch:
         time.sleep(0.5)
     assert not watch.gave_up
 
 
 def test_a_search_without_nodes_ends_and_can_go_on(
-    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    resources: dict[str, float], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setattr(placement, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(tune_search, "OWN_MINUTES", 0.3 / 60)
@@ -190,7 +190,7 @@ def test_a_search_without_nodes_ends_and_can_go_on(
         time.sleep(0.5)
     with pytest.raises(KeyboardInterrupt), tune_search.while_nodes_last(job, shape, own=True):
         signal.raise_signal(signal.SIGINT)
-    del cluster["CPU"]
+    del resources["CPU"]
     lost = r"only \{'CPU': 0\} of the \{'CPU': 3.0\} that a trial needs$"
     with pytest.raises(Interrupted, match=lost), tune_search.while_nodes_last(job, shape, own=True):
         wait_long()
@@ -199,9 +199,9 @@ def test_a_search_without_nodes_ends_and_can_go_on(
 
 
 @pytest.fixture
-def busy(cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> list[Held]:
+def busy(resources: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> list[Held]:
     """What another job holds of the cluster's four CPUs; a test may change it."""
-    cluster["CPU"] = 4
+    resources["CPU"] = 4
     held = [Held("n", "02", {"CPU": 2.0}), Held("n", "02", {"CPU": 1.0}), Held("elsewhere", "03", {"CPU": 9.0})]
     monkeypatch.setattr(placement.holders, "held_by_others", lambda: list(held))
     monkeypatch.setattr(placement.holders, "named", lambda held, kind: "3 by job 02 (python other.py)")

@@ -36,6 +36,7 @@ def watching(
     place = SimpleNamespace(get_world_rank=lambda: rank, get_world_size=lambda: rank + 1)
     monkeypatch.setattr(worker_context, "STOP_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(worker_context, "OTHERS_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(worker_context, "ASKED_TO_STOP", threading.Event())  # not that of this whole process
     monkeypatch.setattr(worker_context.ray.train, "get_context", lambda: place)
     monkeypatch.setattr(worker_context.ray.train.torch, "get_device", lambda: torch.device("cpu"))
     return worker_context.RayContext(LAUNCH, str(run_dir), joined)
@@ -141,7 +142,6 @@ def test_every_worker_hears_and_only_the_first_gives_up(tmp_path: Path, monkeypa
     assert worker_context.ASKED_TO_STOP.wait(10), "its loader processes are waited for without limit"
     time.sleep(0.3)
     assert ended == []
-    worker_context.ASKED_TO_STOP.clear()
 
 
 @pytest.mark.parametrize("way", ["asks", "is over"])

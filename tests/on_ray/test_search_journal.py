@@ -98,9 +98,9 @@ def test_the_time_of_a_failed_trial_counts(tmp_path: Path, pack: bool) -> None:
 @pytest.mark.parametrize(
     ("named", "told"),
     [
-        ("mimkd_ray.search.optuna_study\nDefineByRun", r"begun by another version, .*DefineByRun.* --run.overwrite true$"),
-        ("mimkd_ray.search.gone\nDefineByRun", r"begun by another version, .*mimkd_ray.search.gone.* --run.overwrite true$"),
-        ("my_spaces\nwidth", r"needs module my_spaces as .*No module named 'my_spaces'.*: start in the folder in which [^-]*$"),
+        ("mimkd_ray.search.optuna_study\nDefineByRun", r"by another version, .*DefineByRun.* --run.overwrite true$"),
+        ("mimkd_ray.search.gone\nDefineByRun", r"by another version, .*mimkd_ray.search.gone.* --run.overwrite true$"),
+        ("my_spaces\nwidth", r"needs module my_spaces as .*No module named.*: start in the folder in which [^-]*$"),
         ("tiny_search\ngone", r"needs module tiny_search as it was .*'gone'.*: start in the folder in which [^-]*$"),
     ],
 )
