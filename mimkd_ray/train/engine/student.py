@@ -30,6 +30,7 @@ from mimkd_ray.train.engine.step import StepRecord, optimisation_step, seed_lane
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.held_out.evaluate import Accuracy, accuracies, held_out_name, read_information
 from mimkd_ray.train.held_out.neighbours import knn_top1
+from mimkd_ray.train.held_out.recorded import logits_of
 from mimkd_ray.train.networks.build import PlannedStudent, build_distiller, has_compiler, plan_student, why_plain
 from mimkd_ray.train.networks.optim import (
     build_optimizer,
@@ -308,7 +309,7 @@ def evaluate_together(
             network.eval()
         recorded = inputs.forwards
         logits = {
-            student: partial(_logits, network) if recorded is None else recorded.of(network)
+            student: partial(logits_of, network) if recorded is None else recorded.of(network)
             for student, network in networks.items()
         }
         measured = {student: Accuracy(math.nan, math.nan, math.nan, inputs.data.val.num_rows, 0) for student in logits}
@@ -333,7 +334,3 @@ def evaluate_together(
             for student, information in read.items():
                 values[student] |= information
     return {student: found for student, found in values.items() if student not in (failed or {})}
-
-
-def _logits(tapped: TappedModel, images_BCHW: Tensor) -> Tensor:
-    return tapped(images_BCHW)[0]

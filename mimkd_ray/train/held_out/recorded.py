@@ -62,7 +62,7 @@ class RecordedForwards:
         if self.images_BCHW is None:
             self.images_BCHW = torch.empty_like(images_BCHW)
         self.images_BCHW.copy_(images_BCHW)
-        work = partial(_logits, network, self.images_BCHW)
+        work = partial(logits_of, network, self.images_BCHW)
         if not known.is_recorded and known.warm >= WARM:
             self._record(known, work)
         if not known.is_recorded:
@@ -97,5 +97,6 @@ class RecordedForwards:
         say(self.context, f"evaluations are not captured, and run operation by operation: {why}")
 
 
-def _logits(network: TappedModel, images_BCHW: Tensor) -> Tensor:
+def logits_of(network: TappedModel, images_BCHW: Tensor) -> Tensor:
+    """Return a network's logits, without its taps."""
     return network(images_BCHW)[0]
