@@ -155,7 +155,7 @@ def _run(
         preflight(config, given)
     if config.run.overwrite:  # not before: a config that cannot be run costs nothing that is there
         ask_first(lambda: _overwrite(run_dir))
-    with ExitStack() as lock:  # nor does it leave anything behind
+    with ExitStack() as lock:  # not before either: a config that cannot be run leaves no file behind
         ask_first(lambda: lock.enter_context(held(run_dir)))
         ask_first(lambda: claim(config, run_dir))
         times.mark("checked")

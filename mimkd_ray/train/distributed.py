@@ -163,7 +163,7 @@ def all_max(values: list[int]) -> list[int]:
 
 
 def first_said(said: str) -> str:
-    """Return on every rank what the first rank says that says anything; "" where none does. By the side channel."""
+    """Return on every rank the text of the lowest rank that has one; "" where none has. By the side channel."""
     if not is_distributed():
         return said
     every = [""] * dist.get_world_size()

@@ -28,7 +28,7 @@ STUCK_SECONDS because they are stopped or wait themselves, this process makes th
 _opening = threading.Lock()
 _PIN_LOOP = "_pin_memory_loop"
 """Part of the name of the thread in which torch brings batches to pinned memory. torch does not tell of its end, after
-which a batch is waited for without limit. Under another name its end would not be noticed either, no more."""
+which a batch is waited for without limit. If torch renames it, its end is not noticed here."""
 
 
 def answers_of(loader: DataLoader[Any], keys: Iterable[Key], batches: Batches) -> Iterator[Answer]:

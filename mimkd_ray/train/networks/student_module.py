@@ -159,8 +159,9 @@ class LaneNorms:
 
 
 def data_parallel(module: nn.Module, alike: bool = True) -> DistributedDataParallel:
-    """Wrap ``module`` in DDP with the same arithmetic after a restart, buffers left alone. Call it before ``compile``.
-    ``alike``: all workers get the first one's parameters and buffers.
+    """Wrap ``module`` in DDP with the same arithmetic after a restart, buffers left alone. ``alike``: all workers get
+    the first one's parameters and buffers. ``module`` may be compiled before or after, because the loop has torch not
+    split compiled graphs for DDP (optimize_ddp=False in train/loop.py).
 
     With find_unused_parameters a parameter may go without a gradient, always or in some steps (a layer that the
     network has and does not use, a lane without a valid negative), and several workers then train as one does. DDP
