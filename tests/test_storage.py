@@ -333,6 +333,19 @@ def test_an_object_that_is_too_short_is_not_waited_for(quick: list[float]) -> No
     assert (attempts.place_of(url), True) in attempts.ANSWERED  # the store is as patient a place as before
 
 
+def test_a_short_read_of_a_server_that_says_no_size_is_retried(
+    monkeypatch: pytest.MonkeyPatch, quick: list[float]
+) -> None:
+    url = f"memory://{uuid.uuid4().hex}/x"
+    storage.write_bytes(url, bytes(100))
+    fs = remote.filesystem(url)
+    whole, answers = fs.cat_file, [b"short"]
+    monkeypatch.setattr(fs, "cat_file", lambda *a, **k: answers.pop() if answers else whole(*a, **k))
+    monkeypatch.setattr(fs, "info", lambda path: {"name": path, "size": None, "type": "file"})
+    assert storage.read_range(url, 0, 100) == bytes(100)
+    assert len(quick) == 1
+
+
 def test_a_store_whose_client_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(UserError, match=r"^gs://bucket/x: cannot open 'gs://' places: Please install gcsfs"):

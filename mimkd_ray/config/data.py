@@ -24,8 +24,8 @@ class DataConfig:
     """The images, their order and their augmentation."""
 
     root: str = "digits"
-    """`digits` (built in), a local folder, or an fsspec URL, holding Parquet files or class folders; WebDataset tars on
-    a disk, or a pattern of them, shards-{000..099}.tar; or package.module:function, which returns (training set,
+    """`digits` (built in), a local folder, or an fsspec URL, holding Parquet files, class folders or WebDataset tars;
+    a pattern of tars, shards-{000..099}.tar; or package.module:function, which returns (training set,
     validation set), two map-style Datasets."""
     train_split: str = "train"
     """Name of the training split: `train-*.parquet`, or a folder `train/`."""

@@ -12,7 +12,7 @@ from mimkd_ray import storage
 from mimkd_ray.config import Config, LossConfig
 from mimkd_ray.config.jobs.evaluate import EvaluateJob
 from mimkd_ray.data.sources.data_set import Data, open_data
-from mimkd_ray.data.sources.source import SubsetSource, class_numbers
+from mimkd_ray.data.sources.source import SubsetSource, numbers_in_names
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.losses.shared_classes import SharedClasses, match
@@ -214,7 +214,7 @@ def _shared(job: EvaluateJob, head: Sequence[str], count: int, data: Data, named
     """The classes of the head that the data has; None: all, in its order. Not `named`: the head's names are the data's
     for want of others."""
     of_data = data.classes or data.names
-    numbers = class_numbers(data.classes)
+    numbers = numbers_in_names(data.classes)
     same = tuple(head) == data.names
     if same and (named or numbers in (None, tuple(range(len(of_data))))):
         return None

@@ -18,7 +18,7 @@ from mimkd_ray.data.sources.hub_readme import README, declared_files
 from mimkd_ray.data.sources.own_dataset import SCHEME, OwnData, named_sets
 from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.sources.shard_manifest import MANIFEST_SUFFIX, read_manifest
-from mimkd_ray.data.sources.source import Source, SubsetSource, class_numbers, digest_of, stratified_split
+from mimkd_ray.data.sources.source import Source, SubsetSource, digest_of, stratified_split
 from mimkd_ray.data.sources.tars import TarSource, tars_of
 from mimkd_ray.data.store.block_reader import CACHE_BYTES
 from mimkd_ray.data.store.block_store import open_store
@@ -272,19 +272,20 @@ class _Root:
         prefixes = (f"{split}-", f"{split}.")
         files = {u: n for u, n in self.files.items() if u.rpartition("/")[2].startswith(prefixes)}
         files = files or self.declared.get(split, {})
+        tars: dict[str, storage.Entry] = {}
         if not files and split in self.dirs:
             files = storage.list_entries(self.dirs[split], ".parquet")
-            if not files:
-                tars = storage.list_entries(self.dirs[split], ".tar")
-                if tars and not storage.list_dirs(self.dirs[split]):
-                    return TarSource(tars, classes or None, self.store, self.how, self.labelled)
+            tars = storage.list_entries(self.dirs[split], ".tar") if not files else {}
+            if not files and (not tars or storage.list_dirs(self.dirs[split])):
                 return FolderSource(self.dirs[split], classes or None, self.store, self.how, self.labelled)
         manifest = None
-        if storage.join(self.url, split + MANIFEST_SUFFIX) in self.manifests:
+        if not tars and storage.join(self.url, split + MANIFEST_SUFFIX) in self.manifests:
             manifest = read_manifest(self.url, split)
         if not files and manifest is None:
-            tars = self.tars if split == self.config.train_split else {}  # all of a pattern
-            tars = tars if self.url.endswith(".tar") else tars_of(self.url, split, self.tars)
+            if not self.url.endswith(".tar"):
+                tars = tars or tars_of(self.url, split, self.tars)
+            elif split == self.config.train_split:
+                tars = self.tars  # all of a pattern
             return TarSource(tars, classes or None, self.store, self.how, self.labelled) if tars else None
         source = ParquetSource(
             {url: entry.size for url, entry in files.items()},
@@ -309,7 +310,7 @@ class _Root:
                 ", which are text" if others.text else "",
             )
         sides = [names for names in (classes, source.classes) if names]
-        numbered = any(class_numbers(names) == tuple(range(len(names))) for names in sides)
+        numbered = any(names == tuple(map(str, range(len(names)))) for names in sides)
         if classes and source.classes not in ((), classes) and not numbered:
             first = next((p for p in zip(classes, source.classes, strict=False) if p[0] != p[1]), None)
             raise UserError(

@@ -181,7 +181,7 @@ def numbered_classes(highest: int, where: str) -> tuple[str, ...]:
     return tuple(map(str, range(highest + 1)))
 
 
-def class_numbers(classes: Sequence[str]) -> tuple[int, ...] | None:
+def numbers_in_names(classes: Sequence[str]) -> tuple[int, ...] | None:
     """Return the numbers that classes have as names, such as the folders 0 to 999 of ImageNetV2, whose order as text is
     another; None where some have other names."""
     numbers = tuple(int(name) for name in classes if name.isdecimal())

@@ -15,7 +15,7 @@ from mimkd_ray.data.loading.loader import LaneBatch, plain_batches
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.folders import FolderSource
 from mimkd_ray.data.sources.own_dataset import OwnSource
-from mimkd_ray.data.sources.source import Source, class_numbers
+from mimkd_ray.data.sources.source import Source, numbers_in_names
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.outputs import logits_from
 from mimkd_ray.models.weights import say_once
@@ -68,7 +68,7 @@ def _of_config(
     if validation is None:
         opened = open_data(data, for_training=False)
         source: Source = opened.val
-        found = class_numbers(opened.classes) if isinstance(source, FolderSource) and not opened.train.num_rows else ()
+        found = numbers_in_names(opened.classes) if isinstance(source, FolderSource) and not opened.train.num_rows else ()
         if found and sorted(found) == list(range(len(found))):  # class folders alone, such as ImageNetV2's 0 to 999
             say_once(f"the class folders of {data.root} are numbers, and taken as those of the network's classes")
             numbers = found

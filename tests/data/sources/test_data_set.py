@@ -51,6 +51,15 @@ def test_parquet_layouts(tmp_path: Path, layout: str) -> None:
     assert data.num_classes == 3
 
 
+def test_classes_that_are_numbers_with_zeros_before_them_are_names(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-0.parquet", images(4), [0, 1, 0, 1], ["00", "01"])
+    write_parquet(tmp_path / "val-0.parquet", images(2), [0, 1], ["dog", "cat"])
+    with pytest.raises(UserError, match="the first difference is 'dog' for '00'"):
+        open_data(DataConfig(root=str(tmp_path)))
+    write_parquet(tmp_path / "train-0.parquet", images(4), [0, 1, 0, 1])
+    assert open_data(DataConfig(root=str(tmp_path))).classes == ("0", "1")
+
+
 def test_aliases_in_order(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train-0.parquet", images(4), [0, 1, 0, 1])
     for rows, name in enumerate(("test", "valid", "val", "validation"), start=1):
