@@ -103,9 +103,9 @@ def open_data(config: DataConfig, own: OwnData | None = None, for_training: bool
         val: Source = SubsetSource(train, held)
         train, kept = SubsetSource(train, rest), rest
         if config.labels != "all":
-            val = _labelled(config, val)
+            val = _labelled(config, val, num_classes)
     else:
-        val = _labelled(config, val_alone or _open_val(config, root, train))
+        val = _labelled(config, val_alone or _open_val(config, root, train), num_classes)
         classes = classes or val.classes
         num_classes = num_classes or len(classes)
     if config.subset:
@@ -113,7 +113,7 @@ def open_data(config: DataConfig, own: OwnData | None = None, for_training: bool
             raise UserError(f"data.subset = {config.subset:,}, but there are {train.num_rows:,} training rows")
         train = SubsetSource(train, stratified_split(train.labels(), config.subset, config.subset_seed)[1])
         whole, kept = train, None
-    judged = config.labels == "all" or val.labels().max() >= 0
+    judged = config.labels == "all" or bool(_known(config, val.labels(), num_classes).any())
     if judged:
         _check_labels(config, "validation", val, num_classes)
     if not num_classes:
@@ -128,16 +128,26 @@ def open_data(config: DataConfig, own: OwnData | None = None, for_training: bool
     return Data(train, val, classes, num_classes, digest, whole, kept, judged, own)
 
 
-def _labelled(config: DataConfig, val: Source) -> Source:
+def _known(config: DataConfig, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return which rows have a label. With `data.labels` none, whose labels nobody asked for, what is beyond the
+    classes is none."""
+    beyond = config.labels == "none" and num_classes > 0
+    return (labels >= 0) & ((labels < num_classes) | (not beyond))
+
+
+def _labelled(config: DataConfig, val: Source, num_classes: int) -> Source:
     """Return the rows of a validation set that have a label, with a line where some have none; all of it if none has,
-    which is refused."""
-    if val.label_range()[0] >= 0:
+    which is refused unless `data.labels` says so."""
+    negative = val.label_range()[0] < 0
+    if not negative and config.labels != "none":
         return val
-    kept = np.flatnonzero(val.labels() >= 0)
-    if not len(kept):
+    labels = val.labels()
+    kept = np.flatnonzero(_known(config, labels, num_classes))
+    if not len(kept) or (len(kept) == len(labels) and not negative):
         return val
     logger.warning(
-        "%s: %d of %d validation rows have no label (null or negative): they are left out of every evaluation",
+        "%s: %d of %d validation rows have no label (null, negative, or beyond the classes): they are left out of "
+        "every evaluation",
         config.root,
         val.num_rows - len(kept),
         val.num_rows,

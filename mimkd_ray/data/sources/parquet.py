@@ -48,11 +48,13 @@ class _Footer(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Location of a block: its key, its file's name, and the position of that file's first row."""
+    """Location of a block: its key, its file's name, the position of that file's first row, and the bytes that are read
+    for it from slow storage."""
 
     key: str
     name: str
     first: int
+    bytes: int
 
 
 class ParquetSource:
@@ -104,8 +106,8 @@ class ParquetSource:
         self.num_rows: int = self.blocks.num_rows
         if self.num_rows == 0:
             raise UserError(f"{self.files[0][0]}: the {len(self.files)} Parquet file(s) of this split hold no rows")
-        if store is not None:
-            store.expect(max(stop - start for f in footers for _, start, stop in f.row_groups))
+        # By block, that are read for it; those on a local disk may stay there.
+        self._bytes = np.array([0 if self.in_place else end - at for f in footers for _, at, end in f.row_groups])
         self._places: dict[int, _Place] = {}
         self._loaded_again: set[int] = set()
         self._listed: tuple[Block, ...] = ()
@@ -177,8 +179,8 @@ class ParquetSource:
         reader = BlockReader(self.store)
         rows = []
         for position, block, inside in zip(positions, blocks.tolist(), insides.tolist(), strict=True):
-            key, name, first = self._places.get(block) or self._place(block)
-            image, label = reader.row(key, partial(self._load, block), inside)
+            key, name, first, size = self._places.get(block) or self._place(block)
+            image, label = reader.row(key, partial(self._load, block), inside, size)
             rows.append(Row(int(position), label, image, f"{name} row {position - first}", self.how))
         return rows
 
@@ -198,7 +200,8 @@ class ParquetSource:
 
     def fetch(self, block: int) -> bool:
         """Fetch the row group into the store; return whether it is there (False: no store, or no room)."""
-        return self.store is not None and self.store.fetch(self._key(block), partial(self._load, block))
+        load, size = partial(self._load, block), int(self._bytes[block])
+        return self.store is not None and self.store.fetch(self._key(block), load, size)
 
     def _file(self, block: int) -> int:
         return int(np.searchsorted(self._file_block, block, side="right")) - 1
@@ -209,7 +212,8 @@ class ParquetSource:
         first = self.blocks.start(int(self._file_block[file]))
         if len(self._places) >= KEPT_PLACES:
             self._places.clear()
-        place = self._places[block] = _Place(self._key(block), _base(self.files[file][0]), first)
+        name, size = _base(self.files[file][0]), int(self._bytes[block])
+        place = self._places[block] = _Place(self._key(block), name, first, size)
         return place
 
     def _key(self, block: int) -> str:

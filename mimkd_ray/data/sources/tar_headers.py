@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 from mimkd_ray import console, storage
+from mimkd_ray.config.data import MOST_CLASSES
 from mimkd_ray.data.sources.folders import SUFFIXES, THREADS, printable, tell_passed_over
 from mimkd_ray.data.sources.source import digest_of
 from mimkd_ray.data.store.block_store import BlockStore
@@ -72,15 +73,28 @@ def headers(
 def _listed(
     url: str, entry: storage.Entry, labelled: bool, store: BlockStore | None, passed: Callable[[int], None]
 ) -> Listed:
-    """Return what is in a tar: from the store's note, or from its headers."""
+    """Return what is in a tar: from the store's note, or from its headers. `passed` is told each time how many bytes
+    more are done, in all those of the tar."""
+    at = 0
+
+    def reached(place: int) -> None:
+        nonlocal at
+        passed(place - at)
+        at = place
+
     if store is None or not storage.is_remote(url):
-        return _images(url, entry.size, labelled, passed)
-    text = store.note(
-        digest_of("headers of a tar, 1", url, entry.size, entry.version, labelled, SUFFIXES),
-        lambda: json.dumps(_images(url, entry.size, labelled, passed)).encode(),
-    )
-    images, others = json.loads(text)
-    return Listed([Found(*image) for image in images], others)
+        listed = _images(url, entry.size, labelled, reached)
+    else:
+        text = store.note(
+            digest_of("headers of a tar, 2", url, entry.size, entry.version, labelled, SUFFIXES),
+            lambda: json.dumps(_images(url, entry.size, labelled, reached)).encode(),
+            f"the headers of {url}",
+            entry.size,
+        )
+        images, others = json.loads(text)
+        listed = Listed([Found(*image) for image in images], others)
+    reached(entry.size)
+    return listed
 
 
 @contextmanager
@@ -92,17 +106,15 @@ def opened(url: str, size: int, read_ahead: int) -> Iterator[BinaryIO]:
         )
 
 
-def _images(url: str, size: int, labelled: bool, passed: Callable[[int], None]) -> Listed:
-    """Read the headers of a tar, in its order; `passed` is told each time how many bytes they were further on."""
-    at = 0
+def _images(url: str, size: int, labelled: bool, reached: Callable[[int], None]) -> Listed:
+    """Read the headers of a tar, in its order; `reached` is told each time where they are."""
     places: dict[str, tuple[str, int, int]] = {}
     others: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     try:
         with opened(url, size, CLOSE) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                passed(member.offset_data - at)
-                at = member.offset_data
+                reached(member.offset_data)
                 folder, _, name = member.name.rpartition("/")
                 stem, _, ending = name.partition(".")
                 key, ending = f"{folder}/{stem}", ending.lower()
@@ -133,14 +145,22 @@ def _images(url: str, size: int, labelled: bool, passed: Callable[[int], None]) 
 
 
 def _label(file: IO[bytes] | None, ending: str, where: str, labelled: bool) -> int | None:
+    """Return the class number in a file; None for none, and, unless all images need one, for what cannot be one."""
     text = file.read() if file is not None else b""
     try:
-        if ending == "cls":
-            return int(text)
-        value: Any = json.loads(text)
-        number = next((value[field] for field in LABEL_FIELDS if field in value), None)
-        return None if number is None else int(number)
-    except (ValueError, TypeError, RecursionError):
+        found: Any = text if ending == "cls" else json.loads(text)
+        if ending == "json":
+            found = next((found[field] for field in LABEL_FIELDS if field in found), None)
+        number = None if found is None else int(found)
+    except (ValueError, TypeError, RecursionError, OverflowError):  # the last one of an infinite number
         if not labelled:
             return None
         raise UserError(f"{where} holds {text[:40]!r}, and no class number: mend it") from None
+    if number is None or (not labelled and not 0 <= number < MOST_CLASSES):
+        return None
+    if number >= MOST_CLASSES:
+        raise UserError(
+            f"{where} holds {text[:40]!r}, and class numbers go up to {MOST_CLASSES - 1:,}: mend it, or train without "
+            "such labels (--data.labels partial, or none)"
+        )
+    return number

@@ -29,22 +29,23 @@ class BlockReader:
         self.store = store
         self._open: dict[str, tuple[StoredBlock, memoryview]] = {}
 
-    def row(self, key: str, load: Load, row: int) -> tuple[memoryview, int]:
-        """Return the encoded image and the label of a row of block `key`, which `load()` makes if it is missing.
+    def row(self, key: str, load: Load, row: int, size: int = 0) -> tuple[memoryview, int]:
+        """Return the encoded image and the label of a row of block `key`, which `load()` makes if it is missing, from
+        `size` bytes of storage if that is known.
 
         The image is a view of the cached or mapped bytes, without a copy. Raises the errors of `load`, and
         DamagedDataError for a file that keeps changing.
         """
         found = self._open.get(key)
         if found is None:
-            found = self._open[key] = self._find(key, load)
+            found = self._open[key] = self._find(key, load, size)
         block, images = found
         where, label = block.row(row)
         return images[where], label
 
-    def _find(self, key: str, load: Load) -> tuple[StoredBlock, memoryview]:
+    def _find(self, key: str, load: Load, size: int) -> tuple[StoredBlock, memoryview]:
         for _ in range(TRIES):
-            block = read_block(self.store, key, load)
+            block = read_block(self.store, key, load, size)
             try:
                 return block, block.images(_kept().mapped)
             except ChangedFileError as error:
@@ -61,12 +62,12 @@ def forget(store: BlockStore | None, key: str) -> None:
         store.discard(key)
 
 
-def read_block(store: BlockStore | None, key: str, load: Load) -> StoredBlock:
+def read_block(store: BlockStore | None, key: str, load: Load, size: int = 0) -> StoredBlock:
     """Return block `key`: from this process's memory, from the store, or from `load()`."""
     kept = _kept()
     block = kept.find(key)
     if block is None:
-        block = load() if store is None else store.get(key, load)
+        block = load() if store is None else store.get(key, load, size)
         kept.keep(key, block)
     elif store is not None and kept.note_use(key):
         store.touch(key)

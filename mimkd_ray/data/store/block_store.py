@@ -7,7 +7,8 @@ keeps only the places of its rows, and the fact that they were verified. The lea
 the folder is full.
 
 Writes do not wait for the disk: after a power cut, which may lose the content of a renamed file, the store starts
-empty. Notes, which say what was found in a data set by reading all of it, are small, wait for the disk, and stay.
+empty. Notes, which say what was found in a data set by reading all of it, are small, wait for the disk, and stay as
+long as they are used.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import errno
 import fcntl
 import hashlib
 import logging
+import math
 import multiprocessing
 import os
 import stat
@@ -45,7 +47,10 @@ TELL_SECONDS, LOCK_SECONDS, PAUSE_SECONDS = 10.0, 60.0, 0.05
 SLOW_BYTES = 4_000_000
 """Per second, of slow storage: a block that takes it more than LOCK_SECONDS is waited for as long as that."""
 NOTE_SECONDS = 600.0
-"""Of a wait for a note that another process makes: it reads whole files."""
+"""Of a wait for a note that another process makes, at least: it reads whole files."""
+NOTE, NOTE_LOCK = ".note", ".note-lock"
+OLD_SECONDS = {NOTE: 30 * 86400.0, NOTE_LOCK: 86400.0, ".tmp": 86400.0}
+"""Of files without use, until they are removed: notes, and what killed processes left of them."""
 
 Load = Callable[[], StoredBlock]
 
@@ -67,7 +72,6 @@ class BlockStore:
         self._ready = False
         self._counted = False
         self._warned = False
-        self._patience = 0.0
         self._uses: Any = multiprocessing.Array("q", 2, lock=False)  # blocks that a fetch found here, and all others
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,23 +93,19 @@ class BlockStore:
     def _count(self, which: int) -> None:
         self._uses[which] += 1  # without a lock, which other kinds of process could not share: a count may get lost
 
-    def expect(self, largest: int) -> None:
-        """Be told of blocks that are made from so many bytes: see SLOW_BYTES."""
-        self._patience = max(self._patience, largest / SLOW_BYTES)
-
-    def get(self, key: str, load: Load) -> StoredBlock:
-        """Return block `key`; if it is not here, `load()` makes it once.
+    def get(self, key: str, load: Load, size: int = 0) -> StoredBlock:
+        """Return block `key`; if it is not here, `load()` makes it once, from `size` bytes of storage if that is known.
 
         Any error of `load` is passed on, and the next caller tries again. If the disk is full even after the store has
-        removed half of its blocks, or another process, which may be stopped, holds the lock for LOCK_SECONDS (large
-        blocks: SLOW_BYTES), the block is returned from memory, with one warning.
+        removed half of its blocks, or another process, which may be stopped, holds the lock for LOCK_SECONDS (of large
+        blocks `size` / SLOW_BYTES), the block is returned from memory, with one warning.
         """
         block = self._open(key)
         if block is not None:
             return block
         try:
             lock = self.folder / f"lock-{int(_name(key)[:4], 16) % LOCKS}"
-            with locked(lock, max(LOCK_SECONDS, self._patience)):
+            with locked(lock, max(LOCK_SECONDS, size / SLOW_BYTES)):
                 block = self._open(key)
                 if block is not None:
                     return block
@@ -115,25 +115,35 @@ class BlockStore:
             self._warn(str(error))
             return block or load()
 
-    def fetch(self, key: str, load: Load) -> bool:
-        """Fetch block `key` into the store; return whether it is here (False: there is no room for it)."""
+    def fetch(self, key: str, load: Load, size: int = 0) -> bool:
+        """Fetch block `key` into the store, as `get` does; return whether it is here (False: there is no room)."""
         self.prepare()
         if self.touch(key):
             self._count(0)
             return True
         self._count(1)
-        self.get(key, load)
+        self.get(key, load, size)
         return self._path(key).exists()
 
-    def note(self, key: str, make: Callable[[], bytes]) -> bytes:
-        """Return note `key`; if it is not here, `make()` makes it once. Any error of `make` is passed on."""
+    def note(self, key: str, make: Callable[[], bytes], what: str, size: int = 0) -> bytes:
+        """Return note `key` on `what`; if it is not here, `make()` makes it once, from `size` bytes of storage. Any
+        error of `make` is passed on."""
         self.prepare()
-        path = self.folder / f"{_name(key)}.note"
+        path = self.folder / f"{_name(key)}{NOTE}"
+        lock = path.with_suffix(NOTE_LOCK)  # of its own: two notes that share one would wait for each other's files
         found = _read_note(path)
         if found is not None:
             return found
+        patience = max(NOTE_SECONDS, size / SLOW_BYTES)
+        alone = f"until then each process reads by itself what is kept there, such as {what}, which is slower"
+
+        def waits() -> None:
+            self._say_once(
+                "another process reads %s: waiting for what it finds, for at most %g s a file", what, patience
+            )
+
         try:
-            with locked(self.folder / f"notes-{int(_name(key)[:4], 16) % LOCKS}", NOTE_SECONDS):
+            with locked(lock, patience, waits):
                 found = _read_note(path)
                 if found is None:
                     found = make()
@@ -141,10 +151,19 @@ class BlockStore:
                     try:
                         local_files.publish(path, lambda out: out.write(packed))
                     except OSError as error:
-                        self._warn(f"{path} cannot be written: {error}; choose another folder with --data.store")
+                        remedy = "free some space, or choose another folder with --data.store"
+                        self._say_once("%s cannot be written: %s; %s; %s", path, error, remedy, alone)
+                if path.exists():
+                    lock.unlink(missing_ok=True)  # whoever waits for it has it open, and then finds the note
         except HeldError as error:
-            self._warn(str(error))
+            self._say_once("%s; %s", error, alone)
         return make() if found is None else found
+
+    def _say_once(self, line: str, *values: object) -> None:
+        """Log a warning, once in this process: all threads that read notes come to it at the same moment."""
+        mark = object()
+        if _said.setdefault((self.folder, line), mark) is mark:
+            logger.warning(line, *values)
 
     def touch(self, key: str) -> bool:
         """Mark block `key` as used just now; return whether it is here."""
@@ -246,12 +265,15 @@ class BlockStore:
 
     def _evict(self, limit: int, give_up_half: bool) -> int:
         """Remove the least recently used files until `limit` bytes are left; return the bytes left."""
-        found = []
+        found, now = [], time.time()
         for entry in os.scandir(self.folder):
-            if entry.name.endswith((SUFFIX, ".part")):
-                with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat()
+            with contextlib.suppress(FileNotFoundError):
+                ending = os.path.splitext(entry.name)[1]
+                status = entry.stat()
+                if ending in (SUFFIX, ".part"):
                     found.append((status.st_mtime_ns, status.st_size, entry.path))
+                elif now - status.st_mtime > OLD_SECONDS.get(ending, math.inf):
+                    os.unlink(entry.path)
         used = sum(size for _, size, _ in found)
         if give_up_half:
             limit = min(limit, used // 2)
@@ -292,7 +314,9 @@ def _boot_id() -> str:
 
 def _read_note(path: Path) -> bytes | None:
     try:
-        return zlib.decompress(path.read_bytes())
+        note = zlib.decompress(path.read_bytes())
+        os.utime(path)  # it is in use: see OLD_SECONDS
+        return note
     except FileNotFoundError:
         return None
     except (OSError, zlib.error) as error:
@@ -305,17 +329,19 @@ def _name(key: str) -> str:
 
 
 _given_up: set[Path] = set()
+_said: dict[tuple[Path, str], object] = {}
 
 
 @contextlib.contextmanager
-def locked(path: Path, seconds: float | None = None) -> Iterator[int]:
+def locked(path: Path, seconds: float | None = None, waits: Callable[[], object] | None = None) -> Iterator[int]:
     """Hold the lock of the file, created if missing, against all processes and threads of this machine.
 
-    Raises HeldError if another one holds it for `seconds` (LOCK_SECONDS); from then on it is not waited for.
+    Raises HeldError if another one holds it for `seconds` (LOCK_SECONDS); from then on it is not waited for. `waits`
+    tells of a wait of TELL_SECONDS in words of its own.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        _lock(file, path, LOCK_SECONDS if seconds is None else seconds)
+        _lock(file, path, LOCK_SECONDS if seconds is None else seconds, waits)
         yield file
     finally:
         # Unlocked explicitly: a process forked in the meantime has the file open and so would keep the lock.
@@ -323,7 +349,7 @@ def locked(path: Path, seconds: float | None = None) -> Iterator[int]:
         os.close(file)
 
 
-def _lock(file: int, path: Path, seconds: float) -> None:
+def _lock(file: int, path: Path, seconds: float, waits: Callable[[], object] | None) -> None:
     began, pause, told = time.monotonic(), 0.001, False
     while True:
         try:
@@ -340,7 +366,10 @@ def _lock(file: int, path: Path, seconds: float) -> None:
             )
         if waited >= TELL_SECONDS and not told:
             told = True
-            logger.warning("waiting for %s, which another process holds, for at most %g s", path, seconds)
+            if waits is not None:
+                waits()
+            else:
+                logger.warning("waiting for %s, which another process holds, for at most %g s", path, seconds)
         time.sleep(pause)
         pause = min(2 * pause, PAUSE_SECONDS)
 

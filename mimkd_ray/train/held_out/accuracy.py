@@ -68,7 +68,8 @@ def _of_config(
     if validation is None:
         opened = open_data(data, for_training=False)
         source: Source = opened.val
-        found = numbers_in_names(opened.classes) if isinstance(source, FolderSource) and not opened.train.num_rows else ()
+        folders = isinstance(source, FolderSource) and not opened.train.num_rows
+        found = numbers_in_names(opened.classes) if folders else ()
         if found and sorted(found) == list(range(len(found))):  # class folders alone, such as ImageNetV2's 0 to 999
             say_once(f"the class folders of {data.root} are numbers, and taken as those of the network's classes")
             numbers = found

@@ -390,3 +390,19 @@ def test_a_row_group_of_all_images_is_read_a_few_rows_at_a_time(
         kept = memoryview(Path(streamed.path).read_bytes()) if streamed.path else memoryview(streamed.data or b"")
         found = [(bytes(kept[where]), label) for where, label in map(streamed.row, range(20))]
         assert found == list(zip(files, range(20), strict=True))
+
+
+def test_the_store_is_told_what_is_read_of_slow_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet_set(tmp_path)
+    sizes: list[int] = []
+    monkeypatch.setattr(BlockStore, "get", lambda _, key, load, size=0: sizes.append(size) or load())
+    files, store = storage.list_sizes(str(tmp_path), "of-00002.parquet"), BlockStore(tmp_path / "store")
+    ParquetSource(files, store=store).read([0])
+    monkeypatch.setattr(parquet, "is_on_local_disk", lambda path: False)
+    distant = ParquetSource(files, store=store)
+    distant.read([7])
+    distant.fetch(2)
+    first = pq.ParquetFile(next(iter(files))).metadata
+    groups = [first.row_group(number) for number in (1, 2)]
+    of_groups = [sum(group.column(at).total_compressed_size for at in range(group.num_columns)) for group in groups]
+    assert sizes == [0, *of_groups], "those on a local disk may stay there"

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ from mimkd_ray import console, storage
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.sources import tar_headers
 from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.data.store import block_store
 from mimkd_ray.data.store.block_store import BlockStore, default_folder
 from mimkd_ray.errors import UserError
 from mimkd_ray.remote_file import RemoteFile
@@ -102,16 +108,77 @@ def test_a_damaged_note_is_made_anew(there: str, reads: Reads, caplog: pytest.Lo
 
 def test_notes_stay_where_blocks_make_room(tmp_path: Path) -> None:
     store = BlockStore(tmp_path / "store", max_bytes=1)
-    assert store.note("a", lambda: b"of a") == b"of a"
+    assert store.note("a", lambda: b"of a", "a") == b"of a"
     store._evict(0, give_up_half=True)
-    assert store.note("a", lambda: b"other") == b"of a"
+    assert store.note("a", lambda: b"other", "a") == b"of a"
     with pytest.raises(UserError, match="of make"):
-        store.note("b", _fail)
-    assert store.note("b", lambda: b"of b") == b"of b"
+        store.note("b", _fail, "b")
+    assert store.note("b", lambda: b"of b", "b") == b"of b"
+
+
+def test_what_nobody_uses_is_removed_by_age(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path / "store")
+    for name in "abc":
+        store.note(name, name.encode, name)
+    (of_a, of_b, of_c) = (store.folder / f"{block_store._name(name)}.note" for name in "abc")
+    assert {path.name for path in store.folder.glob("*note*")} == {of_a.name, of_b.name, of_c.name}, "no lock stays"
+    left = store.folder / f".{of_a.name}.1-0a.tmp"
+    left.write_bytes(b"half")
+    for path, days in ((of_a, 31), (of_b, 31), (of_c, 29), (left, 2)):
+        os.utime(path, (time.time() - days * 86400,) * 2)
+    store.note("a", _fail, "a")
+    store._evict(0, give_up_half=True)
+    assert sorted(store.folder.glob(".*")) == []
+    assert {path.name for path in store.folder.glob("*.note")} == {of_a.name, of_c.name}
 
 
 def _fail() -> bytes:
     raise UserError("an error of make")
+
+
+def test_threads_wait_for_their_own_notes_and_say_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, seconds in (("TELL_SECONDS", 0.05), ("NOTE_SECONDS", 0.1)):
+        monkeypatch.setattr(block_store, name, seconds)
+    store = BlockStore(tmp_path / "store")
+    keys = [str(number) for number in range(60)]  # of 256 locks several would be shared
+    made: list[str] = []
+
+    def slowly(key: str) -> bytes:
+        time.sleep(0.5)
+        made.append(key)
+        return key.encode()
+
+    def read(key: str) -> bytes:
+        return store.note(key, lambda: slowly(key), f"headers of {key}.tar", 20 * block_store.SLOW_BYTES)
+
+    with ThreadPoolExecutor(len(keys)) as pool:
+        assert list(pool.map(read, keys)) == [key.encode() for key in keys]
+    assert not caplog.records
+    for key in keys:
+        (store.folder / f"{block_store._name(key)}.note").unlink()
+    made.clear()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(read, "01230123")) == [key.encode() for key in "01230123"]
+    assert sorted(made) == list("0123"), "longer than NOTE_SECONDS, as the files are large"
+    (record,) = caplog.records
+    said = r"another process reads headers of [0-3]\.tar: waiting for what it finds, for at most 20 s a file"
+    assert re.fullmatch(said, record.getMessage())
+
+
+def test_a_note_that_nobody_finishes_is_made_by_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(block_store, "NOTE_SECONDS", 0.1)
+    store = BlockStore(tmp_path / "store")
+    store.prepare()
+    with ExitStack() as held:
+        for key in "ab":
+            held.enter_context(block_store.locked(store.folder / f"{block_store._name(key)}.note-lock"))
+        assert [store.note(key, key.encode, f"headers of {key}.tar") for key in "ab"] == [b"a", b"b"]
+    assert len(caplog.records) == 1
+    assert "until then each process reads by itself what is kept there, such as headers of a.tar" in caplog.text
 
 
 class _Heard:
@@ -143,3 +210,13 @@ def test_progress_is_told(tmp_path: Path) -> None:
     what = "reading the headers of 1 tar"
     assert heard.told[0] == (what, 0, 4, "MB"), "3,010,560 bytes, rounded up"
     assert (what, 3, 4, "MB") in heard.told
+
+
+def test_progress_counts_tars_whose_headers_are_known(there: str, tmp_path: Path) -> None:
+    store, tars = BlockStore(tmp_path / "store"), storage.list_entries(there, ".tar")
+    url, entry = next(iter(tars.items()))
+    for _ in range(2):
+        passed: list[int] = []
+        tar_headers._listed(url, entry, True, store, passed.append)
+        assert sum(passed) == entry.size
+    assert passed == [entry.size]
