@@ -45,6 +45,10 @@ class Entry(NamedTuple):
     version: str
 
 
+class ChangedError(Exception):
+    """A file was written again since it was listed."""
+
+
 def is_remote(url: str) -> bool:
     """Return whether `url` names an object store or server rather than a file of this machine."""
     return "://" in url and not url.startswith("file://")
@@ -161,10 +165,11 @@ def read_bytes(url: str, small: bool = False) -> bytes:
     return call(url, "read", lambda fs, path: cast(bytes, fs.cat_file(path, **options)))
 
 
-def read_range(url: str, offset: int, length: int) -> bytes:
+def read_range(url: str, offset: int, length: int, entry: Entry | None = None) -> bytes:
     """Return `length` bytes starting at `offset`, in one request. Raises FileNotFoundError.
 
-    A local file that ends earlier gives fewer bytes; a remote one raises StorageError.
+    A local file that ends earlier gives fewer bytes; a remote one raises StorageError. A local file that is not the
+    listed `entry` any more raises ChangedError.
     """
     if is_remote(url):
         file = RemoteFile(url, offset + length)
@@ -173,6 +178,9 @@ def read_range(url: str, offset: int, length: int) -> bytes:
 
     def read() -> bytes:
         with open(local_path(url), "rb") as file:
+            status = os.fstat(file.fileno())
+            if entry is not None and Entry(status.st_size, str(status.st_mtime_ns)) != entry:
+                raise ChangedError(url)
             file.seek(offset)
             return file.read(length)
 

@@ -77,7 +77,7 @@ class TarSource(FolderSource):
         self.root, self.how = next(iter(tars)).rpartition("/")[0], how
         self.store = store if storage.is_remote(self.root) else None
         self._loaded_again = set()
-        self._tars = list(tars)
+        self._tars, self._entries = list(tars), list(tars.values())
         listed = headers(tars, labelled, self.store)
         found = [(number, image) for number, of_tar in enumerate(listed) for image in of_tar]
         highest = max(image.label for _, image in found)
@@ -96,18 +96,41 @@ class TarSource(FolderSource):
     def _read_files(self, positions: Sequence[int]) -> list[bytes]:
         if not storage.is_remote(self.root):
             return [self._read_image(position) for position in positions]
-        with ThreadPoolExecutor(THREADS) as pool:
-            return list(pool.map(self._read_image, positions))
+        try:
+            with ThreadPoolExecutor(THREADS) as pool:
+                images = list(pool.map(self._read_image, positions))
+        except storage.StorageError:
+            self._compare(positions)  # a shorter tar
+            raise
+        self._compare(positions)  # afterwards: what was read is of the tars that were opened, if they are still there
+        return images
 
     def _read_image(self, position: int) -> bytes:
         number, offset, length = self._places[position].tolist()
+        entry = None if storage.is_remote(self.root) else self._entries[number]
         try:
-            data = storage.read_range(self._tars[number], offset, length)
+            return storage.read_range(self._tars[number], offset, length, entry)
         except FileNotFoundError:
-            data = b""
-        if len(data) < length:
             raise DamagedDataError(
-                f"{printable(self._url(position))} is gone: its tar is not what it was when the data set was "
-                "opened; put it back"
-            )
-        return data
+                f"{printable(self._url(position))} is gone: its tar was there when the data set was opened; put it back"
+            ) from None
+        except storage.ChangedError:
+            raise self._changed(number) from None
+
+    def _compare(self, positions: Sequence[int]) -> None:
+        """Raise DamagedDataError if a tar of the images in an object store is not the one that was opened. One listing
+        of a folder: fewer requests than one a tar."""
+        numbers = np.unique(self._places[list(positions), 0]).tolist()
+        there: dict[str, storage.Entry] = {}
+        for folder in {self._tars[number].rpartition("/")[0] for number in numbers}:
+            there |= storage.list_entries(folder, ".tar")
+        for number in numbers:
+            if there.get(self._tars[number]) != self._entries[number]:
+                raise self._changed(number)
+
+    def _changed(self, number: int) -> DamagedDataError:
+        return DamagedDataError(
+            f"{printable(self._tars[number])}: the tar was written again after the data set was opened, when it had "
+            f"{self._entries[number].size:,} bytes, so its images are elsewhere: put the old one back, or give the "
+            "same command again, which reads the new one; leave tars alone while they are trained on"
+        )

@@ -84,8 +84,21 @@ def test_training_from_tars_is_training_from_class_folders(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"no validation split .*--data.holdout"):
         open_data(DataConfig(root=f"{tmp_path}/tars/train-{{0..1}}.tar"))
     (tmp_path / "tars" / "train-1.tar").write_bytes(b"")
-    with pytest.raises(DamagedDataError, match=r"train-1.tar/00\d\d.[A-Za-z]+ is gone"):
+    with pytest.raises(DamagedDataError, match=r"train-1.tar: the tar was written again"):
         tars.train.read(range(12))
+
+
+def test_a_tar_that_is_written_again_is_not_trained_on(tmp_path: Path) -> None:
+    """Of the same length: the images would be others, under the labels of those that were there."""
+    write_tar(tmp_path / "train-0.tar", {"0.jpg": bytes(600), "0.cls": b"0"})
+    write_tar(tmp_path / "val-0.tar", {"0.jpg": bytes(600), "0.cls": b"0"})
+    train = open_data(DataConfig(root=str(tmp_path))).train
+    assert train.read([0])[0].image == bytes(600)
+    (tmp_path / "train-0.tar").write_bytes(bytes(1) + (tmp_path / "train-0.tar").read_bytes()[1:])
+    with pytest.raises(
+        DamagedDataError, match=r"train-0\.tar: the tar was written again .*give the same command again"
+    ):
+        train.read([0])
 
 
 def test_labels_of_a_part_of_the_images(tmp_path: Path) -> None:
@@ -99,6 +112,23 @@ def test_labels_of_a_part_of_the_images(tmp_path: Path) -> None:
     found = {row.name.rpartition("/")[2]: row.label for row in data.train.read(range(5))}
     assert found == {"0.jpg": 1, "1.jpg": 0, "2.jpg": -1, "3.jpg": -1, "4.jpg": -1}
     assert (data.num_classes, data.judged, data.val.num_rows) == (2, True, 2)
+
+
+@pytest.mark.parametrize(
+    "label", [b'{"label": 123456789}', b'{"label": Infinity}', b'{"cls": 1e999}', b'{"label": 12}']
+)
+def test_labels_that_nobody_asked_for(label: bytes, tmp_path: Path) -> None:
+    files = {f"{number}.jpg": image or b"" for number, image in enumerate(images(3))} | {"0.cls": b"9", "1.cls": b"3"}
+    write_tar(tmp_path / "train-0.tar", files)
+    write_tar(tmp_path / "val-0.tar", files | {"2.json": label})
+    data = open_data(DataConfig(root=str(tmp_path), labels="none", num_classes=10))
+    assert (data.judged, sorted(data.val.labels().tolist()), data.train.num_rows) == (True, [3, 9], 3)
+    write_tar(tmp_path / "val-0.tar", {"2.jpg": files["2.jpg"], "2.json": label})
+    assert not open_data(DataConfig(root=str(tmp_path), labels="none", num_classes=10)).judged
+    write_tar(tmp_path / "train-0.tar", {"2.jpg": files["2.jpg"], "2.json": label})
+    said = "labels up to 12" if label.endswith(b"12}") else r"2\.json holds .* class number.*: mend it"
+    with pytest.raises(UserError, match=said):
+        open_data(DataConfig(root=str(tmp_path), num_classes=10))
 
 
 def test_class_folders_are_read_and_not_the_tar_that_they_came_from(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mimkd_ray.data.sources import tar_headers
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.store import block_store
 from mimkd_ray.data.store.block_store import BlockStore, default_folder
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.remote_file import RemoteFile
 
 Reads = list[tuple[str, int]]
@@ -89,6 +89,22 @@ def test_a_tar_that_is_written_again_is_read_again(there: str, reads: Reads, tmp
     ]
     found = {row.name.rpartition("/")[2]: (bytes(row.image), row.label) for row in rows if "train-1" in row.name}
     assert found == {name: (image, 2) for name, image in files.items()}
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_tar_that_is_written_again_while_in_use_is_not_trained_on(there: str, first: int, tmp_path: Path) -> None:
+    """Its blocks were kept under the key of the old ones. The new tar is as long as the old one, or shorter."""
+    opened = open_data(DataConfig(root=there))
+    number, offset, length = opened.train._places[0].tolist()
+    old = (tmp_path / "set" / f"train-{number}.tar").read_bytes()
+    storage.write_bytes(f"{there}/train-{number}.tar", bytes(first or len(old)))
+    with pytest.raises(
+        DamagedDataError, match=rf"train-{number}\.tar: the tar was written again .*give the same command"
+    ):
+        opened.train.read([0])
+    assert not list(default_folder().glob("*.block"))
+    storage.write_bytes(f"{there}/train-{number}.tar", old)
+    assert opened.train.read([0])[0].image == old[offset : offset + length]
 
 
 def test_a_damaged_note_is_made_anew(there: str, reads: Reads, caplog: pytest.LogCaptureFixture) -> None:
