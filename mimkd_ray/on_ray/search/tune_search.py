@@ -246,7 +246,7 @@ def experiment(folder: str, name: str, trial: Any, space: Any, how: tune.TuneCon
         try:
             tuner = tune.Tuner.restore(f"{path}/{name}", trainable=trial, storage_filesystem=fs)
         except (AttributeError, ImportError, TypeError) as error:
-            raise UserError(_unreadable(folder, error)) from error
+            raise _unreadable(folder, error) from error
     else:
         storage.remove_tree(storage.join(folder, name))  # a kill came before anything was saved
         run = replace(run, name=name, storage_path=path, storage_filesystem=fs)
@@ -267,17 +267,17 @@ def experiment(folder: str, name: str, trial: Any, space: Any, how: tune.TuneCon
     return found
 
 
-def _unreadable(folder: str, error: AttributeError | ImportError | TypeError) -> str:
-    """Return a message about a state of Ray Tune that cannot be unpickled: what is missing is this package's, of
+def _unreadable(folder: str, error: AttributeError | ImportError | TypeError) -> UserError:
+    """Return the error about a state of Ray Tune that cannot be unpickled: what is missing is this package's, of
     another version, or it is a module of the user's, which is found from the folder in which the search was begun."""
     named = re.search(r"module '([\w.]+)'", str(error))
     module = error.name if isinstance(error, ImportError) else named and named[1]
     if (module or "").partition(".")[0] == "mimkd_ray" or not (module or isinstance(error, ImportError)):
-        return (
+        return UserError(
             f"{folder} was begun by another version, whose state of Ray Tune cannot be read here ({error}): go on "
             "with that version, or begin anew with --run.overwrite true"
         )
-    return (
+    return UserError(
         f"the state of Ray Tune in {folder} needs {f'module {module}' if module else 'a module'} as it was at the "
         f"beginning ({error}): start in the folder in which it was begun, with the same modules and packages"
     )
