@@ -186,8 +186,11 @@ def interrupted() -> None:
     time.sleep(1)
 
 
-def test_work_beside_signals_is_interrupted_and_its_errors_are_raised() -> None:
+def test_work_beside_signals_is_interrupted_and_its_errors_are_raised(request: pytest.FixtureRequest) -> None:
     """Not by a handler that is set within the work, as Ray Train does in the main thread."""
+    # What a shell runs in the background ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def fail() -> None:
         assert threading.current_thread() is not threading.main_thread()

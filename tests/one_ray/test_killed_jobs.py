@@ -113,7 +113,7 @@ def test_a_killed_preparation_goes_on_and_ends_as_an_undisturbed_one(
     said = [line for line in said if "so far" not in line]
     assert said[0] == f"split 'train' of {source}: looking what is there"
     assert said[1:3] == ["starting Ray", f"checking images ({25 - len(parts)} of 25 parts to do)"]
-    assert "writing shards (13 of 13 to do)" in said
+    assert "writing shards (13 of 13 shards to do)" in said
     assert re.fullmatch(r"  399 images, 100 %, [\d,]+ images/s, 0 s left", said[-3])
     assert "399 images of 2 classes" in said[-2]
     assert said[-1] == f"1 damaged image left out (see train.damaged.json); digest {manifest.digest}"
