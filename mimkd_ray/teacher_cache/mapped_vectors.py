@@ -11,7 +11,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from mimkd_ray.data.store.block_store import BlockStore, locked
+from mimkd_ray.data.store.block_store import BlockStore
+from mimkd_ray.data.store.locks import locked
 from mimkd_ray.local_files import publish
 from mimkd_ray.storage import explained
 from mimkd_ray.teacher_cache.feature_manifest import FeatureBlock, ViewManifest

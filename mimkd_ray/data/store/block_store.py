@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
 import math
@@ -25,13 +24,15 @@ import stat
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any
 
 from mimkd_ray import local_files
 from mimkd_ray.config import DataConfig
+from mimkd_ray.data.store import locks
+from mimkd_ray.data.store.locks import HeldError, locked
 from mimkd_ray.data.store.stored_block import StoredBlock, read_stored
 from mimkd_ray.errors import UserError
 
@@ -41,9 +42,6 @@ LOCKS = 256  # lock files; blocks that share one wait for each other, which cost
 SUFFIX = ".block"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux: another value after each start of the machine
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-TELL_SECONDS, LOCK_SECONDS, PAUSE_SECONDS = 10.0, 60.0, 0.05
-"""Of a wait for a lock: when it is told, when the block is read without the store, and between two tries, at most."""
-
 SLOW_BYTES = 4_000_000
 """Per second, of slow storage: a block that takes it more than LOCK_SECONDS is waited for as long as that."""
 NOTE_SECONDS = 600.0
@@ -52,11 +50,9 @@ NOTE, NOTE_LOCK = ".note", ".note-lock"
 OLD_SECONDS = {NOTE: 30 * 86400.0, NOTE_LOCK: 86400.0, ".tmp": 86400.0}
 """Of files without use, until they are removed: notes, and what killed processes left of them."""
 
+_said: dict[tuple[Path, str], object] = {}
+
 Load = Callable[[], StoredBlock]
-
-
-class HeldError(UserError):
-    """A lock that another process does not give back."""
 
 
 class BlockStore:
@@ -105,7 +101,7 @@ class BlockStore:
             return block
         try:
             lock = self.folder / f"lock-{int(_name(key)[:4], 16) % LOCKS}"
-            with locked(lock, max(LOCK_SECONDS, size / SLOW_BYTES)):
+            with locked(lock, max(locks.LOCK_SECONDS, size / SLOW_BYTES)):
                 block = self._open(key)
                 if block is not None:
                     return block
@@ -326,52 +322,6 @@ def _read_note(path: Path) -> bytes | None:
 
 def _name(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:40]
-
-
-_given_up: set[Path] = set()
-_said: dict[tuple[Path, str], object] = {}
-
-
-@contextlib.contextmanager
-def locked(path: Path, seconds: float | None = None, waits: Callable[[], object] | None = None) -> Iterator[int]:
-    """Hold the lock of the file, created if missing, against all processes and threads of this machine.
-
-    Raises HeldError if another one holds it for `seconds` (LOCK_SECONDS); from then on it is not waited for. `waits`
-    tells of a wait of TELL_SECONDS in words of its own.
-    """
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        _lock(file, path, LOCK_SECONDS if seconds is None else seconds, waits)
-        yield file
-    finally:
-        # Unlocked explicitly: a process forked in the meantime has the file open and so would keep the lock.
-        fcntl.flock(file, fcntl.LOCK_UN)
-        os.close(file)
-
-
-def _lock(file: int, path: Path, seconds: float, waits: Callable[[], object] | None) -> None:
-    began, pause, told = time.monotonic(), 0.001, False
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _given_up.discard(path)
-            return
-        except BlockingIOError:
-            waited = time.monotonic() - began
-        if waited >= seconds or path in _given_up:
-            _given_up.add(path)
-            raise HeldError(
-                f"another process holds {path} for longer than {seconds:g} s: it reads slow storage, or is stopped; "
-                f"then let it go on or end it (fuser {path} names it)"
-            )
-        if waited >= TELL_SECONDS and not told:
-            told = True
-            if waits is not None:
-                waits()
-            else:
-                logger.warning("waiting for %s, which another process holds, for at most %g s", path, seconds)
-        time.sleep(pause)
-        pause = min(2 * pause, PAUSE_SECONDS)
 
 
 def open_store(config: DataConfig) -> BlockStore | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
@@ -12,11 +13,11 @@ from pathlib import Path
 import pytest
 from image_sets import images, tar_set, write_tar
 
-from mimkd_ray import console, storage
+from mimkd_ray import console, local_files, storage
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.sources import tar_headers
 from mimkd_ray.data.sources.data_set import open_data
-from mimkd_ray.data.store import block_store
+from mimkd_ray.data.store import block_store, locks
 from mimkd_ray.data.store.block_store import BlockStore, default_folder
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.remote_file import RemoteFile
@@ -155,8 +156,8 @@ def _fail() -> bytes:
 def test_threads_wait_for_their_own_notes_and_say_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name, seconds in (("TELL_SECONDS", 0.05), ("NOTE_SECONDS", 0.1)):
-        monkeypatch.setattr(block_store, name, seconds)
+    monkeypatch.setattr(locks, "TELL_SECONDS", 0.05)
+    monkeypatch.setattr(block_store, "NOTE_SECONDS", 0.1)
     store = BlockStore(tmp_path / "store")
     keys = [str(number) for number in range(60)]  # of 256 locks several would be shared
     made: list[str] = []
@@ -191,10 +192,24 @@ def test_a_note_that_nobody_finishes_is_made_by_each(
     store.prepare()
     with ExitStack() as held:
         for key in "ab":
-            held.enter_context(block_store.locked(store.folder / f"{block_store._name(key)}.note-lock"))
+            held.enter_context(locks.locked(store.folder / f"{block_store._name(key)}.note-lock"))
         assert [store.note(key, key.encode, f"headers of {key}.tar") for key in "ab"] == [b"a", b"b"]
     assert len(caplog.records) == 1
     assert "until then each process reads by itself what is kept there, such as headers of a.tar" in caplog.text
+
+
+def test_notes_that_do_not_fit_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, fill: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(local_files, "publish", full)
+    store = BlockStore(tmp_path / "store")
+    assert [store.note(key, key.encode, f"headers of {key}.tar") for key in "ab"] == [b"a", b"b"]
+    (record,) = caplog.records
+    for part in ("No space left", "--data.store; until then each process reads by itself", "headers of a.tar"):
+        assert part in record.getMessage()
 
 
 class _Heard:

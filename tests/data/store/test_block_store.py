@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from mimkd_ray.data.store import block_store as module
+from mimkd_ray.data.store import locks
 from mimkd_ray.data.store.block_store import BlockStore, default_folder
 from mimkd_ray.data.store.stored_block import StoredBlock
 from mimkd_ray.errors import UserError
@@ -104,15 +105,15 @@ def test_a_lock_that_is_not_given_back_is_waited_for_once(
     store: BlockStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, seconds in (("TELL_SECONDS", 0.1), ("LOCK_SECONDS", 0.3)):
-        monkeypatch.setattr(module, name, seconds)
+        monkeypatch.setattr(locks, name, seconds)
     store.prepare()
     lock = store.folder / f"lock-{int(module._name('a')[:4], 16) % module.LOCKS}"
     for held in (lock, store.folder / "usage"):  # while another process makes the block, and while it counts it
         caplog.clear()
-        with module.locked(held):
+        with locks.locked(held):
             waits: list[float] = []
             with monkeypatch.context() as patch:
-                patch.setattr(module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=_noted(waits)))
+                patch.setattr(locks, "time", SimpleNamespace(monotonic=time.monotonic, sleep=_noted(waits)))
                 assert _is(store.get("a", lambda: _block(1)), 1)
                 assert waits
                 waits.clear()
@@ -131,7 +132,7 @@ def test_a_large_block_of_slow_storage_is_waited_for(
     store: BlockStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, seconds in (("TELL_SECONDS", 0.1), ("LOCK_SECONDS", 0.1)):
-        monkeypatch.setattr(module, name, seconds)
+        monkeypatch.setattr(locks, name, seconds)
     made: list[int] = []
 
     def make() -> Any:
@@ -308,7 +309,7 @@ def test_a_file_system_without_locks_or_room(tmp_path: Path, monkeypatch: pytest
         raise OSError(number, os.strerror(number))
 
     if number == errno.ENOSYS:
-        monkeypatch.setattr(module.fcntl, "flock", fails)
+        monkeypatch.setattr(locks.fcntl, "flock", fails)
     else:
         monkeypatch.setattr(Path, "write_text", fails)
     with pytest.raises(UserError, match=f"{os.strerror(number)}; choose another folder with --data.store, or none"):
