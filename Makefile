@@ -27,7 +27,7 @@ demo: setup
 	$(PY) jobs/imagenet.py
 
 test: setup
-	$(PY) -m pytest -n 3 --no-loadscope-reorder
+	$(PY) -m pytest -n 2 --no-loadscope-reorder
 
 lint: setup
 	$(PY) -m ruff check .
