@@ -29,7 +29,7 @@ def starts_ray(file: Path) -> bool:
 
 class Dealer(LoadScopeScheduling):
     """Deals whole files, as their fixtures are dear. Those that start a Ray go to one process: two Rays would starve
-    each other. It waits more than it computes, and so there is a process more than cores (Makefile)."""
+    each other."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
