@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mimkd_ray.losses.bounds import jsd as jsd
     from mimkd_ray.losses.bounds import nwj as nwj
     from mimkd_ray.losses.bounds import smile as smile
-    from mimkd_ray.losses.distillation import MIMKDLoss as DistillationLoss  # noqa: F401
+    from mimkd_ray.losses.distillation import MIMKDLoss
     from mimkd_ray.losses.estimate import mutual_information as mutual_information
     from mimkd_ray.losses.features import Features as Features
     from mimkd_ray.losses.terms import Term as Term
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from mimkd_ray.train.distiller import Distiller as Distiller
     from mimkd_ray.train.distiller import distill as distill
     from mimkd_ray.train.held_out.accuracy import evaluate as evaluate
+
+    DistillationLoss = MIMKDLoss  # not by an alias of the import, which type checkers take for private
 
 __version__ = "0.2.0"
 
