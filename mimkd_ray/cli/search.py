@@ -71,7 +71,7 @@ def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
         preflight(configs.widest())
     if job.run.overwrite:  # not before: a search that cannot be run costs nothing that is there
         check_free(folder)
-        run_files.overwrite(folder)
+        run_files.overwrite(folder, "search")
     with held(folder), console.phase(f"search of {job.search.algorithm}", said=False):
         claim(job, folder)
         console.line(opening(job, configs, Table(folder, job.search.metric)))

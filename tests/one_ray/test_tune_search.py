@@ -60,7 +60,7 @@ def test_failures_and_finals(joined: str, tmp_path: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert "3 trials:" in out
     assert "a trial" not in out, "a finished search prints its outcome, and begins nothing"
-    left = run_files.remove_run(str(tmp_path / "s"))
+    left = run_files.remove_run(str(tmp_path / "s"), "search")
     assert left == []
 
 

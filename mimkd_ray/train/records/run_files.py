@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from mimkd_ray import storage
 from mimkd_ray.errors import UserError
@@ -44,6 +44,7 @@ OF_A_SEARCH = (
     "schedule.json",
 )
 
+Kind = Literal["run", "search"]
 _SECTIONS = ("data", "teacher", "student", "loss", "optim", "train", "run")
 _FILE = "|".join(map(re.escape, (*OF_A_RUN, *OF_A_SEARCH)))
 _EXPORTED = "|".join(map(re.escape, OF_AN_EXPORT))
@@ -79,15 +80,22 @@ def is_ours(path: str) -> bool:
     return _OURS.fullmatch(path) is not None
 
 
-def remove_run(run_dir: str) -> list[str]:
+def remove_run(run_dir: str, wanted: Kind = "run") -> list[str]:
     """Remove the files that a run writes from `run_dir`, its marker last; return the paths of the others, which stay.
 
-    Nothing there is fine. Raises UserError, and removes nothing, where the marker is not that of a run.
+    Nothing there is fine. Raises UserError, and removes nothing, where the marker is not that of a run or a search, or
+    of the other of the two than is ``wanted``.
     """
     if not storage.exists(run_dir):
         return []
     found = storage.list_tree(run_dir)
-    if found and not _is_marker(run_dir):
+    kind = _kind(run_dir)
+    if found and kind not in (wanted, None):
+        raise UserError(
+            f"--run.overwrite true: {run_dir} is the directory of a {kind}, and this is a {wanted}. Nothing was "
+            "removed: give another --run.name or --run.root, or remove it yourself"
+        )
+    if found and kind is None:
         raise UserError(
             f"--run.overwrite true: {run_dir} is not the directory of a run or a search: it has no {MARKER} of "
             f"one, and holds {_some(found)}. Nothing was removed: give another --run.name or --run.root, or remove it "
@@ -107,19 +115,22 @@ def remove_run(run_dir: str) -> list[str]:
     return sorted(set(found) - set(own))
 
 
-def overwrite(run_dir: str) -> None:
-    """Remove what a run left in `run_dir`, and say what stays there because no run writes it."""
-    others = remove_run(run_dir)
+def overwrite(run_dir: str, wanted: Kind = "run") -> None:
+    """Remove what a run, or a search, left in `run_dir`, and say what stays there because no run writes it."""
+    others = remove_run(run_dir, wanted)
     if others:
         print(f"{run_dir}: {_some(others)} stays there: no run writes that", flush=True)
 
 
-def _is_marker(run_dir: str) -> bool:
+def _kind(run_dir: str) -> Kind | None:
+    """Return whose marker is there; None: there is none, or somebody else's file of its name."""
     try:
         value: Any = json.loads(storage.read_bytes(storage.join(run_dir, MARKER)))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
-        return False
-    return isinstance(value, dict) and all(isinstance(value.get(section), dict) for section in _SECTIONS)
+        return None
+    if not isinstance(value, dict) or not all(isinstance(value.get(section), dict) for section in _SECTIONS):
+        return None
+    return "search" if "search" in value else "run"
 
 
 def _is_folder(run_dir: str, path: str) -> bool:

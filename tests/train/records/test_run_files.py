@@ -13,10 +13,12 @@ from tiny_run import tiny_config
 from mimkd_ray import storage
 from mimkd_ray.cli import search as search_line
 from mimkd_ray.cli import training
-from mimkd_ray.config import Config, LaunchConfig, RunConfig
+from mimkd_ray.config import Config, LaunchConfig, RunConfig, SearchJob
 from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.config.jobs.search import SearchConfig, search_job
 from mimkd_ray.errors import UserError
+from mimkd_ray.run_lock import held
+from mimkd_ray.search.configs import claim
 from mimkd_ray.search.spaces import SPACES
 from mimkd_ray.train.records import run_files
 
@@ -58,13 +60,41 @@ def test_a_directory_that_is_no_runs_is_refused_and_stays(
         UserError, match=r"is not the directory of a run.*Nothing was removed: give another --run\.name"
     ):
         overwritten(config)
-    changes: dict[str, Any] = {"run": replace(config.run, overwrite=True), "launch": LaunchConfig()}
-    changes["train"] = replace(config.train, max_steps=0)
-    job = search_job(config, **changes, search=SearchConfig(holdout=0.3))
     with pytest.raises(UserError, match="Nothing was removed"):
-        search_line.search(job, SPACES)
+        search_line.search(search_of(config), SPACES)
     assert files(place) == before
     assert (place / "checkpoints").is_dir()
+
+
+def search_of(config: Config) -> SearchJob:
+    changes: dict[str, Any] = {"run": replace(config.run, overwrite=True), "launch": LaunchConfig()}
+    changes["train"] = replace(config.train, max_steps=0)
+    return search_job(config, **changes, search=SearchConfig(holdout=0.3))
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("search", "run"), ("run", "search")])
+def test_a_search_and_a_run_do_not_overwrite_each_other(theirs: str, ours: str, tmp_path: Path) -> None:
+    config, place = small(tmp_path), tmp_path / "one"
+    storage.write_bytes(str(place / "trials" / "0000.json"), b"{}")
+    marker = search_of(config) if theirs == "search" else config
+    (place / "config.json").write_text(json.dumps(to_dict(marker)))
+    with pytest.raises(UserError, match=rf"one is the directory of a {theirs}, and this is a {ours}\. Nothing was"):
+        overwritten(config) if ours == "run" else search_line.search(search_of(config), SPACES)
+    assert files(place) == ["config.json", "trials/0000.json"]
+
+
+def test_a_search_that_goes_on_is_not_overwritten(tmp_path: Path) -> None:
+    job = search_of(small(tmp_path))
+    other = replace(job, search=replace(job.search, seed=7))
+    claim(other, str(tmp_path / "one"))
+    with held(str(tmp_path / "one")):
+        before = files(tmp_path)
+        with pytest.raises(UserError, match=r"one is in use by process \d+ on .*pass another --run\.name"):
+            search_line.search(job, SPACES)
+        assert files(tmp_path) == before
+    with pytest.raises(UserError, match=r"search\.seed: 7 -> 0.*--run\.overwrite true to start anew"):
+        search_line.search(replace(job, run=replace(job.run, overwrite=False)), SPACES)
+    assert files(tmp_path) == ["one/config.json"]
 
 
 def test_what_others_put_into_a_run_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
