@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -197,7 +198,26 @@ def has_compiler() -> bool:
 def place(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
     """Move a network to the device, in the run's type and memory format."""
     model = model.to(device, parameter_dtype(config))
-    return model.to(memory_format=torch.channels_last) if uses_channels_last(config, device) else model
+    if not uses_channels_last(config, device):
+        return model
+    model = model.to(memory_format=torch.channels_last)
+    for layer in model.modules():
+        if device.type == "cpu" and _damages_memory(layer):
+            layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
+            layer.register_forward_pre_hook(_channels_first)
+    return model
+
+
+def _damages_memory(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Say whether the gradient of these weights would be written beyond its memory on a CPU where the input is
+    channels-last: https://github.com/uxlfoundation/oneDNN/issues/6035, of shortcuts of narrow networks."""
+    if not isinstance(layer, nn.Conv2d) or layer.in_channels // layer.groups >= 16:
+        return False
+    return layer.kernel_size == (1, 1) and max(layer.stride) > 1
+
+
+def _channels_first(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(each.clone(memory_format=torch.contiguous_format) for each in inputs)  # of one channel too
 
 
 def build_student(config: Config, num_classes: int) -> nn.Module:
