@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from some_trials import trial
+from some_trials import point, trial
 
 from mimkd_ray.config import RunConfig
 from mimkd_ray.data.sources.folders import list_classes
@@ -45,18 +45,37 @@ def test_many_lines_of_metrics_are_never_in_memory_at_once(tmp_path: Path) -> No
     assert file.read_bytes().count(b"\n") == 45_000
 
 
-def test_importances_are_weighed_over_some_of_many_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    trials = [trial(n, score=n / 10, params={"optim.lr": 0.1 / (n + 1)}) for n in range(1000)]
-    weighed: list[int] = []
+@pytest.fixture(scope="module")
+def many() -> study.Study:
+    """A search of 2,000 ended trials: its report took five minutes."""
+    curve = (point(1, 50.0),)
+    lr = {n: {"optim.lr": 0.1 / (n + 1)} for n in range(2000)}
+    return study.Study([trial(n, score=n / 10, params=lr[n], curve=curve) for n in lr], "top1")
 
-    def drawn(of: Any, **_: Any) -> None:
-        weighed.extend(each.number for each in of.get_trials(states=(study.TrialState.COMPLETE,)))
+
+@pytest.mark.parametrize(
+    ("figure", "drawn_by", "most"),
+    [
+        ("importances", "plot_param_importances", 200),
+        ("parallel", "plot_parallel_coordinate", 100),
+        ("curves", "plot_intermediate_values", 100),
+    ],
+)
+def test_what_takes_long_is_drawn_of_some_of_many_trials(
+    figure: str, drawn_by: str, most: int, many: study.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+
+    def draws(of: Any, **_: Any) -> None:
+        drawn.extend(each.number for each in of.get_trials(states=(study.TrialState.COMPLETE,)))
         raise InterruptedError
 
-    monkeypatch.setattr(study, "plot_param_importances", drawn)
+    monkeypatch.setattr(study, drawn_by, draws)
     with pytest.raises(InterruptedError):
-        study.Study(trials, "top1").importances()
-    assert len(weighed) == study.MOST_WEIGHED == 200
+        getattr(many, figure)()
+    assert len(set(drawn)) == most
+    best_first = range(1999, -1, -1)
+    assert set(drawn) == set(best_first[::10] if figure == "importances" else best_first[:most])
 
 
 def test_the_work_of_listing_class_folders_grows_with_their_number(tmp_path: Path) -> None:
