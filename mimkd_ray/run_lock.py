@@ -71,7 +71,7 @@ def held(run_dir: str, name: str = LOCK, otherwise: str = "--run.name") -> Itera
         "owner": uuid.uuid4().hex,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "process": _process(os.getpid()),
+        "process": process(os.getpid()),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     if not storage.create_once(url, _json(mine, 0)):
@@ -113,8 +113,8 @@ def _beat(url: str, mine: dict[str, Any], ended: threading.Event) -> None:
 
 
 def _alive(url: str, there: dict[str, Any]) -> bool:
-    if there.get("host") == socket.gethostname() and str(there.get("process")).startswith(_namespace()):
-        return there.get("process") == _process(there["pid"])
+    if there.get("host") == socket.gethostname() and str(there.get("process")).startswith(namespace()):
+        return there.get("process") == process(there["pid"])
     print(f"looking for {WATCH_SECONDS:.0f} s whether {there.get('host')} still holds {url}", flush=True)
     until = time.monotonic() + WATCH_SECONDS
     while time.monotonic() < until:
@@ -127,7 +127,7 @@ def _alive(url: str, there: dict[str, Any]) -> bool:
     return False
 
 
-def _namespace() -> str:
+def namespace() -> str:
     """The name of the set of processes that this one sees: containers have sets of their own."""
     try:
         return os.readlink("/proc/self/ns/pid")
@@ -135,11 +135,11 @@ def _namespace() -> str:
         return "pid"
 
 
-def _process(pid: int) -> str:
+def process(pid: int) -> str:
     """Return what tells a living process from a later one of the same number; "" if there is none."""
     try:
         stat = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
-        return "" if stat[0] in "ZX" else f"{_namespace()} {stat[19]}"
+        return "" if stat[0] in "ZX" else f"{namespace()} {stat[19]}"
     except FileNotFoundError:
         if Path("/proc/self/stat").exists():
             return ""
@@ -148,8 +148,8 @@ def _process(pid: int) -> str:
     except ProcessLookupError:
         return ""
     except PermissionError:
-        return f"{_namespace()} {pid}"
-    return f"{_namespace()} {pid}"
+        return f"{namespace()} {pid}"
+    return f"{namespace()} {pid}"
 
 
 def _read(url: str) -> dict[str, Any] | None:

@@ -68,7 +68,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> N
 
 def test_a_later_process_of_the_same_number_is_another_one(tmp_path: Path) -> None:
     with held(str(tmp_path)):
-        change(str(tmp_path), process=f"{run_lock._namespace()} 1")
+        change(str(tmp_path), process=f"{run_lock.namespace()} 1")
         check_free(str(tmp_path))
 
 
@@ -91,7 +91,7 @@ def test_another_machines_lock_is_watched(tmp_path: Path, quick: None) -> None:
 
 @pytest.mark.parametrize("pid", ["", "7x", None, 9**99])
 def test_a_damaged_lock_is_nobodys(pid: object, tmp_path: Path, quick: None) -> None:
-    left = {"owner": "x", "host": socket.gethostname(), "pid": pid, "process": run_lock._namespace()}
+    left = {"owner": "x", "host": socket.gethostname(), "pid": pid, "process": run_lock.namespace()}
     (tmp_path / "lock.json").write_text(json.dumps(left) if pid != "" else "{")
     with held(str(tmp_path)):
         assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
@@ -100,7 +100,7 @@ def test_a_damaged_lock_is_nobodys(pid: object, tmp_path: Path, quick: None) -> 
 def test_who_takes_over_a_lock_ends_with_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     """Another one takes over a dead one's lock at the same moment, and dies."""
     file = tmp_path / "lock.json"
-    dead = {"owner": "x", "host": socket.gethostname(), "pid": 2**22 + 1, "process": run_lock._namespace()}
+    dead = {"owner": "x", "host": socket.gethostname(), "pid": 2**22 + 1, "process": run_lock.namespace()}
     file.write_text(json.dumps(dead))
     settle = iter([lambda: file.write_text(json.dumps(dead | {"owner": "y"}))])
     monkeypatch.setattr(run_lock.time, "sleep", lambda _: next(settle, lambda: None)())

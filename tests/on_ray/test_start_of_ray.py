@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 import ray
 
-from mimkd_ray import console
+from mimkd_ray import console, run_lock
 from mimkd_ray.by_name import LOOK_IN, named_function
 from mimkd_ray.cli import cache_teacher, evaluate, search, training
 from mimkd_ray.cli.common import from_flags
@@ -35,7 +37,14 @@ from mimkd_ray.search.configs import TrialConfigs
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a test sets is unset afterwards."""
-    for name in ("RAY_ADDRESS", "RAY_TMPDIR", LOOK_IN, "RAY_gcs_server_port_wait_time_s", *environment.EMBEDDED):
+    for name in (
+        "RAY_ADDRESS",
+        "RAY_TMPDIR",
+        LOOK_IN,
+        environment.OWNER,
+        "RAY_gcs_server_port_wait_time_s",
+        *environment.EMBEDDED,
+    ):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -131,6 +140,38 @@ def test_a_start_that_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     failures = 2
     with pytest.raises(UserError, match=r"did not start in two tries .*--launch\.backend local"):
         cluster.connect("", "--launch.address")
+
+
+def test_what_a_killed_run_has_left_behind_is_ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Agents of Ray live on for up to a minute. Those of living runs and what is not Ray's stay."""
+    environment.prepare("")
+    living = os.environ[environment.OWNER]
+    driver = subprocess.Popen(["sleep", "60"])
+    dead = f"{driver.pid} {run_lock.process(driver.pid)}"
+    driver.kill()
+    driver.wait()
+    again = f"{os.getpid()} {living.split(' ', 1)[1]}0"  # another process of this number
+    elsewhere = f"{driver.pid} pid:[1] 7"
+    agent, server = "ray::DashboardAgent", f"{Path(ray.__file__).parent}/core/src/ray/gcs/gcs_server"
+    cases = [(agent, dead, True), (server, dead, True), (agent, again, True), (agent, living, False)]
+    cases += [("tensorboard", dead, False), (agent, "", False), (agent, elsewhere, False)]
+    here = [
+        subprocess.Popen([name, "60"], executable="/bin/sleep", env={environment.OWNER: owner} if owner else {})
+        for name, owner, _ in cases
+    ]
+    try:
+        monkeypatch.setattr(ray, "init", lambda **_: None)
+        assert cluster.connect("", "--launch.address")
+        for process, (_, _, ends) in zip(here, cases, strict=True):
+            assert not ends or process.wait(10) == -signal.SIGKILL
+        assert [process.poll() is not None for process in here] == [ends for _, _, ends in cases]
+    finally:
+        for process in here:
+            process.kill()
+            process.wait()
+    assert "ended 3 processes of Ray that a killed run had left behind" in capsys.readouterr().out
 
 
 def test_rays_lines_go_to_a_file_where_the_job_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

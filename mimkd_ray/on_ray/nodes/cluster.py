@@ -13,6 +13,7 @@ import ray
 from mimkd_ray import console
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray.nodes.environment import cluster_address
+from mimkd_ray.on_ray.nodes.left_behind import end_left_behind
 
 PATIENCE_S = 120
 """Seconds that the second try gives the first of Ray's processes; the first try gives 30."""
@@ -43,6 +44,7 @@ def connect(configured: str, flag: str, state_api: bool = False, **options: Any)
 
 def _start(**options: Any) -> None:
     """Start Ray in this process; a second time, with more patience, if it does not come up. Raises UserError."""
+    end_left_behind()
     try:
         ray.init(address="local", **options)
         return

@@ -7,6 +7,7 @@ import secrets
 import shlex
 import sys
 
+from mimkd_ray import run_lock
 from mimkd_ray.by_name import LOOK_IN
 from mimkd_ray.errors import UserError
 
@@ -27,6 +28,9 @@ JOINED = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
 }
 """Defaults for joining an existing cluster; Ray Train passes them to its controller."""
+
+OWNER = "MIMKD_RAY_OWNER"
+"""Variable of all processes of a Ray started by this one: its number and identity (left_behind.py)."""
 
 LONGEST_FOLDER = 38
 """Bytes of a temporary folder whose sockets fit: Linux allows 107, and Ray appends up to 69."""
@@ -68,6 +72,7 @@ def prepare(configured: str) -> None:
         os.environ.setdefault(name, value)
     if not joins:
         os.environ.setdefault(LOOK_IN, os.getcwd())
+        os.environ[OWNER] = f"{os.getpid()} {run_lock.process(os.getpid())}"
         _shorten_folder()
     if not joins and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
