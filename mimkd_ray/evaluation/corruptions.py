@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 SEVERITIES = (1, 2, 3, 4, 5)
+
+
+def _functional() -> Any:
+    """torchvision's functions of images. Its import takes as long as torch's, and a run writes its page without."""
+    from torchvision.transforms.v2 import functional
+
+    return functional
 
 
 def _noise(images_BCHW: Tensor, severity: int) -> Tensor:
@@ -28,14 +35,15 @@ def _noise(images_BCHW: Tensor, severity: int) -> Tensor:
 
 def _blur(images_BCHW: Tensor, severity: int) -> Tensor:
     sigma = (0.4, 0.6, 0.9, 1.3, 1.8)[severity - 1] * max(1.0, images_BCHW.shape[-1] / 64)
-    return TF.gaussian_blur(images_BCHW, [2 * round(3 * sigma) + 1] * 2, [sigma, sigma])
+    return _functional().gaussian_blur(images_BCHW, [2 * round(3 * sigma) + 1] * 2, [sigma, sigma])
 
 
 def _pixelate(images_BCHW: Tensor, severity: int) -> Tensor:
     height, width = images_BCHW.shape[-2:]
     share = (0.75, 0.5, 0.35, 0.25, 0.15)[severity - 1]
-    small = TF.resize(images_BCHW, [max(1, round(height * share)), max(1, round(width * share))], antialias=True)
-    return TF.resize(small, [height, width], interpolation=TF.InterpolationMode.NEAREST)
+    functional, small = _functional(), [max(1, round(height * share)), max(1, round(width * share))]
+    pixels_BCHW = functional.resize(images_BCHW, small, antialias=True)
+    return functional.resize(pixels_BCHW, [height, width], interpolation=functional.InterpolationMode.NEAREST)
 
 
 def _jpeg(images_BCHW: Tensor, severity: int) -> Tensor:
@@ -49,15 +57,15 @@ def _jpeg(images_BCHW: Tensor, severity: int) -> Tensor:
 
 
 def _brightness(images_BCHW: Tensor, severity: int) -> Tensor:
-    return TF.adjust_brightness(images_BCHW, (1.2, 1.4, 1.6, 1.8, 2.0)[severity - 1])
+    return _functional().adjust_brightness(images_BCHW, (1.2, 1.4, 1.6, 1.8, 2.0)[severity - 1])
 
 
 def _contrast(images_BCHW: Tensor, severity: int) -> Tensor:
-    return TF.adjust_contrast(images_BCHW, (0.75, 0.6, 0.45, 0.3, 0.2)[severity - 1])
+    return _functional().adjust_contrast(images_BCHW, (0.75, 0.6, 0.45, 0.3, 0.2)[severity - 1])
 
 
 def _posterize(images_BCHW: Tensor, severity: int) -> Tensor:
-    return TF.posterize(images_BCHW, (5, 4, 3, 2, 1)[severity - 1])
+    return _functional().posterize(images_BCHW, (5, 4, 3, 2, 1)[severity - 1])
 
 
 Corruption = Callable[[Tensor, int], Tensor]

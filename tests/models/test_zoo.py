@@ -217,7 +217,8 @@ def test_config_refuses_empty_names() -> None:
 
 
 def test_importing_the_package_imports_neither_torchvision_nor_ray() -> None:
-    names = ("models.zoo", "models.cifar_registry", "taps.default_stages", "taps.tapped_model")
+    """What a job imports before its opening block neither: torchvision's import takes as long as torch's."""
+    names = ("models.zoo", "models.cifar_registry", "taps.default_stages", "taps.tapped_model", "cli.training")
     modules = ", ".join(f"mimkd_ray.{name}" for name in names)
     code = f"import sys, {modules}; print(sorted({{'ray', 'torchvision', 'timm'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
