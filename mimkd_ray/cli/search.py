@@ -64,6 +64,11 @@ def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
     folder = below_root(job, f"search-{job.recipe}-{search_digest(job)[:8]}")
     check_free(folder)
     configs = TrialConfigs(trial_config(job, job.search), found)
+    if job.search.metric != "knn" and not configs.head_learns:
+        raise UserError(
+            f"search.metric is {job.search.metric}, and nothing teaches the student's head what the classes are "
+            "(data.labels none): pass --search.metric knn"
+        )
     if not job.run.overwrite:
         claim(job, folder, write=False)
     grid = combinations(job.search, configs) if job.search.algorithm == "grid" else None

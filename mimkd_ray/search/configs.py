@@ -20,7 +20,7 @@ from mimkd_ray.json_files import read_json
 from mimkd_ray.search.suggest import Given, Space, Suggest, compose
 from mimkd_ray.search.tap_candidates import find_candidates, widest
 from mimkd_ray.search.trials import Value
-from mimkd_ray.train.networks.teacher_head import teacher_head
+from mimkd_ray.train.networks.teacher_head import teacher_head, trains_head
 from mimkd_ray.train.records.outcomes import DAMAGED_CONFIG
 from mimkd_ray.train.records.run_dir import write_json
 
@@ -47,7 +47,9 @@ class TrialConfigs:
                 f"nothing in the validation set of {base.data.root} has a label, by which a search could judge: name a "
                 "labelled split with --data.val-split"
             )
-        self.candidates = find_candidates(base, data.num_classes, teacher_head(base, data).count)
+        head = teacher_head(base, data)
+        self.candidates = find_candidates(base, data.num_classes, head.count)
+        self.head_learns = trains_head(base, head.shared)
         self.spaces = tuple(spaces)
 
     def build(self, trial: Suggest) -> Config:

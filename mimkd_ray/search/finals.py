@@ -21,6 +21,9 @@ from mimkd_ray.search.table import FINALS, Table, point_of
 from mimkd_ray.search.trials import Final, Trial, direction
 from mimkd_ray.train.records.run_dir import write_json
 
+FIGURES = ("top1", "top5", "cross_entropy", "knn")
+"""Figures of a run that finals.json has, those that were measured."""
+
 
 class Finals:
     """The runs of the finalists, by number: a map from {"run": number} to its config. It can be pickled."""
@@ -53,8 +56,8 @@ class Finals:
         found: dict[int, dict[int, dict[str, float]]] = {}
         for number, figures in sorted(results.items()):
             trial, seed = self.runs[number]
-            if "failed" not in figures and math.isfinite(getattr(point_of(figures), self.metric)):
-                found.setdefault(trial, {})[seed] = {name: figures[name] for name in ("top1", "top5", "cross_entropy")}
+            if "failed" not in figures and math.isfinite(point_of(figures).value(self.metric)):
+                found.setdefault(trial, {})[seed] = {name: figures[name] for name in FIGURES if name in figures}
         means = {
             trial: statistics.fmean(each[self.metric] for each in seeds.values())
             for trial, seeds in found.items()
@@ -65,7 +68,8 @@ class Finals:
         if order:
             write_json(storage.join(folder, FINALS), {"metric": self.metric, "name": self.name, "finals": lines})
             write_json(storage.join(folder, "best.json"), final_config(job, self.chosen[order[0]].config))
+        shown = "knn" if self.metric == "knn" else "top1"
         return [
-            Final(trial=trial, seeds=tuple(found[trial]), top1=tuple(each["top1"] for each in found[trial].values()))
+            Final(trial=trial, seeds=tuple(found[trial]), top1=tuple(each[shown] for each in found[trial].values()))
             for trial in order
         ]

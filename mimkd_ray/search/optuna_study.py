@@ -64,7 +64,7 @@ def draw_pack(
             told = study.ask()
             configs.ask(told)
             for point in trial.curve:
-                told.report(getattr(point, search.metric), point.epoch)
+                told.report(point.value(search.metric), point.epoch)
             state = STATES[trial.state] if trial.score is not None else TrialState.FAIL
             study.tell(told, trial.score if state == TrialState.COMPLETE else None, state=state)
     members = []

@@ -22,6 +22,7 @@ from mimkd_ray.errors import NonFiniteLossError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.search.optuna_study import halving
 from mimkd_ray.search.table import point_of
+from mimkd_ray.search.trials import direction
 from mimkd_ray.secret_urls import scrubbed
 from mimkd_ray.train.distributed import Context, Preemption
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
@@ -144,8 +145,8 @@ def train_members(
 
     def judge(epoch: int, figures: Mapping[int, Mapping[str, Any]]) -> set[int]:
         told = {at: {"epoch": epoch, "step": epoch * steps, **value} for at, value in figures.items()}
-        scores = {at: getattr(point_of(value), search.metric) for at, value in told.items()}
-        best = (max if search.metric == "top1" else min)(scores, key=lambda at: scores[at])
+        scores = {at: point_of(value).value(search.metric) for at, value in told.items()}
+        best = (max if direction(search.metric) == "maximize" else min)(scores, key=lambda at: scores[at])
         last.update({**told[best], search.metric: scores[best]})
         before = epoch - configs[0].train.eval_every
         stop = halving(search, before, epoch, scores) if epoch < configs[0].train.epochs else set()
@@ -195,7 +196,7 @@ def failures_told(tell: Tell) -> Iterator[Tell]:
 
 def failure(epoch: int) -> dict[str, Any]:
     """Return the figures of a trial that failed after so many epochs."""
-    return {"epoch": epoch, "step": 0, "top1": 0.0, "top5": 0.0, "cross_entropy": float("inf")}
+    return {"epoch": epoch, "step": 0, "top1": 0.0, "top5": 0.0, "knn": 0.0, "cross_entropy": float("inf")}
 
 
 def explain(error: BaseException) -> tuple[str, str]:

@@ -121,6 +121,7 @@ def point_of(figures: Mapping[str, Any]) -> Point:
         top5=figures["top5"],
         cross_entropy=_number(figures["cross_entropy"]),
         nats=sum(nats) if nats else None,
+        knn=figures.get("knn"),
     )
 
 
@@ -128,11 +129,11 @@ def with_point(trial: Trial, point: Point, metric: Metric) -> Trial:
     """Return the trial after one more evaluation. If it already has one of that epoch (a trial that resumes from a
     checkpoint repeats some), the new one replaces it."""
     curve = (*(old for old in trial.curve if old.epoch < point.epoch), point)
-    finite = [each for each in curve if math.isfinite(getattr(each, metric))]
+    finite = [each for each in curve if math.isfinite(each.value(metric))]
     if not finite:
         return replace(trial, curve=curve, score=None, best_epoch=None)
-    best = (max if direction(metric) == "maximize" else min)(finite, key=lambda each: getattr(each, metric))
-    return replace(trial, curve=curve, score=getattr(best, metric), best_epoch=best.epoch)
+    best = (max if direction(metric) == "maximize" else min)(finite, key=lambda each: each.value(metric))
+    return replace(trial, curve=curve, score=best.value(metric), best_epoch=best.epoch)
 
 
 def _number(value: float | None) -> float:

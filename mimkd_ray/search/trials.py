@@ -29,7 +29,11 @@ Value = float | int | str | bool
 
 STATES = get_args(State)
 
-DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {"top1": "maximize", "cross_entropy": "minimize"}
+DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
+    "top1": "maximize",
+    "cross_entropy": "minimize",
+    "knn": "maximize",
+}
 """Metrics by which a search can score, and their better direction."""
 
 SCALARS = {
@@ -64,6 +68,13 @@ class Point:
     """Nats per image."""
     nats: float | None = None
     """Mutual information with the teacher, summed over the terms; None: not measured."""
+    knn: float | None = None
+    """Top-1 of the features by nearest neighbours, percent; None: not measured."""
+
+    def value(self, metric: str) -> float:
+        """Return a metric of it; NaN: not measured."""
+        found = getattr(self, metric)
+        return math.nan if found is None else float(found)
 
 
 @dataclass(frozen=True, kw_only=True)

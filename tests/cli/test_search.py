@@ -88,6 +88,7 @@ def _demo() -> Config:
     [
         (["--search.space", "tempreature"], "search.space 'tempreature' is unknown"),
         (["--search.trials", "0"], "would never end"),
+        (["--data.labels", "none"], "search.metric is top1, and nothing teaches the student's head"),
         (["--cache.root", "nowhere", "--data.views", "2"], "the cache .*nowhere does not fit this run"),
     ],
 )

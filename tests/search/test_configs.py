@@ -115,6 +115,11 @@ def test_a_search_of_broken_epochs_is_refused(tmp_path: Path) -> None:
         tiny_job(tmp_path, {"train": {"max_steps": 4}})
 
 
+def test_a_search_by_neighbours_is_one_without_labels(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"search.metric is knn, .*data.labels is all"):
+        tiny_job(tmp_path, metric="knn")
+
+
 def test_a_worker_needs_a_lane(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"search.workers is 3 and train.lanes 2"):
         tiny_job(tmp_path, workers=3)

@@ -82,6 +82,29 @@ def test_figures_that_are_no_numbers(tmp_path: Path) -> None:
     assert table.ranked() == []
 
 
+def test_trials_without_labels_are_ranked_by_neighbours(tmp_path: Path) -> None:
+    """Their heads are random: the best by top-1 is the worst by its features."""
+    job = tiny_job(tmp_path, {"data": {"labels": "none"}}, metric="knn", finalists=1, seeds=2)
+    table = Table(str(tmp_path / "s"), "knn")
+    for name, top1, knn in (("x", 30.0, 50.0), ("y", 10.0, 70.0), ("z", 90.0, None)):
+        table.begin(name, None, {})
+        table.heard(name, figures(1, top1) | {"knn": knn})
+        table.ended(name, "completed")
+    again = Table(str(tmp_path / "s"), "knn")
+    assert [(trial.number, trial.score) for trial in again.ranked()] == [(1, 70.0), (0, 50.0)]
+    assert again.rows["z"].reason == "no finite knn"
+    again.publish(job)
+    assert [trial.curve[0].knn for trial in read_trials(str(tmp_path / "s" / "trials.parquet"))[0]] == [
+        50.0,
+        70.0,
+        None,
+    ]
+    runs = {run: figures(2, 1.0) | {"knn": 60.0 + run} for run in range(2)}
+    assert [(final.trial, final.top1) for final in Finals(job, again).publish(job, str(tmp_path), runs)] == [
+        (1, (60.0, 61.0))
+    ]
+
+
 def test_a_table_on_object_storage(bucket: str, tmp_path: Path) -> None:
     made = tiny_configs(tmp_path)({"critic.learn_temperature": True, "critic.temperature": 0.5})
     table = Table(f"{bucket}/s", "top1")

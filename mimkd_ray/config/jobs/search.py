@@ -9,7 +9,7 @@ from mimkd_ray.config.config import Config
 from mimkd_ray.config.form.values import check_values
 from mimkd_ray.errors import UserError, nearest
 
-Metric = Literal["top1", "cross_entropy"]
+Metric = Literal["top1", "cross_entropy", "knn"]
 Scheduler = Literal["asha", "hyperband", "pbt", "pb2", "median", "none"]
 
 ALGORITHMS = ("tpe", "random", "grid", "hyperopt", "ax", "bohb")
@@ -38,7 +38,8 @@ class SearchConfig:
     reduction: int = 3
     """asha, hyperband: one in this many trials continues past each rung (grace, grace * reduction, ... epochs)."""
     metric: Metric = "top1"
-    """Quantity to optimise, measured on the held-out part of the training set."""
+    """Quantity to optimise, measured on the held-out part of the training set. knn: top-1 of the features by nearest
+    neighbours, with data.labels none or partial."""
     trials: int = 24
     """Configurations to try, or the size of the population; 0: as many as the other budgets allow."""
     hours: float = 0.0
@@ -142,6 +143,11 @@ class SearchJob(Config):
             raise UserError(
                 f"train.max_steps is {self.train.max_steps}, and trials end after whole epochs: leave it out; short "
                 "trials are made by --search.epochs"
+            )
+        if self.search.metric == "knn" and self.data.labels == "all":
+            raise UserError(
+                "search.metric is knn, which is measured where labels are missing, and data.labels is all: pass "
+                "--search.metric top1, or --data.labels none"
             )
         if self.search.workers > self.train.lanes:
             raise UserError(

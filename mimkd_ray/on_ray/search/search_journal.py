@@ -129,7 +129,8 @@ class Journal(tune.Callback, tune.Stopper):
         if time.monotonic() - self._line > LINE_SECONDS:
             self._line = time.monotonic()
             number, epoch = self.table.rows[name].number, figures["epoch"]
-            console.line(f"trial {number}: epoch {epoch}, top-1 {figures['top1']:.2f} %")
+            key, kind = ("knn", "k-NN ") if self.table.metric == "knn" else ("top1", "")
+            console.line(f"trial {number}: epoch {epoch}, {kind}top-1 {figures[key]:.2f} %")
 
     def _heard_pack(self, name: str, result: Mapping[str, Any]) -> None:
         drawn = json.loads(result.get("drawn", "[]"))

@@ -59,7 +59,7 @@ def _score(score: float | None, metric: str) -> str:
     """Return a score as text, such as "63.21 %" or "1.432 nats", a dash for None."""
     if score is None:
         return "–"
-    return f"{score:.2f} %" if metric == "top1" else f"{score:.4g} nats"
+    return f"{score:.2f} %" if metric in ("top1", "knn") else f"{score:.4g} nats"
 
 
 def _head(page: Page, trials: Sequence[Trial], metric: str, facts: Mapping[str, str]) -> None:

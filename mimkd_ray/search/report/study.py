@@ -22,7 +22,11 @@ from plotly.colors import sample_colorscale
 from mimkd_ray.pages.figures import BLUE, ORANGE, RED, cut, plot_text
 from mimkd_ray.search.trials import Trial, Value, direction, param_names, ranked, value_text
 
-LABELS = {"top1": "held-out top-1 (%)", "cross_entropy": "held-out cross-entropy (nats)"}
+LABELS = {
+    "top1": "held-out top-1 (%)",
+    "cross_entropy": "held-out cross-entropy (nats)",
+    "knn": "held-out k-NN top-1 (%)",
+}
 
 LARGEST = 1e100
 """Largest magnitude that axes can show: browsers cannot draw numbers close to the limit of a double."""
@@ -153,7 +157,7 @@ class Study:
                 study.add_trial(create_trial(state=TrialState.FAIL))
                 continue
             own = {name: v for name in self.varying if (v := _value(trial, name)) is not None}
-            curve = {point.epoch: value for point in trial.curve if can_draw(value := getattr(point, self.metric))}
+            curve = {point.epoch: value for point in trial.curve if can_draw(value := point.value(self.metric))}
             study.add_trial(
                 create_trial(
                     value=trial.score,
