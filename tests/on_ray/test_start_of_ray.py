@@ -142,35 +142,45 @@ def test_a_start_that_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         cluster.connect("", "--launch.address")
 
 
-def test_what_a_killed_run_has_left_behind_is_ended(
+def test_what_a_killed_run_and_a_failed_start_leave_behind_is_ended(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Agents of Ray live on for up to a minute. Those of living runs and what is not Ray's stay."""
     environment.prepare("")
-    living = os.environ[environment.OWNER]
-    driver = subprocess.Popen(["sleep", "60"])
-    dead = f"{driver.pid} {run_lock.process(driver.pid)}"
+    mine = os.environ[environment.OWNER]
+    driver, other = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    dead, living = (f"{each.pid} {run_lock.process(each.pid)}" for each in (driver, other))
     driver.kill()
     driver.wait()
-    again = f"{os.getpid()} {living.split(' ', 1)[1]}0"  # another process of this number
+    again = f"{os.getpid()} {mine.split(' ', 1)[1]}0"  # another process of this number
     elsewhere = f"{driver.pid} pid:[1] 7"
     agent, server = "ray::DashboardAgent", f"{Path(ray.__file__).parent}/core/src/ray/gcs/gcs_server"
-    cases = [(agent, dead, True), (server, dead, True), (agent, again, True), (agent, living, False)]
-    cases += [("tensorboard", dead, False), (agent, "", False), (agent, elsewhere, False)]
+    cases = [(agent, dead, "first"), (server, dead, "first"), (agent, again, "first"), (server, mine, "second")]
+    cases += [(agent, living, ""), ("tensorboard", dead, ""), (agent, "", ""), (agent, elsewhere, "")]
     here = [
         subprocess.Popen([name, "60"], executable="/bin/sleep", env={environment.OWNER: owner} if owner else {})
         for name, owner, _ in cases
     ]
+    tries: list[None] = []
+
+    def init(**_: Any) -> None:
+        tries.append(None)
+        for process, (*_, ends) in zip(here, cases, strict=True):
+            if ends == "first" or (ends and len(tries) == 2):
+                assert process.wait(10) == -signal.SIGKILL
+            assert (process.poll() is None) == (not ends or (ends == "second" and len(tries) == 1))
+        if len(tries) == 1:
+            raise RuntimeError("timed out")
+
     try:
-        monkeypatch.setattr(ray, "init", lambda **_: None)
+        monkeypatch.setattr(ray, "init", init)
+        monkeypatch.setattr(ray, "shutdown", lambda: None)
         assert cluster.connect("", "--launch.address")
-        for process, (_, _, ends) in zip(here, cases, strict=True):
-            assert not ends or process.wait(10) == -signal.SIGKILL
-        assert [process.poll() is not None for process in here] == [ends for _, _, ends in cases]
     finally:
-        for process in here:
+        for process in (*here, other):
             process.kill()
             process.wait()
+    assert len(tries) == 2
     assert "ended 3 processes of Ray that a killed run had left behind" in capsys.readouterr().out
 
 

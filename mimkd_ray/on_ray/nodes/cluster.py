@@ -13,7 +13,7 @@ import ray
 from mimkd_ray import console
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray.nodes.environment import cluster_address
-from mimkd_ray.on_ray.nodes.left_behind import end_left_behind
+from mimkd_ray.on_ray.nodes.left_behind import end_failed_start, end_left_behind
 
 PATIENCE_S = 120
 """Seconds that the second try gives the first of Ray's processes; the first try gives 30."""
@@ -51,6 +51,7 @@ def _start(**options: Any) -> None:
     except Exception as error:  # Ray raises plain ones for what did not come up in time
         first = error
     ray.shutdown()
+    end_failed_start()
     console.line(f"Ray did not start ({_line(first)}): trying once more, for up to {PATIENCE_S} s")
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(PATIENCE_S))
     try:
