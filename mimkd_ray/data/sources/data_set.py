@@ -28,6 +28,7 @@ from mimkd_ray.places import is_function
 logger = logging.getLogger(__name__)
 
 VAL_ALIASES = ("validation", "val", "valid", "test")
+SPLIT_NAMES = {"train", "training", "testing", *VAL_ALIASES}  # folders of splits, and not of classes
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class Data:
 def open_data(config: DataConfig, own: OwnData | None = None, for_training: bool = True) -> Data:
     """Open both splits: reads listings and Parquet footers only (with `holdout` or `subset` also the labels).
 
-    `own` data sets take the place of `config.root`, as do those of the function that it names. Not `for_training`: the
-    training split may be missing, and is then empty; of class folders without splits all images are the validation set.
+    `own` data sets take the place of `config.root`, as do those of the function that it names. Class folders without
+    splits are the training set of a `holdout`. Not `for_training`: the training split may be missing, and is then
+    empty; of class folders without splits all images are the validation set.
     Raises UserError for a missing place or split, or for labels beyond the classes.
     """
     if config.resident == "on" and not can_be_resident(make_pipeline(config.pipeline, config.image_size).train):
@@ -79,11 +81,14 @@ def open_data(config: DataConfig, own: OwnData | None = None, for_training: bool
         val_alone = _open_val(config, root, None)
         train = SubsetSource(val_alone, ())
         config = replace(config, holdout=0.0, subset=0)
+    if train is None and config.holdout > 0 and config.train_split == "train" and isinstance(root, _Root):
+        train = root.class_folders()
     if train is None:
         raise UserError(
             f"{config.root} has no training split '{config.train_split}': expected "
             f"{config.train_split}-*.parquet or class folders {config.train_split}/<class>/<image>; found "
-            f"{root.found()}; name it with --data.train-split"
+            f"{root.found()}; name it with --data.train-split, or, where these are the folders of the classes, take "
+            "--data.holdout 0.1 (a tenth of the images to validate on)"
         )
     classes, whole, kept = train.classes, train, None
     num_classes = config.num_classes or len(classes)
@@ -218,8 +223,10 @@ def _open_val(config: DataConfig, root: _Root | _Digits | OwnData, train: Source
         val = root.open(name, train.classes if train is not None else None)
         if val is not None:
             return val
-    if train is None and config.val_split == "auto" and isinstance(root, _Root) and root.dirs and not root.files:
-        return FolderSource(root.url, None, root.store, root.how, root.labelled)
+    if train is None and config.val_split == "auto" and isinstance(root, _Root):
+        val = root.class_folders()
+        if val is not None:
+            return val
     raise UserError(
         f"{config.root} has no validation split ({', '.join(names)}); found {root.found()}; name it with "
         "--data.val-split, or use --data.holdout 0.1 (a tenth of the training rows), or --data.val-split "
@@ -330,6 +337,12 @@ class _Root:
                 + "; the labels of both must mean the same"
             )
         return source
+
+    def class_folders(self) -> Source | None:
+        """Return the class folders of a root without splits, or None if it has splits or no folders."""
+        if not self.dirs or self.files or self.tars or any(name.lower() in SPLIT_NAMES for name in self.dirs):
+            return None
+        return FolderSource(self.url, None, self.store, self.how, self.labelled)
 
     def found(self) -> str:
         names = [f"{split} (in {README})" for split in self.declared]
