@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,10 @@ from mimkd_ray.errors import UserError, nearest
 
 LOOK_IN = "MIMKD_RAY_LOOK_IN"
 """Variable with the folder that a job was started in: workers of a Ray that it starts work in folders of Ray's."""
+
+
+NOT_FOREIGN = (*(sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")), os.path.dirname(__file__), "<")
+"""How the paths of libraries, of this package and of modules without a file begin."""
 
 
 def named_function(kind: str, name: str) -> Callable[..., Any]:
@@ -57,8 +62,10 @@ def call_named(kind: str, name: str, function: Callable[..., Any], *args: Any, *
 
 
 def told(error: Exception) -> str:
-    """Return an error of foreign code as one line: its kind, what it says, and the line that raised it."""
+    """Return an error of foreign code as one line: its kind, what it says, and the last line of that code, or else the
+    line of a library that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    own = [frame for frame in frames if not frame.filename.startswith(NOT_FOREIGN)]
+    place = f" ({(own or frames)[-1].filename}, line {(own or frames)[-1].lineno})" if frames else ""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}{f': {text}' if text else ''}{place}"

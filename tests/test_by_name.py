@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,16 @@ def test_what_a_factory_raises_is_one_line_with_its_place() -> None:
         make_pipeline("test_by_name:fails_at_size", 32)
     with pytest.raises(UserError, match=r"^train it first$"):
         call_named("model", "test_by_name:refuses", refuses, num_classes=3)
+
+
+def uses_a_library_wrongly(num_classes: int) -> None:
+    json.loads("{" * num_classes)
+
+
+def test_the_place_is_in_the_users_code_and_not_in_the_library_that_it_calls() -> None:
+    line = uses_a_library_wrongly.__code__.co_firstlineno + 1
+    with pytest.raises(UserError, match=rf"raised JSONDecodeError: .*test_by_name\.py, line {line}\)$"):
+        build_model("test_by_name:uses_a_library_wrongly", 7)
 
 
 def test_a_module_that_cannot_be_imported_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from mimkd_ray.by_name import named_function
+from mimkd_ray.by_name import named_function, told
 from mimkd_ray.config import Config
 from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.errors import UserError, nearest
@@ -66,15 +66,38 @@ def find_spaces(names: Sequence[str], known: Mapping[str, Space]) -> list[Space]
 
 
 def compose(spaces: Sequence[Space], base: Config, candidates: Candidates) -> Callable[[Suggest], Config]:
-    """Return one function that applies all spaces in order."""
+    """Return one function that applies all spaces in order. Its errors are UserErrors that name the space."""
 
     def build(trial: Suggest) -> Config:
         config = base
         for space in spaces:
-            config = space(trial, config, candidates)
+            name = f"search.space {getattr(space, '__name__', repr(space))}"
+            try:
+                config = space(trial, config, candidates)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
+            except Exception as error:  # the function is foreign code
+                asks = isinstance(error, AttributeError) and str(error.name).startswith("suggest")
+                hint = "; a space asks by suggest_float and suggest_categorical" if asks else ""
+                raise UserError(f"{name} raised {told(error)}{hint}") from error
+            if not isinstance(config, Config):
+                raise UserError(f"{name} returned {config!r:.80}: return the changed config")
         return config
 
     return build
+
+
+def check_range(name: str, low: float, high: float, log: bool) -> None:
+    """Raise UserError for a range that holds no number; Optuna would do so within the first trial."""
+    if not low <= high or math.isinf(high - low) or (log and low <= 0):
+        wanted = "0 < low <= high" if log else "low <= high"
+        raise UserError(f"the range of {name!r} is {low:g} to {high:g}: give finite numbers with {wanted}")
+
+
+def check_choices(name: str, choices: Sequence[Any]) -> None:
+    """Raise UserError for no choices."""
+    if not len(choices):
+        raise UserError(f"{name!r} has no choices: give one or more")
 
 
 class Given:
@@ -123,6 +146,7 @@ class _Path:
     def suggest_categorical(self, name: str, choices: Sequence[V]) -> V:
         if name in self.params:
             return self.params[name]  # type: ignore[return-value]
+        check_choices(name, choices)
         at = len(self.sizes)
         if at == len(self.path):
             self.path.append(0)
@@ -131,6 +155,7 @@ class _Path:
         return choices[self.path[at]]
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        check_range(name, low, high, log)
         return self.suggest_categorical(name, grid_values(low, high, self.points, log))
 
 

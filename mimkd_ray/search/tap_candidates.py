@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from mimkd_ray.config import Config
 from mimkd_ray.config.loss_presets import Kind
-from mimkd_ray.search.suggest import Candidates, Suggest
+from mimkd_ray.errors import UserError
+from mimkd_ray.search.suggest import Candidates, Suggest, check_choices, check_range
 from mimkd_ray.search.trials import Value
 from mimkd_ray.taps.default_stages import Stages, default_taps
 from mimkd_ray.taps.dry_checks import build_without_weights
@@ -78,10 +79,12 @@ class _Draw:
         self.asked: dict[str, Range | tuple[Any, ...]] = {}
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        check_range(name, low, high, log)
         self.asked[name] = Range(low, high, log)
         return low if self.random.random() < 0.5 else high
 
     def suggest_categorical(self, name: str, choices: Sequence[V]) -> V:
+        check_choices(name, choices)
         self.asked[name] = tuple(choices)
         return self.random.choice(choices)
 
@@ -104,8 +107,17 @@ def flat_space(build: Callable[[Suggest], Config]) -> dict[str, Range | tuple[An
 
 def widest(build: Callable[[Suggest], Config], candidates: Candidates) -> Config:
     """Return a config that reads everything of the teacher that any trial may read: the union of kinds, pairs and
-    logits over many random trials. A cache that serves this config serves the whole search."""
-    draws = [build(_Draw(seed)) for seed in range(DRAWS)]
+    logits over many random trials. A cache that serves this config serves the whole search. Raises UserError for a name
+    whose choices differ between them."""
+    trials = [_Draw(seed) for seed in range(DRAWS)]
+    draws = [build(trial) for trial in trials]
+    offered: dict[str, Range | tuple[Any, ...]] = {}
+    for name, own in (item for trial in trials for item in trial.asked.items()):
+        if offered.setdefault(name, own) != own and not isinstance(own, Range):
+            raise UserError(
+                f"a search space offers {own} for {name!r} in one trial and {offered[name]} in another: give it the same "
+                "choices in every trial, or another name under each condition"
+            )
     found: dict[str, object] = {
         "kd_weight": max(draw.loss.resolved_kd_weight for draw in draws),
         "name": tuple(dict.fromkeys(method for draw in draws for method in draw.loss.name)),

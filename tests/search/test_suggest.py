@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -180,6 +180,44 @@ def test_the_widest_config_names_all_methods_that_are_drawn() -> None:
     assert set(wide.loss.name) == {"dist", "sp", "mimkd"}
     assert wide.loss.weight("feature")
     assert wide.loss.feature_pairs == candidates.default["feature"]
+
+
+def _space(ask: Callable[[Suggest, Config], object]) -> Callable[[Suggest], Config]:
+    def mine(trial: Suggest, config: Config, pairs: Candidates) -> Config:
+        return ask(trial, config)  # type: ignore[return-value]
+
+    return compose([mine], tiny_config(), NONE)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda trial, config: None, "search.space mine returned None: return the changed config"),
+        (lambda trial, config: trial.suggest_float("lr", 0.2, 0.1), "range of 'lr' is 0.2 to 0.1: .* low <= high"),
+        (lambda trial, config: trial.suggest_float("lr", 0, 1, log=True), "range of 'lr' is 0 to 1: .* 0 < low <= high"),
+        (lambda trial, config: trial.suggest_float("lr", 0, math.inf), "give finite numbers"),
+        (lambda trial, config: trial.suggest_categorical("kind", ()), "'kind' has no choices"),
+        (lambda trial, config: trial.suggest_int("n", 1, 2), "AttributeError.*asks by suggest_float and suggest_cat"),
+        (lambda trial, config: replace(config, rate=1), f"mine raised TypeError: .*'rate' \\({__file__}, line"),
+        (lambda trial, config: replace(config, optim=replace(config.optim, lr="1")), "mine: optim.lr is '1': give a num"),
+    ],
+)
+def test_a_mistake_in_a_space_is_told_before_the_search(ask: Callable[..., object], message: str) -> None:
+    build = _space(ask)
+    for look in (lambda: widest(build, NONE), lambda: list(every_answer(build, 2))):
+        with pytest.raises(UserError, match=message):
+            look()
+
+
+def test_choices_that_differ_between_trials_are_refused() -> None:
+    """Optuna would refuse them in the middle of the search."""
+
+    def ask(trial: Suggest, config: Config) -> Config:
+        trial.suggest_categorical("kind", (1, 2) if trial.suggest_categorical("on", (True, False)) else (1,))
+        return config
+
+    with pytest.raises(UserError, match="for 'kind' in one trial"):
+        widest(_space(ask), NONE)
 
 
 def test_a_flat_space_has_every_range() -> None:

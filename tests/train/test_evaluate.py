@@ -60,6 +60,13 @@ def test_too_many_damaged_images_stop_the_run() -> None:
     assert accuracy(_logits, [_batch(8, six)], _normalizer(), max_damaged=0.5).damaged == 6
 
 
+def test_a_damaged_image_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A run of 100 epochs has 100 evaluations, which all meet it."""
+    for _ in range(2):
+        accuracy(_logits, [_batch(8, ("named once.jpg",))], _normalizer(), max_damaged=0.5)
+    assert caplog.text.count("damaged held-out image left out: named once.jpg") == 1
+
+
 def test_a_handful_of_damaged_images_does_not() -> None:
     assert accuracy(_logits, [_batch(8, ("x.jpg",))], _normalizer(), max_damaged=0.001).damaged == 1
     with pytest.raises(DamagedDataError, match="1 of 9"):

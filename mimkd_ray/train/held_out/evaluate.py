@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -18,12 +17,11 @@ from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
+from mimkd_ray.models.weights import say_once
 from mimkd_ray.train.distributed import all_sum
 from mimkd_ray.train.networks.student_module import Normalizer, StudentModule
 from mimkd_ray.train.networks.teacher import Teacher
 from mimkd_ray.train.out_of_memory import K, each
-
-logger = logging.getLogger(__name__)
 
 GRADIENT_IMAGES = 32
 """Images of an evaluation that gradient norms are taken on: a reading scores all locations of a map, of which training
@@ -102,7 +100,7 @@ def accuracies(
         labels_B = batch.labels_B.to(normalize.device, non_blocking=True)
         each(networks, partial(add, images=normalize(batch.images_BCHW), labels_B=labels_B), failed)
     for image in unreadable:
-        logger.warning("damaged held-out image left out: %s", image)
+        say_once(f"damaged held-out image left out: {image}")  # every evaluation meets the same
     all_sum(sums_N5)
     found = {key: sums[key].tolist() for key in networks if key not in (failed or {})}
     if not found:
