@@ -80,7 +80,7 @@ def main(epochs: int = 20) -> tuple[float, float, float]:
     distiller.train()
     for epoch in range(epochs):
         for rows_B in torch.randperm(len(train)).split(50):
-            loss = distiller(train[rows_B], torch.full_like(rows_B, -1), rows_B)
+            loss = distiller(train[rows_B], ids=rows_B)
             optimizer.zero_grad()
             loss.total.backward()
             optimizer.step()

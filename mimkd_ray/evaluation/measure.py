@@ -56,7 +56,8 @@ def measure(job: EvaluateJob, context: Context, run_dir: str = "", trained_on: C
     `run_dir`: the run whose networks are taken; `trained_on`: its config, if `job` names other data. Raises UserError.
     """
     with console.phase("opening data and networks"):
-        data = open_data(job.data, for_training=False)
+        others = trained_on is not None and trained_on.data.root != job.data.root
+        data = open_data(job.data, for_training=False, others=others)
         subject = subject_of(job, run_dir, trained_on or job, data, context.device)
     both = [subject.network, *([subject.teacher] if subject.teacher else [])]
     _check_real(job, subject)

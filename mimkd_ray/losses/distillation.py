@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mimkd_ray.config import LossConfig
 from mimkd_ray.config.loss_presets import Negatives
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import UserError, count
 from mimkd_ray.losses.critic_sides import FrozenSide, Standardised
 from mimkd_ray.losses.critics import ConcatCritic, Critic, build_critic
 from mimkd_ray.losses.features import Features, full_precision, in_full_precision
@@ -230,7 +230,10 @@ class MIMKDLoss(nn.Module):
             if self.plan:
                 assert teacher is not None, "the loss has mutual-information terms and no teacher was given"
                 if len(labels_B) < 2:
-                    raise ValueError("a lane of 1 image has no negatives: a mutual-information term needs 2 or more")
+                    raise UserError(
+                        f"a batch (lane) of {count(len(labels_B), 'image')} has no negatives: mutual-information terms "
+                        "need 2 or more; DataLoader(drop_last=True) leaves out what is left at an epoch's end"
+                    )
                 for term, critic in zip(self.plan, self.critics, strict=True):
                     score = self._read if reading else self._train
                     loss, stats = score(term, critic, teacher, student, labels_B, ids_B)  # type: ignore[arg-type]

@@ -35,7 +35,8 @@ def worst_images(run: RunRecord, rows: Sequence[Mapping[str, Any]]) -> tuple[lis
         config = run.parsed().data
         root = run.evaluation.get("data", config.root)
         subset = config.subset if root == config.root else 0
-        data = open_data(replace(config, root=root, subset=subset), for_training=False)
+        others = root != config.root
+        data = open_data(replace(config, root=root, subset=subset), for_training=False, others=others)
         source = data.val
         ids = ids_of(source)
         places = np.searchsorted(ids, [row["id"] for row in wrong]).clip(max=len(ids) - 1)

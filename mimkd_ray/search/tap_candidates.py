@@ -115,8 +115,8 @@ def widest(build: Callable[[Suggest], Config], candidates: Candidates) -> Config
     for name, own in (item for trial in trials for item in trial.asked.items()):
         if offered.setdefault(name, own) != own and not isinstance(own, Range):
             raise UserError(
-                f"a search space offers {own} for {name!r} in one trial and {offered[name]} in another: give it the same "
-                "choices in every trial, or another name under each condition"
+                f"a search space offers {own} for {name!r} in one trial and {offered[name]} in another: give it the "
+                "same choices in every trial, or another name under each condition"
             )
     found: dict[str, object] = {
         "kd_weight": max(draw.loss.resolved_kd_weight for draw in draws),

@@ -13,32 +13,29 @@ for images, labels, ids in loader:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from mimkd_ray.config import LossConfig
-from mimkd_ray.errors import UserError, nearest
+from mimkd_ray.errors import UserError
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features, Others
-from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.losses.shared_classes import SharedClasses, check_classes, comparable
 from mimkd_ray.losses.teacher_queue import class_numbers
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.taps.tapped_model import TappedModel
 from mimkd_ray.taps.tracing import dry_run
+from mimkd_ray.train.distill_checks import Labels, check_combination, check_kinds, with_pairs
 from mimkd_ray.train.distributed import gather_lanes, is_distributed
 from mimkd_ray.train.networks.build import TapPlan, plan_taps
 from mimkd_ray.train.networks.teacher import canonical
 
-PAIR_KINDS = ("global", "local", "feature", "rival")
 MOST_BATCHES = 1024
 """Batches that are trained on without an ``after_step`` before that is an error: each leaves its teacher vectors."""
 
@@ -53,9 +50,6 @@ class Distilled(NamedTuple):
     log: dict[str, Tensor]
     """Detached scalars: ce, kd, rival/<method>, and per term loss, nats, ceiling, scale, bias, mean_u, mean_v."""
     logits: Tensor
-
-
-Labels = Literal["all", "partial", "none"]
 
 
 class Distiller(nn.Module):
@@ -99,13 +93,15 @@ class Distiller(nn.Module):
         self.register_buffer("next_id", torch.zeros((), dtype=torch.int64, device=first.device))
         self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64, device=first.device))
         self.step = 0
+        self._noted = False  # whether a batch was trained on since the last after_step
         self.register_load_state_dict_post_hook(_take_up)
         self._begin_step()
 
-    def forward(self, images: Tensor, labels: Tensor, ids: Tensor | None = None) -> Distilled:
+    def forward(self, images: Tensor, labels: Tensor | None = None, ids: Tensor | None = None) -> Distilled:
         """The loss of a batch of normalised images (B, 3, H, W).
 
-        ``labels`` are class numbers (B,), or (B, classes) probabilities of mixed images. ``ids`` (B,) are the images'
+        ``labels`` are class numbers (B,), or (B, classes) probabilities of mixed images; a distiller that was made with
+        ``labels="none"`` needs none. ``ids`` (B,) are the images'
         numbers in the data set: pairs of equal ids are never negatives of each other, also where the queue holds an
         image's vector from an epoch before. Without ``ids`` every image counts as one that was never seen (numbers
         from a counter, others on every rank), so that an image and its own earlier vector in the queue are a negative
@@ -114,30 +110,48 @@ class Distiller(nn.Module):
         Under autocast both networks run in its precision, and the loss in float32. In training mode the batch is
         noted for :meth:`after_step`.
         """
-        teacher, student, logits, ids = self._features(images, labels, ids)
+        labels, ids = self._checked(images, labels, ids)
+        teacher, student, logits = self._features(images, labels, ids)
         output = self.loss(teacher, student, labels, ids)
         if self.training:
             self._note(teacher, labels, ids)
         return Distilled(output.total, output.terms, output.log, logits)
 
     @torch.no_grad()
-    def read(self, images: Tensor, labels: Tensor, ids: Tensor | None = None) -> dict[str, Tensor]:
+    def read(self, images: Tensor, labels: Tensor | None = None, ids: Tensor | None = None) -> dict[str, Tensor]:
         """Return the log of :meth:`forward` with every bound read over all pairs of the batch and all locations, and
         without rivals: for held-out images, in evaluation mode."""
-        teacher, student, _, ids = self._features(images, labels, ids)
+        labels, ids = self._checked(images, labels, ids)
+        teacher, student, _ = self._features(images, labels, ids)
         return self.loss(teacher, student, labels, ids, reading=True).log
 
-    def _features(
-        self, images: Tensor, labels: Tensor, ids: Tensor | None
-    ) -> tuple[Features | None, Features, Tensor, Tensor]:
+    def _checked(self, images: Tensor, labels: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return labels and ids of a batch. Raises UserError for what is none of these images."""
+        if labels is None:
+            if self.loss.labels != "none":
+                raise UserError("labels is None: pass class numbers (B,), or make the distiller with labels='none'")
+            labels = torch.full((len(images),), -1, device=images.device)
+        if ids is None:
+            ids = self._new_ids(len(images))
+        for name, value, mixed in (("labels", labels, True), ("ids", ids, False)):
+            is_tensor = isinstance(value, Tensor)
+            whole = is_tensor and value.dim() == 1 and not value.is_floating_point()
+            soft = mixed and is_tensor and value.dim() == 2 and value.is_floating_point()
+            if not (whole or soft) or len(value) != len(images):
+                found = f"{tuple(value.shape)} of {value.dtype}" if is_tensor else f"a {type(value).__name__}"
+                raise UserError(
+                    f"{name} is {found}, for {len(images)} images: pass a tensor of whole numbers (B,)"
+                    + (", or of probabilities (B, classes)" if mixed else "")
+                )
+        return (labels if labels.is_floating_point() else labels.long()), ids
+
+    def _features(self, images: Tensor, labels: Tensor, ids: Tensor) -> tuple[Features | None, Features, Tensor]:
         tapped = self._tapped[0]
         if not tapped.names and (self._vectors or self._maps):
             raise UserError("this Distiller was released, its hooks are gone: make another one with distill()")
-        if ids is None:
-            ids = self._new_ids(len(images))
         teacher = self._teach(images, labels, ids)
         logits, taps = tapped(images)
-        return teacher, canonical(logits, taps, self._shapes, self._vectors, self._maps), logits, ids
+        return teacher, canonical(logits, taps, self._shapes, self._vectors, self._maps), logits
 
     @torch.no_grad()
     def _new_ids(self, count: int) -> Tensor:
@@ -170,6 +184,12 @@ class Distiller(nn.Module):
                 f"{MOST_BATCHES} batches were trained on without distiller.after_step(): call it after every step of "
                 "the optimiser, or distiller.eval() before batches that are not trained on"
             )
+        if not self.student.training:
+            say_once(
+                "the student is in evaluation mode in a step of training: its batch norm and dropout are off; call "
+                "distiller.train() after an evaluation"
+            )
+        self._noted = True
         self.loss.observe(teacher, labels, ids)
 
     @torch.no_grad()
@@ -180,6 +200,12 @@ class Distiller(nn.Module):
         frozen critics, and moves schedules on. Several batches may make a step (gradients that accumulate). With
         several ranks every rank calls it, after equally many batches of equal sizes.
         """
+        if not self._noted:
+            say_once(
+                "distiller.after_step() after no batch in training mode, so that nothing enters the queue and the "
+                "means of the critics: call distiller.train() after an evaluation"
+            )
+        self._noted = False
         batches, self.loss.lanes = self.loss.lanes, []
         world = dist.get_world_size() if is_distributed() else 1
         # Batches of one size at a time: the last one of an epoch may be smaller than the others of its step.
@@ -249,8 +275,9 @@ def distill(
     for layers that do not exist or do not fit, and for what needs more than a loop of batches: memory banks (crd),
     negatives from a cache.
     """
-    loss = _with_pairs(loss or LossConfig(), pairs or {})
-    _check(teacher, student, loss, steps, epoch_steps)
+    check_kinds(teacher, student, image_size, loss, labels)
+    loss = with_pairs(loss or LossConfig(), pairs or {})
+    check_combination(teacher, student, loss, steps, epoch_steps)
     check_logits(teacher, image_size)
     check_logits(student, image_size, trained=True)
     widths = [dry_run(network, image_size).logits.shape[1] for network in (teacher, student)]
@@ -262,45 +289,3 @@ def distill(
             f"teacher has {widths[0]} classes and the student {widths[1]}: what compares logits (KD, DKD, DIST) is off"
         )
     return Distiller(teacher, student, plan_taps(loss, teacher, student, image_size), loss, steps, epoch_steps, labels)
-
-
-def _with_pairs(loss: LossConfig, pairs: Mapping[str, Sequence[str]]) -> LossConfig:
-    for kind, named in pairs.items():
-        if kind not in PAIR_KINDS:
-            raise UserError(
-                f"pairs has the kind {kind!r}{nearest(kind, PAIR_KINDS)}; there are {', '.join(PAIR_KINDS)}"
-            )
-        if isinstance(named, str):
-            raise UserError(f"pairs[{kind!r}] is {named!r}: give a list of pairs, [{named!r}]")
-    named_pairs: dict[str, Any] = {f"{kind}_pairs": tuple(named) for kind, named in pairs.items()}
-    return replace(loss, **named_pairs)
-
-
-def _check(
-    teacher: nn.Module, student: nn.Module, loss: LossConfig, steps: int | None, epoch_steps: int | None
-) -> None:
-    if teacher is student:
-        raise UserError("teacher and student are one object, and the teacher is frozen: pass copy.deepcopy(student)")
-    if isinstance(student, (DistributedDataParallel, DataParallel)):
-        raise UserError(
-            f"the student is wrapped in {type(student).__name__}: pass the plain network, and wrap what distill() "
-            "returns, whose critics are trained too"
-        )
-    for name, count in (("steps", steps), ("epoch_steps", epoch_steps)):
-        if count is not None and count < 1:
-            raise UserError(f"{name} is {count}: give the number of optimiser steps, 1 or more")
-    if loss.schedule != "constant" and steps is None:
-        raise UserError(f"loss.schedule is {loss.schedule}: pass steps=, the optimiser steps of the whole training")
-    warming = [rival for rival in loss.rivals if RIVALS[rival].warms_up]
-    if warming and loss.rival_warmup and epoch_steps is None:
-        raise UserError(
-            f"{' and '.join(warming)} rises over {loss.rival_warmup:g} epochs (loss.rival_warmup): pass epoch_steps=, "
-            "the optimiser steps of an epoch, or LossConfig(rival_warmup=0)"
-        )
-    banks = [rival for rival in loss.rivals if RIVALS[rival].bank]
-    if banks:
-        raise UserError(
-            f"{' and '.join(banks)} keeps a memory bank of the whole training set: train it with mimkd_ray.run(config)"
-        )
-    if loss.uses_features and loss.resolved_negatives == "cache":
-        raise UserError("loss.negatives is cache, which a loop of batches has none of: choose queue, all or step")

@@ -194,12 +194,18 @@ def _space(ask: Callable[[Suggest, Config], object]) -> Callable[[Suggest], Conf
     [
         (lambda trial, config: None, "search.space mine returned None: return the changed config"),
         (lambda trial, config: trial.suggest_float("lr", 0.2, 0.1), "range of 'lr' is 0.2 to 0.1: .* low <= high"),
-        (lambda trial, config: trial.suggest_float("lr", 0, 1, log=True), "range of 'lr' is 0 to 1: .* 0 < low <= high"),
+        (
+            lambda trial, config: trial.suggest_float("lr", 0, 1, log=True),
+            "'lr' is 0 to 1: .* 0 < low <= high",
+        ),
         (lambda trial, config: trial.suggest_float("lr", 0, math.inf), "give finite numbers"),
         (lambda trial, config: trial.suggest_categorical("kind", ()), "'kind' has no choices"),
         (lambda trial, config: trial.suggest_int("n", 1, 2), "AttributeError.*asks by suggest_float and suggest_cat"),
         (lambda trial, config: replace(config, rate=1), f"mine raised TypeError: .*'rate' \\({__file__}, line"),
-        (lambda trial, config: replace(config, optim=replace(config.optim, lr="1")), "mine: optim.lr is '1': give a num"),
+        (
+            lambda trial, config: replace(config, optim=replace(config.optim, lr="1")),
+            "mine: optim.lr is '1': give",
+        ),
     ],
 )
 def test_a_mistake_in_a_space_is_told_before_the_search(ask: Callable[..., object], message: str) -> None:

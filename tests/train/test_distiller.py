@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mimkd_ray.config import Config, LossConfig
 from mimkd_ray.errors import UserError
+from mimkd_ray.models.weights import say_once
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.seeds import derive
 from mimkd_ray.train import distiller as module
@@ -175,8 +176,9 @@ def test_reading_is_over_all_pairs_and_locations() -> None:
     loss = LossConfig(preset="paper")  # trains with one negative and reads with all
     log = some_distiller(loss).eval().read(*batch())
     own = some_distiller(loss).eval()
-    teacher, student, _, ids = own._features(*batch()[:2], None)
-    expected = own.loss(teacher, student, batch()[1], ids, reading=True).log
+    labels, ids = own._checked(*batch(), None)
+    teacher, student, _ = own._features(batch()[0], labels, ids)
+    expected = own.loss(teacher, student, labels, ids, reading=True).log
     assert log.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(log[key], value)
@@ -276,6 +278,54 @@ def test_forgotten_bookkeeping_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         own(*batch())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": None}, "labels is None: .*labels='none'"),
+        ({"labels": torch.zeros(8)}, r"labels is \(8,\) of torch.float32, for 8 images: .*whole numbers"),
+        ({"labels": torch.zeros(8, 1, dtype=torch.long)}, r"labels is \(8, 1\) of torch.int64"),
+        ({"labels": [0] * 8}, "labels is a list"),
+        ({"ids": torch.arange(4)}, r"ids is \(4,\) of torch.int64, for 8 images"),
+        ({"ids": [f"{number}.jpg" for number in range(8)]}, "ids is a list"),
+        ({"ids": torch.rand(8)}, "ids is .*float32"),
+        ({"images": torch.zeros(1, 3, 8, 8), "labels": torch.zeros(1).long()}, "1 image has no negatives.*drop_last"),
+    ],
+)
+def test_what_is_no_batch_is_an_error(change: dict[str, Any], message: str) -> None:
+    images, labels = batch()
+    with pytest.raises(UserError, match=message):
+        some_distiller()(**({"images": images, "labels": labels} | change))
+
+
+def test_labels_that_nobody_needs_are_left_out() -> None:
+    images, labels = batch()
+    found = [some_distiller(labels="none")(images, given, ids=torch.arange(8)).total for given in (None, labels - 20)]
+    assert found[0].item() == found[1].item()
+
+
+def test_class_numbers_of_any_whole_type() -> None:
+    images, labels = batch()
+    assert some_distiller()(images, labels.int()).total.item() == some_distiller()(images, labels).total.item()
+
+
+def test_an_evaluation_mode_that_was_left_on_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    say_once.cache_clear()
+    own = some_distiller()
+    own.train()
+    own(*batch())
+    own.after_step()
+    assert not caplog.text
+    own.student.eval()
+    own(*batch())
+    own.after_step()
+    assert "the student is in evaluation mode in a step of training" in caplog.text
+    assert "after no batch" not in caplog.text
+    own.eval()
+    own(*batch())
+    own.after_step()
+    assert "after_step() after no batch in training mode" in caplog.text
+
+
 class _Bare(nn.Module):
     """A network that has one layer."""
 
@@ -295,6 +345,10 @@ class _Bare(nn.Module):
         ({"loss": LossConfig(name=("crd",))}, "memory bank"),
         ({"loss": LossConfig(negatives="cache")}, "negatives is cache"),
         ({"steps": 0}, "steps is 0"),
+        ({"labels": "some"}, "labels is 'some': give one of all, partial, none"),
+        ({"loss": "best"}, r"loss is 'best': pass .*LossConfig\(preset='best'\)"),
+        ({"image_size": (8, 8)}, r"image_size is \(8, 8\): give one number"),
+        ({"student": "resnet8"}, "student is 'resnet8': pass a torch.nn.Module"),
         ({"pairs": {"glob": ["pool:pool"]}}, "did you mean 'global'"),
         ({"pairs": {"global": "pool:pool"}}, "give a list"),
         ({"pairs": {"global": ["pol:pool"]}}, "'pol' not found.*did you mean 'pool'"),
@@ -309,13 +363,15 @@ def test_what_cannot_be_is_an_error(
     teacher, student = networks()
     if options.get("student", 0) is None:
         student = teacher
+    elif options.get("student") == "resnet8":
+        student = "resnet8"  # type: ignore[assignment]
     elif "student" in options:
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
         request.addfinalizer(dist.destroy_process_group)
         student = DistributedDataParallel(student)
     options = {key: value for key, value in options.items() if key != "student"}
     with pytest.raises(UserError, match=message):
-        distill(teacher, student, image_size=8, **options)
+        distill(teacher, student, **({"image_size": 8} | options))
 
 
 def test_kd_alone_reads_no_layer() -> None:

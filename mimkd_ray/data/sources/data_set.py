@@ -60,12 +60,12 @@ class Data:
         return self.own is not None or self.whole.in_memory
 
 
-def open_data(config: DataConfig, own: OwnData | None = None, for_training: bool = True) -> Data:
+def open_data(config: DataConfig, own: OwnData | None = None, for_training: bool = True, others: bool = False) -> Data:
     """Open both splits: reads listings and Parquet footers only (with `holdout` or `subset` also the labels).
 
     `own` data sets take the place of `config.root`, as do those of the function that it names. Class folders without
-    splits are the training set of a `holdout`. Not `for_training`: the training split may be missing, and is then
-    empty; of class folders without splits all images are the validation set.
+    splits are the training set of a `holdout`, unless the data is `others` than the run's. Not `for_training`: the
+    training split may be missing, and is then empty; class folders without splits are then the validation set.
     Raises UserError for a missing place or split, or for labels beyond the classes.
     """
     if config.resident == "on" and not can_be_resident(make_pipeline(config.pipeline, config.image_size).train):
@@ -77,12 +77,13 @@ def open_data(config: DataConfig, own: OwnData | None = None, for_training: bool
         own = named_sets(config.root)
     root = own or (_Digits() if config.root == "digits" else _Root(config))
     train, val_alone = root.open(config.train_split, None), None
+    may_deal = config.holdout > 0 and config.train_split == "train" and not others
+    if train is None and may_deal and isinstance(root, _Root):
+        train = root.class_folders()
     if train is None and not for_training:
         val_alone = _open_val(config, root, None)
         train = SubsetSource(val_alone, ())
         config = replace(config, holdout=0.0, subset=0)
-    if train is None and config.holdout > 0 and config.train_split == "train" and isinstance(root, _Root):
-        train = root.class_folders()
     if train is None:
         raise UserError(
             f"{config.root} has no training split '{config.train_split}': expected "
@@ -223,10 +224,9 @@ def _open_val(config: DataConfig, root: _Root | _Digits | OwnData, train: Source
         val = root.open(name, train.classes if train is not None else None)
         if val is not None:
             return val
-    if train is None and config.val_split == "auto" and isinstance(root, _Root):
-        val = root.class_folders()
-        if val is not None:
-            return val
+    alone = root.class_folders() if train is None and config.val_split == "auto" and isinstance(root, _Root) else None
+    if alone is not None:
+        return alone
     raise UserError(
         f"{config.root} has no validation split ({', '.join(names)}); found {root.found()}; name it with "
         "--data.val-split, or use --data.holdout 0.1 (a tenth of the training rows), or --data.val-split "

@@ -75,13 +75,17 @@ def test_class_folders(tmp_path: Path) -> None:
 
 
 def test_class_folders_without_splits(tmp_path: Path) -> None:
-    """DIR/CLASS/image with a holdout: the images of the same folders as a split, dealt alike. A folder that has the name
-    of a split in any case is none of a class."""
+    """DIR/CLASS/image with a holdout: the images of the same folders as a split, dealt alike. A folder that has the
+    name of a split, in any case, is none of a class."""
     root = folder_set(tmp_path)
     alone = open_data(DataConfig(root=str(root / "train"), holdout=0.25))
     split = open_data(DataConfig(root=str(root), holdout=0.25))
     assert alone.classes == ("ant", "bee", "cat")
     assert (_ids(alone.train), _ids(alone.val)) == (_ids(split.train), _ids(split.val))
+    judged = open_data(DataConfig(root=str(root / "train"), holdout=0.25), for_training=False)
+    assert _ids(judged.val) == _ids(alone.val), "an evaluation has the images that the run held out"
+    others = open_data(DataConfig(root=str(root / "train"), holdout=0.25), for_training=False, others=True)
+    assert (others.val.num_rows, others.train.num_rows) == (12, 0)
     assert "take --data.holdout 0.1" in _error(root=str(root / "train"))
     (root / "train").rename(root / "Train")
     assert "has no training split 'train'" in _error(root=str(root), holdout=0.25)
