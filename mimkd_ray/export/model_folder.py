@@ -2,7 +2,7 @@
 
 A student of timm's gets timm's own config.json. One of torchvision's, and a cifar/ one, gets the same form with
 `torchvision/NAME` or `cifar/NAME` as architecture, which `local-dir:FOLDER` and `hf-hub:ORG/NAME` of this package read.
-Torchvision's networks that timm has with the same parameters have timm's name there, and ours beside it.
+Torchvision's networks that timm has with the same parameters have timm's names there, and ours beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mimkd_ray.config import DataConfig
+from mimkd_ray.models.other_names import MOBILENET_V2_IN_TIMM
 from mimkd_ray.models.outputs import describe
 from mimkd_ray.models.published import OWN, OWN_KEY, TORCHVISION
 from mimkd_ray.models.weights_file import FOLDER, HUB
@@ -32,8 +33,15 @@ def is_of_timm(network: str) -> bool:
 
 
 def is_read_by_timm(network: str) -> bool:
-    """Say whether timm reads the folder: networks of timm, and torchvision's ResNets and DenseNets."""
-    return is_of_timm(network) or re.fullmatch(r"(wide_)?(resnet|resnext|densenet)\w+", network) is not None
+    """Say whether timm reads the folder."""
+    return is_of_timm(network) or bool(_name_in_timm(network))
+
+
+def _name_in_timm(network: str) -> str:
+    """Return timm's name of a network of torchvision's that it has with the same parameters; "" for others."""
+    if network == "mobilenet_v2":
+        return "mobilenetv2_100"
+    return network if re.fullmatch(r"(wide_)?(resnet|resnext|densenet)\w+", network) else ""
 
 
 def write_model_folder(
@@ -58,14 +66,19 @@ def write_model_folder(
             cfg: dict[str, Any] = {"pretrained_cfg": preprocessing, "num_classes": num_classes, **labels}
             save_for_hf(model, str(folder), cfg, safe_serialization=True)
         return
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / WEIGHTS)
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    if name == "mobilenet_v2":
+        modules = {key: key.rpartition(".") for key in state}
+        state = {f"{MOBILENET_V2_IN_TIMM[part]}.{last}": state[key] for key, (part, _, last) in modules.items()}
+    save_file(state, folder / WEIGHTS)
     own = name if name.startswith(OWN) or ":" in name else TORCHVISION + name
+    in_timm = _name_in_timm(name)
     config = {
-        **({"architecture": name, OWN_KEY: own} if is_read_by_timm(name) else {"architecture": own}),
+        **({"architecture": in_timm, OWN_KEY: own} if in_timm else {"architecture": own}),
         "num_classes": num_classes,
         **labels,
         "pretrained_cfg": preprocessing,
-        "library_name": "timm" if is_read_by_timm(name) else "mimkd_ray",
+        "library_name": "timm" if in_timm else "mimkd_ray",
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 

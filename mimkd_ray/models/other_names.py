@@ -2,7 +2,8 @@
 
 `best_fit` tries what a file's names can be made of and keeps what agrees best with the network, by names and shapes.
 The tables are for the CIFAR networks of the distillation literature as RepDistiller and mdistiller save them (both use
-the same names), ResNets also as the common CIFAR code that copies torchvision's names.
+the same names), ResNets also as the common CIFAR code that copies torchvision's names; one is for torchvision's
+MobileNetV2 as timm names it.
 """
 
 from __future__ import annotations
@@ -45,6 +46,20 @@ def _side(match: re.Match[str]) -> str:
     return f"stage{match[1]}.0.side.{2 * int(match[3]) - 2 + (match[2] == 'bn')}"
 
 
+def _mobilenet_v2_in_timm() -> dict[str, str]:
+    names = {"features.0.0": "conv_stem", "features.0.1": "bn1", "features.18.0": "conv_head", "features.18.1": "bn2"}
+    blocks = [(stage, block) for stage, blocks in enumerate((1, 2, 3, 4, 3, 3, 1)) for block in range(blocks)]
+    narrow = {"0.0": "conv_dw", "0.1": "bn1", "1": "conv_pw", "2": "bn2"}
+    wide = {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2", "2": "conv_pwl", "3": "bn3"}
+    for number, (stage, block) in enumerate(blocks, 1):
+        for here, there in (narrow if number == 1 else wide).items():
+            names[f"features.{number}.conv.{here}"] = f"blocks.{stage}.{block}.{there}"
+    return {**names, "classifier.1": "classifier"}
+
+
+MOBILENET_V2_IN_TIMM: Mapping[str, str] = _mobilenet_v2_in_timm()
+"""Modules of torchvision's mobilenet_v2 -> what they are called in timm's mobilenetv2_100, the same network."""
+
 _BLOCK = "conv|bn"
 FAMILIES: Mapping[str, tuple[Rule, ...]] = {
     "ResNet": (
@@ -75,6 +90,7 @@ FAMILIES: Mapping[str, tuple[Rule, ...]] = {
         (r"conv2\.([01])", r"tail.\1"),
         _HEAD,
     ),
+    "MobileNetV2 of timm": tuple((re.escape(there), here) for here, there in MOBILENET_V2_IN_TIMM.items()),
     "ShuffleNetV1": (*_STEM, _layers(_BLOCK, {1: 0, 2: 4, 3: 7}), _HEAD),
     "ShuffleNetV2": (
         *_STEM,
@@ -86,7 +102,7 @@ FAMILIES: Mapping[str, tuple[Rule, ...]] = {
         _HEAD,
     ),
 }
-"""Family -> how the names of its CIFAR networks there become those of cifar/NAME here."""
+"""Family -> how the names of its networks there become ours."""
 
 
 @dataclass(frozen=True)
