@@ -142,6 +142,8 @@ def _use(report: Mapping[str, Any], config: ExportConfig) -> str:
     if not config.normalize:
         lines[0] += f" Mean {list(config.data.mean)}, standard deviation {list(config.data.std)} of values in 0..1."
     written = "model folder" not in report["failed"]
+    if written:
+        lines.append("Where `config.json` has `label_names`, they are the classes in the order of the logits.")
     if written and is_read_by_timm(report["network"]):
         lines.append('`timm.create_model("local-dir:FOLDER", pretrained=True)` makes the network.')
     if written and not is_of_timm(report["network"]):

@@ -13,8 +13,8 @@ from mimkd_ray.secret_urls import hide
 
 Format = Literal["onnx", "pt2", "int8", "coreml", "executorch", "litert"]
 REFUSED = {
-    "executorch": "executorch pins an older scikit-learn, and its runtime does not load with this package's torch",
-    "litert": "litert-torch does not install beside this package's dependencies",
+    "executorch": "executorch's runtime corrupts the memory of a process that trains with this package's torch",
+    "litert": "litert-torch does not install beside this package's torch",
 }
 """Formats that cannot be made yet, and why."""
 
