@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 
 from mimkd_ray import storage
@@ -59,7 +60,8 @@ def _workers(config: Config) -> str:
     where = f"the Ray cluster at {launch.address}" if launch.address else "Ray"
     fewest, most = launch.worker_range
     workers = f"{launch.workers} workers" if fewest < most else count(most, "worker") if most else "a worker each"
-    return f", {workers} of {where}: {told_by_ray(config.data, launch.cpus_per_worker, most)}"
+    joined = bool(launch.address or os.environ.get("RAY_ADDRESS"))
+    return f", {workers} of {where}: {told_by_ray(config.data, launch.cpus_per_worker, most, joined)}"
 
 
 def closing(config: Config, run_dir: str, report: str | None = None) -> str:

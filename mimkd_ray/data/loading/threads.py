@@ -47,10 +47,14 @@ def told(data: DataConfig) -> str:
     return f"{threads} and {decoding}{each}, {count(usable_cores(), 'core')} usable"
 
 
-def told_by_ray(data: DataConfig, cpus: int, workers: int = 0) -> str:
-    """Return in words what each of the ``workers`` of Ray uses, which reserves so many CPUs; 0: not known yet."""
-    known = count(threads_for(data, cpus), "thread") if threads_for(data, cpus) else "a thread per CPU"
-    threads = f"{CHOSEN} {os.environ[CHOSEN]}" if os.environ.get(CHOSEN) else known
+def told_by_ray(data: DataConfig, cpus: int, workers: int = 0, joined: bool = False) -> str:
+    """Return in words what each of the ``workers`` of Ray uses, which reserves so many CPUs; 0: not known yet.
+    ``joined``: its nodes were there before, and do not have this process's environment, in which Ray sets the variable
+    to 1 if the job was submitted."""
+    given = os.environ.get(CHOSEN)
+    number = cpus if given else threads_for(data, cpus)
+    known = count(number, "thread") if number else "a thread per CPU"
+    threads = f"{CHOSEN} {given}" if given and not joined else known
     each = "" if workers == 1 else " each"
     if data.loader_workers < 0 and loaders(data, 1):
         return f"{threads}{each}, loader processes by the cores of its node"

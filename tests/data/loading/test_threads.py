@@ -57,3 +57,6 @@ def test_what_a_worker_of_ray_uses_before_its_cluster_is_known(monkeypatch: pyte
     assert told_by_ray(images, 0) == "a thread per CPU each, loader processes by the cores of its node"
     assert told_by_ray(replace(images, loader_workers=3), 4) == "4 threads and 3 loader processes each"
     assert told_by_ray(replace(images, loader_workers=3), 4, 1) == "4 threads and 3 loader processes"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Ray has it in a submitted job, and not in its workers
+    for cpus, words in ((0, "a thread per CPU"), (2, "2 threads")):
+        assert told_by_ray(images, cpus, 1, joined=True) == f"{words}, loader processes by the cores of its node"
