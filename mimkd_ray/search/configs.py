@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import reduce
 from operator import getitem
@@ -77,14 +77,19 @@ class FieldConfigs:
     def __init__(self, base: Config) -> None:
         self.base = base
 
+    def check(self, names: Iterable[str]) -> None:
+        """Raise UserError for a name that is no field; that of a grid of Ray Tune ends in its own key, grid_search."""
+        known = dict(dotted(to_dict(self.base)))
+        for name in (name.removesuffix(".grid_search") for name in names):
+            if name not in known:
+                raise UserError(f"hyperparameter {name!r} is no field of a config{nearest(name, known)}")
+
     def __call__(self, params: Mapping[str, Any]) -> Made:
         """Return the base with these fields changed. Raises UserError for a name that is no field."""
         flat = dict(dotted(params))
+        self.check(flat)
         value = to_dict(self.base)
-        known = dict(dotted(value))
         for name, item in flat.items():
-            if name not in known:
-                raise UserError(f"hyperparameter {name!r} is no field of a config{nearest(name, known)}")
             *sections, last = name.split(".")
             reduce(getitem, sections, value)[last] = item
         return Made(from_dict(Config, value), flat)

@@ -11,7 +11,7 @@ import pytest
 from tiny_search import tiny_configs, tiny_job
 
 from mimkd_ray.config import Config, SearchConfig
-from mimkd_ray.config.form.json_form import from_dict, to_dict
+from mimkd_ray.config.form.json_form import dotted, from_dict, to_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.configs import FieldConfigs, claim, final_config, trial_config
 
@@ -68,6 +68,14 @@ def test_fields_by_their_names(tmp_path: Path) -> None:
         configs({"optim.lrr": 0.5})
     with pytest.raises(UserError, match=r"'optim.lr.x' is no field"):
         configs({"optim.lr.x": 0.5})
+
+
+def test_the_names_of_a_space_are_checked_before_its_trials() -> None:
+    """A Tune space of which only the names are known, with a grid of Ray Tune."""
+    configs = FieldConfigs(Config())
+    configs.check(dict(dotted({"optim": {"lr": object()}, "loss.kd_weight": {"grid_search": [0.1, 1.0]}})))
+    with pytest.raises(UserError, match=r"'loss.kd_weigth' is no field of a config; did you mean 'loss.kd_weight'"):
+        configs.check(dict(dotted({"loss.kd_weigth": {"grid_search": [0.1, 1.0]}})))
 
 
 def test_another_search_does_not_go_on_in_the_same_folder(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from mimkd_ray import remote, storage
 from mimkd_ray.config import Config, SearchConfig, SearchJob
+from mimkd_ray.config.form.json_form import dotted
 from mimkd_ray.config.jobs.search import POPULATION, search_job
 from mimkd_ray.errors import Interrupted, UserError, count
 from mimkd_ray.on_ray.nodes.node_capacity import Capacity
@@ -34,7 +35,7 @@ from mimkd_ray.on_ray.search.tune_trials import (
     prepare_remotely,
     search_trainable,
 )
-from mimkd_ray.search.configs import TrialConfigs, trial_config
+from mimkd_ray.search.configs import FieldConfigs, TrialConfigs, trial_config
 from mimkd_ray.search.finals import Finals
 from mimkd_ray.search.suggest import Grid, Space
 from mimkd_ray.secret_urls import Carried
@@ -118,6 +119,8 @@ def search(
     job = search_job(config, search=own)
     name = f"search-{config.recipe}"
     run_config = run_config or tune.RunConfig(name=name, storage_path=storage.absolute(config.run.root))
+    if isinstance(space, dict):
+        FieldConfigs(config).check(dict(dotted(space)))  # else every trial would fail, each with the same reason
     if not ray.is_initialized():
         ray.init(logging_level="warning")
     configs = configs_of(trial_config(job, own), () if isinstance(space, dict) else space)
