@@ -144,14 +144,16 @@ def searched(root: Path) -> dict[str, Any]:
 
 
 def prepared(root: Path) -> dict[str, Any]:
-    """All files of a set."""
-    return {file.name: file.read_bytes() for file in root.iterdir() if not file.name.startswith(".")}
+    """All files of a set, without what Ray has said."""
+    files = (file for file in root.iterdir() if not file.name.startswith(".") and file.name != "ray.log")
+    return {file.name: file.read_bytes() for file in files}
 
 
 def lines_below(root: Path) -> int:
     """Lines of samples and metrics so far."""
-    files = [*root.rglob(LINES), *root.rglob("metrics.jsonl")]
-    return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
+    # Not rglob, which does not bear that a checkpoint is removed meanwhile.
+    files = [Path(folder, name) for folder, _, names in os.walk(root) for name in names]
+    return sum(file.read_bytes().count(b"\n") for file in files if file.name in (LINES, "metrics.jsonl"))
 
 
 def looks_below(root: Path) -> int:
