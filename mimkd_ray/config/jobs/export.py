@@ -13,7 +13,7 @@ from mimkd_ray.secret_urls import hide
 
 Format = Literal["onnx", "pt2", "int8", "coreml", "executorch", "litert"]
 REFUSED = {
-    "executorch": "executorch's runtime corrupts the memory of a process that trains with this package's torch",
+    "executorch": "processes that exported with executorch 1.5.1 and then trained were aborted",
     "litert": "litert-torch does not install beside this package's torch",
 }
 """Formats that cannot be made yet, and why."""
