@@ -35,7 +35,7 @@ def tiny_config(**sections: dict[str, Any]) -> Config:
         student=ModelConfig(name="cifar/resnet8_w4"),
         loss=LossConfig(preset="two_sided", feature_pairs=("stage3:stage3",), critic=CriticConfig(width=16)),
         optim=OptimConfig(lr=0.05, schedule="cosine"),
-        train=TrainConfig(epochs=2, lanes=2, lane_batch=10, log_every=1, eval_batch=150),
+        train=TrainConfig(epochs=2, lanes=2, lane_batch=10, log_every=1, eval_batch=150, information_rows=30),
         run=RunConfig(tensorboard=False),
         launch=LaunchConfig(backend="local"),
     )

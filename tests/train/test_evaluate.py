@@ -140,7 +140,9 @@ def test_an_evaluation_keeps_no_activations(ema_decay: float) -> None:
 
 
 def test_information_is_read_over_all_pairs_in_evaluation_mode_and_leaves_no_trace() -> None:
-    config = tiny_config(loss={"preset": "paper"}, data={"subset": 100}, train={"lane_batch": 50})
+    config = tiny_config(
+        loss={"preset": "paper"}, data={"subset": 100}, train={"lane_batch": 50, "information_rows": 450}
+    )
     student = lone_student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
     state = {name: value.clone() for name, value in student.distiller.state_dict().items()}
     graphs: list[int] = []

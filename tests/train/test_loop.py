@@ -30,9 +30,19 @@ def _without_clock(line: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in line.items() if key not in own}
 
 
-def test_a_run_leaves_complete_files(tmp_path: Path) -> None:
-    result = run_tiny(tmp_path, run={"tensorboard": True})
-    assert {path.name for path in tmp_path.iterdir()} >= {
+PLAIN: dict[str, Any] = {"run": {"tensorboard": True}}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """An undisturbed run, which tests only read: its folder and its result."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, run_tiny(folder, **PLAIN)
+
+
+def test_a_run_leaves_complete_files(plain: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = plain
+    assert {path.name for path in folder.iterdir()} >= {
         "config.json",
         "metrics.jsonl",
         "tensorboard",
@@ -40,24 +50,24 @@ def test_a_run_leaves_complete_files(tmp_path: Path) -> None:
         "student.safetensors",
         "checkpoints",
     }
-    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
     assert result["steps"] == 6
     assert 0 <= result["student"]["top1"] <= result["student"]["top5"] <= 100
     assert result["student"]["rows"] == 450
     assert set(result["nats"]) == {"global/pool-pool", "local/pool-stage3", "feature/stage3-stage3"}
     assert result["teacher"]["rows"] == 450
-    steps = _metrics(tmp_path, "train")
+    steps = _metrics(folder, "train")
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     for key in ("loss", "nats", "ceiling", "scale", "bias", "mean_u", "mean_v"):
         assert f"feature/stage3-stage3/{key}" in steps[0]
-    assert [line["step"] for line in _metrics(tmp_path, "eval")] == [3, 6]
+    assert [line["step"] for line in _metrics(folder, "eval")] == [3, 6]
 
 
-def test_the_exported_student_is_the_evaluated_network(tmp_path: Path) -> None:
-    result = run_tiny(tmp_path)
+def test_the_exported_student_is_the_evaluated_network(plain: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = plain
     config = tiny_config()
     network = build_model("cifar/resnet8_w4", 10)
-    network.load_state_dict(load_file(tmp_path / "student.safetensors"))
+    network.load_state_dict(load_file(folder / "student.safetensors"))
     student = lone_student(config, tiny_data(config), None, cpu())
     student.distiller.student.model.load_state_dict(network.state_dict())
     assert student.evaluate()["top1"] == pytest.approx(result["student"]["top1"])
@@ -125,16 +135,17 @@ def test_the_engine_is_closed_once_also_after_an_error(
     assert did == ["step"] * (2 if fails else 6) + ["close"]
 
 
-def test_a_finished_run_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = run_tiny(tmp_path)
+def test_a_finished_run_is_not_trained_again(
+    plain: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, result = plain
     monkeypatch.setattr(Student, "schedule", lambda *_: pytest.fail("a finished run took a step"))
-    assert run_tiny(tmp_path) == json.loads(json.dumps(result))
+    assert run_tiny(folder, **PLAIN) == json.loads(json.dumps(result))
 
 
-def test_a_directory_of_another_configuration_is_refused(tmp_path: Path) -> None:
-    run_tiny(tmp_path)
+def test_a_directory_of_another_configuration_is_refused(plain: tuple[Path, dict[str, Any]]) -> None:
     with pytest.raises(UserError, match=r"optim\.lr: 0\.05 -> 0\.5.*--run\.overwrite true"):
-        run_tiny(tmp_path, optim={"lr": 0.5})
+        run_tiny(plain[0], **PLAIN, optim={"lr": 0.5})
 
 
 def test_a_loss_that_is_no_number_stops_with_step_terms_and_ids(tmp_path: Path) -> None:
@@ -243,12 +254,11 @@ def test_settings_of_the_compiler_are_those_of_training_while_it_lasts(
     assert [getattr(torch._dynamo.config, name) for name in names] == before
 
 
-def test_the_log_frequency_does_not_change_training(tmp_path: Path) -> None:
-    run_tiny(tmp_path / "often")
-    run_tiny(tmp_path / "seldom", train={"log_every": 5, "eval_every": 0})
-    often, seldom = (load_file(tmp_path / name / "student.safetensors") for name in ("often", "seldom"))
+def test_the_log_frequency_does_not_change_training(plain: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    run_tiny(tmp_path, train={"log_every": 5, "eval_every": 0})
+    often, seldom = (load_file(folder / "student.safetensors") for folder in (plain[0], tmp_path))
     assert all(torch.equal(often[name], seldom[name]) for name in often)
-    assert [line["step"] for line in _metrics(tmp_path / "seldom", "train")] == [5, 6]
+    assert [line["step"] for line in _metrics(tmp_path, "train")] == [5, 6]
 
 
 def test_a_set_on_the_device_trains_the_same(tmp_path: Path) -> None:
