@@ -1,9 +1,9 @@
-"""Every rival through the trainer: in a pack and alone, cut and resumed, with a live teacher and with a cache."""
+"""Every rival through the trainer: alone and in a pack that was cut and resumed, with a live teacher and a cache."""
 
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_cache import build_here, cached_config
-from tiny_run import cpu, tiny_config
+from tiny_cache import build_here, cached_config, live
+from tiny_run import cpu, tiny_config, wait_for_checkpoints
 
 from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import open_data
@@ -26,7 +26,9 @@ from mimkd_ray.train.records.outcomes import Finished
 
 METHODS: list[tuple[Method, ...]] = [*((method,) for method in RIVALS), ("mimkd", "crd", "review")]
 IDS = ["+".join(name) for name in METHODS]
-TRAIN: dict[str, Any] = {"epochs": 3, "lanes": 1, "lane_batch": 20, "information_rows": 30}
+TRAIN: dict[str, Any] = {"epochs": 3, "lanes": 1, "lane_batch": 20}
+EPOCH = 6
+"""Steps of an epoch."""
 
 
 def configs(base: Config) -> list[Config]:
@@ -47,54 +49,57 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     return train(config, data, network, cpu(), str(folder), quiet=True)
 
 
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All of them in one pack, with a live teacher."""
-    root = tmp_path_factory.mktemp("pack")
-    members = [Member(config, str(root / name)) for config, name in zip(_live(), IDS, strict=True)]
-    data = open_data(members[0].config.data)
-    outcomes = train_pack(members, data, build_network(members[0].config, data.num_classes, "random"), cpu())
-    assert [type(outcome) for outcome in outcomes] == [Finished] * len(METHODS)
-    return root
-
-
-def _live() -> list[Config]:
-    return configs(tiny_config(data={"holdout": 0.9, "subset": 0}, train=TRAIN))
+def together(own: Sequence[Config], root: Path) -> list[dict[str, Any]]:
+    """Train all in one pack; return their results."""
+    members = [Member(config, str(root / name)) for config, name in zip(own, IDS, strict=True)]
+    data = open_data(own[0].data)
+    outcomes = train_pack(members, data, build_network(own[0], data.num_classes, "random"), cpu())
+    return [outcome.result for outcome in outcomes if isinstance(outcome, Finished)]
 
 
 class _StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("number", range(len(METHODS)), ids=IDS)
-def test_a_run_that_was_cut_is_the_pack_member_bit_for_bit(
-    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    config, whole = _live()[number], pack / IDS[number]
-    evaluate = Student.evaluate
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of them in one pack, with a live teacher, cut in the second epoch and resumed."""
+    root = tmp_path_factory.mktemp("pack")
+    real = Student.schedule
 
-    def dies_in_the_second_evaluation(self: Student) -> dict[str, Any]:
-        if len(log(tmp_path, "eval")) == 1:
-            while not list((tmp_path / "checkpoints").glob("*/committed.json")):  # written beside the training
-                time.sleep(0.01)
+    def dies_in_the_second_epoch(self: Student, step: int) -> None:
+        if step == EPOCH + 2:
             raise _StopError
-        return evaluate(self)
+        real(self, step)
 
-    monkeypatch.setattr(Student, "evaluate", dies_in_the_second_evaluation)
-    with pytest.raises(_StopError):
-        run(config, tmp_path)
-    monkeypatch.undo()
-    result = run(config, tmp_path)
-    assert result["resumed_from"] == result["steps"] // 3
-    ours, theirs = load_file(tmp_path / "student.safetensors"), load_file(whole / "student.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Student, "schedule", dies_in_the_second_epoch)
+        with pytest.raises(_StopError):
+            together(_live(), root)
+    wait_for_checkpoints()
+    assert [result["resumed_from"] for result in together(_live(), root)] == [EPOCH] * len(METHODS)
+    return root
+
+
+def _live() -> list[Config]:
+    return configs(tiny_config(data={"holdout": 0.9, "subset": 0, "val_rows": 60}, train=TRAIN))
+
+
+@pytest.mark.parametrize("number", range(len(METHODS)), ids=IDS)
+def test_the_member_of_a_pack_that_was_cut_is_a_whole_lone_run_bit_for_bit(
+    pack: Path, tmp_path: Path, number: int
+) -> None:
+    cut = pack / IDS[number]
+    assert run(_live()[number], tmp_path)["steps"] == 3 * EPOCH
+    ours, theirs = load_file(tmp_path / "student.safetensors"), load_file(cut / "student.safetensors")
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
-    assert log(tmp_path, "train") == log(whole, "train")
-    assert log(tmp_path, "eval") == log(whole, "eval")
+    assert log(tmp_path, "train") == log(cut, "train")
+    assert log(tmp_path, "eval") == log(cut, "eval")
     for method in METHODS[number]:
         if method not in ("mimkd", "kd"):
-            assert all(line[f"rival/{method}"] > 0 for line in log(whole, "train"))
+            assert all(line[f"rival/{method}"] > 0 for line in log(cut, "train"))
 
 
 def test_they_differ_from_each_other(pack: Path) -> None:
@@ -115,18 +120,17 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return base
 
 
-@pytest.mark.parametrize("number", range(len(METHODS)), ids=IDS)
-def test_cached_is_live(cached: Config, tmp_path: Path, number: int) -> None:
-    config = configs(cached)[number]
-    run(config, tmp_path / "cached")
-    run(replace(config, cache=replace(config.cache, live=True)), tmp_path / "live")
-    ours, theirs = log(tmp_path / "cached", "train"), log(tmp_path / "live", "train")
-    assert len(ours) == 3
-    for mine, live in zip(ours, theirs, strict=True):
-        assert mine.keys() == live.keys()
-        for key, value in live.items():
-            if key != "kind":
-                assert mine[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
+def test_cached_is_live(cached: Config, tmp_path: Path) -> None:
+    for name, base in (("cached", cached), ("live", live(cached))):
+        together(configs(base), tmp_path / name)
+    for method in IDS:
+        ours, theirs = (log(tmp_path / name / method, "train") for name in ("cached", "live"))
+        assert len(ours) == 3
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine.keys() == other.keys()
+            for key, value in other.items():
+                if key != "kind":
+                    assert mine[key] == pytest.approx(value, rel=1e-3, abs=1e-6), (method, key)
 
 
 def test_lanes_share_batch_norms_of_regressors(tmp_path: Path) -> None:
