@@ -22,7 +22,7 @@ def gaussians(nats: float, channels: int = 1, count: int = 20_000) -> tuple[Tens
     return 30 * x_NC - 7, 0.01 * (rho * x_NC + math.sqrt(1 - rho**2) * noise_NC) + 2
 
 
-@pytest.mark.parametrize(("bound", "channels", "nats"), [("infonce", 1, 2.0), ("infonce", 3, 1.0), ("dv", 3, 2.0)])
+@pytest.mark.parametrize(("bound", "channels", "nats"), [("infonce", 1, 2.0), ("dv", 3, 2.0)])
 def test_gaussians_read_what_they_share(bound: BoundName, channels: int, nats: float) -> None:
     found = mutual_information(*gaussians(nats, channels), bound, epochs=8)
     assert found.nats == pytest.approx(nats, rel=0.1)

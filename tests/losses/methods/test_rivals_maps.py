@@ -77,8 +77,7 @@ def slow_vid(rival: Rival, teacher: Arrays, student: Arrays) -> float:
     return total
 
 
-@pytest.mark.parametrize("sizes", [pytest.param(None, id="equal"), pytest.param(SIZES, id="unequal")])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("seed", "sizes"), [pytest.param(0, None, id="equal"), pytest.param(1, SIZES, id="unequal")])
 def test_at(seed: int, sizes) -> None:
     maps = dict(zip(("teacher_maps", "student_maps"), sizes, strict=True)) if sizes else {}
     check(build("at", taps(maps=3, **maps)), slow_at, *both(seed, **maps))
