@@ -140,6 +140,8 @@ def _curves(page: Page, arms: Arms) -> None:
         lines = []
         for place, (arm, runs) in enumerate(arms.items()):
             for number, run in enumerate(runs):
+                if key in ("top1", "cross_entropy") and not run.head_learns:
+                    continue
                 source = run.evals if evaluations else run.train
                 y = [_nats(line) for line in source] if key == "nats" else column(source, key)
                 if any(value is not None for value in y):
@@ -148,6 +150,7 @@ def _curves(page: Page, arms: Arms) -> None:
 
     figures = [
         ("Held-out top-1", drawn("top1", True, "%")),
+        ("Held-out top-1 by k nearest neighbours", drawn("knn", True, "%")),
         ("Held-out cross-entropy", drawn("cross_entropy", True, "nats")),
         ("Cross-entropy in training", drawn("ce", False, "nats")),
         ("Information, held out, sum of terms", drawn("nats", True, "nats")),

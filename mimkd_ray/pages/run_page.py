@@ -109,10 +109,11 @@ def _curves(page: Page, run: RunRecord) -> None:
     terms = sorted({key.removesuffix("/nats") for line in (*run.train, *run.evals) for key in line if "/nats" in key})
     terms = [term for term in terms if not term.endswith("lane")]
     colors = {term: color_of(place) for place, term in enumerate(terms)}
-    accuracy = [
-        Line("top-1", at, column(run.evals, "top1"), color_of(0)),
-        Line("top-5", at, column(run.evals, "top5"), color_of(2)),
-    ]
+    measured = {"top1": "top-1", "top5": "top-5"} if run.head_learns else {}
+    if any(line.get("knn") is not None for line in run.evals):
+        measured["knn"] = "k-NN top-1"
+    colored = zip(measured.items(), (0, 2, 1), strict=False)
+    accuracy = [Line(name, at, column(run.evals, key), color_of(place)) for (key, name), place in colored]
     if run.teacher and at:
         accuracy.append(Line("teacher's top-1", [at[0], at[-1]], [run.teacher["top1"]] * 2, GREY, "dash"))
     losses = [
@@ -120,7 +121,8 @@ def _curves(page: Page, run: RunRecord) -> None:
         for place, (key, label) in enumerate({"loss": "total", "ce": "cross-entropy", "kd": "KD"}.items())
         if key in run.train[-1]
     ]
-    losses.append(Line("held out", at, column(run.evals, "cross_entropy"), color_of(3)))
+    if run.head_learns:
+        losses.append(Line("held out", at, column(run.evals, "cross_entropy"), color_of(3)))
     figures = [
         ("Loss", lines_figure(losses, "epoch", "nats")),
         ("Held-out accuracy", lines_figure(accuracy, "epoch", "%")),

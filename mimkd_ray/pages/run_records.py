@@ -75,10 +75,14 @@ class RunRecord:
         return self.parsed().loss.uses_teacher
 
     @property
+    def head_learns(self) -> bool:
+        """Whether anything trains its student's head; if not, top-1 and cross-entropy say nothing."""
+        return bool(self.result.get("student", {}).get("head_learns", True))
+
+    @property
     def top1(self) -> float | None:
         """Held-out top-1 in percent: of the result, or of the last evaluation; None for a head that nothing trains."""
-        learns = self.result.get("student", {}).get("head_learns", True)
-        return self.held_out("top1") if learns else None
+        return self.held_out("top1") if self.head_learns else None
 
     def held_out(self, key: str) -> float | None:
         """Return a held-out figure: of the result, or of the last evaluation."""

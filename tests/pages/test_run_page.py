@@ -87,6 +87,14 @@ def test_curves_are_those_of_the_metrics_file(plain: Path) -> None:
     assert page.lines("Temperature of the critics")[term][1] == pytest.approx([1 / scale for scale in scales])
 
 
+def test_curves_of_a_head_that_nothing_trains_are_left_out(tmp_path: Path) -> None:
+    run_tiny(tmp_path / "run", data={"labels": "none"}, train={"epochs": 1})
+    page, (found,) = page_of(tmp_path / "run"), lines(tmp_path / "run", "eval")
+    assert page.lines("Held-out accuracy")["k-NN top-1"] == ([1], [found["knn"]])
+    assert "top-1" not in page.lines("Held-out accuracy")
+    assert "held out" not in page.lines("Loss")
+
+
 def test_the_headline_says_what_was_won(plain: Path) -> None:
     result = json.loads((plain / "result.json").read_text())
     text = page_of(plain).text
