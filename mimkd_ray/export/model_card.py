@@ -153,6 +153,11 @@ def _use(report: Mapping[str, Any], config: ExportConfig) -> str:
         )
     if "onnx" in report["files"]:
         lines.append('`onnxruntime.InferenceSession("student.onnx").run(None, {"images": images})` gives the logits.')
+    if "executorch" in report["files"]:
+        lines.append(
+            '`executorch.runtime.Runtime.get().load_program("student.pte").load_method("forward").execute([images])` '
+            "does it for one image at a time."
+        )
     return "\n\n".join(lines)
 
 

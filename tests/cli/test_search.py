@@ -88,7 +88,10 @@ def _demo() -> Config:
     [
         (["--search.space", "tempreature"], "search.space 'tempreature' is unknown"),
         (["--search.trials", "0"], "would never end"),
-        (["--data.labels", "none"], "search.metric is top1, and nothing teaches the student's head"),
+        (
+            ["--data.labels", "none", "--compare.seeds", "0"],
+            "search.metric is top1, and nothing teaches the student's head",
+        ),
         (["--cache.root", "nowhere", "--data.views", "2"], "the cache .*nowhere does not fit this run"),
     ],
 )

@@ -119,6 +119,9 @@ def test_a_missing_package(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setitem(sys.modules, "coremltools", None)
     said = _said(capsys, str(run), "--formats", "coreml")
     assert "needs coremltools, which is not installed: pip install mimkd-ray[coreml]" in said
+    monkeypatch.setitem(sys.modules, "executorch", None)
+    said = _said(capsys, str(run), "--formats", "executorch")
+    assert "needs executorch, which is not installed: pip install mimkd-ray[executorch]" in said
     assert "--push-to x: give ORG/NAME" in _said(capsys, str(run), "--push-to", "x")
 
 

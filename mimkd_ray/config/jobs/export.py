@@ -12,10 +12,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import hide
 
 Format = Literal["onnx", "pt2", "int8", "coreml", "executorch", "litert"]
-REFUSED = {
-    "executorch": "processes that exported with executorch 1.5.1 and then trained were aborted",
-    "litert": "litert-torch does not install beside this package's torch",
-}
+REFUSED = {"litert": "litert-torch does not install beside this package's torch"}
 """Formats that cannot be made yet, and why."""
 
 
@@ -32,7 +29,7 @@ class ExportConfig:
     formats: tuple[Format, ...] = ("onnx", "pt2", "int8")
     """onnx: ONNX. pt2: torch.export. int8: static quantisation, two by ONNX Runtime and, where torchao is installed,
     one by PT2E; of those that hold accuracy the fastest is kept. coreml: Core ML by coremltools, compared on macOS
-    alone. executorch and litert are refused, with the reason."""
+    alone. executorch: ExecuTorch with XNNPACK, one image at a time. litert is refused, with the reason."""
     normalize: bool = False
     """Put the normalisation into the graphs: they take images of values in 0..1 then, and normalised ones otherwise."""
     images: int = 1000

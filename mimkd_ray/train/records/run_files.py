@@ -28,7 +28,7 @@ OF_A_RUN = (
 )
 OF_AN_EXPORT = (
     *("model.safetensors", "config.json", "README.md", "export.json", "training_config.json"),
-    *("student.onnx", "student.pt2", "student_int8.onnx", "student_int8.pt2"),
+    *("student.onnx", "student.pt2", "student.pte", "student_int8.onnx", "student_int8.pt2"),
     "student.mlpackage/Manifest.json",
     "student.mlpackage/Data/com.apple.CoreML/model.mlmodel",
     "student.mlpackage/Data/com.apple.CoreML/weights/weight.bin",
