@@ -34,7 +34,7 @@ from report import finish, parser, table
 ROOT = Path(__file__).resolve().parents[1]
 CASE = (
     *("demo", "--compare.seeds", "0", "--teacher.train", "false", "--teacher.name", "cifar/resnet8"),
-    *("--teacher.allow-chance", "true"),
+    *("--teacher.allow-chance", "true", "--student.name", "cifar/resnet8_w4", "--data.pipeline", "none"),
     *("--data.subset", "0", "--train.lanes", "2", "--train.lane-batch", "32", "--train.epochs", "500"),
     *("--train.eval-every", "0", "--train.log-every", "10", "--run.checkpoint-every", "0"),
     *("--run.checkpoint-steps", "20", "--run.name", "run", "--run.tensorboard", "false", "--run.log-samples", "true"),

@@ -45,6 +45,8 @@ CASE = (
         "false",
         "--student.name",
         "cifar/resnet20",
+        "--data.pipeline",
+        "none",
     ),
     *("--train.lanes", "2", "--train.lane-batch", "64", "--train.eval-every", "0", "--run.checkpoint-every", "0"),
     *("--train.epochs", "1000", "--run.tensorboard", "false", "--run.name", "run", "--launch.gpu", "off"),

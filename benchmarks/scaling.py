@@ -31,6 +31,7 @@ COMMON = (
     *("--train.epochs", "1000", "--train.eval-every", "0", "--run.checkpoint-every", "0", "--run.tensorboard", "false"),
     *("--run.name", "run", "--launch.gpu", "off", "--launch.backend", "local", "--launch.workers", "0"),
     *("--train.information-rows", "0", "--teacher.allow-chance", "true"),
+    *("--student.name", "cifar/resnet8_w4", "--data.pipeline", "none"),
 )
 CASES = {
     "compute": (

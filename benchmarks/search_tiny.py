@@ -99,7 +99,8 @@ def tiny(trials: int, cores: int, folder: Path) -> dict[str, float]:
 
 def _job(trials: int, folder: Path) -> dict[str, object]:
     base = to_dict(search_job(demo(), search=SearchConfig(trials=trials, algorithm="random", finalists=0)))
-    base["data"] |= {"subset": 60}
+    base["data"] |= {"subset": 60, "pipeline": "none"}
+    base["student"] |= {"name": "cifar/resnet8_w4"}
     base["teacher"] |= {"name": "cifar/resnet8", "train": False, "allow_chance": True}
     base["train"] |= {"lanes": 1, "lane_batch": 20, "epochs": 1, "eval_every": 1, "information_rows": 32}
     base["compare"] |= {"seeds": 0}

@@ -23,7 +23,9 @@ from report import Targets, finish, parser, table
 from mimkd_ray.data.loading.cpu_quota import usable_cores
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
-DIGITS = shlex.split("imagenet.py demo --compare.seeds 0 --data.subset 0")
+DIGITS = shlex.split(
+    "imagenet.py demo --student.name cifar/resnet8_w4 --data.pipeline none --compare.seeds 0 --data.subset 0"
+)
 CIFAR = shlex.split("cifar100.py resnet32x4_resnet8x4 --data.subset 2000 --data.val-rows 64 --data.store-gb 0")
 COMMON = shlex.split(
     "--teacher.train false --teacher.allow-chance true --launch.backend local --launch.gpu off --run.name run "

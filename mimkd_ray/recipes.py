@@ -31,21 +31,21 @@ def demo() -> Config:
 
     python jobs/imagenet.py
 
-    Learning rate, epochs and weights were fixed beforehand on a quarter of the training set (`--data.holdout 0.25`)
-    with other seeds; the learning rate and the epochs for the student alone. Mean paired difference to the student
-    alone in that study (six seeds), with its standard error: KD at weight 0.5: +1.73 +- 0.98; MIMKD's global term at
-    0.1 and 0.3: +1.29 +- 0.58, +1.19 +- 0.63 (0.1 with KD at 0.5: +1.09 +- 0.92); its feature term at 0.1: +1.24 +-
-    0.80; both at 0.1, as here: +0.94 +- 0.66. All are within each other's error. The student has 3,822 parameters and
-    needs smaller weights than larger students (10 and 3): at weight 1 it does worse than alone.
+    Settings were fixed beforehand on a quarter of the training set (`--data.holdout 0.25`) with eight other seeds, in a
+    bare loop that has the loss written again. Mean paired difference to KD at weight 0.5 in that study, with its
+    standard error: alone -1.5 +- 0.4, KD as published (0.9, cross-entropy 0.1) -0.7 +- 0.3, MIMKD -0.07 +- 0.50. With
+    50 labels and 60 epochs KD was ahead (MIMKD -2.7 +- 0.7), with 1,000 labels and 3 epochs the two were level (+0.3 +-
+    0.5). The presets' weights of 10 and 3 were tried at a third of the rate: -1.0 +- 0.5. Measured once with these
+    seeds on the validation set: MIMKD - KD +0.67 +- 0.21, ahead in 8 of 10.
     """
     return Config(
         recipe="demo",
-        data=DataConfig(root="digits", subset=200, pipeline="none"),
+        data=DataConfig(root="digits", subset=200, pipeline="digits"),
         teacher=TeacherConfig(name="cifar/resnet20", train=True, epochs=12, lr=0.1),
-        student=ModelConfig(name="cifar/resnet8_w4"),
-        loss=LossConfig(global_weight=0.1, feature_weight=0.1, feature_pairs=("stage3:stage3",), queue=1024),
-        optim=OptimConfig(lr=0.2, schedule="cosine", warmup_epochs=5, weight_decay=5e-4),
-        train=TrainConfig(epochs=60, lanes=2, lane_batch=25, eval_every=0),
+        student=ModelConfig(name="cifar/resnet8"),
+        loss=LossConfig(global_weight=1.0, feature_weight=0.3, feature_pairs=("stage3:stage3",), queue=1024),
+        optim=OptimConfig(lr=0.1, schedule="cosine", warmup_epochs=2, weight_decay=5e-4),
+        train=TrainConfig(epochs=20, lanes=2, lane_batch=25, eval_every=0),
         compare=CompareConfig(seeds=10, arms=("alone", "kd", "mimkd"), kd_weight=0.5),
         run=RunConfig(checkpoint_every=0),
         launch=LaunchConfig(workers=2),

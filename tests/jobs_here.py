@@ -32,11 +32,13 @@ CHANCE = ("--teacher.allow-chance", "true")
 SMALL = (
     *("--compare.seeds", "0", "--teacher.train", "false", "--teacher.name", "cifar/resnet8", "--data.subset", "160"),
     *CHANCE,
+    *("--student.name", "cifar/resnet8_w4", "--data.pipeline", "none"),
     *("--train.lanes", "2", "--train.lane-batch", "16", "--train.epochs", "4", "--train.log-every", "1"),
     *("--train.eval-batch", "150", "--train.eval-every", "2", "--train.precision", "float64"),
     *("--train.information-rows", "48"),
-    *("--loss.global-weight", "0.1", "--loss.local-weight", "0.1", "--loss.critic.width", "16"),
-    *("--optim.warmup-epochs", "0", "--run.checkpoint-every", "1", "--run.name", "small"),
+    *("--loss.global-weight", "0.1", "--loss.local-weight", "0.1", "--loss.feature-weight", "0.1"),
+    *("--loss.critic.width", "16", "--optim.lr", "0.2", "--optim.warmup-epochs", "0"),
+    *("--run.checkpoint-every", "1", "--run.name", "small"),
 )
 
 

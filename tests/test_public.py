@@ -160,7 +160,7 @@ def test_the_first_line_of_a_job_waits_for_no_large_package() -> None:
         "common.main(IMAGENET_RECIPES, 'demo', [], 'job')\n"
     )
     text, loaded, *waiting = json.loads(python("-c", code).stdout)
-    assert text == "demo: cifar/resnet20 teaches cifar/resnet8_w4; loading PyTorch"
+    assert text == "demo: cifar/resnet20 teaches cifar/resnet8; loading PyTorch"
     assert waiting == ["PASSIVE", "10000"], "torch reads it when it is imported"
     large = {"torch", "torchvision", "timm", "ray", "numpy", "pandas", "pyarrow", "fsspec", "PIL", "sklearn"}
     assert not (large | {"tyro", "tqdm"}) & set(loaded)

@@ -73,7 +73,7 @@ TRAIN: list[Case] = [
         (("demo", "--student.name", "../x:y"), "model '../x:y': cannot import '../x'"),
         (("demo", "--student.name", "builtins:dict"), "model 'builtins:dict': called with num_classes=10, but"),
         (("demo", "--student.name", "torch.nn:Module"), "model 'torch.nn:Module': called with num_classes=10"),
-        (("demo", "--student.weights", "published"), "no published weights for cifar/resnet8_w4"),
+        (("demo", "--student.weights", "published"), "no published weights for cifar/resnet8"),
         (("demo", "--student.weights", "/nix.pth"), "there is no weights file /nix.pth"),
         (("demo", "--teacher.name", ""), "unknown model ''"),
         (("demo", "--teacher.tolerance", "-5"), "teacher.tolerance is -5.0; give 0 to 100"),
