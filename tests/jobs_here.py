@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TAKES_MINUTES = pytest.mark.skipif("MIMKD_TEST_LONG" not in os.environ, reason="takes minutes: MIMKD_TEST_LONG=1")
+TAKES_LONG = pytest.mark.skipif("MIMKD_TEST_LONG" not in os.environ, reason="takes long: MIMKD_TEST_LONG=1")
 """Tests that `make test` leaves out, so that it stays under 15 minutes on two cores."""
 
 JOB = str(ROOT / "jobs" / "imagenet.py")

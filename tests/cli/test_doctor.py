@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import ray
-from jobs_here import ENVIRONMENT
+from jobs_here import ENVIRONMENT, TAKES_LONG
 from ray.cluster_utils import Cluster
 
 from mimkd_ray.__main__ import main
 
 
+@TAKES_LONG
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_cluster_with_a_head_without_cpus_and_broken_places(

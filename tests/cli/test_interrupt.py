@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs_here import JOB, Job, read_lines, small
+from jobs_here import JOB, TAKES_LONG, Job, read_lines, small
 
 from mimkd_ray.cli import local_launch
 from mimkd_ray.cli.local_launch import LocalContext
@@ -39,7 +39,7 @@ RAY = ("--launch.workers", "2")
         pytest.param(
             RAY,
             "stopping: the workers are asked to save and end; a second Ctrl-C ends at once",
-            marks=pytest.mark.ray,
+            marks=(pytest.mark.ray, TAKES_LONG),
         ),
     ],
 )

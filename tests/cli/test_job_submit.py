@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs_here import CHANCE, JOB, ROOT, SMALL, TAKES_MINUTES, read_lines, result, run, weights
+from jobs_here import CHANCE, JOB, ROOT, SMALL, TAKES_LONG, read_lines, result, run, weights
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -74,7 +74,7 @@ def wait_until(condition: Callable[[], Any], head: Head, name: str, seconds: flo
         time.sleep(0.2)
 
 
-@TAKES_MINUTES
+@TAKES_LONG
 def test_a_stopped_job_submitted_again_ends_as_a_plain_process_does(head: Head, tmp_path: Path) -> None:
     run_dir = tmp_path / "submitted" / "small"
     arguments = [*LONG, "--run.root", str(tmp_path / "submitted")]
@@ -157,7 +157,7 @@ def test_credentials_do_not_travel(head: Head, tmp_path: Path, tmp_path_factory:
     assert sorted(json.loads(there.replace("'", '"'))) == sorted(f"./{name}" for name in wanted)
 
 
-@TAKES_MINUTES
+@TAKES_LONG
 def test_a_cache_and_a_search(head: Head, tmp_path: Path) -> None:
     network = ("--teacher.name", "cifar/resnet8", "--launch.cpus-per-worker", "1")
     views = (

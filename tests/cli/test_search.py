@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs_here import CHANCE, ENVIRONMENT, ROOT, TAKES_MINUTES, Job, kill, run, tree
+from jobs_here import CHANCE, ENVIRONMENT, ROOT, TAKES_LONG, Job, kill, run, tree
 from some_trials import read_trials
 
 from mimkd_ray.cli.search import main
@@ -39,7 +39,7 @@ def rows(root: Path) -> dict[int, dict[str, Any]]:
     return {row["number"]: row for row in found}
 
 
-@TAKES_MINUTES
+@TAKES_LONG
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_search_whose_only_node_dies_ends_and_goes_on(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_search_whose_only_node_dies_ends_and_goes_on(tmp_path: Path) -> None:
     assert [each["state"] for each in rows(tmp_path).values()] == ["completed"] * 2
 
 
-@TAKES_MINUTES
+@TAKES_LONG
 @pytest.mark.ray
 @pytest.mark.slow
 def test_trials_of_two_workers_are_stopped_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -385,7 +385,7 @@ def test_a_lane_of_one_has_no_negative():
         Features(features.logits_BC[:1], {tap: value[:1] for tap, value in features.vectors.items()}, {})
         for features in make_features(1)
     ]
-    with pytest.raises(ValueError, match="lane of 1 image"):
+    with pytest.raises(UserError, match=r"\(lane\) of 1 image has no negatives"):
         loss(*one, LABELS[:1], IDS[:1])
     assert make_loss(terms=())(None, one[1], LABELS[:1], IDS[:1]).total.isfinite()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from jobs_here import TAKES_LONG
 from ranks import start_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -74,7 +75,7 @@ def gradients_of(module: Distilled, call, lane) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("width", "fields", "backend"),
     [
-        pytest.param(16, {"bound": "nwj", "kd_weight": 0.5}, "aot_eager", id="at-once"),
+        pytest.param(16, {"bound": "nwj", "kd_weight": 0.5}, "aot_eager", id="at-once", marks=TAKES_LONG),
         pytest.param(8, {}, "aot_eager", id="chunks"),
         pytest.param(8, {"preset": "paper", "kind": "concat", "locations": 1}, "eager", id="rolled-concat-locations"),
         pytest.param(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+from jobs_here import TAKES_LONG
 from ray.train import ScalingConfig
 
 from mimkd_ray.cli import prepare_data
@@ -266,6 +267,7 @@ def test_it_is_waited_for_others(busy: list[Held]) -> None:
     assert time.monotonic() - began >= 0.4
 
 
+@TAKES_LONG
 @pytest.mark.ray
 @pytest.mark.slow
 def test_who_holds_a_cluster_is_told_by_its_state_api(monkeypatch: pytest.MonkeyPatch) -> None:

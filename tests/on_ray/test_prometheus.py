@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import ray
-from jobs_here import TAKES_MINUTES
+from jobs_here import TAKES_LONG
 
 from mimkd_ray.on_ray import prometheus
 from mimkd_ray.on_ray.prometheus import OF_A_RUN, OF_A_TERM, LiveMetrics
@@ -55,7 +55,7 @@ def test_the_dashboard_shows_what_is_exported_and_nothing_else() -> None:
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 
-@TAKES_MINUTES
+@TAKES_LONG
 @pytest.mark.ray
 @pytest.mark.slow
 def test_prometheus_can_read_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs_here import CHANCE, ENVIRONMENT, ROOT, TAKES_MINUTES, Job
+from jobs_here import CHANCE, ENVIRONMENT, ROOT, TAKES_LONG, Job
 
-pytestmark = [TAKES_MINUTES, pytest.mark.ray, pytest.mark.slow]
+pytestmark = [TAKES_LONG, pytest.mark.ray, pytest.mark.slow]
 
 # Digits, a random teacher, trials of 40 epochs of four steps with two workers: one a node at a time.
 FLAGS = (

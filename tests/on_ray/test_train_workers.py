@@ -21,7 +21,7 @@ import torch
 from jobs_here import (
     ENVIRONMENT,
     JOB,
-    TAKES_MINUTES,
+    TAKES_LONG,
     Job,
     kill,
     listening,
@@ -140,6 +140,7 @@ def assert_equal_training(one: Path, other: Path) -> None:
     assert result(one)["digests"] == result(other)["digests"]
 
 
+@TAKES_LONG
 def test_two_processes_of_torchrun_equal_one_process(plain: Path, torchrun: Path) -> None:
     assert (result(plain)["workers"], result(torchrun)["workers"]) == (1, 2)
     assert lines(plain, "train")[0]["loss"] != lines(plain, "train")[-1]["loss"]
@@ -250,6 +251,7 @@ def test_sigterm_saves_and_ends_with_status_three_and_the_same_command_goes_on(
     assert weights(run_dir) == weights(tmp_path / "twin" / "small")
 
 
+@TAKES_LONG
 def test_sigterm_saves_under_torchrun_too(tmp_path: Path) -> None:
     run_dir = tmp_path / "small"
     job = Job(command(tmp_path, *STOPPED, python=torchrun_here(2)), tmp_path / "job.log")
@@ -263,7 +265,7 @@ def test_sigterm_saves_under_torchrun_too(tmp_path: Path) -> None:
     assert list((run_dir / "checkpoints").glob("*/committed.json"))
 
 
-@TAKES_MINUTES
+@TAKES_LONG
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("Ray", marks=pytest.mark.ray)])
 def test_stopped_loader_processes_of_any_worker_do_not_hold_up_a_stop(launcher: str, tmp_path: Path) -> None:

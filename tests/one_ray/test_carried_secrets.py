@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from jobs_here import ENVIRONMENT, ROOT, small
+from jobs_here import ENVIRONMENT, ROOT, TAKES_LONG, small
 from secret_server import no_secret_in, saved, server, url_of
 
 from mimkd_ray import secret_urls
@@ -27,6 +27,7 @@ def nothing_known(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(secret_urls.VARIABLE, "{}")
 
 
+@TAKES_LONG
 def test_a_run_and_a_search(cluster: str, server: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     one = ("--launch.address", cluster, "--launch.workers", "1")
     flags = [*small(tmp_path, *one), "--teacher.weights", url_of(server)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs_here import TAKES_LONG
 
 from mimkd_ray.__main__ import main
 from mimkd_ray.config import DoctorConfig
@@ -37,6 +38,7 @@ def test_a_good_machine_passes_and_leaves_nothing_behind(
     assert (written["ok"], [check["check"] for check in written["checks"]]) == (True, everything)
 
 
+@TAKES_LONG
 def test_ranks_of_one_node_talk_by_its_loopback(joined: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Told(check_nodes.Rank):
         """A rank that gives the interface in place of its time. Local, so that Ray sends it by value."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs_here import ENVIRONMENT, ROOT, small
+from jobs_here import ENVIRONMENT, ROOT, TAKES_LONG, small
 
 from mimkd_ray.cli import common
 from mimkd_ray.recipes import IMAGENET_RECIPES
@@ -62,6 +62,7 @@ def test_a_workers_user_error_is_one_line_and_status_two(
     assert not (tmp_path / "small" / "metrics.jsonl").exists()
 
 
+@TAKES_LONG
 def test_a_tasks_error_is_one_line(cluster: str, tmp_path: Path) -> None:
     """Of the preparation of data: the driver reads labels, and a task finds that the images cannot be read."""
     import pyarrow as pa

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from jobs_here import TAKES_MINUTES
+from jobs_here import TAKES_LONG
 from safetensors.torch import save_file
 
 from mimkd_ray.__main__ import main
@@ -20,6 +20,7 @@ STUDENT = ("--student.name", "cifar/resnet8", "--data.root", "digits", "--data.p
 TWO = ("--launch.backend", "ray", "--launch.workers", 2, "--launch.gpu", "off", "--launch.cpus-per-worker", 1)
 
 
+@TAKES_LONG
 @pytest.mark.ray
 def test_two_workers_find_what_one_process_finds(cluster: str, tmp_path: Path) -> None:
     weights = tmp_path / "student.safetensors"
@@ -35,7 +36,7 @@ def test_two_workers_find_what_one_process_finds(cluster: str, tmp_path: Path) -
     assert tables[0]["prediction"].equals(tables[1]["prediction"])
 
 
-@TAKES_MINUTES
+@TAKES_LONG
 @pytest.mark.ray
 def test_a_workers_bad_input_is_a_line(cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = ("--student.weights", "no.safetensors", "--eval.out", tmp_path, "--launch.address", cluster)

@@ -6,9 +6,10 @@ import importlib
 from pathlib import Path
 
 import pytest
-from jobs_here import ROOT
+from jobs_here import ROOT, TAKES_LONG
 
 
+@TAKES_LONG
 @pytest.mark.ray
 @pytest.mark.slow
 def test_own_dataset_on_ray(joined: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

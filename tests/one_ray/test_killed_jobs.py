@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jobs_here import ROOT, Job, kill, listening, processes, run_and_kill
+from jobs_here import ROOT, TAKES_LONG, Job, kill, listening, processes, run_and_kill
 from PIL import Image
 from tiny_cache import files
 
@@ -49,6 +49,7 @@ def job(name: str, *arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "jobs" / name), *arguments]
 
 
+@TAKES_LONG
 def test_killed_builders_and_a_killed_job(joined: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL of a builder, which Ray starts again, then of the whole job; restarted it ends as an undisturbed one."""
     root = tmp_path / "cache"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs_here import CHANCE, ROOT, Job, kill, meanwhile, processes
+from jobs_here import CHANCE, ROOT, TAKES_LONG, Job, kill, meanwhile, processes
 from some_trials import read_trials
 
 from mimkd_ray.cli.search import main
@@ -53,6 +53,7 @@ def trial_processes(root: int) -> list[int]:
     return processes(root, "ImplicitFunc")
 
 
+@TAKES_LONG
 def test_killed_trials_and_a_killed_search(joined: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """SIGKILL of the trials' processes, which Tune starts again, then of the whole job; then SIGTERM; given again it
     ends by Tuner.restore. A trial that was killed ends with the weights of one that was not."""
@@ -86,6 +87,7 @@ def test_killed_trials_and_a_killed_search(joined: str, tmp_path: Path, capfd: p
     assert (last / "student.safetensors").read_bytes() == (tmp_path / "twin" / "student.safetensors").read_bytes()
 
 
+@TAKES_LONG
 def test_a_trial_whose_process_is_lost_for_good_is_recorded(
     joined: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

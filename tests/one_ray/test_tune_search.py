@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs_here import ROOT
+from jobs_here import ROOT, TAKES_LONG
 from some_trials import read_trials
 from tiny_run import tiny_config
 from tiny_search import odd, tiny_job
@@ -64,6 +64,7 @@ def test_failures_and_finals(joined: str, tmp_path: Path, capsys: pytest.Capture
     assert left == []
 
 
+@TAKES_LONG
 def test_members_of_packs_are_rows(joined: str, tmp_path: Path) -> None:
     trials = run(tmp_path, trials=5, pack=3, reduction=2)
     assert [trial.number for trial in trials] == [0, 1, 2, 3, 4]
@@ -80,6 +81,7 @@ def test_members_of_packs_are_rows(joined: str, tmp_path: Path) -> None:
         assert (last / member / "student.safetensors").exists() == (trial.state == "completed")
 
 
+@TAKES_LONG
 def test_a_population_moves_its_numbers(joined: str, tmp_path: Path) -> None:
     """The worst goes on from the best one's checkpoint, with other numbers, and nobody fails for it."""
     search = {"trials": 3, "scheduler": "pbt", "space": ("tiny_search:steady",), "train_epochs": 3}

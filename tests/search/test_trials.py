@@ -121,7 +121,7 @@ def test_the_columns_are_typed_and_say_what_a_score_is() -> None:
     ]
     assert pa.types.is_list(table.schema.field("curve").type)
     assert table.column("curve").to_pylist()[0] == [
-        {"epoch": 1, "step": 10, "top1": 50.0, "top5": 80.0, "cross_entropy": 1.5, "nats": 2.0}
+        {"epoch": 1, "step": 10, "top1": 50.0, "top5": 80.0, "cross_entropy": 1.5, "nats": 2.0, "knn": None}
     ]
     assert json.loads(table.column("config")[0].as_py()) == {"a": [1]}
     assert to_table([], "top1").num_rows == 0

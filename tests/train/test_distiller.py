@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from jobs_here import TAKES_LONG
 from ranks import start_ranks
 from tiny_run import cpu, tiny_config, tiny_data
 from torch import Tensor, nn
@@ -257,6 +258,7 @@ def test_autocast_is_the_callers() -> None:
     assert all(torch.isfinite(p.grad).all() for p in own.parameters() if p.grad is not None)
 
 
+@TAKES_LONG
 def test_compiled_it_gives_the_same_losses() -> None:
     plain = some_distiller(pairs={"feature": ["stage3:stage3"]})
     compiled = torch.compile(copy.deepcopy(plain), backend="aot_eager")

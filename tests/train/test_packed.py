@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs_here import TAKES_LONG
 from safetensors.torch import load_file
 from tiny_cache import build_here, cached_config
 from tiny_run import cpu, tiny_config, wait_for_checkpoints
@@ -164,7 +165,7 @@ def config_of(kind: str, tmp_path: Path) -> Config:
     return tiny_config(train=TRAIN | {"lanes": 1 if kind == "one lane" else 2}, loss=loss)
 
 
-@pytest.mark.parametrize("kind", ["one lane", "step", "cached", "drawn"])
+@pytest.mark.parametrize("kind", ["one lane", "step", "cached", pytest.param("drawn", marks=TAKES_LONG)])
 def test_members_are_their_lone_twins_bit_for_bit(tmp_path: Path, kind: str) -> None:
     configs = variants(config_of(kind, tmp_path))
     outcomes = pack(configs, tmp_path / "pack")
@@ -268,7 +269,7 @@ def lose(folder: Path, *steps: int) -> None:
         shutil.rmtree(found)
 
 
-@pytest.mark.parametrize(("lost", "start"), [((), 12), ((12,), 6), ((6, 12), 0)])
+@pytest.mark.parametrize(("lost", "start"), [((), 12), pytest.param((12,), 6, marks=TAKES_LONG), ((6, 12), 0)])
 def test_a_killed_pack_goes_on_from_what_all_members_have(
     tmp_path: Path, twins: Path, monkeypatch: pytest.MonkeyPatch, lost: tuple[int, ...], start: int
 ) -> None:
@@ -319,6 +320,7 @@ def test_at_any_time_there_is_a_step_that_all_members_have(tmp_path: Path, monke
     assert all(found >= step - 1 for step, found in shared)
 
 
+@TAKES_LONG
 def test_a_kill_before_the_verdict_was_carried_out_asks_the_judge_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from jobs_here import TAKES_LONG
 from ranks import start_ranks
 from tiny_run import tiny_config, tiny_data
 
@@ -59,6 +60,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@TAKES_LONG
 def test_two_compiled_workers_train_the_same_model(tmp_path: Path) -> None:
     expected = _train(LocalContext(torch.device("cpu")), compiled=False)
     start_ranks(_rank, (2, str(tmp_path)), 2)
