@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs_here import TAKES_LONG
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -61,6 +62,7 @@ def test_without_labels(example: Any, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.splitlines()[-1].startswith("nearest of 100 labelled images: teacher ")
 
 
+@TAKES_LONG
 def test_vit_to_mobilenet(example: Any) -> None:
     of_teacher, of_student = example("vit_to_mobilenet").main(epochs=2)
     assert of_teacher > 30

@@ -109,6 +109,7 @@ def test_a_stopped_job_submitted_again_ends_as_a_plain_process_does(head: Head, 
     assert result(run_dir)["student"] == result(plain / "small")["student"]
 
 
+@TAKES_LONG
 def test_bad_input_is_status_2_and_says_what(head: Head) -> None:
     printed = submit(head, "bad", "imagenet.py", "--train.epoch", "3", status=1)  # the status of `ray job submit`
     assert "Unrecognized options: --train.epoch, 3" in printed

@@ -16,7 +16,7 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
-from jobs_here import ENVIRONMENT, ROOT  # noqa: E402
+from jobs_here import ENVIRONMENT, ROOT, TAKES_LONG  # noqa: E402
 from packaging.requirements import Requirement  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 from ray.train import ScalingConfig  # noqa: E402
@@ -139,6 +139,7 @@ def decide(policy: ElasticScalingPolicy, seconds: float) -> int:
     raise AssertionError(f"no decision in {seconds} s")
 
 
+@TAKES_LONG
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_node_that_was_just_killed_is_not_counted(raylet: Any) -> None:

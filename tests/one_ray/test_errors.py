@@ -46,6 +46,7 @@ def test_too_few_cpus_is_an_error_with_numbers(
     assert left is None, "no worker was started"
 
 
+@TAKES_LONG
 def test_a_workers_user_error_is_one_line_and_status_two(
     cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

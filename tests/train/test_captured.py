@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs_here import TAKES_LONG
 from test_packed import alone, config_of, lines, pack, same, same_weights, variants
 from tiny_run import cpu, run_tiny, tiny_config, wait_for_checkpoints
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,7 +50,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         yield made
 
 
-@pytest.mark.parametrize("kind", ["one lane", "step", "cached"])
+@pytest.mark.parametrize("kind", [pytest.param("one lane", marks=TAKES_LONG), "step", "cached"])
 def test_a_captured_pack_equals_plain_lone_runs_bit_for_bit(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

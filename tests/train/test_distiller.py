@@ -413,7 +413,7 @@ def _rank(rank: int, world: int, folder: str, negatives: str, compiled: bool) ->
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("negatives", "compiled"), [("step", False), ("queue", True)])
+@pytest.mark.parametrize(("negatives", "compiled"), [("step", False), pytest.param("queue", True, marks=TAKES_LONG)])
 def test_two_ranks_under_ddp_train_as_two_lanes_of_a_run(negatives: str, compiled: bool, tmp_path: Path) -> None:
     trained, _, _ = student_and_distiller(_ranks_config(negatives))
     trained.inputs.start(0)

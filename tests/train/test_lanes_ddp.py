@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from jobs_here import TAKES_LONG
 from ranks import start_ranks
 from tiny_run import tiny_config, tiny_data
 
@@ -145,7 +146,9 @@ def test_any_number_of_workers_and_a_changing_one_train_one_model(tmp_path: Path
     "loss",
     [
         pytest.param({"preset": "best", "local_weight": 0.5}, id="frozen"),
-        pytest.param({"negatives": "queue", "critic": CriticConfig(kind="concat", width=8)}, id="concat"),
+        pytest.param(
+            {"negatives": "queue", "critic": CriticConfig(kind="concat", width=8)}, id="concat", marks=TAKES_LONG
+        ),
     ],
 )
 def test_a_queue_and_running_statistics_are_those_of_one_worker(tmp_path: Path, loss: dict[str, Any]) -> None:

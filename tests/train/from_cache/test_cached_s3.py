@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from jobs_here import TAKES_LONG
 from test_cached_teacher import walk, worst_difference
 from tiny_cache import build_here, cached_config
 
@@ -20,6 +21,7 @@ def _nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_reader, "_blocks", block_reader._KeptBlocks())
 
 
+@TAKES_LONG
 def test_the_same_features_as_from_a_local_cache(bucket: str, tmp_path: Path) -> None:
     here = cached_config(tmp_path / "cache", data={"store": str(tmp_path / "store")})
     there = replace(here, cache=replace(here.cache, root=f"{bucket}/cache"))
