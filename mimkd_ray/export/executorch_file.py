@@ -29,7 +29,7 @@ def executorch_runner(path: Path) -> Runner:
         program = Runtime.get().load_program(path)
 
     def run(images_BCHW: Tensor) -> Tensor:
-        method = program.load_method("forward")  # loaded once; it reads the program's memory, which run keeps
+        method = program.load_method("forward")  # the program loads it once and keeps it
         assert method is not None
         images = images_BCHW.contiguous().split(1)  # it reads the memory as it lies
         return torch.cat([method.execute([image])[0] for image in images])
