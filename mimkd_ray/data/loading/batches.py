@@ -20,6 +20,7 @@ from torch import Tensor
 from mimkd_ray.data.augment.views import DamagedImageError, Transform, View, decode
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.sample_order import Order, view_number
+from mimkd_ray.data.sources.columns import NO_LABEL
 from mimkd_ray.data.sources.source import Row, Source
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.errors import DamagedDataError
@@ -61,13 +62,6 @@ class LaneBatch:
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """An evaluation batch of one image, which is damaged."""
-
-    image: str
-
-
-@dataclass(frozen=True)
 class Key:
     """The positions, lane and view of one batch, the unit of work of a loader process."""
 
@@ -98,7 +92,8 @@ class TrainKeys:
 
 
 DAMAGED = -2
-"""Label of a damaged image that keeps its place in a batch. Images without a label have -1."""
+"""Label of a damaged image that keeps its place in a batch. Images without a label have NO_LABEL, whatever negative
+number the data has for it."""
 
 
 class FeatureSource(Protocol):
@@ -158,6 +153,8 @@ class TrainBatches(_Views):
     def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch:
         """Return the batch, with its images in `memory` (bytes) if they fit."""
         made = self._decoded(key, memory)
+        if not made.places:
+            raise none_intact(made.damaged)
         if made.damaged:
             made = made.chosen(nearest_intact(made.places, len(key.positions)))
         batch = made.batch(key)
@@ -190,15 +187,12 @@ class EvalBatches:
         """Return the size of one image of a batch."""
         return self.transform(_BLANK).numel()
 
-    def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch | LeftOut:
-        """Return the batch, its images in `memory` (bytes), if they fit; or the one image of it that is damaged."""
-        try:
-            return _decode_all(self.source, key, self._view, memory).batch(key)
-        except _AllDamagedError as error:
-            if len(key.positions) > 1:
-                raise
-            # A slice may end in a batch of one: if damaged, that is one image, and no sign of a broken set.
-            return LeftOut(error.names[0])
+    def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch:
+        """Return the batch, its images in `memory` (bytes), if they fit; it is empty if its only image is damaged."""
+        made = _decode_all(self.source, key, self._view, memory)
+        if not made.places and len(key.positions) > 1:
+            raise none_intact(made.damaged)
+        return made.batch(key)
 
     def _view(self, row: Row, out: Tensor | None) -> Tensor:
         return self.transform(decode(row.image, how=row.how))
@@ -219,20 +213,14 @@ def first_three(names: Sequence[str]) -> str:
 
 
 _BLANK = torch.full((3, 256, 256), 128, dtype=torch.uint8)
-_NONE = torch.empty(0)
+_NONE = torch.empty((0, 3, 0, 0), dtype=torch.uint8)
 
 
-class _AllDamagedError(DamagedDataError):
-    """A batch without an intact image."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__(
-            f"none of the {len(names)} images of a batch can be decoded: {first_three(names)}; repair the data"
-        )
-        self.names = tuple(names)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return DamagedDataError, (str(self),)  # the type as which it is sent to the training process
+def none_intact(names: Sequence[str]) -> DamagedDataError:
+    """Return the error of a batch without an intact image."""
+    return DamagedDataError(
+        f"none of the {len(names)} images of a batch can be decoded: {first_three(names)}; repair the data"
+    )
 
 
 @dataclass(frozen=True)
@@ -268,7 +256,7 @@ def _decode_all(
     What `instead` returns takes the place of a damaged image, with the label DAMAGED.
 
     Each image is copied to its place at once, in its own layout, mostly channels last: keeping all results would cost
-    50 us an image for fresh memory, and another layout 60 us. Raises _AllDamagedError if no image is intact.
+    50 us an image for fresh memory, and another layout 60 us.
     """
     images_BCHW: Tensor | None = None
     rooms: Iterator[Tensor] = iter(())  # one for each image; made in one call, which saves 1 us an image
@@ -276,7 +264,7 @@ def _decode_all(
     made = _Decoded(_NONE, [], [], [], ())
     damaged = []
     for place, row in enumerate(source.read(key.positions.tolist())):
-        label = row.label
+        label = max(row.label, NO_LABEL)
         try:
             try:
                 image = transform(row, out)
@@ -302,9 +290,8 @@ def _decode_all(
         made.places.append(place)
         made.labels.append(label)
         made.ids.append(row.id)
-    if images_BCHW is None:
-        raise _AllDamagedError(damaged)
-    return replace(made, images_BCHW=images_BCHW[: len(made.places)], damaged=tuple(damaged))
+    images_BCHW = _NONE if images_BCHW is None else images_BCHW[: len(made.places)]
+    return replace(made, images_BCHW=images_BCHW, damaged=tuple(damaged))
 
 
 def _room_for(count: int, image: Tensor, memory: Tensor | None) -> Tensor:

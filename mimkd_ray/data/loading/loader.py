@@ -12,7 +12,6 @@ rest of a run, so loader processes are started once and live through epochs.
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +30,6 @@ from mimkd_ray.data.loading.batches import (
     FeatureSource,
     Key,
     LaneBatch,
-    LeftOut,
     TrainBatches,
     TrainKeys,
     ViewBatches,
@@ -57,8 +55,6 @@ __all__ = [
     "train_batches",
     "view_batches",
 ]
-
-logger = logging.getLogger(__name__)
 
 PREFETCH = 4  # finished batches that wait per loader process
 SPARE_SLOTS = 4  # batches that the training process has in hand
@@ -129,7 +125,7 @@ def eval_batches(
     """Yield this rank's contiguous slice of the set in batches; all slices together contain each row once.
 
     The last batch is smaller; a rank may get no rows. `step` counts the batches. Damaged images are left out. Raises
-    UserError for invalid sizes, DamagedDataError if no image of a batch is intact (a batch of one is left out).
+    UserError for invalid sizes, DamagedDataError if no image of a batch is intact (a batch of one is then empty).
     """
     workers = resolve_loader_workers(loader_workers, source)
     if batch_size < 1:
@@ -292,9 +288,6 @@ def _opened(answers: Iterator[Answer], reader: ReadAhead | None) -> Iterator[Lan
         made = answer.open()
         if isinstance(made, Failed):
             raise made.error
-        if isinstance(made, LeftOut):
-            logger.warning("damaged image, left out: %s", made.image)
-            continue
         yield made
 
 

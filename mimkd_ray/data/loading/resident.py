@@ -20,11 +20,18 @@ from torch import Tensor
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.transforms import Transform, can_be_resident
 from mimkd_ray.data.augment.views import View
-from mimkd_ray.data.loading.batches import DAMAGED, FeatureSource, Key, LaneBatch, TrainKeys, nearest_intact
+from mimkd_ray.data.loading.batches import (
+    DAMAGED,
+    FeatureSource,
+    Key,
+    LaneBatch,
+    TrainKeys,
+    nearest_intact,
+    none_intact,
+)
 from mimkd_ray.data.loading.loader import view_batches
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.source import Source
-from mimkd_ray.errors import DamagedDataError
 
 CHUNK = 512  # images decoded as one batch during loading
 MEMORY_SHARE = 8  # the set may take 1/8 of a GPU's memory without being requested
@@ -104,9 +111,7 @@ class Resident:
             return np.ascontiguousarray(positions), ()
         places = [place for place, each in enumerate(positions.tolist()) if each not in self.damaged]
         if not places:
-            raise DamagedDataError(
-                f"none of the {len(positions)} images of a batch can be decoded, {names[0]} among them; repair the data"
-            )
+            raise none_intact(names)
         return positions[places][nearest_intact(places, len(positions))], names
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimkd_ray.data.loading.batches import Batches, Key, LaneBatch, LeftOut
+from mimkd_ray.data.loading.batches import Batches, Key, LaneBatch
 from mimkd_ray.data.loading.helper_processes import helper_context
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.storage import StorageError
@@ -100,7 +100,7 @@ class Answers:
         bare = _Bare(made.step, made.lane, made.view, made.damaged, numbers, features)
         return Answer(bare, self.slots.number, slot, tuple(images.shape), images.is_contiguous())
 
-    def _make(self, key: Key, memory: Tensor | None) -> LaneBatch | LeftOut | Failed:
+    def _make(self, key: Key, memory: Tensor | None) -> LaneBatch | Failed:
         try:
             return self.batches.make(key, memory)
         except (UserError, DamagedDataError, StorageError) as error:
@@ -132,7 +132,7 @@ class Answer:
     The images of a bare batch are in the slot, in `shape`, channels first or last.
     """
 
-    made: LaneBatch | _Bare | LeftOut | Failed
+    made: LaneBatch | _Bare | Failed
     slots: int | None = None  # their number; None: no slot was given
     slot: int = 0
     shape: tuple[int, ...] = ()
@@ -143,7 +143,7 @@ class Answer:
         made = self.open()
         return Answer(made.pin_memory() if isinstance(made, LaneBatch) else made)
 
-    def open(self) -> LaneBatch | LeftOut | Failed:
+    def open(self) -> LaneBatch | Failed:
         """Return what was made; once, in the training process."""
         if not isinstance(self.made, _Bare):
             if self.slots is not None:

@@ -202,7 +202,7 @@ def stratified_split(labels: np.ndarray, share_or_count: float | int, seed: int)
     far as classes have them. A remainder is assigned to classes by keyed random numbers. Raises UserError for too many.
     """
     if len(labels) and labels.min() < 0:
-        labels = labels - labels.min()  # rows without a label are a class of their own
+        labels = labels.clip(min=-1) + 1  # rows without a label are a class of their own
     sizes = np.bincount(labels) if len(labels) else np.zeros(1, dtype=np.int64)
     if isinstance(share_or_count, float):
         count = round(share_or_count * len(labels))

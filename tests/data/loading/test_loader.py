@@ -239,12 +239,13 @@ def test_damaged_training_images_are_replaced_by_the_nearest(tmp_path: Path, wor
                 assert any(name.startswith(f"train-0.parquet row {position} (") for name in batch.damaged)
 
 
-def test_damaged_evaluation_images_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_evaluation_images_are_left_out(tmp_path: Path, workers: int) -> None:
     source = _damaged_set(tmp_path, {1, 5, 12}, rows=13)
-    batches = list(eval_batches(source, CIFAR.eval, batch_size=4))
-    assert [b.ids_B.tolist() for b in batches] == [[0, 2, 3], [4, 6, 7], [8, 9, 10, 11]]
-    assert [len(b.damaged) for b in batches] == [1, 1, 0]
-    assert "row 12" in caplog.text  # alone in its batch, so there is no batch to name it
+    batches = list(eval_batches(source, CIFAR.eval, batch_size=4, loader_workers=workers))
+    assert [b.ids_B.tolist() for b in batches] == [[0, 2, 3], [4, 6, 7], [8, 9, 10, 11], []]
+    assert [len(b.damaged) for b in batches] == [1, 1, 0, 1]
+    assert "row 12" in batches[3].damaged[0], "a batch of one without its image"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -70,10 +70,11 @@ def test_damaged_images_are_replaced_as_the_loader_does(tmp_path: Path) -> None:
     for broken in (0, 1, 7, 13, 30):
         files[broken] = files[broken][:40]
     path = tmp_path / "train-0.parquet"
-    write_parquet(path, files, [i % 3 for i in range(32)])
+    write_parquet(path, files, [i % 3 - 2 for i in range(32)])
     source = ParquetSource({str(path): path.stat().st_size})
     ordinary, kept = both(source, CPU)
     assert sum(len(batch.damaged) for batch in ordinary) >= 5
+    assert {label for batch in kept for label in batch.labels_B.tolist()} == {-1, 0}, "negative: without a label"
     assert_same(ordinary, kept)
 
 

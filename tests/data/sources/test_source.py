@@ -65,6 +65,12 @@ def test_split_follows_the_seed() -> None:
     assert sum(a == b for a, b in zip(splits[0], range(0, 200, 4), strict=True)) < 30  # no pattern of places
 
 
+def test_rows_without_a_label_are_a_class_whatever_their_number() -> None:
+    plain, far = (np.where(np.arange(40) % 4 == 0, none, np.arange(40) % 4) for none in (-1, -(10**12)))
+    for ours, theirs in zip(stratified_split(far, 8, 3), stratified_split(plain, 8, 3), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_too_many_rows() -> None:
     with pytest.raises(UserError, match="cannot choose 11 rows of a set of 10"):
         stratified_split(np.zeros(10, dtype=np.int64), 11, 0)
