@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from mimkd_ray.cache_build.build_setup import Setup
+from mimkd_ray.data.loading.loader import resolve_loader_workers
 from mimkd_ray.taps.tap_codecs import Coding
 from mimkd_ray.teacher_cache.codec import Calibration, projects
 from mimkd_ray.teacher_cache.cost_plan import Measured, Plan, Sized
@@ -19,11 +20,12 @@ from mimkd_ray.train.from_cache.fit_codecs import sample_keys
 from mimkd_ray.train.networks.build import build_distiller
 
 BATCHES = 3
-"""Batches of a lane that are timed, after one that is not."""
+"""Times that teacher and student are timed on a batch of a lane, after one that is not; and batches that each loader
+process is timed for."""
 
 
 def measured_plan(setup: Setup) -> Plan:
-    """Measure and plan. Reads BATCHES + 1 batches of images, and writes nothing."""
+    """Measure and plan. Reads BATCHES + 2 batches of images for each loader process, and writes nothing."""
     config = setup.config
     used = {entry.label for entry in entries_of([setup.planned], setup.network, setup.head.count)}
     sizes = tuple(Sized(e, e.row_bytes, e.label in used) for e in setup.entries)
@@ -49,15 +51,14 @@ def _measure(setup: Setup) -> Measured:
     teacher = setup.teacher(coding)
     sight = setup.sight(teacher)
     size = min(config.train.lane_batch, setup.data.whole.num_rows)
-    keys = sample_keys(setup.data.whole.num_rows, size * (BATCHES + 1), 0, size)
+    # Of each process a first batch, BATCHES that are timed, and a last: on a GPU a batch arrives when the next is made.
+    processes = max(1, resolve_loader_workers(config.data.loader_workers, setup.data.whole))
+    keys = sample_keys(setup.data.whole.num_rows, size * processes * (BATCHES + 2), 0, size)
     batches = sight.batches(keys)
-    first = next(batches)  # starts the loader processes
-    began = time.perf_counter()
-    last = first
-    count = 0
-    for last in batches:
-        count += len(last)
-    load = (time.perf_counter() - began) / max(count, 1)
+    first = next(batches)
+    arrived = [(time.perf_counter(), len(first)), *((time.perf_counter(), len(batch)) for batch in batches)]
+    began, ended = (processes * count - 1 for count in (1, BATCHES + 1))
+    load = (arrived[ended][0] - arrived[began][0]) / sum(images for _, images in arrived[began + 1 : ended + 1])
     images, features = sight.look(first)
     on_device = sight.normalize(images)
 
@@ -77,7 +78,7 @@ def _measure(setup: Setup) -> Measured:
     labels = first.labels_B.clamp(min=0)
     of_student = seconds(lambda: backward_lane(distiller, on_device, labels, first.ids_B, given, 1.0, True))
     teacher.tapped.release()
-    return Measured(of_teacher, of_student, load if count else 1e-9)
+    return Measured(of_teacher, of_student, load)
 
 
 def _placeholder(entry: Entry) -> Calibration:

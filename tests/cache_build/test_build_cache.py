@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ from ranks import start_ranks
 from tiny_cache import CPU, build_here, cached_config, files
 
 from mimkd_ray import storage
-from mimkd_ray.cache_build import build_setup, build_units
+from mimkd_ray.cache_build import build_setup, build_units, measured_plan
 from mimkd_ray.cache_build.build_cache import build
 from mimkd_ray.cache_build.build_setup import Setup, shards_of
 from mimkd_ray.cache_build.build_units import in_process
 from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.augment.views import View, make_pipeline
+from mimkd_ray.data.loading.batches import Key, LaneBatch
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import DamagedDataError, UserError
@@ -28,6 +31,7 @@ from mimkd_ray.models.zoo import build_model
 from mimkd_ray.seeds import derive
 from mimkd_ray.teacher_cache.feature_manifest import read_manifest, views_there
 from mimkd_ray.teacher_cache.keys import read_keys
+from mimkd_ray.train.from_cache.fit_codecs import Sight
 
 LABELS = ["pool:vector", "stage3:map", "logits", "pixels"]
 
@@ -284,3 +288,20 @@ def test_shards_are_whole_blocks() -> None:
     assert shards_of(Blocks.of([10, 0, 10, 7, 30, 2]), 20) == [(0, (10, 10)), (20, (7,)), (27, (30,)), (57, (2,))]
     assert shards_of(Blocks.of([3000, 5]), 20) == [(0, (1024, 1024, 952)), (3000, (5,))]
     assert shards_of(Blocks.uniform(0, 5), 20) == []
+
+
+def test_a_plan_measures_loader_processes_at_their_own_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, simulated, that each take 40 ms for a batch of 10 images."""
+    real = Sight.batches
+
+    def batches(sight: Sight, keys: Sequence[Key]) -> Iterator[LaneBatch]:
+        for number, batch in enumerate(real(sight, keys)):
+            if number % 2 == 0:
+                time.sleep(0.04)
+            yield batch
+
+    setup = Setup(cached_config(tmp_path, data={"loader_workers": 0}), CPU)
+    monkeypatch.setattr(Sight, "batches", batches)
+    monkeypatch.setattr(measured_plan, "resolve_loader_workers", lambda number, source: 2)
+    load = 0.04 / 2 / 10
+    assert 0.95 * load < measured_plan._measure(setup).load < 2 * load
