@@ -24,7 +24,7 @@ from mimkd_ray import storage
 from mimkd_ray.data.augment.decode import DECODING, Decoding
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.sources.columns import NO_LABEL, Columns, class_names, find_columns, label_array, plain_text
-from mimkd_ray.data.sources.row_groups import chunk_span, open_parquet, read_row_group
+from mimkd_ray.data.sources.row_groups import UNCOMPRESSED, chunk_span, open_parquet, read_row_group
 from mimkd_ray.data.sources.shard_manifest import Block, Manifest, Shard
 from mimkd_ray.data.sources.source import Row, digest_of, numbered_classes
 from mimkd_ray.data.store.block_reader import BlockReader, forget
@@ -40,8 +40,16 @@ KEPT_PLACES = 2**16  # of blocks, some 250 bytes each; a look-up takes 3 us
 INDEX_BYTES = 24  # that the store keeps of a row that is read in place
 
 
+class _Group(NamedTuple):
+    rows: int
+    start: int
+    stop: int  # byte after the last one
+    images: int  # bytes, decompressed
+    plain: bool  # whether images are not compressed, so that they can be read where they are
+
+
 class _Footer(NamedTuple):
-    row_groups: tuple[tuple[int, int, int], ...]  # (rows, first byte, byte after the last one) of each
+    row_groups: tuple[_Group, ...]
     label_range: tuple[int, int] | None  # None: no statistics
     classes: tuple[str, ...]  # () if the file does not name them
     columns: Columns
@@ -98,16 +106,19 @@ class ParquetSource:
         self.columns = tuple(f.columns for f in footers)
         self.names: tuple[str, ...] | None = None
         self._ranges = tuple(f.label_range for f in footers)
-        row_groups = tuple(rows for f in footers for rows, _, _ in f.row_groups)
+        groups = [group for f in footers for group in f.row_groups]
+        row_groups = tuple(group.rows for group in groups)
         self.blocks: Blocks = Blocks.of(row_groups)
         # Block b is row group b - _file_block[f] of file f, the last one with _file_block[f] <= b.
         self._file_block = np.cumsum([0, *(len(f.row_groups) for f in footers)])
-        self.num_bytes = sum(size for _, size in self.files)
         self.num_rows: int = self.blocks.num_rows
         if self.num_rows == 0:
             raise UserError(f"{self.files[0][0]}: the {len(self.files)} Parquet file(s) of this split hold no rows")
-        # By block, that are read for it; those on a local disk may stay there.
-        self._bytes = np.array([0 if self.in_place else end - at for f in footers for _, at, end in f.row_groups])
+        stay = [self.in_place and group.plain for group in groups]
+        # By block, that are read for it; what stays where it is costs next to nothing.
+        self._bytes = np.array([0 if s else g.stop - g.start for g, s in zip(groups, stay, strict=True)])
+        stored = sum(INDEX_BYTES * g.rows + (0 if s else g.images) for g, s in zip(groups, stay, strict=True))
+        self.block_bytes: int = stored // self.blocks.num_blocks
         self._places: dict[int, _Place] = {}
         self._loaded_again: set[int] = set()
         self._listed: tuple[Block, ...] = ()
@@ -135,12 +146,6 @@ class ParquetSource:
     def distant(self) -> bool:
         """True if blocks are copied to the store, from object storage or a network file system."""
         return not self.in_place
-
-    @property
-    def block_bytes(self) -> int:
-        """Mean size of a block in the store: of a row group, or of its index if it is read in place."""
-        size = INDEX_BYTES * self.num_rows if self.in_place else self.num_bytes
-        return size // self.blocks.num_blocks
 
     def labels(self) -> np.ndarray:
         """Return all labels (int64). Reads the label column of every file."""
@@ -270,17 +275,18 @@ def _listed_shards(files: Mapping[str, int], manifest: Manifest) -> dict[str, in
 
 def _check_row_groups(url: str, footer: _Footer, shard: Shard) -> None:
     """Raise UserError if the file's row groups differ from those of the manifest."""
-    rows = sum(rows for rows, _, _ in footer.row_groups)
+    rows = sum(group.rows for group in footer.row_groups)
     if len(footer.row_groups) != len(shard.blocks) or rows != shard.rows:
         raise UserError(
             f"{url} holds {rows:,} rows in {len(footer.row_groups)} row groups, and its manifest says {shard.rows:,} "
             f"in {len(shard.blocks)}; {_COPY_AGAIN}"
         )
-    for group, ((rows, start, end), block) in enumerate(zip(footer.row_groups, shard.blocks, strict=True)):
-        if rows != block.rows or start < block.offset or end > block.offset + block.length:
+    for number, (group, block) in enumerate(zip(footer.row_groups, shard.blocks, strict=True)):
+        if group.rows != block.rows or group.start < block.offset or group.stop > block.offset + block.length:
             raise UserError(
-                f"{url}: row group {group} holds {rows:,} rows in bytes {start:,} to {end:,}, and its manifest says "
-                f"{block.rows:,} rows in {block.offset:,} to {block.offset + block.length:,}; {_COPY_AGAIN}"
+                f"{url}: row group {number} holds {group.rows:,} rows in bytes {group.start:,} to {group.stop:,}, and "
+                f"its manifest says {block.rows:,} rows in {block.offset:,} to {block.offset + block.length:,}; "
+                f"{_COPY_AGAIN}"
             )
 
 
@@ -289,7 +295,7 @@ def _read_footer(url: str, size: int, image_column: str, label_column: str, labe
         metadata, schema = file.metadata, file.schema_arrow
         columns = find_columns(metadata, schema, url, image_column, label_column, labelled)
         groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
-        row_groups = tuple((group.num_rows, *_span(group)) for group in groups)
+        row_groups = tuple(_group(group, columns) for group in groups)
         if not columns.label:
             return _Footer(row_groups, (NO_LABEL, NO_LABEL), (), columns)
         place = [metadata.schema.column(i).path for i in range(len(metadata.schema))].index(columns.label)
@@ -299,10 +305,13 @@ def _read_footer(url: str, size: int, image_column: str, label_column: str, labe
         return _Footer(row_groups, whole, class_names(schema.metadata, columns.label), columns)
 
 
-def _span(group: Any) -> tuple[int, int]:
-    """Return (first byte, byte after the last one) of a row group's columns."""
-    spans = [chunk_span(group.column(i)) for i in range(group.num_columns)]
-    return min(start for start, _ in spans), max(stop for _, stop in spans)
+def _group(group: Any, columns: Columns) -> _Group:
+    """Return what is to be known of a row group; `start` and `stop` are those of all its columns together."""
+    chunks = {chunk.path_in_schema: chunk for chunk in map(group.column, range(group.num_columns))}
+    spans = [chunk_span(chunk) for chunk in chunks.values()]
+    images = chunks[columns.bytes_path]
+    start, stop = min(first for first, _ in spans), max(end for _, end in spans)
+    return _Group(group.num_rows, start, stop, images.total_uncompressed_size, images.compression == UNCOMPRESSED)
 
 
 def _statistics(column: Any) -> tuple[int, int] | None:

@@ -32,6 +32,7 @@ LARGE_BYTES, STREAM_ROWS = 256 << 20, 256
 """Of a row group that is read a few rows at a time: some files have one of all their images."""
 STREAM_BYTES = 8 << 20  # of a request then
 MAX_GAP = 1 << 16  # bytes of other columns between those needed: reading them is cheaper than another request
+UNCOMPRESSED = "UNCOMPRESSED"  # as pyarrow calls it
 
 
 def read_row_group(
@@ -83,12 +84,13 @@ def _read(
     chunks = {metadata.row_group(group).column(i).path_in_schema: i for i in range(metadata.num_columns)}
     spans = [chunk_span(metadata.row_group(group).column(chunks[name])) for name in (columns.bytes_path, *numbers)]
     start, stop = min(first for first, _ in spans), max(end for _, end in spans)
+    images = metadata.row_group(group).column(chunks[columns.bytes_path])
+    stay, apart = in_place and images.compression == UNCOMPRESSED, stop - start > sum(b - a for a, b in spans) + MAX_GAP
     if listed is not None:
         start, stop = listed.offset, listed.offset + listed.length
-    elif (images := metadata.row_group(group).column(chunks[columns.bytes_path])).total_uncompressed_size > LARGE_BYTES:
-        stay = in_place and images.compression == "UNCOMPRESSED"
+    elif images.total_uncompressed_size > LARGE_BYTES or (apart and stay):
         return _streamed(place, columns, names, metadata, start if stay else None)
-    elif stop - start > sum(end - first for first, end in spans) + MAX_GAP:
+    elif apart:
         with open_parquet(url, size, metadata) as file:
             wanted = [columns.bytes_path, *of_label]
             return _decoded(file.read_row_group(group, columns=wanted, use_threads=False), place, columns, names)
@@ -100,7 +102,7 @@ def _read(
     if listed is not None:
         _check_ids(label_array(table.column("id"), url), url, group, first_id)
     block = _decoded(table, place, columns, names)
-    places = find_images(data, block) if in_place else None
+    places = find_images(data, block) if stay else None
     if places is None:
         return block
     path = os.path.abspath(storage.local_path(url))
@@ -144,8 +146,9 @@ class Place(NamedTuple):
 def _streamed(
     place: Place, columns: Columns, names: Sequence[str] | None, metadata: Any, start: int | None
 ) -> StoredBlock:
-    """Return a large row group; memory holds STREAM_ROWS of its images at a time. They stay in their file if they are
-    there uncompressed, from byte ``start`` on; else they are in a temporary one, which the store copies."""
+    """Return a row group that is not read as a whole; memory holds STREAM_ROWS of its images at a time. They stay in
+    their file if they are there uncompressed, from byte ``start`` on; else they are in a temporary one, which the store
+    copies."""
     import pyarrow as pa
 
     path = os.path.abspath(storage.local_path(place.url))

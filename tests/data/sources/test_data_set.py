@@ -105,9 +105,12 @@ def test_opening_reads_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_slow_order_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = str(parquet_set(tmp_path))
-    open_data(DataConfig(root=root, store_gb=1e-6))  # on a local disk rows are read where they are
-    assert not caplog.records
+    open_data(DataConfig(root=str(prepared_set(tmp_path / "plain")), store_gb=1e-6))
+    assert not caplog.records, "on a local disk rows are read where they are"
+    root = str(parquet_set(tmp_path / "compressed"))
+    open_data(DataConfig(root=root, store_gb=1e-6))
+    assert "most reads will cost a whole block" in caplog.text
+    caplog.clear()
     monkeypatch.setattr(parquet, "is_on_local_disk", lambda path: False)
     block = open_data(DataConfig(root=root)).train.block_bytes
     open_data(DataConfig(root=root, store_gb=2.5 * block / 1e9, window=2))
