@@ -37,9 +37,9 @@ from mimkd_ray.data.prepare.work_units import (
     read_sidecar,
 )
 from mimkd_ray.data.sources.folders import class_folders
-from mimkd_ray.data.sources.hub_readme import README, declared_files
 from mimkd_ray.data.sources.shard_manifest import Manifest, Shard, content_digest, read_manifest, write_manifest
-from mimkd_ray.data.sources.tars import tars_of
+from mimkd_ray.data.sources.splits import Splits, is_of_split
+from mimkd_ray.data.sources.tars import expanded
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import parse
 from mimkd_ray.places import check_lasting
@@ -120,7 +120,8 @@ def _finished(config: PrepareConfig) -> Manifest | None:
     """Return the manifest of a finished split and check its settings against these; the source may be gone by now."""
     manifest = read_manifest(config.target, config.split)
     if manifest is not None:
-        origin = open_origin(config) if storage.exists(config.source) else None
+        tars = expanded(config.source) if config.source.endswith(".tar") else [config.source]
+        origin = open_origin(config) if any(map(storage.exists, tars)) else None
         # A set that was finished before these settings were there stays what it is.
         later = [name for name in ("max_pixels", "exif") if name not in manifest.settings]
         wanted = {name: value for name, value in _settings(config, origin).items() if name not in later}
@@ -143,8 +144,7 @@ def _begun(config: PrepareConfig, origin: Origin, work: str) -> dict[str, Any]:
 
 
 def open_origin(config: PrepareConfig) -> Origin:
-    """Find the split in the source and cut it into pieces: archives, else Parquet files, else WebDataset tars, else
-    class folders.
+    """Find the split in the source and cut it into pieces: archives, or where training finds it (splits.py).
 
     Lists files and reads footers, label columns and headers, but no image. Raises UserError for an unknown layout.
     """
@@ -152,45 +152,20 @@ def open_origin(config: PrepareConfig) -> Origin:
     archives = None if source.endswith(".tar") else open_archives(source, split)
     if archives is not None:
         return archives
-    if source.endswith(".tar"):
-        return open_tars(tars_of(source, split, {}))
-    entries, folders = storage.list_entries(source), [url.rpartition("/")[2] for url in storage.list_dirs(source)]
-    files = {url: entry.size for url, entry in entries.items()}
-    listings = [files]
-    if "data" in folders:  # the folder used by the Hugging Face hub
-        listings.append(storage.list_sizes(storage.join(source, "data")))
-    for listing in listings:
-        shards = {url: size for url, size in listing.items() if _is_shard(url, split)}
-        if shards:
-            return _of_parquet(config, shards)
-    declared = declared_files(source) if storage.join(source, README) in files else {}
-    if split in declared:
-        shards = {url: entry.size for url, entry in declared[split].items()}
-        return _of_parquet(config, shards)
-    tars = tars_of(source, split, entries)
-    if tars:
-        return open_tars(tars)
-    if split in folders:
-        folder = storage.join(source, split)
-        shards = storage.list_sizes(folder, ".parquet")
-        if shards:
-            return _of_parquet(config, shards)
-        tars = storage.list_entries(folder, ".tar")
-        if tars:
-            return open_tars(tars)
+    splits = Splits(source)
+    found = splits.find(split)
+    if found is not None and found.parquet:
+        return _of_parquet(config, {url: entry.size for url, entry in found.parquet.items()})
+    if found is not None and found.tars:
+        return open_tars(found.tars)
+    if found is not None:
         # The classes of a set are those of its training images: others may lack some.
         classes = tuple(class_folders(storage.join(source, "train"))) if split != "train" else ()
-        return open_folders(folder, classes or None)
-    found = [
-        *(f"{name} (in {README})" for name in declared),
-        *(f"{name}/" for name in folders),
-        *(url.rpartition("/")[2] for url in files),
-    ]
+        return open_folders(found.folder, classes or None)
     raise NoSplitError(
         f"--source {source} has no split '{split}': expected {split}-*.parquet (here or in data/), {split}-*.tar, "
         f"class folders {split}/<class>/<image>, or the official archive {ARCHIVES.get(split, 'of ImageNet')}; found "
-        f"{', '.join(found[:8]) or 'nothing'}{f' and {len(found) - 8} more' if len(found) > 8 else ''}; name it with "
-        "--split"
+        f"{splits.found() or 'nothing'}; name it with --split"
     )
 
 
@@ -203,10 +178,6 @@ def _of_parquet(config: PrepareConfig, files: dict[str, int]) -> Origin:
 
     wanted = (config.image_column, config.label_column)
     return open_parquet(files, *wanted, training=None if config.split == "train" else training)
-
-
-def _is_shard(url: str, split: str) -> bool:
-    return url.endswith(".parquet") and url.rpartition("/")[2].startswith((f"{split}-", f"{split}."))
 
 
 def _settings(config: PrepareConfig, origin: Origin | None) -> dict[str, Any]:
@@ -241,7 +212,7 @@ def _compare(config: PrepareConfig, old: dict[str, Any], new: dict[str, Any], ve
 
 
 def _refuse_strangers(config: PrepareConfig) -> None:
-    strangers = [url for url in storage.list_files(config.target) if _is_shard(url, config.split)]
+    strangers = [url for url in storage.list_files(config.target, ".parquet") if is_of_split(url, config.split)]
     if strangers:
         raise UserError(
             f"--target {config.target} holds {len(strangers)} Parquet file(s) of split '{config.split}' from "
@@ -254,7 +225,7 @@ def _check_space(config: PrepareConfig, origin: Origin, work: str) -> None:
     if storage.is_remote(config.target):
         return
     there = storage.list_sizes(work) | {
-        u: n for u, n in storage.list_sizes(config.target).items() if _is_shard(u, config.split)
+        u: n for u, n in storage.list_sizes(config.target, ".parquet").items() if is_of_split(u, config.split)
     }
     there.pop(storage.join(work, LOCK), None)
     source = sum(piece.bytes for piece in origin.pieces)

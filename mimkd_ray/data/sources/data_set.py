@@ -14,21 +14,18 @@ from mimkd_ray.data.augment.transforms import can_be_resident
 from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.sources.digits import DigitsSource
 from mimkd_ray.data.sources.folders import FolderSource
-from mimkd_ray.data.sources.hub_readme import README, declared_files
 from mimkd_ray.data.sources.own_dataset import SCHEME, OwnData, named_sets
 from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.sources.shard_manifest import MANIFEST_SUFFIX, read_manifest
 from mimkd_ray.data.sources.source import Source, SubsetSource, digest_of, stratified_split
-from mimkd_ray.data.sources.tars import TarSource, tars_of
+from mimkd_ray.data.sources.splits import SPLIT_NAMES, VAL_ALIASES, Split, Splits
+from mimkd_ray.data.sources.tars import TarSource
 from mimkd_ray.data.store.block_reader import CACHE_BYTES
 from mimkd_ray.data.store.block_store import open_store
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import is_function
 
 logger = logging.getLogger(__name__)
-
-VAL_ALIASES = ("validation", "val", "valid", "test")
-SPLIT_NAMES = {"train", "training", "testing", *VAL_ALIASES}  # folders of splits, and not of classes
 
 
 @dataclass(frozen=True)
@@ -151,13 +148,14 @@ def _labelled(config: DataConfig, val: Source, num_classes: int) -> Source:
     kept = np.flatnonzero(_known(config, labels, num_classes))
     if not len(kept) or (len(kept) == len(labels) and not negative):
         return val
-    logger.warning(
-        "%s: %d of %d validation rows have no label (null, negative, or beyond the classes): they are left out of "
-        "every evaluation",
-        config.root,
-        val.num_rows - len(kept),
-        val.num_rows,
-    )
+    if len(kept) < len(labels):  # the range of a part is that of the whole
+        logger.warning(
+            "%s: %d of %d validation rows have no label (null, negative, or beyond the classes): they are left out of "
+            "every evaluation",
+            config.root,
+            val.num_rows - len(kept),
+            val.num_rows,
+        )
     return SubsetSource(val, kept)
 
 
@@ -244,9 +242,7 @@ class _Digits:
 
 
 class _Root:
-    """A folder with splits: `[data/]<split>-*.parquet`, `<split>/*.parquet` or `<split>/<class>/<image>`; Parquet files
-    that its README.md names, as that of a Hugging Face data set; or tars, `<split>-*.tar` or `<split>/*.tar`. Or a
-    pattern of tars, which are those of the training split.
+    """A folder with splits (splits.py), or a pattern of tars, which are those of the training split.
 
     A split with a `<split>.manifest.json` is a prepared one.
     """
@@ -258,56 +254,32 @@ class _Root:
                 f"data.root {url} stands for data sets that were given to mimkd_ray.run(config, train=..., "
                 "validation=...): give them again"
             )
-        self.url = url
+        self.url, self.splits = url, Splits(url)
         self.store, self.how = open_store(config), decoding_of(config)
         self.labelled = config.labels == "all"
-        self.files: dict[str, storage.Entry] = {}
-        self.manifests: set[str] = set()
-        self.dirs: dict[str, str] = {}
-        self.declared: dict[str, dict[str, storage.Entry]] = {}
-        self.tars: dict[str, storage.Entry] = {}
-        if url.endswith(".tar"):
-            self.tars = tars_of(url, config.train_split, {})
-            return
-        listing = storage.list_entries(url)
-        self.files = {file: entry for file, entry in listing.items() if file.endswith(".parquet")}
-        self.manifests = {file for file in listing if file.endswith(MANIFEST_SUFFIX)}
-        self.dirs = {place.rpartition("/")[2]: place for place in storage.list_dirs(url)}
-        self.tars = {file: entry for file, entry in listing.items() if file.endswith(".tar")}
-        self.declared = declared_files(url) if storage.join(url, README) in listing else {}
-        if not self.files and not self.dirs and not self.tars:
+        if not self.splits.parquet and not self.splits.dirs and not self.splits.tars:
             if not storage.exists(url):
                 raise UserError(f"data.root {url} does not exist; give 'digits', a folder or a URL such as s3://...")
             raise UserError(
                 f"data.root {url} holds neither Parquet files nor folders nor tars; give the folder of the splits"
             )
-        if "data" in self.dirs:  # the folder used by the Hugging Face hub
-            self.files |= storage.list_entries(self.dirs["data"], ".parquet")
 
     def open(self, split: str, classes: tuple[str, ...] | None) -> Source | None:
         """Return the split, or None if it is not here. `classes` are those of the training set, if known."""
-        prefixes = (f"{split}-", f"{split}.")
-        files = {u: n for u, n in self.files.items() if u.rpartition("/")[2].startswith(prefixes)}
-        files = files or self.declared.get(split, {})
-        tars: dict[str, storage.Entry] = {}
-        if not files and split in self.dirs:
-            files = storage.list_entries(self.dirs[split], ".parquet")
-            tars = storage.list_entries(self.dirs[split], ".tar") if not files else {}
-            if not files and (not tars or storage.list_dirs(self.dirs[split])):
-                return FolderSource(self.dirs[split], classes or None, self.store, self.how, self.labelled)
-        manifest = None
-        if not tars and storage.join(self.url, split + MANIFEST_SUFFIX) in self.manifests:
-            manifest = read_manifest(self.url, split)
-        if not files and manifest is None:
-            if not self.url.endswith(".tar"):
-                tars = tars or tars_of(self.url, split, self.tars)
-            elif split == self.config.train_split:
-                tars = self.tars  # all of a pattern
-            return TarSource(tars, classes or None, self.store, self.how, self.labelled) if tars else None
+        if self.splits.is_pattern and split != self.config.train_split:
+            return None
+        prepared = storage.join(self.url, split + MANIFEST_SUFFIX) in self.splits.listing
+        found = self.splits.find(split) or (Split({}, {}) if prepared else None)  # the manifest says what is missing
+        if found is None:
+            return None
+        if found.folder:
+            return FolderSource(found.folder, classes or None, self.store, self.how, self.labelled)
+        if found.tars and not prepared:
+            return TarSource(found.tars, classes or None, self.store, self.how, self.labelled)
         source = ParquetSource(
-            {url: entry.size for url, entry in files.items()},
-            manifest=manifest,
-            versions={url: entry.version for url, entry in files.items()},
+            {url: entry.size for url, entry in found.parquet.items()},
+            manifest=read_manifest(self.url, split) if prepared else None,
+            versions={url: entry.version for url, entry in found.parquet.items()},
             store=self.store,
             how=self.how,
             image_column=self.config.image_column,
@@ -340,11 +312,10 @@ class _Root:
 
     def class_folders(self) -> Source | None:
         """Return the class folders of a root without splits, or None if it has splits or no folders."""
-        if not self.dirs or self.files or self.tars or any(name.lower() in SPLIT_NAMES for name in self.dirs):
+        splits = self.splits
+        if not splits.dirs or splits.parquet or splits.tars or any(name.lower() in SPLIT_NAMES for name in splits.dirs):
             return None
         return FolderSource(self.url, None, self.store, self.how, self.labelled)
 
     def found(self) -> str:
-        names = [f"{split} (in {README})" for split in self.declared]
-        names += [url.rpartition("/")[2] for url in (*self.files, *self.tars)] + [f"{name}/" for name in self.dirs]
-        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return self.splits.found()

@@ -113,7 +113,7 @@ def tell_passed_over(place: str, others: Sequence[str], beside: Sequence[str] = 
         return
     endings = Counter(file.rpartition("/")[2].rpartition(".")[2].lower() for file in others)
     named = ", ".join(f"{number} .{ending}" for ending, number in endings.most_common(NAMED))
-    parts = [f"{count(len(others), 'file')} of other kinds ({named})"] if others else []
+    parts = [f"{count(len(others), 'other file')} ({named})"] if others else []
     parts += [f"{count(len(beside), 'image')} beside the class folders"] if beside else []
     logger.warning(
         "%s: passed over: %s, such as %s",
@@ -198,7 +198,7 @@ class FolderSource(RowsInPlace):
         else:
             reader = BlockReader(self.store)
             images = [
-                reader.row(self._keys[block], partial(self._load, block), inside)[0]
+                reader.row(self._keys[block], partial(self._load, block), inside, self.block_bytes)[0]
                 for block, inside in zip(*map(np.ndarray.tolist, self.blocks.locate(positions)), strict=True)
             ]
         return [
@@ -218,7 +218,8 @@ class FolderSource(RowsInPlace):
 
     def fetch(self, block: int) -> bool:
         """Fetch the block into the store; return whether it is there (False: no store, or no room)."""
-        return self.store is not None and self.store.fetch(self._keys[block], partial(self._load, block))
+        load = partial(self._load, block)
+        return self.store is not None and self.store.fetch(self._keys[block], load, self.block_bytes)
 
     def _url(self, position: int) -> str:
         label, file = int(self._labels[position]), self._file(position)

@@ -42,7 +42,7 @@ class Listed(NamedTuple):
 
     images: list[Found]
     others: list[str]
-    """The files of samples without an image of a kind that is read."""
+    """The files of samples without an image of a kind that is read, and all images of a sample but its last one."""
 
 
 def headers(
@@ -110,6 +110,7 @@ def _images(url: str, size: int, labelled: bool, reached: Callable[[int], None])
     """Read the headers of a tar, in its order; `reached` is told each time where they are."""
     places: dict[str, tuple[str, int, int]] = {}
     others: list[tuple[str, str]] = []
+    twice: list[str] = []
     labels: dict[str, int] = {}
     try:
         with opened(url, size, CLOSE) as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -121,6 +122,8 @@ def _images(url: str, size: int, labelled: bool, reached: Callable[[int], None])
                 if not member.isfile():
                     continue
                 if f".{ending}" in SUFFIXES:
+                    if key in places:
+                        twice.append(places[key][0])  # of a sample the last image counts
                     places[key] = (member.name, member.offset_data, member.size)
                     if member.offset_data + member.size > size:
                         raise UserError(
@@ -141,7 +144,7 @@ def _images(url: str, size: int, labelled: bool, reached: Callable[[int], None])
             f"name that ends in .cls, with the class number, or in .json, with it as {' or '.join(LABEL_FIELDS)}"
         )
     images = [Found(*place, labels.get(key, -1)) for key, place in places.items()]
-    return Listed(images, [name for key, name in others if key not in places])
+    return Listed(images, twice + [name for key, name in others if key not in places])
 
 
 def _label(file: IO[bytes] | None, ending: str, where: str, labelled: bool) -> int | None:

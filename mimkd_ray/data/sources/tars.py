@@ -39,22 +39,16 @@ def expanded(pattern: str) -> list[str]:
     ]
 
 
-def tars_of(source: str, split: str, files: Mapping[str, storage.Entry]) -> dict[str, storage.Entry]:
-    """Return {URL: Entry} of the tars of a split: those of a pattern, or among the `files` of the folder `source`."""
-    if not source.endswith(".tar"):
-        return {
-            url: entry
-            for url, entry in files.items()
-            if url.endswith(".tar") and url.rpartition("/")[2].startswith((f"{split}-", f"{split}."))
-        }
-    wanted = expanded(source)
+def tars_of_pattern(pattern: str) -> dict[str, storage.Entry]:
+    """Return {URL: Entry} of the tars of a pattern. Raises UserError if one is not there."""
+    wanted = expanded(pattern)
     listed: dict[str, storage.Entry] = {}
     for folder in {url.rpartition("/")[0] for url in wanted}:
         listed |= storage.list_entries(folder, ".tar")
     missing = [url for url in wanted if url not in listed]
     if not wanted or missing:
         raise UserError(
-            f"{source} names {len(wanted):,} tars, and {len(missing):,} of them are not there"
+            f"{pattern} names {len(wanted):,} tars, and {len(missing):,} of them are not there"
             f"{f', such as {missing[0]}' if missing else ''}: give the range that is there"
         )
     return {url: listed[url] for url in wanted}

@@ -40,6 +40,16 @@ def test_tars_are_prepared(how: str, tmp_path: Path) -> None:
     )
     given = source / "shards-{000..002}.tar" if how == "pattern" else source
     manifest = prepare(config(given, tmp_path / "set"))
+    assert prepare(config(given, tmp_path / "set")) == manifest
+    (tar, *_) = source.rglob("*.tar")
+    whole = tar.read_bytes()
+    tar.write_bytes(whole + bytes(512))
+    with pytest.raises(UserError, match="holds source_digest"):
+        prepare(config(given, tmp_path / "set"))
+    for path in source.rglob("*.tar"):
+        path.unlink()
+    if how == "pattern":
+        assert prepare(config(given, tmp_path / "set")) == manifest, "a source may be gone"
     found = table(tmp_path / "set", manifest)
     assert sorted((row["image"]["bytes"], row["label"]) for row in found) == sorted(rows)
     assert manifest.classes == ("0", "1", "2")
@@ -49,9 +59,9 @@ def test_tars_are_prepared(how: str, tmp_path: Path) -> None:
 
 def test_samples_of_kinds_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = {"1.jpg": images(1)[0] or b"", "1.cls": b"0", "1.txt": b"a caption", "2.heic": b"x", "2.cls": b"0"}
-    write_tar(tmp_path / "raw" / "train-0.tar", files)
+    write_tar(tmp_path / "raw" / "train-0.tar", {"1.png": b"an image of the same sample", **files})
     assert prepare(config(tmp_path / "raw", tmp_path / "set")).rows == 1
-    assert "passed over: 1 file of other kinds (1 .heic), such as 2.heic" in caplog.text
+    assert "passed over: 2 other files (1 .png, 1 .heic), such as 1.png, 2.heic" in caplog.text
 
 
 def test_patterns() -> None:

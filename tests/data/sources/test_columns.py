@@ -15,7 +15,9 @@ from prepare_sets import config, table
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.decode import decode
 from mimkd_ray.data.prepare.make_shards import prepare
+from mimkd_ray.data.sources import data_set
 from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.data.sources.source import SubsetSource
 from mimkd_ray.errors import UserError
 
 FILES = images(6)
@@ -96,6 +98,10 @@ def test_test_rows_without_a_label_are_left_out(
     data = open_data(DataConfig(root=str(tmp_path)))
     assert [(row.id, row.label) for row in data.val.read(range(4))] == [(0, 0), (2, 1), (4, 1), (5, 0)]
     assert "2 of 6 validation rows have no label" in caplog.text
+    caplog.clear()
+    of_labels = SubsetSource(data.val.parent, [0, 2])
+    assert data_set._labelled(DataConfig(labels="partial"), of_labels, 2).num_rows == 2
+    assert not caplog.records, "none of these lacks one"
     pq.write_table(pa.table({"image": STRUCT, "label": labels}), tmp_path / "train-0.parquet")
     with pytest.raises(UserError, match="the training set has labels down to -1"):
         open_data(DataConfig(root=str(tmp_path)))

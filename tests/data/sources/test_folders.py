@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from mimkd_ray.data.prepare.input_pieces import open_folders
 from mimkd_ray.data.prepare.make_shards import prepare
 from mimkd_ray.data.sources.folders import FolderSource
 from mimkd_ray.data.sources.parquet import ParquetSource
+from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.errors import DamagedDataError, UserError
 
 
@@ -103,7 +105,7 @@ def test_kinds_and_folders_of_a_class(tmp_path: Path, caplog: pytest.LogCaptureF
         assert Path(row.name).exists()
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.endswith(
-        "passed over: 3 files of other kinds (2 .heic, 1 .me) and 1 image beside the class folders, such as a/read.me, "
+        "passed over: 3 other files (2 .heic, 1 .me) and 1 image beside the class folders, such as a/read.me, "
         "a/x.heic, a/y.HEIC, stray.png"
     )
     pieces = open_folders(str(tmp_path), None).pieces
@@ -115,7 +117,7 @@ def test_a_folder_without_classes_tells_what_it_passes_over(tmp_path: Path, capl
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(encode(pixels(0)))
     assert FolderSource(str(tmp_path), labelled=False).num_rows == 2
-    assert "passed over: 1 file of other kinds (1 .heic), such as below/z.heic" in caplog.text
+    assert "passed over: 1 other file (1 .heic), such as below/z.heic" in caplog.text
     (tmp_path / "below" / "y.png").unlink()
     with pytest.raises(UserError, match=r"none of 1 class folders .*'below', 1 image beside them; expected"):
         FolderSource(str(tmp_path))
@@ -135,7 +137,7 @@ def test_names_that_are_not_utf_8(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert len(source.digest) == 16
     said = "".join(record.getMessage() for record in caplog.records)
     assert said.encode()
-    assert "passed over: 2 files of other kinds (2 .txt)" in said
+    assert "passed over: 2 other files (2 .txt)" in said
     target = str(tmp_path.parent / "made of bytes")
     manifest = prepare(PrepareConfig(source=str(tmp_path), target=target, block_rows=2))
     assert manifest.rows == 4
@@ -158,3 +160,17 @@ def test_classes_without_images_keep_their_numbers(tmp_path: Path, caplog: pytes
     assert set(FolderSource(str(tmp_path / "val"), source.classes).labels().tolist()) == {0, 2, 3}
     assert "1 of 4 classes have no image" in caplog.text
     assert open_folders(str(tmp_path / "val"), source.classes).classes == source.classes
+
+
+def test_the_store_is_told_how_much_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For how long others wait for a block depends on it."""
+    sizes: list[int] = []
+    monkeypatch.setattr(BlockStore, "get", lambda _, key, load, size=0: sizes.append(size) or load())
+    root = f"memory://{uuid.uuid4().hex}"
+    files = sorted((folder_set(tmp_path) / "train").rglob("*.*"))
+    for path in files:
+        storage.upload(path, f"{root}/{path.parent.name}/{path.name}")
+    source = FolderSource(root, store=BlockStore(tmp_path / "store"))
+    source.read([0])
+    source.fetch(0)
+    assert sizes == [sum(path.stat().st_size for path in files if path.suffix != ".txt")] * 2

@@ -58,7 +58,7 @@ def test_headers_are_read_once(there: str, reads: Reads, tmp_path: Path, caplog:
     caplog.clear()
     second = open_data(config)
     assert reads == []
-    assert "passed over: 2 files of other kinds (2 .npy)" in caplog.text
+    assert "passed over: 2 other files (2 .npy)" in caplog.text
     assert (second.digest, second.train.num_rows, second.classes) == (first.digest, 16, ("0", "1", "2"))
     assert second.train.read([3]) == first.train.read([3])
     pattern = open_data(DataConfig(root=f"{there}/train-{{0..1}}.tar", holdout=0.25, split_seed=1))
