@@ -58,7 +58,7 @@ class Fitter:
         self.moments = Moments(shape.channels, device) if projects(spec, shape) else None
         locations = images * self.coded.locations
         self.every = max(1, -(-locations * shape.channels // KEPT_VALUES))
-        self.seen = self.images = 0
+        self.asked, self.seen, self.images = images, 0, 0
         self.kept: list[Tensor] = []
 
     def add(self, feature: Tensor) -> None:
@@ -75,7 +75,12 @@ class Fitter:
         self.images += len(feature)
 
     def finish(self) -> Calibration:
-        """Return the calibration. Time O(C^3)."""
+        """Return the calibration. Time O(C^3). Raises DamagedDataError if no image was added."""
+        if not self.images:
+            raise DamagedDataError(
+                f"none of the {self.asked:,} images on which the codecs are fitted can be decoded: repair the data, or "
+                "fit them on more with --cache.calibration-rows"
+            )
         mean_C = components_KC = low_K = step_K = None
         retained = 1.0
         if self.moments is not None:

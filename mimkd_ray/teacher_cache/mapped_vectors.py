@@ -25,9 +25,9 @@ COLUMN_VIEW = 0
 COLLECT_SECONDS = 1800.0
 """For which another process may collect a column."""
 
-
-UNUSED_SECONDS = 30 * 86400.0
-"""A column that no run has opened for so long is removed: the store's own limit does not count columns."""
+UNUSED_SECONDS, LEFT_SECONDS = 30 * 86400.0, 86400.0
+"""Columns that no run has opened for so long are removed (the store's own limit does not count them), and what killed
+processes left of one."""
 
 AT_A_TIME = 4 * THREADS
 """Row groups, of at most 1,024 images each, that are in memory while a column is collected."""
@@ -40,21 +40,21 @@ class Column(NamedTuple):
     ids_N: np.ndarray
 
 
-def open_column(root: str, manifest: ViewManifest, folder: Path | None) -> Column:
-    """Return the column of a view, from `folder` on this node's disk; the first process that calls this collects it
-    there.
+def open_column(root: str, manifest: ViewManifest, folder: Path | str) -> Column:
+    """Return the column of a view, from the block store `folder` on this node's disk ("": the default one); the first
+    process that calls this collects it there.
 
     Takes the view's size on disk, and the time of reading it once. Raises DamagedDataError for missing or damaged
     features, HeldError if another process has been at it for COLLECT_SECONDS, UserError for a full disk.
     """
-    store = BlockStore(folder or "")
+    store = BlockStore(folder)
     store.prepare()
     place = store.folder / "columns"
     place.mkdir(mode=0o700, exist_ok=True)
     name = f"{manifest.key}-{manifest.view:05d}-{manifest.shards[0].sha256[:8]}"
     files = [place / f"{name}.{what}.npy" for what in ("rows", "ids")]
     _remove_unused(place)
-    with locked(place / f"{name}.lock", COLLECT_SECONDS):
+    with locked(place / f"{name}.lock", COLLECT_SECONDS) as lock:
         if not all(file.exists() for file in files):
             for left in place.glob(f".{name}.*"):  # by a process that was killed
                 left.unlink()
@@ -62,14 +62,16 @@ def open_column(root: str, manifest: ViewManifest, folder: Path | None) -> Colum
                 publish(files[0], lambda rows: publish(files[1], lambda ids: _collect(root, manifest, rows, ids)))
         for file in files:
             os.utime(file)
+        os.utime(lock)
     return Column(*(np.load(file, mmap_mode="r") for file in files))
 
 
 def _remove_unused(place: Path) -> None:
     """Remove old columns; a process that has one mapped keeps it."""
-    for file in place.glob("*.npy"):
+    for file in place.iterdir():
         with suppress(FileNotFoundError):  # another process removes it
-            if time.time() - file.stat().st_mtime > UNUSED_SECONDS:
+            limit = LEFT_SECONDS if file.suffix == ".tmp" else UNUSED_SECONDS
+            if time.time() - file.stat().st_mtime > limit:
                 file.unlink()
 
 

@@ -159,7 +159,7 @@ class FeatureReader:
             low, high = manifest.blocks.locate(ends)[0].tolist()
             for number in range(low, high + 1):
                 record, block = manifest.locate(number)
-                if not self.store.fetch(block_key(block), partial(self._load, manifest, record, block)):
+                if not self.store.fetch(block_key(block), partial(self._load, manifest, record, block), block.length):
                     return False
         return True
 
@@ -181,7 +181,7 @@ class FeatureReader:
         in_place = self.store is not None and not self.distant
         path = str(storage.local_path(url)) if in_place else ""
         identity = _identity(path) if in_place else None  # read before the group is verified
-        data, _ = BlockReader(self.store).row(key, partial(self._load, manifest, record, block), 0)
+        data, _ = BlockReader(self.store).row(key, partial(self._load, manifest, record, block), 0, block.length)
         values = np.frombuffer(data, np.uint8, block.rows * manifest.row_bytes, block.values_at)
         ids_N = np.frombuffer(data, np.int64, block.rows, block.ids_at)
         group = _Group(ids_N, values.reshape(block.rows, manifest.row_bytes), key, path, identity, [now])

@@ -93,6 +93,13 @@ def test_a_batch_of_damaged_images_changes_nothing() -> None:
     assert fitted[0] == fitted[1]
 
 
+def test_a_sample_without_an_image_is_no_calibration() -> None:
+    fitter = Fitter(parse_spec("uint8"), Shape(6, 3, 3), 40, CPU)
+    fitter.add(torch.empty(0, 6, 3, 3))
+    with pytest.raises(DamagedDataError, match=r"none of the 40 images .* --cache.calibration-rows"):
+        fitter.finish()
+
+
 def test_kept_values_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KEPT_VALUES", 1200)
     fitter = Fitter(parse_spec("uint8"), MAP, 128, CPU)

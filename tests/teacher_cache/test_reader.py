@@ -51,6 +51,17 @@ def test_rows_are_those_of_the_positions(root: Path, store: BlockStore | None) -
     assert list(some) == ["pixels"]
 
 
+def test_the_store_is_told_how_much_is_read(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For how long others wait for a block depends on it."""
+    sizes: list[int] = []
+    monkeypatch.setattr(BlockStore, "get", lambda _, key, load, size=0: sizes.append(size) or load())
+    reader = FeatureReader(str(root), KEYS, 64, BlockStore(tmp_path / "store"), ["c:vector"])
+    reader.read(0, np.array([0]), ids()[:1])
+    reader.fetch(0, 16, 17)
+    blocks = reader.manifest("c:vector", 0).shards[0].blocks
+    assert sizes == [blocks[0].length, blocks[1].length]
+
+
 def test_only_what_is_used_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One entry of four, counted in bytes that the storage gave out; nothing is read twice."""
     given: list[int] = []

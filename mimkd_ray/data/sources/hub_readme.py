@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,14 +22,11 @@ def declared_files(root: str) -> dict[str, dict[str, storage.Entry]]:
         return {}
     listing = storage.list_entries_below(root, DEEPEST, lambda name: not name.startswith("."))
     files = {path: entry for path, entry in sorted(listing.items()) if path.endswith(".parquet")}
-    found = {
-        split: {
-            storage.join(root, path): entry
-            for path, entry in files.items()
-            if any(fnmatch.fnmatchcase(path, pattern.removeprefix("./")) for pattern in of_split)
-        }
-        for split, of_split in patterns.items()
-    }
+    found = {}
+    for split, of_split in patterns.items():
+        fits = [_regex(pattern, root) for pattern in of_split]
+        named = {path: entry for path, entry in files.items() if any(fit.fullmatch(path) for fit in fits)}
+        found[split] = {storage.join(root, path): entry for path, entry in named.items()}
     return {split: of_split for split, of_split in found.items() if of_split}
 
 
@@ -58,6 +55,19 @@ def _patterns(text: str, root: str) -> dict[str, list[str]]:
         raise UserError(
             f"{storage.join(root, README)}: its metadata cannot be read ({type(error).__name__}: {reason}): mend the "
             "lines between ---, or remove the file"
+        ) from error
+
+
+def _regex(pattern: str, root: str) -> re.Pattern[str]:
+    """As on the hub: `*` stays in a folder, and `**` does not."""
+    from fsspec.utils import glob_translate
+
+    try:
+        return re.compile(glob_translate(pattern.removeprefix("./")))
+    except ValueError as error:
+        raise UserError(
+            f"{storage.join(root, README)}: its pattern '{pattern}' of files cannot be read: {error}; mend it, or "
+            "remove the file"
         ) from error
 
 

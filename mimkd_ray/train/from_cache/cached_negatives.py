@@ -27,9 +27,8 @@ class CachedNegatives:
                 "loss.negatives is cache, and no term reads a teacher's vector: turn a global or local term on, or "
                 "pass --loss.negatives all"
             )
-        folder = reader.store.folder if reader.store is not None else None
         self.columns = {
-            label: open_column(reader.root, reader.manifest(label, COLUMN_VIEW), folder) for label in labels
+            label: open_column(reader.root, reader.manifest(label, COLUMN_VIEW), config.data.store) for label in labels
         }
         self.seed, self.count = config.train.seed, config.cache.negatives
         self.rows, self.kept = reader.rows, reader.kept

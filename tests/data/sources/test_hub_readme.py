@@ -54,6 +54,19 @@ def test_files_are_those_that_the_readme_names(tmp_path: Path, readme: str) -> N
     assert data.train.labels().tolist() == [0, 1, 2, 0, 1]
 
 
+@pytest.mark.parametrize(("pattern", "rows"), [("*.parquet", 9), ("**/*.parquet", 5)])
+def test_a_star_stays_in_its_folder(tmp_path: Path, pattern: str, rows: int) -> None:
+    config = write(tmp_path, f"---\nconfigs:\n- data_files: {{train: 'plain/{pattern}'}}\n---\n")
+    (tmp_path / "plain" / "more").mkdir()
+    (tmp_path / "plain" / "part-b-0.parquet").rename(tmp_path / "plain" / "more" / "part-b-0.parquet")
+    assert open_data(replace(config, val_split="train")).train.num_rows == 14 - rows
+
+
+def test_a_pattern_that_nobody_can_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"README.md: its pattern 'plain/\*\*a' of files cannot be read: .*; mend it"):
+        open_data(write(tmp_path, "---\nconfigs:\n- data_files: 'plain/**a'\n---\n"))
+
+
 def test_preparation_takes_them_too(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     write(tmp_path, README)

@@ -45,7 +45,9 @@ def make(root: Path) -> tuple[Any, FeatureReader]:
 
 def test_a_draw_is_rows_of_the_cache(tmp_path: Path) -> None:
     config, reader = make(tmp_path)
+    reader.store = None  # --data.store-gb 0
     negatives = CachedNegatives(config, reader)
+    assert list((tmp_path / "store" / "columns").glob("*.npy")), "where --data.store says"
     rows, ids_M, labels_M = negatives.draw(3, 1, CPU)
     assert list(rows) == ["pool:vector"]
     assert len(ids_M) == 30
@@ -79,11 +81,13 @@ def test_a_column_is_collected_once_and_verified(tmp_path: Path) -> None:
     assert len(files) == 2
     for path in files:
         os.utime(path, (0, time.time() - 29 * 86400))
-    old = path.with_name("of-another-teacher.rows.npy")
-    old.write_bytes(b"")
-    os.utime(old, (0, time.time() - 31 * 86400))
+    (lock,) = path.parent.glob("*.lock")
+    for name, days in {"a.rows.npy": 31, "a.lock": 31, ".a.rows.npy.1-ab.tmp": 2, lock.name: 29}.items():
+        path.with_name(name).touch()
+        os.utime(path.with_name(name), (0, time.time() - days * 86400))
     open_column(config.cache.root, manifest, tmp_path / "here")
-    assert not old.exists()
+    assert {left.name for left in path.parent.iterdir()} == {lock.name, *(file.name for file in files)}
+    assert time.time() - lock.stat().st_mtime < 3600
     assert {path: path.stat().st_ino for path in files} == files
     assert all(time.time() - path.stat().st_mtime < 3600 for path in files), "in use again"
     (path, *_) = (tmp_path / "cache" / manifest.key / "view-00000").glob("*.parquet")
