@@ -10,14 +10,12 @@ wrong type, tyro prints its own message there.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
 import sys
-import threading
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from mimkd_ray import console, storage
@@ -26,6 +24,7 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.errors import LOST_LOADER, DamagedDataError, Interrupted, NonFiniteLossError, UserError, nearest
 from mimkd_ray.secret_urls import redacted, scrubbed
+from mimkd_ray.signals import handled
 
 Recipe = Callable[[], Config]
 C = TypeVar("C", bound=Config)
@@ -73,7 +72,7 @@ def guarded(program: str, work: Callable[[], int], interrupted: str) -> int:
     """Return the status of ``work()``, or that of its error, which is printed as one line. `interrupted` is the message
     for Ctrl-C, and for a SIGTERM that is not handled as a request to save."""
     try:
-        with sigterm_exits():
+        with handled({signal.SIGTERM: lambda number, _: sys.exit(number)}):  # as `ray.init` has it
             return work()
     except UserError as error:
         return fail(f"{program}: {error}", 2)
@@ -100,19 +99,6 @@ def guarded(program: str, work: Callable[[], int], interrupted: str) -> int:
         if left.code == 2:  # tyro has printed the fault of the command line
             return 2
         raise
-
-
-@contextlib.contextmanager
-def sigterm_exits() -> Iterator[None]:
-    """Make SIGTERM raise SystemExit with the signal's number during the with-block, as ``ray.init`` does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def fail(text: str, status: int) -> int:
@@ -201,11 +187,26 @@ def from_flags(kind: type[T], arguments: Sequence[str], **options: Any) -> T | N
         value = [word for word in arguments[at + 1 : at + 2] if word in ("true", "false")]
         name = "--verbose" if hasattr(kind, "verbose") else "--launch.verbose"
         arguments[at : at + 1 + len(value)] = [name, *(value or ["true"])]
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def either_way(info: Any) -> Any:
+        """tyro spells truth values True and False; users type true and false."""
+        if info.type is not bool:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="{true,false}",
+            instance_from_str=lambda words: words[0].lower() == "true",
+            choices=("true", "false", "True", "False"),
+            is_instance=lambda value: isinstance(value, bool),
+            str_from_instance=lambda value: [str(value).lower()],
+        )
+
     # Without credentials: tyro shows the arguments that it does not understand.
-    # tyro spells truth values True and False; users type true and false.
-    arguments = [{"true": "True", "false": "False"}.get(argument, _hidden(argument)) for argument in arguments]
+    arguments = list(map(_hidden, arguments))
     try:
-        return tyro.cli(kind, args=arguments, config=(tyro.conf.FlagConversionOff,), **options)
+        return tyro.cli(kind, args=arguments, config=(tyro.conf.FlagConversionOff,), registry=registry, **options)
     except SystemExit as stop:
         if stop.code:
             raise

@@ -21,6 +21,7 @@ from mimkd_ray.config import Config, LaunchConfig
 from mimkd_ray.data.loading.stuck_loaders import ASKED_TO_STOP
 from mimkd_ray.data.loading.threads import CHOSEN, use_threads
 from mimkd_ray.data.sources.own_dataset import OwnData
+from mimkd_ray.signals import handled
 from mimkd_ray.train.distributed import GROUP_SECONDS, STOP_SECONDS, Preemption, share_from_first, stay_here
 from mimkd_ray.train.start_times import StartTimes
 from mimkd_ray.train.worker import do_job
@@ -59,9 +60,6 @@ class LocalContext:
         """A with-block in which SIGTERM and Ctrl-C are requests to save and end; a second Ctrl-C ends at once. For the
         main thread; in another one signals stay as they are. A process that is stuck, in a read or a loader that does
         not answer, ends without saving after STOP_SECONDS."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
         asked = [float("inf")]
         ASKED_TO_STOP.clear()
 
@@ -78,13 +76,10 @@ class LocalContext:
                 ask()
             asked[0] = min(asked[0], now)
 
-        before = {signal.SIGINT: signal.signal(signal.SIGINT, on_interrupt)}
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, ask)
         try:
-            yield
+            with handled({signal.SIGINT: on_interrupt, signal.SIGTERM: ask}):
+                yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
             ASKED_TO_STOP.clear()  # a notebook goes on
 
     def _give_up(self) -> None:

@@ -8,15 +8,16 @@ loader processes, and features go from the actor to the storage.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
 import ray.data
 import torch
 
+from mimkd_ray import storage
 from mimkd_ray.cache_build.build_setup import Setup, Unit
 from mimkd_ray.cache_build.build_units import Builder
 from mimkd_ray.cache_build.measured_plan import measured_plan
@@ -24,12 +25,12 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.data.sources.data_set import open_data
-from mimkd_ray.errors import DamagedDataError, UserError, count
-from mimkd_ray.on_ray.data_units import ERRORS, RETRY_WAITS_S, quiet_and_patient
+from mimkd_ray.errors import UserError, count
+from mimkd_ray.on_ray.data_units import answer, quiet_and_patient
 from mimkd_ray.on_ray.nodes.node_capacity import Capacity
-from mimkd_ray.on_ray.nodes.placement import wait_for_room
+from mimkd_ray.on_ray.nodes.placement import wait_for_nodes, wait_for_room
+from mimkd_ray.on_ray.told_errors import ERRORS, fetch, raise_told, with_patience
 from mimkd_ray.secret_urls import Carried
-from mimkd_ray.storage import StorageError
 from mimkd_ray.train.networks.build import teacher_autocast
 
 UNITS_PER_CALL = 4
@@ -41,24 +42,14 @@ CPUS_PER_BUILDER = 2
 class Cluster:
     """The resources of the connected Ray for building."""
 
+    fewest: int
+    most: int
+
     def __init__(self, config: Config, own: bool) -> None:
         """Choose the builders. ``own``: this process started Ray. Raises UserError if they do not fit the cluster, or
         find no room beside other jobs in time, or for an invalid config."""
-        has = Capacity.of_cluster()
-        launch = config.launch
-        self.gpu = launch.gpu == "on" or (launch.gpu == "auto" and has.gpus > 0)
-        fewest, most = config.cache.worker_range
-        automatic = has.cpus_per_gpu() if self.gpu else min(CPUS_PER_BUILDER, has.most_cpus(1))
-        self.cpus = launch.cpus_per_worker or automatic
-        there = has.room(self.cpus, int(self.gpu))
-        self.fewest, self.most = (fewest, most) if most else (max(1, there), max(1, there))
-        if self.fewest > there or there < 1:
-            raise UserError(
-                f"{count(self.fewest, 'builder')} with {count(self.cpus, 'CPU')}{' and 1 GPU' if self.gpu else ''} "
-                f"each do not fit: the cluster has {count(has.cpus, 'CPU')} and {count(has.gpus, 'GPU')} on "
-                f"{count(len(has.nodes), 'node')}; pass --cache.workers {max(1, there)}, or fewer "
-                "--launch.cpus-per-worker"
-            )
+        launch, (fewest, most) = config.launch, config.cache.worker_range  # both 0: as many as fit
+        wait_for_nodes(partial(self._fit, config), launch, own, fewest, launch.cpus_per_worker)
         if not own:
             wait = 60 * launch.wait_minutes
             needs = (self.cpus, int(self.gpu))
@@ -72,9 +63,27 @@ class Cluster:
         if config.data.loader_workers == -1 and not in_memory:
             config = replace(config, data=replace(config.data, loader_workers=self.cpus))
         if config.cache.precision == "auto" and self.gpu:
-            name = ray.get(ray.remote(num_cpus=0, num_gpus=1)(_precision).remote(to_dict(config), Carried()))
+            task = ray.remote(num_cpus=0, num_gpus=1)(_precision)
+            name = fetch(task.remote(to_dict(config), Carried()))
             config = replace(config, cache=replace(config.cache, precision=name))
         self.config = config
+
+    def _fit(self, config: Config, has: Capacity) -> None:
+        """Choose the builders. Raises UserError if there are too few nodes."""
+        launch = config.launch
+        self.gpu = launch.gpu == "on" or (launch.gpu == "auto" and has.gpus > 0)
+        fewest, most = config.cache.worker_range
+        automatic = has.cpus_per_gpu() if self.gpu else min(CPUS_PER_BUILDER, has.most_cpus(1))
+        self.cpus = launch.cpus_per_worker or automatic
+        there = has.room(self.cpus, int(self.gpu))
+        self.fewest, self.most = (fewest, most) if most else (max(1, there), max(1, there))
+        if self.fewest > there or there < 1:
+            raise UserError(
+                f"{count(self.fewest, 'builder')} with {count(self.cpus, 'CPU')}{' and 1 GPU' if self.gpu else ''} "
+                f"each do not fit: the cluster has {count(has.cpus, 'CPU')} and {count(has.gpus, 'GPU')} on "
+                f"{count(len(has.nodes), 'node')}; pass --cache.workers {max(1, there)}, or fewer "
+                "--launch.cpus-per-worker, or add nodes (--launch.wait-minutes waits for an autoscaler)"
+            )
 
     def setup(self) -> Setup:
         """Return the setup for the driver, which needs no GPU."""
@@ -84,10 +93,7 @@ class Cluster:
         """Return the plan, measured on a builder's device. Raises UserError for a config for which nothing can be
         cached."""
         task = ray.remote(num_cpus=self.cpus, num_gpus=int(self.gpu), max_retries=0)(_plan)
-        answer = ray.get(task.remote(to_dict(self.config), self.cpus, Carried()))
-        if answer["error"]:
-            raise ERRORS[answer["error"]](answer["message"])
-        return str(answer["message"])
+        return str(fetch(task.remote(to_dict(self.config), self.cpus, Carried())))
 
     def run(self, units: Sequence[Unit], title: str) -> Iterator[tuple[int, Done]]:
         """Run the units; a `Runner`. Raises a unit's UserError, DamagedDataError or StorageError."""
@@ -106,7 +112,7 @@ class Cluster:
         )
         for row in done.iter_rows():
             if row["error"]:
-                raise ERRORS[row["error"]](row["message"])
+                raise_told(row["error"], row["message"])
             yield int(row["number"]), Done(int(row["rows"]), int(row["bytes"]))
 
 
@@ -118,7 +124,7 @@ class BuildActor:
         self.failed: Exception | None = None
         try:
             self.builder = Builder(_setup(config, cpus))
-        except tuple(ERRORS.values()) as error:
+        except ERRORS as error:
             self.failed = error  # an actor whose constructor raises would be restarted for ever
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
@@ -129,47 +135,37 @@ class BuildActor:
             for number, unit in zip(batch["number"], batch["unit"], strict=True)
         }
         if self.builder is None:
-            yield _answer(-1, self.failed)
+            yield _row(-1, self.failed)
             return
-        for wait in (*RETRY_WAITS_S, None):
+        builder = self.builder
+
+        def build() -> Iterator[tuple[int, Done]]:
             numbers = list(left)
-            try:
-                for place, done in self.builder.run(list(left.values())):
-                    del left[numbers[place]]
-                    yield _answer(numbers[place], None, done)
-                return
-            except StorageError as error:
-                if wait is None:
-                    yield _answer(-1, StorageError(f"{error}; start again when it answers: what is finished stays"))
-                    return
-                time.sleep(wait)
-            except (UserError, DamagedDataError) as error:
-                yield _answer(-1, error)
-                return
+            for place, done in builder.run(list(left.values())):
+                del left[numbers[place]]
+                yield numbers[place], done
+
+        try:
+            for number, done in with_patience(build):
+                yield _row(number, None, done)
+        except ERRORS as error:
+            yield _row(-1, error)
 
 
-def _answer(number: int, error: Exception | None, done: Done = Done(0, 0)) -> dict[str, list[Any]]:  # noqa: B008
-    kind = type(error).__name__ if error is not None else ""
-    return {
-        "number": [number],
-        "error": [kind],
-        "message": [str(error or "")],
-        "rows": [done.rows],
-        "bytes": [done.bytes],
-    }
+def _row(number: int, error: Exception | None, done: Done = Done(0, 0)) -> dict[str, list[Any]]:  # noqa: B008
+    return {"number": [number], **{name: [value] for name, value in answer(error, done).items()}}
 
 
 def _setup(config: dict[str, Any], cpus: int) -> Setup:
     torch.set_num_threads(cpus)  # the same in every builder, because sums may depend on it
     os.environ["LOCAL_WORLD_SIZE"] = "1"
-    return Setup(from_dict(Config, config), torch.device("cuda" if ray.get_gpu_ids() else "cpu"))
+    made = from_dict(Config, config)
+    storage.be_patient(made.storage.patience_minutes)
+    return Setup(made, torch.device("cuda" if ray.get_gpu_ids() else "cpu"))
 
 
-def _plan(config: dict[str, Any], cpus: int, _secrets: Carried) -> dict[str, str]:
-    try:
-        return {"error": "", "message": measured_plan(_setup(config, cpus)).text()}
-    except tuple(ERRORS.values()) as error:
-        return {"error": type(error).__name__, "message": str(error)}
+def _plan(config: dict[str, Any], cpus: int, _secrets: Carried) -> str:
+    return measured_plan(_setup(config, cpus)).text()
 
 
 def _precision(config: dict[str, Any], _secrets: Carried) -> str:

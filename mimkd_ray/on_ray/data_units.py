@@ -10,25 +10,17 @@ from typing import Any, Protocol
 import ray
 import ray.data
 
-from mimkd_ray import storage
 from mimkd_ray.data.prepare.unit_progress import Progress
 from mimkd_ray.data.prepare.work_units import Done
-from mimkd_ray.errors import LOST_LOADER, DamagedDataError, UserError
+from mimkd_ray.errors import LOST_LOADER
+from mimkd_ray.on_ray.told_errors import ERRORS, kind_of, raise_told, with_patience
 from mimkd_ray.secret_urls import Carried
-
-RETRY_WAITS_S = (5.0, 20.0, 60.0)
-"""Pauses before a unit is repeated whose storage failed for longer than attempts.py tries."""
 
 MAX_RETRIES = 3
 """Repetitions of a task of which a loader process was killed."""
 
 MAX_TASKS = 2000
 """Most tasks for the units: each costs Ray some 10 ms; units are still committed one by one."""
-
-ERRORS: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (UserError, DamagedDataError, storage.StorageError)
-}
-"""Errors with a message for the user, sent to the driver by name."""
 
 
 class Unit(Protocol):
@@ -69,7 +61,7 @@ def run_units(units: Sequence[Unit], title: str, workers: int = 0) -> Iterator[D
     with Progress(title, sum(unit.bytes for unit in units)) as progress:
         for result in done.iter_rows():
             if result["error"]:
-                raise ERRORS[result["error"]](result["message"])
+                raise_told(result["error"], result["message"])
             progress.add(Done(result["rows"], result["bytes"]))
             yield Done(result["rows"], result["bytes"])
 
@@ -78,18 +70,14 @@ def do_unit(row: dict[str, Any], sleep: Callable[[float], None] = time.sleep) ->
     """Run a unit in a task. After a failure of storage it waits and tries again; errors for the user are returned as a
     result."""
     unit: Unit = ray.cloudpickle.loads(row["unit"])[0]
-    for wait in (*RETRY_WAITS_S, None):
-        try:
-            done = unit()
-            return {"error": "", "message": "", "rows": done.rows, "bytes": done.bytes}
-        except storage.StorageError as error:
-            if wait is None:
-                return _answer(storage.StorageError, f"{error}; start again when it answers: what is finished stays")
-            sleep(wait)
-        except (UserError, DamagedDataError) as error:
-            return _answer(type(error), str(error))
-    raise AssertionError("unreachable")
+    try:
+        [done] = with_patience(lambda: [unit()], sleep)
+    except ERRORS as error:
+        return answer(error)
+    return answer(None, done)
 
 
-def _answer(kind: type[Exception], message: str) -> dict[str, Any]:
-    return {"error": kind.__name__, "message": message, "rows": 0, "bytes": 0}
+def answer(error: Exception | None, done: Done = Done(0, 0)) -> dict[str, Any]:  # noqa: B008
+    """Return the row of a result: what was done, or the error, by name."""
+    kind = kind_of(error) if error is not None else ""
+    return {"error": kind, "message": str(error or ""), "rows": done.rows, "bytes": done.bytes}

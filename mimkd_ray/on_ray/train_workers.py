@@ -27,8 +27,10 @@ from mimkd_ray.local_files import scratch_folder
 from mimkd_ray.on_ray import driver_console
 from mimkd_ray.on_ray.nodes.placement import OWN_MINUTES, LossWatch, fewest, scaling
 from mimkd_ray.on_ray.one_machine import OneMachine
-from mimkd_ray.on_ray.worker_context import ERRORS, STOP, context_of
+from mimkd_ray.on_ray.told_errors import ERRORS, raise_told
+from mimkd_ray.on_ray.worker_context import STOP, context_of
 from mimkd_ray.secret_urls import Carried
+from mimkd_ray.signals import handled
 from mimkd_ray.train.distributed import GROUP_SECONDS
 from mimkd_ray.train.records.run_dir import write_json
 from mimkd_ray.train.start_times import StartTimes
@@ -47,7 +49,7 @@ class EndAtOnce(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
         """Raise such an error in the controller, after a worker has raised it."""
         for error in worker_exceptions.values():
-            if isinstance(error, tuple(ERRORS.values())):
+            if isinstance(error, ERRORS):
                 raise error
 
 
@@ -57,6 +59,7 @@ def worker(setup: dict[str, Any]) -> None:
         if context is None:
             return
         config = from_dict(Config, setup["config"])
+        storage.be_patient(config.storage.patience_minutes)
         if context.device.type == "cpu":  # Ray has set the variable to the CPUs of this worker where nobody else had
             use_threads(config.data, setup["threads_given"])
         run_job(config, context, setup["run_dir"])
@@ -83,7 +86,11 @@ def forwarded_stop(run_dir: str, launch_id: str, gave_up: Callable[[], str] = st
     asked = threading.Event()
 
     def ask() -> None:
-        write_json(storage.join(run_dir, STOP), {"launch_id": launch_id})
+        try:
+            write_json(storage.join(run_dir, STOP), {"launch_id": launch_id})
+        except Exception as error:
+            asked.clear()
+            console.line(f"the workers do not know that they are to stop ({error}): another SIGTERM asks them again")
 
     def stop(more: str = "") -> None:
         if not asked.is_set():
@@ -100,13 +107,8 @@ def forwarded_stop(run_dir: str, launch_id: str, gave_up: Callable[[], str] = st
             raise KeyboardInterrupt
         stop("; a second Ctrl-C ends at once")
 
-    before = {signal.SIGINT: signal.signal(signal.SIGINT, on_interrupt)}
-    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: stop())
-    try:
+    with handled({signal.SIGINT: on_interrupt, signal.SIGTERM: lambda *_: stop()}):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def beside_signals(work: Callable[[], object]) -> None:
@@ -212,7 +214,7 @@ def fit(
         cause = getattr(error, "controller_failure", None)  # the error that EndAtOnce raised
         if not isinstance(cause, storage.StorageError):  # then it could not write it down
             _raise_known(run_dir, launch_id)
-        if isinstance(cause, Exception) and type(cause).__name__ in ERRORS:
+        if isinstance(cause, ERRORS):
             raise cause from None
         raise
     except KeyboardInterrupt:
@@ -228,4 +230,4 @@ def _raise_known(run_dir: str, launch_id: str) -> None:
     """Raise the error that a worker of this launch left behind, if any."""
     error = read_if_sound(storage.join(run_dir, "error.json"), ("launch_id", "kind", "message"))
     if error is not None and error["launch_id"] == launch_id:
-        raise ERRORS[error["kind"]](error["message"])
+        raise_told(error["kind"], error["message"])

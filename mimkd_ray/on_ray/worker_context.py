@@ -15,10 +15,11 @@ import ray.train
 
 from mimkd_ray import storage
 from mimkd_ray.data.loading.stuck_loaders import ASKED_TO_STOP
-from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError
+from mimkd_ray.errors import Interrupted, UserError
 from mimkd_ray.json_files import read_if_sound, read_json
 from mimkd_ray.on_ray import driver_console
 from mimkd_ray.on_ray.prometheus import LiveMetrics
+from mimkd_ray.on_ray.told_errors import ERRORS, kind_of
 from mimkd_ray.secret_urls import scrubbed
 from mimkd_ray.train.distributed import STOP_SECONDS, Preemption, share_from_first
 from mimkd_ray.train.records.run_dir import write_json
@@ -28,19 +29,6 @@ logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 30.0
 """Least seconds between two reports to Ray: each is a barrier that its controller polls every two seconds."""
-
-ERRORS: dict[str, type[Exception]] = {
-    kind.__name__: kind
-    for kind in (
-        UserError,
-        DamagedDataError,
-        NonFiniteLossError,
-        Interrupted,
-        storage.StorageError,
-        storage.AccessError,
-    )
-}
-"""Errors that a restart does not cure, sent to the driver by name."""
 
 STOP, STOP_LOOK_SECONDS, OTHERS_LOOK_SECONDS = "stop.json", 1.0, 10.0
 """File that asks the workers of a launch to save and end, and seconds between two checks for it by the first worker and
@@ -165,7 +153,7 @@ def context_of(setup: Mapping[str, Any]) -> Iterator[RayContext | None]:
     earlier = read_if_sound(storage.join(setup["run_dir"], "error.json"), ("launch_id",))
     try:
         yield None if earlier is not None and earlier["launch_id"] == context.launch_id else context
-    except tuple(ERRORS.values()) as error:
+    except ERRORS as error:
         leave_error(setup["run_dir"], context.launch_id, error)
         if not isinstance(error, Interrupted):  # then all workers end together, and nothing has failed
             raise
@@ -180,5 +168,5 @@ def leave_error(run_dir: str, launch_id: str, error: Exception) -> None:
     with suppress(UserError, storage.StorageError), storage.hurried():
         write_json(
             storage.join(run_dir, "error.json"),
-            {"launch_id": launch_id, "kind": type(error).__name__, "message": message},
+            {"launch_id": launch_id, "kind": kind_of(error), "message": message},
         )

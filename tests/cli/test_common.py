@@ -60,7 +60,8 @@ def test_any_field_is_overridden_by_its_dotted_name() -> None:
 
 @pytest.mark.parametrize("word", ["true", "True"])
 def test_truth_values_are_spelled_either_way(word: str) -> None:
-    assert parsed("--teacher.train", word).teacher.train is True
+    config = parsed("--teacher.train", word, "--loss.critic.learn-temperature", "false", "--run.name", word)
+    assert (config.teacher.train, config.loss.critic.learn_temperature, config.run.name) == (True, False, word)
 
 
 def test_printed_config_is_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +102,7 @@ BAD_FLAGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "flag misspelt": (("--optim.momentun", "1"), ("--optim.momentun", "Perhaps you meant: --optim.momentum FLOAT")),
     "type": (("--optim.lr", "fast"), ("--optim.lr", "fast")),
     "choice": (("--train.precision", "fp8"), ("--train.precision", "fp8", "bf16")),
-    "truth value": (("--teacher.train", "perhaps"), ("--teacher.train", "perhaps", "('True', 'False')")),
+    "truth value": (("--teacher.train", "perhaps"), ("--teacher.train", "perhaps", "('true', 'false'")),
     "stray word": (("demo", "--optim.lr", "0.1", "0.2"), ("0.2",)),
 }
 """Flags that tyro rejects, and parts of its own message."""

@@ -12,13 +12,16 @@ from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError
 from mimkd_ray.on_ray import train_workers, worker_context
 from mimkd_ray.recipes import IMAGENET_RECIPES
-from mimkd_ray.storage import StorageError
+from mimkd_ray.run_lock import InUse
+from mimkd_ray.storage import AccessError, StorageError
 
 
 @pytest.mark.parametrize(
     ("error", "status"),
     [
         (UserError("a flag"), 2),
+        (InUse("a directory"), 2),
+        (AccessError("no key"), 2),
         (DamagedDataError("an image"), 1),
         (NonFiniteLossError("at step 3"), 1),
         (StorageError("an object"), 1),

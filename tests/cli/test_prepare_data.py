@@ -14,7 +14,8 @@ from mimkd_ray.cli import prepare_data as command_line
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.on_ray import data_units
-from mimkd_ray.storage import StorageError
+from mimkd_ray.run_lock import InUse
+from mimkd_ray.storage import AccessError, StorageError
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,10 +85,11 @@ def test_storage_that_fails_is_waited_for() -> None:
 
 
 def test_what_the_user_must_mend_is_not_tried_again() -> None:
-    for error in (UserError("no space"), DamagedDataError("row group 3")):
+    known = {UserError("no space"): "UserError", DamagedDataError("row 3"): "DamagedDataError"}
+    for error, kind in {**known, InUse("a folder"): "UserError", AccessError("no key"): "AccessError"}.items():
         last, waits = answer(error)
         assert waits == []
-        assert (last["error"], last["message"]) == (type(error).__name__, str(error))
+        assert (last["error"], last["message"]) == (kind, str(error))
     with pytest.raises(ZeroDivisionError):  # a fault of the program: Ray shows where
         answer(ZeroDivisionError())
 

@@ -180,6 +180,21 @@ def test_ctrl_c_asks_the_workers_once_and_ends_at_the_second(
         interrupted()
 
 
+def test_a_request_to_stop_that_was_not_written_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(train_workers.console, "line", said.append)
+    with train_workers.forwarded_stop(str(tmp_path), LAUNCH):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_workers, "write_json", lambda *_: [][0])
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert within(10, lambda: len(said) == 2)
+        assert "another SIGTERM asks them again" in said[1]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert within(10, (tmp_path / "stop.json").exists)
+
+
 def interrupted() -> None:
     """As LossWatch does it."""
     _thread.interrupt_main()

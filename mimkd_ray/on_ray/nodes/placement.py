@@ -8,16 +8,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import ray
 from ray.train import ScalingConfig
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from mimkd_ray import console
-from mimkd_ray.config import Config
+from mimkd_ray.config import Config, LaunchConfig
 from mimkd_ray.errors import UserError, count
 from mimkd_ray.on_ray.nodes import holders
 from mimkd_ray.on_ray.nodes.node_capacity import Capacity
+
+T = TypeVar("T")
 
 LOOK_SECONDS = 5.0
 TELL_SECONDS = 60.0
@@ -35,23 +38,33 @@ def scaling(config: Config, own: bool) -> ScalingConfig:
     A range of workers is elastic in a cluster that others may change; in a Ray started by this process it is the most
     that fit.
     """
-    deadline = time.monotonic() + 60 * config.launch.wait_minutes
+    launch, began = config.launch, time.monotonic()
+    made = wait_for_nodes(
+        lambda has: _fit(config, own, has), launch, own, launch.worker_range[0], launch.cpus_per_worker
+    )
+    seconds = 60 * launch.wait_minutes - (time.monotonic() - began)
+    return made if own else _among_others(config, made, seconds)
+
+
+def wait_for_nodes(fit: Callable[[Capacity], T], launch: LaunchConfig, own: bool, workers: int, cpus: float = 0) -> T:
+    """Return what ``fit`` makes of the cluster's capacity. Its UserError is raised after `launch.wait_minutes`, during
+    which an autoscaler is shown the demand for so many workers, with these CPUs each; at once in a Ray of our own."""
+    deadline = time.monotonic() + 60 * launch.wait_minutes
     asked = False
     with ExitStack() as demand:
         while True:
             try:
-                made = _fit(config, own, Capacity.of_cluster())
-                break
+                return fit(Capacity.of_cluster())
             except UserError as error:
                 left = deadline - time.monotonic()
                 if own or left <= 0:
                     raise
                 console.line(f"waiting up to {left / 60:.0f} more minutes for nodes: {error}")
                 if not asked:
-                    demand.enter_context(_asked_for_nodes(config))
+                    bundle = {"CPU": cpus or 1, **({"GPU": 1} if launch.gpu == "on" else {})}
+                    demand.enter_context(_asked_for_nodes([bundle] * max(1, workers)))
                     asked = True
                 time.sleep(LOOK_SECONDS)
-    return made if own else _among_others(config, made, deadline - time.monotonic())
 
 
 def _among_others(config: Config, made: ScalingConfig, seconds: float) -> ScalingConfig:
@@ -110,7 +123,7 @@ def wait_for_room(
         taken = sum(each.amounts.get(kind, 0.0) for each in held)
         gpu = f" and {gpus:g} GPU" if gpus else ""
         text = (
-            f"there is no room for {count(workers, what)} with {count(int(cpus), 'CPU')}{gpu} each: other jobs hold "
+            f"there is no room for {count(workers, what)} with {count(cpus, 'CPU')}{gpu} each: other jobs hold "
             f"{taken:g} of the cluster's {total} {kind}s ({holders.named(held, kind)})"
         )
         left = max(SETTLE_SECONDS, seconds) - passed
@@ -159,15 +172,14 @@ def _fit(config: Config, own: bool, has: Capacity) -> ScalingConfig:
 
 
 @contextmanager
-def _asked_for_nodes(config: Config) -> Iterator[None]:
-    """Show an autoscaler the demand for the fewest workers during the with-block.
+def _asked_for_nodes(bundles: list[dict[str, float]]) -> Iterator[None]:
+    """Show an autoscaler a demand during the with-block.
 
     It uses a placement group, which ends with this process in every case. A demand by
     `ray.autoscaler.sdk.request_resources` outlives the process: if a job was stopped while it waited, its nodes would
     still be started, kept and paid for.
     """
-    bundle = {"CPU": config.launch.cpus_per_worker or 1, **({"GPU": 1} if config.launch.gpu == "on" else {})}
-    group = placement_group([bundle] * max(1, config.launch.worker_range[0]))
+    group = placement_group(bundles)
     try:
         yield
     finally:
