@@ -16,6 +16,7 @@ from mimkd_ray.config.digest import differences, training_part
 from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_if_sound
+from mimkd_ray.search.results import CLOCK
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.outcomes import CONFIG, RESULT
 
@@ -99,7 +100,7 @@ def _row(run_dir: str, config: Mapping[str, Any], result: Mapping[str, Any] | No
 
 
 def _state(run_dir: str, result: Mapping[str, Any] | None) -> str:
-    if result is not None:
+    if result is not None or (read_if_sound(storage.join(run_dir, CLOCK)) or {}).get("finished"):
         return "finished"
     step = checkpoint.newest_step(run_dir)
     return "begun" if step is None else f"saved at step {step}"

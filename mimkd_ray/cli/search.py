@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from mimkd_ray import console
+from mimkd_ray import console, storage
 from mimkd_ray.cli import common
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.training import absolute, below_root
@@ -56,6 +56,7 @@ def _as_search(recipe: Callable[[], Config]) -> Callable[[], SearchJob]:
 
 def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
     """Run a search to its end and write its results; return the exit status."""
+    storage.be_patient(job.storage.patience_minutes)
     found = find_spaces(job.search.space, spaces)
     if job.launch.backend == "local":
         raise UserError("launch.backend is local, and a search is run by Ray Tune: leave it out; Ray starts by itself")
@@ -110,17 +111,18 @@ def run(job: SearchJob, folder: str, configs: TrialConfigs, grid: Grid | None) -
         return
     environment.prepare(job.launch.address)
     from mimkd_ray.on_ray.driver_console import joined
-    from mimkd_ray.on_ray.nodes.node_capacity import Capacity
     from mimkd_ray.on_ray.search import tune_search  # Ray takes seconds to import and reads its environment on import
 
     with joined(job.launch.address, "--launch.address", folder, job.launch.verbose) as own:
-        shape = tune_search.shape_of(job, Capacity.of_cluster())
+        shape = tune_search.shape_there(job, own)
         console.line(shape.text())
         if not own:
             tune_search.wait_for_others(job, shape)
+        clock = Clock(folder)
         with tune_search.while_nodes_last(job, shape, own):
             with console.phase("preparing what all trials share"):
                 tune_search.prepare_on_ray(configs.widest(), folder, shape)
+            clock.save()  # from which the journal goes on
             tune_search.run_trials(job, folder, configs, grid, shape, own)
             table = Table(folder, job.search.metric)
             finals = Finals(job, table)
@@ -128,7 +130,7 @@ def run(job: SearchJob, folder: str, configs: TrialConfigs, grid: Grid | None) -
                 names = ", ".join(map(str, finals.chosen))
                 console.line(f"finalists: trials {names}, {count(job.search.seeds, 'seed')} each")
                 chosen = finals.publish(job, folder, tune_search.run_finals(finals, folder, shape))
-                write_report(job, configs.base, table, Clock(folder).hours, chosen)
+                write_report(job, configs.base, table, clock.hours, chosen)
                 means = ", ".join(f"trial {final.trial} {final.mean:.2f} %" for final in chosen)
                 console.line(f"mean top-1 of the finalists, the best first: {means or 'none came to its end'}")
-            Clock(folder).save(finals.name)
+            clock.save(finals.name)

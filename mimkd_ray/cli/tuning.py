@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mimkd_ray import storage
 from mimkd_ray.cli.training import absolute
 from mimkd_ray.config import Config
 from mimkd_ray.on_ray.nodes import environment
@@ -24,12 +25,13 @@ def search(
 
     ``space``: names of mimkd_ray/search/spaces.py and functions, which Optuna is asked by unless ``tune_config`` (a
     `ray.tune.TuneConfig`) has another searcher; or a Tune space over config fields, such as {"loss.kd_weight":
-    tune.loguniform(0.1, 3)}. Without ``tune_config``: 24 trials of Optuna's TPE under ASHA. ``run_config`` is a
-    `ray.tune.RunConfig`. Trials are scored (top1, cross_entropy) on ``holdout`` of the training set, never on the
-    validation set. Their checkpoints are run directories: best.safetensors is the student. A trial that fails by itself
-    has the worst result, and "failed" and "reason" in its metrics. ``resources`` are those of a trial: {"CPU": 1}
-    unless there are GPUs, then a GPU with its share of the CPUs.
+    tune.loguniform(0.1, 3)}, drawn from at random unless ``tune_config`` has a searcher. Without ``tune_config``: 24
+    trials under ASHA. ``run_config`` is a `ray.tune.RunConfig`. Trials are scored (top1, cross_entropy) on ``holdout``
+    of the training set, never on the validation set. Their checkpoints are run directories: best.safetensors is the
+    student. A trial that fails by itself has the worst result, and "failed" and "reason" in its metrics.
+    ``resources`` are those of a trial: {"CPU": 1} unless there are GPUs, then a GPU with its share of the CPUs.
     """
+    storage.be_patient(config.storage.patience_minutes)
     environment.prepare(config.launch.address)
     from mimkd_ray.on_ray.search import tune_search
 

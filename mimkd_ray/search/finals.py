@@ -46,10 +46,6 @@ class Finals:
         config = from_dict(Config, self.chosen[number].config)
         return Made(replace(config, train=replace(config.train, seed=config.train.seed + seed)), dict(params))
 
-    def is_over(self, params: Mapping[str, Any], told: Mapping[str, Any]) -> bool:
-        """Return whether a run has come to its end, by the last that it told."""
-        return "failed" in told or ("epoch" in told and told["epoch"] == self(params).config.train.epochs)
-
     def publish(self, job: SearchJob, folder: str, results: Mapping[int, Mapping[str, Any]]) -> list[Final]:
         """Write best.json with the config of the finalist with the best mean (finals.json has them all), and return the
         finalists, best first. Those with a failed run are left out. ``results``: last figures by number of run."""

@@ -14,12 +14,15 @@ from mimkd_ray.search.table import Table
 from mimkd_ray.search.trials import Final, Trial, value_text
 from mimkd_ray.train.records.run_dir import write_json
 
+CLOCK = "clock.json"
+"""File of a search with what Clock keeps."""
+
 
 class Clock:
     """clock.json: the hours of a search over all its starts, and the name of the finals with which it has finished."""
 
     def __init__(self, folder: str) -> None:
-        self.url = storage.join(folder, "clock.json")
+        self.url = storage.join(folder, CLOCK)
         known = read_if_sound(self.url, ("seconds",), "hours count from 0") or {}
         self.finished: str | None = known.get("finished")
         self._before: float = known.get("seconds", 0.0)

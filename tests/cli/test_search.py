@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,18 @@ from typing import Any
 import pytest
 from jobs_here import CHANCE, ENVIRONMENT, ROOT, TAKES_LONG, Job, kill, run, tree
 from some_trials import read_trials
+from tiny_search import figures, tiny_configs, tiny_job
 
+from mimkd_ray.cli import search as search_line
 from mimkd_ray.cli.search import main
 from mimkd_ray.config import Config, SearchConfig
 from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.errors import UserError
 from mimkd_ray.recipes import demo
+from mimkd_ray.search.results import Clock
 from mimkd_ray.search.spaces import SPACES
+from mimkd_ray.search.table import Table
 
 # Digits, a random teacher, trials of three epochs of four steps.
 FLAGS = (
@@ -103,6 +109,39 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert error.count("\n") == 1
+
+
+def test_hours_are_those_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half an hour of preparation, an hour of trials, two hours of finals."""
+    from mimkd_ray.on_ray import driver_console
+    from mimkd_ray.on_ray.search import tune_search
+
+    now, folder = [1000.0], str(tmp_path / "s")
+    monkeypatch.setattr("mimkd_ray.search.results.time.monotonic", lambda: now[0])
+    seen: list[float] = []
+
+    def lasts(seconds: float) -> Callable[..., Any]:
+        def work(*_: Any) -> dict[int, Any]:
+            seen.append(Clock(folder).hours)
+            now[0] += seconds
+            return {}
+
+        return work
+
+    job, configs = tiny_job(tmp_path, finalists=1), tiny_configs(tmp_path)
+    table = Table(folder, "top1")
+    table.begin("x", configs({"critic.learn_temperature": False, "critic.temperature": 0.5}), {})
+    table.heard("x", figures(2, 50.0))
+    table.ended("x", "completed")
+    for name, value in {"prepare_on_ray": 1800.0, "run_trials": 3600.0, "run_finals": 7200.0}.items():
+        monkeypatch.setattr(tune_search, name, lasts(value))
+    monkeypatch.setattr(tune_search, "shape_there", lambda *_: tune_search.Shape(1, 1.0, 0.0, 1))
+    monkeypatch.setattr(tune_search, "while_nodes_last", lambda *_: nullcontext())
+    monkeypatch.setattr(driver_console, "joined", lambda *_: nullcontext(True))
+    monkeypatch.setattr(search_line, "write_report", lambda *found: seen.append(found[3]))
+    search_line.run(job, folder, configs, None)
+    assert seen[:2] == [0.0, 0.5], "the budget of the trials begins with the preparation"
+    assert (seen[-1], Clock(folder).hours) == (3.5, 3.5)
 
 
 def test_a_search_that_cannot_be_run_overwrites_nothing(tmp_path: Path) -> None:

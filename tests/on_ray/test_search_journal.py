@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,6 @@ from tiny_search import figures, tiny_configs, tiny_job
 from mimkd_ray.config import SearchJob
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.configs import claim
-from mimkd_ray.search.finals import Finals
 from mimkd_ray.search.table import Table
 
 VALUES = {"critic.learn_temperature": False, "critic.temperature": 0.5}
@@ -60,29 +58,6 @@ def test_as_many_trials_or_packs_at_a_time_as_told(
         tune_search.run_trials(job, str(tmp_path / "s"), tiny_configs(tmp_path), None, shape, True)
 
 
-@pytest.mark.parametrize(("epochs", "whole"), [((2, 2), True), ((2, 1), False), ((2,), False)])
-def test_finals_that_were_interrupted_are_no_results(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: tuple[int, ...], whole: bool
-) -> None:
-    """After Ctrl-C, Tune returns the evaluations so far. A run that is lost for good holds up nothing."""
-    from mimkd_ray.on_ray.search import tune_search
-
-    job, table = tiny_job(tmp_path, finalists=1, seeds=3), Table(str(tmp_path / "s"), "top1")
-    table.begin("x", tiny_configs(tmp_path)(VALUES), VALUES)
-    table.heard("x", figures(2, 50.0))
-    table.ended("x", "completed")
-    told: list[Any] = [figures(epoch, 50.0) for epoch in epochs]
-    runs = [SimpleNamespace(config={"run": run}, metrics=each, error=None) for run, each in enumerate(told)]
-    runs.append(SimpleNamespace(config={"run": 2}, metrics=None, error=RuntimeError("lost")))
-    monkeypatch.setattr(tune_search, "experiment", lambda *_: runs)
-    finals, shape = Finals(job, table), tune_search.Shape(1, 1.0, 0.0, 1)
-    if whole:
-        assert tune_search.run_finals(finals, "s", shape) == dict(enumerate(told))
-    else:
-        with pytest.raises(KeyboardInterrupt):
-            tune_search.run_finals(finals, "s", shape)
-
-
 @pytest.mark.parametrize("pack", [False, True])
 def test_the_time_of_a_failed_trial_counts(tmp_path: Path, pack: bool) -> None:
     journal = journal_of(tmp_path, tiny_job(tmp_path, gpu_hours=1.0))
@@ -116,35 +91,3 @@ def test_a_state_that_cannot_be_read_is_told(tmp_path: Path, named: str, told: s
     (place / "tuner.pkl").write_bytes(f"c{named}\n.".encode())
     with pytest.raises(UserError, match=told):
         tune_search.experiment(str(tmp_path), "tune", print, None, tune.TuneConfig(), tune.RunConfig())
-
-
-@pytest.mark.parametrize(
-    ("changes", "combinations", "found", "whole"),
-    [
-        ({"trials": 3}, 0, 3, True),
-        ({"trials": 3}, 0, 2, False),
-        ({"trials": 0, "hours": 1.0}, 0, 2, True),  # as many as there is time for
-        ({"trials": 0, "hours": 1.0, "algorithm": "grid"}, 3, 3, True),
-        ({"trials": 0, "hours": 1.0, "algorithm": "grid"}, 3, 2, False),
-        ({"trials": 3, "pack": 2}, 0, 2, True),
-        ({"trials": 3, "pack": 2}, 0, 1, False),
-    ],
-)
-def test_a_search_that_was_interrupted_is_not_at_its_end(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    changes: dict[str, Any],
-    combinations: int,
-    found: int,
-    whole: bool,
-) -> None:
-    """Between two trials, after which Tune returns what it has."""
-    from mimkd_ray.on_ray.search import tune_search
-
-    folder, job = str(tmp_path / "s"), tiny_job(tmp_path, **changes)
-    claim(job, folder)
-    grid = [{"critic.temperature": 0.1 * at} for at in range(combinations)] or None
-    monkeypatch.setattr(tune_search, "experiment", lambda *_: [None] * found)
-    with nullcontext() if whole else pytest.raises(KeyboardInterrupt):
-        tune_search.run_trials(job, folder, tiny_configs(tmp_path), grid, tune_search.Shape(1, 1.0, 0.0, 1), True)
-    assert (tmp_path / "s" / "report.html").exists() == whole

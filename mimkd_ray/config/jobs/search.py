@@ -43,8 +43,8 @@ class SearchConfig:
     trials: int = 24
     """Configurations to try, or the size of the population; 0: as many as the other budgets allow."""
     hours: float = 0.0
-    """Hours after which no trial begins and the running ones end at their next evaluation; 0: no limit. Time before a
-    restart counts."""
+    """Hours after which no trial begins and the running ones end at their next evaluation; 0: no limit. Time
+    before a restart counts, and that of preparations and finals."""
     gpu_hours: float = 0.0
     """Limit on the sum over trials of GPUs times hours, with the same effect as `hours`; 0: no limit."""
     holdout: float = 0.1

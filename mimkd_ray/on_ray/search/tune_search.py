@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyarrow.fs
@@ -24,8 +26,9 @@ from mimkd_ray.config import Config, SearchConfig, SearchJob
 from mimkd_ray.config.form.json_form import dotted
 from mimkd_ray.config.jobs.search import POPULATION, search_job
 from mimkd_ray.errors import Interrupted, UserError, count
+from mimkd_ray.on_ray.nodes.cluster import connect
 from mimkd_ray.on_ray.nodes.node_capacity import Capacity
-from mimkd_ray.on_ray.nodes.placement import OWN_MINUTES, LossWatch, wait_for_room
+from mimkd_ray.on_ray.nodes.placement import OWN_MINUTES, LossWatch, wait_for_nodes, wait_for_room
 from mimkd_ray.on_ray.search.search_journal import Journal
 from mimkd_ray.on_ray.search.tune_algorithms import loggers, metric_of, scheduler_of, searcher_of, tune_space
 from mimkd_ray.on_ray.search.tune_trials import (
@@ -35,10 +38,12 @@ from mimkd_ray.on_ray.search.tune_trials import (
     prepare_remotely,
     search_trainable,
 )
+from mimkd_ray.on_ray.told_errors import fetch
 from mimkd_ray.search.configs import FieldConfigs, TrialConfigs, trial_config
 from mimkd_ray.search.finals import Finals
 from mimkd_ray.search.suggest import Grid, Space
 from mimkd_ray.secret_urls import Carried
+from mimkd_ray.signals import handled
 
 HEAD_SHARE = 0.001
 """Share of the head node's own resource for the process that watches a trial of several workers. There it takes no CPU
@@ -89,11 +94,17 @@ def shape_of(job: SearchJob, has: Capacity) -> Shape:
         raise UserError(
             f"a trial takes {count(workers * cpu, 'CPU')} and {count(workers * gpu, 'GPU')}, and the cluster has "
             f"{has.cpus} and {has.gpus} on {count(len(has.nodes), 'node')}: pass fewer --search.cpus-per-trial or "
-            "--search.workers, or "
-            "--search.concurrent 1 for a cluster that grows when asked"
+            "--search.workers; for a cluster that grows when asked --launch.wait-minutes, or --search.concurrent 1"
         )
     wanted = 0 if search.scheduler in POPULATION else search.concurrent
     return Shape(workers, cpu, gpu, wanted or max(fit, 1))
+
+
+def shape_there(job: SearchJob, own: bool) -> Shape:
+    """Return the shape of trials in the connected Ray (``own``: started here), once one fits: see `wait_for_nodes`."""
+    search = job.search
+    cpus = job.launch.cpus_per_worker if search.workers > 1 else search.cpus_per_trial
+    return wait_for_nodes(partial(shape_of, job), job.launch, own, search.workers, cpus)
 
 
 def wait_for_others(job: SearchJob, shape: Shape) -> None:
@@ -122,7 +133,7 @@ def search(
     if isinstance(space, dict):
         FieldConfigs(config).check(dict(dotted(space)))  # else every trial would fail, each with the same reason
     if not ray.is_initialized():
-        ray.init(logging_level="warning")
+        connect(config.launch.address, "launch.address")
     configs = configs_of(trial_config(job, own), () if isinstance(space, dict) else space)
     tune_config = tune_config or tune.TuneConfig(
         num_samples=own.trials, scheduler=scheduler_of(own, configs), reuse_actors=True, **metric_of(own)
@@ -144,14 +155,9 @@ def search(
 
 
 def prepare_on_ray(config: Config, folder: str, shape: Shape) -> None:
-    """Train, measure and check the parts that trials share, on the cluster. Raises its UserError."""
+    """Train, measure and check the parts that trials share, on the cluster. Raises its errors for the user."""
     task = ray.remote(num_cpus=shape.cpus, num_gpus=shape.gpus, max_retries=0)(prepare_remotely)
-    try:
-        ray.get(task.remote(config, folder, Carried()))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
+    fetch(task.remote(config, folder, Carried()))
 
 
 @contextmanager
@@ -172,10 +178,7 @@ def while_nodes_last(job: SearchJob, shape: Shape, own: bool) -> Iterator[None]:
 
 def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, grid: Grid | None, shape: Shape, own: bool) -> None:
     """Run the trials of a search to their ends, or go on with them. ``grid``: the combinations of one. ``own``: this
-    Ray was started here.
-
-    After Ctrl-C, Tune returns as if all were done; this raises KeyboardInterrupt.
-    """
+    Ray was started here."""
     search = job.search
     if search.workers > 1:
         parts = {"configs": configs, "folder": folder, "cpus": int(shape.cpus), "own": own, "secrets": Carried()}
@@ -188,7 +191,7 @@ def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, grid: Grid | 
     trials = len(grid) if grid else search.trials  # 0: as many as the budget allows
     journal = Journal(job, folder, configs, shape.gpus * shape.workers, trials)
     kept = 4 if search.scheduler in POPULATION else 2  # others may still copy an older one
-    found = experiment(
+    experiment(
         folder,
         "tune",
         tune.with_resources(trial, shape.bundles()),
@@ -211,15 +214,13 @@ def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, grid: Grid | 
             verbose=0,
         ),
     )
-    running = any(row.state == "running" for row in journal.open().rows.values())
-    if not journal.over_budget() and (running or len(found) < math.ceil(trials / search.pack)):
-        raise KeyboardInterrupt
+    journal.open()  # Tune may have told a copy
     journal.publish()
 
 
 def run_finals(finals: Finals, folder: str, shape: Shape) -> dict[int, dict[str, Any]]:
     """Train the finalists again, each with every seed, to their ends; return the last figures of each run that was not
-    lost. Raises KeyboardInterrupt after Ctrl-C, of which Tune does not tell."""
+    lost."""
     trial = search_trainable(finals, folder, shape.cpus)
     found = experiment(
         folder,
@@ -233,15 +234,12 @@ def run_finals(finals: Finals, folder: str, shape: Shape) -> dict[int, dict[str,
             verbose=0,
         ),
     )
-    over = [each for each in found if each.error or finals.is_over(each.config or {}, each.metrics or {})]
-    if len(over) < len(finals.runs):
-        raise KeyboardInterrupt
-    return {each.config["run"]: each.metrics for each in over if not each.error}
+    return {each.config["run"]: each.metrics for each in found if not each.error}
 
 
 def experiment(folder: str, name: str, trial: Any, space: Any, how: tune.TuneConfig, run: tune.RunConfig) -> ResultGrid:
-    """Run an experiment of Ray Tune in a folder, or go on with the one that is there. Raises Interrupted after SIGTERM,
-    once Tune has saved its state."""
+    """Run an experiment of Ray Tune in a folder, or go on with the one that is there. Raises Interrupted after SIGTERM
+    and KeyboardInterrupt after Ctrl-C, once Tune has saved its state."""
     for noisy in ("analysis.experiment_analysis", "tune", "utils.resource_updater"):
         logging.getLogger(f"ray.tune.{noisy}").setLevel(logging.CRITICAL)  # how to restore, in other words than ours
     path, fs = tune_place(folder)
@@ -256,17 +254,23 @@ def experiment(folder: str, name: str, trial: Any, space: Any, how: tune.TuneCon
         tuner = tune.Tuner(trial, param_space=space, tune_config=how, run_config=run)
     came: list[int] = []
 
-    def on_sigterm(number: int, _: object) -> None:
+    def on_signal(number: int, _: object) -> None:
         came.append(number)
-        signal.raise_signal(signal.SIGINT)  # at which Tune ends in good order
+        if came.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGUSR1)  # at which Tune ends in good order
 
-    before = signal.signal(signal.SIGTERM, on_sigterm)
-    try:
+    def on_usr1(*_: object) -> None:
+        raise KeyboardInterrupt  # before Tune has its own handler
+
+    # Tune takes Ctrl-C for itself, and returns as if all were done.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    with handled({signal.SIGINT: on_signal, signal.SIGTERM: on_signal, signal.SIGUSR1: on_usr1}):
         found = tuner.fit()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if came:
+    if signal.SIGTERM in came:
         raise Interrupted(f"asked to stop: {folder} has what has ended")
+    if came:
+        raise KeyboardInterrupt
     return found
 
 

@@ -181,6 +181,7 @@ def with_schedule(run_dir: str, params: Mapping[str, Any], tell: Tell) -> Tell:
 
 def prepare_remotely(config: Config, folder: str, _secrets: Carried) -> None:
     """Call search.run_trials.prepare, as a Ray task."""
+    storage.be_patient(config.storage.patience_minutes)
     prepare(config, folder, trial_device())
 
 
@@ -197,9 +198,12 @@ class LargeTrial(tune.Trainable):
     ) -> None:
         """Begin or go on. ``cpus``: those of a worker; by itself a run would take all that are there now, also those of
         other trials. ``own``: this Ray was started for the search."""
+        from mimkd_ray.on_ray.worker_context import STOP
+
         self._place = storage.join(folder, "trials", self.trial_id)
         self._seen = 0
         self._error: BaseException | None = None
+        storage.remove_file(storage.join(self._place, STOP))  # of one that was killed in `cleanup`
         made = configs(config).config
         self._config = replace(made, launch=replace(made.launch, cpus_per_worker=cpus))
         self._thread = threading.Thread(target=self._fit, args=(own,), name="fit", daemon=True)

@@ -62,9 +62,12 @@ def test_runs_are_listed_shown_and_compared(tmp_path: Path) -> None:
     run_tiny(tmp_path / "two", optim={"lr": 0.03})
     claim(tiny_config(), str(tmp_path / "three"))
     (tmp_path / "three" / "checkpoints" / "step_00000003-abcdef").mkdir(parents=True)  # a kill came in the middle
+    claim(tiny_config(), str(tmp_path / "zearch"))  # a search
+    (tmp_path / "zearch" / "clock.json").write_text('{"seconds": 9.0, "finished": "finals-1"}')
     (tmp_path / "notes").mkdir()
     rows = listing(str(tmp_path)).splitlines()[2:]
-    assert [row.split()[:2] for row in rows] == [["one", "finished"], ["three", "begun"], ["two", "finished"]]
+    found = [row.split()[:2] for row in rows]
+    assert found == [["one", "finished"], ["three", "begun"], ["two", "finished"], ["zearch", "finished"]]
     assert "run directory: " in shown(str(tmp_path / "one"))
     said = comparison([str(tmp_path / "one"), str(tmp_path / "two")])
     assert f"one -> two:\n  optim.lr: {tiny_config().optim.lr} -> 0.03" in said

@@ -1,0 +1,91 @@
+"""Trials and experiments of Ray Tune without a Ray; tests/one_ray has them under one."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import tune
+from tiny_run import tiny_config
+
+from mimkd_ray import console
+from mimkd_ray.errors import Interrupted, UserError
+from mimkd_ray.on_ray import train_workers
+from mimkd_ray.on_ray.search import tune_search
+from mimkd_ray.on_ray.search.tune_trials import LargeTrial
+from mimkd_ray.on_ray.worker_context import ANYBODY
+from mimkd_ray.search.configs import Made
+from mimkd_ray.secret_urls import Carried
+from mimkd_ray.train.records.run_dir import write_json
+
+
+class Trial(LargeTrial):
+    """One that Ray Tune has not made."""
+
+    trial_id = "x"
+
+    def __init__(self) -> None:
+        """Do nothing."""
+
+
+def test_a_trial_that_goes_on_does_not_read_an_old_request_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a process that Ray Tune has killed while it waited for its workers."""
+    stop = tmp_path / "trials" / "x" / "stop.json"
+    write_json(str(stop), {"launch_id": ANYBODY})
+    seen: list[bool] = []
+    monkeypatch.setattr(console, "use", print)  # this process is no trial's own
+    monkeypatch.setattr(train_workers, "fit_workers", lambda *_: seen.append(stop.exists()))
+    trial = Trial()
+    trial.setup({}, lambda _: Made(tiny_config(), {}), str(tmp_path), 1, True, Carried())
+    trial._thread.join(20)
+    assert seen == [False]
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(0, None), (signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Interrupted)]
+)
+def test_only_a_signal_interrupts_an_experiment(
+    number: int, raised: type[BaseException] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune returns what it has, and so it does when a searcher has nothing more to ask for."""
+    stopped: list[int] = []
+
+    class Tuner:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            """Do nothing."""
+
+        def fit(self) -> list[str]:
+            signal.signal(signal.SIGUSR1, lambda number, _: stopped.append(number))
+            if number:
+                signal.raise_signal(number)
+            return ["one of three trials"]
+
+    monkeypatch.setattr(tune_search.tune, "Tuner", Tuner)
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    arguments = (str(tmp_path), "tune", print, None, tune.TuneConfig(), tune.RunConfig())
+    if raised is None:
+        assert tune_search.experiment(*arguments) == ["one of three trials"]
+    else:
+        with pytest.raises(raised):
+            tune_search.experiment(*arguments)
+    assert stopped == ([signal.SIGUSR1] if raised else [])
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_a_search_from_python_joins_the_cluster_of_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def connect(address: str, flag: str) -> bool:
+        asked.append(address)
+        raise UserError("nobody answers")
+
+    monkeypatch.setattr(tune_search, "connect", connect)
+    monkeypatch.setattr(tune_search.ray, "is_initialized", lambda: False)
+    options: dict[str, Any] = {"tune_config": None, "run_config": None, "resources": None, "holdout": 0.1}
+    with pytest.raises(UserError, match="nobody answers"):
+        tune_search.search(tiny_config(launch={"address": "head:6379"}), ["temperature"], **options)
+    assert asked == ["head:6379"]
