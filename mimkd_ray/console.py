@@ -158,7 +158,10 @@ class Shown:
             time.sleep(LOOK_SECONDS)
             with self._lock:
                 now, status = time.monotonic(), self._status
-                if status is None or (self._out or sys.stdout).closed:
+                if status is None:
+                    self._watched = False  # until something goes on again
+                    return
+                if (self._out or sys.stdout).closed:
                     continue
                 for bar in self._bars:
                     bar.refresh()

@@ -5,6 +5,7 @@ import itertools
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ def test_clock() -> None:
 
 def test_a_phase_says_that_it_begins_and_is_never_silent(lines: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "SILENCE_SECONDS", 0.5)
+    before = {*threading.enumerate()}
     with console.phase("outer", said=False), console.phase("checking"):
         time.sleep(1.7)  # inside a library that says nothing
     said = lines.getvalue().splitlines()
@@ -45,6 +47,7 @@ def test_a_phase_says_that_it_begins_and_is_never_silent(lines: io.StringIO, mon
     count = len(said)
     time.sleep(1.3)
     assert len(lines.getvalue().splitlines()) == count  # nothing goes on now
+    assert {*threading.enumerate()} <= before, "and nobody looks whether it does"
 
 
 def test_a_counted_phase_tells_rate_and_time_left(lines: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:

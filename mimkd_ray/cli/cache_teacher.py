@@ -108,6 +108,7 @@ def look_after(command: str, arguments: Sequence[str], program: str) -> int:
 
 def make(config: Config, only_plan: bool = False) -> Built | None:
     """Print the plan and build the cache: with Ray, or (launch.backend local) in this process."""
+    storage.be_patient(config.storage.patience_minutes)
     if config.launch.backend == "local":
         with console.phase(PLANNING):
             setup = Setup(config, pick_device(config.launch, 0))

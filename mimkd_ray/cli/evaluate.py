@@ -81,6 +81,7 @@ def config_of_run(run_dir: str) -> Config:
 
 def evaluate(job: EvaluateJob, run_dir: str = "", trained_on: Config | None = None) -> dict[str, Any]:
     """Evaluate, print the table, write the files, and return the figures."""
+    storage.be_patient(job.storage.patience_minutes)
     out = storage.absolute(job.eval.out or run_dir or ".")
     check_lasting("--eval.out", out)
     if os.environ.get("RANK", "0") != "0":

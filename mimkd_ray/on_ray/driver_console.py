@@ -130,10 +130,13 @@ def ray_in_file(folder_url: str, verbose: bool) -> Iterator[None]:
     remote = storage.is_remote(folder_url)
     with local_files.scratch("log") as scratch:
         folder = Path(scratch) if remote or not folder_url else storage.local_path(folder_url)
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / LOG
         with contextlib.ExitStack() as stack:
-            log = stack.enter_context(path.open("a", buffering=1))
+            if remote:
+                stack.callback(_send, path, storage.join(folder_url, LOG))
+            with storage.explained(str(path), "write"):
+                folder.mkdir(parents=True, exist_ok=True)
+                log = stack.enter_context(path.open("a", buffering=1))
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
             shown = console.Shown(_copy(sys.stdout, stack), _copy(sys.stderr, stack))
@@ -149,8 +152,15 @@ def ray_in_file(folder_url: str, verbose: bool) -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stdout(log))
             stack.enter_context(contextlib.redirect_stderr(log))
             yield
-        if remote:
-            storage.upload(str(path), storage.join(folder_url, LOG))
+
+
+def _send(path: Path, url: str) -> None:
+    """Upload the log, of a job that has ended or failed: that is told whatever becomes of its log."""
+    try:
+        with storage.hurried():
+            storage.upload(path, url)
+    except Exception as error:
+        console.line(f"what Ray printed is not kept: {error}")
 
 
 def _copy(stream: Any, stack: contextlib.ExitStack) -> Any:

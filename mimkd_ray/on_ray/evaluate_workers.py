@@ -25,7 +25,9 @@ def evaluate_worker(setup: dict[str, Any]) -> None:
     with context_of(setup) as context:
         if context is not None:
             trained_on = from_dict(Config, setup["trained_on"]) if setup["trained_on"] else None
-            found = measure(from_dict(EvaluateJob, setup["job"]), context, setup["run"], trained_on)
+            job = from_dict(EvaluateJob, setup["job"])
+            storage.be_patient(job.storage.patience_minutes)
+            found = measure(job, context, setup["run"], trained_on)
             if context.rank == 0:
                 save(found, setup["run_dir"])
 

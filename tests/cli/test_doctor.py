@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import ray
 from jobs_here import ENVIRONMENT, TAKES_LONG
 from ray.cluster_utils import Cluster
+from ray.exceptions import GetTimeoutError, RayTaskError
 
 from mimkd_ray.__main__ import main
+from mimkd_ray.config import DoctorConfig
+from mimkd_ray.on_ray.nodes import check_nodes
 
 
 @TAKES_LONG
@@ -39,6 +44,25 @@ def test_a_cluster_with_a_head_without_cpus_and_broken_places(
     finally:
         ray.shutdown()
         nodes.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            RayTaskError("measure", "Traceback\n  in link.py\nRuntimeError: NCCL error 2", RuntimeError()),
+            "RuntimeError: NCCL",
+        ),
+        (GetTimeoutError("none"), r"no answer in 5 s \(GetTimeoutError\)"),
+    ],
+)
+def test_what_ends_the_all_reduce_is_told(error: Exception, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    visit = check_nodes._Visit.__new__(check_nodes._Visit)
+    visit.config = DoctorConfig(workers=2, wait_seconds=5)
+    visit.examiners = {check_nodes.Node(ray_id="0" * 56, name="n", cpus=2, gpus=0, object_store_bytes=0): None}
+    for name, value in {"remote": Mock(), "kill": Mock(), "get": Mock(side_effect=error)}.items():
+        monkeypatch.setattr(check_nodes.ray, name, value)
+    assert re.match(rf"gloo over processes of one node: {told}", visit._all_reduce().text)
 
 
 def test_bad_input_is_status_two(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from mimkd_ray.config import Config, SearchConfig
 from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.errors import Interrupted, UserError
-from mimkd_ray.on_ray import data_units, driver_console
+from mimkd_ray.on_ray import cache_actors, data_units, driver_console
 from mimkd_ray.on_ray.nodes import holders, node_capacity, placement
 from mimkd_ray.on_ray.nodes.cluster import connect
 from mimkd_ray.on_ray.nodes.holders import Held
@@ -232,6 +233,8 @@ def test_a_number_of_workers_that_nobody_named_is_what_fits_beside_others(busy: 
     made = scaling(_config(workers=2), own=False)
     assert (made.num_workers, made.resources_per_worker) == (2, {"CPU": 1}), "CPUs that nobody named are fewer"
     busy[:] = [Held("n", "02", {"CPU": 4.0})]
+    with pytest.raises(UserError, match=r"no room for 1 unit with 0\.5 CPUs each"):
+        placement.wait_for_room(1, 0.5, 0, 0, "unit")
     with pytest.raises(UserError, match=r"no room for [14] workers? with \d CPU"):
         scaling(_config(), own=False)
 
@@ -258,6 +261,40 @@ def test_a_preparation_does_not_wait_for_ever_for_others(
         UserError, match=r"no room for 1 unit with 1 CPU each.*: wait for them with --wait-minutes 60, or"
     ):
         prepare_data.prepare_with_ray(job)
+
+
+def test_gpus_that_others_hold_are_seen_though_all_cpus_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor takes no CPU by default."""
+    there = {"CPU": 8.0, "GPU": 1.0}
+    held = [Held("n", "02", {"GPU": 1.0}), Held("n", "01", {"GPU": 0.0})]
+    here = SimpleNamespace(gcs_address="", get_job_id=lambda: "01")
+    monkeypatch.setattr(holders.ray, "get_runtime_context", lambda: here)
+    monkeypatch.setattr(holders.ray, "cluster_resources", lambda: there)
+    monkeypatch.setattr(holders, "all_held", lambda _: held)
+    monkeypatch.setattr(holders.ray, "available_resources", lambda: {"CPU": 8.0})
+    assert holders.held_by_others() == held[:1]
+    monkeypatch.setattr(holders.ray, "available_resources", lambda: dict(there))
+    assert holders.held_by_others() == []
+
+
+@pytest.mark.parametrize("job", ["cache", "search"])
+def test_caches_and_searches_wait_for_nodes_too(
+    job: str, resources: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resources["CPU"] = 1
+    groups: list[Any] = []
+    monkeypatch.setattr(placement, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(placement, "placement_group", lambda bundles: groups.append(bundles) or bundles)
+    monkeypatch.setattr(placement, "remove_placement_group", lambda _: None)
+    threading.Timer(0.1, lambda: resources.update(CPU=8)).start()
+    config = _config(wait_minutes=1, cpus_per_worker=2, gpu="off")
+    if job == "cache":
+        made = cache_actors.Cluster(replace(config, cache=replace(config.cache, workers=3)), own=False)
+        assert (made.fewest, made.most, made.cpus) == (3, 3, 2)
+    else:
+        assert tune_search.shape_there(search_job(config, search=SearchConfig(workers=3)), own=False).concurrent == 1
+    assert groups == [[{"CPU": 2}] * 3]
+    assert "waiting up to 1 more minutes for nodes: " in capsys.readouterr().out
 
 
 def test_it_is_waited_for_others(busy: list[Held]) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mimkd_ray import storage
@@ -166,11 +166,16 @@ class _Visit:
     def _lost(self, check: str, node: Node, error: RayError, about: str = "") -> None:
         """Report a node that did not answer in time or whose process died."""
         del self.examiners[node]
-        seconds = self.config.wait_seconds
-        what = f"no answer in {seconds:g} s" if isinstance(error, TimeoutError) else str(error).strip().splitlines()[0]
-        text = redacted(f"{about + ': ' if about else ''}{what} ({type(error).__name__})")
+        text = redacted(f"{about + ': ' if about else ''}{self._why(error)}")
         remedy = "look at the node's logs in Ray's dashboard; a longer --wait-seconds, if it is only slow"
         self.silent.append(Outcome(check=check, status="fail", node=node.name, text=text, remedy=remedy))
+
+    def _why(self, error: RayError) -> str:
+        lines = str(error).strip().splitlines()
+        what = lines[-1] if isinstance(error, RayTaskError) else lines[0]  # that of a task ends in its error
+        if isinstance(error, TimeoutError):
+            what = f"no answer in {self.config.wait_seconds:g} s"
+        return f"{what} ({type(error).__name__})"
 
     def _storage(self, root: str) -> list[Outcome]:
         """Check storage: the first node leaves a mark that all others must see; then each node reads and writes."""
@@ -212,7 +217,7 @@ class _Visit:
             ]
             return link.check_all_reduce(ray.get(answers, timeout=self.config.wait_seconds), backend, where)
         except RayError as error:
-            text = f"{backend} over {where}: no answer in {self.config.wait_seconds:g} s ({type(error).__name__})"
+            text = redacted(f"{backend} over {where}: {self._why(error)}")
             remedy = "are the GPUs taken by another job? else open all ports between the nodes"
             return Outcome(check="all-reduce", status="fail", text=text, remedy=remedy)
         finally:

@@ -28,14 +28,15 @@ class Held(NamedTuple):
 def held_by_others() -> list[Held] | None:
     """Return what jobs other than this one hold. None, and a line, if the state API, which the dashboard serves, does
     not answer."""
-    if ray.available_resources().get("CPU") == ray.cluster_resources().get("CPU"):
+    free, there = ray.available_resources(), ray.cluster_resources()
+    if all(free.get(kind) == there.get(kind) for kind in ("CPU", "GPU")):  # an actor may hold a GPU and no CPU
         return []
     context = ray.get_runtime_context()
     try:
         return [held for held in all_held(context.gcs_address) if held.job != context.get_job_id()]
     except (RayStateApiException, OSError) as error:
         console.line(
-            "whether other jobs hold CPUs of the cluster is not known: its dashboard, which serves Ray's state API, "
+            "what other jobs hold of the cluster is not known: its dashboard, which serves Ray's state API, "
             f"does not answer ({type(error).__name__})"
         )
         return None
