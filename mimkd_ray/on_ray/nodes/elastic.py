@@ -18,7 +18,6 @@ raises for any other version, and `train_workers` then logs it and uses the plai
 
 from __future__ import annotations
 
-import inspect
 import logging
 import socket
 import time
@@ -28,7 +27,6 @@ from typing import Any
 
 import ray
 from ray._private.state import state
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
 from ray.exceptions import RayError
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -40,20 +38,6 @@ logger = logging.getLogger(__name__)
 READ_IN = "2.60."
 """Prefix of the Ray versions that this file was written for."""
 
-RELIES_ON: tuple[tuple[object, tuple[str, ...]], ...] = (
-    (
-        ElasticScalingPolicy,
-        (
-            *("make_decision_for_non_running_worker_group", "make_decision_for_running_worker_group"),
-            *("_count_possible_workers", "_get_reserved_resources", "_autoscaling_coordinator"),
-        ),
-    ),
-    (TorchTrainer, ("fit", "_initialize_and_run_controller")),
-    (_AutoscalingCoordinatorActor, ("get_reserved_resources", "_tick")),
-    (state, ("get_draining_nodes",)),
-)
-"""Private parts of Ray that are used, replaced or called here."""
-
 LOOK_SECONDS = 1.0  # between two checks: Ray Train asks again at once after each "not yet"
 ANSWER_SECONDS = 1.0  # for a node to accept a connection
 COORDINATOR_SECONDS = 5.0  # for the coordinator to check the cluster and answer
@@ -62,31 +46,9 @@ SILENT_SECONDS = 20.0
 
 
 def check() -> None:
-    """Raise ImportError with the reason if this file was not written for this Ray."""
+    """Raise ImportError if this file was not written for this Ray. tests/on_ray/test_elastic.py has what it uses."""
     if not ray.__version__.startswith(READ_IN):
         raise ImportError(f"ray is {ray.__version__}, and mimkd_ray/on_ray/nodes/elastic.py was written for {READ_IN}*")
-    missing = [
-        f"{getattr(owner, '__name__', type(owner).__name__)}.{name}"
-        for owner, names in RELIES_ON
-        for name in names
-        if not hasattr(owner, name)
-    ]
-    if (
-        not missing
-        and "recompute" not in inspect.signature(_AutoscalingCoordinatorActor.get_reserved_resources).parameters
-    ):
-        missing = ["_AutoscalingCoordinatorActor.get_reserved_resources(recompute=...)"]
-    if not missing:
-        policy = vars(ElasticScalingPolicy(ScalingConfig(num_workers=(1, 2))))
-        missing = [
-            f"ElasticScalingPolicy().{name}"
-            for name in ("_requester_id", "_latest_reserved_resources_query_time")
-            if name not in policy
-        ]
-    if missing:
-        raise ImportError(
-            f"ray {ray.__version__} has no {', '.join(missing)}, which mimkd_ray/on_ray/nodes/elastic.py uses"
-        )
 
 
 class PromptPolicy(ElasticScalingPolicy):
