@@ -33,7 +33,7 @@ from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.loading.loader import train_batches
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.sample_order import Order
-from mimkd_ray.data.sources.source import Row
+from mimkd_ray.data.sources.source import Row, Source
 
 ROWS = {"1.28 million": 1_281_167, "1 billion": 1_000_000_000}
 STEPS = (0, 1_000_000)
@@ -47,18 +47,16 @@ STAY_SECONDS = 0.5
 ahead."""
 
 
-class Endless:
+class Endless(Source):
     """A source of any number of rows, each of them one of a few encoded images. Reading costs nothing; decoding is
     real."""
 
-    in_memory, store, block_bytes = False, None, 0
     classes = tuple(f"class {number}" for number in range(1000))
     digest = "endless"
 
     def __init__(self, num_rows: int, encoded: Sequence[bytes]) -> None:
         self.num_rows, self.encoded = num_rows, encoded
         self.blocks = Blocks.uniform(num_rows, BLOCK_ROWS)
-        self.distant = False
 
     def labels(self) -> np.ndarray:
         """Return all labels: 8 bytes a row."""
@@ -73,14 +71,6 @@ class Endless:
         return [
             Row(p, p % len(self.classes), self.encoded[p % len(self.encoded)], f"row {p}") for p in map(int, positions)
         ]
-
-    def read_again(self, position: int) -> Row | None:
-        """Return None: nothing can be damaged."""
-        return None
-
-    def fetch(self, block: int) -> bool:
-        """Return False: there is no store."""
-        return False
 
 
 def order_of(rows: int) -> Order:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mimkd_ray.data.order.blocks import Blocks
-from mimkd_ray.data.sources.source import Row, RowsInPlace, digest_of, stratified_split
+from mimkd_ray.data.sources.source import Row, Source, digest_of, stratified_split
 from mimkd_ray.errors import UserError
 
 VAL_ROWS = 450  # 45 of each digit; 1,347 remain for training
@@ -21,7 +21,7 @@ BLOCK_ROWS = 64
 SPLIT_SEED = 0  # part of the data set's definition, not of a run
 
 
-class DigitsSource(RowsInPlace):
+class DigitsSource(Source):
     """One split, "train" or "val", held in memory; id = position."""
 
     in_memory = True
@@ -33,10 +33,10 @@ class DigitsSource(RowsInPlace):
         self.split = split
         self._images = images[chosen]
         self._labels = labels[chosen]
-        self.classes: tuple[str, ...] = tuple("0123456789")
-        self.num_rows: int = len(chosen)
-        self.blocks: Blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
-        self.digest: str = digest_of("digits", split, self.num_rows, int(self._images.sum()))
+        self.classes = tuple("0123456789")
+        self.num_rows = len(chosen)
+        self.blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
+        self.digest = digest_of("digits", split, self.num_rows, int(self._images.sum()))
 
     def read(self, positions: Sequence[int]) -> list[Row]:
         """Return rows whose images are (8, 8, 3) uint8 arrays."""

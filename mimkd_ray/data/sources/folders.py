@@ -27,7 +27,7 @@ from mimkd_ray import storage
 from mimkd_ray.data.augment.decode import DECODING, Decoding, Encoded
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.random_numbers import permutation
-from mimkd_ray.data.sources.source import Row, RowsInPlace, digest_of
+from mimkd_ray.data.sources.source import Row, Source, digest_of
 from mimkd_ray.data.store.block_reader import BlockReader, forget
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.data.store.stored_block import StoredBlock
@@ -144,7 +144,7 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-class FolderSource(RowsInPlace):
+class FolderSource(Source):
     """The images below `root`; id = position. Opening lists every class folder and reads no image.
 
     `classes` fixes the class numbers (for a validation set: those of the training set); by default they are
@@ -163,10 +163,10 @@ class FolderSource(RowsInPlace):
         """Not `labelled`: images that lie in `root` itself are the set, with those in its folders, without classes."""
         self.root = root
         self.how = how
-        self.store: BlockStore | None = store if storage.is_remote(root) else None
+        self.store = store if storage.is_remote(root) else None
         found = [] if labelled else _without_classes(root)
         listed = list_classes(root, classes) if not found else ClassFolders((), (), {})
-        self.classes: tuple[str, ...] = listed.classes
+        self.classes = listed.classes
         self._loaded_again: set[int] = set()
         found += [
             (label, file, entry)
@@ -179,15 +179,15 @@ class FolderSource(RowsInPlace):
 
     def _arrange(self, found: Sequence[tuple[int, str, storage.Entry]]) -> np.ndarray:
         """Number the (label, file, Entry) of a listing; return their order."""
-        self.num_rows: int = len(found)
+        self.num_rows = len(found)
         order = permutation(self.num_rows, 0, "folder listing")
         # Arrays, not lists: a million Python strings cost each loader process a copy of them.
         self._files = np.array([os.fsencode(file) for _, file, _ in found])[order]
         self._labels = np.array([label for label, _, _ in found], dtype=np.int64)[order]
-        self.blocks: Blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
+        self.blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
         self.distant = self.store is not None
         self.block_bytes = sum(entry.size for _, _, entry in found) // self.blocks.num_blocks if self.store else 0
-        self.digest: str = digest_of("folders", self.classes, self._files.tolist(), self._labels.tolist())
+        self.digest = digest_of("folders", self.classes, self._files.tolist(), self._labels.tolist())
         return order
 
     def read(self, positions: Sequence[int]) -> list[Row]:

@@ -32,7 +32,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from mimkd_ray.by_name import call_named, named_function
 from mimkd_ray.data.augment.decode import rgb_pixels
 from mimkd_ray.data.order.blocks import Blocks
-from mimkd_ray.data.sources.source import Row, RowsInPlace, Source, digest_of, numbered_classes
+from mimkd_ray.data.sources.source import Row, Source, digest_of, numbered_classes
 from mimkd_ray.errors import UserError
 
 SCHEME = "own://"
@@ -41,7 +41,7 @@ BLOCK_ROWS = 256
 VALIDATION = ("validation", "val", "valid", "test")
 
 
-class OwnSource(RowsInPlace):
+class OwnSource(Source):
     """The rows of a map-style data set; id = position."""
 
     def __init__(self, dataset: Dataset, role: str, classes: tuple[str, ...] | None = None) -> None:
@@ -53,7 +53,7 @@ class OwnSource(RowsInPlace):
                 "number: give a map-style torch.utils.data.Dataset, with __len__ and __getitem__"
             )
         self.dataset, self.role = dataset, role
-        self.num_rows: int = len(dataset)
+        self.num_rows = len(dataset)
         if not self.num_rows:
             raise UserError(f"the {role} set has no rows")
         self._labels = _labels(dataset, role)
@@ -63,10 +63,10 @@ class OwnSource(RowsInPlace):
                 f"the {role} set names the classes {_few(named)} and the training set {_few(classes)}: the labels of "
                 "both must mean the same"
             )
-        self.classes: tuple[str, ...] = classes or named or numbered_classes(int(self._labels.max()), f"the {role} set")
-        self.blocks: Blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
+        self.classes = classes or named or numbered_classes(int(self._labels.max()), f"the {role} set")
+        self.blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
         of_labels = hashlib.sha256(self._labels.tobytes()).hexdigest()
-        self.digest: str = digest_of("own", role, self.num_rows, self.classes, of_labels)
+        self.digest = digest_of("own", role, self.num_rows, self.classes, of_labels)
 
     def read(self, positions: Sequence[int]) -> list[Row]:
         """Return the rows at `positions`, in that order; images are (H, W, 3) uint8 arrays."""

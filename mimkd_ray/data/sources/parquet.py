@@ -26,7 +26,7 @@ from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.sources.columns import NO_LABEL, Columns, class_names, find_columns, label_array, plain_text
 from mimkd_ray.data.sources.row_groups import UNCOMPRESSED, chunk_span, open_parquet, read_row_group
 from mimkd_ray.data.sources.shard_manifest import Block, Manifest, Shard
-from mimkd_ray.data.sources.source import Row, digest_of, numbered_classes
+from mimkd_ray.data.sources.source import Row, Source, digest_of, numbered_classes
 from mimkd_ray.data.store.block_reader import BlockReader, forget
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.data.store.local_disk import is_on_local_disk
@@ -65,7 +65,7 @@ class _Place(NamedTuple):
     bytes: int
 
 
-class ParquetSource:
+class ParquetSource(Source):
     """The rows of Parquet files, one file after the other in the given order; id = row number = position."""
 
     def __init__(
@@ -94,11 +94,11 @@ class ParquetSource:
         if manifest is not None:
             files = _listed_shards(files, manifest)
         self.files: tuple[tuple[str, int], ...] = tuple(files.items())
-        self.store: BlockStore | None = store
+        self.store = store
         self.how = how
-        self.in_memory: bool = False
         first = next(iter(files), "")
         self.in_place: bool = not storage.is_remote(first) and is_on_local_disk(storage.local_path(first))
+        self.distant = not self.in_place  # blocks are copied from object storage or a network file system
         self.versions = tuple((versions or {}).get(url, "") for url in files)
         with ThreadPoolExecutor(min(FOOTER_THREADS, max(1, len(self.files)))) as pool:
             read = partial(_read_footer, image_column=image_column, label_column=label_column, labelled=labelled)
@@ -108,27 +108,27 @@ class ParquetSource:
         self._ranges = tuple(f.label_range for f in footers)
         groups = [group for f in footers for group in f.row_groups]
         row_groups = tuple(group.rows for group in groups)
-        self.blocks: Blocks = Blocks.of(row_groups)
+        self.blocks = Blocks.of(row_groups)
         # Block b is row group b - _file_block[f] of file f, the last one with _file_block[f] <= b.
         self._file_block = np.cumsum([0, *(len(f.row_groups) for f in footers)])
-        self.num_rows: int = self.blocks.num_rows
+        self.num_rows = self.blocks.num_rows
         if self.num_rows == 0:
             raise UserError(f"{self.files[0][0]}: the {len(self.files)} Parquet file(s) of this split hold no rows")
         stay = [self.in_place and group.plain for group in groups]
         # By block, that are read for it; what stays where it is costs next to nothing.
         self._bytes = np.array([0 if s else g.stop - g.start for g, s in zip(groups, stay, strict=True)])
         stored = sum(INDEX_BYTES * g.rows + (0 if s else g.images) for g, s in zip(groups, stay, strict=True))
-        self.block_bytes: int = stored // self.blocks.num_blocks
+        self.block_bytes = stored // self.blocks.num_blocks
         self._places: dict[int, _Place] = {}
         self._loaded_again: set[int] = set()
         self._listed: tuple[Block, ...] = ()
         if manifest is None:
             if any(columns.text for columns in self.columns):
                 self.names = classes or self._named_in_rows()
-            self.classes: tuple[str, ...] = self._agree_on_classes(footers)
+            self.classes = self._agree_on_classes(footers)
             names = [(_base(url), size) for url, size in self.files]
             others = [columns for columns in self.columns if not columns.usual]
-            self.digest: str = digest_of("parquet", names, row_groups, self.classes, *others)
+            self.digest = digest_of("parquet", names, row_groups, self.classes, *others)
         else:
             for (url, _), footer, shard in zip(self.files, footers, manifest.shards, strict=True):
                 _check_row_groups(url, footer, shard)
@@ -141,11 +141,6 @@ class ParquetSource:
     def prepared(self) -> bool:
         """True if the files are those of a manifest, whose digests cover all their bytes."""
         return bool(self._listed)
-
-    @property
-    def distant(self) -> bool:
-        """True if blocks are copied to the store, from object storage or a network file system."""
-        return not self.in_place
 
     def labels(self) -> np.ndarray:
         """Return all labels (int64). Reads the label column of every file."""

@@ -12,8 +12,9 @@ For a source of a whole split, position and id are the same number. A subset ren
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,98 +37,53 @@ class Row(NamedTuple):
     how: Decoding = DECODING
 
 
-class Source(Protocol):
-    """One split of a data set. Cheap to open, picklable, and safe to use in forked processes."""
+class Source(ABC):
+    """One split of a data set. Cheap to open, picklable, and safe to use in forked processes.
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names; the label is the index."""
-        ...
+    As it is here: with known labels, and rows that are read where they are, without a store.
+    """
 
-    @property
-    def num_rows(self) -> int:
-        """Number of rows."""
-        ...
-
-    @property
-    def blocks(self) -> Blocks:
-        """The blocks (units of reading), in the order of positions."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """A cheap identity from names, sizes and row counts; it does not depend on the content of images."""
-        ...
+    classes: tuple[str, ...]
+    """Class names; the label is the index."""
+    num_rows: int
+    """Number of rows."""
+    blocks: Blocks
+    """The blocks (units of reading), in the order of positions."""
+    digest: str
+    """A cheap identity from names, sizes and row counts; it does not depend on the content of images."""
+    in_memory: bool = False
+    """True if rows are held in memory, decoded: loader processes would cost more than they save."""
+    store: BlockStore | None = None
+    """Store of the blocks that were read; None: rows are read in place."""
+    block_bytes: int = 0
+    """Mean size of a stored block, in bytes; 0 if there is no store."""
+    distant: bool = False
+    """True if fetching a block waits for a network, False if it only verifies data on this machine's disk."""
+    _labels: np.ndarray
 
     def labels(self) -> np.ndarray:
         """Return all labels, int64, by position. May read the label column of every block."""
-        ...
+        return self._labels
 
     def label_range(self) -> tuple[int, int]:
         """Return bounds (smallest, largest) of the labels, without reading image data."""
-        ...
+        return int(self._labels.min()), int(self._labels.max())
 
+    @abstractmethod
     def read(self, positions: Sequence[int]) -> list[Row]:
         """Return the rows at `positions`, in that order."""
-        ...
-
-    @property
-    def in_memory(self) -> bool:
-        """True if rows are held in memory, decoded: loader processes would cost more than they save."""
-        ...
-
-    @property
-    def store(self) -> BlockStore | None:
-        """Store of the blocks that were read; None: rows are read in place."""
-        ...
-
-    @property
-    def block_bytes(self) -> int:
-        """Mean size of a stored block, in bytes; 0 if there is no store."""
-        ...
-
-    @property
-    def distant(self) -> bool:
-        """True if fetching a block waits for a network, False if it only verifies data on this machine's disk."""
-        ...
 
     def fetch(self, block: int) -> bool:
         """Fetch the block into the store; return whether it is there. Raises the errors of `read`."""
-        ...
+        return False
 
     def read_again(self, position: int) -> Row | None:
         """Return a row whose image cannot be decoded as its block has it now, loaded and verified anew; None if that
         cannot differ. Raises the errors of `read`."""
-        ...
-
-
-class RowsInPlace:
-    """A base of sources whose labels are known and whose rows are read where they are, without a store."""
-
-    in_memory: bool = False
-    store: BlockStore | None = None
-    block_bytes: int = 0
-    distant: bool = False
-    _labels: np.ndarray
-
-    def labels(self) -> np.ndarray:
-        """Return all labels, int64. Costs nothing."""
-        return self._labels
-
-    def label_range(self) -> tuple[int, int]:
-        """Return the smallest and largest label."""
-        return int(self._labels.min()), int(self._labels.max())
-
-    def read_again(self, position: int) -> Row | None:
-        """Return None: there is no copy that could be damaged."""
         return None
 
-    def fetch(self, block: int) -> bool:
-        """Return False: there is no store."""
-        return False
 
-
-class SubsetSource:
+class SubsetSource(Source):
     """The rows of `parent` at the given sorted, distinct positions.
 
     Positions are renumbered from 0; `Row.id` stays the parent's, so views and caches of a sample do not change. A block
@@ -141,14 +97,14 @@ class SubsetSource:
         self.parent = parent
         self.kept = kept
         self._parent_block, counts = np.unique(parent.blocks.locate(kept)[0], return_counts=True)
-        self.blocks: Blocks = Blocks.of(counts)
-        self.classes: tuple[str, ...] = parent.classes
-        self.num_rows: int = len(kept)
-        self.digest: str = digest_of("subset", parent.digest, hashlib.sha256(kept.tobytes()).hexdigest())
-        self.in_memory: bool = parent.in_memory
-        self.store: BlockStore | None = parent.store
-        self.block_bytes: int = parent.block_bytes
-        self.distant: bool = parent.distant
+        self.blocks = Blocks.of(counts)
+        self.classes = parent.classes
+        self.num_rows = len(kept)
+        self.digest = digest_of("subset", parent.digest, hashlib.sha256(kept.tobytes()).hexdigest())
+        self.in_memory = parent.in_memory
+        self.store = parent.store
+        self.block_bytes = parent.block_bytes
+        self.distant = parent.distant
 
     def labels(self) -> np.ndarray:
         """Return the labels of the kept rows, int64."""
