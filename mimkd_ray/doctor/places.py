@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mimkd_ray import storage
-from mimkd_ray.data.augment import decode as decoding
+from mimkd_ray.data.augment.decode import decode
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.data.store.local_disk import is_on_local_disk
 from mimkd_ray.doctor.outcome import Outcome, Status, redacted
@@ -166,10 +166,10 @@ def _judge_disk(folder: Path, room: float, gigabytes: float) -> tuple[Status, st
 def check_decode(node: str, cores: int) -> Outcome:
     """Measure how many JPEGs of ImageNet's usual size one core decodes; `cores` is the number of the node's cores."""
     jpeg = photograph()
-    decoding.decode(jpeg)
+    decode(jpeg)
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < DECODE_SECONDS:
-        decoding.decode(jpeg)
+        decode(jpeg)
         count += 1
     rate = count / (time.perf_counter() - began)
     text = (
@@ -177,9 +177,6 @@ def check_decode(node: str, cores: int) -> Outcome:
         f"most {rate * cores:.0f}"
     )
     figures = {"images_s": rate, "cores": float(cores)}
-    if not decoding.has_simplejpeg():
-        remedy = "install simplejpeg: it decodes in two thirds of the time"
-        return Outcome(check="decode", status="warn", node=node, text=text, remedy=remedy, figures=figures)
     if rate < SLOW_DECODE:
         remedy = "is something else running? take more cores a GPU, or prepare the data with --short-side 256"
         return Outcome(check="decode", status="warn", node=node, text=text, remedy=remedy, figures=figures)

@@ -1,8 +1,8 @@
 """Decoding of encoded images to uint8 pixels.
 
-JPEGs are decoded by simplejpeg if it is installed (libjpeg-turbo's accurate settings, the same pixels as Pillow's,
-checked in the tests). Pillow decodes everything else, and every JPEG that simplejpeg rejects, and decides which images
-are damaged. Microseconds on one core (EPYC, ImageNet photographs):
+JPEGs are decoded by simplejpeg (libjpeg-turbo's accurate settings, the same pixels as Pillow's, checked in the tests).
+Pillow decodes everything else, and every JPEG that simplejpeg rejects, and decides which images are damaged.
+Microseconds on one core (EPYC, ImageNet photographs):
 
 | JPEG | Pillow | simplejpeg |
 |---|---|---|
@@ -20,15 +20,11 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+import simplejpeg
 import torch
 from torch import Tensor
 
 from mimkd_ray.data.augment.orientation import UPRIGHT, checked, orientation_of_jpeg, swaps_sides, turned
-
-try:
-    import simplejpeg  # type: ignore[import-not-found, import-untyped, unused-ignore]
-except ImportError:  # a platform without its wheel: Pillow gives the same pixels more slowly
-    simplejpeg = None  # type: ignore[assignment, unused-ignore]
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage  # imported when it is needed
@@ -96,15 +92,10 @@ def decode(image: Encoded | np.ndarray, shrink: int = 1, how: Decoding = DECODIN
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def has_simplejpeg() -> bool:
-    """Return whether JPEGs are decoded by simplejpeg."""
-    return simplejpeg is not None
-
-
 def jpeg_size(data: Encoded, how: Decoding = DECODING) -> tuple[int, int] | None:
     """Return (H, W), upright if that is asked for, of a grey or colour JPEG from its header.
 
-    None for anything else, and for more pixels than may be. Costs 2 us with simplejpeg, 26 us with Pillow.
+    None for anything else, and for more pixels than may be. Costs 2 us, and 26 us where Pillow must read it.
     """
     if data[:2] != JPEG:
         return None
@@ -120,9 +111,7 @@ def jpeg_size(data: Encoded, how: Decoding = DECODING) -> tuple[int, int] | None
 
 
 def _read_header(data: Encoded) -> tuple[int, int, str] | None:
-    """Return height, width and colour space, None if simplejpeg is missing or cannot read the header."""
-    if simplejpeg is None:
-        return None
+    """Return height, width and colour space, None if simplejpeg cannot read the header."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:  # raised for good images of unusual subsampling, too
