@@ -30,8 +30,6 @@ from report import Targets, finish, parser, table
 from s3_here import BUCKET, s3_server, turn_to
 
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.augment.transforms import ResizedCropFlip
-from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.loading.loader import train_batches
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.data_set import open_data
@@ -61,13 +59,12 @@ def wait(root: str, workers: int, images_per_second: float) -> Wait:
         order = Order(source.blocks, 1, BATCH, seed=0, window=WINDOW)
         batches = train_batches(
             source,
+            DataConfig(pipeline="imagenet", image_size=image_set.SIZE, views=0, loader_workers=workers),
             order,
-            View(ResizedCropFlip(image_set.SIZE), 0),
-            views=0,
+            0,
             lanes=[0],
             start_step=0,
             stop_step=order.steps_per_epoch,
-            loader_workers=workers,
         )
         began = time.perf_counter()
         # `batch` is kept while the accelerator works, as in training.

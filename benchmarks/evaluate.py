@@ -26,7 +26,6 @@ from report import Targets, finish, parser, table
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import Config, DataConfig, ModelConfig, TrainConfig
 from mimkd_ray.config.jobs.evaluate import EvaluateConfig, evaluate_job
-from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.loading.loader import LaneBatch, eval_batches, to_device
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.evaluation.collect import collect
@@ -48,8 +47,7 @@ def bare(network: Network, job: Config, batches: Iterable[LaneBatch], device: to
 
 def loader(job: Config, data: Data) -> Iterator[LaneBatch]:
     """Return the batches as `collect` has them."""
-    view = make_pipeline(job.data.pipeline, job.data.image_size).eval
-    return eval_batches(data.val, view, batch_size=job.train.eval_batch, loader_workers=job.data.loader_workers)
+    return eval_batches(data.val, job.data, job.train.eval_batch)
 
 
 def compare(job: Config, rounds: int, device: torch.device) -> dict[str, list[float]]:

@@ -28,8 +28,7 @@ from children import in_child, tree
 from image_set import SIZE, add_options, images
 from report import finish, parser, table
 
-from mimkd_ray.data.augment.transforms import ResizedCropFlip
-from mimkd_ray.data.augment.views import View
+from mimkd_ray.config import DataConfig
 from mimkd_ray.data.loading.loader import train_batches
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.sample_order import Order
@@ -93,13 +92,12 @@ def first_batch(rows: int, step: int, encoded: Sequence[bytes], loader_workers: 
     source = Endless(rows, encoded)
     batches = train_batches(
         source,
+        DataConfig(pipeline="imagenet", image_size=SIZE, views=0, loader_workers=loader_workers),
         order_of(rows),
-        View(ResizedCropFlip(SIZE), seed=0),
-        views=0,
+        0,
         lanes=range(LANES),
         start_step=step,
         stop_step=step + MORE_STEPS,
-        loader_workers=loader_workers,
     )
     batch = next(batches)
     seconds = time.perf_counter() - began

@@ -38,8 +38,6 @@ from report import Targets, finish, parser, table
 from s3_here import BUCKET, s3_server
 
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.augment.transforms import ResizedCropFlip
-from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.loading.loader import train_batches
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.data_set import open_data
@@ -74,13 +72,12 @@ def ours(root: str, workers: int) -> Rates:
         steps = order.steps_per_epoch
         batches = train_batches(
             source,
+            DataConfig(pipeline="imagenet", image_size=image_set.SIZE, views=0, loader_workers=workers),
             order,
-            View(ResizedCropFlip(image_set.SIZE), 0),
-            views=0,
+            0,
             lanes=[0],
             start_step=0,
             stop_step=len(EPOCHS) * steps,
-            loader_workers=workers,
         )
         times = []
         for number, batch in enumerate(batches, start=1):

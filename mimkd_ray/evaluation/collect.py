@@ -14,7 +14,7 @@ from torch import Tensor
 from mimkd_ray.config import Config
 from mimkd_ray.data.loading.batches import first_three
 from mimkd_ray.data.loading.damage import damaged_allowed
-from mimkd_ray.data.loading.loader import plain_batches, to_device
+from mimkd_ray.data.loading.loader import eval_batches, to_device
 from mimkd_ray.data.sources.source import Source, SubsetSource
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.evaluation.networks import Network, normalizer
@@ -66,7 +66,7 @@ def collect(
     uint8 images first. Damaged images are named and left out; raises DamagedDataError if there are more of them than
     `data.max_damaged` allows, and UserError if no image is left."""
     normalize = normalizer(config, context.device)
-    batches = plain_batches(
+    batches = eval_batches(
         source, config.data, config.train.eval_batch or config.train.lane_batch, context.rank, context.world_size
     )
     parts = _Parts(logits=[[] for _ in networks], taps=[[] for _ in networks])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.loading.loader import eval_batches
 from mimkd_ray.data.sources.source import Source, SubsetSource
 from mimkd_ray.errors import UserError
@@ -36,14 +35,7 @@ class Images:
 def read_images(source: Source, data: DataConfig, count: int, name: str) -> Images:
     """Return ``count`` images from all over the set (0, or more than there are: all). Raises UserError for none."""
     chosen = SubsetSource(source, spread(source, count))
-    batches = eval_batches(
-        chosen,
-        make_pipeline(data.pipeline, data.image_size).eval,
-        batch_size=BATCH,
-        loader_workers=data.loader_workers,
-        read_ahead=0,
-    )
-    read = [batch for batch in batches if len(batch)]
+    read = [batch for batch in eval_batches(chosen, replace(data, read_ahead=0), BATCH) if len(batch)]
     if not read:
         raise UserError(f"{name} gave no image that can be decoded, of {chosen.num_rows:,}: name another set")
     return Images(torch.cat([batch.images_BCHW for batch in read]), torch.cat([batch.labels_B for batch in read]))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mimkd_ray import console, storage
 from mimkd_ray.config import Config
-from mimkd_ray.data.loading.loader import plain_batches
+from mimkd_ray.data.loading.loader import eval_batches
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.data.sources.source import Source, SubsetSource
@@ -152,7 +152,7 @@ def measure(
             return {"top1": None, "top5": None, "rows": 0}
     layout = uses_channels_last(config.train, context.device)
     normalize = Normalizer(config.data.mean, config.data.std, context.device, parameter_dtype(config.train), layout)
-    batches = plain_batches(
+    batches = eval_batches(
         held_out, config.data, config.train.eval_batch or config.train.lane_batch, context.rank, context.world_size
     )
     what = f"checking {config.teacher.name} on {held_out.num_rows:,} held-out images"

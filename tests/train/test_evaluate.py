@@ -11,7 +11,6 @@ from ranks import start_ranks
 from tiny_run import cpu, tiny_config, tiny_data
 
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.loading.loader import LaneBatch, eval_batches
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.models.zoo import build_model
@@ -101,8 +100,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
     torch.manual_seed(0)
     model = build_model("cifar/resnet8_w4", 10).eval()
     data = tiny_data()
-    transform = make_pipeline("digits", 8).eval
-    batches = eval_batches(data.val, transform, rank=rank, world_size=world, batch_size=64)
+    batches = eval_batches(data.val, DataConfig(image_size=8), 64, rank, world)
     torch.save(tuple(accuracy(model, batches, _normalizer())), f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -17,7 +17,6 @@ from tiny_run import run_tiny, tiny_config
 from mimkd_ray import local_files, storage
 from mimkd_ray.cli import local_launch, training
 from mimkd_ray.config import DataConfig, RunConfig
-from mimkd_ray.data.augment.views import View, make_pipeline
 from mimkd_ray.data.loading.batches import Key
 from mimkd_ray.data.loading.loader import eval_batches, view_batches
 from mimkd_ray.data.sources.data_set import open_data
@@ -64,20 +63,19 @@ def test_a_stored_block_is_verified_again_when_an_image_of_it_cannot_be_decoded(
     for split in ("train", "validation"):
         pq.write_table(table(), tmp_path / f"{split}-00000-of-00001.parquet")
     store = tmp_path / "store"
-    data = open_data(DataConfig(root=str(tmp_path), store=str(store), image_size=8))
+    config = DataConfig(root=str(tmp_path), store=str(store), pipeline="none", image_size=8, loader_workers=0)
+    data = open_data(config)
     block = StoredBlock.of([b"damaged" for _ in IMAGES], data.val.labels())
     data.val.fetch(0)
     (stored,) = (path for path in store.rglob("*") if path.is_file() and _is_block(path))
     block.write(stored, durable=False)
-    batches = eval_batches(data.val, make_pipeline("none", 8).eval, rank=0, world_size=1, batch_size=40)
-    (batch,) = list(batches)
+    (batch,) = eval_batches(data.val, config, 40)
     assert batch.damaged == ()
     assert "validation-00000-of-00001.parquet: an image of row group 0 cannot be decoded: it is fetched" in caplog.text
     assert len(batch.images_BCHW) == len(IMAGES)
     data.val._loaded_again.clear()  # as another process
     block.write(stored, durable=False)
-    view = View(make_pipeline("none", 8).train, 0)
-    (cached,) = view_batches(data.val, view, [Key(0, 0, np.arange(len(IMAGES)), 0)])
+    (cached,) = view_batches(data.val, config, [Key(0, 0, np.arange(len(IMAGES)), 0)], 0)
     assert cached.damaged == (), "for a cache, too"
     assert torch.equal(cached.images_BCHW, batch.images_BCHW)
     stored.write_bytes(b"")

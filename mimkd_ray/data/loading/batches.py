@@ -129,14 +129,7 @@ class _Views:
     source: Source
     view: View
 
-    def image_bytes(self) -> int:
-        """Return the size of one image of a batch."""
-        return self._blank().numel()
-
-    def _blank(self) -> Tensor:
-        return self.view.apply(_BLANK, 0, 0)
-
-    def _decoded(self, key: Key, memory: Tensor | None, instead: Callable[[], Tensor] | None = None) -> _Decoded:
+    def _decoded(self, key: Key, memory: Tensor | None, instead: Tensor | None = None) -> _Decoded:
         def transform(row: Row, out: Tensor | None) -> Tensor:
             return self.view.replay(row.image, row.id, key.view, out, row.how)
 
@@ -168,12 +161,15 @@ class TrainBatches(_Views):
 class ViewBatches(_Views):
     """A maker of batches of one view that keep every row, for caching; runs in loader processes.
 
-    A damaged image is black, and its label is DAMAGED.
+    A damaged image is black, `image_size` squared, and its label is DAMAGED.
     """
+
+    image_size: int
 
     def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch:
         """Return the batch, with its images in `memory` (bytes) if they fit."""
-        return self._decoded(key, memory, lambda: torch.zeros_like(self._blank())).batch(key)
+        black = torch.zeros((self.image_size, self.image_size, 3), dtype=torch.uint8).permute(2, 0, 1)
+        return self._decoded(key, memory, black).batch(key)
 
 
 @dataclass(frozen=True)
@@ -182,10 +178,6 @@ class EvalBatches:
 
     source: Source
     transform: Transform
-
-    def image_bytes(self) -> int:
-        """Return the size of one image of a batch."""
-        return self.transform(_BLANK).numel()
 
     def make(self, key: Key, memory: Tensor | None = None) -> LaneBatch:
         """Return the batch, its images in `memory` (bytes), if they fit; it is empty if its only image is damaged."""
@@ -212,7 +204,6 @@ def first_three(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-_BLANK = torch.full((3, 256, 256), 128, dtype=torch.uint8)
 _NONE = torch.empty((0, 3, 0, 0), dtype=torch.uint8)
 
 
@@ -248,12 +239,12 @@ def _decode_all(
     key: Key,
     transform: Callable[[Row, Tensor | None], Tensor],
     memory: Tensor | None,
-    instead: Callable[[], Tensor] | None = None,
+    instead: Tensor | None = None,
 ) -> _Decoded:
     """Return the transformed intact images of the key's rows, in `memory` if they fit.
 
     `transform` takes a row and its image's place in the batch, where it may write the result; None for the first one.
-    What `instead` returns takes the place of a damaged image, with the label DAMAGED.
+    `instead` takes the place of a damaged image, with the label DAMAGED.
 
     Each image is copied to its place at once, in its own layout, mostly channels last: keeping all results would cost
     50 us an image for fresh memory, and another layout 60 us.
@@ -278,7 +269,7 @@ def _decode_all(
             damaged.append(f"{row.name} ({error})")
             if instead is None:
                 continue
-            image, label = instead(), DAMAGED
+            image, label = instead, DAMAGED
         if images_BCHW is None:
             images_BCHW = _room_for(len(key.positions), image, memory)
             rooms = iter(images_BCHW.unbind())

@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.augment.views import Transform, View, make_pipeline
+from mimkd_ray.data.augment.views import View, make_pipeline
 from mimkd_ray.data.loading.batches import (
     Batches,
     EvalBatches,
@@ -63,71 +63,61 @@ WORKERS_PER_CPU = 4  # more loader processes than this times the cores is taken 
 
 def train_batches(
     source: Source,
+    data: DataConfig,
     order: Order,
-    view: View,
+    view_seed: int,
     *,
-    views: int,
     lanes: Sequence[int],
     start_step: int,
     stop_step: int,
-    loader_workers: int = 0,
-    read_ahead: int = -1,
     pin_memory: bool = False,
     features: FeatureSource | None = None,
 ) -> Iterator[LaneBatch]:
     """Yield the batches of steps start_step..stop_step-1 and the given lanes, by (step, lane as given).
 
-    `views` is the number of views of a sample (0: a new one each epoch); the schedule follows `order.seed`, the pixels
-    `view.seed`. `loader_workers` and `read_ahead` are those of DataConfig. `features`, which need a fixed number of
-    views, are read and read ahead with the images. Raises UserError for an invalid `loader_workers`, DamagedDataError
-    for a batch without intact images or a damaged block, StorageError for an object that cannot be read.
+    The schedule of views follows `order.seed`, the pixels `view_seed`. `features`, which need a fixed number of views,
+    are read and read ahead with the images. Raises UserError for an invalid `data.loader_workers`, DamagedDataError for
+    a batch without intact images or a damaged block, StorageError for an object that cannot be read.
     """
-    workers = resolve_loader_workers(loader_workers, source)
-    keys = TrainKeys(order, views, tuple(lanes), start_step, stop_step)
-    ahead: AheadSource = source if features is None else WithFeatures(source, features, views)
+    workers = resolve_loader_workers(data.loader_workers, source)
+    keys = TrainKeys(order, data.views, tuple(lanes), start_step, stop_step)
+    ahead: AheadSource = source if features is None else WithFeatures(source, features, data.views)
     far = distance(
         ahead,
-        read_ahead,
+        data.read_ahead,
         window=order.window,
         lanes=len(keys.lanes),
         lane_batch=order.lane_batch,
         local_workers=local_world_size(),
     )
-    return _run(TrainBatches(source, view, features), keys, order.lane_batch, workers, ahead, far, pin_memory)
+    batches = TrainBatches(source, _view(data, view_seed), features)
+    return _run(batches, keys, order.lane_batch, data.image_size, workers, ahead, far, pin_memory)
 
 
 def view_batches(
-    source: Source,
-    view: View,
-    keys: Sequence[Key],
-    *,
-    loader_workers: int = 0,
-    read_ahead: int = -1,
-    pin_memory: bool = False,
+    source: Source, data: DataConfig, keys: Sequence[Key], view_seed: int, *, pin_memory: bool = False
 ) -> Iterator[LaneBatch]:
     """Yield the batches of `keys` with every row in its place, damaged ones too (`ViewBatches`), for caching."""
-    workers = resolve_loader_workers(loader_workers, source)
+    workers = resolve_loader_workers(data.loader_workers, source)
     most = max((len(key.positions) for key in keys), default=1)
-    far = distance(source, read_ahead, window=1, lanes=1, lane_batch=most, local_workers=local_world_size())
-    return _run(ViewBatches(source, view), list(keys), most, workers, source, far, pin_memory)
+    far = distance(source, data.read_ahead, window=1, lanes=1, lane_batch=most, local_workers=local_world_size())
+    batches = ViewBatches(source, _view(data, view_seed), data.image_size)
+    return _run(batches, list(keys), most, data.image_size, workers, source, far, pin_memory)
+
+
+def _view(data: DataConfig, seed: int) -> View:
+    return View(make_pipeline(data.pipeline, data.image_size).train, seed)
 
 
 def eval_batches(
-    source: Source,
-    transform: Transform,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    batch_size: int,
-    loader_workers: int = 0,
-    read_ahead: int = -1,
+    source: Source, data: DataConfig, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[LaneBatch]:
     """Yield this rank's contiguous slice of the set in batches; all slices together contain each row once.
 
     The last batch is smaller; a rank may get no rows. `step` counts the batches. Damaged images are left out. Raises
     UserError for invalid sizes, DamagedDataError if no image of a batch is intact (a batch of one is then empty).
     """
-    workers = resolve_loader_workers(loader_workers, source)
+    workers = resolve_loader_workers(data.loader_workers, source)
     if batch_size < 1:
         raise UserError(f"evaluation batch size {batch_size}: give 1 or more")
     start, stop = (source.num_rows * r // world_size for r in (rank, rank + 1))
@@ -135,23 +125,9 @@ def eval_batches(
         Key(step, 0, np.arange(first, min(first + batch_size, stop)), 0)
         for step, first in enumerate(range(start, stop, batch_size))
     ]
-    far = distance(source, read_ahead, window=1, lanes=1, lane_batch=batch_size, local_workers=local_world_size())
-    return _run(EvalBatches(source, transform), keys, batch_size, workers, source, far, False)
-
-
-def plain_batches(
-    source: Source, data: DataConfig, batch_size: int, rank: int = 0, world_size: int = 1
-) -> Iterator[LaneBatch]:
-    """Yield this rank's slice of a set as :func:`eval_batches` does, decoded and cropped as `data` says."""
-    return eval_batches(
-        source,
-        make_pipeline(data.pipeline, data.image_size).eval,
-        rank=rank,
-        world_size=world_size,
-        batch_size=batch_size,
-        loader_workers=data.loader_workers,
-        read_ahead=data.read_ahead,
-    )
+    far = distance(source, data.read_ahead, window=1, lanes=1, lane_batch=batch_size, local_workers=local_world_size())
+    batches = EvalBatches(source, make_pipeline(data.pipeline, data.image_size).eval)
+    return _run(batches, keys, batch_size, data.image_size, workers, source, far, False)
 
 
 def to_device(batches: Iterable[LaneBatch], device: torch.device) -> Iterator[LaneBatch]:
@@ -252,6 +228,7 @@ def _run(
     batches: Batches,
     keys: TrainKeys | list[Key],
     batch_size: int,
+    image_size: int,
     loader_workers: int,
     ahead: AheadSource,
     far: Distance | None,
@@ -259,7 +236,8 @@ def _run(
 ) -> Iterator[LaneBatch]:
     if not len(keys):
         return
-    slots = make_slots(batches, PREFETCH * loader_workers + SPARE_SLOTS, batch_size) if loader_workers else None
+    count = PREFETCH * loader_workers + SPARE_SLOTS
+    slots = make_slots(count, batch_size * 3 * image_size**2) if loader_workers else None
     loader: DataLoader[Any] = DataLoader(
         Answers(batches, slots),  # type: ignore[arg-type]  # any object with __getitem__ serves
         batch_size=None,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.transforms import Transform, can_be_resident
-from mimkd_ray.data.augment.views import View
+from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.loading.batches import (
     DAMAGED,
     FeatureSource,
@@ -57,10 +57,8 @@ class Resident:
     damaged: dict[int, str]  # names of images that could not be decoded, by position; black in images_NCHW
 
     @classmethod
-    def load(
-        cls, source: Source, transform: Transform, device: torch.device, loader_workers: int, read_ahead: int = -1
-    ) -> Resident:
-        """Decode the set to the device. ``loader_workers`` and ``read_ahead`` are those of DataConfig.
+    def load(cls, source: Source, data: DataConfig, device: torch.device) -> Resident:
+        """Decode the set to the device.
 
         Raises DamagedDataError for a damaged block, StorageError for an object that cannot be read.
         """
@@ -68,8 +66,7 @@ class Resident:
         keys = [Key(n, 0, part, 0) for n, part in enumerate(np.split(positions, positions[CHUNK::CHUNK]))]
         images, labels, ids = [], [], []
         damaged: dict[int, str] = {}
-        batches = view_batches(source, View(transform, 0), keys, loader_workers=loader_workers, read_ahead=read_ahead)
-        for key, batch in zip(keys, batches, strict=True):
+        for key, batch in zip(keys, view_batches(source, data, keys, 0), strict=True):
             images.append(batch.images_BCHW.to(device, memory_format=torch.channels_last))
             labels.append(batch.labels_B.to(device))
             ids.append(batch.ids_B.to(device))
@@ -119,14 +116,13 @@ class Resident:
 _loaded: WeakKeyDictionary[Source, tuple[Transform, Resident]] = WeakKeyDictionary()
 
 
-def resident(
-    source: Source, transform: Transform, device: torch.device, loader_workers: int, read_ahead: int = -1
-) -> Resident:
+def resident(source: Source, data: DataConfig, device: torch.device) -> Resident:
     """Return the set on the device, loaded now (see `Resident.load`) or by an earlier run with this source and an equal
     transform."""
+    transform = make_pipeline(data.pipeline, data.image_size).train
     by, known = _loaded.get(source, (None, None))
     if known is None or by != transform or known.images_NCHW.device != device:
-        known = Resident.load(source, transform, device, loader_workers, read_ahead)
+        known = Resident.load(source, data, device)
         _loaded[source] = (transform, known)
     return known
 

@@ -60,11 +60,9 @@ class Slots:
         return np.frombuffer(self._memory, np.uint8, size, slot * self.size)
 
 
-def make_slots(batches: Batches, count: int, batch_size: int) -> Slots | None:
-    """Return slots for `count` batches of `batch_size` images; None if loader processes could not see them."""
-    if helper_context().get_start_method() != "fork":
-        return None
-    return Slots(count, batch_size * batches.image_bytes())
+def make_slots(count: int, size: int) -> Slots | None:
+    """Return `count` slots of `size` bytes; None if loader processes could not see them."""
+    return Slots(count, size) if helper_context().get_start_method() == "fork" else None
 
 
 @dataclass(frozen=True)

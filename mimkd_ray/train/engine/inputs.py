@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mimkd_ray.config import LossConfig
 from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.augment.mixing import Mix, draw_mix, mix, mix_by_numbers
-from mimkd_ray.data.augment.views import View, make_pipeline
+from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.loading.loader import DamageCounter, LaneBatch, eval_batches, to_device, train_batches
 from mimkd_ray.data.loading.resident import keeps_on_device, resident, resident_batches
 from mimkd_ray.data.sources.data_set import Data
@@ -179,13 +179,7 @@ class Inputs:
         """This worker's batches of all remaining steps, on the device ahead of need."""
         if self.is_resident:
             return resident_batches(
-                resident(
-                    self.data.train,
-                    self.pipeline.train,
-                    self.context.device,
-                    loader_workers=self.config.data.loader_workers,
-                    read_ahead=self.config.data.read_ahead,
-                ),
+                resident(self.data.train, self.config.data, self.context.device),
                 self.order,
                 views=self.config.data.views,
                 lanes=self.my_lanes,
@@ -195,14 +189,12 @@ class Inputs:
             )
         batches = train_batches(
             self.data.train,
+            self.config.data,
             self.order,
-            View(self.pipeline.train, self.config.view_seed),
-            views=self.config.data.views,
+            self.config.view_seed,
             lanes=self.my_lanes,
             start_step=start,
             stop_step=self.total_steps,
-            loader_workers=self.config.data.loader_workers,
-            read_ahead=self.config.data.read_ahead,
             pin_memory=self.context.device.type == "cuda",
             features=self.features,
         )
@@ -297,19 +289,11 @@ class Inputs:
     def _held_out_batches(self, batch_size: int) -> Iterator[LaneBatch]:
         if batch_size in self._held_out:
             return iter(self._held_out[batch_size])
-        batches = eval_batches(
-            self.data.val,
-            self.pipeline.eval,
-            rank=self.context.rank,
-            world_size=self.context.world_size,
-            batch_size=batch_size,
-            loader_workers=self.config.data.loader_workers,
-            read_ahead=self.config.data.read_ahead,
-        )
+        context = self.context
+        batches = eval_batches(self.data.val, self.config.data, batch_size, context.rank, context.world_size)
         if not self.is_resident:
             return batches
-        device = self.context.device
-        self._held_out[batch_size] = [batch.each_tensor(lambda tensor: tensor.to(device)) for batch in batches]
+        self._held_out[batch_size] = [batch.each_tensor(lambda tensor: tensor.to(context.device)) for batch in batches]
         return iter(self._held_out[batch_size])
 
     def close(self) -> None:

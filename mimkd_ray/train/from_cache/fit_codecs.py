@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mimkd_ray.config import Config
 from mimkd_ray.data.augment.batch_views import view_key
-from mimkd_ray.data.augment.views import Pipeline, View
+from mimkd_ray.data.augment.views import Pipeline
 from mimkd_ray.data.loading.batches import DAMAGED, Key, LaneBatch
 from mimkd_ray.data.loading.loader import to_device, view_batches
 from mimkd_ray.data.order.random_numbers import Permutation
@@ -41,14 +41,8 @@ class Sight:
 
     def batches(self, keys: Sequence[Key]) -> Iterator[LaneBatch]:
         """The batches of ``keys`` on the device, decoded ahead by loader processes."""
-        found = view_batches(
-            self.source,
-            View(self.pipeline.train, self.config.view_seed),
-            keys,
-            loader_workers=self.config.data.loader_workers,
-            read_ahead=self.config.data.read_ahead,
-            pin_memory=self.device.type == "cuda",
-        )
+        pin = self.device.type == "cuda"
+        found = view_batches(self.source, self.config.data, keys, self.config.view_seed, pin_memory=pin)
         return to_device(found, self.device)
 
     def look(self, batch: LaneBatch) -> tuple[Tensor, Features]:

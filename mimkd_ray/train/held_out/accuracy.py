@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.loading.loader import LaneBatch, plain_batches
+from mimkd_ray.data.loading.loader import LaneBatch, eval_batches
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.folders import FolderSource
 from mimkd_ray.data.sources.own_dataset import OwnSource
@@ -76,7 +76,7 @@ def _of_config(
     else:
         source = OwnSource(validation, "validation")
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed() else (0, 1)
-    batches: Iterable[LaneBatch] = plain_batches(source, data, batch, rank, world)
+    batches: Iterable[LaneBatch] = eval_batches(source, data, batch, rank, world)
     if numbers is not None:
         number_V = torch.tensor(numbers)
         batches = (replace(lane, labels_B=number_V[lane.labels_B]) for lane in batches)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimkd_ray.config import Config
-from mimkd_ray.data.loading.loader import LaneBatch, plain_batches
+from mimkd_ray.data.loading.loader import LaneBatch, eval_batches
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.data.sources.source import Source, SubsetSource
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape, to_vector
@@ -81,7 +81,7 @@ def _bank(config: Config, data: Data) -> Source | None:
 
 
 def _batches(config: Config, source: Source) -> Iterable[LaneBatch]:
-    return plain_batches(source, config.data, config.train.eval_batch or config.train.lane_batch)
+    return eval_batches(source, config.data, config.train.eval_batch or config.train.lane_batch)
 
 
 @torch.no_grad()

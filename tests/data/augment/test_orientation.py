@@ -121,14 +121,14 @@ def test_views_and_evaluation_of_a_data_set(tmp_path: Path, layout: str, exif: s
                 (tmp_path / split / name / "x.jpg").write_bytes(data)
         else:
             write_parquet(tmp_path / f"{split}-0.parquet", [data, data], [0, 1])
-    config = DataConfig(root=str(tmp_path), exif=exif, pipeline="none", image_size=20)  # type: ignore[arg-type]
+    config = DataConfig(root=str(tmp_path), exif=exif, pipeline="none", image_size=20, loader_workers=0)  # type: ignore[arg-type]
     opened, pipeline = open_data(config), make_pipeline("none", 20)
     expected = pipeline.eval(decode(data, how=Decoding(exif=exif == "apply")))
     order = Order(opened.train.blocks, 1, 2, seed=0)
-    span = {"views": 1, "lanes": [0], "start_step": 0, "stop_step": 1, "loader_workers": 0}
+    span = {"lanes": [0], "start_step": 0, "stop_step": 1}
     seen = [
-        *train_batches(opened.train, order, View(pipeline.train, 0), **span),
-        *eval_batches(opened.val, pipeline.eval, batch_size=2, loader_workers=0),
+        *train_batches(opened.train, config, order, 0, **span),
+        *eval_batches(opened.val, config, 2),
     ]
     assert sum(len(batch) for batch in seen) == 4
     for batch in seen:

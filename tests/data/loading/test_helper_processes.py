@@ -14,8 +14,6 @@ import torch
 from image_sets import prepared_set
 
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.augment.transforms import FitSize
-from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.loading import shared_memory
 from mimkd_ray.data.loading.helper_processes import helper_context
 from mimkd_ray.data.loading.loader import PREFETCH, SPARE_SLOTS, train_batches
@@ -44,10 +42,8 @@ def source(tmp_path: Path) -> Source:
 
 def _batches(source: Source, workers: int, steps: int = 8) -> Any:
     order = Order(source.blocks, 2, 4, seed=1, window=2)
-    view = View(FitSize(8), 1)
-    return train_batches(
-        source, order, view, views=1, lanes=[0, 1], start_step=0, stop_step=steps, loader_workers=workers
-    )
+    data = DataConfig(pipeline="none", image_size=8, views=1, loader_workers=workers)
+    return train_batches(source, data, order, 1, lanes=[0, 1], start_step=0, stop_step=steps)
 
 
 def test_the_programs_default_does_not_count(default_method: str) -> None:

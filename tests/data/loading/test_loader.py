@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,22 +41,13 @@ from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import DamagedDataError, UserError
 
 CIFAR = make_pipeline("cifar", 12)
+DATA = DataConfig(pipeline="cifar", image_size=12, views=2, loader_workers=0)
 
 
 def _train(source: Source, lanes: list[int], workers: int = 0, start: int = 0, stop: int = 8) -> list[LaneBatch]:
     order = Order(source.blocks, 3, 4, seed=1, window=3)
-    return list(
-        train_batches(
-            source,
-            order,
-            View(CIFAR.train, 5),
-            views=2,
-            lanes=lanes,
-            start_step=start,
-            stop_step=stop,
-            loader_workers=workers,
-        )
-    )
+    data = replace(DATA, loader_workers=workers)
+    return list(train_batches(source, data, order, 5, lanes=lanes, start_step=start, stop_step=stop))
 
 
 def _assert_same(a: list[LaneBatch], b: list[LaneBatch]) -> None:
@@ -112,16 +104,8 @@ def test_a_run_can_start_anywhere(source: Source) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_may_be_left_early(source: Source, workers: int) -> None:
     order = Order(source.blocks, 3, 4, seed=1)
-    batches = train_batches(
-        source,
-        order,
-        View(CIFAR.train, 5),
-        views=0,
-        lanes=[0],
-        start_step=0,
-        stop_step=10**6,
-        loader_workers=workers,
-    )
+    data = replace(DATA, views=0, loader_workers=workers)
+    batches = train_batches(source, data, order, 5, lanes=[0], start_step=0, stop_step=10**6)
     assert next(batches).step == 0
     del batches
 
@@ -132,10 +116,10 @@ def test_evaluation_counts_each_row_once(world_size: int, rows: int) -> None:
     from mimkd_ray.data.sources.source import SubsetSource
 
     source = SubsetSource(DigitsSource("val"), range(10, 10 + rows))
-    transform = make_pipeline("none", 8).eval
+    data = DataConfig(pipeline="none", image_size=8)
     ids: list[int] = []
     for rank in range(world_size):
-        batches = list(eval_batches(source, transform, rank=rank, world_size=world_size, batch_size=4))
+        batches = list(eval_batches(source, data, 4, rank, world_size))
         assert all(len(b) == 4 for b in batches[:-1])
         assert [b.step for b in batches] == list(range(len(batches)))
         for batch in batches:
@@ -145,8 +129,8 @@ def test_evaluation_counts_each_row_once(world_size: int, rows: int) -> None:
 
 
 def test_evaluation_in_loader_processes() -> None:
-    source, transform = DigitsSource("val"), make_pipeline("none", 8).eval
-    inline, workers = (list(eval_batches(source, transform, batch_size=64, loader_workers=n)) for n in (0, 2))
+    source, data = DigitsSource("val"), DataConfig(pipeline="none", image_size=8)
+    inline, workers = (list(eval_batches(source, replace(data, loader_workers=n), 64)) for n in (0, 2))
     _assert_same(inline, workers)
     assert len(inline[-1]) == 450 % 64
     row = source.read([70])[0]
@@ -159,7 +143,7 @@ def test_a_loader_process_that_is_killed_ends_a_job_with_a_line(
     before = set(multiprocessing.active_children())
 
     def work() -> int:
-        for batch in eval_batches(source, CIFAR.eval, batch_size=1, loader_workers=1):
+        for batch in eval_batches(source, replace(DATA, loader_workers=1), 1):
             for process in set(multiprocessing.active_children()) - before:
                 process.kill()
                 time.sleep(0.2)
@@ -183,7 +167,7 @@ def test_a_run_that_is_asked_to_stop_does_without_a_stopped_loader_process(
     monkeypatch.setattr(stuck_loaders, "STUCK_SECONDS", 0.3)
     monkeypatch.setattr(stuck_loaders, "ASKED_TO_STOP", asked)
     before = set(multiprocessing.active_children())
-    batches = eval_batches(source, CIFAR.eval, batch_size=1, loader_workers=2)
+    batches = eval_batches(source, replace(DATA, loader_workers=2), 1)
     found = [next(batches)]
     stopped = [p for p in set(multiprocessing.active_children()) - before if p.name != "read-ahead"]
     assert len(stopped) == 2
@@ -194,7 +178,7 @@ def test_a_run_that_is_asked_to_stop_does_without_a_stopped_loader_process(
     found += batches
     assert 0.5 < time.monotonic() - began < 5
     assert not set(multiprocessing.active_children()) - before
-    _assert_same(found, list(eval_batches(source, CIFAR.eval, batch_size=1)))
+    _assert_same(found, list(eval_batches(source, DATA, 1)))
 
 
 def test_a_request_to_stop_that_ends_the_loader_processes_too(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +186,7 @@ def test_a_request_to_stop_that_ends_the_loader_processes_too(source: Source, mo
     asked = threading.Event()
     monkeypatch.setattr(stuck_loaders, "ASKED_TO_STOP", asked)
     before = set(multiprocessing.active_children())
-    batches = eval_batches(source, CIFAR.eval, batch_size=1, loader_workers=2)
+    batches = eval_batches(source, replace(DATA, loader_workers=2), 1)
     found = [next(batches)]
     for process in set(multiprocessing.active_children()) - before:
         if process.name != "read-ahead":
@@ -210,7 +194,7 @@ def test_a_request_to_stop_that_ends_the_loader_processes_too(source: Source, mo
     asked.set()
     found += batches
     assert not set(multiprocessing.active_children()) - before
-    _assert_same(found, list(eval_batches(source, CIFAR.eval, batch_size=1)))
+    _assert_same(found, list(eval_batches(source, DATA, 1)))
 
 
 def _damaged_set(tmp_path: Path, broken: set[int], rows: int = 12) -> ParquetSource:
@@ -242,7 +226,7 @@ def test_damaged_training_images_are_replaced_by_the_nearest(tmp_path: Path, wor
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damaged_evaluation_images_are_left_out(tmp_path: Path, workers: int) -> None:
     source = _damaged_set(tmp_path, {1, 5, 12}, rows=13)
-    batches = list(eval_batches(source, CIFAR.eval, batch_size=4, loader_workers=workers))
+    batches = list(eval_batches(source, replace(DATA, loader_workers=workers), 4))
     assert [b.ids_B.tolist() for b in batches] == [[0, 2, 3], [4, 6, 7], [8, 9, 10, 11], []]
     assert [len(b.damaged) for b in batches] == [1, 1, 0, 1]
     assert "row 12" in batches[3].damaged[0], "a batch of one without its image"
@@ -258,7 +242,7 @@ def test_no_intact_image_at_all(tmp_path: Path, workers: int) -> None:
     assert message.count("row ") == 3
     assert "Traceback" not in message
     with pytest.raises(DamagedDataError, match="none of the 6"):
-        list(eval_batches(source, CIFAR.eval, batch_size=6, loader_workers=workers))
+        list(eval_batches(source, replace(DATA, loader_workers=workers), 6))
 
 
 def _batch(size: int, *damaged: str) -> LaneBatch:
@@ -309,7 +293,7 @@ def test_senseless_loader_workers(source: Source, workers: int) -> None:
     with pytest.raises(UserError, match=f"loader_workers = {workers}.*cores"):
         _train(source, [0], workers)
     with pytest.raises(UserError, match="loader_workers"):
-        eval_batches(source, CIFAR.eval, batch_size=4, loader_workers=workers)
+        eval_batches(source, replace(DATA, loader_workers=workers), 4)
 
 
 def test_pinning_reaches_every_tensor(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +308,7 @@ def test_pinning_reaches_every_tensor(source: Source, monkeypatch: pytest.Monkey
 
 def test_senseless_batch_size(source: Source) -> None:
     with pytest.raises(UserError, match="batch size 0"):
-        eval_batches(source, CIFAR.eval, batch_size=0)
+        eval_batches(source, DATA, 0)
 
 
 def _count_slots(monkeypatch: pytest.MonkeyPatch) -> list[shared_memory.Slots]:
@@ -343,16 +327,8 @@ def test_slots_are_used_again_when_batches_are_gone(source: Source, monkeypatch:
     made = _count_slots(monkeypatch)
     inline = _train(source, [0, 1, 2])
     order = Order(source.blocks, 3, 4, seed=1, window=3)
-    batches = train_batches(
-        source,
-        order,
-        View(CIFAR.train, 5),
-        views=2,
-        lanes=[0, 1, 2],
-        start_step=0,
-        stop_step=8,
-        loader_workers=1,
-    )
+    data = replace(DATA, loader_workers=1)
+    batches = train_batches(source, data, order, 5, lanes=[0, 1, 2], start_step=0, stop_step=8)
     places = set()
     for expected in inline:
         batch = next(batches)
@@ -381,7 +357,7 @@ def test_collected_batches_keep_their_images(source: Source, monkeypatch: pytest
 
 
 def test_batches_that_do_not_fit_travel_otherwise(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mimkd_ray.data.loading.batches.TrainBatches.image_bytes", lambda self: 3)
+    monkeypatch.setattr(loader, "make_slots", lambda count, size: shared_memory.make_slots(count, 12))
     made = _count_slots(monkeypatch)
     _assert_same(_train(source, [0, 1], workers=2), _train(source, [0, 1]))
     assert made[0].take() is not None  # none is lost

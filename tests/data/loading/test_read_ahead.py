@@ -16,8 +16,6 @@ from image_sets import prepared_set
 
 from mimkd_ray import storage
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.augment.transforms import FitSize
-from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.loading import cpu_quota
 from mimkd_ray.data.loading.loader import train_batches
 from mimkd_ray.data.loading.read_ahead import Distance, ReadAhead, distance
@@ -198,10 +196,8 @@ def source(tmp_path: Path) -> ParquetSource:
 
 def _batches(source: ParquetSource, workers: int, steps: int = 8) -> Any:
     order = Order(source.blocks, 2, 4, seed=1, window=2)
-    view = View(FitSize(8), 1)
-    return train_batches(
-        source, order, view, views=1, lanes=[0, 1], start_step=0, stop_step=steps, loader_workers=workers
-    )
+    data = DataConfig(pipeline="none", image_size=8, views=1, loader_workers=workers)
+    return train_batches(source, data, order, 1, lanes=[0, 1], start_step=0, stop_step=steps)
 
 
 def _children() -> set[str]:
@@ -280,9 +276,8 @@ def test_latency_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ParquetSource, "distant", True)
     order = Order(source.blocks, 1, 4, seed=1, window=2)
     waits = []
-    batches = train_batches(
-        source, order, View(FitSize(8), 1), views=1, lanes=[0], start_step=0, stop_step=40, loader_workers=1
-    )
+    data = DataConfig(pipeline="none", image_size=8, views=1, loader_workers=1)
+    batches = train_batches(source, data, order, 1, lanes=[0], start_step=0, stop_step=40)
     while True:
         begin = time.monotonic()
         if next(batches, None) is None:

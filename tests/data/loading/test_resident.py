@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from image_sets import images, parquet_set, write_parquet
 
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.augment.views import View, make_pipeline
+from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.loading.loader import LaneBatch, train_batches
 from mimkd_ray.data.loading.resident import Resident, keeps_on_device, resident, resident_batches
 from mimkd_ray.data.order.sample_order import Order
@@ -20,6 +21,7 @@ from mimkd_ray.errors import DamagedDataError, UserError
 
 CPU = torch.device("cpu")
 CIFAR = make_pipeline("cifar", 12).train
+DATA = DataConfig(pipeline="cifar", image_size=12, views=2, loader_workers=0)
 DEVICES = [
     CPU,
     pytest.param(torch.device("cuda"), marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
@@ -29,10 +31,10 @@ DEVICES = [
 def both(source: Source, device: torch.device, loader_workers: int = 0) -> tuple[list[LaneBatch], list[LaneBatch]]:
     """Batches of the ordinary loader, and those of the resident set."""
     order = Order(source.blocks, 3, 4, seed=1, window=3)
-    span = {"views": 2, "lanes": [0, 2], "start_step": 1, "stop_step": 9}
-    kept = Resident.load(source, CIFAR, device, loader_workers)
-    ordinary = train_batches(source, order, View(CIFAR, 5), loader_workers=0, **span)
-    return list(ordinary), list(resident_batches(kept, order, **span))
+    span = {"lanes": [0, 2], "start_step": 1, "stop_step": 9}
+    kept = Resident.load(source, replace(DATA, loader_workers=loader_workers), device)
+    ordinary = train_batches(source, DATA, order, 5, **span)
+    return list(ordinary), list(resident_batches(kept, order, views=2, **span))
 
 
 def assert_same(ordinary: list[LaneBatch], kept: list[LaneBatch]) -> None:
@@ -82,7 +84,7 @@ def test_a_batch_without_an_intact_image_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "train-0.parquet"
     write_parquet(path, [b"none"] * 24, [0] * 24)
     source = ParquetSource({str(path): path.stat().st_size})
-    kept = Resident.load(source, CIFAR, CPU, 0)
+    kept = Resident.load(source, DATA, CPU)
     order = Order(source.blocks, 1, 4, seed=0)
     with pytest.raises(DamagedDataError, match="none of the 4 images"):
         next(resident_batches(kept, order, views=0, lanes=[0], start_step=0, stop_step=1))
@@ -90,9 +92,9 @@ def test_a_batch_without_an_intact_image_is_an_error(tmp_path: Path) -> None:
 
 def test_a_set_is_loaded_once_for_a_process(tmp_path: Path) -> None:
     source = open_data(DataConfig(root=str(parquet_set(tmp_path)))).train
-    first = resident(source, CIFAR, CPU, 0)
-    assert resident(source, make_pipeline("cifar", 12).train, CPU, 0) is first
-    other = resident(source, make_pipeline("cifar", 10).train, CPU, 0)
+    first = resident(source, DATA, CPU)
+    assert resident(source, replace(DATA, loader_workers=1), CPU) is first
+    other = resident(source, replace(DATA, image_size=10), CPU)
     assert other.images_NCHW.shape[2:] == (10, 10), "decoded anew for another size"
 
 

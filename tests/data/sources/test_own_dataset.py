@@ -23,7 +23,6 @@ from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.cli.training import run
 from mimkd_ray.config import Config, DataConfig
 from mimkd_ray.data.augment.decode import decode
-from mimkd_ray.data.augment.views import View, make_pipeline
 from mimkd_ray.data.loading.loader import LaneBatch, eval_batches, train_batches
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.data_set import open_data
@@ -89,16 +88,15 @@ def test_the_same_images_give_the_same_batches(kind: str, loader_workers: int, t
         theirs = DigitsSource("train")
     ours = OwnSource(Images(theirs), "training")
     assert ours.labels().tolist() == theirs.labels().tolist()
-    pipeline = make_pipeline("imagenet_ta", 8)
+    data = DataConfig(pipeline="imagenet_ta", image_size=8, views=0, loader_workers=loader_workers)
     batches = []
     for source in (ours, theirs):
         order = Order(source.blocks, lanes=2, lane_batch=4, seed=5)
-        view, workers = View(pipeline.train, 3), {"loader_workers": loader_workers}
-        steps = {"lanes": [0, 1], "start_step": 2, "stop_step": 7, "views": 0}
+        steps = {"lanes": [0, 1], "start_step": 2, "stop_step": 7}
         batches.append(
             (
-                train_batches(source, order, view, **steps, **workers),
-                eval_batches(source, pipeline.eval, rank=0, world_size=1, batch_size=9, **workers),
+                train_batches(source, data, order, 3, **steps),
+                eval_batches(source, data, 9),
             )
         )
     assert same(batches[0][0], batches[1][0]) == 10

@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,6 @@ from image_sets import folder_set, parquet_set, prepared_set, tar_set
 
 from mimkd_ray import attempts, remote, storage
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.augment.transforms import FitSize
-from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.loading.loader import eval_batches, train_batches
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.data_set import open_data
@@ -151,6 +150,7 @@ def test_read_after_fork(bucket: str) -> None:
     assert storage.read_bytes(f"{bucket}/x") == b"shared"
 
 
+NONE = DataConfig(pipeline="none", image_size=8, views=1, loader_workers=2)
 LAYOUTS = {"parquet": parquet_set, "folders": folder_set, "prepared": prepared_set, "tars": tar_set}
 
 
@@ -170,7 +170,7 @@ def test_data_set(bucket: str, tmp_path: Path, layout: str) -> None:
     assert [r[:3] for r in there.train.read(ids)] == [r[:3] for r in here.train.read(ids)]
     np.testing.assert_array_equal(there.train.labels(), here.train.labels())
     # Loader processes are forked from a process that has talked to the store.
-    batches = list(eval_batches(there.val, FitSize(8), batch_size=4, loader_workers=2))
+    batches = list(eval_batches(there.val, NONE, 4))
     assert sum(len(b) for b in batches) == here.val.num_rows
 
 
@@ -181,13 +181,13 @@ def test_training_reads_each_block_once(
     _upload(LAYOUTS[layout](tmp_path / "set"), f"{bucket}/set")
     data = open_data(DataConfig(root=f"{bucket}/set"))
     order = Order(data.train.blocks, 2, 3, seed=1, window=2)
-    options: dict[str, Any] = {"views": 1, "lanes": [0, 1], "start_step": 0, "stop_step": 12}
-    there = list(train_batches(data.train, order, View(FitSize(8), 1), loader_workers=2, **options))
+    options: dict[str, Any] = {"lanes": [0, 1], "start_step": 0, "stop_step": 12}
+    there = list(train_batches(data.train, NONE, order, 1, **options))
     assert len(there) == 24
     # From here on the blocks are in this node's store: no request is made any more.
     monkeypatch.setattr(block_reader, "_blocks", block_reader._KeptBlocks())
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    again = list(train_batches(data.train, order, View(FitSize(8), 1), loader_workers=0, **options))
+    again = list(train_batches(data.train, replace(NONE, loader_workers=0), order, 1, **options))
     for a, b in zip(there, again, strict=True):
         assert torch.equal(a.ids_B, b.ids_B)
         assert torch.equal(a.images_BCHW, b.images_BCHW)
