@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from mimkd_ray import storage
 from mimkd_ray.config import PrepareConfig
@@ -31,10 +31,7 @@ from mimkd_ray.data.prepare.work_units import (
     Index,
     PartUnit,
     ShardUnit,
-    blob_url,
     not_shared,
-    read_index,
-    read_sidecar,
 )
 from mimkd_ray.data.sources.folders import class_folders
 from mimkd_ray.data.sources.shard_manifest import Manifest, Shard, content_digest, read_manifest, write_manifest
@@ -53,8 +50,6 @@ class NoSplitError(UserError):
 
 
 Unit = PartUnit | ShardUnit
-U = TypeVar("U", PartUnit, ShardUnit)
-T = TypeVar("T")
 Runner = Callable[[Sequence[Unit], str], Iterator[Done]]
 """Runs the units, in any order and on any node, and yields the result of each. The text names the stage for
 progress."""
@@ -249,13 +244,7 @@ def _make_parts(config: PrepareConfig, origin: Origin, work: str, run: Runner) -
         PartUnit(number, piece, keys, config.seed, config.short_side, config.quality, work, config.max_pixels)
         for number, (piece, keys) in enumerate(zip(origin.pieces, row_keys(origin, config.seed), strict=True))
     ]
-
-    def read(unit: PartUnit, sizes: Mapping[str, int]) -> Index | None:
-        there = sizes.get(blob_url(work, unit.number))
-        index = read_index(work, unit.number) if there is not None else None
-        return index if index is not None and there == sum(index.lengths) else None
-
-    return _made(run, units, read, work, work, "checking images", "parts")
+    return _made(run, units, work, work, "checking images", "parts")
 
 
 def _make_shards(config: PrepareConfig, origin: Origin, indices: list[Index], work: str, run: Runner) -> list[Shard]:
@@ -269,31 +258,16 @@ def _make_shards(config: PrepareConfig, origin: Origin, indices: list[Index], wo
         target=config.target,
         work=work,
     )
-
-    def read(unit: ShardUnit, sizes: Mapping[str, int]) -> Shard | None:
-        there = sizes.get(storage.join(config.target, unit.file))
-        shard = read_sidecar(work, unit.number) if there is not None else None
-        return shard if shard is not None and there == shard.bytes else None
-
-    return _made(run, units, read, config.target, work, "writing shards", "shards")
+    return _made(run, units, config.target, work, "writing shards", "shards")
 
 
-def _made(
-    run: Runner,
-    units: Sequence[U],
-    read: Callable[[U, Mapping[str, int]], T | None],
-    folder: str,
-    work: str,
-    doing: str,
-    what: str,
-) -> list[T]:
-    """Have those units run whose results are not there, and return all results. `read` takes a unit and the sizes of
-    the files in `folder`."""
+def _made(run: Runner, units: Sequence[Unit], folder: str, work: str, doing: str, what: str) -> list[Any]:
+    """Have those units run whose results are not in `folder`, and return all results."""
 
-    def look(which: Sequence[U]) -> list[T | None]:
+    def look(which: Sequence[Unit]) -> list[Any]:
         sizes = storage.list_sizes(folder)
         with ThreadPoolExecutor(THREADS) as pool:
-            return list(pool.map(lambda unit: read(unit, sizes), which))
+            return list(pool.map(lambda unit: unit.finished(sizes), which))
 
     found = look(units)
     missing = [number for number, result in enumerate(found) if result is None]
@@ -303,7 +277,7 @@ def _made(
             pass
         for number, result in zip(missing, look(lacking), strict=True):
             found[number] = result
-    results = [result for result in found if result is not None]
-    if len(results) < len(units):
-        raise UserError(f"{len(units) - len(results)} of {len(units)} {what} are not to be seen: {not_shared(work)}")
-    return results
+    lost = found.count(None)
+    if lost:
+        raise UserError(f"{lost} of {len(units)} {what} are not to be seen: {not_shared(work)}")
+    return found

@@ -1,8 +1,8 @@
 """The two kinds of work of data preparation. Each unit is restartable, and commits by one atomic write at its end.
 
-1. `make_part`: read a piece of the source, decode every image to check it, shrink it if requested, and write a *part*:
+1. `PartUnit`: read a piece of the source, decode every image to check it, shrink it if requested, and write a *part*:
    a blob of records sorted by the rows' random keys, and then its index, which commits it.
-2. `make_shard`: gather the rows of a shard, one byte range of every part, write the Parquet file, and then its
+2. `ShardUnit`: gather the rows of a shard, one byte range of every part, write the Parquet file, and then its
    sidecar (its entry of the manifest), which commits it.
 
 A unit that runs twice writes the same bytes.
@@ -15,7 +15,7 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -53,6 +53,15 @@ def class_keys(count: int, seed: int, label: int) -> np.ndarray:
     return (rank + inside) / max(count, 1)
 
 
+class Index(NamedTuple):
+    """Content of a finished part: its rows' keys and record lengths in the blob's order, and the images left out."""
+
+    keys: list[float]
+    lengths: list[int]
+    damaged: list[list[str]]
+    """[name, reason] of each image that could not be decoded, in the source's order."""
+
+
 @dataclass(frozen=True)
 class PartUnit:
     """A unit that makes a piece of the source into a part."""
@@ -74,8 +83,30 @@ class PartUnit:
         return self.piece.bytes
 
     def __call__(self) -> Done:
-        """Make the part."""
-        return make_part(self)
+        """Write the part and commit it. Holds the piece twice in memory."""
+        samples = self.piece.samples()
+        keys = class_keys(len(samples), self.seed, samples[0].label) if self.keys is None else self.keys
+        records: list[tuple[float, bytes]] = []
+        damaged: list[list[str]] = []
+        for key, sample in zip(keys.tolist(), samples, strict=True):
+            try:
+                image = checked(sample.image, self.short_side, self.quality, self.max_pixels)
+            except DamagedImageError as error:
+                damaged.append([sample.name, str(error)])
+            else:
+                records.append((key, _pack(key, sample.label, sample.name, image)))
+        records.sort(key=lambda record: record[0])
+        blob = b"".join(record for _, record in records)
+        index = Index([key for key, _ in records], [len(record) for _, record in records], damaged)
+        storage.write_bytes(blob_url(self.work, self.number), blob)
+        storage.write_bytes(index_url(self.work, self.number), json.dumps(index._asdict()).encode())
+        return Done(len(records), self.piece.bytes)
+
+    def finished(self, sizes: Mapping[str, int]) -> Index | None:
+        """Return the part's index, None if it is not there as that says; `sizes` are those of the files in `work`."""
+        there, url = sizes.get(blob_url(self.work, self.number)), index_url(self.work, self.number)
+        index = _read_commit(url, lambda value: Index(**value)) if there is not None else None
+        return index if index is not None and there == sum(index.lengths) else None
 
 
 @dataclass(frozen=True)
@@ -99,17 +130,26 @@ class ShardUnit:
         return sum(stop - start for _, start, stop in self.ranges)
 
     def __call__(self) -> Done:
-        """Make the shard."""
-        return make_shard(self)
+        """Write the shard and commit it. Holds its bytes twice in memory, and one block a third time.
 
+        Raises DamagedDataError if a part differs from what was written.
+        """
+        rows = [row for _, row in sorted(_gather(self), key=lambda pair: pair[0])]
+        if len(rows) != self.rows:
+            raise DamagedDataError(f"{self.file}: the parts in {self.work} hold {len(rows)} of its {self.rows} rows")
+        data = _write_parquet(self, rows)
+        rows.clear()
+        shard = _describe(self.file, data)
+        storage.write_bytes(storage.join(self.target, self.file), data)
+        storage.write_bytes(sidecar_url(self.work, self.number), json.dumps(shard).encode())
+        return Done(self.rows, self.bytes)
 
-class Index(NamedTuple):
-    """Content of a finished part: its rows' keys and record lengths in the blob's order, and the images left out."""
-
-    keys: list[float]
-    lengths: list[int]
-    damaged: list[list[str]]
-    """[name, reason] of each image that could not be decoded, in the source's order."""
+    def finished(self, sizes: Mapping[str, int]) -> Shard | None:
+        """Return the shard's description, None if it is not there as that says; `sizes` are those of the files in
+        `target`."""
+        there = sizes.get(storage.join(self.target, self.file))
+        shard = _read_commit(sidecar_url(self.work, self.number), _shard_of) if there is not None else None
+        return shard if shard is not None and there == shard.bytes else None
 
 
 def blob_url(work: str, part: int) -> str:
@@ -125,27 +165,6 @@ def index_url(work: str, part: int) -> str:
 def sidecar_url(work: str, shard: int) -> str:
     """Return the URL of a shard's sidecar, which exists once the shard is finished."""
     return storage.join(work, f"shard-{shard:05d}.json")
-
-
-def make_part(unit: PartUnit) -> Done:
-    """Write a part and commit it. Holds the piece twice in memory."""
-    samples = unit.piece.samples()
-    keys = class_keys(len(samples), unit.seed, samples[0].label) if unit.keys is None else unit.keys
-    records: list[tuple[float, bytes]] = []
-    damaged: list[list[str]] = []
-    for key, sample in zip(keys.tolist(), samples, strict=True):
-        try:
-            image = checked(sample.image, unit.short_side, unit.quality, unit.max_pixels)
-        except DamagedImageError as error:
-            damaged.append([sample.name, str(error)])
-        else:
-            records.append((key, _pack(key, sample.label, sample.name, image)))
-    records.sort(key=lambda record: record[0])
-    blob = b"".join(record for _, record in records)
-    index = Index([key for key, _ in records], [len(record) for _, record in records], damaged)
-    storage.write_bytes(blob_url(unit.work, unit.number), blob)
-    storage.write_bytes(index_url(unit.work, unit.number), json.dumps(index._asdict()).encode())
-    return Done(len(records), unit.piece.bytes)
 
 
 def checked(image: bytes, short_side: int, quality: int, max_pixels: int = DECODING.max_pixels) -> bytes:
@@ -164,22 +183,6 @@ def checked(image: bytes, short_side: int, quality: int, max_pixels: int = DECOD
     picture = Image.fromarray(pixels_CHW.permute(1, 2, 0).contiguous().numpy())
     picture.resize(size, Image.Resampling.BILINEAR).save(out, "JPEG", quality=quality)
     return out.getvalue()
-
-
-def make_shard(unit: ShardUnit) -> Done:
-    """Write a shard and commit it. Holds its bytes twice in memory, and one block a third time.
-
-    Raises DamagedDataError if a part differs from what was written.
-    """
-    rows = [row for _, row in sorted(_gather(unit), key=lambda pair: pair[0])]
-    if len(rows) != unit.rows:
-        raise DamagedDataError(f"{unit.file}: the parts in {unit.work} hold {len(rows)} of its {unit.rows} rows")
-    data = _write_parquet(unit, rows)
-    rows.clear()
-    shard = _describe(unit.file, data)
-    storage.write_bytes(storage.join(unit.target, unit.file), data)
-    storage.write_bytes(sidecar_url(unit.work, unit.number), json.dumps(shard).encode())
-    return Done(unit.rows, unit.bytes)
 
 
 class _Row(NamedTuple):
@@ -306,16 +309,6 @@ def _read_commit(url: str, build: Callable[[Any], Any]) -> Any:
         return None
 
 
-def read_index(work: str, part: int) -> Index | None:
-    """Return the index of a part; None if the part is not finished."""
-    return _read_commit(index_url(work, part), lambda value: Index(**value))
-
-
-def read_sidecar(work: str, shard: int) -> Shard | None:
-    """Return the description of a shard; None if it is not finished."""
-
-    def build(value: list[Any]) -> Shard:
-        shard = Shard(*value)
-        return shard._replace(blocks=tuple(Block(*block) for block in shard.blocks))
-
-    return _read_commit(sidecar_url(work, shard), build)
+def _shard_of(value: list[Any]) -> Shard:
+    shard = Shard(*value)
+    return shard._replace(blocks=tuple(Block(*block) for block in shard.blocks))
