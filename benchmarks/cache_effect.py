@@ -49,7 +49,7 @@ from mimkd_ray.config import (
     TeacherConfig,
     TrainConfig,
 )
-from mimkd_ray.data.loading.loader import LaneBatch
+from mimkd_ray.data.loading.batches import LaneBatch
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.features import Features
 from mimkd_ray.recipes import CIFAR_MEAN, CIFAR_STD

@@ -26,7 +26,8 @@ from report import Targets, finish, parser, table
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import Config, DataConfig, ModelConfig, TrainConfig
 from mimkd_ray.config.jobs.evaluate import EvaluateConfig, evaluate_job
-from mimkd_ray.data.loading.loader import LaneBatch, eval_batches, to_device
+from mimkd_ray.data.loading.batches import LaneBatch
+from mimkd_ray.data.loading.loader import eval_batches, to_device
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.evaluation.collect import collect
 from mimkd_ray.evaluation.networks import Network, normalizer, subject_of

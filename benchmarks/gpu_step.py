@@ -38,7 +38,7 @@ from report import Targets, finish, parser
 
 from mimkd_ray.cli.local_launch import LocalContext, pick_device
 from mimkd_ray.config import Config, LaunchConfig, LossConfig
-from mimkd_ray.data.loading.loader import LaneBatch
+from mimkd_ray.data.loading.batches import LaneBatch
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.recipes import CIFAR_PAIRS, r34_r18
 from mimkd_ray.train.cuda_graphs import WARM

@@ -11,7 +11,7 @@ from torch import nn
 
 from mimkd_ray.config import Config
 from mimkd_ray.config.cache import check_rules
-from mimkd_ray.data.augment.views import make_pipeline
+from mimkd_ray.data.augment.pipelines import make_pipeline
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.data.sources.data_set import open_data

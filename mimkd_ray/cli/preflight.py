@@ -9,7 +9,7 @@ from torch import nn
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config
-from mimkd_ray.data.augment.views import make_pipeline
+from mimkd_ray.data.augment.pipelines import make_pipeline
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.errors import UserError

@@ -21,7 +21,8 @@ from mimkd_ray.cache_build.build_cache import build
 from mimkd_ray.cache_build.build_setup import Setup, shards_of
 from mimkd_ray.cache_build.build_units import in_process
 from mimkd_ray.data.augment.batch_views import view_key
-from mimkd_ray.data.augment.views import View, make_pipeline
+from mimkd_ray.data.augment.pipelines import make_pipeline
+from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.loading.batches import Key, LaneBatch
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.sources.data_set import open_data

@@ -15,7 +15,8 @@ from tiny_run import tiny_config
 
 from mimkd_ray.__main__ import main
 from mimkd_ray.cli.training import run, run_directory
-from mimkd_ray.data.augment.views import decode, make_pipeline
+from mimkd_ray.data.augment.decode import decode
+from mimkd_ray.data.augment.pipelines import make_pipeline
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.run_lock import held

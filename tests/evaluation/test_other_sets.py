@@ -23,7 +23,8 @@ from mimkd_ray.cli.evaluate import config_of_run
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.config.jobs.evaluate import evaluate_job
-from mimkd_ray.data.augment.views import decode, make_pipeline
+from mimkd_ray.data.augment.decode import decode
+from mimkd_ray.data.augment.pipelines import make_pipeline
 from mimkd_ray.data.sources.digits import DigitsSource
 from mimkd_ray.evaluation.measure import measure
 from mimkd_ray.evaluation.predictions import ece, fit_temperature, reliability

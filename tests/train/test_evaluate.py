@@ -11,7 +11,8 @@ from ranks import start_ranks
 from tiny_run import cpu, tiny_config, tiny_data
 
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.loading.loader import LaneBatch, eval_batches
+from mimkd_ray.data.loading.batches import LaneBatch
+from mimkd_ray.data.loading.loader import eval_batches
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.engine.student import lone_student

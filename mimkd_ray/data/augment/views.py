@@ -17,19 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimkd_ray.data.augment.decode import DECODING, DamagedImageError, Decoding, Encoded, decode
-from mimkd_ray.data.augment.pipelines import Pipeline, make_pipeline
+from mimkd_ray.data.augment.decode import DECODING, Decoding, Encoded, decode
 from mimkd_ray.data.augment.transforms import Transform, from_bytes
-
-__all__ = [
-    "DamagedImageError",
-    "Pipeline",
-    "Transform",
-    "View",
-    "decode",
-    "hash32",
-    "make_pipeline",
-]
 
 _three_numbers = struct.Struct("<QQQ").pack
 _MASK = 2**64 - 1

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimkd_ray.data.augment.views import DamagedImageError, Transform, View, decode
+from mimkd_ray.data.augment.decode import DamagedImageError, decode
+from mimkd_ray.data.augment.transforms import Transform
+from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.sample_order import Order, view_number
 from mimkd_ray.data.sources.columns import NO_LABEL

@@ -23,7 +23,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.augment.views import View, make_pipeline
+from mimkd_ray.data.augment.pipelines import make_pipeline
+from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.loading.batches import (
     Batches,
     EvalBatches,
@@ -35,7 +36,6 @@ from mimkd_ray.data.loading.batches import (
     ViewBatches,
 )
 from mimkd_ray.data.loading.cpu_quota import local_world_size, usable_cores
-from mimkd_ray.data.loading.damage import DamageCounter
 from mimkd_ray.data.loading.helper_processes import helper_context
 from mimkd_ray.data.loading.read_ahead import AheadSource, Distance, ReadAhead, WithFeatures, distance
 from mimkd_ray.data.loading.shared_memory import Answer, Answers, Failed, Requests, make_slots
@@ -43,18 +43,6 @@ from mimkd_ray.data.loading.stuck_loaders import LOOK_SECONDS, answers_of
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import UserError
-
-__all__ = [
-    "DamageCounter",
-    "LaneBatch",
-    "check_loader_workers",
-    "eval_batches",
-    "local_world_size",
-    "resolve_loader_workers",
-    "to_device",
-    "train_batches",
-    "view_batches",
-]
 
 PREFETCH = 4  # finished batches that wait per loader process
 SPARE_SLOTS = 4  # batches that the training process has in hand

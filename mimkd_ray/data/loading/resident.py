@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.config import DataConfig
+from mimkd_ray.data.augment.pipelines import make_pipeline
 from mimkd_ray.data.augment.transforms import Transform, can_be_resident
-from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.loading.batches import (
     DAMAGED,
     FeatureSource,

@@ -10,8 +10,8 @@ import numpy as np
 from mimkd_ray import storage
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.decode import Decoding
+from mimkd_ray.data.augment.pipelines import make_pipeline
 from mimkd_ray.data.augment.transforms import can_be_resident
-from mimkd_ray.data.augment.views import make_pipeline
 from mimkd_ray.data.sources.digits import DigitsSource
 from mimkd_ray.data.sources.folders import FolderSource
 from mimkd_ray.data.sources.own_dataset import SCHEME, OwnData, named_sets

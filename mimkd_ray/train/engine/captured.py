@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.augment.mixing import mix_numbers
-from mimkd_ray.data.loading.loader import LaneBatch
+from mimkd_ray.data.loading.batches import LaneBatch
 from mimkd_ray.train.cuda_graphs import WARM, record, run_warm
 from mimkd_ray.train.distributed import Context, first_said
 from mimkd_ray.train.engine.inputs import Inputs

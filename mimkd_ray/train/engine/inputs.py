@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from mimkd_ray.config import LossConfig
 from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.augment.mixing import Mix, draw_mix, mix, mix_by_numbers
-from mimkd_ray.data.augment.views import make_pipeline
-from mimkd_ray.data.loading.loader import DamageCounter, LaneBatch, eval_batches, to_device, train_batches
+from mimkd_ray.data.augment.pipelines import make_pipeline
+from mimkd_ray.data.loading.batches import LaneBatch
+from mimkd_ray.data.loading.damage import DamageCounter
+from mimkd_ray.data.loading.loader import eval_batches, to_device, train_batches
 from mimkd_ray.data.loading.resident import keeps_on_device, resident, resident_batches
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import UserError, count

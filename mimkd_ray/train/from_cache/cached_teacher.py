@@ -11,7 +11,7 @@ from torch import nn
 
 from mimkd_ray.config import Config
 from mimkd_ray.config.cache import check_rules, parse_rule
-from mimkd_ray.data.augment.views import make_pipeline
+from mimkd_ray.data.augment.pipelines import make_pipeline
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.data.store.block_store import open_store
 from mimkd_ray.errors import UserError

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mimkd_ray.config import Config
 from mimkd_ray.data.augment.batch_views import view_key
-from mimkd_ray.data.augment.views import Pipeline
+from mimkd_ray.data.augment.pipelines import Pipeline
 from mimkd_ray.data.loading.batches import DAMAGED, Key, LaneBatch
 from mimkd_ray.data.loading.loader import to_device, view_batches
 from mimkd_ray.data.order.random_numbers import Permutation

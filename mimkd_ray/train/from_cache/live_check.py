@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mimkd_ray.config import Config
-from mimkd_ray.data.loading.loader import LaneBatch
+from mimkd_ray.data.loading.batches import LaneBatch
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.losses.features import Features
 from mimkd_ray.taps.tap_codecs import by_label

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.loading.loader import LaneBatch, eval_batches
+from mimkd_ray.data.loading.batches import LaneBatch
+from mimkd_ray.data.loading.loader import eval_batches
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.folders import FolderSource
 from mimkd_ray.data.sources.own_dataset import OwnSource

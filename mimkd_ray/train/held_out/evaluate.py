@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mimkd_ray import console
 from mimkd_ray.config import DataConfig
+from mimkd_ray.data.loading.batches import LaneBatch
 from mimkd_ray.data.loading.damage import damaged_allowed
-from mimkd_ray.data.loading.loader import LaneBatch
 from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features

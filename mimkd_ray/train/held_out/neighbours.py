@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimkd_ray.config import Config
-from mimkd_ray.data.loading.loader import LaneBatch, eval_batches
+from mimkd_ray.data.loading.batches import LaneBatch
+from mimkd_ray.data.loading.loader import eval_batches
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.data.sources.source import Source, SubsetSource
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape, to_vector

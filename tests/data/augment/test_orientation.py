@@ -16,8 +16,9 @@ from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment import decode as module
 from mimkd_ray.data.augment.decode import Decoding, decode, jpeg_size
 from mimkd_ray.data.augment.orientation import orientation_of_jpeg
+from mimkd_ray.data.augment.pipelines import make_pipeline
 from mimkd_ray.data.augment.transforms import ResizedCropFlip
-from mimkd_ray.data.augment.views import View, make_pipeline
+from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.loading.loader import eval_batches, train_batches
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.data_set import open_data

@@ -17,7 +17,8 @@ from image_sets import SHARED, encode, pixels
 
 from mimkd_ray.config.form.pipeline_name import PIPELINE_NAMES, check_pipeline_name
 from mimkd_ray.data.augment.batch_views import view_key
-from mimkd_ray.data.augment.pipelines import PIPELINES
+from mimkd_ray.data.augment.decode import DamagedImageError, decode
+from mimkd_ray.data.augment.pipelines import PIPELINES, make_pipeline
 from mimkd_ray.data.augment.transforms import (
     SHRINKS,
     CentreCrop,
@@ -28,7 +29,7 @@ from mimkd_ray.data.augment.transforms import (
     Then,
     resize,
 )
-from mimkd_ray.data.augment.views import DamagedImageError, View, decode, hash32, make_pipeline
+from mimkd_ray.data.augment.views import View, hash32
 from mimkd_ray.errors import UserError
 
 MINE = "my_pipelines"  # a module that the tests write

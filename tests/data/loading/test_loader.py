@@ -20,14 +20,15 @@ from image_sets import encode, images, parquet_set, pixels, write_parquet
 from mimkd_ray import storage
 from mimkd_ray.cli.common import guarded
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.augment.views import View, decode, make_pipeline
+from mimkd_ray.data.augment.decode import decode
+from mimkd_ray.data.augment.pipelines import make_pipeline
+from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.loading import loader, shared_memory, stuck_loaders
-from mimkd_ray.data.loading.damage import damaged_allowed
+from mimkd_ray.data.loading.batches import LaneBatch
+from mimkd_ray.data.loading.damage import DamageCounter, damaged_allowed
 from mimkd_ray.data.loading.loader import (
     PREFETCH,
     SPARE_SLOTS,
-    DamageCounter,
-    LaneBatch,
     eval_batches,
     resolve_loader_workers,
     to_device,

@@ -10,8 +10,9 @@ import torch
 from image_sets import images, parquet_set, write_parquet
 
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.augment.views import make_pipeline
-from mimkd_ray.data.loading.loader import LaneBatch, train_batches
+from mimkd_ray.data.augment.pipelines import make_pipeline
+from mimkd_ray.data.loading.batches import LaneBatch
+from mimkd_ray.data.loading.loader import train_batches
 from mimkd_ray.data.loading.resident import Resident, keeps_on_device, resident, resident_batches
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.data_set import open_data

@@ -23,7 +23,8 @@ from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.cli.training import run
 from mimkd_ray.config import Config, DataConfig
 from mimkd_ray.data.augment.decode import decode
-from mimkd_ray.data.loading.loader import LaneBatch, eval_batches, train_batches
+from mimkd_ray.data.loading.batches import LaneBatch
+from mimkd_ray.data.loading.loader import eval_batches, train_batches
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.digits import DigitsSource
