@@ -289,8 +289,8 @@ def test_no_damage_allowed() -> None:
     DamageCounter(1.0, rows=2).add(_batch(2, "a", "b"))
 
 
-@pytest.mark.parametrize("workers", [-2, 4 * (os.cpu_count() or 1) + 1])
-def test_senseless_loader_workers(source: Source, workers: int) -> None:
+def test_senseless_loader_workers(source: Source) -> None:
+    workers = 4 * (os.cpu_count() or 1) + 1
     with pytest.raises(UserError, match=f"loader_workers = {workers}.*cores"):
         _train(source, [0], workers)
     with pytest.raises(UserError, match="loader_workers"):
