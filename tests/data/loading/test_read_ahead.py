@@ -273,7 +273,7 @@ def test_latency_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return read_range(url, offset, length)
 
     monkeypatch.setattr(storage, "read_range", slowly)
-    monkeypatch.setattr(ParquetSource, "distant", True)
+    monkeypatch.setattr(source, "distant", True)
     order = Order(source.blocks, 1, 4, seed=1, window=2)
     waits = []
     data = DataConfig(pipeline="none", image_size=8, views=1, loader_workers=1)
