@@ -10,6 +10,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.taps.default_stages import before_activation, default_taps
 from mimkd_ray.taps.dry_checks import build_without_weights
 from mimkd_ray.taps.tapped_model import TapShape, find_shapes
+from mimkd_ray.taps.tracing import dry_run
 
 
 def main(argv: Sequence[str], program: str) -> int:
@@ -36,8 +37,9 @@ def layer_table(name: str, image_size: int | None, num_classes: int, every: bool
         raise UserError(f"--image-size {image_size}: expected at least 1 pixel")
     side = image_size or (32 if name.startswith("cifar/") else 224)
     model = build_without_weights(name, num_classes, image_size, side)
-    shapes = find_shapes(model, side)
-    stages = default_taps(model, side)
+    run = dry_run(model, side)
+    shapes = find_shapes(model, side, run=run)
+    stages = default_taps(model, side, run)
     marks = dict.fromkeys(stages.maps, "map")
     marks[stages.vector] = "map, vector" if stages.vector in marks else "vector"
     modules = dict(model.named_modules(remove_duplicate=False))

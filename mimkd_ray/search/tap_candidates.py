@@ -16,6 +16,7 @@ from mimkd_ray.taps.default_stages import Stages, default_taps
 from mimkd_ray.taps.dry_checks import build_without_weights
 from mimkd_ray.taps.pairing import choose_pairs
 from mimkd_ray.taps.tapped_model import find_shapes
+from mimkd_ray.taps.tracing import dry_run
 from mimkd_ray.train.networks.build import KINDS
 from mimkd_ray.train.networks.teacher_input import teacher_input
 
@@ -44,8 +45,9 @@ def find_candidates(config: Config, num_classes: int, of_teacher: int = 0) -> Ca
     teacher = build_without_weights(config.teacher.name, of_teacher or num_classes, its_size)
     student = build_without_weights(config.student.name, num_classes, config.data.image_size)
     teacher_stages = default_taps(teacher, its_size)
-    student_stages = default_taps(student, config.data.image_size)
-    shapes = find_shapes(student, config.data.image_size, student_stages.maps)
+    run = dry_run(student, config.data.image_size)
+    student_stages = default_taps(student, config.data.image_size, run)
+    shapes = find_shapes(student, config.data.image_size, student_stages.maps, run=run)
     small = [name for name in student_stages.maps if max(shapes[name].height, shapes[name].width) <= MAX_SIDE]
     default: dict[Kind, tuple[str, ...]] = {
         kind: tuple(

@@ -51,8 +51,8 @@ class _Found:
         return self.shape.height
 
 
-def default_taps(model: nn.Module, image_size: int) -> Stages:
-    """Return the stages of a classifier for square images of `image_size` pixels.
+def default_taps(model: nn.Module, image_size: int, run: DryRun | None = None) -> Stages:
+    """Return the stages of a classifier for square images of `image_size` pixels, of which `run` may be a dry run.
 
     A network may give them itself in an attribute `default_stages` (maps, then the vector), as the CIFAR networks do.
     Otherwise each spatial resolution has one stage: the layer that finished last among those inside the fewest blocks,
@@ -66,7 +66,7 @@ def default_taps(model: nn.Module, image_size: int) -> Stages:
     own = getattr(model, "default_stages", None)
     if own:
         return Stages(tuple(own[:-1]), own[-1])
-    run = dry_run(model, image_size)
+    run = run or dry_run(model, image_size)
     body = _before_head(run)
     usable = [_Found(call, shape) for call in body if (shape := _tappable(run, call)) is not None]
     grids = [found for found in usable if found.shape.kind != "vector" and found.side > 1]
@@ -81,8 +81,11 @@ def default_taps(model: nn.Module, image_size: int) -> Stages:
     return Stages(tuple(found.call.path for found in maps), _vector(run, body, usable) or maps[-1].call.path)
 
 
-def before_activation(model: nn.Module, image_size: int, names: Sequence[str]) -> dict[str, str]:
-    """Return the taps of the same features before their activation, by the names of the taps in `names`.
+def before_activation(
+    model: nn.Module, image_size: int, names: Sequence[str], run: DryRun | None = None
+) -> dict[str, str]:
+    """Return the taps of the same features before their activation, by the names of the taps in `names`. `run` may be a
+    dry run of the model.
 
     If a layer's output is the output of an activation module, itself or one inside it, such as `stage3.0.relu` of
     `stage3`, the tap is the input of that module, `stage3.0.relu@input`, of the same shape. Otherwise it is the layer
@@ -91,7 +94,7 @@ def before_activation(model: nn.Module, image_size: int, names: Sequence[str]) -
     has such a tap too: `TappedModel` copies its input. The names are paths of layers, such as those of `default_taps`;
     a tap of an input is returned unchanged. Raises UserError for a name that cannot be tapped.
     """
-    run = dry_run(model, image_size)
+    run = run or dry_run(model, image_size)
     return {name: _before_activation(model, run, name) for name in names}
 
 

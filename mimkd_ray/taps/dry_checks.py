@@ -30,19 +30,22 @@ def build_without_weights(name: str, num_classes: int, image_size: int | None, s
         return build_model(name, num_classes, image_size=image_size)
 
 
-def check_logits(model: nn.Module, image_size: int, num_classes: int | None = None, trained: bool = False) -> None:
-    """Raise UserError unless the network returns logits (B, num_classes), or (B, any number) for None.
+def check_logits(model: nn.Module, image_size: int, num_classes: int | None = None, trained: bool = False) -> int:
+    """Return the number of logits. Raises UserError unless the network returns logits (B, num_classes), or (B, any
+    number) for None.
 
     `trained`: also in training mode, where auxiliary classifiers come in. What a network cannot do there without data
     (synchronised batch norms, targets) is left to the training to tell.
     """
-    _check(dry_run(model, image_size).logits, model, num_classes, "")
+    logits = dry_run(model, image_size).logits
+    _check(logits, model, num_classes, "")
     if trained:
         try:
             run = dry_run(model, image_size, training=True)
         except UserError:
-            return
+            return logits.shape[1]
         _check(run.logits, model, num_classes, " in training mode")
+    return logits.shape[1]
 
 
 def _check(logits: Tensor, model: nn.Module, num_classes: int | None, when: str) -> None:

@@ -52,19 +52,24 @@ class TapShape:
 
 
 def find_shapes(
-    model: nn.Module, image_size: int, names: Iterable[str] | None = None, channels: int = 3
+    model: nn.Module,
+    image_size: int,
+    names: Iterable[str] | None = None,
+    channels: int = 3,
+    run: DryRun | None = None,
 ) -> dict[str, TapShape]:
     """Return the shapes of taps by name, for square images of `image_size` pixels. PATH is a layer's output, PATH@input
     its input.
 
-    Runs one dry forward pass in eval mode; the model is left unchanged. Without `names`: the output of every layer that
-    can be tapped, in the order in which they finish. For a layer that is called several times, the last call counts.
+    Runs one dry forward pass in eval mode, unless `run` is one; the model is left unchanged. Without `names`: the
+    output of every layer that can be tapped, in the order in which they finish. For a layer that is called several
+    times, the last call counts.
     Raises UserError for a layer that does not exist or does not run, for an output or a first positional argument that
     is not one tensor of rank 2 to 4, and for one that is overwritten in place afterwards, so that a tap would hold
     other values. The input of an activation that itself works in place, such as the nn.ReLU(inplace=True) of
     torchvision's networks, is allowed: `TappedModel` keeps a copy of it.
     """
-    run = dry_run(model, image_size, channels)
+    run = run or dry_run(model, image_size, channels)
     if names is not None:
         return {name: tap_shape(model, run, name) for name in names}
     shapes = {call.path: shape_of(call, run.side) for call in run.calls.values() if not run.overwritten(call)}

@@ -1,7 +1,8 @@
 """One forward pass without data, which records the inputs and outputs of every module of a network and their order.
 
-It runs on the meta device (shapes without values, milliseconds) on a copy that shares nothing with the model. If a
-network cannot run there, it runs on the model's own device; buffers and random state are restored.
+It runs on the meta device (shapes without values) on a copy that shares nothing with the model. If a network cannot run
+there, it runs on the model's own device; buffers and random state are restored. So do networks for small images on a
+CPU, which calculates two of them in a fifth of the time that the meta device takes for their shapes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from mimkd_ray.models.outputs import describe, logits_of
 
 BATCH = 2
 """Images of a dry run: two, so that the batch dimension cannot be mistaken for a dimension of size one."""
+
+SMALL = 64
+"""Largest side of images with which a network on a CPU runs there: at 224 pixels it takes several times as long."""
 
 INPUT = "@input"
 """Suffix of a module's path that names the module's first positional argument instead of its output."""
@@ -90,7 +94,7 @@ def dry_run(model: nn.Module, image_size: int, channels: int = 3, training: bool
     device = tensors[0].device if tensors else torch.device("cpu")
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
     shape = (BATCH, channels, image_size, image_size)
-    if device.type != "meta":
+    if device.type != "meta" and (device.type != "cpu" or image_size > SMALL):
         # A network that cannot run on the meta device runs on its own.
         with contextlib.suppress(Exception), _kept(model, device):
             return _forward(_on_meta(model), torch.zeros(shape, dtype=dtype, device="meta"), training)

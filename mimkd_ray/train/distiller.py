@@ -30,7 +30,6 @@ from mimkd_ray.losses.teacher_queue import class_numbers
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.taps.tapped_model import TappedModel
-from mimkd_ray.taps.tracing import dry_run
 from mimkd_ray.train.distill_checks import Labels, check_combination, check_kinds, with_pairs
 from mimkd_ray.train.distributed import gather_lanes, is_distributed
 from mimkd_ray.train.networks.build import TapPlan, plan_taps
@@ -278,9 +277,7 @@ def distill(
     check_kinds(teacher, student, image_size, loss, labels)
     loss = with_pairs(loss or LossConfig(), pairs or {})
     check_combination(teacher, student, loss, steps, epoch_steps)
-    check_logits(teacher, image_size)
-    check_logits(student, image_size, trained=True)
-    widths = [dry_run(network, image_size).logits.shape[1] for network in (teacher, student)]
+    widths = check_logits(teacher, image_size), check_logits(student, image_size, trained=True)
     shared = None if widths[0] == widths[1] else SharedClasses()
     check_classes(loss, shared, widths[1])
     asked, loss = loss, comparable(loss, shared)

@@ -149,11 +149,11 @@ def test_killed_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_killed_between_two_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between every third two: after a file without its record, and after a record."""
+    """Between every fifth two: after a file without its record, and after a record."""
     setup = Setup(cached_config(tmp_path / "whole"), CPU)
     build(setup, in_process(setup))
     expected = files(tmp_path / "whole")
-    for last in range(0, len(expected), 3):
+    for last in range(0, len(expected), 5):
         root = tmp_path / str(last)
         own = Setup(cached_config(root), CPU)
         with monkeypatch.context() as patch:

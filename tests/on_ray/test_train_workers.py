@@ -156,6 +156,7 @@ def test_two_ray_workers_equal_one_process(plain: Path, under_ray: Path) -> None
 
 @pytest.mark.ray
 @pytest.mark.slow
+@TAKES_LONG
 def test_two_workers_are_two_workers_whoever_starts_them(torchrun: Path, under_ray: Path) -> None:
     assert weights(under_ray) == weights(torchrun)
 
@@ -199,6 +200,7 @@ def test_the_driver_has_the_bar_and_rays_lines_are_in_a_file(on_ray: tuple[Path,
     assert "demo: epoch" not in log
 
 
+@TAKES_LONG
 def test_a_killed_plain_job_ends_with_the_weights_of_an_undisturbed_run(
     plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

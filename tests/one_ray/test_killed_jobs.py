@@ -94,6 +94,7 @@ def test_killed_builders_and_a_killed_job(joined: str, tmp_path: Path, capsys: p
     assert "0 damaged or gone" in capsys.readouterr().out
 
 
+@TAKES_LONG
 def test_a_killed_preparation_goes_on_and_ends_as_an_undisturbed_one(
     joined: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs_here import TAKES_LONG
 from safetensors.torch import load_file
 from tiny_run import cpu, run_tiny, tiny_config, tiny_data
 
@@ -208,6 +209,7 @@ def test_label_only_runs_need_no_teacher(tmp_path: Path) -> None:
     assert result["nats"] == {}
 
 
+@TAKES_LONG
 def test_compiled_training_without_graph_breaks_equals_eager() -> None:
     torch._dynamo.reset()
     losses = {}

@@ -165,7 +165,9 @@ def config_of(kind: str, tmp_path: Path) -> Config:
     return tiny_config(train=TRAIN | {"lanes": 1 if kind == "one lane" else 2}, loss=loss)
 
 
-@pytest.mark.parametrize("kind", ["one lane", "step", "cached", pytest.param("drawn", marks=TAKES_LONG)])
+@pytest.mark.parametrize(
+    "kind", ["step", "cached", *(pytest.param(kind, marks=TAKES_LONG) for kind in ("one lane", "drawn"))]
+)
 def test_members_are_their_lone_twins_bit_for_bit(tmp_path: Path, kind: str) -> None:
     configs = variants(config_of(kind, tmp_path))
     outcomes = pack(configs, tmp_path / "pack")
@@ -269,7 +271,9 @@ def lose(folder: Path, *steps: int) -> None:
         shutil.rmtree(found)
 
 
-@pytest.mark.parametrize(("lost", "start"), [((), 12), pytest.param((12,), 6, marks=TAKES_LONG), ((6, 12), 0)])
+@pytest.mark.parametrize(
+    ("lost", "start"), [((), 12), *(pytest.param(*each, marks=TAKES_LONG) for each in (((12,), 6), ((6, 12), 0)))]
+)
 def test_a_killed_pack_goes_on_from_what_all_members_have(
     tmp_path: Path, twins: Path, monkeypatch: pytest.MonkeyPatch, lost: tuple[int, ...], start: int
 ) -> None:

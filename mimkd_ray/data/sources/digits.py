@@ -5,6 +5,7 @@ The file is read from the package's folder; scikit-learn itself is not imported,
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.util
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ class DigitsSource(Source):
         return [Row(int(p), int(self._labels[p]), self._images[p], f"digits {self.split} row {p}") for p in positions]
 
 
+@functools.cache  # a third of a second for each split
 def _load() -> tuple[np.ndarray, np.ndarray]:
     """Return (images (1797, 8, 8, 3) uint8 in 0..255, labels int64)."""
     found = importlib.util.find_spec("sklearn")

@@ -27,8 +27,8 @@ from mimkd_ray.taps.default_stages import Stages, before_activation, default_tap
 from mimkd_ray.taps.pairing import Pair, build_terms, choose_pairs, configured_pairs
 from mimkd_ray.taps.rival_pairing import pair_rivals, plan_rivals, reads_taps
 from mimkd_ray.taps.tap_codecs import Coding, coded_term
-from mimkd_ray.taps.tapped_model import TapShape, find_shapes
-from mimkd_ray.taps.tracing import dry_run
+from mimkd_ray.taps.tapped_model import TapShape, tap_shape
+from mimkd_ray.taps.tracing import DryRun, dry_run
 from mimkd_ray.train.distributed import is_distributed
 from mimkd_ray.train.networks.student_module import StudentModule
 from mimkd_ray.train.networks.teacher import Teacher
@@ -86,25 +86,22 @@ def plan_taps(
     kinds = [kind for kind in KINDS if loss.weight(kind) > 0]
     if not kinds and not loss.rivals:
         return TapPlan()
+    of_teacher, of_student = dry_run(teacher, teacher_size), dry_run(student, image_size)
     pairs: dict[Kind, list[Pair]] = {kind: configured_pairs(loss, kind) for kind in kinds}
     teacher_stages = student_stages = Stages((), "")
     if not all(pairs.values()) or reads_taps(loss):
-        teacher_stages, student_stages = default_taps(teacher, teacher_size), default_taps(student, image_size)
-        of_teacher, of_student = (
-            _read_at(loss, network, size, stages)
-            for network, size, stages in (
-                (teacher, teacher_size, teacher_stages),
-                (student, image_size, student_stages),
-            )
-        )
-        stage_shapes = find_shapes(student, image_size, of_student.maps)
+        teacher_stages = default_taps(teacher, teacher_size, of_teacher)
+        student_stages = default_taps(student, image_size, of_student)
+        teacher_read = _read_at(loss, of_teacher, teacher_stages)
+        student_read = _read_at(loss, of_student, student_stages)
+        stage_shapes = {name: tap_shape(student, of_student, name) for name in student_read.maps}
         for kind in kinds:
-            pairs[kind] = pairs[kind] or choose_pairs(kind, of_teacher, of_student, stage_shapes, loss.max_side)
+            pairs[kind] = pairs[kind] or choose_pairs(kind, teacher_read, student_read, stage_shapes, loss.max_side)
     of_rivals = pair_rivals(loss, teacher_stages, student_stages)
     named = [pair for kind_pairs in pairs.values() for pair in kind_pairs]
     named += [pair for rival in of_rivals for pair in (*rival.vectors, *rival.maps)]
-    teacher_shapes = _shapes(teacher, teacher_size, _unique(pair.teacher for pair in named))
-    student_shapes = _shapes(student, image_size, _unique(pair.student for pair in named))
+    teacher_shapes = _shapes(teacher, of_teacher, _unique(pair.teacher for pair in named))
+    student_shapes = _shapes(student, of_student, _unique(pair.student for pair in named))
     terms = build_terms(loss, pairs, teacher_shapes, student_shapes)
     if cache.codes:
         terms = [coded_term(term, teacher_shapes[term.teacher], cache) for term in terms]
@@ -112,20 +109,19 @@ def plan_taps(
     return TapPlan(tuple(terms), rivals, teacher_shapes, student_shapes)
 
 
-def _read_at(loss: LossConfig, model: nn.Module, image_size: int, stages: Stages) -> Stages:
+def _read_at(loss: LossConfig, run: DryRun, stages: Stages) -> Stages:
     """The stages as the terms read them: their outputs, or what their last activation is given."""
     if loss.taps == "after":
         return stages
-    before = before_activation(model, image_size, stages.maps)
+    before = before_activation(run.model, run.side, stages.maps, run)
     return replace(stages, maps=tuple(before[name] for name in stages.maps))
 
 
-def _shapes(model: nn.Module, image_size: int, names: Sequence[str]) -> dict[str, TapShape]:
+def _shapes(model: nn.Module, run: DryRun, names: Sequence[str]) -> dict[str, TapShape]:
     """Shapes of the named taps, of which one may be the logits."""
-    shapes = find_shapes(model, image_size, [name for name in names if name != LOGITS])
+    shapes = {name: tap_shape(model, run, name) for name in names if name != LOGITS}
     if LOGITS in names:
-        logits_BC = dry_run(model, image_size).logits
-        shapes[LOGITS] = TapShape(LOGITS, "vector", logits_BC.shape[1])
+        shapes[LOGITS] = TapShape(LOGITS, "vector", run.logits.shape[1])
     return shapes
 
 
@@ -268,7 +264,8 @@ def plan_student(
     plan, vector = taps_of_run(config, teacher, student, shared), None
     if config.data.labels != "all":
         size = config.data.image_size
-        (vector,) = find_shapes(student, size, [default_taps(student, size).vector]).values()
+        run = dry_run(student, size)
+        vector = tap_shape(student, run, default_taps(student, size, run).vector)
     return PlannedStudent(config, student, plan, shared, vector)
 
 

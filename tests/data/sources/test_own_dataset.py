@@ -142,7 +142,7 @@ def test_a_run_is_that_of_the_same_images_at_rest_also_after_a_stop(tmp_path: Pa
 
 
 def test_run_takes_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = _config(run={"root": str(tmp_path), "tensorboard": False}, teacher={"train": True, "epochs": 1})
+    config = _config(run={"root": str(tmp_path), "tensorboard": False}, train={"max_steps": 2})
     given = digits()
     result = run(config, **given)
     assert "run directory" in capsys.readouterr().out
@@ -315,7 +315,7 @@ def failing() -> Dataset:
 
 def test_a_function_that_returns_data_sets(tmp_path: Path) -> None:
     given = digits()
-    config = _config(run={"root": str(tmp_path)})
+    config = _config(run={"root": str(tmp_path)}, train={"max_steps": 2})
     named = replace(config, data=replace(config.data, root=f"{__name__}:sets"), launch=replace(config.launch))
     assert run(named)["student"] == run(config, **given)["student"]
     assert open_data(DataConfig(root=f"{__name__}:only_training", holdout=0.1)).val.num_rows > 0
