@@ -107,3 +107,5 @@ def test_a_config_of_release_0_1_means_what_it_meant() -> None:
     critic = loss.resolved_critic
     assert (critic.teacher, critic.student, critic.learn_temperature) == ("mlp", "mlp", True)
     assert (loss.resolved_negatives, loss.resolved_same_class, loss.weight("global")) == ("all", "keep", 0.1)
+    by_hand = {**to_dict(tiny_config()), "loss": {"preset": "accuracy", "critic": {"temperature": 0.2, "kind": "dot"}}}
+    assert from_dict(Config, by_hand).loss.preset == "accuracy", "it names a few fields of today's critic"

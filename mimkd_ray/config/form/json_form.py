@@ -49,10 +49,15 @@ def from_dict(kind: type[T], value: Mapping[str, Any]) -> T:
         raise UserError("; ".join(cattrs.transform_error(error, path="config"))) from None
 
 
+_CRITIC_OF_0_1 = {"kind", "width", "temperature", "learn_temperature", "min_temperature"}
+"""All fields of the critic in a file that release 0.1 wrote; what is written by hand names a few."""
+
+
 def _of_this_release(value: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the config with the names of this release. The preset `accuracy` of release 0.1 is now `two_sided`."""
     loss = value.get("loss", {})
-    if loss.get("preset") == "accuracy" and "teacher" not in loss.get("critic", {"teacher": None}):
+    critic = loss.get("critic", {}).keys()
+    if loss.get("preset") == "accuracy" and critic >= _CRITIC_OF_0_1 and "teacher" not in critic:
         return {**value, "loss": {**loss, "preset": "two_sided"}}
     return value
 
