@@ -84,7 +84,8 @@ class DataConfig:
     max_pixels: int = 50_000_000
     """Images that declare more pixels than this count as damaged, and are not decoded."""
     exif: Literal["apply", "ignore"] = "apply"
-    """Turn photographs upright by their orientation tags, or leave them as the camera stored them."""
+    """Turn photographs upright by their orientation tags, or leave them as the camera stored them (but for TIFF, which
+    Pillow turns upright in any case)."""
 
     def __post_init__(self) -> None:
         check_values(self, "data", loader_workers=1024)

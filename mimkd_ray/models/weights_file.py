@@ -79,7 +79,10 @@ def read_states(path: str) -> dict[str, dict[str, Tensor]]:
         try:
             content: Any = load(data)
         except SafetensorError as error:
-            raise UserError(f"weights {name}: not a readable safetensors file of {len(data)} bytes: {error}") from error
+            raise UserError(
+                f"weights {name}: not a readable safetensors file of {len(data)} bytes: {error}; "
+                "copy the file again, or give another"
+            ) from error
     else:
         try:
             with torch.serialization.safe_globals(_notes()):
