@@ -29,6 +29,7 @@ from mimkd_ray.cli.prepare_data import PrepareJob
 from mimkd_ray.config import Config, DoctorConfig, ExportConfig, SearchJob
 from mimkd_ray.config.jobs.evaluate import EvaluateJob
 from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train.records.read_back import RunFacts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -102,8 +103,8 @@ def test_commands_are_understood(command: str, arguments: str, monkeypatch: pyte
     monkeypatch.setattr(common, "wait_asleep", lambda: None)
     monkeypatch.setattr(tyro, "cli", ends(tyro.cli))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", ends(argparse.ArgumentParser.parse_args))
-    monkeypatch.setattr("mimkd_ray.cli.evaluate.config_of_run", lambda _: Config())
-    monkeypatch.setattr("mimkd_ray.cli.export.read_run", lambda _: None)
+    for own in ("evaluate", "export"):
+        monkeypatch.setattr(f"mimkd_ray.cli.{own}.read_run", lambda place: RunFacts(place, Config()))
     words = shlex.split(arguments)
     if command in COMMANDS:
         module, _, function = COMMANDS[command][0].partition(":")

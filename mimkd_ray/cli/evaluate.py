@@ -16,14 +16,14 @@ from mimkd_ray.cli import common
 from mimkd_ray.cli.local_launch import local_context
 from mimkd_ray.cli.training import absolute
 from mimkd_ray.config import Config, LaunchConfig
-from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.config.jobs.evaluate import EvaluateConfig, EvaluateJob, evaluate_job
-from mimkd_ray.errors import UserError
 from mimkd_ray.evaluation.measure import FIGURES, PREDICTIONS, measure, save
-from mimkd_ray.json_files import read_json
+from mimkd_ray.evaluation.networks import takes_own_student
 from mimkd_ray.on_ray.nodes import environment
 from mimkd_ray.pages.write_pages import try_to_write_report
 from mimkd_ray.places import check_lasting
+from mimkd_ray.train.records.read_back import read_run
+from mimkd_ray.train.records.run_dir import jsonable
 from mimkd_ray.train.start_times import StartTimes
 
 
@@ -67,16 +67,8 @@ def evaluate_run(run: str = "", settings: EvaluateConfig | None = None, **sectio
 def _base(run: str) -> tuple[str, Config]:
     """The place of a run and its config, but for the launch of its training; without a run the defaults."""
     run_dir = storage.absolute(run) if run else ""
-    config = config_of_run(run_dir) if run else Config(recipe="evaluate")
+    config = absolute(read_run(run_dir).config) if run else Config(recipe="evaluate")
     return run_dir, replace(config, launch=LaunchConfig(backend="local"))
-
-
-def config_of_run(run_dir: str) -> Config:
-    """Return the config of a run. Raises UserError for a directory that is none."""
-    value = read_json(storage.join(run_dir, "config.json"), remedy="give the networks and the data as flags")
-    if value is None:
-        raise UserError(f"{run_dir} has no config.json, so that it is no run: give a run's directory or URL, or flags")
-    return from_dict(Config, {key: part for key, part in value.items() if key != "search"})
 
 
 def evaluate(job: EvaluateJob, run_dir: str = "", trained_on: Config | None = None) -> dict[str, Any]:
@@ -84,6 +76,8 @@ def evaluate(job: EvaluateJob, run_dir: str = "", trained_on: Config | None = No
     storage.be_patient(job.storage.patience_minutes)
     out = storage.absolute(job.eval.out or run_dir or ".")
     check_lasting("--eval.out", out)
+    if takes_own_student(job, run_dir, trained_on or job):
+        read_run(run_dir).single()
     if os.environ.get("RANK", "0") != "0":
         console.use(console.Nobody())  # torchrun's other processes
     if job.launch.backend == "ray":
@@ -95,10 +89,11 @@ def evaluate(job: EvaluateJob, run_dir: str = "", trained_on: Config | None = No
         return figures
     with local_context(job.launch, StartTimes()) as context:
         found = measure(job, context, run_dir, trained_on)
+        figures = jsonable(found.figures)
         if context.rank == 0:
             save(found, out)
-            _tell(found.figures, out, run_dir)
-    return found.figures
+            _tell(figures, out, run_dir)
+    return figures
 
 
 def _tell(figures: Mapping[str, Any], out: str, run_dir: str) -> None:
@@ -129,7 +124,7 @@ def table(figures: Mapping[str, Any]) -> str:
         lines.append(
             f"  teacher {teacher['name']}: top-1 {_percent(teacher['top1'])}"
             + (
-                f", the same prediction for {agreement:.2f} %, KL {teacher['kl']:.3f} nats"
+                f", the same prediction for {agreement:.2f} %, KL {_number(teacher['kl'], 3)} nats"
                 if agreement is not None
                 else ""
             )
@@ -138,8 +133,8 @@ def table(figures: Mapping[str, Any]) -> str:
     if found := [f"{name} {value:.2f} %" for name, value in by_features.items() if value is not None]:
         lines.append(f"  features: {', '.join(found)}")
     lines += [
-        f"  {tap['teacher']} - {tap['student']}: {tap['nats']:.2f} of at most {tap['ceiling']:.2f} nats, "
-        f"CKA {tap['cka']:.3f}"
+        f"  {tap['teacher']} - {tap['student']}: {_number(tap['nats'], 2)} of at most {_number(tap['ceiling'], 2)} "
+        f"nats, CKA {_number(tap['cka'], 3)}"
         for tap in figures["taps"]
     ]
     if worst := sorted(figures["per_class"], key=lambda each: float(each["top1"]))[:3]:
@@ -152,6 +147,10 @@ def table(figures: Mapping[str, Any]) -> str:
         by_name.setdefault(each["corruption"], []).append(f"{each['top1']:.1f}")
     lines += [f"  {name}, severity 1 to 5: {' '.join(values)} %" for name, values in by_name.items()]
     return "\n".join(lines)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "unknown" if value is None else f"{value:.{digits}f}"  # such as the CKA of a tap that is constant
 
 
 def _percent(value: float | None, labelled: int = 0) -> str:

@@ -13,11 +13,12 @@ from mimkd_ray import console, storage
 from mimkd_ray.cli import common
 from mimkd_ray.config import DataConfig, ExportConfig
 from mimkd_ray.errors import UserError, count
+from mimkd_ray.export.examine import top1_text
 from mimkd_ray.export.export_student import export_student
-from mimkd_ray.export.find_student import RunFacts, read_run
 from mimkd_ray.models.weights_file import FOLDER, HUB, WEB
 from mimkd_ray.places import check_lasting
 from mimkd_ray.recipes import cifar100, r34_r18
+from mimkd_ray.train.records.read_back import RunFacts, read_run
 
 
 def main(argv: Sequence[str], program: str) -> int:
@@ -25,7 +26,7 @@ def main(argv: Sequence[str], program: str) -> int:
     arguments = list(argv)
     run = None
     if arguments and not arguments[0].startswith("-"):
-        run = read_run(storage.absolute(arguments.pop(0)))
+        run = read_run(storage.absolute(arguments.pop(0))).single()
     config = common.from_flags(
         ExportConfig,
         arguments,
@@ -99,14 +100,14 @@ def _table(report: Mapping[str, Any]) -> list[str]:
         times = each["latency_ms"]
         lines.append(
             f"{each['file']:20} {each['bytes'] / 1e6:8.2f} {each['max_logit_difference']:10.2g} "
-            f"{each['agreement']:9.2f} % {each['top1']:8.2f} {times['1']:8.2f} {times['32']:8.2f}"
+            f"{each['agreement']:9.2f} % {top1_text(each):>8} {times['1']:8.2f} {times['32']:8.2f}"
         )
     others = {name: value for name, value in report["int8"].items() if name != "kept"}
     if others:
         told = [
             f"{name} {value}"
             if isinstance(value, str)
-            else f"{name} top-1 {value['top1']:.2f} %, "
+            else f"{name} top-1 {top1_text(value)} %, "
             f"{value['bytes'] / 1e6:.2f} MB, {value['latency_ms']['1']:.2f} ms at batch 1"
             for name, value in others.items()
         ]

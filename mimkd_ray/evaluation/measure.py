@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mimkd_ray import console, storage
-from mimkd_ray.config import Config
+from mimkd_ray.config import Config, DataConfig
 from mimkd_ray.config.jobs.evaluate import EvaluateJob
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.source import Source, SubsetSource, ids_of
@@ -56,8 +56,7 @@ def measure(job: EvaluateJob, context: Context, run_dir: str = "", trained_on: C
     `run_dir`: the run whose networks are taken; `trained_on`: its config, if `job` names other data. Raises UserError.
     """
     with console.phase("opening data and networks"):
-        others = trained_on is not None and trained_on.data.root != job.data.root
-        data = open_data(job.data, for_training=False, others=others)
+        data = open_evaluated(job.data, trained_on.data if trained_on else job.data)
         subject = subject_of(job, run_dir, trained_on or job, data, context.device)
     both = [subject.network, *([subject.teacher] if subject.teacher else [])]
     _check_real(job, subject)
@@ -83,6 +82,11 @@ def measure(job: EvaluateJob, context: Context, run_dir: str = "", trained_on: C
         "versions": versions(),
     }
     return Evaluation(figures, found, subject)
+
+
+def open_evaluated(config: DataConfig, of_run: DataConfig) -> Data:
+    """Open the data that is evaluated, and may be others than the run's."""
+    return open_data(config, for_training=False, others=config.root != of_run.root)
 
 
 def save(evaluation: Evaluation, out: str) -> None:
@@ -139,8 +143,7 @@ def _held_out(job: EvaluateJob, context: Context, subject: Subject, data: Data) 
     """Logits and labels of images that the run's student has not seen, if it is evaluated, on others. Images that a
     network was trained on would give a temperature that is too small."""
     own, judged = subject.of_run, data.judged and subject.network.columns != ()
-    of_others = job.eval.network == "teacher" or job.student.weights not in ("random", "")
-    if own is None or not own.judged or not judged or of_others or _overlap(own.val, data.val):
+    if own is None or not own.judged or not judged or not subject.is_own or _overlap(own.val, data.val):
         return None
     source = few(own.val, TEMPERATURE_ROWS, subject.labels_of_run)
     if source.num_rows < 2:

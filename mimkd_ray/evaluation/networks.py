@@ -16,20 +16,24 @@ from mimkd_ray.data.sources.source import SubsetSource, numbers_in_names
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.losses.shared_classes import SharedClasses, match
-from mimkd_ray.models.weights import put_state, say_once
+from mimkd_ray.models.weights import say_once
 from mimkd_ray.models.weights_file import shown
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.taps.default_stages import default_taps
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape, find_shapes
-from mimkd_ray.train.distributed import ask_first
-from mimkd_ray.train.networks.build import build_network, place, taps_of_run, teacher_images, uses_channels_last
+from mimkd_ray.train.networks.build import (
+    build_network,
+    parameter_dtype,
+    place,
+    taps_of_run,
+    teacher_images,
+    uses_channels_last,
+)
 from mimkd_ray.train.networks.student_module import Normalizer
 from mimkd_ray.train.networks.teacher import canonical
-from mimkd_ray.train.networks.teacher_head import teacher_head, trains_head
+from mimkd_ray.train.networks.teacher_head import read_names, teacher_head, trains_head
 from mimkd_ray.train.networks.teacher_input import TeacherImages
-from mimkd_ray.train.records import checkpoint
-
-FILES = {"student": "student.safetensors", "best": "best.safetensors"}
+from mimkd_ray.train.records.read_back import student_of_run, teacher_file
 
 
 @dataclass(frozen=True)
@@ -76,15 +80,18 @@ class Subject:
     """The data of the run, where it is other than the evaluated, and has `classes`."""
     labels_of_run: tuple[int, ...] = ()
     """The numbers of `classes` there."""
+    is_own: bool = False
+    """Whether the network is the student that the run trained."""
 
 
 def subject_of(job: EvaluateJob, run_dir: str, trained_on: Config, data: Data, device: torch.device) -> Subject:
     """Build what `job` names. `trained_on`: the config of the run, whose data says what the heads mean; `run_dir` is ""
     without a run. Raises UserError for weights that are missing or do not fit, and for classes that nobody shares."""
-    names = _names(job.eval.classes) if job.eval.classes else None
+    names = read_names("eval.classes", storage.absolute(job.eval.classes)) if job.eval.classes else None
     of_run = _data_of_run(trained_on, job, data, names)
     count = len(names) if names is not None else of_run.num_classes
     head = of_run.names if names is None else names
+    is_own = takes_own_student(job, run_dir, trained_on)
     untrained = False
     if run_dir and job.eval.network != "teacher":
         untrained = not trains_head(replace(trained_on, student=job.student), teacher_head(trained_on, of_run).shared)
@@ -107,7 +114,7 @@ def subject_of(job: EvaluateJob, run_dir: str, trained_on: Config, data: Data, d
         name = job.teacher.name
     else:
         name = job.student.name
-        model, weights = _student(job, run_dir, count)
+        model, weights = _student(job, run_dir, count, is_own)
         columns = () if untrained else columns
     for each in (model, teacher_model):
         if each is not None:
@@ -140,57 +147,36 @@ def subject_of(job: EvaluateJob, run_dir: str, trained_on: Config, data: Data, d
     labels = tuple(range(len(classes))) if shared is None else shared.of_data
     known = related and of_run is not data and (names is None or job.student.weights == trained_on.student.weights)
     of_classes = labels if shared is None else shared.of_teacher
-    return Subject(network, teacher, vector, pairs, classes, labels, of_run if known else None, of_classes)
+    return Subject(network, teacher, vector, pairs, classes, labels, of_run if known else None, of_classes, is_own)
 
 
 def normalizer(job: Config, device: torch.device) -> Normalizer:
     """Return what makes normalised images of the data's bytes."""
-    return Normalizer(
-        job.data.mean, job.data.std, device, torch.float32, channels_last=uses_channels_last(job.train, device)
-    )
+    channels_last = uses_channels_last(job.train, device)
+    return Normalizer(job.data.mean, job.data.std, device, parameter_dtype(job.train), channels_last=channels_last)
 
 
-def _student(job: EvaluateJob, run_dir: str, count: int) -> tuple[nn.Module, str]:
-    """The student, and where its weights are from: the command line, or else the run; of one that has not ended its
-    newest checkpoint."""
+def takes_own_student(job: EvaluateJob, run_dir: str, trained_on: Config) -> bool:
+    """Say whether the student that the run trained is evaluated: its weights are named as those that it began with."""
+    return bool(run_dir) and job.eval.network != "teacher" and job.student.weights == trained_on.student.weights
 
-    def built(weights: str) -> nn.Module:
-        return build_model(job.student.name, count, weights, job.data.image_size)
 
-    if not run_dir or job.student.weights not in ("random", "published", ""):
-        return built(job.student.weights), job.student.weights
-    file = storage.join(run_dir, FILES[job.eval.network])
-    if storage.exists(file):
-        return built(file), file
-    if job.eval.network == "best":
-        raise UserError(f"{run_dir} has no {FILES['best']}: train with --run.keep-best true")
-    folder = ask_first(lambda: (checkpoint.newest(run_dir) or ("",))[0])
-    if not folder:
-        raise UserError(
-            f"{run_dir} has no {FILES['student']}, with which a run ends, and no sound checkpoint: let it train on, or "
-            "pass --student.weights"
-        )
-    state = checkpoint.parse(checkpoint.read(folder), torch.device("cpu"))
-    model = built("random")
-    put_state(model, {"": checkpoint.student_of(state)}, folder, count)
-    return model, folder
+def _student(job: EvaluateJob, run_dir: str, count: int, is_own: bool) -> tuple[nn.Module, str]:
+    """The student, and where its weights are from: the command line, or else the run."""
+    name, weights, size = job.student.name, job.student.weights, job.data.image_size
+    if is_own:
+        return student_of_run(run_dir, name, count, size, job.eval.network)
+    return build_model(name, count, weights, size), weights
 
 
 def _teacher(job: EvaluateJob, run_dir: str, of_run: Data) -> tuple[nn.Module, str] | None:
     """The teacher, of the run or the config, and where its weights are from; None where there is none with weights."""
-    known = read_json(storage.join(run_dir, "teacher.json")) if run_dir else None
+    known = read_json(teacher_file(run_dir)) if run_dir else None
     given = job.teacher.weights != "random" and not job.teacher.finetune  # else the run has trained it
-    weights = job.teacher.weights if given or known is None else known["weights"]
+    weights = job.teacher.weights if given else (known or {}).get("weights", "random")
     if weights == "random":
         return None
     return build_network(job, teacher_head(job, of_run).count, weights), weights
-
-
-def _names(file: str) -> tuple[str, ...]:
-    url = storage.absolute(file)
-    if not storage.exists(url):
-        raise UserError(f"eval.classes {file}: there is no such file; give the names of the classes, one a line")
-    return tuple(line.strip() for line in storage.read_bytes(url).decode().splitlines() if line.strip())
 
 
 def _data_of_run(trained_on: Config, job: EvaluateJob, data: Data, names: tuple[str, ...] | None) -> Data:

@@ -48,10 +48,14 @@ def real_accuracy(predicted_N: Tensor, labels_N: Tensor, ids_N: Tensor, source: 
 def read_real(file: str) -> list[frozenset[int]]:
     """Return the right classes of each image. Raises UserError for a file that is missing or no list of lists."""
     url = storage.absolute(file)
-    if not storage.exists(url):
-        raise UserError(f"eval.real {file}: there is no such file; give real.json of ImageNet-ReaL")
     try:
         value = json.loads(storage.read_bytes(url))
+    except FileNotFoundError:
+        raise UserError(f"eval.real {file}: there is no such file; give real.json of ImageNet-ReaL") from None
+    except OSError as error:
+        raise UserError(
+            f"eval.real {file} cannot be read ({type(error).__name__}): give real.json of ImageNet-ReaL"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"eval.real {file} is not JSON: {error}") from None
     if not isinstance(value, list) or not all(

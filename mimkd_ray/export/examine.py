@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,17 @@ class Figures:
     max_logit_difference: float
     agreement: float
     """Percent of the images with the student's top-1."""
-    top1: float
-    """Percent, by the labels."""
+    top1: float | None
+    """Percent, by the labels; None without any."""
     latency_ms: dict[str, float]
     """Median of a call, by batch size."""
     right_N: Tensor = field(repr=False, compare=False)
-    """Which images have the right top-1."""
+    """Which images have the right top-1; without labels, the student's."""
+
+    @property
+    def right(self) -> float:
+        """Percent of the images with the right top-1."""
+        return _percent(self.right_N)
 
     def as_json(self) -> dict[str, Any]:
         """Return the figures without those of each image."""
@@ -65,16 +71,23 @@ class Comparison:
         return self._figures(run, logits_of_all(run, self.images.batches(self.network)), bytes_at(path))
 
     def _figures(self, run: Runner, logits_NC: Tensor, size: int) -> Figures:
-        best_N = logits_NC.argmax(1)
+        best_N, own_N, labels_N = logits_NC.argmax(1), self.logits_NC.argmax(1), self.images.labels_N
+        judged = bool((labels_N >= 0).any())
+        right_N = best_N == (labels_N if judged else own_N)
         few = self.network.inputs(self.images.pixels_NCHW[:32])
         return Figures(
             bytes=size,
             max_logit_difference=float((logits_NC - self.logits_NC).abs().max()),
-            agreement=_percent(best_N == self.logits_NC.argmax(1)),
-            top1=_percent(best_N == self.images.labels_N),
+            agreement=_percent(best_N == own_N),
+            top1=_percent(right_N) if judged else None,
             latency_ms=latency_ms(run, few, self.threads),
-            right_N=best_N == self.images.labels_N,
+            right_N=right_N,
         )
+
+
+def top1_text(figures: Mapping[str, Any]) -> str:
+    """Return the top-1 in percent of figures as export.json has them; "-" where it is not known."""
+    return "-" if figures["top1"] is None else f"{figures['top1']:.2f}"
 
 
 def bytes_at(path: Path) -> int:
@@ -94,11 +107,12 @@ def fault_at_float32(figures: Figures) -> str:
 
 def fault_of_int8(figures: Figures, student: Figures, allowed: float) -> str:
     """Return what is wrong with an int8 file; "" for nothing."""
-    lost = student.top1 - figures.top1
+    lost = student.right - figures.right
     if lost <= allowed:
         return ""
+    what = "its top-1 is" if figures.top1 is not None else "without labels, it agrees with the student on"
     return (
-        f"its top-1 is {figures.top1:.2f} % on these images, {lost:.2f} points below the student's {student.top1:.2f} "
+        f"{what} {figures.right:.2f} % on these images, {lost:.2f} points below the student's {student.right:.2f} "
         f"% ({allowed:g} are allowed): calibrate on more images with --calibration, or allow more with --int8-drop"
     )
 
@@ -114,11 +128,11 @@ def too_little_of_int8(figures: Figures, student: Figures, float32_ms: float) ->
     return " and ".join(found)
 
 
-def best_int8(candidates: dict[str, Figures], least_top1: float) -> str:
-    """Return the name of the one that holds top-1 best; of those that reach ``least_top1`` and are within two standard
-    errors of the difference to it on these images, the fastest at batch 1."""
-    best = max(candidates.values(), key=lambda figures: figures.top1)
-    reached = {name: figures for name, figures in candidates.items() if figures.top1 >= least_top1} or candidates
+def best_int8(candidates: dict[str, Figures], least: float) -> str:
+    """Return the name of the one that holds top-1 best; of those that reach ``least`` percent and are within two
+    standard errors of the difference to it on these images, the fastest at batch 1."""
+    best = max(candidates.values(), key=lambda figures: figures.right)
+    reached = {name: figures for name, figures in candidates.items() if figures.right >= least} or candidates
 
     def is_equal(other: Figures) -> bool:
         behind = int(best.right_N.sum() - other.right_N.sum())
@@ -137,4 +151,4 @@ def multiply_adds(network: Deployed, image_size: int) -> int:
 
 
 def _percent(hit_N: Tensor) -> float:
-    return 100 * float(hit_N.double().mean())
+    return 100 * int(hit_N.sum()) / len(hit_N)

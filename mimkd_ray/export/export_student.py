@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -31,7 +31,6 @@ from mimkd_ray.export.examine import (
     too_little_of_int8,
 )
 from mimkd_ray.export.executorch_file import executorch_runner, write_executorch
-from mimkd_ray.export.find_student import RunFacts, load_of_run
 from mimkd_ray.export.images import Images, read_images
 from mimkd_ray.export.int8 import has_pt2e, quantize_onnx, quantize_pt2
 from mimkd_ray.export.model_card import CARD, TRAINING, model_card, portable, without_folders
@@ -45,8 +44,10 @@ from mimkd_ray.models.zoo import build_model
 from mimkd_ray.run_lock import held
 from mimkd_ray.secret_urls import scrubbed
 from mimkd_ray.train.held_out.evaluate import held_out_name
+from mimkd_ray.train.networks.teacher_head import trains_head
+from mimkd_ray.train.records.read_back import RunFacts, student_of_run
 from mimkd_ray.train.records.run_dir import write_json
-from mimkd_ray.train.records.run_files import OF_AN_EXPORT
+from mimkd_ray.train.records.run_files import OF_AN_EXPORT, kind_of
 from mimkd_ray.versions import versions
 
 REPORT = "export.json"
@@ -99,7 +100,9 @@ class Export:
             self.failed[name] = str(error)
         except Exception as error:  # exporters have many; the innermost says which operation it was
             reason = " ".join(scrubbed(cause(error)).split())[:300]
-            self.failed[name] = f"{self.config.network} cannot be exported: {type(error).__name__}: {reason}"
+            self.failed[name] = (
+                f"{without_folders(self.config.network)} cannot be exported: {type(error).__name__}: {reason}"
+            )
         for file in files:
             (self.folder / file).unlink(missing_ok=True)
 
@@ -156,7 +159,7 @@ class Export:
             for name in tried.keys() - made.keys():  # another one worked: nothing is missing
                 if reason := self.failed.pop(f"int8 by {name}", ""):
                     self.int8[name] = f"not made: {reason}"
-            best = best_int8(made, student.top1 - self.config.int8_drop)
+            best = best_int8(made, student.right - self.config.int8_drop)
             if fault := fault_of_int8(made[best], student, self.config.int8_drop):
                 raise NotWrittenError(fault)
             kept = self.folder / f"{INT8}{tried[best].suffix}"
@@ -210,12 +213,15 @@ def export_student(config: ExportConfig, run: RunFacts | None) -> dict[str, Any]
     Files that did not pass are not among the results: "failed" says why. Raises UserError for bad input.
     """
     check_packages(config)
+    _check_folder(config.out)
     data = open_data(config.data)
     model, weights = _load(config, run, data.num_classes)
     network = Deployed(model, config.data.mean, config.data.std, config.normalize)
     threads = config.threads or usable_cores()
     torch.set_num_threads(threads)
     images = read_images(data.val, config.data, config.images, held_out_name(config.data))
+    if not head_learns(config, run):
+        images = replace(images, labels_N=torch.full_like(images.labels_N, -1))  # they say nothing of its predictions
     compare = Comparison.of(network, images, threads)
     calibration = read_images(data.train, config.data, config.calibration, f"the training set of {config.data.root}")
     with held(config.out, otherwise="--out"), local_files.scratch("export") as place:
@@ -224,7 +230,7 @@ def export_student(config: ExportConfig, run: RunFacts | None) -> dict[str, Any]
         student = _write_model(export, model, data.classes, data.num_classes)
         _write_formats(export, student)
         report = {
-            "network": describe(model),
+            "network": without_folders(describe(model)),
             "weights": without_folders(shown(weights)),
             "classes": data.num_classes,
             "image_size": config.data.image_size,
@@ -251,9 +257,31 @@ def export_student(config: ExportConfig, run: RunFacts | None) -> dict[str, Any]
     return report
 
 
+def _check_folder(out: str) -> None:
+    """Raise UserError for a folder with files of somebody else's that an export would replace or remove."""
+    if kind := kind_of(out):
+        raise UserError(
+            f"{out} is the directory of a {kind}, whose {CONFIG} an export would replace: give another --out"
+        )
+    found = [name for name in OF_AN_EXPORT if storage.exists(storage.join(out, name))]
+    if found and REPORT not in found:
+        raise UserError(
+            f"{out} has {', '.join(found)} and no {REPORT}, so that these are of no export, which would replace or "
+            "remove them: give an empty folder with --out, or move them"
+        )
+
+
+def head_learns(config: ExportConfig, run: RunFacts | None) -> bool:
+    """Say whether the student predicts anything: labels or logits have trained its head."""
+    if run is None or config.weights:
+        return True
+    learns: bool = run.result.get("student", {}).get("head_learns", trains_head(run.config, None))
+    return learns
+
+
 def _load(config: ExportConfig, run: RunFacts | None, num_classes: int) -> tuple[torch.nn.Module, str]:
     if run is not None and not config.weights:
-        return load_of_run(run, config.network, num_classes)
+        return student_of_run(run.place, config.network, num_classes, run.config.data.image_size)
     return build_model(config.network, num_classes, config.weights, config.data.image_size), config.weights
 
 
@@ -292,7 +320,7 @@ def _write_formats(export: Export, student: Figures) -> None:
 
 def _publish(folder: Path, out: str) -> None:
     """Bring the files to their place, and remove those of an earlier export that this one did not write."""
-    for name in OF_AN_EXPORT:
+    for name in sorted(OF_AN_EXPORT, key=lambda name: name != REPORT):  # first what says that the others are ours
         if (folder / name).exists():
             storage.upload(folder / name, storage.join(out, name))
         else:

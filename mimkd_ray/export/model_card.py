@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
-from mimkd_ray import storage
 from mimkd_ray.config import Config, ExportConfig
 from mimkd_ray.config.form.json_form import to_dict
-from mimkd_ray.export.find_student import RunFacts
+from mimkd_ray.export.examine import top1_text
 from mimkd_ray.export.model_folder import is_of_timm, is_read_by_timm
-from mimkd_ray.models.weights_file import FOLDER, HUB
+from mimkd_ray.models.weights_file import FOLDER
 from mimkd_ray.secret_urls import redacted_values
+from mimkd_ray.train.records.read_back import RunFacts
 
 CARD, TRAINING = "README.md", "training_config.json"
 
@@ -41,55 +41,53 @@ def model_card(report: Mapping[str, Any], config: ExportConfig, run: RunFacts | 
 
 def without_folders(place: str) -> str:
     """Return the name of a local file or folder without the folders it is in; a URL, or a plain name, as it is."""
-    if storage.is_remote(place) or place.startswith((HUB, FOLDER)) or "/" not in place:
-        return place
-    return place.rstrip("/").rpartition("/")[2]
+    kind, folder, path = place.rpartition(FOLDER)
+    is_local = folder or path.startswith("/")
+    return f"{kind}{folder}{path.rstrip('/').rpartition('/')[2]}" if is_local else place
 
 
 def portable(config: Config) -> dict[str, Any]:
     """Return a run's config without the folders of this machine, and without credentials."""
-    moved = replace(
-        config,
-        data=replace(config.data, root=without_folders(config.data.root), store=""),
-        teacher=replace(config.teacher, weights=without_folders(config.teacher.weights)),
-        student=replace(config.student, weights=without_folders(config.student.weights)),
-        cache=replace(config.cache, root=without_folders(config.cache.root)),
-        run=replace(config.run, root="runs", name=""),
-    )
-    found: dict[str, Any] = redacted_values(to_dict(moved))
+    moved = replace(config, data=replace(config.data, store=""), run=replace(config.run, root="runs", name=""))
+    found: dict[str, Any] = redacted_values(_moved(to_dict(moved)))
     return found
+
+
+def _moved(value: Any) -> Any:
+    """JSON with the names of local files and folders in the place of their paths."""
+    if isinstance(value, Mapping):
+        return {key: _moved(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item) for item in value]
+    return without_folders(value) if isinstance(value, str) else value
 
 
 def _front(report: Mapping[str, Any], config: ExportConfig, run: RunFacts | None, name: str) -> dict[str, Any]:
     top1, rows = _measured(report, config, run)
     data = _data_name(config.data.root)
-    return {
+    front: dict[str, Any] = {
         "library_name": "timm" if is_read_by_timm(report["network"]) else "mimkd-ray",
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "knowledge-distillation", *(["onnx"] if "onnx" in report["files"] else [])],
-        "model-index": [
-            {
-                "name": name,
-                "results": [
-                    {
-                        "task": {"type": "image-classification"},
-                        "dataset": {"name": data, "type": data, "split": _split(config)},
-                        "metrics": [
-                            {"type": "accuracy", "value": round(top1, 2), "name": f"top-1 % of {rows:,} images"}
-                        ],
-                    }
-                ],
-            }
-        ],
     }
+    if top1 is not None:
+        result = {
+            "task": {"type": "image-classification"},
+            "dataset": {"name": data, "type": data, "split": _split(config)},
+            "metrics": [{"type": "accuracy", "value": round(top1, 2), "name": f"top-1 % of {rows:,} images"}],
+        }
+        front["model-index"] = [{"name": name, "results": [result]}]
+    return front
 
 
-def _measured(report: Mapping[str, Any], config: ExportConfig, run: RunFacts | None) -> tuple[float, int]:
-    """Top-1 and the images it is of: the run's own figure if these are its last weights, or what was measured here."""
-    if run is not None and run.result and not config.weights:
-        student = run.result["student"]
-        return float(student["top1"]), int(student["rows"])
-    return float(report["student"]["top1"]), int(report["images"]["compared"])
+def _measured(report: Mapping[str, Any], config: ExportConfig, run: RunFacts | None) -> tuple[float | None, int]:
+    """Top-1 and the images it is of: the run's own figure if these are its last weights and its data, or what was
+    measured here; None without labels, and where nothing has trained the head."""
+    found, rows = report["student"]["top1"], report["images"]["compared"]
+    student = run.result.get("student", {}) if run is not None and run.config.data == config.data else {}
+    if found is not None and not config.weights and student.get("top1") is not None:
+        return student["top1"], student["rows"]
+    return found, rows
 
 
 def _origin(report: Mapping[str, Any], config: ExportConfig, run: RunFacts | None) -> str:
@@ -97,16 +95,17 @@ def _origin(report: Mapping[str, Any], config: ExportConfig, run: RunFacts | Non
     size = report["image_size"]
     text = (
         f"`{report['network']}` for {report['classes']:,} classes, {size}x{size} pixels: {report['parameters']:,} "
-        f"parameters, {report['macs']:,} multiply-adds an image, top-1 {top1:.2f} % of {rows:,} "
-        "held-out images."
+        f"parameters, {report['macs']:,} multiply-adds an image"
     )
+    text += "." if top1 is None else f", top-1 {top1:.2f} % of {rows:,} held-out images."
     if run is None:
         return text
     teacher = run.result.get("teacher")
     if teacher:
-        text += f" Distilled from `{teacher['name']}` (top-1 {teacher['top1']:.2f} %)"
+        text += f" Distilled from `{without_folders(teacher['name'])}`"
+        text += "" if teacher["top1"] is None else f" (top-1 {teacher['top1']:.2f} %)"
     elif run.config.loss.uses_teacher:
-        text += f" Distilled from `{run.config.teacher.name}`"
+        text += f" Distilled from `{without_folders(run.config.teacher.name)}`"
     else:
         return f"{text} Trained on labels alone."
     text += " by maximising mutual information (MIMKD, arXiv 2110.15946)." if "mimkd" in run.config.loss.name else "."
@@ -121,7 +120,7 @@ def _files(report: Mapping[str, Any]) -> str:
     student = [] if "model folder" in report["failed"] else [report["student"]]
     for each in (*student, *report["files"].values()):
         times = [f"{each['latency_ms'][batch]:.2f}" for batch in ("1", "32")]
-        cells = [f"{each['max_logit_difference']:.2g}", f"{each['agreement']:.2f}", f"{each['top1']:.2f}", *times]
+        cells = [f"{each['max_logit_difference']:.2g}", f"{each['agreement']:.2f}", top1_text(each), *times]
         rows.append(f"| {each['file']} | {each['bytes']:,} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -164,7 +163,11 @@ def _use(report: Mapping[str, Any], config: ExportConfig) -> str:
 def _remake(run: RunFacts | None, config: ExportConfig) -> str:
     export = ["python", "-m", "mimkd_ray", "export"]
     if run is None:
-        lines = [shlex.join([*export, "--network", config.network, "--weights", "FILE", "--data.root", "DIR"])]
+        lines = [
+            shlex.join(
+                [*export, "--network", without_folders(config.network), "--weights", "FILE", "--data.root", "DIR"]
+            )
+        ]
     else:
         job = "jobs/cifar100.py" if config.network.startswith("cifar/") else "jobs/imagenet.py"
         root = run.config.data.root

@@ -19,18 +19,18 @@ from mimkd_ray.evaluation.measure import FIGURES, PREDICTIONS
 from mimkd_ray.json_files import read_if_sound, read_json
 from mimkd_ray.secret_urls import redacted_values
 from mimkd_ray.train.records.outcomes import CONFIG, RESULT
+from mimkd_ray.train.records.read_back import ARM, TEACHER, WEIGHTS, teacher_file
 from mimkd_ray.train.records.run_dir import read_metrics
 
 logger = logging.getLogger(__name__)
 
-TEACHER, WEIGHTS, EXPORT, REPORT = "teacher.json", "student.safetensors", "export/export.json", "report.html"
+EXPORT, REPORT = "export/export.json", "report.html"
 WITHOUT = "the page is made without it"
 
 MOST_HEADER = 100_000_000
 """Most bytes that the safetensors format allows a header."""
 
 _SUFFIX = re.compile(r"\.(running_mean|running_var|num_batches_tracked)$")
-_ARM = re.compile(r"(?P<arm>\w+)-seed(?P<seed>\d{2,})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,17 @@ class RunRecord:
         """Held-out top-1 in percent: of the result, or of the last evaluation; None for a head that nothing trains."""
         return self.held_out("top1") if self.head_learns else None
 
+    @property
+    def teacher_top1(self) -> float | None:
+        """Held-out top-1 of the teacher in percent; None without one, without labels, and for classes of its own."""
+        value = self.teacher.get("top1")
+        return None if value is None else float(value)
+
+    @property
+    def seed(self) -> int:
+        """The seed of its training."""
+        return int(self.config["train"]["seed"])
+
     def held_out(self, key: str) -> float | None:
         """Return a held-out figure: of the result, or of the last evaluation."""
         last = self.result.get("student") or (self.evals[-1] if self.evals else {})
@@ -113,13 +124,10 @@ def read_run(run_dir: str) -> RunRecord:
             f"{run_dir} is not the directory of a run: it has no {CONFIG} of one; give the directory that the run "
             "printed, its --run.root/--run.name"
         )
-    above, _, name = run_dir.rstrip("/").rpartition("/")
-    teacher = read_if_sound(storage.join(run_dir, TEACHER), instead=WITHOUT)
-    if teacher is None and _ARM.fullmatch(name) and not name.startswith("alone-"):
-        teacher = read_if_sound(
-            storage.join(above, TEACHER), instead=WITHOUT
-        )  # the arms of a comparison share its teacher
-    teacher = redacted_values(teacher or {})
+    name = run_dir.rstrip("/").rpartition("/")[2]
+    alone = ARM.fullmatch(name) and name.startswith("alone-")
+    file = storage.join(run_dir, TEACHER) if alone else teacher_file(run_dir)
+    teacher = redacted_values(read_if_sound(file, instead=WITHOUT) or {})
     return RunRecord(
         name=name,
         place=run_dir,
@@ -130,7 +138,7 @@ def read_run(run_dir: str) -> RunRecord:
         teacher=teacher,
         evaluation=redacted_values(read_if_sound(storage.join(run_dir, FIGURES), instead=WITHOUT) or {}),
         export=read_if_sound(storage.join(run_dir, EXPORT), instead=WITHOUT) or {},
-        size=weights_size(storage.join(run_dir, WEIGHTS)),
+        size=weights_size(storage.join(run_dir, WEIGHTS["student"])),
         teacher_size=weights_size(str(teacher.get("weights", ""))),
     )
 
@@ -150,7 +158,7 @@ def runs_of(run_dir: str) -> dict[str, list[RunRecord]]:
 
 def alone_beside(run: RunRecord) -> RunRecord | None:
     """Return the student alone of the same seed, where the run is an arm of a comparison that has one."""
-    arm = _ARM.fullmatch(run.name)
+    arm = ARM.fullmatch(run.name)
     if arm is None or arm["arm"] == "alone":
         return None
     folder = storage.join(run.place.rstrip("/").rpartition("/")[0], f"alone-seed{arm['seed']}")

@@ -11,9 +11,9 @@ import numpy as np
 
 from mimkd_ray import storage
 from mimkd_ray.data.augment.decode import DamagedImageError, decode
-from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.source import Row, ids_of
 from mimkd_ray.errors import DamagedDataError, UserError
+from mimkd_ray.evaluation.measure import open_evaluated
 from mimkd_ray.pages.page import Thumbnail
 from mimkd_ray.pages.run_records import RunRecord
 
@@ -35,8 +35,7 @@ def worst_images(run: RunRecord, rows: Sequence[Mapping[str, Any]]) -> tuple[lis
         config = run.parsed().data
         root = run.evaluation.get("data", config.root)
         subset = config.subset if root == config.root else 0
-        others = root != config.root
-        data = open_data(replace(config, root=root, subset=subset), for_training=False, others=others)
+        data = open_evaluated(replace(config, root=root, subset=subset), config)
         source = data.val
         ids = ids_of(source)
         places = np.searchsorted(ids, [row["id"] for row in wrong]).clip(max=len(ids) - 1)

@@ -22,7 +22,9 @@ from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.cli.training import run, run_directory
 from mimkd_ray.config.jobs.evaluate import EvaluateConfig, evaluate_job
 from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.errors import UserError
 from mimkd_ray.evaluation.measure import measure, save
+from mimkd_ray.evaluation.real_labels import read_real
 from mimkd_ray.models.zoo import build_model
 
 ALONE: dict[str, Any] = {"name": (), "preset": "accuracy", "feature_pairs": ()}
@@ -100,7 +102,7 @@ def test_a_run_that_has_not_ended(tmp_path: Path, ema: float, capsys: pytest.Cap
     assert found["top1"] == pytest.approx(mimkd_ray.evaluate(model, config.data).top1)
     for file in (first, second):
         file.write_bytes(b"")
-    assert "has no student.safetensors, with which a run ends, and no sound checkpoint" in refused(capsys, place, *FAST)
+    assert "has no student.safetensors and its 3 checkpoints are damaged" in refused(capsys, place, *FAST)
 
 
 def test_a_run_at_a_url(place: Path, tmp_path: Path) -> None:
@@ -170,3 +172,5 @@ def test_several_right_labels(place: Path, folders: Path, tmp_path: Path, capsys
     (tmp_path / "real.json").write_text('{"a": 1}')
     assert "expected a list with a list" in refused(capsys, *flags, "--eval.real", tmp_path / "real.json")
     assert "there is no such file" in refused(capsys, *flags, "--eval.real", tmp_path / "none.json")
+    with pytest.raises(UserError, match=r"cannot be read \(IsADirectoryError\): give real\.json"):
+        read_real(str(tmp_path))

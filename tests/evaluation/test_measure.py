@@ -142,7 +142,7 @@ def test_bad_input(finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.json").write_text((place / "config.json").read_text())
-    assert "has no student.safetensors, with which a run ends, and no sound checkpoint" in refused(empty)
+    assert "has no student.safetensors and no checkpoint: let the run go on" in refused(empty)
     assert "has no best.safetensors" in refused(empty, "--eval.network", "best")
     (empty / "student.safetensors").write_bytes((place / "student.safetensors").read_bytes()[:500])
     assert "student.safetensors: not a readable safetensors file of 500 bytes" in refused(empty)
@@ -153,7 +153,12 @@ def test_bad_input(finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys
         folder.mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(folder / "0.png")
     assert "none has the same name" in refused(place, "--data.root", tmp_path / "other", "--data.subset", 0)
-    assert "no such file" in refused(place, "--eval.classes", tmp_path / "no")
+    names = tmp_path / "names"
+    assert "cannot be read (FileNotFoundError): give a text file" in refused(place, "--eval.classes", names)
+    assert "cannot be read (IsADirectoryError): give a text file" in refused(place, "--eval.classes", tmp_path)
+    for content, why in ((b"\xff", "(UnicodeDecodeError)"), (b"ape\n\nbee\n", "has 3 lines, and an empty one")):
+        names.write_bytes(content)
+        assert why in refused(place, "--eval.classes", names)
     assert "eval.rows is -1" in refused(place, "--eval.rows", -1)
     assert "unknown model" in refused("--student.name", "cifar/resnet9")
     assert load_file(place / "student.safetensors"), "nothing of the run was touched"

@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 
 import mimkd_ray
 from mimkd_ray import DataConfig, EvaluateConfig, ModelConfig, UserError, evaluate_run, mutual_information
-from mimkd_ray.cli.evaluate import config_of_run
+from mimkd_ray.cli.evaluate import table
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.config.jobs.evaluate import evaluate_job
@@ -32,6 +32,7 @@ from mimkd_ray.models.zoo import build_model
 from mimkd_ray.pages.write_pages import write_report
 from mimkd_ray.train.held_out.neighbours import knn_accuracy
 from mimkd_ray.train.networks.student_module import Normalizer
+from mimkd_ray.train.records.read_back import read_run
 
 CLASSES = 12
 NAMES = [f"n{number:02d}" for number in range(CLASSES)]
@@ -80,15 +81,15 @@ def numbered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folders(tmp_path_factory.mktemp("numbered"), NUMBERS, 400, 150)
 
 
-def by_hand(run: Path, root: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The student's logits of a folder's images, and the numbers of their folders."""
+def by_hand(run: Path, root: Path, network: torch.nn.Module | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of the student, or another network, of a folder's images, and the numbers of their folders."""
     config = DataConfig()
     view = make_pipeline(config.pipeline, config.image_size).eval
     normalize = Normalizer(config.mean, config.std, torch.device("cpu"), torch.float32, channels_last=False)
     theirs = ImageFolder(str(root))
     images = torch.stack([view(decode(Path(file).read_bytes())) for file, _ in theirs.samples])
     labels = [int(theirs.classes[label].removeprefix("n")) for _, label in theirs.samples]
-    model = build_model("cifar/resnet8_w4", CLASSES, str(run / "student.safetensors")).eval()
+    model = network or build_model("cifar/resnet8_w4", CLASSES, str(run / "student.safetensors")).eval()
     with torch.no_grad():
         return model(normalize(images)), torch.tensor(labels)
 
@@ -139,7 +140,7 @@ def test_a_temperature_of_held_out_training_images(own: Path, tmp_path: Path) ->
     """A run with a holdout, on its validation split; on the holdout itself there are no others. And the page's images
     of class folders alone."""
     place = as_run(tmp_path / "run", data={"root": str(own), "subset": 0, "holdout": 0.25}, loss={"name": ()})
-    data = config_of_run(str(place)).data
+    data = read_run(str(place)).config.data
     settings = EvaluateConfig(tap_rows=0, train_rows=0)
     found = evaluate_run(str(place), settings, data=replace(data, holdout=0.0))
     assert (found["rows"], found["calibration"]["fitted_on"]) == (150, "50 images that the run held out")
@@ -150,9 +151,43 @@ def test_a_temperature_of_held_out_training_images(own: Path, tmp_path: Path) ->
     assert page.count("<img") == 24, "the worst images"
 
 
+@pytest.mark.parametrize("section", ["student", "train"])
+def test_the_student_is_the_runs_own(section: str, own: Path, numbered: Path, tmp_path: Path) -> None:
+    """Also of a run that began from a file, which is in its config, and of one in float64."""
+    torch.manual_seed(7)
+    save_file(build_model("cifar/resnet8_w4", CLASSES).state_dict(), tmp_path / "start.safetensors")
+    fields = {"student": {"weights": str(tmp_path / "start.safetensors")}, "train": {"precision": "float64"}}
+    place = as_run(
+        tmp_path / "run", data={"root": str(own), "subset": 0}, loss={"name": ()}, **{section: fields[section]}
+    )
+    settings = EvaluateConfig(tap_rows=0, train_rows=0, out=str(tmp_path))
+    found = evaluate_run(str(place), settings, data=tiny_config(data={"root": str(numbered), "subset": 0}).data)
+    logits, labels = by_hand(place, numbered)
+    assert found["weights"] == str(place / "student.safetensors")
+    assert found["top1"] == pytest.approx(100 * float((logits.argmax(1) == labels).double().mean()))
+    assert found["calibration"]["fitted_on"] == "150 images that the run held out"
+
+
+def test_an_arm_has_the_teacher_of_its_comparison(own: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    teacher = build_model("cifar/resnet8", CLASSES).eval()
+    save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    whole = as_run(tmp_path / "c", data={"root": str(own), "subset": 0}, compare={"seeds": 2})
+    (whole / "teacher.json").write_text(json.dumps({"weights": str(tmp_path / "teacher.safetensors")}))
+    arm = as_run(whole / "mimkd-seed00", data={"root": str(own), "subset": 0})
+    with pytest.raises(UserError, match=f"is a comparison of several runs: name one of them, such as {arm}"):
+        evaluate_run(str(whole))
+    found = evaluate_run(str(arm), EvaluateConfig(tap_rows=0, train_rows=0))
+    guesses = [by_hand(arm, own / "val", network)[0].argmax(1) for network in (None, teacher)]
+    same = 100 * float((guesses[0] == guesses[1]).double().mean())
+    assert found["teacher"]["agreement"] == pytest.approx(same)
+    tap = {"teacher": "a", "student": "b", "nats": 1.5, "ceiling": 4.0, "cka": None}
+    assert "a - b: 1.50 of at most 4.00 nats, CKA unknown" in table(found | {"taps": [tap]})
+
+
 def test_no_evaluated_image_is_its_own_neighbour(run: Path, own: Path, tmp_path: Path) -> None:
     """The run's training images, as its split and as folders alone: each by the others, and no probe of what it saw."""
-    base = config_of_run(str(run))
+    base = read_run(str(run)).config
     for data in ({"val_split": "train"}, {"root": str(own / "train")}):
         job = evaluate_job(tiny_config(data={"root": str(own), "subset": 0, **data}, loss={"name": ()}), eval=FAST)
         found = measure(job, LocalContext(torch.device("cpu")), str(run), base)

@@ -249,6 +249,7 @@ def test_normalisation_inside_without_torchao_and_files_of_an_earlier_export(
 
     monkeypatch.setitem(sys.modules, "torchao", None)
     (tmp_path / "student.pt2").write_bytes(b"of an earlier export")
+    (tmp_path / "export.json").write_text("{}")
     (tmp_path / "mine.txt").write_bytes(b"mine")
     arguments = ["export", str(run), *QUICK, "--out", str(tmp_path), "--formats", "int8", "--normalize", "true"]
     assert main(arguments) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import run_tiny
+from tiny_run import run_tiny, tiny_config
 from torch import Tensor, nn
 
 from mimkd_ray.__main__ import main
+from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.config.jobs.export import REFUSED
 from mimkd_ray.export.deployed import Deployed
 from mimkd_ray.export.examine import (
@@ -23,10 +25,10 @@ from mimkd_ray.export.examine import (
     fault_of_int8,
     too_little_of_int8,
 )
-from mimkd_ray.export.find_student import load_of_run, read_run
 from mimkd_ray.models.outputs import describe
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.run_lock import held
+from mimkd_ray.train.records.read_back import student_of_run
 
 QUICK = ("--images", "20", "--calibration", "20", "--threads", "1")
 
@@ -60,7 +62,7 @@ def _said(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2) 
 
 
 def test_a_stopped_run_gives_the_moving_average_of_its_newest_checkpoint(stopped: Path) -> None:
-    model, where = load_of_run(read_run(str(stopped)), "cifar/resnet8_w4", 10)
+    model, where = student_of_run(str(stopped), "cifar/resnet8_w4", 10, 8)
     assert "/checkpoints/step_00000003-" in where
     state = torch.load(f"{where}/state.pt", weights_only=True)
     for name, value in model.state_dict().items():
@@ -91,10 +93,24 @@ def test_what_is_no_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     )
     (run / "config.json").write_text("{")
     assert "run/config.json (1 bytes) is damaged: " in _said(capsys, str(run), status=1)
-    (run / "config.json").write_text('{"compare": {"seeds": 3}}')
+    (run / "config.json").write_text(json.dumps(to_dict(tiny_config(compare={"seeds": 3}))))
     (run / "mimkd-seed00").mkdir()
     assert f"is a comparison of several runs: name one of them, such as {run}/mimkd-seed00" in _said(capsys, str(run))
     assert "nothing to export: give the directory of a run, or --network" in _said(capsys)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = (run / "config.json").read_text()
+    assert f"{run} is the directory of a run, whose config.json an export would replace" in _said(
+        capsys, str(run), "--out", str(run)
+    )
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    said = _said(capsys, str(run), "--out", str(tmp_path / "mine"))
+    assert f"{tmp_path}/mine has README.md and no export.json" in said
+    assert "give an empty folder with --out" in said
+    assert (run / "config.json").read_text() == config
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["README.md"]
 
 
 def test_a_damaged_student(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

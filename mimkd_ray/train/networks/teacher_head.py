@@ -35,8 +35,8 @@ def teacher_head(config: Config, data: Data) -> TeacherHead:
     if isinstance(classes, int):
         count, shared, seen = classes, SharedClasses(), f"{classes} classes of its own"
     else:
-        names = _read(classes)
-        if tuple(names) == data.classes:
+        names = read_names("teacher.classes", classes, "the number of the teacher's classes, or ")
+        if names == data.classes:
             return TeacherHead(data.num_classes)
         count, shared = len(names), match(names, data.classes)
         seen = f"{count} classes, {len(shared.of_data)} of the data's {data.num_classes} among them"
@@ -60,15 +60,17 @@ def trains_head(config: Config, shared: SharedClasses | None) -> bool:
     return loss.resolved_kd_weight > 0 or any(RIVALS[rival].logits for rival in loss.rivals)
 
 
-def _read(url: str) -> list[str]:
+def read_names(field: str, url: str, otherwise: str = "") -> tuple[str, ...]:
+    """Return the names of classes in the text file that `field` of a config names; `otherwise` says what else may be
+    given. Raises UserError for a file that cannot be read, and for a line without a name, which would shift others."""
     try:
         text = storage.read_bytes(url).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"teacher.classes {url} cannot be read ({type(error).__name__}): give the number of the teacher's classes, "
-            "or a text file with their names, one a line"
+            f"{field} {url} cannot be read ({type(error).__name__}): give {otherwise}a text file with the names of the "
+            "classes, one a line"
         ) from error
-    names = [line.strip() for line in text.strip("\n").splitlines()]
+    names = tuple(line.strip() for line in text.strip("\r\n").splitlines())
     if not all(names) or not names:
-        raise UserError(f"teacher.classes {url} has {len(names)} lines, and an empty one: give a name on each line")
+        raise UserError(f"{field} {url} has {len(names)} lines, and an empty one: give a name on each line")
     return names

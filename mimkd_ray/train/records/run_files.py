@@ -89,7 +89,7 @@ def remove_run(run_dir: str, wanted: Kind = "run") -> list[str]:
     if not storage.exists(run_dir):
         return []
     found = storage.list_tree(run_dir)
-    kind = _kind(run_dir)
+    kind = kind_of(run_dir)
     if found and kind not in (wanted, None):
         raise UserError(
             f"--run.overwrite true: {run_dir} is the directory of a {kind}, and this is a {wanted}. Nothing was "
@@ -122,7 +122,7 @@ def overwrite(run_dir: str, wanted: Kind = "run") -> None:
         print(f"{run_dir}: {_some(others)} stays there: no run writes that", flush=True)
 
 
-def _kind(run_dir: str) -> Kind | None:
+def kind_of(run_dir: str) -> Kind | None:
     """Return whose marker is there; None: there is none, or somebody else's file of its name."""
     try:
         value: Any = json.loads(storage.read_bytes(storage.join(run_dir, MARKER)))
