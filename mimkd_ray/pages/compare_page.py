@@ -56,18 +56,19 @@ def compare_page(arms: Arms, place: str, config: Mapping[str, Any], result: Mapp
 
 
 def _summaries(arms: Arms, base: str) -> dict[str, dict[str, Any]]:
-    """Return the figures of the arms that have a finished run (train/compare.py): paired by seed with the base's."""
+    """Return the figures of the arms that have a finished run with a top-1 (train/compare.py): paired by seed with the
+    base's."""
 
     def finished(arm: str) -> dict[int, Any]:
-        return {place: run.result for place, run in enumerate(arms[arm]) if run.result}
+        return {run.seed: run.result for run in arms[arm] if run.result and run.top1 is not None}
 
     first, found = finished(base), {}
     for arm in arms:
         own = finished(arm)
         both = sorted(own.keys() & first.keys())
         if own:
-            done = [own[place] for place in (both or own)]
-            found[arm] = summarise(done, [first[place] for place in both] if both and arm != base else None)
+            done = [own[seed] for seed in (both or own)]
+            found[arm] = summarise(done, [first[seed] for seed in both] if both and arm != base else None)
     return found
 
 
@@ -83,8 +84,8 @@ def _headline(
             tiles.append((_gain_text(gain), f"points over {base}, better in {gain['wins']} of {gain['of']} seeds"))
         if base in summaries and best != base:
             tiles.append((f"{summaries[base]['mean']:.2f} %", f"held-out top-1 of {base}"))
-    if teacher is not None:
-        tiles.append((f"{teacher.teacher['top1']:.2f} %", f"held-out top-1 of the teacher, {teacher.teacher_name}"))
+    if teacher is not None and teacher.teacher_top1 is not None:
+        tiles.append((f"{teacher.teacher_top1:.2f} %", f"held-out top-1 of the teacher, {teacher.teacher_name}"))
     sized = next((run for runs in arms.values() for run in runs if run.size), None)
     if sized is not None and sized.size is not None:
         text = "parameters of the student"
@@ -110,21 +111,22 @@ def _table(page: Page, arms: Arms, summaries: Mapping[str, Mapping[str, Any]], b
     )
     rows = []
     for arm, runs in arms.items():
-        found = summaries.get(arm)
-        if found is None:
+        done = [run.result for run in runs if run.result]
+        if not done:
             rows.append([Cell(arm), number_cell(runs[0].top1), *[Cell("")] * 3, Cell("not finished")])
             continue
-        gain = found.get("against_alone")
-        spread = "" if found["sd"] is None else f" ± {found['sd']:.2f}"
-        nats = [value["nats"] for value in found["nats"].values() if value["nats"] is not None]
+        found = summaries.get(arm, {})
+        gain, sd = found.get("against_alone"), found.get("sd")
+        spread = "" if sd is None else f" ± {sd:.2f}"
+        nats = [value["nats"] for each in done for value in each["nats"].values() if value["nats"] is not None]
         rows.append(
             [
                 Cell(arm),
-                Cell(f"{found['mean']:.2f}{spread}", found["mean"]),
+                Cell(f"{found['mean']:.2f}{spread}", found["mean"]) if found else Cell(""),
                 Cell("") if gain is None else Cell(_gain_text(gain), gain["mean"]),
                 Cell("") if gain is None else Cell(f"{gain['wins']} of {gain['of']}"),
-                number_cell(sum(nats) if nats else None),
-                number_cell(found["images_per_second"], ",.0f"),
+                number_cell(sum(nats) / len(done) if nats else None),
+                number_cell(statistics.median(each["images_per_second"] for each in done), ",.0f"),
             ]
         )
     page.table(["", "top-1 %", f"against {base}", "better in", "nats, all terms", "images/s"], rows)

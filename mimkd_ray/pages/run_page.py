@@ -43,9 +43,9 @@ def _headline(page: Page, run: RunRecord, alone: RunRecord | None) -> None:
     tiles = []
     if run.top1 is not None:
         tiles.append((f"{run.top1:.2f} %", f"top-1 of the student on {run.held_out('rows') or 0:,.0f} held-out images"))
-        if run.teacher:
-            gap = run.top1 - run.teacher["top1"]
-            tiles.append((f"{run.teacher['top1']:.2f} %", f"top-1 of the teacher; the student is {gap:+.2f} from it"))
+        if run.teacher_top1 is not None:
+            gap = run.top1 - run.teacher_top1
+            tiles.append((f"{run.teacher_top1:.2f} %", f"top-1 of the teacher; the student is {gap:+.2f} from it"))
         if alone is not None and alone.top1 is not None:
             tiles.append((f"{run.top1 - alone.top1:+.2f}", f"points over the student alone, {alone.top1:.2f} %"))
     elif (knn := run.held_out("knn")) is not None:
@@ -114,8 +114,8 @@ def _curves(page: Page, run: RunRecord) -> None:
         measured["knn"] = "k-NN top-1"
     colored = zip(measured.items(), (0, 2, 1), strict=False)
     accuracy = [Line(name, at, column(run.evals, key), color_of(place)) for (key, name), place in colored]
-    if run.teacher and at:
-        accuracy.append(Line("teacher's top-1", [at[0], at[-1]], [run.teacher["top1"]] * 2, GREY, "dash"))
+    if run.teacher_top1 is not None and at:
+        accuracy.append(Line("teacher's top-1", [at[0], at[-1]], [run.teacher_top1] * 2, GREY, "dash"))
     losses = [
         Line(label, x, column(run.train, key), color_of(place))
         for place, (key, label) in enumerate({"loss": "total", "ce": "cross-entropy", "kd": "KD"}.items())
@@ -226,7 +226,7 @@ def _teacher_by_class(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the teacher's top-1 in percent by class, of the predictions; {} where there are none of a teacher."""
     hits: dict[str, list[bool]] = {}
     for row in rows:
-        if row.get("teacher_prediction") is not None:
+        if row.get("teacher_prediction") is not None and row["label"] is not None:
             hits.setdefault(row["label"], []).append(row["teacher_prediction"] == row["label"])
     return {name: 100 * sum(own) / len(own) for name, own in hits.items()}
 

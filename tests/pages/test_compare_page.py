@@ -142,6 +142,31 @@ def test_a_comparison_that_has_not_ended(tmp_path: Path, compared: Path, capsys:
     assert "not finished" in reported(str(tmp_path / "c"), capsys=capsys).text
 
 
+def test_runs_of_other_seeds_are_no_pairs(compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the folder of a seed, the others are paired as before."""
+    shutil.copytree(compared, tmp_path / "c")
+    shutil.rmtree(tmp_path / "c" / "alone-seed00")
+    result = json.loads((compared / "result.json").read_text())["compare"]
+    gain = result["mimkd"]["top1"][1] - result["alone"]["top1"][1]
+    page = reported(str(tmp_path / "c"), capsys=capsys)
+    assert re.search(rf"\n{re.escape(f'{gain:+.2f}')}\n{int(gain > 0)} of 1\n", page.text)
+
+
+def test_runs_without_a_top1(compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No image has a label: rates and information stand side by side."""
+    shutil.copytree(compared, tmp_path / "c")
+    runs = sorted((tmp_path / "c").glob("*-seed0?"))
+    for file in [*(run / "result.json" for run in runs), tmp_path / "c" / "teacher.json"]:
+        value = json.loads(file.read_text())
+        value.get("student", value)["top1"] = None
+        file.write_text(json.dumps(value))
+    page = reported(*map(str, runs), "--out", str(tmp_path / "all.html"), capsys=capsys)
+    assert "4\nfinished runs of 4" in page.text
+    rate = json.loads((runs[0] / "result.json").read_text())["images_per_second"]
+    assert f"\n{rate:,.0f}\n" in page.text
+    assert "held-out top-1 of" not in page.text
+
+
 def test_bad_input(compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "is not the directory of a run" in capsys.readouterr().err

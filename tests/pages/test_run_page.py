@@ -217,6 +217,17 @@ def test_images_of_other_data_are_not_shown(evaluated: tuple[Path, list[dict[str
     assert not [tag for tag, _ in page.elements if tag == "img"]
 
 
+def test_a_teacher_whose_top1_is_not_known(plain: Path, tmp_path: Path) -> None:
+    """It has classes of its own, or no image has a label."""
+    shutil.copytree(plain, tmp_path / "run")
+    known = json.loads((plain / "teacher.json").read_text())
+    (tmp_path / "run" / "teacher.json").write_text(json.dumps(known | {"top1": None}))
+    page = page_of(tmp_path / "run")
+    assert "top-1 of the student" in page.text
+    assert "top-1 of the teacher" not in page.text
+    assert list(page.lines("Held-out accuracy")) == ["top-1", "top-5"]
+
+
 def test_a_run_that_has_not_ended(plain: Path, tmp_path: Path) -> None:
     shutil.copytree(plain, tmp_path / "begun")
     for name in ("result.json", "student.safetensors"):
