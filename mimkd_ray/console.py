@@ -195,6 +195,9 @@ def line(text: str) -> None:
     _current.line(text)
 
 
+TOLD_ONCE: set[str] = set()
+"""Lines that this process has told, and that it, or a worker of Ray, would tell whenever a data set is opened."""
+
 _phases: list[Status] = []
 
 

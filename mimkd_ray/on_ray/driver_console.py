@@ -90,10 +90,10 @@ def heard() -> Iterator[Any]:
             last = over.wait(POLL_SECONDS)
             with contextlib.suppress(RayError):  # its node is gone: what comes next is heard from the new one
                 for item in ray.get(mailbox.take.remote(), timeout=5):
-                    if isinstance(item, str):
-                        console.line(item)
-                    else:
+                    if not isinstance(item, str):
                         console.show(item)
+                    elif item not in console.TOLD_ONCE:
+                        console.line(item)
 
     thread = threading.Thread(target=listen, name="workers' lines", daemon=True)
     thread.start()

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mimkd_ray import storage
+from mimkd_ray import console, storage
 from mimkd_ray.data.augment.decode import DECODING, Decoding, Encoded
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.order.random_numbers import permutation
@@ -96,12 +96,9 @@ def list_classes(root: str, classes: tuple[str, ...] | None) -> ClassFolders:
     tell_passed_over(root, others, beside)
     without = [name for name in known if not images.get(name)]
     if without:
-        logger.warning(
-            "%s: %d of %d classes have no image here, the first is '%s'; they keep their numbers",
-            printable(root),
-            len(without),
-            len(known),
-            printable(without[0]),
+        _warn_once(
+            f"{printable(root)}: {len(without)} of {len(known)} classes have no image here, the first is "
+            f"'{printable(without[0])}'; they keep their numbers"
         )
     return ClassFolders(known, tuple(name for name in folders if name in of_training), images)
 
@@ -115,12 +112,14 @@ def tell_passed_over(place: str, others: Sequence[str], beside: Sequence[str] = 
     named = ", ".join(f"{number} .{ending}" for ending, number in endings.most_common(NAMED))
     parts = [f"{count(len(others), 'other file')} ({named})"] if others else []
     parts += [f"{count(len(beside), 'image')} beside the class folders"] if beside else []
-    logger.warning(
-        "%s: passed over: %s, such as %s",
-        printable(place),
-        " and ".join(parts),
-        printable(", ".join([*others[:NAMED], *beside[:NAMED]])),
-    )
+    examples = printable(", ".join([*others[:NAMED], *beside[:NAMED]]))
+    _warn_once(f"{printable(place)}: passed over: {' and '.join(parts)}, such as {examples}")
+
+
+def _warn_once(text: str) -> None:
+    if text not in console.TOLD_ONCE:
+        console.TOLD_ONCE.add(text)
+        logger.warning("%s", text)
 
 
 def _files(folder: str) -> dict[str, storage.Entry]:

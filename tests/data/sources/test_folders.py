@@ -110,6 +110,7 @@ def test_kinds_and_folders_of_a_class(tmp_path: Path, caplog: pytest.LogCaptureF
     )
     pieces = open_folders(str(tmp_path), None).pieces
     assert sum(len(piece.samples()) for piece in pieces) == source.num_rows
+    assert len(caplog.records) == 1, "once for a process"
 
 
 def test_a_folder_without_classes_tells_what_it_passes_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
