@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -22,7 +22,7 @@ from mimkd_ray.data.loading.stuck_loaders import ASKED_TO_STOP
 from mimkd_ray.data.loading.threads import CHOSEN, use_threads
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.signals import handled
-from mimkd_ray.train.distributed import GROUP_SECONDS, STOP_SECONDS, Preemption, share_from_first, stay_here
+from mimkd_ray.train.distributed import GROUP_SECONDS, STOP_SECONDS, Context, share_from_first, stay_here
 from mimkd_ray.train.start_times import StartTimes
 from mimkd_ray.train.worker import do_job
 
@@ -30,10 +30,8 @@ TWICE_SECONDS = 1.0
 """Ctrl-C reaches a process of torchrun twice: from the terminal, and passed on by torchrun."""
 
 
-class LocalContext:
-    """The context of a plain process, or of one rank of torchrun. It has no dashboard to report to."""
-
-    reports_are_final = False
+class LocalContext(Context):
+    """The context of a plain process, or of one rank of torchrun. Batch systems announce its end by SIGTERM alone."""
 
     def __init__(
         self,
@@ -48,12 +46,6 @@ class LocalContext:
         self.launch_id = launch_id or uuid.uuid4().hex
         self._stopping = False
         self._heard = threading.Event()
-
-    def report(self, metrics: Mapping[str, Any]) -> None:
-        """Do nothing: metrics.jsonl and TensorBoard have all figures."""
-
-    def observe(self, run_dir: str, values: Mapping[str, float]) -> None:
-        """Do nothing: there is no Prometheus."""
 
     @contextmanager
     def stops_on_signals(self) -> Iterator[None]:
@@ -99,10 +91,6 @@ class LocalContext:
         if self._stopping:
             self._heard.set()
         return self._stopping
-
-    def preemption(self) -> Preemption | None:
-        """Return None: batch systems announce the end of a process by SIGTERM alone."""
-        return None
 
 
 def pick_device(launch: LaunchConfig, local_rank: int) -> torch.device:

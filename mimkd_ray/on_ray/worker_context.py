@@ -21,7 +21,7 @@ from mimkd_ray.on_ray import driver_console
 from mimkd_ray.on_ray.prometheus import LiveMetrics
 from mimkd_ray.on_ray.told_errors import ERRORS, kind_of
 from mimkd_ray.secret_urls import scrubbed
-from mimkd_ray.train.distributed import STOP_SECONDS, Preemption, share_from_first
+from mimkd_ray.train.distributed import STOP_SECONDS, Context, Preemption, share_from_first
 from mimkd_ray.train.records.run_dir import write_json
 from mimkd_ray.train.start_times import StartTimes
 
@@ -41,10 +41,8 @@ ANYBODY = "*"
 """Launch id in that file that means every launch."""
 
 
-class RayContext:
+class RayContext(Context):
     """The context of one worker of Ray Train."""
-
-    reports_are_final = False
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ from mimkd_ray.search.optuna_study import halving
 from mimkd_ray.search.table import point_of
 from mimkd_ray.search.trials import direction
 from mimkd_ray.secret_urls import scrubbed
-from mimkd_ray.train.distributed import Context, Preemption
+from mimkd_ray.train.distributed import Context
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.networks.build import make_order, plan_student
@@ -44,27 +44,19 @@ REASON = 2000
 """Characters of an error that are kept: the error of a non-finite loss names 64 images before the remedy."""
 
 
-class TrialContext:
-    """The context of a trial's process: one worker, whose reports go to Ray Tune."""
+class TrialContext(Context):
+    """The context of a trial's process, whose reports go to Ray Tune. It ends in a report, or with its process."""
 
-    rank, world_size = 0, 1
     reports_are_final = True
 
     def __init__(self, device: torch.device, tell: Tell) -> None:
         self.times = StartTimes()
         self.times.mark("asked")
-        self.device, self.launch_id, self.report = device, uuid.uuid4().hex, tell
+        self.device, self.launch_id, self._tell = device, uuid.uuid4().hex, tell
 
-    def stop_requested(self) -> bool:
-        """Return False: a trial ends in a report, or with its process."""
-        return False
-
-    def observe(self, run_dir: str, values: Mapping[str, float]) -> None:
-        """Do nothing: a search shows its trials by their reports."""
-
-    def preemption(self) -> Preemption | None:
-        """Return None: trials save at every evaluation in any case."""
-        return None
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Tell Ray Tune."""
+        self._tell(metrics)
 
 
 class Opened:

@@ -1,6 +1,6 @@
 """The training loop's view of the outside (:class:`Context`), and the collectives that it needs.
 
-`cli/local_launch.py` implements :class:`Context` for a plain process and for torchrun, `on_ray/worker_context.py` for
+`cli/local_launch.py` has a :class:`Context` for a plain process and for torchrun, `on_ray/worker_context.py` for
 Ray Train. They set up the process group, if there is one.
 """
 
@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -42,16 +42,17 @@ class Preemption:
     """When the first of them goes, in seconds since 1970; None if nobody said."""
 
 
-class Context(Protocol):
-    """The loop's only view of who runs it."""
+class Context:
+    """The loop's only view of who runs it. By itself it is that of a lone process, which nobody stops or takes away and
+    which has no dashboard."""
 
-    rank: int
-    world_size: int
+    rank: int = 0
+    world_size: int = 1
     device: torch.device
     #: Names this start of the job in files; the same for every rank and every restart by the launcher.
     launch_id: str
     #: Whether a worker may be ended inside ``report``: all that belongs to an evaluation is committed before it then.
-    reports_are_final: bool
+    reports_are_final: bool = False
     #: The stages of this start of the job.
     times: StartTimes
 
@@ -63,10 +64,12 @@ class Context(Protocol):
 
     def stop_requested(self) -> bool:
         """Return whether the job was asked to save and end (SIGTERM). Asked often; one rank's yes is enough."""
+        return False
 
     def preemption(self) -> Preemption | None:
         """Return the machines that are about to be taken away, or None. All ranks call it together and get equal
         answers; may be slow."""
+        return None
 
 
 def stay_here() -> None:
