@@ -25,7 +25,7 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.data.sources.data_set import open_data
-from mimkd_ray.errors import UserError, count
+from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray.data_units import answer, quiet_and_patient
 from mimkd_ray.on_ray.nodes.node_capacity import Capacity
 from mimkd_ray.on_ray.nodes.placement import wait_for_nodes, wait_for_room
@@ -71,18 +71,16 @@ class Cluster:
     def _fit(self, config: Config, has: Capacity) -> None:
         """Choose the builders. Raises UserError if there are too few nodes."""
         launch = config.launch
-        self.gpu = launch.gpu == "on" or (launch.gpu == "auto" and has.gpus > 0)
+        self.gpu = has.uses_gpu(launch.gpu)
         fewest, most = config.cache.worker_range
         automatic = has.cpus_per_gpu() if self.gpu else min(CPUS_PER_BUILDER, has.most_cpus(1))
         self.cpus = launch.cpus_per_worker or automatic
         there = has.room(self.cpus, int(self.gpu))
         self.fewest, self.most = (fewest, most) if most else (max(1, there), max(1, there))
-        if self.fewest > there or there < 1:
+        if lack := has.lack(self.fewest, "builder", self.cpus, int(self.gpu)):
             raise UserError(
-                f"{count(self.fewest, 'builder')} with {count(self.cpus, 'CPU')}{' and 1 GPU' if self.gpu else ''} "
-                f"each do not fit: the cluster has {count(has.cpus, 'CPU')} and {count(has.gpus, 'GPU')} on "
-                f"{count(len(has.nodes), 'node')}; pass --cache.workers {max(1, there)}, or fewer "
-                "--launch.cpus-per-worker, or add nodes (--launch.wait-minutes waits for an autoscaler)"
+                f"{lack}; pass --cache.workers {max(1, there)}, or fewer --launch.cpus-per-worker, or add nodes "
+                "(--launch.wait-minutes waits for an autoscaler)"
             )
 
     def setup(self) -> Setup:

@@ -198,8 +198,10 @@ def test_a_trial_that_never_fits_is_refused() -> None:
     from mimkd_ray.on_ray.search.tune_search import shape_of
 
     job = search_job(_demo(), search=SearchConfig(cpus_per_trial=8))
-    with pytest.raises(UserError, match=r"takes 8 CPUs and 0 GPUs, and the cluster has 2 and 0 on 1 node:"):
+    with pytest.raises(
+        UserError, match=r"1 trial with 8 CPUs each do not fit: the cluster has 2 CPUs and 0 GPUs on 1 node: "
+    ):
         shape_of(job, Capacity(((2, 0),)))
     on = replace(job, launch=replace(job.launch, gpu="on"), search=SearchConfig())
-    with pytest.raises(UserError, match="1 GPU, and the cluster has 2 and 0 on 1 node:"):
+    with pytest.raises(UserError, match="and 1 GPU each do not fit: the cluster has 2 CPUs and 0 GPUs on 1 node:"):
         shape_of(on, Capacity(((2, 0),)))

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from mimkd_ray.errors import count
 from mimkd_ray.on_ray.nodes.holders import Held
 
 
@@ -41,6 +42,20 @@ class Capacity:
         """Return the number of workers that fit if each takes ``cpus`` CPUs and ``gpu`` GPUs (or a share of one)."""
         return sum(
             min(_times(has, cpus), _on_gpus(gpus, gpu)) if gpu else _times(has, cpus) for has, gpus in self.nodes
+        )
+
+    def uses_gpu(self, wanted: str) -> bool:
+        """Return whether workers have GPUs, by `launch.gpu`."""
+        return wanted == "on" or (wanted == "auto" and self.gpus > 0)
+
+    def lack(self, workers: int, what: str, cpus: float, gpu: float) -> str:
+        """Return how it is too small for so many workers, the beginning of an error; "" if they fit."""
+        if self.room(cpus, gpu) >= workers:
+            return ""
+        gpus = f" and {count(gpu, 'GPU')}" if gpu else ""
+        return (
+            f"{count(workers, what)} with {count(cpus, 'CPU')}{gpus} each do not fit: the cluster has "
+            f"{count(self.cpus, 'CPU')} and {count(self.gpus, 'GPU')} on {count(len(self.nodes), 'node')}"
         )
 
     def most_cpus(self, workers: int) -> int:

@@ -140,7 +140,7 @@ def wait_for_room(
 
 def _fit(config: Config, own: bool, has: Capacity) -> ScalingConfig:
     launch, cpus, gpus = config.launch, has.cpus, has.gpus
-    use_gpu = launch.gpu == "on" or (launch.gpu == "auto" and gpus > 0)
+    use_gpu = has.uses_gpu(launch.gpu)
     there = gpus if use_gpu else cpus
     fewest, most = launch.worker_range
     if most == 0:
@@ -153,14 +153,11 @@ def _fit(config: Config, own: bool, has: Capacity) -> ScalingConfig:
         each = launch.cpus_per_worker or max(1, min(wanted, has.cpus_per_gpu()))
     else:
         each = launch.cpus_per_worker or has.most_cpus(min(most, there) if elastic else workers)
-    if workers > has.room(each, int(use_gpu)):
-        kind = "GPUs" if use_gpu else "CPUs"
+    if lack := has.lack(workers, "worker", each, int(use_gpu)):
         raise UserError(
-            f"{count(workers, 'worker')} with {count(each, 'CPU')}{' and 1 GPU' if use_gpu else ''} each do "
-            f"not fit: the cluster has {count(cpus, 'CPU')} and {count(gpus, 'GPU')} on "
-            f"{count(len(has.nodes), 'node')}; pass --launch.workers "
-            f"{max(1, min(config.train.lanes, has.room(each, int(use_gpu))))}, fewer "
-            f"--launch.cpus-per-worker, or add nodes with {kind} (--launch.wait-minutes waits for an autoscaler)"
+            f"{lack}; pass --launch.workers {max(1, min(config.train.lanes, has.room(each, int(use_gpu))))}, fewer "
+            f"--launch.cpus-per-worker, or add nodes with {'GPUs' if use_gpu else 'CPUs'} (--launch.wait-minutes waits "
+            "for an autoscaler)"
         )
     resources = {"CPU": each, **({"GPU": 1} if use_gpu else {})}
     return ScalingConfig(

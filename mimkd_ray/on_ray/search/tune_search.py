@@ -82,22 +82,21 @@ def shape_of(job: SearchJob, has: Capacity) -> Shape:
     UserError if not even one fits: Tune would wait for ever."""
     search, launch = job.search, job.launch
     workers = search.workers
-    use_gpu = launch.gpu == "on" or (launch.gpu == "auto" and has.gpus > 0)
+    use_gpu = has.uses_gpu(launch.gpu)
     gpu = (search.gpus_per_trial or 1.0) if use_gpu else 0.0
     if workers > 1:
         gpu = 1.0 if use_gpu else 0.0
         cpu: float = launch.cpus_per_worker or (has.cpus_per_gpu() if use_gpu else 1)
     else:
         cpu = search.cpus_per_trial or (max(1, math.floor(has.cpus_per_gpu() * gpu)) if use_gpu else 1)
-    fit = has.room(cpu, gpu) // workers
-    if fit < 1 and not search.concurrent:
+    lack = has.lack(workers, "trial worker" if workers > 1 else "trial", cpu, gpu)
+    if lack and not search.concurrent:
         raise UserError(
-            f"a trial takes {count(workers * cpu, 'CPU')} and {count(workers * gpu, 'GPU')}, and the cluster has "
-            f"{has.cpus} and {has.gpus} on {count(len(has.nodes), 'node')}: pass fewer --search.cpus-per-trial or "
-            "--search.workers; for a cluster that grows when asked --launch.wait-minutes, or --search.concurrent 1"
+            f"{lack}: pass fewer --search.cpus-per-trial or --search.workers; for a cluster that grows when asked "
+            "--launch.wait-minutes, or --search.concurrent 1"
         )
     wanted = 0 if search.scheduler in POPULATION else search.concurrent
-    return Shape(workers, cpu, gpu, wanted or max(fit, 1))
+    return Shape(workers, cpu, gpu, wanted or max(has.room(cpu, gpu) // workers, 1))
 
 
 def shape_there(job: SearchJob, own: bool) -> Shape:
