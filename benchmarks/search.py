@@ -52,8 +52,7 @@ from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.recipes import CIFAR_RECIPES
 from mimkd_ray.search.configs import Made, TrialConfigs, trial_config
 from mimkd_ray.search.optuna_study import draw_pack
-from mimkd_ray.search.spaces import SPACES
-from mimkd_ray.search.suggest import find_spaces
+from mimkd_ray.search.spaces import find_spaces
 from mimkd_ray.search.table import Table
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
@@ -276,7 +275,7 @@ def base_job(args: Any, folder: Path) -> SearchJob:
 
 def build_cache(job: SearchJob, folder: Path) -> float:
     """Build the cache that the search needs, with all cores; return its seconds."""
-    widest = TrialConfigs(trial_config(job, job.search), find_spaces(job.search.space, SPACES)).widest()
+    widest = TrialConfigs(trial_config(job, job.search), find_spaces(job.search.space)).widest()
     config = replace(widest, launch=LaunchConfig(backend="local", gpu="off"))
     began = time.time()
     with running("cache_teacher.py", config, "cache-build", folder) as wait:
@@ -288,7 +287,7 @@ def arms(args: Any, folder: Path) -> dict[str, float]:
     """Return the figures of the requested arms."""
     job = base_job(args, folder)
     cached = replace(job, cache=CacheConfig(root=str(folder / "cache"), canary=0.0, calibration_rows=512))
-    configs = TrialConfigs(trial_config(job, job.search), find_spaces(job.search.space, SPACES))
+    configs = TrialConfigs(trial_config(job, job.search), find_spaces(job.search.space))
     planned = [configs(params) for params in draw_pack(replace(job.search, pack=TRIALS), configs, 0, [])]
     teachers = sum(each.config.loss.uses_teacher for each in planned)
     print(f"{TRIALS} configurations, {teachers} of which use the teacher", flush=True)

@@ -21,7 +21,6 @@ from mimkd_ray.data.prepare.make_shards import prepare
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import check_name, place
 from mimkd_ray.recipes import IMAGENET_RECIPES
-from mimkd_ray.search.spaces import SPACES
 
 ODD = "my runs #1 %41 50% é 数据 [a]*?"
 """A folder's name as people have them."""
@@ -161,7 +160,7 @@ def test_a_bad_name_on_the_command_line_is_one_line_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    train, find = partial(common.main, IMAGENET_RECIPES, "demo"), partial(search.main, IMAGENET_RECIPES, SPACES)
+    train, find = partial(common.main, IMAGENET_RECIPES, "demo"), partial(search.main, IMAGENET_RECIPES)
     value = {**to_dict(Config()), "recipe": "../../x"}
     (tmp_path / "c.json").write_text(json.dumps(value))
     for job, flags in (

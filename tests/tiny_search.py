@@ -13,8 +13,8 @@ from mimkd_ray.config import Config, SearchConfig, SearchJob
 from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.search.configs import TrialConfigs, trial_config
-from mimkd_ray.search.spaces import SPACES
-from mimkd_ray.search.suggest import Candidates, Suggest, find_spaces
+from mimkd_ray.search.spaces import find_spaces
+from mimkd_ray.search.suggest import Candidates, Suggest
 
 
 def tiny_job(folder: Path | str, sections: dict[str, dict[str, Any]] | None = None, **search: Any) -> SearchJob:
@@ -29,7 +29,7 @@ def tiny_job(folder: Path | str, sections: dict[str, dict[str, Any]] | None = No
 def tiny_configs(folder: Path, *names: str, **search: Any) -> TrialConfigs:
     """The configs of its trials; spaces by ``names``."""
     job = tiny_job(folder, space=names or ("temperature",), **search)
-    return TrialConfigs(trial_config(job, job.search), find_spaces(job.search.space, SPACES))
+    return TrialConfigs(trial_config(job, job.search), find_spaces(job.search.space))
 
 
 def figures(epoch: int, top1: float, nats: float = 1.0) -> dict[str, Any]:

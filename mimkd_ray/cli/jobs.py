@@ -33,9 +33,8 @@ def search(argv: Sequence[str], program: str) -> int:
     """Search for the best options (jobs/search.py)."""
     with _loading(argv):
         from mimkd_ray.cli import search as command
-        from mimkd_ray.search.spaces import SPACES
 
-    return command.main({**IMAGENET_RECIPES, **CIFAR_RECIPES}, SPACES, argv, program)
+    return command.main({**IMAGENET_RECIPES, **CIFAR_RECIPES}, argv, program)
 
 
 def prepare(argv: Sequence[str], program: str) -> int:

@@ -22,17 +22,15 @@ from mimkd_ray.search.configs import TrialConfigs, claim, search_digest, trial_c
 from mimkd_ray.search.finals import Finals
 from mimkd_ray.search.optuna_study import combinations
 from mimkd_ray.search.results import Clock, closing, write_report
-from mimkd_ray.search.suggest import Grid, Space, find_spaces
+from mimkd_ray.search.spaces import find_spaces
+from mimkd_ray.search.suggest import Grid
 from mimkd_ray.search.table import Table
 from mimkd_ray.train.records import run_files
 from mimkd_ray.train.records.loggers import require_loggers
 
 
 def main(
-    recipes: Mapping[str, Callable[[], Config]],
-    spaces: Mapping[str, Space],
-    argv: Sequence[str] | None = None,
-    program: str | None = None,
+    recipes: Mapping[str, Callable[[], Config]], argv: Sequence[str] | None = None, program: str | None = None
 ) -> int:
     """Run ``search.py [RECIPE] [--search.field value ...] [--field.path value ...]``; return the exit status."""
     program = program or sys.argv[0]
@@ -41,7 +39,7 @@ def main(
     def work() -> int:
         common.wait_asleep()
         job = common.parse(jobs, next(iter(jobs)), sys.argv[1:] if argv is None else argv, program)
-        return 0 if job is None else search(job, spaces)
+        return 0 if job is None else search(job)
 
     return common.guarded(program, work, "the same command goes on from the trials so far")
 
@@ -54,10 +52,10 @@ def _as_search(recipe: Callable[[], Config]) -> Callable[[], SearchJob]:
     return made
 
 
-def search(job: SearchJob, spaces: Mapping[str, Space]) -> int:
+def search(job: SearchJob) -> int:
     """Run a search to its end and write its results; return the exit status."""
     storage.be_patient(job.storage.patience_minutes)
-    found = find_spaces(job.search.space, spaces)
+    found = find_spaces(job.search.space)
     if job.launch.backend == "local":
         raise UserError("launch.backend is local, and a search is run by Ray Tune: leave it out; Ray starts by itself")
     require_loggers(job.run.loggers)

@@ -6,12 +6,15 @@ is chosen only if the critic has one, and the weight of a kind of term only if t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from mimkd_ray.by_name import named_function
 from mimkd_ray.config import Config
 from mimkd_ray.config.critic import StudentSide, TeacherSide
 from mimkd_ray.config.loss_presets import Negatives, SameClass
+from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.losses.bounds import BOUNDS
 from mimkd_ray.search.suggest import Candidates, Space, Suggest
 from mimkd_ray.train.networks.build import KINDS
@@ -141,3 +144,15 @@ SPACES: dict[str, Space] = {
     "rival": rival,
     "rate": rate,
 }
+
+
+def find_spaces(names: Sequence[str]) -> list[Space]:
+    """Return the spaces of these names; "package.module:function" is imported. Those of SPACES come first, in its
+    order. Raises UserError for a name that is neither."""
+    found = []
+    for name in names:
+        if ":" in name:
+            found.append(named_function("search.space", name))
+        elif name not in SPACES:
+            raise UserError(f"search.space {name!r} is unknown{nearest(name, SPACES)} (spaces: {', '.join(SPACES)})")
+    return [SPACES[name] for name in SPACES if name in names] + found

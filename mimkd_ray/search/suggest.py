@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from mimkd_ray.by_name import named_function, told
+from mimkd_ray.by_name import told
 from mimkd_ray.config import Config
 from mimkd_ray.config.loss_presets import Kind
-from mimkd_ray.errors import UserError, nearest
+from mimkd_ray.errors import UserError
 from mimkd_ray.search.trials import Value
 
 Grid = list[dict[str, Value]]
@@ -50,19 +50,6 @@ class Candidates:
 
 
 Space = Callable[[Suggest, Config, Candidates], Config]
-
-
-def find_spaces(names: Sequence[str], known: Mapping[str, Space]) -> list[Space]:
-    """Return the spaces of these names; "package.module:function" is imported. Known ones come in the order of
-    ``known``, so that the conditions of one can depend on an earlier one. Raises UserError for a name that is neither.
-    """
-    found = []
-    for name in names:
-        if ":" in name:
-            found.append(named_function("search.space", name))
-        elif name not in known:
-            raise UserError(f"search.space {name!r} is unknown{nearest(name, known)} (spaces: {', '.join(known)})")
-    return [known[name] for name in known if name in names] + found
 
 
 def compose(spaces: Sequence[Space], base: Config, candidates: Candidates) -> Callable[[Suggest], Config]:

@@ -17,7 +17,6 @@ from mimkd_ray.__main__ import main as tools
 from mimkd_ray.cli import cache_teacher, common, prepare_data, search
 from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.recipes import IMAGENET_RECIPES, demo
-from mimkd_ray.search.spaces import SPACES
 
 Case = tuple[str, Sequence[str], str]
 """Job, arguments, and a part of what is said."""
@@ -208,7 +207,7 @@ def run(job: str, arguments: Sequence[str], folder: Path) -> int:
         (folder / "in" / "train" / "ant" / "1.png").write_bytes(bad_files.IMAGES[0].as_py())
         return prepare_data.main(["--source", str(folder / "in"), "--target", out, *arguments])
     if job == "search":
-        return search.main(IMAGENET_RECIPES, SPACES, ["demo", *SMALL, "--run.root", out, *arguments])
+        return search.main(IMAGENET_RECIPES, ["demo", *SMALL, "--run.root", out, *arguments])
     if job == "cache":
         return cache_teacher.main(IMAGENET_RECIPES, arguments)
     if job == "tools":

@@ -37,7 +37,7 @@ JOBS: dict[str, tuple[Any, str, Callable[[], Any]]] = {
     "a search": (
         search_line,
         "find_spaces",
-        lambda: search_line.search(tiny_job("x", {"storage": {"patience_minutes": 3.5}}), {}),
+        lambda: search_line.search(tiny_job("x", {"storage": {"patience_minutes": 3.5}})),
     ),
     "a search from Python": (tune_search, "search", lambda: mimkd_ray.search(CONFIG)),
     "a builder": (cache_actors, "Setup", lambda: cache_actors._setup(to_dict(CONFIG), 1)),

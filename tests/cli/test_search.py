@@ -24,7 +24,6 @@ from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.errors import UserError
 from mimkd_ray.recipes import demo
 from mimkd_ray.search.results import Clock
-from mimkd_ray.search.spaces import SPACES
 from mimkd_ray.search.table import Table
 
 # Digits, a random teacher, trials of three epochs of four steps.
@@ -80,7 +79,7 @@ def test_trials_of_two_workers_are_stopped_and_leave_nothing(tmp_path: Path, mon
 
 def test_a_search_without_ray_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*FLAGS, "--launch.backend", "local", "--run.root", str(tmp_path)]
-    assert main({"demo": _demo}, SPACES, flags) == 2
+    assert main({"demo": _demo}, flags) == 2
     assert "a search is run by Ray Tune" in capsys.readouterr().err
 
 
@@ -105,7 +104,7 @@ def test_bad_input_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     arguments = [*FLAGS, "--run.root", str(tmp_path), *flags]
-    assert main({"demo": _demo}, SPACES, arguments) == 2
+    assert main({"demo": _demo}, arguments) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert error.count("\n") == 1
@@ -150,13 +149,13 @@ def test_a_search_that_cannot_be_run_overwrites_nothing(tmp_path: Path) -> None:
     trial.write_text("{}")
     (tmp_path / "s" / "config.json").write_text(json.dumps(to_dict(demo())))
     named = ["--run.root", str(tmp_path), "--run.name", "s", "--run.overwrite", "true"]
-    assert main({"demo": _demo}, SPACES, [*FLAGS, *named, "--cache.root", "nowhere", "--data.views", "2"]) == 2
+    assert main({"demo": _demo}, [*FLAGS, *named, "--cache.root", "nowhere", "--data.views", "2"]) == 2
     assert trial.exists()
 
 
 def test_a_misspelt_flag_is_told_by_tyro(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*FLAGS, "--launch.backend", "local", "--run.root", str(tmp_path), "--search.trails", "3"]
-    assert main({"demo": _demo}, SPACES, arguments) == 2
+    assert main({"demo": _demo}, arguments) == 2
     error = capsys.readouterr().err
     assert "Unrecognized options: --search.trails, 3" in error
     assert "--search.trials INT" in error

@@ -20,7 +20,6 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.recipes import IMAGENET_RECIPES
 from mimkd_ray.search.run_trials import train_trial
-from mimkd_ray.search.spaces import SPACES
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -68,11 +67,11 @@ def test_killed_trials_and_a_killed_search(joined: str, tmp_path: Path, capfd: p
     assert 1 <= len(ended(tmp_path)) < 3
     before = epochs(tmp_path, 2)
     with meanwhile(lambda: epochs(tmp_path, 2) > before, lambda: os.kill(os.getpid(), signal.SIGTERM)) as done:
-        assert main(IMAGENET_RECIPES, SPACES, flags) == 3, "it ends in good order, and can go on"
+        assert main(IMAGENET_RECIPES, flags) == 3, "it ends in good order, and can go on"
     assert done.is_set()
     assert "asked to stop" in capfd.readouterr().err
     assert len(ended(tmp_path)) < 3
-    assert main(IMAGENET_RECIPES, SPACES, flags) == 0
+    assert main(IMAGENET_RECIPES, flags) == 0
     assert re.search(r"\(\d trials? ended before\)", capfd.readouterr().out)
     assert [(each["state"], each["kind"]) for each in rows(tmp_path).values()] == [("completed", "")] * 3
     trials, _ = read_trials(str(tmp_path / "s" / "trials.parquet"))
@@ -99,7 +98,7 @@ def test_a_trial_whose_process_is_lost_for_good_is_recorded(
         kill([pid for pid in trial_processes(os.getpid()) if pid not in others][:1])
 
     with meanwhile(lambda: epochs(tmp_path, 0) >= 1, kill_one):
-        assert main(IMAGENET_RECIPES, SPACES, flags) == 0
+        assert main(IMAGENET_RECIPES, flags) == 0
     lost, whole = sorted(rows(tmp_path).values(), key=lambda each: each["state"] == "completed")
     assert (lost["state"], lost["kind"]) == ("failed", "lost")
     assert "died" in lost["reason"]

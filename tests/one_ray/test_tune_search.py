@@ -20,7 +20,6 @@ from mimkd_ray.cli import search as search_line
 from mimkd_ray.config import Config, SearchConfig, SearchJob
 from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.errors import UserError
-from mimkd_ray.search.spaces import SPACES
 from mimkd_ray.search.table import Table
 from mimkd_ray.search.trials import Trial
 from mimkd_ray.train.records import run_files
@@ -30,7 +29,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 def run(folder: Path, status: int = 0, **search: Any) -> list[Trial]:
     """Run a search of two epochs in ``folder``/s to its end, as its command does, and return its table."""
-    assert search_line.search(job_of(folder, **search), SPACES) == status
+    assert search_line.search(job_of(folder, **search)) == status
     trials, _ = read_trials(str(folder / "s" / "trials.parquet"))
     assert trials == Table(str(folder / "s"), "top1").trials()
     return trials

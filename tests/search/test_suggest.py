@@ -17,8 +17,8 @@ from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
-from mimkd_ray.search.spaces import SPACES
-from mimkd_ray.search.suggest import Candidates, Suggest, compose, every_answer, find_spaces, grid_values
+from mimkd_ray.search.spaces import SPACES, find_spaces
+from mimkd_ray.search.suggest import Candidates, Suggest, compose, every_answer, grid_values
 from mimkd_ray.search.tap_candidates import Range, _Draw, find_candidates, flat_space, near_pairs, widest
 from mimkd_ray.taps.default_stages import Stages
 from mimkd_ray.train.networks.build import plan_taps
@@ -66,7 +66,7 @@ def test_grid_values_are_even_and_reach_the_ends(low: float, factor: float, poin
 
 def test_spaces_are_found_in_the_order_in_which_they_depend() -> None:
     names = ["weights", "tiny_search:width", "taps", "temperature"]
-    assert find_spaces(names, SPACES) == [SPACES["temperature"], SPACES["taps"], SPACES["weights"], width]
+    assert find_spaces(names) == [SPACES["temperature"], SPACES["taps"], SPACES["weights"], width]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_spaces_are_found_in_the_order_in_which_they_depend() -> None:
 )
 def test_a_space_that_is_not_there(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        find_spaces([name], SPACES)
+        find_spaces([name])
 
 
 def test_candidates_are_stages_at_most_one_apart() -> None:

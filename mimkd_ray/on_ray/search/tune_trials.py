@@ -26,8 +26,8 @@ from mimkd_ray.json_files import read_json
 from mimkd_ray.search.configs import FieldConfigs, Made, TrialConfigs, trial_config
 from mimkd_ray.search.optuna_study import draw_pack
 from mimkd_ray.search.run_trials import Tell, explain, failure, failures_told, prepare, train_members, train_trial
-from mimkd_ray.search.spaces import SPACES
-from mimkd_ray.search.suggest import Grid, Space, find_spaces
+from mimkd_ray.search.spaces import find_spaces
+from mimkd_ray.search.suggest import Grid, Space
 from mimkd_ray.search.table import Table, point_of
 from mimkd_ray.secret_urls import Carried
 from mimkd_ray.train.records.run_dir import read_metrics, write_json
@@ -68,7 +68,7 @@ def configs_of(base: Config, space: Sequence[str | Space]) -> TrialConfigs | Fie
     """Return the map from hyperparameters to configs: by spaces, or without any by the names of fields."""
     if not space:
         return FieldConfigs(base)
-    named = find_spaces([each for each in space if isinstance(each, str)], SPACES)
+    named = find_spaces([each for each in space if isinstance(each, str)])
     return TrialConfigs(base, [*named, *(each for each in space if not isinstance(each, str))])
 
 

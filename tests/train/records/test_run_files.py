@@ -19,7 +19,6 @@ from mimkd_ray.config.jobs.search import SearchConfig, search_job
 from mimkd_ray.errors import UserError
 from mimkd_ray.run_lock import held
 from mimkd_ray.search.configs import claim
-from mimkd_ray.search.spaces import SPACES
 from mimkd_ray.train.records import run_files
 
 
@@ -61,7 +60,7 @@ def test_a_directory_that_is_no_runs_is_refused_and_stays(
     ):
         overwritten(config)
     with pytest.raises(UserError, match="Nothing was removed"):
-        search_line.search(search_of(config), SPACES)
+        search_line.search(search_of(config))
     assert files(place) == before
     assert (place / "checkpoints").is_dir()
 
@@ -79,7 +78,7 @@ def test_a_search_and_a_run_do_not_overwrite_each_other(theirs: str, ours: str, 
     marker = search_of(config) if theirs == "search" else config
     (place / "config.json").write_text(json.dumps(to_dict(marker)))
     with pytest.raises(UserError, match=rf"one is the directory of a {theirs}, and this is a {ours}\. Nothing was"):
-        overwritten(config) if ours == "run" else search_line.search(search_of(config), SPACES)
+        overwritten(config) if ours == "run" else search_line.search(search_of(config))
     assert files(place) == ["config.json", "trials/0000.json"]
 
 
@@ -90,10 +89,10 @@ def test_a_search_that_goes_on_is_not_overwritten(tmp_path: Path) -> None:
     with held(str(tmp_path / "one")):
         before = files(tmp_path)
         with pytest.raises(UserError, match=r"one is in use by process \d+ on .*pass another --run\.name"):
-            search_line.search(job, SPACES)
+            search_line.search(job)
         assert files(tmp_path) == before
     with pytest.raises(UserError, match=r"search\.seed: 7 -> 0.*--run\.overwrite true to start anew"):
-        search_line.search(replace(job, run=replace(job.run, overwrite=False)), SPACES)
+        search_line.search(replace(job, run=replace(job.run, overwrite=False)))
     assert files(tmp_path) == ["one/config.json"]
 
 
