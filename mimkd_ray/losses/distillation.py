@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 import torch
@@ -185,19 +186,24 @@ class MIMKDLoss(nn.Module):
             own_KX = torch.stack(list(values))
             return own_KX if gather is None else gather(own_KX)
 
-        frozen = [critic.teacher for critic in self.critics if isinstance(critic.teacher, FrozenSide)]
-        if frozen:
-            means_LX = all_lanes([torch.cat(lane.means) for lane in lanes])
-            images = len(means_LX) * len(lanes[0].ids_B)
-            widths = [side.width for side in frozen]
-            for side, mean_d in zip(frozen, means_LX.mean(0).split(widths), strict=True):
-                side.update(mean_d, images)
         standard = [module for module in self.critics.modules() if isinstance(module, Standardised)]
         if standard:
             own = [module.observed() for module in standard]
             step_X = all_lanes([torch.cat(own)] * len(lanes)).mean(0)  # each lane has the mean of its worker's lanes
             for module, moments in zip(standard, step_X.split([len(each) for each in own]), strict=True):
                 module.update(moments)
+        # Lanes of one size at a time: in an own loop, an epoch's last batch may be smaller than the others of its step.
+        for size, group in groupby(lanes, key=lambda lane: len(lane.ids_B)):
+            self._take_in(size, list(group), all_lanes)
+
+    def _take_in(self, size: int, lanes: Sequence[_Lane], all_lanes: Callable[[Sequence[Tensor]], Tensor]) -> None:
+        """Add lanes of ``size`` images to the means of frozen sides and to the queue."""
+        frozen = [critic.teacher for critic in self.critics if isinstance(critic.teacher, FrozenSide)]
+        if frozen:
+            means_LX = all_lanes([torch.cat(lane.means) for lane in lanes])
+            widths = [side.width for side in frozen]
+            for side, mean_d in zip(frozen, means_LX.mean(0).split(widths), strict=True):
+                side.update(mean_d, len(means_LX) * size)
         if self.queue is not None:
             vectors = {tap: all_lanes([lane.vectors[tap] for lane in lanes]).flatten(0, 1) for tap in lanes[0].vectors}
             ids_N = all_lanes([lane.ids_B for lane in lanes]).flatten()
@@ -285,7 +291,7 @@ class MIMKDLoss(nn.Module):
             unknown_B1 = (classes_B < 0).unsqueeze(1)
             valid_BK = valid_BK & (valid_pairs(classes_B, self.negatives) | unknown_B1)
         reduced_LBC = critic.reduce_teacher(teacher_LBC)
-        if isinstance(critic, ConcatCritic):
+        if self.training and isinstance(critic, ConcatCritic):
             critic.observe(reduced_LBC, student_LBC)
         candidates = Candidates(reduced_LBC, valid_BK)
         if term.kind != "feature":

@@ -12,6 +12,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from mimkd_ray.config import LossConfig
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.losses.methods.registry import RIVALS
+from mimkd_ray.losses.shared_classes import SharedClasses, comparable
+from mimkd_ray.models.weights import say_once
 
 PAIR_KINDS = ("global", "local", "feature", "rival")
 
@@ -47,7 +49,12 @@ def with_pairs(loss: LossConfig, pairs: Mapping[str, Sequence[str]]) -> LossConf
 
 
 def check_combination(
-    teacher: nn.Module, student: nn.Module, loss: LossConfig, steps: int | None, epoch_steps: int | None
+    teacher: nn.Module,
+    student: nn.Module,
+    loss: LossConfig,
+    steps: int | None,
+    epoch_steps: int | None,
+    labels: Labels,
 ) -> None:
     """Raise UserError for networks that cannot be distilled, and for what a loss needs beside batches."""
     if teacher is student:
@@ -75,3 +82,40 @@ def check_combination(
         )
     if loss.uses_features and loss.resolved_negatives == "cache":
         raise UserError("loss.negatives is cache, which a loop of batches has none of: choose queue, all or step")
+    reads = [rival for rival in loss.rivals if RIVALS[rival].one_class]
+    if reads and labels != "all":
+        raise UserError(
+            f"loss.name has {' and '.join(reads)}, which reads the label of every image, and labels is {labels!r}: "
+            "choose another loss"
+        )
+    if labels == "none" and not loss.uses_teacher:
+        raise UserError(
+            "labels is 'none', and the loss has nothing but labels to learn from: choose one that has a teacher, such "
+            "as LossConfig()"
+        )
+
+
+def without_other_classes(loss: LossConfig, of_teacher: int, of_student: int) -> LossConfig:
+    """Return the loss without what compares logits, where teacher and student have other numbers of classes. Raises
+    UserError for a loss that compares nothing then."""
+    reads = [rival for rival in loss.rivals if of_student < RIVALS[rival].fewest_classes]
+    if reads:
+        raise UserError(
+            f"loss.name has {reads[0]}, which compares the label with the other classes, and the student has "
+            f"{of_student} class: choose another loss"
+        )
+    if of_teacher == of_student:
+        return loss
+    left = comparable(loss, SharedClasses())
+    if loss.uses_teacher and not left.uses_teacher:
+        raise UserError(
+            f"the teacher has {of_teacher} classes and the student {of_student}, and all that the loss has of the "
+            "teacher compares the logits of both: choose one that reads features, such as LossConfig(), or a teacher "
+            "of the student's classes"
+        )
+    if (left.resolved_kd_weight, left.rivals) != (loss.resolved_kd_weight, loss.rivals):
+        say_once(
+            f"teacher has {of_teacher} classes and the student {of_student}: what compares logits (KD, DKD, DIST) is "
+            "off"
+        )
+    return left

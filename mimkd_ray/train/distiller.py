@@ -13,8 +13,6 @@ for images, labels, ids in loader:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +23,12 @@ from mimkd_ray.config import LossConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features, Others
-from mimkd_ray.losses.shared_classes import SharedClasses, check_classes, comparable
+from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.losses.teacher_queue import class_numbers
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.taps.tapped_model import TappedModel
-from mimkd_ray.train.distill_checks import Labels, check_combination, check_kinds, with_pairs
+from mimkd_ray.train.distill_checks import Labels, check_combination, check_kinds, with_pairs, without_other_classes
 from mimkd_ray.train.distributed import gather_lanes, is_distributed
 from mimkd_ray.train.networks.build import TapPlan, plan_taps
 from mimkd_ray.train.networks.teacher import canonical
@@ -142,7 +140,13 @@ class Distiller(nn.Module):
                     f"{name} is {found}, for {len(images)} images: pass a tensor of whole numbers (B,)"
                     + (", or of probabilities (B, classes)" if mixed else "")
                 )
-        return (labels if labels.is_floating_point() else labels.long()), ids
+        if not labels.is_floating_point():
+            return labels.long(), ids.long()
+        one_class = [method for method in self.loss.methods if RIVALS[method].one_class]
+        if one_class or self.loss.labels == "partial":
+            why = f"loss.name has {one_class[0]}" if one_class else "the distiller was made with labels='partial'"
+            raise UserError(f"labels are probabilities {tuple(labels.shape)}, and {why}: pass class numbers (B,)")
+        return labels, ids.long()
 
     def _features(self, images: Tensor, labels: Tensor, ids: Tensor) -> tuple[Features | None, Features, Tensor]:
         tapped = self._tapped[0]
@@ -166,8 +170,11 @@ class Distiller(nn.Module):
         if not self.loss.config.uses_teacher:
             return None
         network = self._teacher[0]
-        if next(network.parameters(), images).device != images.device:
-            network.to(images.device)
+        first = next(network.parameters(), images)
+        # To float64 and back, as distiller.double() takes the student; half precision is the teacher's own choice.
+        dtype = images.dtype if torch.float64 in (images.dtype, first.dtype) else first.dtype
+        if (first.device, first.dtype) != (images.device, dtype):
+            network.to(images.device, dtype)
         if network.model.training:  # a module of the user's that holds the teacher too may have switched it
             network.eval()
         logits, taps = network(images)
@@ -205,14 +212,8 @@ class Distiller(nn.Module):
                 "means of the critics: call distiller.train() after an evaluation"
             )
         self._noted = False
-        batches, self.loss.lanes = self.loss.lanes, []
         world = dist.get_world_size() if is_distributed() else 1
-        # Batches of one size at a time: the last one of an epoch may be smaller than the others of its step.
-        for _, group in groupby(batches, key=lambda batch: len(batch.ids_B)):
-            self.loss.lanes = list(group)
-            self.loss.after_step(partial(gather_lanes, lanes=len(self.loss.lanes) * world))
-        if not batches:
-            self.loss.after_step()
+        self.loss.after_step(lambda own_KX: gather_lanes(own_KX, len(own_KX) * world))
         self.step += 1
         self.steps_taken += 1
         self._begin_step()
@@ -276,13 +277,7 @@ def distill(
     """
     check_kinds(teacher, student, image_size, loss, labels)
     loss = with_pairs(loss or LossConfig(), pairs or {})
-    check_combination(teacher, student, loss, steps, epoch_steps)
-    widths = check_logits(teacher, image_size), check_logits(student, image_size, trained=True)
-    shared = None if widths[0] == widths[1] else SharedClasses()
-    check_classes(loss, shared, widths[1])
-    asked, loss = loss, comparable(loss, shared)
-    if (asked.resolved_kd_weight, asked.rivals) != (loss.resolved_kd_weight, loss.rivals):
-        say_once(
-            f"teacher has {widths[0]} classes and the student {widths[1]}: what compares logits (KD, DKD, DIST) is off"
-        )
+    check_combination(teacher, student, loss, steps, epoch_steps, labels)
+    of_teacher, of_student = check_logits(teacher, image_size), check_logits(student, image_size, trained=True)
+    loss = without_other_classes(loss, of_teacher, of_student)
     return Distiller(teacher, student, plan_taps(loss, teacher, student, image_size), loss, steps, epoch_steps, labels)

@@ -17,7 +17,7 @@ from tiny_run import cpu, tiny_config, tiny_data
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mimkd_ray.config import Config, LossConfig
+from mimkd_ray.config import Config, CriticConfig, LossConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.models.zoo import build_model
@@ -29,6 +29,10 @@ from mimkd_ray.train.engine.step import optimisation_step, seed_lane
 from mimkd_ray.train.engine.student import Student, lone_student
 from mimkd_ray.train.networks.build import build_student
 from mimkd_ray.train.networks.optim import build_optimizer, learning_rate
+
+CONCAT = LossConfig(
+    preset="two_sided", local_weight=0.0, feature_weight=0.0, critic=CriticConfig(kind="concat", width=8)
+)
 
 
 def networks(seed: int = 0) -> tuple[nn.Module, nn.Module]:
@@ -160,13 +164,20 @@ def test_without_ids_no_image_was_seen_before() -> None:
         assert float(ceiling) == pytest.approx(torch.tensor(1.0 + negatives).log().item())
 
 
-def test_a_batch_in_evaluation_mode_leaves_nothing_behind() -> None:
-    own = some_distiller()
+@pytest.mark.parametrize("loss", [LossConfig(queue=64), CONCAT], ids=["queue", "concat"])
+def test_a_batch_in_evaluation_mode_leaves_nothing_behind(loss: LossConfig) -> None:
+    own = some_distiller(loss)
+    before = {name: value.clone() for name, value in own.loss.named_buffers()}
     own.eval()
     own(*batch())
     own.read(*batch())
     own.after_step()
-    assert not own.loss.queue.filled_Q.any()
+    for name, value in own.loss.named_buffers():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_batch_in_training_mode_enters_the_queue() -> None:
+    own = some_distiller()
     own.train()
     own(*batch())
     own.after_step()
@@ -198,6 +209,17 @@ def test_steps_may_have_several_batches_of_different_sizes() -> None:
     for name, value in whole.loss.named_buffers():
         torch.testing.assert_close(dict(own.loss.named_buffers())[name], value, msg=name)
     assert own.step == 1
+
+    # The concat critic's statistics are the mean of those of each batch, as a step of its own would leave them.
+    own, *alone = (some_distiller(CONCAT) for _ in range(4))
+    for rows, single in zip((slice(0, 8), slice(8, 16), slice(16, 20)), alone, strict=True):
+        for each in (own, single):
+            each(images[rows], labels[rows], torch.arange(20)[rows])
+        single.after_step()
+    own.after_step()
+    for critics in zip(*(each.loss.critics for each in (own, *alone)), strict=True):
+        for ours, *theirs in zip(*(critic.standard for critic in critics), strict=True):
+            torch.testing.assert_close(ours.moments_2C, sum(one.moments_2C for one in theirs) / 3)
 
 
 def descend(own: Any, step: int) -> float:
@@ -280,25 +302,6 @@ def test_forgotten_bookkeeping_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         own(*batch())
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"labels": None}, "labels is None: .*labels='none'"),
-        ({"labels": torch.zeros(8)}, r"labels is \(8,\) of torch.float32, for 8 images: .*whole numbers"),
-        ({"labels": torch.zeros(8, 1, dtype=torch.long)}, r"labels is \(8, 1\) of torch.int64"),
-        ({"labels": [0] * 8}, "labels is a list"),
-        ({"ids": torch.arange(4)}, r"ids is \(4,\) of torch.int64, for 8 images"),
-        ({"ids": [f"{number}.jpg" for number in range(8)]}, "ids is a list"),
-        ({"ids": torch.rand(8)}, "ids is .*float32"),
-        ({"images": torch.zeros(1, 3, 8, 8), "labels": torch.zeros(1).long()}, "1 image has no negatives.*drop_last"),
-    ],
-)
-def test_what_is_no_batch_is_an_error(change: dict[str, Any], message: str) -> None:
-    images, labels = batch()
-    with pytest.raises(UserError, match=message):
-        some_distiller()(**({"images": images, "labels": labels} | change))
-
-
 def test_labels_that_nobody_needs_are_left_out() -> None:
     images, labels = batch()
     found = [some_distiller(labels="none")(images, given, ids=torch.arange(8)).total for given in (None, labels - 20)]
@@ -308,6 +311,20 @@ def test_labels_that_nobody_needs_are_left_out() -> None:
 def test_class_numbers_of_any_whole_type() -> None:
     images, labels = batch()
     assert some_distiller()(images, labels.int()).total.item() == some_distiller()(images, labels).total.item()
+    own = some_distiller()
+    own(images, labels, torch.arange(8, dtype=torch.int32))
+    own.after_step()
+    assert own.loss.queue.ids_Q[:8].tolist() == list(range(8))
+
+
+def test_the_teacher_follows_to_float64_and_back() -> None:
+    own = some_distiller()
+    images, labels = batch()
+    single = own(images, labels).total
+    double = own.double()(images.double(), labels).total
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), single, rtol=1e-4, atol=0)
+    assert own.float()(images, labels).total.dtype == torch.float32
 
 
 def test_an_evaluation_mode_that_was_left_on_is_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -337,43 +354,6 @@ class _Bare(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(images.flatten(1))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"loss": LossConfig(schedule="rise")}, "steps="),
-        ({"loss": LossConfig(name=("dkd",))}, "epoch_steps="),
-        ({"loss": LossConfig(name=("crd",))}, "memory bank"),
-        ({"loss": LossConfig(negatives="cache")}, "negatives is cache"),
-        ({"steps": 0}, "steps is 0"),
-        ({"labels": "some"}, "labels is 'some': give one of all, partial, none"),
-        ({"loss": "best"}, r"loss is 'best': pass .*LossConfig\(preset='best'\)"),
-        ({"image_size": (8, 8)}, r"image_size is \(8, 8\): give one number"),
-        ({"student": "resnet8"}, "student is 'resnet8': pass a torch.nn.Module"),
-        ({"pairs": {"glob": ["pool:pool"]}}, "did you mean 'global'"),
-        ({"pairs": {"global": "pool:pool"}}, "give a list"),
-        ({"pairs": {"global": ["pol:pool"]}}, "'pol' not found.*did you mean 'pool'"),
-        ({"pairs": {"feature": ["stage3:pool"]}}, "needs a map"),
-        ({"student": DistributedDataParallel}, "pass the plain network"),
-        ({"student": None}, "one object"),
-    ],
-)
-def test_what_cannot_be_is_an_error(
-    options: dict[str, Any], message: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    teacher, student = networks()
-    if options.get("student", 0) is None:
-        student = teacher
-    elif options.get("student") == "resnet8":
-        student = "resnet8"  # type: ignore[assignment]
-    elif "student" in options:
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-        request.addfinalizer(dist.destroy_process_group)
-        student = DistributedDataParallel(student)
-    options = {key: value for key, value in options.items() if key != "student"}
-    with pytest.raises(UserError, match=message):
-        distill(teacher, student, **({"image_size": 8} | options))
 
 
 def test_kd_alone_reads_no_layer() -> None:
