@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -110,7 +111,7 @@ def summarise(done: Sequence[dict[str, Any]], alone: Sequence[dict[str, Any]] | 
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and math.isfinite(value)]  # JSON has None for these
     return statistics.fmean(known) if known else None
 
 

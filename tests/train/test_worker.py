@@ -18,8 +18,9 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train import worker
-from mimkd_ray.train.compare import arm_config, paired
+from mimkd_ray.train.compare import arm_config, paired, summarise
 from mimkd_ray.train.networks.teacher_check import chance_limit
+from mimkd_ray.train.records.run_dir import jsonable
 from mimkd_ray.train.worker import measure, obtain_teacher, run_job
 
 
@@ -106,6 +107,15 @@ def test_a_random_teacher_is_the_same_after_a_restart(tmp_path: Path) -> None:
         torch.manual_seed(noise)
         digests.append(obtain_teacher(config, data, cpu(), str(tmp_path))[1]["teacher"]["sha256"])
     assert digests[0] == digests[1]
+
+
+def test_a_comparison_is_the_same_of_fresh_and_of_read_results() -> None:
+    """JSON has null for what is no number."""
+    fresh = [
+        {"student": {"top1": 50.0}, "images_per_second": 1.0, "nats": {"t": {"nats": nats, "ceiling": np.inf}}}
+        for nats in (np.nan, 0.5)
+    ]
+    assert jsonable(summarise(fresh, None)) == summarise(jsonable(fresh), None)
 
 
 def test_a_comparison_pairs_its_arms_and_can_be_taken_up_again(tmp_path: Path) -> None:
