@@ -125,6 +125,7 @@ def test_evaluate_is_what_one_counts_by_hand() -> None:
     model = build_model("cifar/resnet8", 10)
     images, labels, logits = by_hand(model)
     model.train()
+    frozen = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)).eval()
     top1 = 100 * float((logits.argmax(1) == labels).double().mean())
     top5 = 100 * float((logits.topk(5).indices == labels[:, None]).any(1).double().mean())
     loader = DataLoader(TensorDataset(images, labels), batch_size=64)
@@ -132,6 +133,7 @@ def test_evaluate_is_what_one_counts_by_hand() -> None:
         assert (found.top1, found.top5, found.rows) == (pytest.approx(top1), pytest.approx(top5), 450)
         assert found.cross_entropy == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
         assert model.training
+        assert not frozen.training, "what was frozen stays so"
 
 
 def test_evaluate_refuses_what_are_no_batches() -> None:

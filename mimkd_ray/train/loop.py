@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -61,18 +61,17 @@ def train_on(
     Interrupted, on all workers, when the job was asked to stop and has saved its state.
     """
     began = time.perf_counter()
-    with console.phase(f"{config.recipe}: making the student and its inputs", said=False):
-        student = lone_student(config, data, teacher, context, run_dir)
-        start = student.resume(run_dir)
-    resumed = time.perf_counter() - began
-    if start:
-        say(context, f"resumed from step {start} of {run_dir} in {resumed:.1f} s")
-    run = Run(student, run_dir, start, began, extra or {})
-    loop = Loop([run], config.recipe, quiet)
-    try:
+    with ExitStack() as opened:
+        with console.phase(f"{config.recipe}: making the student and its inputs", said=False):
+            student = lone_student(config, data, teacher, context, run_dir)
+            opened.callback(student.inputs.close)
+            start = student.resume(run_dir)
+        resumed = time.perf_counter() - began
+        if start:
+            say(context, f"resumed from step {start} of {run_dir} in {resumed:.1f} s")
+        run = Run(student, run_dir, start, began, extra or {})
+        loop = Loop([run], config.recipe, quiet)
         loop.go()
-    finally:
-        student.inputs.close()
     return loop.results[run]
 
 
@@ -169,7 +168,7 @@ class Loop:
                 self.leave(run, MemberMemoryError(f"out of memory in step {step + 1}: {found.said}"))
             else:
                 records[run] = found
-        self._still_finite(lambda run: run.guard.add(step, records[run].log, records[run].ids))
+        self._still_finite(lambda run: run.guard.add(step + 1, records[run].log, records[run].ids))
         self.meter.step()
         self.context.times.mark("first_step")
         done = step + 1

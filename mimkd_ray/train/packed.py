@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ from mimkd_ray.train.networks.build import PlannedStudent, plan_student
 from mimkd_ray.train.networks.teacher_head import teacher_head
 from mimkd_ray.train.out_of_memory import each, is_out_of_memory
 from mimkd_ray.train.records import checkpoint
-from mimkd_ray.train.records.metrics import say
+from mimkd_ray.train.records.metrics import judged, say
 from mimkd_ray.train.records.outcomes import STOPPED, Failed, Finished, Outcome, Stopped, claim, fail, read_outcome
 from mimkd_ray.train.records.run_dir import jsonable, read_metrics, write_json
 from mimkd_ray.train.run_record import Run
@@ -92,13 +93,11 @@ def train_pack(
             else:
                 outcomes[number] = planned
     if going:
-        inputs, pack, lost = _open(members, going, data, teacher, context, judge, extra or {})
-        try:
+        with ExitStack() as opened:
+            pack, lost = _open(opened, members, going, data, teacher, context, judge, extra or {})
             if pack is not None:
                 pack.go()
                 outcomes |= pack.outcomes
-        finally:
-            inputs.close()
         outcomes |= lost
     return [outcome for outcome in outcomes.values() if outcome is not None]
 
@@ -162,6 +161,7 @@ def _found_no_memory(run_dir: str, error: Exception) -> Outcome:
 
 
 def _open(
+    opened: ExitStack,
     members: Sequence[Member],
     going: Mapping[int, PlannedStudent],
     data: Data,
@@ -169,9 +169,9 @@ def _open(
     context: Context,
     judge: Judge | None,
     extra: Mapping[str, Any],
-) -> tuple[Inputs, _Pack | None, dict[int, Outcome]]:
-    """The inputs of the members that are ``going``, their pack at the newest step that they share, and the outcomes of
-    those for which there was no memory. No pack where that is all of them."""
+) -> tuple[_Pack | None, dict[int, Outcome]]:
+    """The pack of the members that are ``going``, at the newest step that they share, and the outcomes of those for
+    which there was no memory. No pack where that is all of them. ``opened`` closes their inputs."""
     began = time.perf_counter()
     places = [members[number].run_dir for number in going]
     readers = [planned for planned in going.values() if planned.config.loss.uses_teacher]
@@ -180,6 +180,7 @@ def _open(
     cached = open_cached(readers, data, network, context, members[0].run_dir) if readers else None
     context.times.mark("cache")
     inputs = Inputs(list(going.values()), data, network, context, cached)
+    opened.callback(inputs.close)
     start, contents = checkpoint.newest_shared(places)
     students: dict[int, Student] = {}
     lost: dict[int, Outcome] = {}
@@ -196,7 +197,7 @@ def _open(
         checkpoint.drop_after(place, start)
         students[number] = student
     if not students:
-        return inputs, None, lost
+        return None, lost
     if start:
         seconds = time.perf_counter() - began
         members_told = count(len(students), "member")
@@ -206,7 +207,7 @@ def _open(
         for number, student in students.items()
     }
     told = {number: told_before(member.run_dir) for number, member in enumerate(members)} if judge is not None else {}
-    return inputs, _Pack(runs, judge, told), lost
+    return _Pack(runs, judge, told), lost
 
 
 def told_before(run_dir: str) -> dict[int, dict[str, Any]]:
@@ -273,8 +274,9 @@ class _Pack(Loop):
 
     def told(self, done: int, epoch: int) -> None:
         """Say it, and ask the judge."""
-        tops = ", ".join(f"{run.held_out['top1']:.2f}" for run in self.runs)
-        say(self.context, f"{self.label}: epoch {epoch}, held-out top-1 {tops} %")
+        runs = self.runs if self.inputs.data.judged else self.runs[:1]
+        tops = "; ".join(judged(run.held_out, run.student.head_learns) for run in runs)
+        say(self.context, f"{self.label}: epoch {epoch}, {tops}")
         figures = {number: told[done] for number, told in self.told_before.items() if done in told}
         self._judge(done, epoch, figures | {self.numbers[run]: jsonable(run.held_out) for run in self.runs})
 

@@ -118,7 +118,7 @@ def obtain_teacher(
         figures = {key: trained[key] for key in ("top1", "top5", "rows")}  # of its own last evaluation
     else:
         look = partial(measure, model, config, data, context, head.shared)
-        figures = known_or_measured(digest, head, config, data, context, run_dir, look)
+        figures = known_or_measured(digest, head, config, data, run_dir, look)
     known = {"name": teacher.name, "weights": shown(weights), **figures, "sha256": digest, "data": data.digest}
     ask_first(lambda: write_json(storage.join(run_dir, "teacher.json"), known))
     if known["top1"] is not None:

@@ -144,6 +144,7 @@ def test_information_is_read_over_all_pairs_in_evaluation_mode_and_leaves_no_tra
     )
     student = lone_student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
     state = {name: value.clone() for name, value in student.distiller.state_dict().items()}
+    frozen = student.exported().get_submodule("stem.1").eval()
     graphs: list[int] = []
     layer = dict(student.exported().named_modules())["stage3"]
     handle = layer.register_forward_hook(lambda m, i, out: graphs.append(len(out)) if out.requires_grad else None)
@@ -151,6 +152,7 @@ def test_information_is_read_over_all_pairs_in_evaluation_mode_and_leaves_no_tra
     handle.remove()
     assert graphs == [GRADIENT_IMAGES] == [32], "no graph of the other images of the batch, nor of any other batch"
     assert student.distiller.training
+    assert not frozen.training, "a batch norm that was frozen stays so"
     for name, value in student.distiller.state_dict().items():
         assert torch.equal(value, state[name]), name
     assert all(parameter.grad is None for parameter in student.distiller.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import start_ranks
@@ -12,10 +13,12 @@ from tiny_run import tiny_config
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.errors import UserError
 from mimkd_ray.train import run_record
+from mimkd_ray.train.held_out import known_accuracy
+from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.run_dir import MetricsLog
 from mimkd_ray.train.worker import do_job
 
-BLOCKED = ("teacher.json", "result.json", "metrics.jsonl")
+BLOCKED = ("evaluations", "teacher.json", "checkpoints", "result.json", "metrics.jsonl")
 
 
 class _Full(MetricsLog):
@@ -26,8 +29,13 @@ class _Full(MetricsLog):
             raise UserError("cannot write to metrics.jsonl: no space is left")
 
 
+def _refuse(url: str, *_: object) -> None:
+    raise UserError(f"cannot write below {url}: the evaluations and checkpoints are read-only")
+
+
 def _rank(rank: int, folder: str) -> None:
     """One process; leaves what it heard in the folder."""
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for blocked in BLOCKED:
         seeds = int(blocked == "result.json")
@@ -35,6 +43,10 @@ def _rank(rank: int, folder: str) -> None:
         run_dir = Path(folder, f"run-{blocked}")
         if blocked == "metrics.jsonl":
             run_record.MetricsLog = _Full  # type: ignore[misc]
+        elif blocked in ("evaluations", "checkpoints"):
+            patch = pytest.MonkeyPatch()
+            patch.setattr(known_accuracy, "write_json", _refuse)
+            patch.setattr(checkpoint, "newest", _refuse)
         elif rank == 0:
             (run_dir / blocked).mkdir(parents=True)  # a folder where the file would be
         dist.barrier()
@@ -43,6 +55,8 @@ def _rank(rank: int, folder: str) -> None:
             heard = "nothing"
         except Exception as error:
             heard = f"{type(error).__name__}: {error}"
+        if blocked in ("evaluations", "checkpoints"):
+            patch.undo()
         Path(folder, f"{blocked}-heard{rank}").write_text(heard)
     dist.destroy_process_group()
 

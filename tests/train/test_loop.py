@@ -4,6 +4,7 @@ import json
 import math
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from mimkd_ray.errors import NonFiniteLossError, UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train import loop
 from mimkd_ray.train.engine.captured import PlainEngine
+from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.student import Student, lone_student
+from mimkd_ray.train.packed import Member, train_pack
 from mimkd_ray.train.worker import run_job
 
 
@@ -136,6 +139,35 @@ def test_the_engine_is_closed_once_also_after_an_error(
     assert did == ["step"] * (2 if fails else 6) + ["close"]
 
 
+@pytest.mark.parametrize(
+    "fails", ["student.Student.__init__", "student.Student.resume", "student.checkpoint.newest_shared"]
+)
+def test_the_teacher_keeps_no_hooks_after_an_error_at_the_start(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run, and of a pack."""
+    opened: list[Inputs] = []
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise _StopError
+
+    class Opened(Inputs):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            opened.append(self)
+
+    for place in ("engine.student", "packed"):
+        monkeypatch.setattr(f"mimkd_ray.train.{place}.Inputs", Opened)
+    monkeypatch.setattr(f"mimkd_ray.train.engine.{fails}", stop)
+    config, teacher = tiny_config(), build_model("cifar/resnet8", 10)
+    start = partial(train_pack, [Member(config, str(tmp_path))])
+    if "shared" not in fails:
+        start = partial(loop.train, config, run_dir=str(tmp_path))
+    with pytest.raises(_StopError):
+        start(data=tiny_data(config), teacher=teacher, context=cpu())
+    assert [inputs.teacher.tapped.names for inputs in opened if inputs.teacher is not None] == [()]
+
+
 def test_a_finished_run_is_not_trained_again(
     plain: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +187,9 @@ def test_a_loss_that_is_no_number_stops_with_step_terms_and_ids(tmp_path: Path) 
     with pytest.raises(NonFiniteLossError) as caught:
         run_tiny(tmp_path, loss={"name": ()}, train={"epochs": 6}, **overflows)
     text = str(caught.value)
-    assert "at step" in text
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    last = max(line["step"] for line in lines)
+    assert f"at step {last + 1};" in text, "the step after the last one that was written"
     assert "not finite: ce" in text
     ids = text.split("sample ids ")[1].split(":")[0].split(", ")
     assert len(ids) == 20  # two lanes of ten

@@ -235,9 +235,11 @@ def test_the_judge_hears_every_evaluation_and_stops_members(tmp_path: Path, twin
     assert pack(configs, tmp_path / "pack", pytest.fail) == outcomes, "nothing is trained again"
 
 
-def test_a_pack_whose_members_are_all_stopped_ends(tmp_path: Path) -> None:
-    outcomes = pack(quick(), tmp_path, lambda epoch, figures: figures)
+def test_a_pack_whose_members_are_all_stopped_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = pack(quick(data={"labels": "none"}), tmp_path, lambda epoch, figures: figures)
     assert outcomes == [Stopped(1)] * 3
+    knn = [f"k-NN {lines(tmp_path / str(number))[-1]['knn']:.2f} %" for number in range(3)]
+    assert f"pack of 3: epoch 1, held-out {'; held-out '.join(knn)}" in capsys.readouterr().out
 
 
 class _KillError(Exception):

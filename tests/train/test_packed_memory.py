@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from test_packed import Dropping, alone, pack, quick, same
+from tiny_run import cpu, tiny_config, tiny_data
 from torch import Tensor
 
 from mimkd_ray.errors import MemberMemoryError
-from mimkd_ray.train.engine.student import Student
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train.engine import student as module
+from mimkd_ray.train.engine.student import Student, evaluate_together, lone_student
 
 
 class Hungry(Dropping):
@@ -139,3 +142,12 @@ def test_a_lone_run_without_memory_to_be_evaluated_ends_with_the_allocators_word
     config = replace(quick()[0], student=replace(quick()[0].student, name="test_packed_memory:HungryLook"))
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         alone([config], tmp_path)
+
+
+def test_who_finds_no_memory_for_k_nn_leaves_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(data={"labels": "none"}, train={"information_rows": 0})
+    student = lone_student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    monkeypatch.setattr(module, "knn_top1", lambda *_: torch.empty(2**45, dtype=torch.uint8))
+    failed: dict[Student, str] = {}
+    assert evaluate_together([student], failed) == {}
+    assert "can't allocate memory" in failed[student]

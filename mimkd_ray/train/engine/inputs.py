@@ -105,12 +105,13 @@ class Inputs:
         coding = cached.coding if cached is not None else None
         self.features = cached.reader if cached is not None else None
         self.decoder = coding if self.features is not None else None
-        self.teacher = build_teacher(planned, teacher, device, coding) if teacher is not None else None
         losses = [one.config.loss for one in planned]
         asked = {loss.resolved_negatives for loss in losses if loss.uses_teacher}
+        self.negatives = self._cached_negatives(losses) if "cache" in asked else None
+        # Hooks come last: an error before them leaves none on the teacher, which other runs may use.
+        self.teacher = build_teacher(planned, teacher, device, coding) if teacher is not None else None
         self.shares_vectors = "step" in asked and self.teacher is not None and bool(self.teacher.vectors)
         self.check = self._canary()
-        self.negatives = self._cached_negatives(losses) if "cache" in asked else None
         self.damage = DamageCounter(config.data.max_damaged, max(1, data.train.num_rows // context.world_size))
         self.waited = 0.0  # seconds that steps waited for the loader
         self._batches: Iterator[LaneBatch] | None = None

@@ -22,8 +22,9 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.losses.features import Features
 from mimkd_ray.models.head import head_of
+from mimkd_ray.models.modes import in_mode
 from mimkd_ray.taps.tapped_model import TappedModel
-from mimkd_ray.train.distributed import Context, ask_first, gather_by_rank, is_distributed, share_from_first
+from mimkd_ray.train.distributed import Context, ask_first, gather_by_rank, is_distributed
 from mimkd_ray.train.engine.gradients import SummedGradients
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.step import StepRecord, optimisation_step, seed_lane
@@ -41,6 +42,7 @@ from mimkd_ray.train.networks.optim import (
 )
 from mimkd_ray.train.networks.student_module import LaneNorms, StudentModule, data_parallel
 from mimkd_ray.train.networks.teacher_head import teacher_head, trains_head
+from mimkd_ray.train.out_of_memory import each
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import RESULT
@@ -209,30 +211,26 @@ class Student:
 
     def resume(self, run_dir: str) -> int:
         """Load the newest checkpoint of the run, if any. Returns the step to go on from (0 at the start)."""
-        # The first worker chooses: a straggler of an earlier start may commit another one meanwhile.
-        found = checkpoint.newest(run_dir) if self.context.rank == 0 else None
-        folder = share_from_first(found[0] if found else None)
-        if folder is None:
-            if self.config.run.start_from:
-                self.start_from(self.config.run.start_from)
-            return 0
-        return self.restore(run_dir, found[1] if found else checkpoint.read(folder))
+        content = _newest(run_dir)
+        if content is not None:
+            return self.restore(run_dir, content)
+        if self.config.run.start_from:
+            self.start_from(self.config.run.start_from)
+        return 0
 
     def start_from(self, run_dir: str) -> None:
         """Begin with what another run ended with: the weights that it exports (its student's, or their moving average),
         and the critics', the queue and the optimiser's state of its newest checkpoint. Raises UserError if they do not
         fit."""
-        found = checkpoint.newest(run_dir) if self.context.rank == 0 else None
-        folder = share_from_first(found[0] if found else None)
+        content = _newest(run_dir)
         file = storage.join(run_dir, "student.safetensors")
         weights, result = ask_first(lambda: (storage.exists(file), read_if_sound(storage.join(run_dir, RESULT)) or {}))
-        if folder is None and not weights:
+        if content is None and not weights:
             raise UserError(f"run.start_from {run_dir} has neither checkpoint nor result: name a run that reached one")
-        if folder is None:
+        if content is None:
             say(self.context, f"{run_dir} has no checkpoint: critics and optimiser start anew")
         try:
-            if folder is not None:
-                content = found[1] if found else checkpoint.read(folder)
+            if content is not None:
                 state = checkpoint.parse(content, self.context.device)
                 self.distiller.load_state_dict(state["distiller"])
                 load_portable(self.optimizer, state["optimizer"], own_settings=True)
@@ -266,6 +264,24 @@ class Student:
         return int(state["step"])
 
 
+def _newest(run_dir: str) -> bytes | None:
+    """Return the content of a run's newest checkpoint; None without one. The first worker chooses: a straggler of an
+    earlier start may commit another one meanwhile. Every worker calls it."""
+    found: list[tuple[str, bytes]] = []
+
+    def look() -> str | None:
+        newest = checkpoint.newest(run_dir)
+        if newest is None:
+            return None
+        found.append(newest)
+        return newest[0]
+
+    folder = ask_first(look)
+    if folder is None:
+        return None
+    return found[0][1] if found else checkpoint.read(folder)
+
+
 def _body(distiller: StudentModule, head_epochs: int, num_classes: int) -> list[torch.nn.Parameter]:
     """The student's parameters outside of its classifier; none where that is not trained first."""
     if not head_epochs:
@@ -286,7 +302,12 @@ def lone_student(
     planned = plan_student(config, teacher, data.num_classes, teacher_head(config, data).shared if teacher else None)
     cached = open_cached([planned], data, teacher, context, run_dir)
     context.times.mark("cache")
-    return Student(planned, Inputs([planned], data, teacher, context, cached))
+    inputs = Inputs([planned], data, teacher, context, cached)
+    try:
+        return Student(planned, inputs)
+    except BaseException:
+        inputs.close()  # the teacher may go on elsewhere
+        raise
 
 
 def evaluate_together(
@@ -304,9 +325,6 @@ def evaluate_together(
             stack.enter_context(student.settled())
         # With their taps: the network alone would leave those of its last batch in the hooks that are on it.
         networks = {student: student.tapped() for student in students}
-        training = {network: network.training for network in networks.values()}
-        for network in training:
-            network.eval()
         recorded = inputs.forwards
         logits = {
             student: partial(logits_of, network) if recorded is None else recorded.of(network)
@@ -315,16 +333,18 @@ def evaluate_together(
         measured = {student: Accuracy(math.nan, math.nan, math.nan, inputs.data.val.num_rows, 0) for student in logits}
         if inputs.data.judged:
             batches = inputs.held_out(inputs.eval_batch)
-            measured = accuracies(
-                logits, batches, inputs.normalize, images.max_damaged, held_out_name(images), failed=failed
-            )
-        for network, mode in training.items():
-            network.train(mode)
+            with in_mode(False, *networks.values()):
+                measured = accuracies(
+                    logits, batches, inputs.normalize, images.max_damaged, held_out_name(images), failed=failed
+                )
         values: dict[Student, dict[str, Any]] = {student: found._asdict() for student, found in measured.items()}
-        for student, figures in values.items():
+
+        def look_around(student: Student) -> None:
             if student.vector is not None:
                 knn = knn_top1(student.exported(), student.vector, student.config, inputs.data, inputs.normalize)
-                figures["knn"] = math.nan if knn is None else knn
+                values[student]["knn"] = math.nan if knn is None else knn
+
+        each(values, look_around, failed)
         readable = {student: student.distiller for student in values if student.distiller.loss.plan}
         if inputs.teacher is not None and readable and train.information_rows:
             # In batches of a lane, so that held-out nats have the ceiling of those in training.

@@ -111,8 +111,10 @@ def open_cached(
         # Every worker does the same work: waiting for one of them could outlast a collective's patience.
         teacher = build_teacher(planned, network, context.device)
         pipeline = make_pipeline(config.data.pipeline, config.data.image_size)
-        made = fit(Sight(config, data, pipeline, teacher, context.device), missing)
-        teacher.tapped.release()
+        try:
+            made = fit(Sight(config, data, pipeline, teacher, context.device), missing)
+        finally:
+            teacher.tapped.release()
         known |= ask_first(lambda: {label: calibration.publish(urls[label], value) for label, value in made.items()})
     numbers = {label: calibration.from_bytes(value, urls[label]) for label, value in known.items() if value}
     reader = None

@@ -18,6 +18,7 @@ from mimkd_ray.data.sources.folders import FolderSource
 from mimkd_ray.data.sources.own_dataset import OwnSource
 from mimkd_ray.data.sources.source import Source, numbers_in_names
 from mimkd_ray.errors import UserError
+from mimkd_ray.models.modes import in_mode
 from mimkd_ray.models.outputs import logits_from
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.train.distributed import is_distributed
@@ -34,7 +35,7 @@ def evaluate(
 
     Args:
         model: a network of normalised images (B, 3, H, W) to logits (B, classes), on the device that it is to run on.
-            Its training mode is afterwards what it was.
+            Its modules' training modes are afterwards what they were.
         data: a :class:`DataConfig`, whose validation set is decoded, cropped and normalised as a run does it; or
             batches of your own, such as a DataLoader: (normalised images, class numbers).
         validation: with a :class:`DataConfig`: a map-style data set of (image, label) in the place of its own
@@ -45,9 +46,7 @@ def evaluate(
     each rank must bring other images. Every rank calls it.
     """
     parameter = next(model.parameters(), torch.zeros(()))
-    training = model.training
-    model.eval()
-    try:
+    with in_mode(False, model):
         if isinstance(data, DataConfig):
             return _of_config(model, data, validation, batch, parameter)
         if validation is not None:
@@ -58,8 +57,6 @@ def evaluate(
             _AsGiven(parameter.device),
             name="the iterable",
         )
-    finally:
-        model.train(training)
 
 
 def _of_config(

@@ -17,6 +17,7 @@ from mimkd_ray.data.loading.damage import damaged_allowed
 from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
+from mimkd_ray.models.modes import in_mode
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.train.distributed import all_sum
 from mimkd_ray.train.networks.student_module import Normalizer, StudentModule
@@ -139,17 +140,18 @@ def read_information(
     """
     readings = {key: _Reading(distiller) for key, distiller in distillers.items()}
     read = 0
-    for batch in batches:
-        if len(batch) < 2:
-            continue
-        images = normalize(batch.images_BCHW)
-        labels_B, ids_B = batch.labels_B.to(normalize.device), batch.ids_B.to(normalize.device)
-        features = teacher.features(images)
-        seen = (images, labels_B, ids_B, features)
-        each(readings, lambda key, seen=seen: readings[key].add(*seen), failed)  # type: ignore[misc]
-        read += len(batch)
-        if read >= rows:
-            break
+    with in_mode(False, *distillers.values()):
+        for batch in batches:
+            if len(batch) < 2:
+                continue
+            images = normalize(batch.images_BCHW)
+            labels_B, ids_B = batch.labels_B.to(normalize.device), batch.ids_B.to(normalize.device)
+            features = teacher.features(images)
+            seen = (images, labels_B, ids_B, features)
+            each(readings, lambda key, seen=seen: readings[key].add(*seen), failed)  # type: ignore[misc]
+            read += len(batch)
+            if read >= rows:
+                break
     return {key: reading.finish(normalize.device) for key, reading in readings.items() if key not in (failed or {})}
 
 
@@ -163,11 +165,10 @@ def _part(features: Features, rows: slice) -> Features:
 
 
 class _Reading:
-    """The information of one student, being summed; the student is in evaluation mode meanwhile."""
+    """The information of one student in evaluation mode, being summed."""
 
     def __init__(self, distiller: StudentModule) -> None:
-        self.distiller, self.training = distiller, distiller.training
-        distiller.eval()
+        self.distiller = distiller
         self.names = [term.name for term in distiller.loss.plan]
         queued = {
             term.name for term in distiller.loss.plan if distiller.loss.queue is not None and term.kind != "feature"
@@ -209,7 +210,6 @@ class _Reading:
 
     def finish(self, device: torch.device) -> dict[str, float]:
         """The means over all ranks."""
-        self.distiller.train(self.training)
         # Every rank sums the same keys in the same order, also one that had no batch.
         keys = [f"{key}/grad_norm" for key in self.norms]
         keys += [f"{name}/{key}" for name in self.names for key in self.read[name]]

@@ -11,7 +11,7 @@ from mimkd_ray import storage
 from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.json_files import read_if_sound
-from mimkd_ray.train.distributed import Context, share_from_first
+from mimkd_ray.train.distributed import ask_first
 from mimkd_ray.train.networks.build import parameter_dtype
 from mimkd_ray.train.networks.teacher_head import TeacherHead
 from mimkd_ray.train.networks.teacher_input import teacher_input
@@ -30,7 +30,6 @@ def known_or_measured(
     head: TeacherHead,
     config: Config,
     data: Data,
-    context: Context,
     run_dir: str,
     measure: Callable[[], Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -46,10 +45,9 @@ def known_or_measured(
     }
     key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
     url = beside(run_dir, FOLDER, f"{key}.json")
-    known = share_from_first(read_if_sound(url, ("figures",), "it is measured again") if context.rank == 0 else None)
+    known = ask_first(lambda: read_if_sound(url, ("figures",), "it is measured again"))
     if known is None:
-        known = {"of": what, "figures": dict(measure())}
-        if context.rank == 0:
-            write_json(url, known)
+        known = made = {"of": what, "figures": dict(measure())}
+        ask_first(lambda: write_json(url, made))
     figures: dict[str, Any] = known["figures"]
     return figures

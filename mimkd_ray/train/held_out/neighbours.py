@@ -14,6 +14,7 @@ from mimkd_ray.data.loading.batches import LaneBatch
 from mimkd_ray.data.loading.loader import eval_batches
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.data.sources.source import Source, SubsetSource
+from mimkd_ray.models.modes import in_mode
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape, to_vector
 from mimkd_ray.train.networks.student_module import Normalizer
 
@@ -37,15 +38,13 @@ def knn_top1(model: nn.Module, vector: TapShape, config: Config, data: Data, nor
     if not data.judged:
         return None
     bank = _bank(config, data)
-    was = model.training
-    model.eval()
     tapped = TappedModel(model, [vector.name])
     try:
-        held_out = _features(tapped, vector, _batches(config, data.val), normalize)
-        others = _features(tapped, vector, _batches(config, bank), normalize) if bank is not None else held_out
+        with in_mode(False, model):
+            held_out = _features(tapped, vector, _batches(config, data.val), normalize)
+            others = _features(tapped, vector, _batches(config, bank), normalize) if bank is not None else held_out
     finally:
         tapped.release()
-        model.train(was)
     return knn_accuracy(*others, *held_out, leave_one_out=bank is None)
 
 

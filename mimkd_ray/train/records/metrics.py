@@ -100,7 +100,7 @@ class FiniteGuard:
         self.pending: list[tuple[int, Mapping[str, Tensor], list[Tensor]]] = []
 
     def add(self, step: int, log: Mapping[str, Tensor], ids: list[Tensor]) -> None:
-        """Take note of a step's breakdown and sample ids."""
+        """Take note of the breakdown and sample ids of step number ``step`` (from 1)."""
         self.pending.append((step, log, ids))
         while len(self.pending) > self.lag:
             self._check(*self.pending.pop(0))
@@ -114,7 +114,11 @@ class FiniteGuard:
     def _check(step: int, log: Mapping[str, Tensor], ids: list[Tensor]) -> None:
         if bool(torch.isfinite(log["loss"])):
             return
-        parts = {key: float(value) for key, value in log.items() if key in ("ce", "kd") or key.endswith("/loss")}
+        parts = {
+            key: float(value)
+            for key, value in log.items()
+            if key in ("ce", "kd") or key.startswith("rival/") or key.endswith("/loss")
+        }
         broken = [key for key, value in parts.items() if not torch.isfinite(torch.tensor(value))]
         sample = [i for lane in ids for i in lane.tolist()]
         raise NonFiniteLossError(

@@ -64,8 +64,9 @@ def test_other_workers_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_gpus_loss_is_looked_at_one_step_later_but_before_a_checkpoint() -> None:
     guard = FiniteGuard(torch.device("cuda"))
     bad = {"loss": torch.tensor(float("inf")), "ce": torch.tensor(1.0), "feature/a-b/loss": torch.tensor(float("nan"))}
+    bad["rival/dkd"] = torch.tensor(float("nan"))
     guard.add(7, bad, [torch.tensor([3, 5])])
-    with pytest.raises(NonFiniteLossError, match=re.escape("at step 7; not finite: feature/a-b/loss")):
+    with pytest.raises(NonFiniteLossError, match=re.escape("at step 7; not finite: feature/a-b/loss, rival/dkd (")):
         guard.check_all()
     guard.add(8, bad, [torch.tensor([3, 5])])
     with pytest.raises(NonFiniteLossError, match="sample ids 3, 5"):
