@@ -12,11 +12,13 @@ from mimkd_ray.config.digest import changes, refuse_changes
 from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.errors import MemberMemoryError, NonFiniteLossError, UserError
 from mimkd_ray.json_files import read_if_sound, read_json
+from mimkd_ray.teacher_cache.keys import CALIBRATIONS
+from mimkd_ray.train.records.loggers import FILE as LOGGERS
 from mimkd_ray.train.records.run_dir import jsonable, write_json
 
 CONFIG, RESULT, STOPPED, FAILED = "config.json", "result.json", "stopped.json", "failed.json"
-_INPUTS = ("teacher.json", "labels.json", "student.json")
-"""What the run has been begun with, beside its config."""
+_INPUTS = ("teacher.json", "labels.json", "student.json", LOGGERS)
+"""What the run has been begun with, beside its config; the runs of loggers that were begun with it."""
 
 DAMAGED_CONFIG = (
     "it says what is trained there: put it back from a copy, pass another --run.name, or remove it if the command is "
@@ -112,7 +114,9 @@ def _has_trained(run_dir: str) -> bool:
     before = (CONFIG, *_INPUTS, "error.json", "stop.json", "ray.log", "lock.json")
     metrics = storage.join(run_dir, "metrics.jsonl")
     empty = ("metrics.jsonl", "samples.jsonl") if storage.exists(metrics) and not storage.size(metrics) else ()
-    return any(name not in (*before, *empty) for name in storage.list_tree(run_dir))
+    # A calibration has a key of its own, and serves every config that asks for the same.
+    found = (name for name in storage.list_tree(run_dir) if not name.startswith(f"{CALIBRATIONS}/"))
+    return any(name not in (*before, *empty) for name in found)
 
 
 def read_outcome(run_dir: str) -> Outcome | None:

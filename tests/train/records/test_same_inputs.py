@@ -14,6 +14,7 @@ from bad_files import IMAGES, LABELS, table
 from safetensors.torch import load_file, save_file
 from tiny_run import cpu, tiny_config, tiny_data
 
+from mimkd_ray import storage
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import UserError
@@ -113,13 +114,13 @@ def test_a_directory_in_which_nothing_was_trained_takes_another_config(tmp_path:
     run, first = str(tmp_path), tiny_config()
     with held(run):
         claim(first, run)
-        for name in ("labels.json", "teacher.json", "student.json"):
-            (tmp_path / name).write_text("{}")
+        for name in ("labels.json", "teacher.json", "student.json", "loggers.json", "calibrations/a.safetensors"):
+            storage.write_bytes(f"{run}/{name}", b"{}")
     with held(run):
         claim(first, run)
-        assert len(list(tmp_path.iterdir())) == 5
+        assert len(list(tmp_path.iterdir())) == 7
         claim(replace(first, optim=replace(first.optim, lr=0.5)), run)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibrations", "config.json"]
 
 
 def test_a_teacher_that_was_refused_may_be_another_one(tmp_path: Path) -> None:
