@@ -1,7 +1,7 @@
 """The registry of CIFAR networks by name: add a family here.
 
-`build_model("cifar/resnet20", 100)` in zoo.py finds them here. Their taps need no entry: taps/default_stages.py finds
-the stages of a network by a dry run.
+`build_model("cifar/resnet20", 100)` in zoo.py finds them here. Their taps need no entry: `StagedNet`
+(cifar_blocks.py) names them.
 """
 
 from __future__ import annotations

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.outputs import describe
 from mimkd_ray.taps.tapped_model import TapShape, shape_of, tap_shape
-from mimkd_ray.taps.tracing import Call, DryRun, dry_run
+from mimkd_ray.taps.tracing import DROPOUT, Call, DryRun, dry_run
 
-_POOLING = (_AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd)
+_POOLING = (
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AvgPool1d, nn.AvgPool2d,
+    nn.MaxPool1d, nn.MaxPool2d,
+)  # fmt: skip
 _ACTIVATIONS = (
     nn.ReLU, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Threshold, nn.Softplus, nn.Softsign, nn.Sigmoid, nn.Hardsigmoid,
@@ -218,7 +219,7 @@ def _vector(run: DryRun, body: list[Call], usable: list[_Found]) -> str | None:
             continue
         grid = shape.kind != "vector" and shape.locations > 1
         same = [found for found in usable if found.call.key == call.key]
-        same = [found for found in same if not isinstance(found.call.module, (_DropoutNd, nn.Identity))]
+        same = [found for found in same if not isinstance(found.call.module, (*DROPOUT, nn.Identity))]
         if grid:
             # There is no vector between the last map and the classifier: use the map itself, unless it is overwritten.
             return _shortest(same).call.path if same else None

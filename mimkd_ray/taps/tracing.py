@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.models.modes import in_mode
 from mimkd_ray.models.outputs import describe, logits_of
 
 BATCH = 2
@@ -29,6 +29,8 @@ SMALL = 64
 
 INPUT = "@input"
 """Suffix of a module's path that names the module's first positional argument instead of its output."""
+
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,18 +160,14 @@ def _forward(model: nn.Module, images: Tensor, training: bool) -> DryRun:
         if path:
             handles.append(module.register_forward_pre_hook(record_input(path)))
             handles.append(module.register_forward_hook(record(path)))
-        if isinstance(module, _DropoutNd) and module.inplace and module.p > 0:
+        if isinstance(module, DROPOUT) and module.inplace and module.p > 0:
             handles.append(module.register_forward_pre_hook(note_dropout))
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_mode(training, model):
             output = model(images)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return DryRun(model, images.shape[-1], calls, others, inputs, other_inputs, output, frozenset(dropped))
 
 

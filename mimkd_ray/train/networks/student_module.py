@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from mimkd_ray.losses.distillation import LossOutput, MIMKDLoss
@@ -18,6 +17,8 @@ from mimkd_ray.losses.features import Features
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape
 from mimkd_ray.train.distributed import all_sum
 from mimkd_ray.train.networks.teacher import canonical
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class StudentModule(nn.Module):
@@ -101,14 +102,14 @@ class LaneNorms:
         self.buffers = [
             buffer
             for norm in module.modules()
-            if isinstance(norm, _BatchNorm) and norm.track_running_stats
+            if isinstance(norm, _BATCH_NORMS) and norm.track_running_stats
             for buffer in (norm.running_mean, norm.running_var)
             if buffer is not None
         ]
         self.counters = [
             norm.num_batches_tracked
             for norm in module.modules()
-            if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None
+            if isinstance(norm, _BATCH_NORMS) and norm.num_batches_tracked is not None
         ]
 
     def begin_step(self) -> None:
