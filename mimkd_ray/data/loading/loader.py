@@ -15,6 +15,7 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,7 +242,10 @@ def _run(
     )
     reader = ReadAhead(ahead, _PositionsOf(keys, ahead), far, loader_workers > 0) if far else None
     try:
-        yield from _opened(answers_of(loader, keys, batches), reader)
+        # Closed at once, also after an error, whose traceback would keep it: torch waits 5 s for each process of one
+        # that is left to the garbage collector.
+        with closing(answers_of(loader, keys, batches)) as answers:
+            yield from _opened(answers, reader)
     finally:
         if reader is not None:
             reader.close()

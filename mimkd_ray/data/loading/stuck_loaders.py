@@ -8,7 +8,7 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -31,7 +31,7 @@ _PIN_LOOP = "_pin_memory_loop"
 which a batch is waited for without limit. If torch renames it, its end is not noticed here."""
 
 
-def answers_of(loader: DataLoader[Any], keys: Iterable[Key], batches: Batches) -> Iterator[Answer]:
+def answers_of(loader: DataLoader[Any], keys: Iterable[Key], batches: Batches) -> Generator[Answer]:
     """Yield the answers of a loader to all keys. `batches` makes those that stuck processes leave out."""
     with _opening:  # another thread may open a loader too
         before, threads = set(multiprocessing.active_children()), set(threading.enumerate())

@@ -235,9 +235,10 @@ def test_damaged_evaluation_images_are_left_out(tmp_path: Path, workers: int) ->
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_no_intact_image_at_all(tmp_path: Path, workers: int) -> None:
-    source = _damaged_set(tmp_path, set(range(12)))
+    source, before = _damaged_set(tmp_path, set(range(12))), set(multiprocessing.active_children())
     with pytest.raises(DamagedDataError) as caught:
         _train(source, [0], workers)
+    assert not set(multiprocessing.active_children()) - before, "they end with the error, not with the last trace of it"
     message = str(caught.value)
     assert message.startswith("none of the 4 images of a batch can be decoded: train-0.parquet row")
     assert message.count("row ") == 3
