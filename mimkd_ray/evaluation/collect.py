@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,15 +35,6 @@ class Collected:
     damaged: tuple[str, ...] = ()
 
 
-@dataclass
-class _Parts:
-    ids: list[Tensor] = field(default_factory=list)
-    labels: list[Tensor] = field(default_factory=list)
-    logits: list[list[Tensor]] = field(default_factory=list)
-    taps: list[list[dict[str, Tensor]]] = field(default_factory=list)
-    damaged: list[str] = field(default_factory=list)
-
-
 def few(source: Source, rows: int, labels: Sequence[int] | None = None) -> Source:
     """Return at most `rows` rows of a set, evenly spaced, of the classes `labels`; 0 rows or None: all."""
     kept = np.arange(source.num_rows)
@@ -69,52 +60,38 @@ def collect(
     batches = eval_batches(
         source, config.data, config.train.eval_batch or config.train.lane_batch, context.rank, context.world_size
     )
-    parts = _Parts(logits=[[] for _ in networks], taps=[[] for _ in networks])
+    own: list[tuple[Tensor, Tensor, list[Tensor], list[dict[str, Tensor]]]] = []
+    own_damaged: list[str] = []
     if title:
         batches = told_batches(batches, source, context.world_size, title, said=True)
     for batch in to_device(batches, context.device):
-        parts.damaged += batch.damaged
+        own_damaged += batch.damaged
         if not len(batch):
             continue
-        images = batch.images_BCHW if change is None else change(batch.images_BCHW)
-        images = normalize(images)
-        for number, network in enumerate(networks):
-            logits_BV, vectors = network(images)
-            parts.logits[number].append(logits_BV.cpu())
-            parts.taps[number].append({name: vector.cpu() for name, vector in vectors.items()})
-        parts.ids.append(batch.ids_B.cpu().clone())
-        parts.labels.append(batch.labels_B.cpu().clone())
-    whole = _gathered(parts)
-    for image in parts.damaged if title else ():  # later passes meet the same
+        images = normalize(batch.images_BCHW if change is None else change(batch.images_BCHW))
+        answers = [network(images) for network in networks]
+        logits = [logits_BV.cpu() for logits_BV, _ in answers]
+        taps = [{name: vector.cpu() for name, vector in vectors.items()} for _, vectors in answers]
+        own.append((batch.ids_B.cpu().clone(), batch.labels_B.cpu().clone(), logits, taps))
+    for image in own_damaged if title else ():  # later passes meet the same
         logger.warning("damaged image left out: %s", image)
-    if len(whole.damaged) > damaged_allowed(config.data.max_damaged, source.num_rows):
+    everyone = [(own, own_damaged)] * context.world_size
+    if is_distributed():
+        dist.all_gather_object(everyone, (own, own_damaged))
+    rows = [row for each, _ in everyone for row in each]
+    damaged = [image for _, each in everyone for image in each]
+    if len(damaged) > damaged_allowed(config.data.max_damaged, source.num_rows):
         raise DamagedDataError(
-            f"{len(whole.damaged)} of {source.num_rows} images cannot be decoded ({first_three(whole.damaged)}); "
+            f"{len(damaged)} of {source.num_rows} images cannot be decoded ({first_three(damaged)}); "
             f"data.max_damaged allows {config.data.max_damaged:.2%}: mend the data, or raise --data.max-damaged"
         )
-    if not whole.ids:
-        raise UserError(f"{source.num_rows} images, and none can be evaluated: {', '.join(whole.damaged[:3])}")
+    if not rows:
+        raise UserError(f"{source.num_rows} images, and none can be evaluated: {', '.join(damaged[:3])}")
+    ids, labels, all_logits, all_taps = zip(*rows, strict=True)
     return Collected(
-        torch.cat(whole.ids),
-        torch.cat(whole.labels),
-        [torch.cat(rows) for rows in whole.logits],
-        [{name: torch.cat([row[name] for row in rows]) for name in rows[0]} for rows in whole.taps],
-        tuple(whole.damaged),
+        torch.cat(ids),
+        torch.cat(labels),
+        [torch.cat(each) for each in zip(*all_logits, strict=True)],
+        [{name: torch.cat([row[name] for row in each]) for name in each[0]} for each in zip(*all_taps, strict=True)],
+        tuple(damaged),
     )
-
-
-def _gathered(parts: _Parts) -> _Parts:
-    """The parts of all ranks, in their order."""
-    if not is_distributed():
-        return parts
-    everyone: list[_Parts] = [_Parts()] * dist.get_world_size()
-    dist.all_gather_object(everyone, parts)
-    whole = _Parts(logits=[[] for _ in parts.logits], taps=[[] for _ in parts.taps])
-    for each in everyone:
-        whole.ids += each.ids
-        whole.labels += each.labels
-        whole.damaged += each.damaged
-        for number in range(len(parts.logits)):
-            whole.logits[number] += each.logits[number]
-            whole.taps[number] += each.taps[number]
-    return whole
