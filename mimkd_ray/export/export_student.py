@@ -56,6 +56,9 @@ INT8 = "student_int8"
 COREML = "student.mlpackage"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
+Writer = Callable[[Deployed, torch.Tensor, Path], None]
+"""Writes a network, traced with images like these, to a file."""
+
 
 class NotWrittenError(Exception):
     """A file is not as it should be. The message says what is wrong with it."""
@@ -114,10 +117,10 @@ class Export:
         loaded = Deployed(again, data.mean, data.std, self.config.normalize)
         self.student = self.checked(loaded, self.folder / WEIGHTS)
 
-    def float32(self, name: str, write: Callable[[Path], None], load: Callable[[Path], Runner]) -> None:
+    def float32(self, name: str, write: Writer, load: Callable[[Path], Runner]) -> None:
         """Write a file, load it back, and keep it if its logits are the student's."""
         path = self.folder / FILES[name]
-        write(path)
+        write(self.network, self.example, path)
         self.done[name] = {"file": path.name, **self.checked(load(path), path).as_json()}
 
     def checked(self, run: Runner, path: Path) -> Figures:
@@ -293,25 +296,15 @@ def _write_model(export: Export, model: torch.nn.Module, classes: Sequence[str],
 
 
 def _write_formats(export: Export, student: Figures) -> None:
-    example, network, formats = export.example, export.network, export.config.formats
-
-    def onnx() -> None:
-        export.float32(
-            "onnx", lambda path: write_onnx(network, example, path), lambda p: onnx_runner(p, export.threads)
-        )
-
-    def pt2() -> None:
-        export.float32("pt2", lambda path: write_pt2(network, example, path), pt2_runner)
-
-    def executorch() -> None:
-        export.float32("executorch", lambda path: write_executorch(network, example, path), executorch_runner)
-
-    if "onnx" in formats or "int8" in formats:
-        export.attempt("onnx", onnx, FILES["onnx"])
-    if "pt2" in formats:
-        export.attempt("pt2", pt2, FILES["pt2"])
-    if "executorch" in formats:
-        export.attempt("executorch", executorch, FILES["executorch"])
+    formats = export.config.formats
+    float32: dict[str, tuple[Writer, Callable[[Path], Runner]]] = {
+        "onnx": (write_onnx, partial(onnx_runner, threads=export.threads)),
+        "pt2": (write_pt2, pt2_runner),
+        "executorch": (write_executorch, executorch_runner),
+    }
+    for name, (write, load) in float32.items():
+        if name in formats or (name == "onnx" and "int8" in formats):
+            export.attempt(name, partial(export.float32, name, write, load), FILES[name])
     if "coreml" in formats:
         export.attempt("coreml", export.coreml, *(name for name in OF_AN_EXPORT if name.startswith(COREML)))
     if "int8" in formats:
