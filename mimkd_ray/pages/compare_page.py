@@ -16,13 +16,13 @@ from mimkd_ray.pages.page import Cell, Page
 from mimkd_ray.pages.run_page import column
 from mimkd_ray.pages.run_records import REPORT, RunRecord
 from mimkd_ray.pages.sections import (
-    MOST_CONFUSIONS,
     RELIABILITY,
     class_gains,
+    confusions,
     differing_fields,
     number_cell,
     reproduction,
-    size_text,
+    size_tile,
     top1_by_class,
 )
 from mimkd_ray.train.compare import summarise
@@ -88,10 +88,7 @@ def _headline(
         tiles.append((f"{teacher.teacher_top1:.2f} %", f"held-out top-1 of the teacher, {teacher.teacher_name}"))
     sized = next((run for runs in arms.values() for run in runs if run.size), None)
     if sized is not None and sized.size is not None:
-        text = "parameters of the student"
-        if teacher is not None and teacher.teacher_size is not None:
-            text += f"; the teacher has {size_text(teacher.teacher_size)}"
-        tiles.append((size_text(sized.size), text))
+        tiles.append(size_tile(sized.size, teacher.teacher_size if teacher is not None else None))
     count = sum(bool(run.result) for runs in arms.values() for run in runs)
     tiles.append((str(count), f"finished runs of {sum(map(len, arms.values()))}"))
     page.tiles(tiles)
@@ -190,17 +187,7 @@ def _evaluations(page: Page, arms: Arms) -> None:
         shown = {arm: value for arm, value in bins.items() if value}
         page.facts([(arm, f"ECE {known[arm]['calibration']['ece']:.4g}") for arm in shown])
         page.figures([("Accuracy by confidence", reliability_figure(shown))])
-    pairs: dict[tuple[str, str], dict[str, int]] = {}
-    for arm, value in known.items():
-        for each in value.get("confusions") or []:
-            pairs.setdefault((str(each["label"]), str(each["prediction"])), {})[arm] = each["count"]
-    worst = sorted(pairs, key=lambda pair: -max(pairs[pair].values()))[:MOST_CONFUSIONS]
-    if worst:
-        page.section("confusions", "Worst confusions", "Images of the same runs; empty: not among an arm's worst.")
-        page.table(
-            ["label", "student says", *known],
-            [[*map(Cell, pair), *(number_cell(pairs[pair].get(arm), "d") for arm in known)] for pair in worst],
-        )
+    confusions(page, known, "Images of the same runs; empty: not among an arm's worst.")
 
 
 def _runs(page: Page, arms: Arms, folder: str) -> None:

@@ -11,12 +11,12 @@ from mimkd_ray.pages.figures import GREY, Line, color_of, lines_figure, reliabil
 from mimkd_ray.pages.page import Cell, Page
 from mimkd_ray.pages.run_records import RunRecord, alone_beside
 from mimkd_ray.pages.sections import (
-    MOST_CONFUSIONS,
     RELIABILITY,
     class_gains,
+    confusions,
     number_cell,
     reproduction,
-    size_text,
+    size_tile,
     top1_by_class,
 )
 from mimkd_ray.pages.thumbnails import MOST_IMAGES, worst_images
@@ -52,11 +52,7 @@ def _headline(page: Page, run: RunRecord, alone: RunRecord | None) -> None:
         rows = f"{run.held_out('rows') or 0:,.0f} held-out images"
         tiles.append((f"{knn:.2f} %", f"of {rows} by k nearest neighbours in the student's features"))
     if run.size is not None:
-        text = f"parameters, {run.size[1] / 1e6:.1f} MB"
-        if run.teacher_size is not None:
-            ratio = run.teacher_size[0] / max(run.size[0], 1)
-            text += f"; the teacher has {size_text(run.teacher_size)}, {ratio:.1f} times as many"
-        tiles.append((size_text(run.size), text))
+        tiles.append(size_tile(run.size, run.teacher_size))
     rate = run.result.get("images_per_second") or last.get("images_per_second")
     if rate is not None:
         wait = last.get("data_wait")
@@ -198,16 +194,7 @@ def _evaluation(page: Page, run: RunRecord, alone: RunRecord | None) -> None:
                 sortable=True,
             )
     _agreement(page, found)
-    confusions = found.get("confusions") or []
-    if confusions:
-        page.section("confusions", "Worst confusions", "What the student says most often where it is wrong.")
-        page.table(
-            ["label", "student says", "images"],
-            [
-                [Cell(str(each["label"])), Cell(str(each["prediction"])), Cell(str(each["count"]), each["count"])]
-                for each in confusions[:MOST_CONFUSIONS]
-            ],
-        )
+    confusions(page, {"images": found}, "What the student says most often where it is wrong.")
     _calibration(page, found.get("calibration") or {})
     _corruptions(page, found.get("corruptions") or [])
     if rows:

@@ -117,10 +117,32 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def size_text(size: tuple[int, int]) -> str:
-    """Return parameters as text, such as "1.26 M"."""
-    count = size[0]
+def size_tile(size: tuple[int, int], teacher_size: tuple[int, int] | None) -> tuple[str, str]:
+    """Return the tile of a student's parameters, bytes and, where that is known, its teacher's."""
+    text = f"parameters, {size[1] / 1e6:.1f} MB"
+    if teacher_size is not None:
+        ratio = teacher_size[0] / max(size[0], 1)
+        text += f"; the teacher has {_parameters(teacher_size[0])}, {ratio:.1f} times as many"
+    return _parameters(size[0]), text
+
+
+def _parameters(count: int) -> str:
     return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count / 1e3:.1f} k"
+
+
+def confusions(page: Page, found: Mapping[str, Mapping[str, Any]], text: str) -> None:
+    """Add the worst confusions of networks, if any: their evaluation.json by the heads of their columns."""
+    pairs: dict[tuple[str, str], dict[str, int]] = {}
+    for name, value in found.items():
+        for each in value.get("confusions") or []:
+            pairs.setdefault((str(each["label"]), str(each["prediction"])), {})[name] = each["count"]
+    worst = sorted(pairs, key=lambda pair: -max(pairs[pair].values()))[:MOST_CONFUSIONS]
+    if worst:
+        page.section("confusions", "Worst confusions", text)
+        page.table(
+            ["label", "student says", *found],
+            [[*map(Cell, pair), *(number_cell(pairs[pair].get(name), "d") for name in found)] for pair in worst],
+        )
 
 
 def top1_by_class(evaluation: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, int]]:
