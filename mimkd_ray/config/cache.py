@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mimkd_ray.config.form.codec_spec import DEFAULT_MAP, DEFAULT_VECTOR, CodecSpec, parse_logits, parse_spec
-from mimkd_ray.config.form.values import check_values, worker_range
+from mimkd_ray.config.form.values import FROM_1, check_values, worker_range
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.secret_urls import hide
 
@@ -54,19 +54,14 @@ class CacheConfig:
     """Random images whose cached teacher vectors are negatives of each lane, with loss.negatives `cache`."""
 
     def __post_init__(self) -> None:
-        check_values(self, "cache", batch=10**6, negatives=10**6)
+        counts = {"calibration_rows": FROM_1, "shard_rows": FROM_1, "batch": (1, 10**6), "negatives": (1, 10**6)}
+        check_values(self, "cache", canary=(0, 1), **counts)
         hide(self, "root")
         for text in self.codecs:
             parse_rule(text)
         parse_logits(self.logits)
-        for name in ("calibration_rows", "shard_rows", "batch", "negatives"):
-            if getattr(self, name) < 1:
-                raise UserError(f"cache.{name} is {getattr(self, name)}; give 1 or more")
-        if not 0 <= self.canary <= 1 or not 0 < self.tolerance < 1:
-            raise UserError(
-                f"cache.canary is {self.canary} and cache.tolerance {self.tolerance}: give a share of the images from "
-                "0 to 1, and a relative error between 0 and 1"
-            )
+        if not 0 < self.tolerance < 1:
+            raise UserError(f"cache.tolerance is {self.tolerance}: give a relative error between 0 and 1")
         worker_range("cache.workers", self.workers)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mimkd_ray.config.form.values import check_values
+from mimkd_ray.config.form.values import FROM_0, check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.methods.registry import Method
 
@@ -26,8 +26,6 @@ class CompareConfig:
     """Weight of the KD term in the kd arm."""
 
     def __post_init__(self) -> None:
-        check_values(self, "compare", seeds=10_000)
-        if self.kd_weight < 0:
-            raise UserError(f"compare.kd_weight is {self.kd_weight}; give 0 or more")
-        if self.seeds < 0 or not self.arms or len(set(self.arms)) != len(self.arms):
-            raise UserError(f"compare.seeds {self.seeds} must not be negative and compare.arms {self.arms} not repeat")
+        check_values(self, "compare", seeds=(0, 10_000), kd_weight=FROM_0)
+        if not self.arms or len(set(self.arms)) != len(self.arms):
+            raise UserError(f"compare.arms is {' '.join(self.arms) or 'empty'}: name each arm once")

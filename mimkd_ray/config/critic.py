@@ -39,11 +39,7 @@ class CriticConfig:
     """Lower limit of a learned temperature, which would otherwise shrink without bound."""
 
     def __post_init__(self) -> None:
-        check_values(self, "loss.critic", width=65_536, frozen_width=65_536)
-        if min(self.width, self.frozen_width) < 1:
-            raise UserError(
-                f"loss.critic.width is {self.width} and frozen_width {self.frozen_width}; they must be at least 1"
-            )
+        check_values(self, "loss.critic", width=(1, 65_536), frozen_width=(1, 65_536))
         if self.kind == "concat" and (self.teacher, self.student) != (None, None):
             raise UserError(
                 f"loss.critic.kind is concat, which has no sides, and loss.critic.teacher is {self.teacher}, student "

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from mimkd_ray.config.form.pipeline_name import check_pipeline_name
-from mimkd_ray.config.form.values import check_values
+from mimkd_ray.config.form.values import FROM_0, LARGEST, check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import hide
 
@@ -88,40 +87,24 @@ class DataConfig:
     Pillow turns upright in any case)."""
 
     def __post_init__(self) -> None:
-        check_values(self, "data", loader_workers=1024)
+        counts = {"subset": FROM_0, "val_rows": FROM_0, "num_classes": (0, MOST_CLASSES), "views": FROM_0}
+        automatic = {"loader_workers": (-1, 1024), "read_ahead": (-1, LARGEST)}
+        others = {"image_size": (1, LARGEST_SIDE), "max_damaged": (0, 1), "store_gb": FROM_0}
+        check_values(self, "data", **counts, **automatic, **others)
         hide(self, "root", "store")
         if not self.root:
             raise UserError("data.root is empty; give 'digits', a folder or a URL")
         if not 0 <= self.holdout < 1:
             raise UserError(f"data.holdout = {self.holdout}: give a share of at least 0 and below 1, such as 0.1")
-        if not 0 <= self.max_damaged <= 1:
-            raise UserError(f"data.max_damaged = {self.max_damaged}: give a share from 0 to 1, such as 0.001")
-        for name in ("subset", "val_rows", "num_classes", "views"):
-            if getattr(self, name) < 0:
-                raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more")
-        for name in ("loader_workers", "read_ahead", "view_seed"):
-            if getattr(self, name) < -1:
-                raise UserError(f"data.{name} = {getattr(self, name)}: give 0 or more, or -1 (automatic)")
-        if self.num_classes > MOST_CLASSES:
-            raise UserError(f"data.num_classes = {self.num_classes:,}: give {MOST_CLASSES:,} or less, or 0")
         if self.window != "full" and not (isinstance(self.window, int) and self.window >= 1):
             raise UserError(
                 f"data.window = {self.window}: give 'full' (one permutation of all rows) or 1 block or more"
             )
-        if not 0 <= self.store_gb < math.inf:
-            raise UserError(f"data.store_gb = {self.store_gb}: give a size in GB, or 0 for no store")
         if not 1 <= self.max_pixels <= MOST_PIXELS:
             raise UserError(f"data.max_pixels = {self.max_pixels:,}: give 1 to {MOST_PIXELS:,}, which Pillow decodes")
         check_pipeline_name(self.pipeline)
-        if not 1 <= self.image_size <= LARGEST_SIDE:
-            raise UserError(
-                f"data.image_size = {self.image_size}: give the height and width in pixels, {LARGEST_SIDE} at most"
-            )
-        if not all(map(math.isfinite, self.mean)) or not all(s > 0 and math.isfinite(s) for s in self.std):
-            raise UserError(
-                f"data.mean = {self.mean}, data.std = {self.std}: give finite means and positive deviations "
-                "of values in 0..1"
-            )
+        if not all(deviation > 0 for deviation in self.std):
+            raise UserError(f"data.std = {self.std}: give positive deviations of values in 0..1")
 
     @property
     def window_blocks(self) -> int:

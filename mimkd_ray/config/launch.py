@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mimkd_ray.config.form.values import check_values, worker_range
+from mimkd_ray.config.form.values import FROM_0, check_values, worker_range
 from mimkd_ray.errors import UserError
 
 
@@ -40,16 +40,11 @@ class LaunchConfig:
     """Minutes after which the run gives up if there are too few nodes for the fewest workers."""
 
     def __post_init__(self) -> None:
-        check_values(self, "launch", cpus_per_worker=4096)
+        waits = {"resize_seconds": FROM_0, "wait_minutes": FROM_0, "lost_minutes": FROM_0}
+        check_values(self, "launch", cpus_per_worker=(0, 4096), max_failures=FROM_0, **waits)
         worker_range("launch.workers", self.workers)
         if self.max_preemptions < -1:
             raise UserError(f"launch.max_preemptions is {self.max_preemptions}: give 0 or more, or -1 for no limit")
-        if min(self.cpus_per_worker, self.max_failures, self.resize_seconds, self.wait_minutes, self.lost_minutes) < 0:
-            raise UserError(
-                f"launch.cpus_per_worker {self.cpus_per_worker}, max_failures {self.max_failures}, resize_seconds "
-                f"{self.resize_seconds}, wait_minutes {self.wait_minutes} and lost_minutes {self.lost_minutes} must "
-                "not be negative"
-            )
 
     @property
     def worker_range(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mimkd_ray.config.critic import CriticConfig
-from mimkd_ray.config.form.values import check_values
+from mimkd_ray.config.form.values import FROM_0, FROM_1, check_values
 from mimkd_ray.config.loss_presets import PRESETS, BoundName, Kind, Negatives, PresetName, SameClass
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.methods.registry import KD_CE_WEIGHT, RIVALS, Method
@@ -106,30 +106,17 @@ class LossConfig:
     """The critic of every term (each pair has its own weights)."""
 
     def __post_init__(self) -> None:
-        check_values(self, "loss")
         weights = ("global_weight", "local_weight", "feature_weight", "ce_weight", "kd_weight", "rival_weight")
-        for name in (*weights, "dkd_beta"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise UserError(f"loss.{name} is {value}; it must be finite and not negative")
+        others = ("dkd_beta", "rival_warmup", "soft_temperature", "locations", "score_memory_mb")
+        limits = dict.fromkeys((*weights, *others), FROM_0)
+        check_values(self, "loss", queue=FROM_1, max_side=FROM_1, **limits)
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"loss.label_smoothing is {self.label_smoothing}; it must lie in [0, 1)")
-        if self.locations is not None and self.locations < 0:
-            raise UserError(f"loss.locations is {self.locations}; it must be at least 1, or 0 for all")
-        if self.score_memory_mb < 0:
-            raise UserError(f"loss.score_memory_mb is {self.score_memory_mb}; give MiB, or 0 for the device's default")
         for name in ("kd_temperature", "dkd_temperature", "dist_temperature"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"loss.{name} is {getattr(self, name)}; it must be positive and finite")
-        if not 0 <= self.rival_warmup < float("inf"):
-            raise UserError(f"loss.rival_warmup is {self.rival_warmup}; it must be finite and not negative")
-        if self.queue < 1 or self.max_side < 1:
-            raise UserError(f"loss.queue is {self.queue} and max_side {self.max_side}; they must be at least 1")
-        if not 0 < self.hard_share <= 1 or not 0 <= self.soft_temperature < float("inf"):
-            raise UserError(
-                f"loss.hard_share is {self.hard_share}, which must lie in (0, 1], and soft_temperature "
-                f"{self.soft_temperature}, which must be finite and not negative"
-            )
+            if not getattr(self, name) > 0:
+                raise UserError(f"loss.{name} is {getattr(self, name)}; it must be positive")
+        if not 0 < self.hard_share <= 1:
+            raise UserError(f"loss.hard_share is {self.hard_share}; it must lie in (0, 1]")
         self._check_objective()
         for kind in ("global", "local", "feature"):
             unset = getattr(self, f"{kind}_weight") is None and "mimkd" in self.name

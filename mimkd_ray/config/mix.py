@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from mimkd_ray.config.form.values import check_values
-from mimkd_ray.errors import UserError
+from mimkd_ray.config.form.values import FROM_0, check_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +21,8 @@ class MixConfig:
     """Share of the mixed batches that get CutMix, if both are on."""
 
     def __post_init__(self) -> None:
-        check_values(self, "mix")
-        for name in ("mixup_alpha", "cutmix_alpha"):
-            alpha = getattr(self, name)
-            if not (math.isfinite(alpha) and alpha >= 0):
-                raise UserError(f"{name} = {alpha}: give 0 (off) or a positive number, such as 0.2 or 1")
-        for name in ("probability", "switch_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} = {getattr(self, name)}: give a share from 0 to 1")
+        shares = {"probability": (0, 1), "switch_probability": (0, 1)}
+        check_values(self, "mix", mixup_alpha=FROM_0, cutmix_alpha=FROM_0, **shares)
 
     @property
     def active(self) -> bool:

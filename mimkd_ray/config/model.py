@@ -23,9 +23,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked without importing anything."""
-        check_values(self, "student", head_epochs=10**6)
-        if self.head_epochs < 0:
-            raise UserError(f"student.head_epochs is {self.head_epochs}; give 0 or more")
+        check_values(self, "student", head_epochs=(0, 10**6))
         hide(self, "weights")
         for field in ("name", "weights"):
             if not getattr(self, field).strip():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mimkd_ray.config.form.values import check_values
+from mimkd_ray.config.form.values import FROM_0, check_values
 from mimkd_ray.errors import UserError
 
 
@@ -40,21 +40,20 @@ class OptimConfig:
     """Largest global L2 norm of the gradient; larger ones are scaled down. 0: no clipping."""
 
     def __post_init__(self) -> None:
-        check_values(self, "optim", lr=1000, min_lr=1000, weight_decay=1000, gamma=1000)
-        if self.lr <= 0 or self.weight_decay < 0 or self.warmup_epochs < 0 or self.clip_norm < 0:
-            raise UserError(
-                f"optim.lr {self.lr} must be positive; weight_decay {self.weight_decay}, "
-                f"warmup_epochs {self.warmup_epochs} and clip_norm {self.clip_norm} not negative"
-            )
+        factors = {"lr": (-1000, 1000), "min_lr": (0, 1000), "weight_decay": (0, 1000), "gamma": (-1000, 1000)}
+        others = {"warmup_epochs": FROM_0, "clip_norm": FROM_0, "milestones": FROM_0}
+        check_values(self, "optim", **factors, **others)
+        if self.lr <= 0:
+            raise UserError(f"optim.lr is {self.lr}: give a rate above 0")
         if not 0 <= self.momentum < 1 or (self.nesterov and not self.momentum):
             raise UserError(
                 f"optim.momentum is {self.momentum} and nesterov {self.nesterov}: give 0 or more and below 1, and more "
                 "than 0 with nesterov"
             )
-        if not 0 <= self.min_lr <= self.lr or self.gamma <= 0:
+        if self.min_lr > self.lr or self.gamma <= 0:
             raise UserError(
                 f"optim.min_lr is {self.min_lr} and gamma {self.gamma}: give 0 to optim.lr, "
                 f"{self.lr}, and a factor above 0"
             )
-        if list(self.milestones) != sorted(set(self.milestones)) or min(self.milestones, default=0) < 0:
-            raise UserError(f"optim.milestones {self.milestones} must rise, from 0 or more")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise UserError(f"optim.milestones are {self.milestones}: give epochs that rise")

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mimkd_ray.config.form.values import check_values
-from mimkd_ray.errors import UserError
+from mimkd_ray.config.form.values import FROM_0, FROM_1, check_values
 from mimkd_ray.places import check_name
 from mimkd_ray.secret_urls import hide
 
@@ -47,13 +46,8 @@ class RunConfig:
     """Write samples.jsonl: step, lane, view and sample ids of every training batch."""
 
     def __post_init__(self) -> None:
-        check_values(self, "run")
+        often = {"checkpoint_every": FROM_0, "checkpoint_steps": FROM_0, "checkpoint_minutes": FROM_0}
+        check_values(self, "run", keep_checkpoints=FROM_1, **often)
         hide(self, "root", "start_from")
         if self.name:
             check_name("run.name", self.name)
-        if min(self.checkpoint_every, self.checkpoint_steps, self.checkpoint_minutes) < 0 or self.keep_checkpoints < 1:
-            raise UserError(
-                f"run.checkpoint_every {self.checkpoint_every}, checkpoint_steps {self.checkpoint_steps} and "
-                f"checkpoint_minutes {self.checkpoint_minutes} must not be negative, and keep_checkpoints "
-                f"{self.keep_checkpoints} at least 1"
-            )

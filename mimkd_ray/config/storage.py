@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mimkd_ray.config.form.values import check_values
-from mimkd_ray.errors import UserError
+from mimkd_ray.config.form.values import FROM_0, check_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +16,4 @@ class StorageConfig:
     credentials have expired. A run whose directory stays away saves its state on its own machine then, and ends."""
 
     def __post_init__(self) -> None:
-        check_values(self, "storage")
-        if self.patience_minutes < 0:
-            raise UserError(f"storage.patience_minutes is {self.patience_minutes}: give 0 or more")
+        check_values(self, "storage", patience_minutes=FROM_0)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from mimkd_ray.config.data import LARGEST_SIDE
-from mimkd_ray.config.form.values import check_values
+from mimkd_ray.config.form.values import FROM_0, LARGEST, check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import hide, redacted
 
@@ -57,7 +56,9 @@ class TeacherConfig:
     """Distil from a teacher with random weights, or whose top-1 is that of chance; it is refused otherwise."""
 
     def __post_init__(self) -> None:
-        check_values(self, "teacher", classes=10**6)
+        percent = {"expect_top1": (0, 100), "tolerance": (0, 100)}
+        steps = {"head_epochs": (0, 10**6), "epochs": FROM_0, "lr": FROM_0, "image_size": (0, LARGEST_SIDE)}
+        check_values(self, "teacher", classes=(-LARGEST, 10**6), **percent, **steps)
         hide(self, "weights")
         if isinstance(self.classes, str):
             number = int(self.classes) if self.classes.strip().isdecimal() else redacted(self.classes)
@@ -81,24 +82,14 @@ class TeacherConfig:
                 f"teacher.finetune is true and teacher.weights is {self.weights!r}: fine-tuning starts from weights; "
                 "pass --teacher.weights published or a file"
             )
-        if not 0 <= self.head_epochs <= 10**6:
-            raise UserError(f"teacher.head_epochs is {self.head_epochs}; give 0 or more")
-        if not 0 <= self.expect_top1 <= 100:
-            raise UserError(f"teacher.expect_top1 is {self.expect_top1}; it is a percentage")
-        if not 0 <= self.tolerance <= 100:
-            raise UserError(f"teacher.tolerance is {self.tolerance}; give 0 to 100 percentage points")
-        if self.epochs < 0 or self.lr < 0:
-            raise UserError(f"teacher.epochs is {self.epochs} and lr {self.lr}; give 0, the student's, or more")
 
     def _check_input(self) -> None:
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if values and (len(values) != 3 or not all(map(math.isfinite, values))):
-                raise UserError(f"teacher.{name} is {values}: give three finite numbers, of values in 0..1")
+            if values and len(values) != 3:
+                raise UserError(f"teacher.{name} is {values}: give three numbers, of values in 0..1")
         if any(value <= 0 for value in self.std):
             raise UserError(f"teacher.std is {self.std}: give three positive deviations of values in 0..1")
-        if self.image_size and not 1 <= self.image_size <= LARGEST_SIDE:
-            raise UserError(f"teacher.image_size is {self.image_size}: give pixels, {LARGEST_SIDE} at most, or 0")
         if self.trains and (self.input == "own" or self.image_size or self.mean or self.std):
             raise UserError(
                 f"teacher.{self._how} is true, which trains it on the student's images, and teacher.input, image_size, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mimkd_ray.config.form.values import check_values
+from mimkd_ray.config.form.values import FROM_0, FROM_1, LARGEST, check_values
 from mimkd_ray.errors import UserError
 
 
@@ -48,16 +48,10 @@ class TrainConfig:
     """Held-out rows per worker on which mutual information is estimated at an evaluation; 0: no estimate."""
 
     def __post_init__(self) -> None:
-        check_values(self, "train", epochs=10**6, lanes=65_536, lane_batch=10**6, eval_batch=10**6)
-        if self.epochs < 1 or self.max_steps < 0 or self.lanes < 1 or self.log_every < 1 or self.eval_every < 0:
-            raise UserError(
-                f"train.epochs {self.epochs}, lanes {self.lanes} and log_every {self.log_every} must be at least 1; "
-                f"max_steps {self.max_steps} and eval_every {self.eval_every} not negative"
-            )
+        sizes = {"epochs": (1, 10**6), "max_steps": FROM_0, "lanes": (1, 65_536), "lane_batch": (-LARGEST, 10**6)}
+        often = {"log_every": FROM_1, "eval_every": FROM_0}
+        check_values(self, "train", information_rows=FROM_0, eval_batch=(0, 10**6), **sizes, **often)
         if self.lane_batch < 2:
             raise UserError(f"train.lane_batch is {self.lane_batch}: a lane needs 2 images, or it has no negatives")
-        for name in ("information_rows", "eval_batch"):
-            if getattr(self, name) < 0:
-                raise UserError(f"train.{name} is {getattr(self, name)}: give 0 or more")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"train.ema_decay is {self.ema_decay}; it must lie in [0, 1)")

@@ -109,7 +109,7 @@ BAD_FLAGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 BAD: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "recipe": (("r34_r81",), ("unknown recipe 'r34_r81'", "did you mean 'r34_r18'", "demo")),
-    "out of range": (("--optim.lr", "-1"), ("optim.lr -1", "must be positive")),
+    "out of range": (("--optim.lr", "-1"), ("optim.lr is -1", "give a rate above 0")),
     "config without a file": (("--config",), ("--config needs a JSON, YAML or TOML file",)),
     "missing config file": (("--config", "{tmp}/none.json"), ("{tmp}/none.json", "no such file")),
     "config that is not JSON": (("--config", "{tmp}/broken.json"), ("{tmp}/broken.json", "not JSON")),

@@ -68,6 +68,6 @@ def test_what_ends_the_all_reduce_is_told(error: Exception, told: str, monkeypat
 def test_bad_input_is_status_two(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--store-gb", "-1"]) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert "must not be negative" in said
+    assert "--store-gb is -1.0: give 0 or more" in said
     assert main(["doctor", "--rot", "x"]) == 2
     assert "Unrecognized options: --rot, x" in capsys.readouterr().err

@@ -93,11 +93,11 @@ def test_another_search_does_not_go_on_in_the_same_folder(tmp_path: Path) -> Non
     [
         ({"trials": 0}, "would never end"),
         ({"space": ()}, "space is empty"),
-        ({"reduction": 1}, "reduction 1 at least 2"),
+        ({"reduction": 1}, "search.reduction is 1: give 2 or more"),
         ({"hours": -1.0}, "search.hours is -1.0"),
         ({"finalists": 1, "seeds": 0}, "search.seeds is 0"),
         ({"holdout": 1.0}, "search.holdout is 1.0"),
-        ({"pack": 2, "workers": 2}, "only 1 to packs"),
+        ({"pack": 2, "workers": 2}, "a pack trains in one process"),
         ({"algorithm": "hyperop"}, "search.algorithm 'hyperop' is unknown; did you mean 'hyperopt'"),
         ({"algorithm": "bohb"}, "bohb goes with --search.scheduler hyperband, and it is asha"),
         ({"algorithm": "grid", "scheduler": "pbt"}, "draws its population itself, and search.algorithm is grid"),

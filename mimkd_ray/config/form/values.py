@@ -15,28 +15,33 @@ from mimkd_ray.seeds import SEEDS, check_seed
 LARGEST = 10**9
 """Of any number but a seed: what is larger is a slip, and arithmetic with it overflows."""
 
+FROM_0, FROM_1 = (0, LARGEST), (1, LARGEST)
+"""Limits of a field."""
+
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 
-def check_values(section: Any, name: str = "", **most: int) -> None:
-    """Raise UserError for a field of a config whose value is of another type than it says, not finite, or too large.
+def check_values(section: Any, name: str = "", **limits: tuple[float, float]) -> None:
+    """Raise UserError for a field whose value is of another type than it says, not finite, or out of its limits.
 
-    ``name`` is the section's, before its fields in messages. ``most`` are upper limits of single fields.
+    ``name`` is the section's, before its fields in messages; without one they are called by their flags. ``limits``
+    are the least and the most of single fields.
     """
-    prefix = f"{name}." if name else ""
     kind: Any = type(section)
     for field, annotation in _annotations(kind).items():
         value = getattr(section, field)
+        shown = f"{name}.{field}" if name else f"--{field.replace('_', '-')}"
         if not fits(value, annotation):
-            raise UserError(f"{prefix}{field} is {_shown(value)}: give {_described(annotation)}")
+            raise UserError(f"{shown} is {_shown(value)}: give {_described(annotation)}")
         if field == "seed" or (field.endswith("_seed") and value != -1):
-            check_seed(f"{prefix}{field}", value)
+            check_seed(shown, value)
             continue
-        limit = most.get(field, LARGEST)
+        least, most = limits.get(field, (-LARGEST, LARGEST))
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and not abs(number) <= limit:
-                wanted = f"{limit:,} at most" if math.isfinite(number) else "a finite number"
-                raise UserError(f"{prefix}{field} is {_shown(number)}: give {wanted}")
+            if isinstance(number, int | float) and not least <= number <= most:
+                limit = f"{most:,} at most" if number > most else f"{least:,} or more"
+                wanted = limit if math.isfinite(number) else "a finite number"
+                raise UserError(f"{shown} is {_shown(number)}: give {wanted}")
 
 
 def check_json(value: Mapping[str, Any], kind: Any, name: str = "") -> None:

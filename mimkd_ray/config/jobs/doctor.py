@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mimkd_ray.config.data import DataConfig
-from mimkd_ray.config.form.values import check_values
+from mimkd_ray.config.form.values import FROM_0, check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import hide
 
@@ -30,10 +30,7 @@ class DoctorConfig:
     """File or URL to which the result is written as well."""
 
     def __post_init__(self) -> None:
-        check_values(self)
+        check_values(self, workers=FROM_0, store_gb=FROM_0)
         hide(self, "root", "store", "json")
-        if self.workers < 0 or self.store_gb < 0 or self.wait_seconds <= 0:
-            raise UserError(
-                f"--workers {self.workers} and --store-gb {self.store_gb} must not be negative, and --wait-seconds "
-                f"{self.wait_seconds} must be above 0"
-            )
+        if self.wait_seconds <= 0:
+            raise UserError(f"--wait-seconds is {self.wait_seconds}: give seconds above 0")

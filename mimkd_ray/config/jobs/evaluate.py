@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from mimkd_ray.config.config import Config
-from mimkd_ray.config.form.values import check_values
-from mimkd_ray.errors import UserError
+from mimkd_ray.config.form.values import FROM_0, FROM_1, check_values
 from mimkd_ray.secret_urls import hide
 
 
@@ -36,13 +35,8 @@ class EvaluateConfig:
     validation image: gives another top-1 beside the usual one."""
 
     def __post_init__(self) -> None:
-        check_values(self, "eval")
+        check_values(self, "eval", rows=FROM_0, train_rows=FROM_0, tap_rows=FROM_0, corruption_rows=FROM_1)
         hide(self, "out", "classes", "real")
-        for name in ("rows", "train_rows", "tap_rows"):
-            if getattr(self, name) < 0:
-                raise UserError(f"eval.{name} is {getattr(self, name)}: give a number of images, or 0")
-        if self.corruption_rows < 1:
-            raise UserError(f"eval.corruption_rows is {self.corruption_rows}: give 1 or more images")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mimkd_ray.config.data import DataConfig
-from mimkd_ray.config.form.values import check_values
+from mimkd_ray.config.form.values import FROM_0, FROM_1, check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.secret_urls import hide
 
@@ -46,14 +46,9 @@ class ExportConfig:
     """The images: the run's; without a run those of a CIFAR or an ImageNet recipe."""
 
     def __post_init__(self) -> None:
-        check_values(self)
+        check_values(self, images=FROM_0, threads=FROM_0, calibration=FROM_1, int8_drop=(0, 100))
         hide(self, "weights", "out")
         for name in REFUSED.keys() & set(self.formats):
             raise UserError(f"--formats {name}: {REFUSED[name]}: convert student.onnx or student.pt2 yourself")
-        if min(self.images, self.threads) < 0 or self.calibration < 1 or not 0 <= self.int8_drop <= 100:
-            raise UserError(
-                f"--images {self.images} and --threads {self.threads} must not be negative, --calibration "
-                f"{self.calibration} must be at least 1, and --int8-drop {self.int8_drop} from 0 to 100"
-            )
         if self.push_to and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to):
             raise UserError(f"--push-to {self.push_to}: give ORG/NAME, a model's name on the Hugging Face hub")

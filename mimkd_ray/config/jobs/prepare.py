@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mimkd_ray import storage
 from mimkd_ray.config.data import MOST_PIXELS
-from mimkd_ray.config.form.values import check_values
+from mimkd_ray.config.form.values import FROM_0, FROM_1, check_values
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import check_name
 from mimkd_ray.secret_urls import hide
@@ -43,18 +43,14 @@ class PrepareConfig:
     """Images that declare more pixels than this are left out as damaged, and are not decoded."""
 
     def __post_init__(self) -> None:
-        check_values(self)
+        check_values(self, short_side=FROM_0, block_rows=FROM_1, shard_rows=FROM_0)
         hide(self, "source", "target")
         if not self.source or not self.target:
             raise UserError("--source and --target are needed: a folder or a URL such as s3://bucket/imagenet")
         check_name("--split", self.split)
         if self.split.startswith("."):
             raise UserError(f"--split '{self.split}' is no name; give train, validation or the like")
-        if self.short_side < 0:
-            raise UserError(f"--short-side {self.short_side}: give 1 pixel or more, or 0 to keep every file as it is")
-        if self.block_rows < 1:
-            raise UserError(f"--block-rows {self.block_rows}: give 1 or more")
-        if self.shard_rows < 0 or self.shard_rows % self.block_rows:
+        if self.shard_rows % self.block_rows:
             near = max(1, self.shard_rows // self.block_rows) * self.block_rows
             raise UserError(
                 f"--shard-rows {self.shard_rows} is no multiple of --block-rows {self.block_rows}; {near} is"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from mimkd_ray.config.config import Config
-from mimkd_ray.config.form.values import check_values
+from mimkd_ray.config.form.values import FROM_0, FROM_1, LARGEST, check_values
 from mimkd_ray.errors import UserError, nearest
 
 Metric = Literal["top1", "cross_entropy", "knn"]
@@ -72,23 +72,19 @@ class SearchConfig:
     """Seed of the algorithm: 0 to 2**64 - 1."""
 
     def __post_init__(self) -> None:
-        check_values(self, "search", trials=10**6, pack=1024, concurrent=100_000, finalists=10_000, seeds=10_000)
+        budget = {"trials": (0, 10**6), "hours": FROM_0, "gpu_hours": FROM_0, "epochs": FROM_0, "retries": FROM_0}
+        shape = {"pack": (1, 1024), "concurrent": (0, 100_000), "cpus_per_trial": FROM_0, "gpus_per_trial": FROM_0}
+        finals = {"finalists": (0, 10_000), "seeds": (0, 10_000)}
+        halving = {"points": FROM_1, "grace": FROM_1, "reduction": (2, LARGEST)}
+        check_values(self, "search", workers=FROM_1, **budget, **shape, **finals, **halving)
         if not self.space:
             raise UserError("search.space is empty: name what to search, such as --search.space temperature taps")
         if not (self.trials or self.hours or self.gpu_hours):
             raise UserError("search.trials, hours and gpu_hours are all 0: the search would never end; give one")
-        negative = [f.name for f in fields(self) if isinstance(v := getattr(self, f.name), int | float) and v < 0]
-        if negative:
-            raise UserError(f"search.{negative[0]} is {getattr(self, negative[0])}; it must not be negative")
-        if min(self.points, self.grace, self.pack) < 1 or self.reduction < 2:
+        if self.workers > 1 and self.pack > 1:
             raise UserError(
-                f"search.points {self.points}, grace {self.grace} and pack {self.pack} must be at least 1, and "
-                f"reduction {self.reduction} at least 2"
-            )
-        if self.workers < 1 or (self.workers > 1 and self.pack > 1):
-            raise UserError(
-                f"search.workers is {self.workers} and search.pack {self.pack}: give at least 1 worker, and only 1 to "
-                "packs, which train in one process"
+                f"search.workers is {self.workers} and search.pack {self.pack}: a pack trains in one process; give 1 "
+                "to one of them"
             )
         if self.algorithm not in ALGORITHMS and ":" not in self.algorithm:
             raise UserError(
