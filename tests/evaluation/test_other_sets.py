@@ -185,6 +185,11 @@ def test_an_arm_has_the_teacher_of_its_comparison(own: Path, tmp_path: Path) -> 
     assert "a - b: 1.50 of at most 4.00 nats, CKA unknown" in table(found | {"taps": [tap]})
 
 
+def test_batches_without_an_image() -> None:
+    with pytest.raises(UserError, match=r"the iterable gave no images .*: give batches of images"):
+        mimkd_ray.evaluate(build_model("cifar/resnet8_w4", 10), iter(()))
+
+
 def test_no_evaluated_image_is_its_own_neighbour(run: Path, own: Path, tmp_path: Path) -> None:
     """The run's training images, as its split and as folders alone: each by the others, and no probe of what it saw."""
     base = read_run(str(run)).config

@@ -56,6 +56,7 @@ def evaluate(
             _as_lanes(data, parameter.device),
             _AsGiven(parameter.device),
             name="the iterable",
+            remedy="give batches of images, a list or a DataLoader that was not read before",
         )
 
 

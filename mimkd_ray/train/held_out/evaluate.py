@@ -24,6 +24,7 @@ from mimkd_ray.train.networks.student_module import Normalizer, StudentModule
 from mimkd_ray.train.networks.teacher import Teacher
 from mimkd_ray.train.out_of_memory import K, each
 
+OTHER_ROWS = "name another split with --data.val-split, or hold out a part of the training rows with --data.holdout 0.1"
 GRADIENT_IMAGES = 32
 """Images of an evaluation that gradient norms are taken on: a reading scores all locations of a map, of which training
 has a few, and a graph keeps what every one of them made."""
@@ -61,13 +62,15 @@ def accuracy(
     normalize: Normalizer,
     max_damaged: float = 0.0,
     name: str = "the held-out set",
+    remedy: str = OTHER_ROWS,
 ) -> Accuracy:
     """Top-1, top-5 and cross-entropy over the batches of all ranks. Damaged images are left out and counted.
 
-    ``name`` is the set's, for errors. Raises, on all ranks alike, DamagedDataError if more images are damaged than
-    ``max_damaged`` allows (``data.loading.damage``), and UserError if no image is left.
+    ``name`` is the set's, for errors, ``remedy`` what to do if it is empty. Raises, on all ranks alike,
+    DamagedDataError if more images are damaged than ``max_damaged`` allows (``data.loading.damage``), and UserError if
+    no image is left.
     """
-    return accuracies({0: logits_of}, batches, normalize, max_damaged, name)[0]
+    return accuracies({0: logits_of}, batches, normalize, max_damaged, name, remedy=remedy)[0]
 
 
 @torch.no_grad()
@@ -78,6 +81,7 @@ def accuracies(
     max_damaged: float = 0.0,
     name: str = "the held-out set",
     failed: dict[K, str] | None = None,
+    remedy: str = OTHER_ROWS,
 ) -> dict[K, Accuracy]:
     """:func:`accuracy` of several networks in one pass over the batches. ``failed``: see :func:`each`; for one rank."""
     sums_N5 = torch.zeros(len(networks), 5, dtype=torch.float64, device=normalize.device)
@@ -113,10 +117,7 @@ def accuracies(
             f"data.max_damaged allows {max_damaged:.2%}: mend the data, or raise --data.max-damaged"
         )
     if not rows:
-        raise UserError(
-            f"{name} gave no images to evaluate on, and {damaged:.0f} that cannot be decoded: name another split with "
-            "--data.val-split, or hold out a part of the training rows with --data.holdout 0.1"
-        )
+        raise UserError(f"{name} gave no images to evaluate on, and {damaged:.0f} that cannot be decoded: {remedy}")
     return {
         key: Accuracy(100 * top1 / rows, 100 * top5 / rows, ce / rows, int(rows), int(damaged))
         for key, (top1, top5, ce, _, _) in found.items()
