@@ -164,8 +164,10 @@ class FeatureReader:
         return True
 
     def block_bytes(self, blocks: Blocks) -> int:
-        """Return the mean bytes of features that belong to one of the training set's blocks."""
-        return sum(self.manifest(label, 0).bytes for label in self.used) // max(1, blocks.num_blocks)
+        """Return the mean bytes of features in the store that belong to one of the training set's blocks; 0 for a cache on
+        a local disk, where they stay."""
+        size = sum(self.manifest(label, 0).bytes for label in self.used)
+        return size // max(1, blocks.num_blocks) if self.distant else 0
 
     def _open(self, label: str, manifest: ViewManifest, number: int) -> _Group:
         """Return a row group in place, without a copy. The places of recently used ones are cached."""

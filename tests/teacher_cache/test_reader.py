@@ -200,4 +200,6 @@ def test_an_image_that_had_no_features(tmp_path: Path) -> None:
 def test_sizes_for_reading_ahead(root: Path) -> None:
     reader = FeatureReader(str(root), KEYS, 64, None, ["a:map", "b:map"])
     size = sum(reader.manifest(label, 0).bytes for label in ("a:map", "b:map"))
+    assert reader.block_bytes(Blocks.uniform(64, 16)) == 0, "read in place"
+    reader.distant = True
     assert reader.block_bytes(Blocks.uniform(64, 16)) == size // 4

@@ -116,7 +116,7 @@ class FeatureSource(Protocol):
         ...
 
     def block_bytes(self, blocks: Blocks) -> int:
-        """Return the mean bytes of features that belong to one of the training set's blocks."""
+        """Return the mean bytes of features in the store that belong to one of the training set's blocks."""
         ...
 
     def fetch(self, view: int, first: int, stop: int) -> bool:
