@@ -164,8 +164,8 @@ class FeatureReader:
         return True
 
     def block_bytes(self, blocks: Blocks) -> int:
-        """Return the mean bytes of features in the store that belong to one of the training set's blocks; 0 for a cache on
-        a local disk, where they stay."""
+        """Return the mean bytes of features in the store that belong to one of the training set's blocks; 0 for a cache
+        on a local disk, where they stay."""
         size = sum(self.manifest(label, 0).bytes for label in self.used)
         return size // max(1, blocks.num_blocks) if self.distant else 0
 
