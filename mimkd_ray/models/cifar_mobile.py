@@ -6,6 +6,9 @@ Architectures: arXiv 1409.1556 (with batch norm and one linear layer), 1801.0438
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -25,26 +28,6 @@ def _vgg(counts: tuple[int, int, int, int, int], num_classes: int) -> nn.Module:
     net = StagedNet(blocks[0], blocks[1:], inputs, num_classes)
     init_he(net, head_std=0.01)
     return net
-
-
-def vgg8(num_classes: int = 100) -> nn.Module:
-    """VGG-8 with batch norm: taps 64@32, 128@16, 256@8, 512@4, 512@4, 512."""
-    return _vgg((1, 1, 1, 1, 1), num_classes)
-
-
-def vgg11(num_classes: int = 100) -> nn.Module:
-    """VGG-11 with batch norm: taps 64@32, 128@16, 256@8, 512@4, 512@4, 512."""
-    return _vgg((1, 1, 2, 2, 2), num_classes)
-
-
-def vgg13(num_classes: int = 100) -> nn.Module:
-    """VGG-13 with batch norm: taps 64@32, 128@16, 256@8, 512@4, 512@4, 512."""
-    return _vgg((2, 2, 2, 2, 2), num_classes)
-
-
-def vgg16(num_classes: int = 100) -> nn.Module:
-    """VGG-16 with batch norm: taps 64@32, 128@16, 256@8, 512@4, 512@4, 512."""
-    return _vgg((2, 2, 3, 3, 3), num_classes)
 
 
 class _InvertedResidual(nn.Module):
@@ -67,7 +50,7 @@ class _InvertedResidual(nn.Module):
         return features + narrow if self.adds else narrow
 
 
-def mobilenet_v2(num_classes: int = 100) -> nn.Module:
+def _mobilenet_v2(num_classes: int) -> nn.Module:
     """MobileNetV2 at half width: taps 16@16, 12@16, 16@8, 48@4, 160@2, 1280 (stages are not activated)."""
     # For each stage: (expansion, width, blocks, stride) of its groups of blocks; the widths are already halved.
     plan = (
@@ -130,7 +113,7 @@ class _ShuffleV1(nn.Module):
         return self.relu(torch.cat([body, self.pool(features)], dim=1))
 
 
-def shufflenet_v1(num_classes: int = 100) -> nn.Module:
+def _shufflenet_v1(num_classes: int) -> nn.Module:
     """ShuffleNetV1 with three groups: taps 24@32, 240@16, 480@8, 960@4, 960."""
     stages: list[nn.Module] = []
     inputs = 24
@@ -168,7 +151,7 @@ class _ShuffleV2(nn.Module):
         return self.shuffle(torch.cat([passed, self.body(rest)], dim=1))
 
 
-def shufflenet_v2(num_classes: int = 100) -> nn.Module:
+def _shufflenet_v2(num_classes: int) -> nn.Module:
     """ShuffleNetV2: taps 24@32, 116@16, 232@8, 464@4, 1024."""
     stages: list[nn.Module] = []
     inputs = 24
@@ -178,3 +161,14 @@ def shufflenet_v2(num_classes: int = 100) -> nn.Module:
         inputs = width
     tail = nn.Sequential(*conv_bn_relu(inputs, 1024, 1))
     return StagedNet(nn.Sequential(*conv_bn_relu(3, 24, 1)), stages, 1024, num_classes, tail)
+
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "vgg8": partial(_vgg, (1, 1, 1, 1, 1)),
+    "vgg11": partial(_vgg, (1, 1, 2, 2, 2)),
+    "vgg13": partial(_vgg, (2, 2, 2, 2, 2)),
+    "vgg16": partial(_vgg, (2, 2, 3, 3, 3)),
+    "mobilenet_v2": _mobilenet_v2,
+    "shufflenet_v1": _shufflenet_v1,
+    "shufflenet_v2": _shufflenet_v2,
+}

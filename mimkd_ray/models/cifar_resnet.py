@@ -7,6 +7,7 @@ that distillation papers use on CIFAR-100. They accept any input size of 8 pixel
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -93,81 +94,14 @@ def _imagenet_style(block: Block, expansion: int, counts: tuple[int, ...], num_c
     return net
 
 
-def resnet8_w4(num_classes: int = 10) -> nn.Module:
-    """A resnet8 of widths 4, 4, 8, 12 for 8x8 images: 3,822 parameters with 10 classes."""
-    return _resnet(8, (4, 4, 8, 12), num_classes)
+_WIDTHS = (16, 16, 32, 64)
+_X4 = (32, 64, 128, 256)
 
-
-def resnet8(num_classes: int = 100) -> nn.Module:
-    """resnet8: taps 16@32, 16@32, 32@16, 64@8, 64."""
-    return _resnet(8, (16, 16, 32, 64), num_classes)
-
-
-def resnet14(num_classes: int = 100) -> nn.Module:
-    """resnet14: taps 16@32, 16@32, 32@16, 64@8, 64."""
-    return _resnet(14, (16, 16, 32, 64), num_classes)
-
-
-def resnet20(num_classes: int = 100) -> nn.Module:
-    """resnet20: taps 16@32, 16@32, 32@16, 64@8, 64."""
-    return _resnet(20, (16, 16, 32, 64), num_classes)
-
-
-def resnet32(num_classes: int = 100) -> nn.Module:
-    """resnet32: taps 16@32, 16@32, 32@16, 64@8, 64."""
-    return _resnet(32, (16, 16, 32, 64), num_classes)
-
-
-def resnet44(num_classes: int = 100) -> nn.Module:
-    """resnet44: taps 16@32, 16@32, 32@16, 64@8, 64."""
-    return _resnet(44, (16, 16, 32, 64), num_classes)
-
-
-def resnet56(num_classes: int = 100) -> nn.Module:
-    """resnet56: taps 16@32, 16@32, 32@16, 64@8, 64."""
-    return _resnet(56, (16, 16, 32, 64), num_classes)
-
-
-def resnet110(num_classes: int = 100) -> nn.Module:
-    """resnet110: taps 16@32, 16@32, 32@16, 64@8, 64."""
-    return _resnet(110, (16, 16, 32, 64), num_classes)
-
-
-def resnet8x4(num_classes: int = 100) -> nn.Module:
-    """resnet8x4: taps 32@32, 64@32, 128@16, 256@8, 256."""
-    return _resnet(8, (32, 64, 128, 256), num_classes)
-
-
-def resnet32x4(num_classes: int = 100) -> nn.Module:
-    """resnet32x4: taps 32@32, 64@32, 128@16, 256@8, 256."""
-    return _resnet(32, (32, 64, 128, 256), num_classes)
-
-
-def wrn_16_1(num_classes: int = 100) -> nn.Module:
-    """WRN-16-1: taps 16@32, 16@32, 32@16, 64@8, 64; stem and stages are not activated."""
-    return _wrn(16, 1, num_classes)
-
-
-def wrn_16_2(num_classes: int = 100) -> nn.Module:
-    """WRN-16-2: taps 16@32, 32@32, 64@16, 128@8, 128; stem and stages are not activated."""
-    return _wrn(16, 2, num_classes)
-
-
-def wrn_40_1(num_classes: int = 100) -> nn.Module:
-    """WRN-40-1: taps 16@32, 16@32, 32@16, 64@8, 64; stem and stages are not activated."""
-    return _wrn(40, 1, num_classes)
-
-
-def wrn_40_2(num_classes: int = 100) -> nn.Module:
-    """WRN-40-2: taps 16@32, 32@32, 64@16, 128@8, 128; stem and stages are not activated."""
-    return _wrn(40, 2, num_classes)
-
-
-def resnet18(num_classes: int = 100) -> nn.Module:
-    """ResNet-18 with a CIFAR stem: taps 64@32, 64@32, 128@16, 256@8, 512@4, 512."""
-    return _imagenet_style(_basic, 1, (2, 2, 2, 2), num_classes)
-
-
-def resnet50(num_classes: int = 100) -> nn.Module:
-    """ResNet-50 with a CIFAR stem: taps 64@32, 256@32, 512@16, 1024@8, 2048@4, 2048."""
-    return _imagenet_style(_bottleneck, 4, (3, 4, 6, 3), num_classes)
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "resnet8_w4": partial(_resnet, 8, (4, 4, 8, 12)),  # for 8x8 images: 3,822 parameters with 10 classes
+    **{f"resnet{depth}": partial(_resnet, depth, _WIDTHS) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": partial(_resnet, depth, _X4) for depth in (8, 32)},
+    **{f"wrn_{depth}_{factor}": partial(_wrn, depth, factor) for depth in (16, 40) for factor in (1, 2)},
+    "resnet18": partial(_imagenet_style, _basic, 1, (2, 2, 2, 2)),
+    "resnet50": partial(_imagenet_style, _bottleneck, 4, (3, 4, 6, 3)),
+}
