@@ -42,3 +42,9 @@ def count(number: float, noun: str, nouns: str = "") -> str:
     """Return "1 worker", "2 workers", "1,000 workers"; ``nouns`` where an s will not do."""
     many = f"{number:,}" if isinstance(number, int) else f"{number:g}"
     return f"{many} {noun if number == 1 else nouns or noun + 's'}"
+
+
+def listed(names: Iterable[str], limit: int = 3) -> str:
+    """Return "a, b, c and 4 more"."""
+    found = list(names)
+    return ", ".join(found[:limit]) + (f" and {len(found) - limit:,} more" if len(found) > limit else "")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import UserError, listed
 
 NAMES = ("logits", "logit", "output", "outputs", "out", "pred", "preds", "prediction", "predictions", "cls", "x")
 """Names that logits have in dicts and in objects, the first that is there."""
@@ -72,9 +72,4 @@ def _shown(named: Mapping[str, Any]) -> str:
     def kind(value: Any) -> str:
         return "x".join(map(str, value.shape)) or "a number" if isinstance(value, Tensor) else type(value).__name__
 
-    return _some(f"{name}: {kind(value)}" for name, value in named.items())
-
-
-def _some(parts: Iterable[str], limit: int = 5) -> str:
-    listed = list(parts)
-    return ", ".join(listed[:limit]) + (", ..." if len(listed) > limit else "")
+    return listed((f"{name}: {kind(value)}" for name, value in named.items()), limit=5)

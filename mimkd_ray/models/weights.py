@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import UserError, listed
 from mimkd_ray.models.other_names import best_fit
 from mimkd_ray.models.weights_file import read_states, shown
 from mimkd_ray.secret_urls import redacted
@@ -104,12 +104,12 @@ def _check(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str, nu
         raise UserError(class_mismatch(path, other.pop(), num_classes))
     problems = []
     if missing:
-        problems.append(f"{len(missing)} missing keys ({_some(missing)})")
+        problems.append(f"{len(missing)} missing keys ({listed(missing)})")
     if unexpected:
-        problems.append(f"{len(unexpected)} unexpected keys ({_some(unexpected)})")
+        problems.append(f"{len(unexpected)} unexpected keys ({listed(unexpected)})")
     if wrong:
         shapes = [f"{key}: file {_shape(state[key])}, model {_shape(own[key])}" for key in wrong]
-        problems.append(f"{len(wrong)} keys of another shape ({_some(shapes)})")
+        problems.append(f"{len(wrong)} keys of another shape ({listed(shapes)})")
     if problems:
         raise UserError(
             f"weights {path} do not fit this network of {len(own)} tensors: {'; '.join(problems)}; "
@@ -152,8 +152,3 @@ def _is_head(own: Tensor, given: Tensor, num_classes: int) -> bool:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mimkd_ray import storage
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import UserError, listed
 from mimkd_ray.losses.methods.registry import Method
 
 MARKER = "config.json"
@@ -98,7 +98,7 @@ def remove_run(run_dir: str, wanted: Kind = "run") -> list[str]:
     if found and kind is None:
         raise UserError(
             f"--run.overwrite true: {run_dir} is not the directory of a run or a search: it has no {MARKER} of "
-            f"one, and holds {_some(found)}. Nothing was removed: give another --run.name or --run.root, or remove it "
+            f"one, and holds {listed(found)}. Nothing was removed: give another --run.name or --run.root, or remove it "
             "yourself"
         )
     if not found and not storage.is_remote(run_dir) and not storage.local_path(run_dir).is_dir():
@@ -119,7 +119,7 @@ def overwrite(run_dir: str, wanted: Kind = "run") -> None:
     """Remove what a run, or a search, left in `run_dir`, and say what stays there because no run writes it."""
     others = remove_run(run_dir, wanted)
     if others:
-        print(f"{run_dir}: {_some(others)} stays there: no run writes that", flush=True)
+        print(f"{run_dir}: {listed(others)} stays there: no run writes that", flush=True)
 
 
 def kind_of(run_dir: str) -> Kind | None:
@@ -149,8 +149,3 @@ def _remove_empty(root: Path, removed: Iterable[str]) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENOENT):
                 raise
-
-
-def _some(paths: list[str]) -> str:
-    more = f" and {len(paths) - 3:,} more" if len(paths) > 3 else ""
-    return f"{', '.join(paths[:3])}{more}"
