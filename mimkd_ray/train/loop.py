@@ -18,8 +18,8 @@ from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
 from mimkd_ray.train.distributed import Context, Preemption, all_sum, ask_first, barrier
 from mimkd_ray.train.engine.captured import make_engine
 from mimkd_ray.train.engine.step import StepRecord
-from mimkd_ray.train.engine.student import Student, lone_student
-from mimkd_ray.train.engine.turns import NoMemory
+from mimkd_ray.train.engine.student import Student, evaluate_together, lone_student
+from mimkd_ray.train.out_of_memory import V, each
 from mimkd_ray.train.records.metrics import Meter, Progress, judged, reading, say
 from mimkd_ray.train.records.outcomes import begin
 from mimkd_ray.train.records.run_dir import MetricsLog
@@ -94,7 +94,7 @@ class Loop:
         self.start, self.total, self.steps_per_epoch = runs[0].start, student.total_steps, student.order.steps_per_epoch
         self.commits = commits or self.context.reports_are_final
         self.global_batch = self.config.train.lanes * self.config.train.lane_batch
-        self.engine = make_engine([run.student for run in self.runs], self.spares)
+        self.engine = make_engine([run.student for run in self.runs])
         self.meter = Meter(self.context.device, self.global_batch)
         self.results: dict[Run, dict[str, Any]] = {}
 
@@ -160,14 +160,10 @@ class Loop:
 
     def _step(self, step: int) -> dict[Run, StepRecord]:
         """One step of every run, and what is written of it."""
-        taken = self.engine.step([run.student for run in self.runs], step)
-        records: dict[Run, StepRecord] = {}
-        for run in list(self.runs):
-            found = taken[run.student]
-            if isinstance(found, NoMemory):
-                self.leave(run, MemberMemoryError(f"out of memory in step {step + 1}: {found.said}"))
-            else:
-                records[run] = found
+        failed: dict[Student, str] | None = {} if self.spares else None
+        taken = self.engine.step([run.student for run in self.runs], step, failed)
+        self._leave_for_memory(failed, f"step {step + 1}")
+        records = {run: taken[run.student] for run in self.runs}
         self._still_finite(lambda run: run.guard.add(step + 1, records[run].log, records[run].ids))
         self.meter.step()
         self.context.times.mark("first_step")
@@ -195,18 +191,32 @@ class Loop:
         return ", ".join([summary(records[run].log), *known])
 
     def evaluate(self, done: int) -> list[dict[str, Any]]:
-        """Held-out figures of every run after ``done`` steps. A pack's run may leave meanwhile, and has none."""
-        return [run.student.evaluate() for run in self.runs]
+        """Held-out figures of every run after ``done`` steps, in one pass for all."""
+        failed: dict[Student, str] | None = {} if self.spares else None
+        found = evaluate_together([run.student for run in self.runs], failed)
+        self._leave_for_memory(failed, f"the evaluation after step {done}")
+        return [found[run.student] for run in self.runs]
 
     def save(self, done: int) -> None:
         """Checkpoint every run."""
-        for run in self.runs:
-            run.save(done)
+        self._each(lambda run: run.save(done), f"the checkpoint after step {done}")
 
     def wait(self, done: int) -> None:
         """Return when everything up to step ``done`` is committed."""
-        for run in self.runs:
-            run.wait()
+        self._each(lambda run: run.wait(), f"the checkpoint after step {done}")
+
+    def _each(self, act: Callable[[Run], V], where: str) -> dict[Run, V]:
+        """Return what ``act`` gives for every run. Of a pack, a run that finds no memory leaves."""
+        runs = {run.student: run for run in self.runs}
+        failed: dict[Student, str] | None = {} if self.spares else None
+        done = each(runs, lambda student: act(runs[student]), failed)
+        self._leave_for_memory(failed, where)
+        return {runs[student]: value for student, value in done.items()}
+
+    def _leave_for_memory(self, failed: Mapping[Student, str] | None, where: str) -> None:
+        for run in list(self.runs):
+            if failed and run.student in failed:
+                self.leave(run, MemberMemoryError(f"out of memory in {where}: {failed[run.student]}"))
 
     def told(self, done: int, epoch: int) -> None:
         """Tell of an evaluation, whose checkpoint, where one was due, is under way by now."""
@@ -222,7 +232,7 @@ class Loop:
 
     def finish(self) -> None:
         """Write the results of every run."""
-        self.results = {run: run.finish(self.meter) for run in self.runs}
+        self.results = self._each(lambda run: run.finish(self.meter), f"the export after step {self.total}")
 
 
 @contextmanager

@@ -29,12 +29,12 @@ from mimkd_ray.errors import MemberMemoryError, NonFiniteLossError, UserError, c
 from mimkd_ray.train.distributed import Context
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.step import StepRecord
-from mimkd_ray.train.engine.student import Student, evaluate_together
+from mimkd_ray.train.engine.student import Student
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
 from mimkd_ray.train.loop import Loop
 from mimkd_ray.train.networks.build import PlannedStudent, plan_student
 from mimkd_ray.train.networks.teacher_head import teacher_head
-from mimkd_ray.train.out_of_memory import each, is_out_of_memory
+from mimkd_ray.train.out_of_memory import is_out_of_memory
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import judged, say
 from mimkd_ray.train.records.outcomes import STOPPED, Failed, Finished, Outcome, Stopped, claim, fail, read_outcome
@@ -246,31 +246,10 @@ class _Pack(Loop):
         """The losses of all members."""
         return "loss " + ", ".join(f"{float(records[run].log['loss']):.3f}" for run in self.runs)
 
-    def evaluate(self, done: int) -> list[dict[str, Any]]:
-        """In one pass for all."""
-        failed: dict[Student, str] = {}
-        found = evaluate_together([run.student for run in self.runs], failed)
-        self._leave_for_memory(
-            {run: failed[run.student] for run in self.runs if run.student in failed}, "evaluation", done
-        )
-        return [found[run.student] for run in self.runs]
-
     def save(self, done: int) -> None:
         """A member removes its oldest checkpoint when it commits this one: by then all have the one before."""
         self.wait(done)
-        failed: dict[Run, str] = {}
-        each(self.runs, lambda run: run.save(done), failed)
-        self._leave_for_memory(failed, "checkpoint", done)
-
-    def wait(self, done: int) -> None:
-        """A member whose last checkpoint found no memory leaves."""
-        failed: dict[Run, str] = {}
-        each(self.runs, lambda run: run.wait(), failed)
-        self._leave_for_memory(failed, "checkpoint", done)
-
-    def _leave_for_memory(self, failed: Mapping[Run, str], what: str, done: int) -> None:
-        for run, said in failed.items():
-            self.leave(run, MemberMemoryError(f"out of memory in the {what} after step {done}: {said}"))
+        super().save(done)
 
     def told(self, done: int, epoch: int) -> None:
         """Say it, and ask the judge."""
@@ -304,7 +283,5 @@ class _Pack(Loop):
 
     def finish(self) -> None:
         """Write the results of those that came to the end."""
-        failed: dict[Run, str] = {}
-        self.results = each(self.runs, lambda run: run.finish(self.meter), failed)
-        self._leave_for_memory(failed, "export", self.total)
+        super().finish()
         self.outcomes |= {self.numbers[run]: Finished(jsonable(told)) for run, told in self.results.items()}

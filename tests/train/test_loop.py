@@ -90,16 +90,16 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     sections["data"] = {"labels": labels}
     run_tiny(tmp_path / "whole", **sections)
 
-    evaluate = Student.evaluate
+    evaluate = loop.Loop.evaluate
 
-    def dies_in_the_second_evaluation(self: Student) -> dict[str, Any]:
+    def dies_in_the_second_evaluation(self: loop.Loop, done: int) -> list[dict[str, Any]]:
         if len(_metrics(tmp_path / "cut", "eval")) == 1:
             while not list((tmp_path / "cut" / "checkpoints").glob("*/committed.json")):  # written beside the training
                 time.sleep(0.01)
             raise _StopError
-        return evaluate(self)
+        return evaluate(self, done)
 
-    monkeypatch.setattr(Student, "evaluate", dies_in_the_second_evaluation)
+    monkeypatch.setattr(loop.Loop, "evaluate", dies_in_the_second_evaluation)
     with pytest.raises(_StopError):
         run_tiny(tmp_path / "cut", **sections)
     monkeypatch.undo()
@@ -124,16 +124,16 @@ def test_the_engine_is_closed_once_also_after_an_error(
     did: list[str] = []
 
     class Engine(PlainEngine):
-        def step(self, students: Any, step: int) -> Any:
+        def step(self, students: Any, step: int, failed: Any = None) -> Any:
             if fails and step == 2:
                 raise _StopError
             did.append("step")
-            return super().step(students, step)
+            return super().step(students, step, failed)
 
         def close(self) -> None:
             did.append("close")
 
-    monkeypatch.setattr(loop, "make_engine", lambda students, spare: Engine(students[0].inputs, spare))
+    monkeypatch.setattr(loop, "make_engine", lambda students: Engine(students[0].inputs))
     with pytest.raises(_StopError) if fails else nullcontext():
         run_tiny(tmp_path)
     assert did == ["step"] * (2 if fails else 6) + ["close"]

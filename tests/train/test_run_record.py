@@ -19,8 +19,8 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.digest import digest
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
-from mimkd_ray.train.engine.student import Student, lone_student
-from mimkd_ray.train.loop import train
+from mimkd_ray.train.engine.student import lone_student
+from mimkd_ray.train.loop import Loop, train
 from mimkd_ray.train.networks.build import build_network
 from mimkd_ray.train.networks.teacher import Teacher
 from mimkd_ray.train.records import checkpoint
@@ -122,8 +122,8 @@ def test_what_is_written_of_a_step_is_shown_live_and_so_is_what_a_checkpoint_cos
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *tops: float) -> None:
     """Evaluations that find these top-1, one after the other."""
-    real, left = Student.evaluate, list(tops)
-    monkeypatch.setattr(Student, "evaluate", lambda self: real(self) | {"top1": left.pop(0)})
+    real, left = Loop.evaluate, list(tops)
+    monkeypatch.setattr(Loop, "evaluate", lambda self, done: [real(self, done)[0] | {"top1": left.pop(0)}])
 
 
 def best(folder: Path) -> tuple[int, int, float]:

@@ -29,18 +29,18 @@ from mimkd_ray.train.distributed import Context, first_said
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.step import StepRecord, optimisation_step, seed_lane
 from mimkd_ray.train.engine.student import Student
-from mimkd_ray.train.engine.turns import NoMemory
 from mimkd_ray.train.records.metrics import say
 
-Taken = dict[Student, StepRecord | NoMemory]
-"""For each student the record of its step, or the allocator's words."""
+Taken = dict[Student, StepRecord]
+Failed = dict[Student, str]
 
 
 class Engine(Protocol):
     """Takes the steps of the students of a process."""
 
-    def step(self, students: Sequence[Student], step: int) -> Taken:
-        """One optimiser step of every student, on the same lanes."""
+    def step(self, students: Sequence[Student], step: int, failed: Failed | None = None) -> Taken:
+        """One optimiser step of every student, on the same lanes. One that finds no memory is added to ``failed`` with
+        what the allocator said, and has no record; None, and once steps are recorded: its error is raised."""
 
     def close(self) -> None:
         """Take no more steps, and free what they needed."""
@@ -49,19 +49,17 @@ class Engine(Protocol):
 class PlainEngine:
     """Asks the device for one operation after the other."""
 
-    def __init__(self, inputs: Inputs, spare: bool = False) -> None:
-        """``spare``: a student that finds no memory has no record, and the others have their step."""
-        self.inputs, self.spare = inputs, spare
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
 
-    def step(self, students: Sequence[Student], step: int) -> Taken:
+    def step(self, students: Sequence[Student], step: int, failed: Failed | None = None) -> Taken:
         """One optimiser step of every student, on the same lanes."""
         for student in students:
             student.schedule(step)
         seeds = partial(seed_lane, self.inputs.config.train.seed, step)
-        taken = optimisation_step(students, self.inputs.step(step), seeds, self.spare)
-        for student, found in taken.items():
-            if isinstance(found, StepRecord):
-                student.follow()
+        taken = optimisation_step(students, self.inputs.step(step), seeds, failed)
+        for student in taken:
+            student.follow()
         return taken
 
     def close(self) -> None:
@@ -91,10 +89,9 @@ class CapturedEngine:
     """Records a step as a CUDA graph and replays it. Where that turns out to be impossible, goes on plainly and says
     why. Memory: the activations of all students of a pack at once."""
 
-    def __init__(self, inputs: Inputs, context: Context, spare: bool = False) -> None:
-        """``spare``: as for :class:`PlainEngine`, until the step is recorded."""
-        self.inputs, self.context, self.spare = inputs, context, spare
-        self.plain = PlainEngine(inputs, spare)
+    def __init__(self, inputs: Inputs, context: Context) -> None:
+        self.inputs, self.context = inputs, context
+        self.plain = PlainEngine(inputs)
         self.gave_up = False
         self.recorded: _Recorded | None = None
         self.takes: list[tuple[Student, bool]] = []
@@ -106,10 +103,10 @@ class CapturedEngine:
         self.stream = torch.cuda.Stream(context.device) if self.on_gpu else None
         self.streams: list[torch.cuda.Stream] = []
 
-    def step(self, students: Sequence[Student], step: int) -> Taken:
+    def step(self, students: Sequence[Student], step: int, failed: Failed | None = None) -> Taken:
         """One optimiser step of every student, on the same lanes."""
         if self.gave_up:
-            return self.plain.step(students, step)
+            return self.plain.step(students, step, failed)
         for student in students:
             student.schedule(step)
         takes = [(student, student.head_alone) for student in students]
@@ -124,17 +121,16 @@ class CapturedEngine:
         if self.recorded is None and self.warm >= WARM:
             self._agree(students, step, self._record(students))
         if self.gave_up:
-            taken = self._take(students, partial(seed_lane, self.inputs.config.train.seed, step), self.spare)
+            taken = self._take(students, partial(seed_lane, self.inputs.config.train.seed, step), failed)
         elif self.recorded is None:
-            taken, why = self._warm_step(students, step)
+            taken, why = self._warm_step(students, step, failed)
             self._agree(students, step, why)
         else:
-            taken = self._replay(self.recorded, step)
+            taken = self._replay(self.recorded, step, failed)
         ids, view = [lane.ids_B for lane in lanes], lanes[-1].view  # the buffers' will be those of the next step
         for student, found in taken.items():
-            if isinstance(found, StepRecord):
-                student.follow()
-                taken[student] = found._replace(ids=ids, view=view)
+            student.follow()
+            taken[student] = found._replace(ids=ids, view=view)
         return taken
 
     def _load(self, step: int, lanes: Sequence[LaneBatch]) -> None:
@@ -152,16 +148,18 @@ class CapturedEngine:
                 place.copy_(value, non_blocking=True)
             self.inputs.check_cached(step, lane)
 
-    def _take(self, students: Sequence[Student], seeds: Callable[[int], None] | None, spare: bool) -> Taken:
+    def _take(
+        self, students: Sequence[Student], seeds: Callable[[int], None] | None, failed: Failed | None = None
+    ) -> Taken:
         """A step from the buffers: what is recorded."""
         lanes = self.inputs.lanes_of(self.buffers, self.keys, self.mixes)
-        return optimisation_step(students, lanes, seeds, spare, self.streams)
+        return optimisation_step(students, lanes, seeds, failed, self.streams)
 
-    def _warm_step(self, students: Sequence[Student], step: int) -> tuple[Taken, str]:
+    def _warm_step(self, students: Sequence[Student], step: int, failed: Failed | None) -> tuple[Taken, str]:
         """A step without a graph, which shows why none could hold it, if so."""
         self.warm += 1
         seeds = _Seeds(self.inputs.config.train.seed, step, self.context.device)
-        take = partial(self._take, students, seeds, self.spare)
+        take = partial(self._take, students, seeds, failed)
         why = ""
         if self.stream is None:
             done = take()
@@ -187,14 +185,13 @@ class CapturedEngine:
 
     def _figures(self, students: Sequence[Student]) -> tuple[list[list[str]], Tensor]:
         """Take a step, and return the names of each student's figures and all of these in one tensor."""
-        taken = self._take(students, None, False)
-        logs = [found.log for found in taken.values() if isinstance(found, StepRecord)]
+        logs = [found.log for found in self._take(students, None).values()]
         return [list(log) for log in logs], torch.stack([value for log in logs for value in log.values()])
 
-    def _replay(self, recorded: _Recorded, step: int) -> Taken:
+    def _replay(self, recorded: _Recorded, step: int, failed: Failed | None) -> Taken:
         seed_lane(self.inputs.config.train.seed, step, self.inputs.my_lanes[0])
         if recorded.graph is None:
-            return self._take(recorded.students, None, self.spare)
+            return self._take(recorded.students, None, failed)
         recorded.graph.replay()
         return {student: StepRecord(log, [], 0) for student, log in recorded.logs().items()}
 
@@ -244,16 +241,14 @@ class _Seeds:
         return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
 
 
-def make_engine(students: Sequence[Student], spare: bool = False) -> Engine:
-    """Return the engine of students with the same inputs; where it is plain and could be asked for otherwise, say why.
-
-    ``spare``: a student that finds no memory has no record, and the others have their step.
-    """
+def make_engine(students: Sequence[Student]) -> Engine:
+    """Return the engine of students with the same inputs; where it is plain and could be asked for otherwise, say
+    why."""
     first = students[0]
     reasons = {student.plain_because for student in students} - {""}
     if not reasons:
-        return CapturedEngine(first.inputs, first.context, spare)
+        return CapturedEngine(first.inputs, first.context)
     engine, device = first.config.train.engine, first.context.device
     if engine == "captured" or (engine == "auto" and device.type == "cuda"):
         say(first.context, f"steps are not captured, and run operation by operation: {', '.join(sorted(reasons))}")
-    return PlainEngine(first.inputs, spare)
+    return PlainEngine(first.inputs)

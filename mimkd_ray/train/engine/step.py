@@ -5,43 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mimkd_ray.config import Config
 from mimkd_ray.losses.features import Features
 from mimkd_ray.seeds import derive
-from mimkd_ray.train.distributed import Context, gather_lanes
+from mimkd_ray.train.distributed import gather_lanes
 from mimkd_ray.train.engine.inputs import Lane
-from mimkd_ray.train.engine.turns import NoMemory, Turns
-from mimkd_ray.train.networks.student_module import LaneNorms, StudentModule
+from mimkd_ray.train.engine.turns import Turns
+from mimkd_ray.train.networks.student_module import StudentModule
 
-
-class Steps(Protocol):
-    """The parts of a student (train/engine/student.py) that a step uses."""
-
-    config: Config
-    context: Context
-    my_lanes: range
-    optimizer: torch.optim.Optimizer
-    norms: LaneNorms
-    distiller: StudentModule
-    model: DistributedDataParallel | StudentModule
-
-    def sum_gradients(self) -> None:
-        """Average the gradients of all workers, where DDP did not."""
-
-    def leave_alone(self) -> None:
-        """Drop the gradients of what this step does not train."""
-
-    def asks_for(self, features: Features | None) -> Features | None:
-        """Return the part of the teacher's features that its loss reads."""
-
-
-S = TypeVar("S", bound=Steps)
+if TYPE_CHECKING:
+    from mimkd_ray.train.engine.student import Student
 
 
 class StepRecord(NamedTuple):
@@ -53,25 +31,25 @@ class StepRecord(NamedTuple):
 
 
 def optimisation_step(
-    students: Sequence[S],
+    students: Sequence[Student],
     lanes: Iterable[Lane],
     seed: Callable[[int], None] | None,
-    spare: bool = False,
+    failed: dict[Student, str] | None = None,
     streams: Sequence[torch.cuda.Stream] = (),
-) -> dict[S, StepRecord | NoMemory]:
+) -> dict[Student, StepRecord]:
     """One optimisation step of every student, on the same lanes, from zeroed gradients to the loss's bookkeeping.
 
     Before it, :meth:`Student.schedule` has set the step's learning rate and weights; after it, :meth:`Student.follow`
     moves the average. Everything between them runs on the device, so that it can be recorded (captured.py).
 
     ``seed`` is called with a lane's number before each student takes it, and seeds the networks' random numbers; None:
-    they are seeded already. Students take turns (:class:`Turns`): one student's activations are held at a time. With
-    ``spare`` a student that finds no memory leaves, and the others have their step. ``streams``: one a student, on
-    which it works beside the others.
+    they are seeded already. Students take turns (:class:`Turns`): one student's activations are held at a time. A
+    student that finds no memory is added to ``failed`` with what the allocator said, and the others have their step;
+    None: its error is raised. ``streams``: one a student, on which it works beside the others.
     """
-    turns = Turns(students, spare, streams)
-    logs: dict[S, list[dict[str, Tensor]]] = {student: [] for student in students}
-    records: dict[S, StepRecord | NoMemory] = {}
+    turns = Turns(students, failed, streams)
+    logs: dict[Student, list[dict[str, Tensor]]] = {student: [] for student in students}
+    records: dict[Student, StepRecord] = {}
     ids: list[Tensor] = []
     view = 0
     for student in turns:
@@ -108,7 +86,7 @@ def optimisation_step(
             student.optimizer.step()
             student.distiller.loss.after_step(partial(gather_lanes, lanes=student.config.train.lanes))
             records[student] = StepRecord(mean_log(logs[student]), ids, view)
-    return records | turns.left
+    return records
 
 
 def mean_log(logs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

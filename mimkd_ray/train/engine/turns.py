@@ -4,64 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
 from mimkd_ray.train.out_of_memory import is_out_of_memory
 
-
-class Trained(Protocol):
-    """A student with an optimiser, which can forget its gradients."""
-
-    optimizer: torch.optim.Optimizer
+if TYPE_CHECKING:
+    from mimkd_ray.train.engine.student import Student
 
 
-S = TypeVar("S", bound=Trained)
-
-
-@dataclass(frozen=True)
-class NoMemory:
-    """A student found no memory in a step, and has no figures of it."""
-
-    said: str
-    """The allocator's words."""
-
-
-class Turns(Generic[S]):
+class Turns:
     """``for student in turns: with turns.of(student): ...`` does a part of a step for every student that is left.
 
     A student that finds no memory in its turn gives up its gradients and is left out of the turns that follow.
     """
 
-    def __init__(self, students: Sequence[S], spare: bool = False, streams: Sequence[torch.cuda.Stream] = ()) -> None:
-        """``spare``: whether a student that finds no memory leaves; otherwise its error is raised. ``streams``: one a
-        student, on which it works beside the others; none: one works after the other."""
-        self.students, self.spare = students, spare
+    def __init__(
+        self,
+        students: Sequence[Student],
+        failed: dict[Student, str] | None = None,
+        streams: Sequence[torch.cuda.Stream] = (),
+    ) -> None:
+        """``failed``: takes a student that finds no memory, with what the allocator said; None: its error is raised.
+        ``streams``: one a student, on which it works beside the others; none: one works after the other."""
+        self.students, self.failed = students, failed
         self.streams = dict(zip(students, streams, strict=True)) if streams else {}
-        self.left: dict[S, NoMemory] = {}
 
-    def __iter__(self) -> Iterator[S]:
+    def __iter__(self) -> Iterator[Student]:
         """Go through the students that are left. What is asked for after the last one's turn waits for all streams."""
         for student in self.students:
-            if student not in self.left:
+            if not self.failed or student not in self.failed:
                 yield student
         for stream in self.streams.values():
             torch.cuda.current_stream().wait_stream(stream)
 
     @contextmanager
-    def of(self, student: S) -> Iterator[None]:
+    def of(self, student: Student) -> Iterator[None]:
         """A with-block that is a student's turn."""
         try:
             with _forked(self.streams[student]) if self.streams else nullcontext():
                 yield
         except Exception as error:
-            if not self.spare or not is_out_of_memory(error):
+            if self.failed is None or not is_out_of_memory(error):
                 raise
             # The text alone: the error's traceback holds what had been allocated.
-            self.left[student] = NoMemory(str(error) or type(error).__name__)
-        if student in self.left:
+            self.failed[student] = str(error) or type(error).__name__
+        if self.failed and student in self.failed:
             student.optimizer.zero_grad(set_to_none=True)  # the next one may need the room
 
 
