@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -96,34 +97,22 @@ def shape_of(call: Call, side: int) -> TapShape | None:
     return None
 
 
-class _Keep:
-    """A forward hook that stores a module's output under a name; a class, so that a hooked model pickles."""
-
-    def __init__(self, store: dict[str, Tensor], name: str) -> None:
-        self.store = store
-        self.name = name
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.store[self.name] = output
+def _keep(store: dict[str, Tensor], name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+    """Store a module's output under a name, as a forward hook."""
+    store[name] = output
 
 
-class _KeepInput:
-    """A forward pre-hook that stores a module's first positional argument, as a copy if the module overwrites it."""
-
-    def __init__(self, store: dict[str, Tensor], name: str) -> None:
-        self.store = store
-        self.name = name
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self.store.pop(self.name, None)
-        if args and isinstance(args[0], Tensor):
-            self.store[self.name] = args[0].clone() if overwrites_input(module) else args[0]
+def _keep_input(store: dict[str, Tensor], name: str, module: nn.Module, args: Any) -> None:
+    """Store a module's first positional argument, as a forward pre-hook; as a copy if the module overwrites it."""
+    store.pop(name, None)
+    if args and isinstance(args[0], Tensor):
+        store[name] = args[0].clone() if overwrites_input(module) else args[0]
 
 
 def _watch(module: nn.Module, store: dict[str, Tensor], name: str) -> RemovableHandle:
     if layer_of(name) == name:
-        return module.register_forward_hook(_Keep(store, name))
-    return module.register_forward_pre_hook(_KeepInput(store, name))
+        return module.register_forward_hook(partial(_keep, store, name))  # a partial, so that a hooked model pickles
+    return module.register_forward_pre_hook(partial(_keep_input, store, name))
 
 
 class TappedModel(nn.Module):
