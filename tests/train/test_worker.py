@@ -119,7 +119,8 @@ def test_a_comparison_is_the_same_of_fresh_and_of_read_results() -> None:
 
 
 def test_a_comparison_pairs_its_arms_and_can_be_taken_up_again(tmp_path: Path) -> None:
-    config = replace(tiny_config(), compare=CompareConfig(seeds=2, arms=("alone", "kd", "mimkd")))
+    short = tiny_config(train={"epochs": 1})
+    config = replace(short, compare=CompareConfig(seeds=2, arms=("alone", "kd", "mimkd")))
     result = run_job(config, cpu(), str(tmp_path))
     tops = {
         arm: [
