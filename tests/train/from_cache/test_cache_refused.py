@@ -134,7 +134,7 @@ def test_weights_are_told_apart(cache: Path, tmp_path: Path) -> None:
         ({"mix": {"mixup_alpha": 0.2}}, "features of a mixed image are no mix of features"),
         ({"cache": {"codecs": ("stage3",)}}, "is not TAP=CODEC"),
         ({"cache": {"logits": "top0"}}, "cache.logits 'top0' cannot be read"),
-        ({"cache": {"tolerance": 0.0}}, "cache.tolerance 0.0"),
+        ({"cache": {"tolerance": 0.0}}, "cache.tolerance is 0.0"),
         ({"cache": {"workers": "3..1"}}, "cache.workers is '3..1'"),
         ({"cache": {"batch": 0}}, "cache.batch is 0"),
     ],
