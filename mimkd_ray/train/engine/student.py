@@ -266,19 +266,16 @@ class Student:
 def _newest(run_dir: str) -> bytes | None:
     """Return the content of a run's newest checkpoint; None without one. The first worker chooses: a straggler of an
     earlier start may commit another one meanwhile. Every worker calls it."""
-    found: list[tuple[str, bytes]] = []
+    found: list[bytes] = []
 
     def look() -> str | None:
         newest = checkpoint.newest(run_dir)
-        if newest is None:
-            return None
-        found.append(newest)
-        return newest[0]
+        if newest is not None:
+            found.append(newest[1])
+        return newest and newest[0]
 
     folder = ask_first(look)
-    if folder is None:
-        return None
-    return found[0][1] if found else checkpoint.read(folder)
+    return None if folder is None else found[0] if found else checkpoint.read(folder)
 
 
 def _body(distiller: StudentModule, head_epochs: int, num_classes: int) -> list[torch.nn.Parameter]:
