@@ -2,7 +2,7 @@
 
 It runs on the meta device (shapes without values) on a copy that shares nothing with the model. If a network cannot run
 there, it runs on the model's own device; buffers and random state are restored. So do networks for small images on a
-CPU, which calculates two of them in a fifth of the time that the meta device takes for their shapes.
+CPU: the networks of CIFAR took a ninth of the time, or less, that the meta device takes for their shapes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ BATCH = 2
 """Images of a dry run: two, so that the batch dimension cannot be mistaken for a dimension of size one."""
 
 SMALL = 64
-"""Largest side of images with which a network on a CPU runs there: at 224 pixels it takes several times as long."""
+"""Largest side of images with which a network on a CPU runs there. Measured at 8 and 32 pixels; at 224 ResNets took
+three times as long as on the meta device, and a ViT seven times."""
 
 INPUT = "@input"
 """Suffix of a module's path that names the module's first positional argument instead of its output."""
