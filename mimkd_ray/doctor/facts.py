@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimkd_ray.doctor.outcome import Outcome, Status
-from mimkd_ray.errors import count
+from mimkd_ray.errors import count, listed
 from mimkd_ray.versions import versions
 
 SHM = "/dev/shm"
@@ -77,7 +77,7 @@ def check_versions(facts: Sequence[NodeFacts]) -> Outcome:
         for each in facts:
             nodes[each.versions.get(name, "not installed")].append(each.node)
         if len(nodes) > 1 or "not installed" in nodes:
-            wrong.append(f"{name} {', '.join(f'{version} on {_some(on)}' for version, on in nodes.items())}")
+            wrong.append(f"{name} {', '.join(f'{version} on {listed(on)}' for version, on in nodes.items())}")
     if wrong:
         remedy = "start all nodes from one image, with `pip install -c constraints.txt .` (cluster/Dockerfile)"
         return Outcome(check="versions", status="fail", text="; ".join(wrong), remedy=remedy)
@@ -110,7 +110,7 @@ def check_authentication(facts: Sequence[NodeFacts]) -> Outcome:
     modes = defaultdict(list)
     for each in facts:
         modes[each.auth_mode or "unset"].append(each.node)
-    found = ", ".join(f"{mode} on {_some(nodes)}" for mode, nodes in modes.items())
+    found = ", ".join(f"{mode} on {listed(nodes)}" for mode, nodes in modes.items())
     remedy = "set RAY_AUTH_MODE=token and one token for all nodes and clients (cluster/README.md)"
     if len(modes) > 1:
         return Outcome(check="authentication", status="fail", text=f"RAY_AUTH_MODE differs: {found}", remedy=remedy)
@@ -151,7 +151,3 @@ def check_clock(node: str, difference_s: float, uncertain_s: float) -> Outcome:
 
 def _nodes(facts: Sequence[NodeFacts]) -> str:
     return count(len(facts), "node")
-
-
-def _some(nodes: Sequence[str]) -> str:
-    return ", ".join(nodes[:3]) + (f" and {len(nodes) - 3} more" if len(nodes) > 3 else "")

@@ -33,7 +33,7 @@ from mimkd_ray.by_name import call_named, named_function
 from mimkd_ray.data.augment.decode import rgb_pixels
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.sources.source import Row, Source, digest_of, numbered_classes
-from mimkd_ray.errors import UserError
+from mimkd_ray.errors import UserError, listed
 
 SCHEME = "own://"
 """Prefix of `data.root` for data sets passed as objects; their digest follows it."""
@@ -60,7 +60,7 @@ class OwnSource(Source):
         named = _class_names(dataset)
         if classes and named and named != classes:
             raise UserError(
-                f"the {role} set names the classes {_few(named)} and the training set {_few(classes)}: the labels of "
+                f"the {role} set names the classes {listed(named)} and the training set {listed(classes)}: the labels of "
                 "both must mean the same"
             )
         self.classes = classes or named or numbered_classes(int(self._labels.max()), f"the {role} set")
@@ -191,7 +191,3 @@ def _targets(dataset: Any) -> np.ndarray | None:
 def _class_names(dataset: Any) -> tuple[str, ...]:
     names = getattr(dataset.dataset if isinstance(dataset, Subset) else dataset, "classes", ())
     return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

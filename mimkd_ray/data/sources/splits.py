@@ -7,6 +7,7 @@ from typing import NamedTuple
 from mimkd_ray import storage
 from mimkd_ray.data.sources.hub_readme import README, declared_files
 from mimkd_ray.data.sources.tars import tars_of_pattern
+from mimkd_ray.errors import listed
 
 VAL_ALIASES = ("validation", "val", "valid", "test")
 SPLIT_NAMES = {"train", "training", "testing", *VAL_ALIASES}  # folders of splits, and not of classes
@@ -64,7 +65,7 @@ class Splits:
         names = [f"{split} (in {README})" for split in self.declared]
         files = self.listing | self.parquet | self.tars
         names += [url.rpartition("/")[2] for url in files] + [f"{name}/" for name in self.dirs]
-        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return listed(names, 8)
 
 
 def is_of_split(url: str, split: str) -> bool:
