@@ -60,8 +60,8 @@ class OwnSource(Source):
         named = _class_names(dataset)
         if classes and named and named != classes:
             raise UserError(
-                f"the {role} set names the classes {listed(named)} and the training set {listed(classes)}: the labels of "
-                "both must mean the same"
+                f"the {role} set names the classes {listed(named)} and the training set {listed(classes)}: the labels "
+                "of both must mean the same"
             )
         self.classes = classes or named or numbered_classes(int(self._labels.max()), f"the {role} set")
         self.blocks = Blocks.uniform(self.num_rows, BLOCK_ROWS)
