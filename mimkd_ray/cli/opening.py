@@ -43,7 +43,7 @@ def opening(config: Config, run_dir: str) -> str:
 
 def _loss(config: Config) -> str:
     loss = config.loss
-    parts = ["cross-entropy"] if loss.resolved_ce_weight else []
+    parts = ["cross-entropy"] if loss.resolved_ce_weight and config.data.labels != "none" else []
     parts += [f"KD {loss.resolved_kd_weight:g}"] if loss.resolved_kd_weight else []
     return " + ".join([*parts, *loss.name])
 

@@ -273,9 +273,9 @@ def write_step(
 
 def summary(record: Mapping[str, Tensor]) -> str:
     """Return cross-entropy, KD, the nats of each term of MIMKD and the losses of rivals, in one short text. Their sum,
-    which may be negative, tells nothing."""
+    which may be negative, tells nothing; nor does a cross-entropy of 0, of images without labels."""
     names = {"ce": "cross-entropy", "kd": "KD"}
-    parts = [f"{name} {float(record[key]):.3f}" for key, name in names.items() if key in record]
+    parts = [f"{name} {float(record[key]):.3f}" for key, name in names.items() if record.get(key)]
     for key in record:
         term, _, kind = key.rpartition("/")
         if kind == "nats":

@@ -32,6 +32,7 @@ def test_who_teaches_whom_on_what_and_where(monkeypatch: pytest.MonkeyPatch) -> 
     said = opening(tiny_config(teacher=own, data={"views": 4}, cache={"root": "s3://b/c"}), "x")
     assert "teacher  cifar/resnet20, trained first, 30 epochs\n" in said
     assert "4 views of an image, teacher's features from s3://b/c\n" in said
+    assert "loss     mimkd\n" in opening(tiny_config(data={"labels": "none"}), "x")
 
 
 def test_a_rate_that_would_never_drop_is_said() -> None:

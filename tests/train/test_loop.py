@@ -314,3 +314,4 @@ def test_summary_is_short(tmp_path: Path) -> None:
         "cross-entropy 1.000, global/a-b 3.12 of at most 4.16 nats, feature/a-b 0.25 nats (estimate), "
         "feature/c-d no valid reading"
     )
+    assert loop.summary({"ce": torch.tensor(0.0), "kd": torch.tensor(0.5)}) == "KD 0.500", "without labels"
