@@ -17,7 +17,7 @@ from mimkd_ray.config.form.json_form import dotted, from_dict, to_dict
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.json_files import read_json
-from mimkd_ray.search.suggest import Given, Space, Suggest, compose
+from mimkd_ray.search.suggest import Space, Suggest, compose, given
 from mimkd_ray.search.tap_candidates import find_candidates, widest
 from mimkd_ray.search.trials import Value
 from mimkd_ray.train.networks.teacher_head import teacher_head, trains_head
@@ -66,9 +66,8 @@ class TrialConfigs:
 
     def __call__(self, params: Mapping[str, Any]) -> Made:
         """Return the config of these values."""
-        given = Given(params)
-        config = self.build(given)
-        return Made(config, given.used)
+        trial = given(params)
+        return Made(self.build(trial), trial.params)
 
 
 class FieldConfigs:

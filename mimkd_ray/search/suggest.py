@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from mimkd_ray.by_name import told
 from mimkd_ray.config import Config
@@ -74,87 +74,91 @@ def compose(spaces: Sequence[Space], base: Config, candidates: Candidates) -> Ca
     return build
 
 
-def check_range(name: str, low: float, high: float, log: bool) -> None:
-    """Raise UserError for a range that holds no number; Optuna would do so within the first trial."""
-    if not low <= high or math.isinf(high - low) or (log and low <= 0):
-        wanted = "0 < low <= high" if log else "low <= high"
-        raise UserError(f"the range of {name!r} is {low:g} to {high:g}: give finite numbers with {wanted}")
+class Range(NamedTuple):
+    """The numbers from low to high; ``log``: evenly spaced by factors."""
+
+    low: float
+    high: float
+    log: bool
+
+    def values(self, points: int) -> list[float]:
+        """Return so many numbers from low to high, evenly spaced."""
+        low, high = self.low, self.high
+        if points == 1:
+            return [math.sqrt(low * high) if self.log else (low + high) / 2]
+        shares = [at / (points - 1) for at in range(1, points - 1)]
+        return [low, *(low * (high / low) ** each if self.log else low + (high - low) * each for each in shares), high]
 
 
-def check_choices(name: str, choices: Sequence[Any]) -> None:
-    """Raise UserError for no choices."""
-    if not len(choices):
-        raise UserError(f"{name!r} has no choices: give one or more")
+Options = Range | tuple[Any, ...]
+"""What a value may be."""
 
 
-class Given:
-    """A `Suggest` that gives the values of a trial, and records those that were asked for."""
+class Asked:
+    """A `Suggest` that keeps what it was asked for, and its answers. Refuses what Optuna would refuse within the first
+    trial."""
 
-    def __init__(self, params: Mapping[str, Any]) -> None:
-        self.params = params
-        self.used: dict[str, Value] = {}
-
-    def _value(self, name: str) -> Any:
-        if name not in self.params:
-            raise UserError(f"the search space asks for {name!r}, and the trial has only {', '.join(self.params)}")
-        return self.params[name]
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        """Return the trial's number; one that a scheduler has moved out of the range is at its end."""
-        self.used[name] = value = min(max(float(self._value(name)), low), high)
-        return value
-
-    def suggest_categorical(self, name: str, choices: Sequence[V]) -> V:
-        """Return the trial's choice."""
-        value = self._value(name)
-        if value not in choices:
-            raise UserError(f"the search space offers {list(choices)} for {name!r}, and the trial has {value!r}")
-        self.used[name] = value
-        return value
-
-
-def grid_values(low: float, high: float, points: int, log: bool) -> list[float]:
-    """Return ``points`` numbers from low to high, evenly spaced (by factors if ``log``)."""
-    if points == 1:
-        return [math.sqrt(low * high) if log else (low + high) / 2]
-    shares = [at / (points - 1) for at in range(points)]
-    middle = [low * (high / low) ** share if log else low + (high - low) * share for share in shares[1:-1]]
-    return [low, *middle, high]
-
-
-class _Path:
-    """A `Suggest` that follows one path of the tree of all answers and records it."""
-
-    def __init__(self, path: Sequence[int], points: int) -> None:
-        self.path, self.points = list(path), points
-        self.sizes: list[int] = []
+    def __init__(self, choose: Callable[[str, Options], Any]) -> None:
+        """``choose`` is asked once for each name."""
+        self.choose = choose
+        self.asked: dict[str, Options] = {}
         self.params: dict[str, Value] = {}
 
-    def suggest_categorical(self, name: str, choices: Sequence[V]) -> V:
-        if name in self.params:
-            return self.params[name]  # type: ignore[return-value]
-        check_choices(name, choices)
-        at = len(self.sizes)
-        if at == len(self.path):
-            self.path.append(0)
-        self.sizes.append(len(choices))
-        self.params[name] = choices[self.path[at]]
-        return choices[self.path[at]]
-
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        check_range(name, low, high, log)
-        return self.suggest_categorical(name, grid_values(low, high, self.points, log))
+        """Return a number of the range. Raises UserError for a range that holds none."""
+        if not low <= high or math.isinf(high - low) or (log and low <= 0):
+            wanted = "0 < low <= high" if log else "low <= high"
+            raise UserError(f"the range of {name!r} is {low:g} to {high:g}: give finite numbers with {wanted}")
+        return self._answer(name, Range(low, high, log))
+
+    def suggest_categorical(self, name: str, choices: Sequence[V]) -> V:
+        """Return one of the choices. Raises UserError for none."""
+        if not len(choices):
+            raise UserError(f"{name!r} has no choices: give one or more")
+        return self._answer(name, tuple(choices))
+
+    def _answer(self, name: str, options: Options) -> Any:
+        if name not in self.params:
+            self.asked[name], self.params[name] = options, self.choose(name, options)
+        return self.params[name]
+
+
+def given(params: Mapping[str, Any]) -> Asked:
+    """Return the `Suggest` that gives the values of a trial: a number that a scheduler has moved out of its range is at
+    the range's end."""
+
+    def choose(name: str, options: Options) -> Any:
+        if name not in params:
+            raise UserError(f"the search space asks for {name!r}, and the trial has only {', '.join(params)}")
+        value = params[name]
+        if isinstance(options, Range):
+            return min(max(float(value), options.low), options.high)
+        if value not in options:
+            raise UserError(f"the search space offers {list(options)} for {name!r}, and the trial has {value!r}")
+        return value
+
+    return Asked(choose)
 
 
 def every_answer(build: Callable[[Suggest], Config], points: int) -> Iterator[dict[str, Value]]:
-    """Yield every combination of answers, including conditional ones: the last value changes fastest."""
+    """Yield every combination of answers, including conditional ones: the last value changes fastest. A number has
+    ``points`` values."""
     path: list[int] = []
+    sizes: list[int] = []
+
+    def choose(_: str, options: Options) -> Any:
+        values = options.values(points) if isinstance(options, Range) else options
+        sizes.append(len(values))
+        if len(path) < len(sizes):
+            path.append(0)
+        return values[path[len(sizes) - 1]]
+
     while True:
-        walk = _Path(path, points)
+        sizes.clear()
+        walk = Asked(choose)
         build(walk)
         yield walk.params
-        path = walk.path
-        while path and path[-1] + 1 == walk.sizes[len(path) - 1]:
+        while path and path[-1] + 1 == sizes[len(path) - 1]:
             path.pop()
         if not path:
             return

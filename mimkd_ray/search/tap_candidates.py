@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any
 
 from mimkd_ray.config import Config
 from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.errors import UserError
-from mimkd_ray.search.suggest import Candidates, Suggest, check_choices, check_range
-from mimkd_ray.search.trials import Value
+from mimkd_ray.search.suggest import Asked, Candidates, Options, Range, Suggest
 from mimkd_ray.taps.default_stages import Stages, default_taps
 from mimkd_ray.taps.dry_checks import build_without_weights
 from mimkd_ray.taps.pairing import choose_pairs
@@ -25,16 +25,6 @@ MAX_SIDE = 16
 
 DRAWS = 512
 """Random trials from which the readings of a search are collected."""
-
-V = TypeVar("V", bound=Value)
-
-
-class Range(NamedTuple):
-    """The numbers from low to high; ``log``: evenly spaced by factors."""
-
-    low: float
-    high: float
-    log: bool
 
 
 def find_candidates(config: Config, num_classes: int, of_teacher: int = 0) -> Candidates:
@@ -73,32 +63,25 @@ def near_pairs(teacher: Stages, student_maps: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-class _Draw:
-    """A `Suggest` with random answers."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)  # not `seeds.derive`: these draws determine what a search's cache must hold
-        self.asked: dict[str, Range | tuple[Any, ...]] = {}
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        check_range(name, low, high, log)
-        self.asked[name] = Range(low, high, log)
-        return low if self.random.random() < 0.5 else high
-
-    def suggest_categorical(self, name: str, choices: Sequence[V]) -> V:
-        check_choices(name, choices)
-        self.asked[name] = tuple(choices)
-        return self.random.choice(choices)
+def draws(build: Callable[[Suggest], Config]) -> list[tuple[Asked, Config]]:
+    """Return random trials, whose numbers are at the ends of their ranges, and their configs."""
+    # not `seeds.derive`: these draws determine what a search's cache must hold
+    trials = [Asked(partial(_drawn, random.Random(seed))) for seed in range(DRAWS)]
+    return [(trial, build(trial)) for trial in trials]
 
 
-def flat_space(build: Callable[[Suggest], Config]) -> dict[str, Range | tuple[Any, ...]]:
+def _drawn(own: random.Random, _: str, options: Options) -> Any:
+    if isinstance(options, Range):
+        return options.low if own.random() < 0.5 else options.high
+    return own.choice(options)
+
+
+def flat_space(build: Callable[[Suggest], Config]) -> dict[str, Options]:
     """Return the widest range or all options of everything that any trial may ask for, without the conditions: for the
     searchers and schedulers that know none."""
-    found: dict[str, Range | tuple[Any, ...]] = {}
-    for seed in range(DRAWS):
-        draw = _Draw(seed)
-        build(draw)
-        for name, own in draw.asked.items():
+    found: dict[str, Options] = {}
+    for trial, _ in draws(build):
+        for name, own in trial.asked.items():
             known = found.get(name, own)
             if isinstance(own, Range) and isinstance(known, Range):
                 found[name] = Range(min(known.low, own.low), max(known.high, own.high), own.log)
@@ -111,29 +94,29 @@ def widest(build: Callable[[Suggest], Config], candidates: Candidates) -> Config
     """Return a config that reads everything of the teacher that any trial may read: the union of kinds, pairs and
     logits over many random trials. A cache that serves this config serves the whole search. Raises UserError for a name
     whose choices differ between them."""
-    trials = [_Draw(seed) for seed in range(DRAWS)]
-    draws = [build(trial) for trial in trials]
-    offered: dict[str, Range | tuple[Any, ...]] = {}
-    for name, own in (item for trial in trials for item in trial.asked.items()):
+    trials = draws(build)
+    offered: dict[str, Options] = {}
+    for name, own in (item for trial, _ in trials for item in trial.asked.items()):
         if offered.setdefault(name, own) != own and not isinstance(own, Range):
             raise UserError(
                 f"a search space offers {own} for {name!r} in one trial and {offered[name]} in another: give it the "
                 "same choices in every trial, or another name under each condition"
             )
+    losses = [config.loss for _, config in trials]
     found: dict[str, object] = {
-        "kd_weight": max(draw.loss.resolved_kd_weight for draw in draws),
-        "name": tuple(dict.fromkeys(method for draw in draws for method in draw.loss.name)),
+        "kd_weight": max(loss.resolved_kd_weight for loss in losses),
+        "name": tuple(dict.fromkeys(method for loss in losses for method in loss.name)),
     }
     for kind in KINDS:
-        weight = max(draw.loss.weight(kind) for draw in draws)
+        weight = max(loss.weight(kind) for loss in losses)
         pairs = dict.fromkeys(
             pair
-            for draw in draws
-            if draw.loss.weight(kind)
-            for pair in getattr(draw.loss, f"{kind}_pairs") or candidates.default[kind]
+            for loss in losses
+            if loss.weight(kind)
+            for pair in getattr(loss, f"{kind}_pairs") or candidates.default[kind]
         )
         found |= {f"{kind}_weight": weight, f"{kind}_pairs": tuple(pairs)}
-    negatives = {draw.loss.resolved_negatives for draw in draws}
-    first = draws[0].loss
-    chosen = "cache" if "cache" in negatives else first.resolved_negatives
-    return replace(draws[0], loss=replace(first, **found, negatives=chosen))  # type: ignore[arg-type]
+    negatives = {loss.resolved_negatives for loss in losses}
+    config = trials[0][1]
+    chosen = "cache" if "cache" in negatives else config.loss.resolved_negatives
+    return replace(config, loss=replace(config.loss, **found, negatives=chosen))  # type: ignore[arg-type]

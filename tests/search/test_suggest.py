@@ -18,8 +18,8 @@ from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.spaces import SPACES, find_spaces
-from mimkd_ray.search.suggest import Candidates, Suggest, compose, every_answer, grid_values
-from mimkd_ray.search.tap_candidates import Range, _Draw, find_candidates, flat_space, near_pairs, widest
+from mimkd_ray.search.suggest import Candidates, Range, Suggest, compose, every_answer
+from mimkd_ray.search.tap_candidates import draws, find_candidates, flat_space, near_pairs, widest
 from mimkd_ray.taps.default_stages import Stages
 from mimkd_ray.train.networks.build import plan_taps
 
@@ -56,8 +56,8 @@ def test_a_grid_follows_conditions() -> None:
 
 
 @given(low=st.floats(1e-3, 10), factor=st.floats(1.01, 1e3), points=st.integers(2, 9), log=st.booleans())
-def test_grid_values_are_even_and_reach_the_ends(low: float, factor: float, points: int, log: bool) -> None:
-    values = grid_values(low, low * factor, points, log)
+def test_values_of_a_grid_are_even_and_reach_the_ends(low: float, factor: float, points: int, log: bool) -> None:
+    values = Range(low, low * factor, log).values(points)
     assert (values[0], values[-1], len(values)) == (low, low * factor, points)
     on_scale = [math.log(value) if log else value for value in values]
     steps = [b - a for a, b in itertools.pairwise(on_scale)]
@@ -244,8 +244,7 @@ def test_whatever_is_drawn_can_be_trained() -> None:
     build = compose(list(SPACES.values()), base, candidates)
     wide = widest(build, candidates)
     assert wide.loss.kd_weight
-    for seed in range(12):
-        config = build(_Draw(seed))
+    for _, config in draws(build)[:12]:
         assert config.loss.uses_teacher
         preflight(config)
         for kind in ("global", "local", "feature"):

@@ -16,8 +16,8 @@ from mimkd_ray.config.jobs.search import POPULATION
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.configs import FieldConfigs, TrialConfigs
 from mimkd_ray.search.optuna_study import sampler
-from mimkd_ray.search.suggest import Grid
-from mimkd_ray.search.tap_candidates import Range, flat_space
+from mimkd_ray.search.suggest import Grid, Options, Range
+from mimkd_ray.search.tap_candidates import flat_space
 from mimkd_ray.search.trials import direction
 from mimkd_ray.train.records.loggers import require, require_loggers
 
@@ -101,7 +101,7 @@ def tune_space(configs: TrialConfigs) -> dict[str, Any]:
     return {name: _domain(value) for name, value in flat_space(configs.build).items()}
 
 
-def _domain(value: Range | tuple[Any, ...]) -> Any:
+def _domain(value: Options) -> Any:
     if isinstance(value, Range):
         return (tune.loguniform if value.log else tune.uniform)(value.low, value.high)
     return tune.choice(list(value))
