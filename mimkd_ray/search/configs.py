@@ -87,11 +87,7 @@ class FieldConfigs:
         """Return the base with these fields changed. Raises UserError for a name that is no field."""
         flat = dict(dotted(params))
         self.check(flat)
-        value = to_dict(self.base)
-        for name, item in flat.items():
-            *sections, last = name.split(".")
-            reduce(getitem, sections, value)[last] = item
-        return Made(from_dict(Config, value), flat)
+        return Made(from_dict(Config, _changed(to_dict(self.base), flat)), flat)
 
 
 def trial_config(config: Config, search: SearchConfig) -> Config:
@@ -130,7 +126,8 @@ def final_config(job: SearchJob, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """
     own = plain(job)
     own = replace(own, run=replace(own.run, name="", overwrite=False))  # those belong to the search
-    return _with_changes(to_dict(own), to_dict(trial_config(job, job.search)), chosen)
+    shared = dict(dotted(to_dict(trial_config(job, job.search))))
+    return _changed(to_dict(own), {name: value for name, value in dotted(chosen) if value != shared[name]})
 
 
 def plain(config: Config) -> Config:
@@ -138,14 +135,12 @@ def plain(config: Config) -> Config:
     return Config(**{f.name: getattr(config, f.name) for f in fields(Config)} | {"compare": CompareConfig()})
 
 
-def _with_changes(target: Mapping[str, Any], shared: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    changed = dict(target)
-    for key, value in chosen.items():
-        if isinstance(value, Mapping):
-            changed[key] = _with_changes(target[key], shared[key], value)
-        elif value != shared[key]:
-            changed[key] = value
-    return changed
+def _changed(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON form of a config with fields changed, by their dotted names."""
+    for name, value in changes.items():
+        *sections, last = name.split(".")
+        reduce(getitem, sections, config)[last] = value
+    return config
 
 
 def claim(job: SearchJob, folder: str, write: bool = True) -> None:
