@@ -179,7 +179,6 @@ def failures_told(tell: Tell) -> Iterator[Tell]:
         kind, reason = explain(error)
         more = {"traceback": scrubbed(traceback.format_exc())} if kind == "error" else {}
         tell({**failure(epoch), "failed": kind, "reason": reason, **more})
-        del error
     finally:
         gc.collect()  # frees memory after a failed allocation, before the next trial
         if torch.cuda.is_available():

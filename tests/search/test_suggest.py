@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -18,7 +18,7 @@ from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.spaces import SPACES, find_spaces
-from mimkd_ray.search.suggest import Candidates, Range, Suggest, compose, every_answer
+from mimkd_ray.search.suggest import Asked, Candidates, Range, Suggest, compose, every_answer
 from mimkd_ray.search.tap_candidates import draws, find_candidates, flat_space, near_pairs, widest
 from mimkd_ray.taps.default_stages import Stages
 from mimkd_ray.train.networks.build import plan_taps
@@ -98,34 +98,20 @@ def test_candidates_of_two_networks() -> None:
     assert named.feature == ("stage3:stage3",), "pairs that the config names are the candidates"
 
 
-class _Fixed:
-    """Answers with given values, and notes what was asked."""
-
-    def __init__(self, **answers: object) -> None:
-        self.answers, self.asked = answers, list[str]()
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        self.asked.append(name)
-        value = self.answers.get(name, high)
-        assert low <= value <= high  # type: ignore[operator]
-        return value  # type: ignore[return-value]
-
-    def suggest_categorical(self, name: str, choices: Sequence) -> object:
-        self.asked.append(name)
-        value = self.answers.get(name, choices[0])
-        assert value in choices
-        return value
+def fixed(**answers: object) -> Asked:
+    """Answers with given values, else the highest number or the first choice."""
+    return Asked(lambda name, asked: answers.get(name, asked.high if isinstance(asked, Range) else asked[0]))
 
 
 def test_a_temperature_only_where_there_is_one() -> None:
     build = compose([SPACES["critic"], SPACES["temperature"]], tiny_config(), NONE)
-    concat = _Fixed(**{"critic.kind": "concat"})
-    assert build(concat).loss.critic.kind == "concat"  # type: ignore[arg-type]
-    assert concat.asked == ["critic.kind", "critic.width"]
-    dot = _Fixed(**{"critic.temperature": 0.02})
-    config = build(dot)  # type: ignore[arg-type]
+    concat = fixed(**{"critic.kind": "concat"})
+    assert build(concat).loss.critic.kind == "concat"
+    assert list(concat.asked) == ["critic.kind", "critic.width"]
+    dot = fixed(**{"critic.temperature": 0.02})
+    config = build(dot)
     assert config.loss.critic.temperature == 0.02
-    assert dot.asked == [
+    assert list(dot.asked) == [
         "critic.kind",
         "critic.teacher",
         "critic.student",
@@ -137,11 +123,11 @@ def test_a_temperature_only_where_there_is_one() -> None:
 def test_no_pair_chosen_turns_feature_terms_off_and_asks_for_no_weight() -> None:
     pairs = Candidates(("a:b", "c:d"), ("v:b",), {})
     build = compose([SPACES["taps"], SPACES["weights"]], tiny_config(), pairs)
-    none = _Fixed(**{"feature a:b": False, "feature c:d": False})
-    config = build(none)  # type: ignore[arg-type]
+    none = fixed(**{"feature a:b": False, "feature c:d": False})
+    config = build(none)
     assert config.loss.feature_weight == 0
     assert not any("feature_weight" in name for name in none.asked)
-    one = build(_Fixed(**{"feature a:b": False, "global terms": False}))  # type: ignore[arg-type]
+    one = build(fixed(**{"feature a:b": False, "global terms": False}))
     assert one.loss.feature_pairs == ("c:d",)
     assert (one.loss.global_weight, one.loss.feature_weight) == (0.0, 30.0)
 
@@ -150,21 +136,21 @@ def test_a_student_alone_is_not_drawn() -> None:
     """With every answer no, the last kind is on without a question, unless KD reads the teacher."""
     off = {f"{kind} terms": False for kind in ("global", "local", "feature")}
     build = compose([SPACES["taps"], SPACES["kd"], SPACES["weights"]], tiny_config(), Candidates((), ("v:b",), {}))
-    alone = _Fixed(kd=False, **off)
-    loss = build(alone).loss  # type: ignore[arg-type]
+    alone = fixed(kd=False, **off)
+    loss = build(alone).loss
     assert (loss.global_weight, loss.local_weight, loss.feature_weight) == (0.0, 30.0, 0.0)
-    assert alone.asked == ["kd", "global terms", "local_weight"]
-    with_kd = build(_Fixed(kd=True, **off)).loss  # type: ignore[arg-type]
+    assert list(alone.asked) == ["kd", "global terms", "local_weight"]
+    with_kd = build(fixed(kd=True, **off)).loss
     assert (with_kd.uses_features, with_kd.kd_weight) == (False, 3.0)
 
 
 def test_a_rivals_factor_only_where_there_is_one() -> None:
-    none = _Fixed()
+    none = fixed()
     assert compose([SPACES["rival"]], tiny_config(), NONE)(none) == tiny_config()  # type: ignore[arg-type]
-    assert none.asked == []
+    assert not none.asked
     for name in ("kd", "rkd"):
         base = tiny_config(loss={"name": ("mimkd", name)})
-        config = compose([SPACES["rival"]], base, NONE)(_Fixed(rival_weight=0.2))  # type: ignore[arg-type]
+        config = compose([SPACES["rival"]], base, NONE)(fixed(rival_weight=0.2))
         assert config.loss.weight_of(name) == pytest.approx(0.2 * base.loss.weight_of(name))
 
 
