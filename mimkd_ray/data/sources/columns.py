@@ -15,6 +15,8 @@ IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "ima
 LABELS = ("label", "labels", "fine_label", "cls", "class", "class_label", "target", "targets", "category", "y")
 NO_LABELS = ("id", "index", "idx", "__index_level_0__", "image_id", "width", "height", "size")
 """Integers that are no class numbers, though there may be no other integers."""
+NUMBERS = ("INT32", "INT64", "FLOAT", "DOUBLE", "BOOLEAN")
+"""What labels are stored as: pandas makes floats of integers among which some are missing."""
 NO_LABEL = -1
 """The class number of a row without one, as test sets with hidden labels have it."""
 
@@ -75,13 +77,13 @@ def find_columns(
 
     binary = {path for path, kind in leaves.items() if kind == "BYTE_ARRAY"}
     images = [f.name for f in schema if binary & {f.name, f"{f.name}.bytes"} and not _is_text(f)]
-    numbers = [f.name for f in schema if leaves.get(f.name) in ("INT32", "INT64") and not _is_measure(f)]
+    numbers = [f.name for f in schema if leaves.get(f.name) in NUMBERS and not _is_measure(f)]
     texts = [f.name for f in schema if _is_text(f)]
     lone = [name for name in numbers if name.lower() not in NO_LABELS and _is_integer(schema.field(name))]
     found_image = choose("image", "binary, or a struct with a binary field 'bytes'", image, IMAGES, images, images)
     found_label = ""
     if label or labelled or any(name in LABELS for name in numbers + texts):
-        found_label = choose("label", "an integer, or text", label, LABELS, numbers + texts, lone)
+        found_label = choose("label", "a number, or text", label, LABELS, numbers + texts, lone)
     return Columns(
         found_image,
         "" if found_image in leaves else "bytes",
@@ -112,7 +114,7 @@ def _is_text(field: Any) -> bool:
     import pyarrow as pa
 
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _is_measure(field: Any) -> bool:
@@ -131,7 +133,7 @@ def _is_integer(field: Any) -> bool:
 def label_array(column: Any, url: str, names: Sequence[str] | None = None) -> np.ndarray:
     """Return the labels as int64, NO_LABEL for rows without one; `names` are the classes of labels that are text.
 
-    Raises UserError for a text that is no class.
+    Raises UserError for a text that is no class, and for a float that is no whole number.
     """
     import pyarrow as pa
 
@@ -147,6 +149,10 @@ def label_array(column: Any, url: str, names: Sequence[str] | None = None) -> np
                 f"training set, the first is '{unknown[0]}'"
             )
         column = found
+    elif pa.types.is_boolean(column.type):
+        column = column.cast(pa.uint8())
+    elif pa.types.is_floating(column.type):
+        column = _whole_numbers(column, url)
     if column.null_count:
         column = column.fill_null(NO_LABEL) if pa.types.is_signed_integer(column.type) else _signed(column)
     # Arrow's to_numpy imports pandas, if it is installed: 0.9 s of the first block, in every process that loads one.
@@ -160,8 +166,21 @@ def _signed(column: Any) -> Any:
     return column.cast(pa.int64()).fill_null(NO_LABEL)
 
 
+def _whole_numbers(column: Any, url: str) -> Any:
+    """Return floats as integers; NaN, pandas' form of none, as null."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    try:
+        return pc.if_else(pc.is_nan(column), None, column).cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{url}: labels of type {column.type} are no class numbers: {error}; mend them") from error
+
+
 def plain_text(column: Any) -> Any:
-    """Return a column of text without its dictionary."""
+    """Return a column of text without its dictionary, in a form that all functions of Arrow take."""
     import pyarrow as pa
 
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.cast(pa.string()) if pa.types.is_string_view(column.type) else column

@@ -310,8 +310,8 @@ def _group(group: Any, columns: Columns) -> _Group:
 
 
 def _statistics(column: Any) -> tuple[int, int] | None:
-    if not column.is_stats_set or not column.statistics.has_min_max:
-        return None
+    if not column.is_stats_set or not column.statistics.has_min_max or column.physical_type in ("FLOAT", "DOUBLE"):
+        return None  # of floats they leave out NaN, which is a missing label
     if not column.statistics.has_null_count:
         return None
     low = NO_LABEL if column.statistics.null_count else int(column.statistics.min)

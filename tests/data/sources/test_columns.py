@@ -43,6 +43,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "by type": ({"scan": pa.array(FILES), "grade": NUMBERS, "id": range(6), "note": ["x"] * 6}, {}),
     "text": ({"image": STRUCT, "label": WORDS}, {}),
     "text with a dictionary": ({"image": STRUCT, "label": pa.array(WORDS).dictionary_encode()}, {}),
+    "text in views": ({"image": pa.array(FILES, pa.binary_view()), "label": pa.array(WORDS, pa.string_view())}, {}),
+    "floats": ({"image": STRUCT, "label": [float(number) for number in NUMBERS]}, {}),
     "named": (
         {"a": pa.array(FILES), "b": pa.array([b""] * 6), "x": NUMBERS, "y": [0] * 6},
         {"image_column": "a", "label_column": "x"},
@@ -87,7 +89,14 @@ def test_a_named_column_that_does_not_fit(tmp_path: Path, option: str, value: st
 
 
 @pytest.mark.parametrize(
-    "labels", [[0, None, 1, None, 1, 0], [0, -1, 1, -1, 1, 0], ["a", None, "b", None, "b", "a"]], ids=str
+    "labels",
+    [
+        [0, None, 1, None, 1, 0],
+        [0, -1, 1, -1, 1, 0],
+        [0.0, float("nan"), 1.0, None, 1.0, 0.0],  # as pandas writes integers with None among them
+        ["a", None, "b", None, "b", "a"],
+    ],
+    ids=str,
 )
 def test_test_rows_without_a_label_are_left_out(
     tmp_path: Path, labels: list[Any], caplog: pytest.LogCaptureFixture
@@ -110,6 +119,14 @@ def test_test_rows_without_a_label_are_left_out(
     pq.write_table(pa.table({"image": STRUCT, "label": nothing}), tmp_path / "test-0.parquet")
     with pytest.raises(UserError, match=r"the validation set has labels down to -1.*hidden"):
         open_data(DataConfig(root=str(tmp_path)))
+
+
+def test_labels_of_two_values_and_of_none(tmp_path: Path) -> None:
+    root = write(tmp_path, {"image": STRUCT, "label": [True, False] * 3})
+    assert open_data(DataConfig(root=root)).train.labels().tolist() == [1, 0] * 3
+    root = write(tmp_path, {"image": STRUCT, "label": [0.5, 1.0] * 3})
+    with pytest.raises(UserError, match=r"labels of type double are no class numbers: .*0\.5"):
+        open_data(DataConfig(root=root))
 
 
 def test_a_text_of_validation_that_is_no_class(tmp_path: Path) -> None:
