@@ -13,7 +13,7 @@ from mimkd_ray.data.augment.decode import Decoding
 from mimkd_ray.data.augment.pipelines import make_pipeline
 from mimkd_ray.data.augment.transforms import can_be_resident
 from mimkd_ray.data.sources.digits import DigitsSource
-from mimkd_ray.data.sources.folders import FolderSource
+from mimkd_ray.data.sources.folders import FolderSource, printable
 from mimkd_ray.data.sources.own_dataset import SCHEME, OwnData, named_sets
 from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.sources.shard_manifest import MANIFEST_SUFFIX, read_manifest
@@ -128,7 +128,8 @@ def open_data(config: DataConfig, own: OwnData | None = None, for_training: bool
     digest = digest_of("data", train.digest, val.digest, num_classes)  # of all held-out rows: `val_rows` may change
     if config.val_rows and config.val_rows < val.num_rows:
         val = SubsetSource(val, stratified_split(val.labels(), config.val_rows, config.split_seed)[1])
-    return Data(train, val, classes, num_classes, digest, whole, kept, judged, own)
+    names = tuple(map(printable, classes))  # folders may have any bytes, and Arrow takes UTF-8 alone
+    return Data(train, val, names, num_classes, digest, whole, kept, judged, own)
 
 
 def _known(config: DataConfig, labels: np.ndarray, num_classes: int) -> np.ndarray:

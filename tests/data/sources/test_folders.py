@@ -6,15 +6,17 @@ import uuid
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from image_sets import encode, folder_set, pixels
 
 from mimkd_ray import storage
-from mimkd_ray.config import PrepareConfig
+from mimkd_ray.config import DataConfig, PrepareConfig
 from mimkd_ray.data.augment.decode import decode
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.prepare.input_pieces import open_folders
 from mimkd_ray.data.prepare.make_shards import prepare
+from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.folders import FolderSource
 from mimkd_ray.data.sources.parquet import ParquetSource
 from mimkd_ray.data.store.block_store import BlockStore
@@ -136,6 +138,8 @@ def test_names_that_are_not_utf_8(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert [decode(row.image).shape for row in rows] == [(3, 12, 16)] * 4
     assert any("caf\\udce9/na\\udcefve.png" in row.name for row in rows)
     assert len(source.digest) == 16
+    names = open_data(DataConfig(root=str(tmp_path), val_split="train")).names
+    assert pa.array(names).to_pylist() == ["caf\\udce9", "tea"]  # Arrow refuses what is not UTF-8
     said = "".join(record.getMessage() for record in caplog.records)
     assert said.encode()
     assert "passed over: 2 other files (2 .txt)" in said
