@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from mimkd_ray import storage
@@ -45,8 +46,7 @@ class Splits:
         """Return the split, or None if it is not here. A folder of it counts before tars beside it."""
         if self.is_pattern:
             return Split({}, self.tars)
-        parquet = {url: entry for url, entry in self.parquet.items() if is_of_split(url, split)}
-        parquet = parquet or self.declared.get(split, {})
+        parquet = _of_split(self.parquet, split) or self.declared.get(split, {})
         if not parquet and split in self.dirs:
             folder = self.dirs[split]
             parquet = storage.list_entries(folder, ".parquet")
@@ -57,7 +57,7 @@ class Splits:
                 return Split({}, {}, folder)
         if parquet:
             return Split(parquet, {})
-        tars = {url: entry for url, entry in self.tars.items() if is_of_split(url, split)}
+        tars = _of_split(self.tars, split)
         return Split({}, tars) if tars else None
 
     def found(self) -> str:
@@ -71,3 +71,12 @@ class Splits:
 def is_of_split(url: str, split: str) -> bool:
     """Return whether a file's name begins with that of the split."""
     return url.rpartition("/")[2].startswith((f"{split}-", f"{split}."))
+
+
+def _of_split(files: dict[str, storage.Entry], split: str) -> dict[str, storage.Entry]:
+    """Return the files of a split: those whose names begin with it, or else those that have it as a word and begin with
+    no other split, such as `imagenet1k-train-0000.tar`."""
+    begins = {url: entry for url, entry in files.items() if is_of_split(url, split)}
+    words = {url: re.split(r"[-_.]", url.rpartition("/")[2]) for url in files}
+    others = SPLIT_NAMES - {split}
+    return begins or {url: files[url] for url, found in words.items() if split in found and found[0] not in others}

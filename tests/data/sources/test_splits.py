@@ -31,9 +31,23 @@ def _parquet_in_two_places(root: Path) -> None:
         write_parquet(place, images(4), [0, 1, 0, 1])
 
 
+def _with_the_sets_name_before(root: Path) -> None:
+    """As timm/imagenet-1k-wds on the hub has them; the files of `val` are no training images."""
+    for name, labels in (("set1k-train-0.tar", "01"), ("set1k-train-1.tar", "10"), ("val-train-like-0.tar", "0")):
+        members = {f"{at}.{kind}": data for at, label in enumerate(labels)
+                   for kind, data in (("jpg", images(1)[0] or b""), ("cls", label.encode()))}  # fmt: skip
+        write_tar(root / name, members)
+
+
 @pytest.mark.parametrize(
     ("write", "rows"),
-    [(_folders_beside_tars, 12), (_folders_with_tars, 12), (_parquet_in_two_places, 8), (tar_set, 16)],
+    [
+        (_folders_beside_tars, 12),
+        (_folders_with_tars, 12),
+        (_parquet_in_two_places, 8),
+        (tar_set, 16),
+        (_with_the_sets_name_before, 4),
+    ],
 )
 def test_preparation_takes_what_training_takes(tmp_path: Path, write: Callable[[Path], None], rows: int) -> None:
     write(tmp_path / "set")
