@@ -138,9 +138,9 @@ def _check_numbers(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path:
 def class_mismatch(source: str, found: int, num_classes: int) -> str:
     """Return the message for weights whose classifier has another number of classes than the data."""
     return (
-        f"weights {source} have {found} classes, the data has {num_classes}: "
-        f"pass --data.num-classes {found} or other weights, or for a teacher with classes of its own --teacher.classes "
-        f"{found}"
+        f"weights {source} have {found} classes, the data has {num_classes}: pass other weights, or --data.num-classes "
+        f"{found} for data whose labels are numbers of these; to evaluate on some of them name all with --eval.classes "
+        f"FILE; for a teacher with classes of its own pass --teacher.classes {found}"
     )
 
 

@@ -1,7 +1,8 @@
 """What is in a weights file: the state dicts of .safetensors and PyTorch files, by the key that they stand under.
 
 PyTorch files are read with weights_only=True. Beside tensors that allows what other people's checkpoints hold as notes
-on the run: argparse.Namespace, paths, numpy's scalars, Lightning's AttributeDict. No other class is ever unpickled.
+on the run: argparse.Namespace, paths, numpy's scalars and arrays, defaultdicts, Lightning's AttributeDict. No other
+class is ever unpickled.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ WRAPPERS = (
     "state_dict_ema",
     "model_ema",
 )
-"""Keys that a checkpoint's state dicts stand under; of several that fit equally well the first here counts."""
+"""Keys that a checkpoint's state dicts stand under; of several that fit equally well the first here counts. Where none
+of these is there, any key will do."""
 
 
 def shown(path: str) -> str:
@@ -117,14 +119,20 @@ LIGHTNINGS = (
 
 def _notes() -> list[Any]:
     """Classes and functions that torch.load may call beside its own: those of Namespace, paths, numpy's scalars and
-    Lightning's hyperparameters."""
-    scalar = np.float64(0).__reduce__()[0]
+    arrays, defaultdicts and Lightning's hyperparameters."""
+    made = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(0).__reduce__()[0]}
     kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"}
-    # numpy's module of scalars has had two names.
-    scalars = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    # numpy's module of these functions has had two names.
+    numbers = [(made[name], f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in made]
     path = type(pathlib.Path())
     named = [(OrderedDict, f"{module}.AttributeDict") for module in LIGHTNINGS]
-    return [argparse.Namespace, path, *scalars, *named, np.dtype, *kinds]
+    of_defaults = [(_without_default, "collections.defaultdict"), list, dict, int, float]
+    return [argparse.Namespace, path, *numbers, *named, np.ndarray, np.dtype, *kinds, *of_defaults]
+
+
+def _without_default(*_: type) -> OrderedDict[str, Any]:
+    """Stands for a defaultdict, into which torch puts nothing."""
+    return OrderedDict()
 
 
 def _read(path: str) -> bytes:
@@ -219,23 +227,26 @@ def _states(content: Any, path: str) -> dict[str, dict[str, Tensor]]:
     if not found:
         keys = ", ".join(list(map(str, content))[:3]) if isinstance(content, Mapping) else type(content).__name__
         raise UserError(
-            f"weights {path}: no state dict in it (found {keys}); expected names with tensors, bare or under "
-            f"one of {', '.join(map(repr, WRAPPERS))}"
+            f"weights {path}: no state dict in it (found {keys}); expected names with tensors, bare or under a key "
+            f"such as {', '.join(map(repr, WRAPPERS))}"
         )
     return found
 
 
-def _within(content: Any, key: str, depth: int = 2) -> dict[str, dict[str, Tensor]]:
-    """The state dicts in a file's content or, `depth` levels deep, under the usual keys of it."""
+def _within(content: Any, key: str, depth: int = 3) -> dict[str, dict[str, Tensor]]:
+    """The state dicts in a file's content or, `depth` levels deep, under its keys: the usual ones, or else any."""
     if _is_state_dict(content):
         return {key: dict(content)}
     if not isinstance(content, Mapping) or not depth:
         return {}
-    found: dict[str, dict[str, Tensor]] = {}
-    for wrapper in WRAPPERS:
-        if wrapper in content:
-            found |= _within(content[wrapper], f"{key}.{wrapper}".lstrip("."), depth - 1)
-    return found
+    usual = [wrapper for wrapper in WRAPPERS if wrapper in content]
+    for keys in (usual, [name for name in content if isinstance(name, str)]):
+        found: dict[str, dict[str, Tensor]] = {}
+        for name in keys:
+            found |= _within(content[name], f"{key}.{name}".lstrip("."), depth - 1)
+        if found:
+            return found
+    return {}
 
 
 def _is_state_dict(value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -70,13 +70,16 @@ def test_every_cifar_network_of_the_literature_is_tested() -> None:
 
 @pytest.mark.parametrize("suffix", [".pth.tar", ".ckpt", ".pt"])
 @pytest.mark.parametrize(
-    "key", ["state_dict", "model", "model_state", "model_state_dict", "state_dict_ema", "teacher", "student", "net"]
+    "key",
+    ["state_dict", "model", "model_state", "model_state_dict", "state_dict_ema", "teacher", "student", "net", "ema"],
 )
 def test_notes_and_keys(tmp_path: Path, suffix: str, key: str) -> None:
     net = build_model(STUDENT, 10)
     notes = {
         "args": argparse.Namespace(lr=0.1, best=np.float32(1), out=Path("runs"), rows=np.int64(3), on=np.bool_(True)),
         "best_acc": np.float64(70.1),
+        "random": np.random.RandomState(0).get_state(),
+        "log": defaultdict(list, loss=[1.0]),
         "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
     }
     torch.save({key: net.state_dict(), "epoch": 3, **notes}, tmp_path / f"w{suffix}")

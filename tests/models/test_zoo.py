@@ -106,13 +106,14 @@ def test_other_number_of_classes_names_both(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         build_model(STUDENT, 10, str(path))
     assert str(caught.value) == (
-        f"weights {path} have 100 classes, the data has 10: pass --data.num-classes 100 or other weights, or "
-        "for a teacher with classes of its own --teacher.classes 100"
+        f"weights {path} have 100 classes, the data has 10: pass other weights, or --data.num-classes 100 for data "
+        "whose labels are numbers of these; to evaluate on some of them name all with --eval.classes FILE; for a "
+        "teacher with classes of its own pass --teacher.classes 100"
     )
 
 
 def test_published_weights_of_another_number_of_classes() -> None:
-    with pytest.raises(UserError, match=r"published for resnet18 have 1000 classes, the data has 10: .* 1000 or"):
+    with pytest.raises(UserError, match=r"published for resnet18 have 1000 classes, the data has 10: .* 1000 for"):
         build_model("resnet18", 10, "published")
     pytest.importorskip("timm")
     with pytest.raises(UserError, match="timm/resnet18 have 1000 classes, the data has 10"):
