@@ -44,7 +44,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "text": ({"image": STRUCT, "label": WORDS}, {}),
     "text with a dictionary": ({"image": STRUCT, "label": pa.array(WORDS).dictionary_encode()}, {}),
     "text in views": ({"image": pa.array(FILES, pa.binary_view()), "label": pa.array(WORDS, pa.string_view())}, {}),
-    "floats": ({"image": STRUCT, "label": [float(number) for number in NUMBERS]}, {}),
+    "floats": ({"image": STRUCT, "target": [float(number) for number in NUMBERS]}, {}),
     "named": (
         {"a": pa.array(FILES), "b": pa.array([b""] * 6), "x": NUMBERS, "y": [0] * 6},
         {"image_column": "a", "label_column": "x"},
