@@ -21,6 +21,7 @@ from made_students import make_student
 from report import finish, parser, table
 
 from mimkd_ray import storage
+from mimkd_ray.train.engine import restart
 from mimkd_ray.train.records import checkpoint
 
 
@@ -46,16 +47,16 @@ def main() -> int:
         writer = checkpoint.Writer(root, 2, lambda _: None)
         for step in range(args.rounds):
             student.step(step)  # momentum is there from the first step on
-            note("stall", student.save, step + 1, writer)
+            note("stall", restart.save, student, step + 1, writer)
             note("in the background", writer.wait)
-            state = student.state(step + 1, [student.norms.flat().cpu()])
+            state = restart.state_of(student, step + 1, [student.norms.flat().cpu()])
             buffer = io.BytesIO()
             note("of it: serialise", torch.save, state, buffer)
             data = buffer.getvalue()
             note("of it: hash", lambda data: hashlib.sha256(data).hexdigest(), data)
             note("of it: write", storage.write_bytes, storage.join(root, "probe"), data)
             note("in the foreground", checkpoint.save, root, step + 1, state, 2)
-            note("resume", student.resume, root)
+            note("resume", restart.resume, student, root)
             _, found = note("of it: find, read, check", checkpoint.newest, root)
             parsed = note("of it: parse", checkpoint.parse, found, device)
             note("of it: load the networks", student.distiller.load_state_dict, parsed["distiller"])

@@ -17,8 +17,10 @@ from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
 from mimkd_ray.train.distributed import Context, Preemption, all_sum, ask_first, barrier
 from mimkd_ray.train.engine.captured import make_engine
+from mimkd_ray.train.engine.evaluation import evaluate_together
+from mimkd_ray.train.engine.restart import resume
 from mimkd_ray.train.engine.step import StepRecord
-from mimkd_ray.train.engine.student import Student, evaluate_together, lone_student
+from mimkd_ray.train.engine.student import Student, lone_student
 from mimkd_ray.train.out_of_memory import V, each
 from mimkd_ray.train.records.metrics import Meter, Progress, judged, reading, say
 from mimkd_ray.train.records.outcomes import begin
@@ -65,7 +67,7 @@ def train_on(
         with console.phase(f"{config.recipe}: making the student and its inputs", said=False):
             student = lone_student(config, data, teacher, context, run_dir)
             opened.callback(student.inputs.close)
-            start = student.resume(run_dir)
+            start = resume(student, run_dir)
         resumed = time.perf_counter() - began
         if start:
             say(context, f"resumed from step {start} of {run_dir} in {resumed:.1f} s")

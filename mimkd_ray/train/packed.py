@@ -28,6 +28,7 @@ from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import MemberMemoryError, NonFiniteLossError, UserError, count
 from mimkd_ray.train.distributed import Context
 from mimkd_ray.train.engine.inputs import Inputs
+from mimkd_ray.train.engine.restart import restore
 from mimkd_ray.train.engine.step import StepRecord
 from mimkd_ray.train.engine.student import Student
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
@@ -188,7 +189,7 @@ def _open(
         try:
             student = Student(planned, inputs)
             if contents:
-                student.restore(place, contents[at])
+                restore(student, place, contents[at])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

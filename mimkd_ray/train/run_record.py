@@ -17,6 +17,7 @@ from mimkd_ray import storage
 from mimkd_ray.config.digest import digest
 from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.train.distributed import all_sum, ask_first, gather_lanes, share_from_first
+from mimkd_ray.train.engine import restart
 from mimkd_ray.train.engine.step import StepRecord
 from mimkd_ray.train.engine.student import Student
 from mimkd_ray.train.records import checkpoint
@@ -94,7 +95,7 @@ class Run:
         began = time.perf_counter()
         self.wait()
         waited = time.perf_counter() - began
-        self.student.save(done, self.writer)
+        restart.save(self.student, done, self.writer)
         if self.writer is not None:
             self.writer.stalls[-1] += waited
             self.student.context.observe(self.run_dir, {"checkpoint_stall": self.writer.stalls[-1]})

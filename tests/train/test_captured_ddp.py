@@ -27,6 +27,8 @@ from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.cuda_graphs import WARM
 from mimkd_ray.train.distributed import first_said
 from mimkd_ray.train.engine.captured import CapturedEngine, make_engine
+from mimkd_ray.train.engine.evaluation import evaluate_together
+from mimkd_ray.train.engine.restart import resume, save
 from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.networks.build import captures, why_plain
 from mimkd_ray.train.records import checkpoint
@@ -73,14 +75,14 @@ def _train(context: LocalContext, config: Config, stops: tuple[int, ...], folder
         torch.manual_seed(7)
         own = config if turn % 2 == 0 else replace(config, train=replace(config.train, engine="plain"))
         student = lone_student(own, tiny_data(own), build_model("cifar/resnet8", 10), context)
-        start = student.resume(str(folder)) if turn else 0
+        start = resume(student, str(folder)) if turn else 0
         engine = make_engine([student])
         student.inputs.start(start)
         for step in range(start, stop):
             seen["losses"].append(engine.step([student], step)[student].log["loss"].double())  # type: ignore[union-attr]
         if len(stops) > 1:
             writer = checkpoint.Writer(str(folder), 2, lambda _: None) if context.rank == 0 else None
-            student.save(stop, writer)
+            save(student, stop, writer)
             if writer is not None:
                 writer.wait()
             dist.barrier()
@@ -181,5 +183,5 @@ def test_a_group_of_one_counts_as_none(group_of_one: None, make: Callable[[int],
     same(graph, plain)
     student = lone_student(captured(config), tiny_data(config), build_model("cifar/resnet8", 10), context)
     assert student.summed is None
-    student.evaluate()
-    student.save(0, None)
+    evaluate_together([student])[student]
+    save(student, 0, None)

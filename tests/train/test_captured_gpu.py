@@ -16,6 +16,7 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.train.cuda_graphs import WARM
 from mimkd_ray.train.engine.captured import CapturedEngine, make_engine
+from mimkd_ray.train.engine.evaluation import evaluate_together
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.student import Student
 from mimkd_ray.train.loop import train
@@ -135,10 +136,10 @@ def test_graphs_give_the_figures_of_a_plain_evaluation(monkeypatch: pytest.Monke
         teacher = build_network(config, data.num_classes, "random")
         inputs = Inputs([plan_student(config, teacher, data.num_classes)], data, teacher, GPU)
         student = Student(plan_student(config, teacher, data.num_classes), inputs)
-        found[engine] = [student.evaluate()]
+        found[engine] = [evaluate_together([student])[student]]
         for step in range(2):
             student.step(step)
-            found[engine].append(student.evaluate())
+            found[engine].append(evaluate_together([student])[student])
         if inputs.forwards is not None:
             assert [known.graph is not None for known in inputs.forwards.passes.values()] == [True]
     for graph, plain in zip(found["captured"], found["plain"], strict=True):

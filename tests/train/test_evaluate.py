@@ -15,6 +15,7 @@ from mimkd_ray.data.loading.batches import LaneBatch
 from mimkd_ray.data.loading.loader import eval_batches
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train.engine.evaluation import evaluate_together
 from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.held_out.evaluate import GRADIENT_IMAGES, accuracy, held_out_name
 from mimkd_ray.train.networks.student_module import Normalizer
@@ -92,7 +93,7 @@ def test_the_held_out_set_is_named_in_a_run() -> None:
     with pytest.raises(
         UserError, match=r"held-out part of digits \(data.holdout 0.1 of split 'train'\) gave no images"
     ):
-        student.evaluate()
+        evaluate_together([student])[student]
 
 
 def _rank(rank: int, world: int, folder: str) -> None:
@@ -130,7 +131,7 @@ def test_an_evaluation_keeps_no_activations(ema_decay: float) -> None:
     names = student.distiller.student.names
     seen: list[weakref.ref[torch.Tensor]] = []
     handles = [layers[name].register_forward_hook(lambda m, i, out: seen.append(weakref.ref(out))) for name in names]
-    student.evaluate()
+    evaluate_together([student])[student]
     assert len(seen) == 3 * len(names) > 0, "450 rows in batches of 150"
     gc.collect()
     assert not [ref for ref in seen if ref() is not None]
@@ -148,7 +149,7 @@ def test_information_is_read_over_all_pairs_in_evaluation_mode_and_leaves_no_tra
     graphs: list[int] = []
     layer = dict(student.exported().named_modules())["stage3"]
     handle = layer.register_forward_hook(lambda m, i, out: graphs.append(len(out)) if out.requires_grad else None)
-    values = student.evaluate()
+    values = evaluate_together([student])[student]
     handle.remove()
     assert graphs == [GRADIENT_IMAGES] == [32], "no graph of the other images of the batch, nor of any other batch"
     assert student.distiller.training

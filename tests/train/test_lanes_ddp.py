@@ -19,6 +19,7 @@ from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import Config, CriticConfig
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.distributed import gather_lanes, is_distributed
+from mimkd_ray.train.engine.restart import resume, save
 from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.records import checkpoint
 
@@ -40,7 +41,7 @@ def _attempt(context: LocalContext, config: Config, run_dir: str, stop: int) -> 
     torch.manual_seed(7)
     teacher = build_model("cifar/resnet8", 10)
     student = lone_student(config, tiny_data(config), teacher, context)
-    start = student.resume(run_dir)
+    start = resume(student, run_dir)
     student.inputs.start(start)
     seen: dict[str, Any] = {"samples": [], "losses": []}
     for step in range(start, stop):
@@ -55,7 +56,7 @@ def _attempt(context: LocalContext, config: Config, run_dir: str, stop: int) -> 
         if step == 0:
             seen["gradient"] = torch.cat([p.grad.flatten() for p in student.distiller.parameters()])
     writer = checkpoint.Writer(run_dir, 2, lambda _: None) if context.rank == 0 else None
-    student.save(stop, writer)
+    save(student, stop, writer)
     if writer is not None:
         writer.wait()
     with student.settled():

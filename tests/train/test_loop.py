@@ -18,6 +18,7 @@ from mimkd_ray.errors import NonFiniteLossError, UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train import loop
 from mimkd_ray.train.engine.captured import PlainEngine
+from mimkd_ray.train.engine.evaluation import evaluate_together
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.student import Student, lone_student
 from mimkd_ray.train.packed import Member, train_pack
@@ -74,7 +75,7 @@ def test_the_exported_student_is_the_evaluated_network(plain: tuple[Path, dict[s
     network.load_state_dict(load_file(folder / "student.safetensors"))
     student = lone_student(config, tiny_data(config), None, cpu())
     student.distiller.student.model.load_state_dict(network.state_dict())
-    assert student.evaluate()["top1"] == pytest.approx(result["student"]["top1"])
+    assert evaluate_together([student])[student]["top1"] == pytest.approx(result["student"]["top1"])
 
 
 class _StopError(Exception):
@@ -140,7 +141,7 @@ def test_the_engine_is_closed_once_also_after_an_error(
 
 
 @pytest.mark.parametrize(
-    "fails", ["student.Student.__init__", "student.Student.resume", "student.checkpoint.newest_shared"]
+    "fails", ["student.Student.__init__", "restart.checkpoint.newest", "restart.checkpoint.newest_shared"]
 )
 def test_the_teacher_keeps_no_hooks_after_an_error_at_the_start(
     fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mimkd_ray.errors import MemberMemoryError
 from mimkd_ray.models.zoo import build_model
-from mimkd_ray.train.engine import student as module
-from mimkd_ray.train.engine.student import Student, evaluate_together, lone_student
+from mimkd_ray.train.engine import evaluation as module
+from mimkd_ray.train.engine.evaluation import evaluate_together
+from mimkd_ray.train.engine.student import Student, lone_student
 
 
 class Hungry(Dropping):

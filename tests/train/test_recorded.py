@@ -14,8 +14,9 @@ from tiny_run import cpu, tiny_config
 from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.train.cuda_graphs import WARM
+from mimkd_ray.train.engine.evaluation import evaluate_together
 from mimkd_ray.train.engine.inputs import Inputs
-from mimkd_ray.train.engine.student import Student, evaluate_together
+from mimkd_ray.train.engine.student import Student
 from mimkd_ray.train.held_out import recorded
 from mimkd_ray.train.held_out.recorded import RecordedForwards
 from mimkd_ray.train.networks.build import build_network, plan_student
@@ -81,16 +82,16 @@ def test_figures_are_those_of_a_plain_evaluation(members: int) -> None:
 def test_weights_that_have_moved_are_recorded_anew() -> None:
     (student,) = students_of(captured(CONFIG))
     forwards, network = forwards_of(student), student.tapped()
-    student.evaluate()
+    evaluate_together([student])[student]
     first = forwards.passes[network]
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.mul_(0.5)
-    student.evaluate()
+    evaluate_together([student])[student]
     assert forwards.passes[network] is first, "in place"
     parameter = next(network.parameters())
     parameter.data = parameter.data.clone()
-    student.evaluate()
+    evaluate_together([student])[student]
     assert forwards.passes[network] is not first
 
 
@@ -126,7 +127,7 @@ def test_what_cannot_be_recorded_is_run_plainly(
     waits = ["net.py, line 3"] if where == "waits" else []
     monkeypatch.setattr(recorded, "run_warm", lambda work, stream: (work(), waits))
     monkeypatch.setattr(recorded, "record", fails)
-    assert student.evaluate() == plain.evaluate()
+    assert evaluate_together([student])[student] == evaluate_together([plain])[plain]
     assert forwards.gave_up
     said = "a network waits for the device (net.py, line 3)" if where == "waits" else "operation not permitted\n"
     assert f"evaluations are not captured, and run operation by operation: {said}" in capsys.readouterr().out

@@ -19,6 +19,7 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.digest import digest
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train.engine.evaluation import evaluate_together
 from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.loop import Loop, train
 from mimkd_ray.train.networks.build import build_network
@@ -200,7 +201,7 @@ def test_information_is_read_on_so_many_rows(
     calls = []
     real = Teacher.features
     monkeypatch.setattr(Teacher, "features", lambda self, images: calls.append(len(images)) or real(self, images))
-    values = student.evaluate()
+    values = evaluate_together([student])[student]
     assert calls == [10] * batches
     assert ("global/pool-pool/nats" in values) is (rows > 0)
     assert values["rows"] == 450

@@ -1,51 +1,35 @@
-"""A student in training: its networks, optimiser and statistics, its evaluation, and its state for a restart."""
+"""A student in training: its networks, optimiser and statistics."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
-from safetensors.torch import load as load_safetensors
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mimkd_ray import storage
 from mimkd_ray.config import Config
-from mimkd_ray.config.digest import changes, refuse_changes, training_dict
 from mimkd_ray.data.sources.data_set import Data
-from mimkd_ray.errors import UserError
-from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.losses.features import Features
 from mimkd_ray.models.head import head_of
-from mimkd_ray.models.modes import in_mode
 from mimkd_ray.taps.tapped_model import TappedModel
-from mimkd_ray.train.distributed import Context, ask_first, gather_by_rank, is_distributed
+from mimkd_ray.train.distributed import Context, is_distributed
 from mimkd_ray.train.engine.gradients import SummedGradients
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.step import StepRecord, optimisation_step, seed_lane
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
-from mimkd_ray.train.held_out.evaluate import Accuracy, accuracies, held_out_name, read_information
-from mimkd_ray.train.held_out.neighbours import knn_top1
-from mimkd_ray.train.held_out.recorded import logits_of
 from mimkd_ray.train.networks.build import PlannedStudent, build_distiller, has_compiler, plan_student, why_plain
 from mimkd_ray.train.networks.optim import (
     build_optimizer,
     learning_rate,
-    load_portable,
-    portable_state,
     set_learning_rate,
 )
 from mimkd_ray.train.networks.student_module import LaneNorms, StudentModule, data_parallel
 from mimkd_ray.train.networks.teacher_head import teacher_head, trains_head
-from mimkd_ray.train.out_of_memory import each
-from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.metrics import say
-from mimkd_ray.train.records.outcomes import RESULT
 
 COMPILE_FROM_STEPS = 10_000
 """Steps of a run from which compilation pays by default. On an H200 it took 43 s and made captured steps of ResNet-34
@@ -53,7 +37,7 @@ COMPILE_FROM_STEPS = 10_000
 
 
 class Student:
-    """One student in one worker: ``step()`` advances it, ``evaluate()`` looks at it, ``save()`` is for a restart.
+    """One student in one worker: ``step()`` advances it; evaluation.py looks at it, restart.py saves and restores it.
 
     Its steps are given what they train on by :class:`Inputs`: its own, or that of a pack, whose students are advanced
     together.
@@ -152,11 +136,11 @@ class Student:
     def settled(self) -> Iterator[None]:
         """A with-block in which batch-norm statistics are those of all workers. Every worker enters it."""
         with self.norms.averaged():
-            self._ema_follows()
+            self.ema_follows()
             yield
-        self._ema_follows()
+        self.ema_follows()
 
-    def _ema_follows(self) -> None:
+    def ema_follows(self) -> None:
         """The moving average has no statistics of its own: it shows the student's."""
         if self.ema is not None:
             for buffer, of_student in zip(self.ema.module.buffers(), self.distiller.student.buffers(), strict=True):
@@ -179,103 +163,6 @@ class Student:
                 name: value.detach().to("cpu", copy=True).contiguous()
                 for name, value in self.exported().state_dict().items()
             }
-
-    def evaluate(self) -> dict[str, Any]:
-        """Held-out top-1, top-5, cross-entropy, and mutual information per term. Training goes on as if nobody had
-        looked."""
-        return evaluate_together([self])[self]
-
-    def save(self, step: int, writer: checkpoint.Writer | None) -> None:
-        """Checkpoint after ``step`` steps. Every worker takes part; the first has the writer."""
-        own_statistics = gather_by_rank(self.norms.flat().cpu())
-        with self.settled():
-            if writer is not None:
-                writer.save(step, self.state(step, own_statistics))
-
-    def state(self, step: int, own_statistics: list[Tensor]) -> dict[str, Any]:
-        """Everything a restart needs. The order, the views and the model's random numbers follow from the step.
-
-        Batch-norm statistics are in it twice: averaged over workers, for any number of them, and each worker's own,
-        with which the same number of workers goes on bit for bit.
-        """
-        return {
-            "step": step,
-            "config": training_dict(self.config),
-            "data": self.data.digest,
-            "distiller": self.distiller.state_dict(),
-            "optimizer": portable_state(self.optimizer),
-            "ema": self.ema.state_dict() if self.ema is not None else None,
-            "own_statistics": own_statistics,
-        }
-
-    def resume(self, run_dir: str) -> int:
-        """Load the newest checkpoint of the run, if any. Returns the step to go on from (0 at the start)."""
-        content = _newest(run_dir)
-        if content is not None:
-            return self.restore(run_dir, content)
-        if self.config.run.start_from:
-            self.start_from(self.config.run.start_from)
-        return 0
-
-    def start_from(self, run_dir: str) -> None:
-        """Begin with what another run ended with: the weights that it exports (its student's, or their moving average),
-        and the critics', the queue and the optimiser's state of its newest checkpoint. Raises UserError if they do not
-        fit."""
-        content = _newest(run_dir)
-        file = storage.join(run_dir, "student.safetensors")
-        weights, result = ask_first(lambda: (storage.exists(file), read_if_sound(storage.join(run_dir, RESULT)) or {}))
-        if content is None and not weights:
-            raise UserError(f"run.start_from {run_dir} has neither checkpoint nor result: name a run that reached one")
-        if content is None:
-            say(self.context, f"{run_dir} has no checkpoint: critics and optimiser start anew")
-        try:
-            if content is not None:
-                state = checkpoint.parse(content, self.context.device)
-                self.distiller.load_state_dict(state["distiller"])
-                load_portable(self.optimizer, state["optimizer"], own_settings=True)
-                # A run that was given more steps after its end has the weights of that end until the next one.
-                weights = weights and result.get("steps", state["step"]) >= state["step"]
-            exported = load_safetensors(storage.read_bytes(file)) if weights else checkpoint.student_of(state)
-            self.distiller.student.model.load_state_dict(exported)
-        except (RuntimeError, KeyError, ValueError) as error:
-            told = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"run.start_from {run_dir} does not fit this configuration: {told}; networks, terms, layers and the "
-                "optimiser must be the same"
-            ) from error
-        if self.ema is not None:
-            self.ema.module.load_state_dict(self.distiller.student.state_dict())
-
-    def restore(self, run_dir: str, content: bytes) -> int:
-        """Take over the state in a checkpoint of the run. Returns the step to go on from."""
-        state = checkpoint.parse(content, self.context.device)
-        changed = changes(state["config"], self.config)
-        if state["data"] != self.data.digest:
-            changed.append(f"the data set's digest: {state['data'][:12]} -> {self.data.digest[:12]}")
-        refuse_changes(run_dir, changed)
-        self.distiller.load_state_dict(state["distiller"])
-        load_portable(self.optimizer, state["optimizer"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        if len(state["own_statistics"]) == self.context.world_size:
-            self.norms.load(state["own_statistics"][self.context.rank])
-            self._ema_follows()
-        return int(state["step"])
-
-
-def _newest(run_dir: str) -> bytes | None:
-    """Return the content of a run's newest checkpoint; None without one. The first worker chooses: a straggler of an
-    earlier start may commit another one meanwhile. Every worker calls it."""
-    found: list[bytes] = []
-
-    def look() -> str | None:
-        newest = checkpoint.newest(run_dir)
-        if newest is not None:
-            found.append(newest[1])
-        return newest and newest[0]
-
-    folder = ask_first(look)
-    return None if folder is None else found[0] if found else checkpoint.read(folder)
 
 
 def _body(distiller: StudentModule, head_epochs: int, num_classes: int) -> list[torch.nn.Parameter]:
@@ -304,49 +191,3 @@ def lone_student(
     except BaseException:
         inputs.close()  # the teacher may go on elsewhere
         raise
-
-
-def evaluate_together(
-    students: Sequence[Student], failed: dict[Student, str] | None = None
-) -> dict[Student, dict[str, Any]]:
-    """:meth:`Student.evaluate` of students with the same inputs: images are decoded and the teacher runs once.
-
-    A student that finds no memory is added to ``failed`` with what the allocator said, and has no figures; None: its
-    error is raised.
-    """
-    inputs = students[0].inputs
-    train, images = inputs.config.train, inputs.config.data
-    with ExitStack() as stack:
-        for student in students:
-            stack.enter_context(student.settled())
-        # With their taps: the network alone would leave those of its last batch in the hooks that are on it.
-        networks = {student: student.tapped() for student in students}
-        recorded = inputs.forwards
-        logits = {
-            student: partial(logits_of, network) if recorded is None else recorded.of(network)
-            for student, network in networks.items()
-        }
-        measured = {student: Accuracy(math.nan, math.nan, math.nan, inputs.data.val.num_rows, 0) for student in logits}
-        if inputs.data.judged:
-            batches = inputs.held_out(inputs.eval_batch)
-            with in_mode(False, *networks.values()):
-                measured = accuracies(
-                    logits, batches, inputs.normalize, images.max_damaged, held_out_name(images), failed=failed
-                )
-        values: dict[Student, dict[str, Any]] = {student: found._asdict() for student, found in measured.items()}
-
-        def look_around(student: Student) -> None:
-            if student.vector is not None:
-                knn = knn_top1(student.exported(), student.vector, student.config, inputs.data, inputs.normalize)
-                values[student]["knn"] = math.nan if knn is None else knn
-
-        each(values, look_around, failed)
-        readable = {student: student.distiller for student in values if student.distiller.loss.plan}
-        if inputs.teacher is not None and readable and train.information_rows:
-            # In batches of a lane, so that held-out nats have the ceiling of those in training.
-            rows = train.information_rows
-            lanes = inputs.held_out(train.lane_batch, "mutual information on held-out images", rows)
-            read = read_information(readable, inputs.teacher, lanes, inputs.normalize, rows, failed)
-            for student, information in read.items():
-                values[student] |= information
-    return {student: found for student, found in values.items() if student not in (failed or {})}

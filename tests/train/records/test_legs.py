@@ -16,6 +16,7 @@ from mimkd_ray.cli.training import run
 from mimkd_ray.config import CompareConfig, Config
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train.engine.restart import resume
 from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.networks.optim import portable_state
 from mimkd_ray.train.records import checkpoint
@@ -78,7 +79,7 @@ def test_the_optimiser_and_critics_go_on(tmp_path: Path) -> None:
     torch.manual_seed(0)
     teacher = build_model("cifar/resnet8", 10).eval()
     student = lone_student(changed, tiny_data(changed), teacher, cpu())
-    assert student.resume(str(tmp_path / "new")) == 0
+    assert resume(student, str(tmp_path / "new")) == 0
     mine = portable_state(student.optimizer)
     assert mine["state"].keys() == state["optimizer"]["state"].keys() != set()
     for number, its in state["optimizer"]["state"].items():
@@ -106,7 +107,7 @@ def test_a_run_that_was_given_more_steps_is_gone_on_from_where_it_stands(tmp_pat
     assert state["step"] == 9
     next_leg = config(tmp_path, optim=longer, train=average, run={"start_from": str(tmp_path / "one")})
     student = lone_student(next_leg, tiny_data(next_leg), build_model("cifar/resnet8", 10).eval(), cpu())
-    assert student.resume(str(tmp_path / "new")) == 0
+    assert resume(student, str(tmp_path / "new")) == 0
     mine = student.distiller.state_dict()
     averages = state["ema"] if decay else {}
     expected = {
