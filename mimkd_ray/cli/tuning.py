@@ -14,7 +14,7 @@ from mimkd_ray.search.suggest import Space
 
 def search(
     config: Config,
-    space: Sequence[str | Space] | dict[str, Any] = ("temperature", "taps", "weights"),
+    space: str | Space | Sequence[str | Space] | dict[str, Any] = ("temperature", "taps", "weights"),
     *,
     tune_config: Any = None,
     run_config: Any = None,
@@ -26,10 +26,11 @@ def search(
     ``space``: names of mimkd_ray/search/spaces.py and functions, which Optuna is asked by unless ``tune_config`` (a
     `ray.tune.TuneConfig`) has another searcher; or a Tune space over config fields, such as {"loss.kd_weight":
     tune.loguniform(0.1, 3)}, drawn from at random unless ``tune_config`` has a searcher. Without ``tune_config``: 24
-    trials under ASHA. ``run_config`` is a `ray.tune.RunConfig`. Trials are scored (top1, cross_entropy) on ``holdout``
-    of the training set, never on the validation set. Their checkpoints are run directories: best.safetensors is the
-    student. A trial that fails by itself has the worst result, and "failed" and "reason" in its metrics.
-    ``resources`` are those of a trial: {"CPU": 1} unless there are GPUs, then a GPU with its share of the CPUs.
+    trials under ASHA; without a metric in it: top1. ``run_config`` is a `ray.tune.RunConfig`. Trials are scored (top1,
+    top5, cross_entropy; knn without labels) on ``holdout`` of the training set, never on the validation set. Their
+    checkpoints are run directories: best.safetensors is the student. A trial that fails by itself has the worst result,
+    and "failed" and "reason" in its metrics. ``resources`` are those of a trial: {"CPU": 1} unless there are GPUs, then
+    a GPU with its share of the CPUs.
     """
     storage.be_patient(config.storage.patience_minutes)
     environment.prepare(config.launch.address)
@@ -46,7 +47,7 @@ def search(
 
 
 def trainable(
-    config: Config, space: Sequence[str | Space] = (), *, holdout: float = 0.1, folder: str = ""
+    config: Config, space: str | Space | Sequence[str | Space] = (), *, holdout: float = 0.1, folder: str = ""
 ) -> Callable[[dict[str, Any]], None]:
     """Return a trainable for a `ray.tune.Tuner` of your own: it distils, and reports every evaluation.
 

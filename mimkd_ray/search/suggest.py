@@ -66,6 +66,8 @@ def compose(spaces: Sequence[Space], base: Config, candidates: Candidates) -> Ca
             except Exception as error:  # the function is foreign code
                 asks = isinstance(error, AttributeError) and str(error.name).startswith("suggest")
                 hint = "; a space asks by suggest_float and suggest_categorical" if asks else ""
+                if isinstance(error, TypeError) and error.__traceback__ and not error.__traceback__.tb_next:
+                    hint = "; a space is called as function(trial, config, pairs)"  # it was not even entered
                 raise UserError(f"{name} raised {told(error)}{hint}") from error
             if not isinstance(config, Config):
                 raise UserError(f"{name} returned {config!r:.80}: return the changed config")

@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 from ray import tune
+from ray.tune.schedulers import ASHAScheduler
 from tiny_run import tiny_config
 
 from mimkd_ray import console
 from mimkd_ray.errors import Interrupted, UserError
 from mimkd_ray.on_ray import train_workers
 from mimkd_ray.on_ray.search import tune_search
+from mimkd_ray.on_ray.search.tune_algorithms import check_fields, with_metric
 from mimkd_ray.on_ray.search.tune_trials import LargeTrial
 from mimkd_ray.on_ray.worker_context import ANYBODY
-from mimkd_ray.search.configs import Made
+from mimkd_ray.search.configs import FieldConfigs, Made
 from mimkd_ray.secret_urls import Carried
 from mimkd_ray.train.records.run_dir import write_json
 
@@ -89,3 +91,55 @@ def test_a_search_from_python_joins_the_cluster_of_its_config(monkeypatch: pytes
     with pytest.raises(UserError, match="nobody answers"):
         tune_search.search(tiny_config(launch={"address": "head:6379"}), ["temperature"], **options)
     assert asked == ["head:6379"]
+
+
+SPACES: list[tuple[Any, dict[str, Any], str]] = [
+    (
+        {"optim.lr": tune.choice(["high", "low"])},
+        {},
+        "no trial can have values of this space: optim.lr is '(high|low)'",
+    ),
+    ({"optim.lr": tune.uniform(-1, -0.1)}, {}, "optim.lr is -0.*give a rate above 0"),
+    ({"loss.bound": tune.grid_search(["dv", "jds"])}, {}, "no trial can have loss.bound 'jds': loss.bound is 'jds'"),
+    ({"optim.lr": 0.1, "train": {"lane_batch": tune.uniform(8, 64)}}, {}, "give a whole number"),
+    ({}, {}, "the space is empty"),
+    ("temprature", {}, "'temprature' is unknown; did you mean 'temperature'"),
+    (lambda trial: trial, {}, r"a space is called as function\(trial, config, pairs\)"),
+    (
+        "rate",
+        {"metric": "accuracy", "mode": "max"},
+        "the metric 'accuracy' is not reported by trials: give top1, cross",
+    ),
+    ("rate", {"metric": "cross_entropy", "mode": "max"}, "the mode max, which looks for the worst: give min"),
+]
+
+
+@pytest.mark.parametrize(("space", "how", "message"), SPACES)
+def test_a_search_that_cannot_be_is_refused_before_ray_starts(
+    space: Any, how: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune_search, "connect", lambda *_: pytest.fail("Ray would start"))
+    options: dict[str, Any] = {"tune_config": tune.TuneConfig(**how), "run_config": None, "resources": None}
+    with pytest.raises(UserError, match=message):
+        tune_search.search(tiny_config(), space, **options, holdout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "metric", "mode"),
+    [
+        ({}, "top1", "max"),
+        ({"metric": "cross_entropy"}, "cross_entropy", "min"),
+        ({"metric": "feature/layer4-stage3/nats", "mode": "min"}, "feature/layer4-stage3/nats", "min"),
+        ({"scheduler": ASHAScheduler(metric="top5", mode="max")}, None, None),
+    ],
+)
+def test_what_a_tune_config_leaves_out(given: dict[str, Any], metric: str | None, mode: str | None) -> None:
+    config = with_metric(tune.TuneConfig(**given))
+    assert (config.metric, config.mode) == (metric, mode)
+
+
+def test_values_that_ray_tune_resolves_are_not_drawn() -> None:
+    """And of a range of which a part is in order, this part is enough."""
+    values = {"optim.lr": tune.uniform(-0.1, 0.1), "loss.kd_weight": tune.choice([0.0, 0.5, 1])}
+    check_fields(FieldConfigs(tiny_config()), values)
+    check_fields(FieldConfigs(tiny_config()), {"optim.lr": tune.sample_from(lambda spec: spec.config.x)})

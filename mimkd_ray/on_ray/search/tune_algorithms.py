@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray import tune
@@ -12,13 +14,14 @@ from ray.tune.search.optuna import OptunaSearch
 
 from mimkd_ray.by_name import call_named, named_function
 from mimkd_ray.config import SearchConfig
+from mimkd_ray.config.form.json_form import dotted
 from mimkd_ray.config.jobs.search import POPULATION
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.configs import FieldConfigs, TrialConfigs
 from mimkd_ray.search.optuna_study import sampler
 from mimkd_ray.search.suggest import Grid, Options, Range
 from mimkd_ray.search.tap_candidates import flat_space
-from mimkd_ray.search.trials import direction
+from mimkd_ray.search.trials import DIRECTIONS, direction
 from mimkd_ray.train.records.loggers import require, require_loggers
 
 SCHEDULERS = {
@@ -34,6 +37,9 @@ SCHEDULERS = {
 PACKAGES = {"hyperopt": "hyperopt", "ax": "ax", "bohb": "hpbandster"}
 """What Ray Tune's searchers need."""
 
+DRAWS = 16
+"""Draws of a space of Ray Tune of which one must make a config."""
+
 LOGGERS = {
     "mlflow": ("ray.air.integrations.mlflow", "MLflowLoggerCallback", "experiment_name"),
     "wandb": ("ray.air.integrations.wandb", "WandbLoggerCallback", "project"),
@@ -45,6 +51,56 @@ LOGGERS = {
 def metric_of(search: SearchConfig) -> dict[str, str]:
     """Return the metric and the mode, as Ray Tune takes them."""
     return {"metric": search.metric, "mode": "max" if direction(search.metric) == "maximize" else "min"}
+
+
+def with_metric(given: tune.TuneConfig) -> tune.TuneConfig:
+    """Return the config with the metric, and the mode, that it leaves out, which are those of the command line. Raises
+    UserError for a metric that no trial reports, and for a mode that looks for the worst."""
+    parts = [getattr(part, "metric", None) for part in (given.scheduler, given.search_alg)]
+    if given.metric is None and any(parts):
+        return given
+    metric = given.metric or SearchConfig().metric
+    if metric not in (*DIRECTIONS, "top5") and "/" not in metric:  # "feature/PAIR/nats" depends on the taps
+        raise UserError(
+            f"the metric {metric!r} is not reported by trials: give {', '.join(DIRECTIONS)}, top5 or a term's nats"
+        )
+    mode = "min" if DIRECTIONS.get(metric) == "minimize" else "max"
+    if metric in DIRECTIONS and given.mode not in (None, mode):
+        raise UserError(f"the metric is {metric} and the mode {given.mode}, which looks for the worst: give {mode}")
+    return replace(given, metric=metric, mode=given.mode or mode)
+
+
+def check_fields(configs: FieldConfigs, space: Mapping[str, Any]) -> None:
+    """Raise UserError for a name in a space of Ray Tune that is no field, for a listed value that fits no draw of the
+    others, and if no draw at all makes a config: such trials would fail, each after Ray and a worker have started."""
+    flat = {name.removesuffix(".grid_search"): (name, value) for name, value in dotted(space)}
+    configs.check(flat)
+    listed: dict[str, Sequence[Any]] = {}
+    for name, (whole, value) in flat.items():
+        listed[name] = value if name != whole else getattr(value, "categories", () if _is_drawn(value) else [value])
+    if any(_is_drawn(value) and value.is_function() for _, value in flat.values()):
+        return  # of the values of other hyperparameters, which Tune resolves
+
+    def refusal(given: Mapping[str, Any]) -> UserError | None:
+        for _ in range(DRAWS):
+            drawn = {name: random.choice(own) if (own := listed[name]) else flat[name][1].sample() for name in flat}
+            try:
+                configs({**drawn, **given})
+            except UserError as error:
+                found = error
+            else:
+                return None
+        return found
+
+    given: Mapping[str, Any]
+    for given in ({}, *({name: value} for name, values in listed.items() for value in values)):
+        if error := refusal(given):
+            which = "".join(f" {name} {value!r}" for name, value in given.items()) or " values of this space"
+            raise UserError(f"no trial can have{which}: {error}")
+
+
+def _is_drawn(value: Any) -> bool:
+    return hasattr(value, "sample")
 
 
 def scheduler_of(search: SearchConfig, configs: TrialConfigs | FieldConfigs) -> schedulers.TrialScheduler:

@@ -21,16 +21,23 @@ from ray.tune import ResultGrid
 from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.search.optuna import OptunaSearch
 
-from mimkd_ray import remote, storage
+from mimkd_ray import console, remote, storage
 from mimkd_ray.config import Config, SearchConfig, SearchJob
-from mimkd_ray.config.form.json_form import dotted
 from mimkd_ray.config.jobs.search import POPULATION, search_job
 from mimkd_ray.errors import Interrupted, UserError, count
 from mimkd_ray.on_ray.nodes.cluster import connect
 from mimkd_ray.on_ray.nodes.node_capacity import Capacity
 from mimkd_ray.on_ray.nodes.placement import OWN_MINUTES, LossWatch, wait_for_nodes, wait_for_room
 from mimkd_ray.on_ray.search.search_journal import Journal
-from mimkd_ray.on_ray.search.tune_algorithms import loggers, metric_of, scheduler_of, searcher_of, tune_space
+from mimkd_ray.on_ray.search.tune_algorithms import (
+    check_fields,
+    loggers,
+    metric_of,
+    scheduler_of,
+    searcher_of,
+    tune_space,
+    with_metric,
+)
 from mimkd_ray.on_ray.search.tune_trials import (
     LargeTrial,
     configs_of,
@@ -117,7 +124,7 @@ def wait_for_others(job: SearchJob, shape: Shape) -> None:
 
 def search(
     config: Config,
-    space: Sequence[str | Space] | dict[str, Any],
+    space: str | Space | Sequence[str | Space] | dict[str, Any],
     *,
     tune_config: tune.TuneConfig | None,
     run_config: tune.RunConfig | None,
@@ -129,26 +136,35 @@ def search(
     job = search_job(config, search=own)
     name = f"search-{config.recipe}"
     run_config = run_config or tune.RunConfig(name=name, storage_path=storage.absolute(config.run.root))
-    if isinstance(space, dict):
-        FieldConfigs(config).check(dict(dotted(space)))  # else every trial would fail, each with the same reason
-    if not ray.is_initialized():
-        connect(config.launch.address, "launch.address")
-    configs = configs_of(trial_config(job, own), () if isinstance(space, dict) else space)
-    tune_config = tune_config or tune.TuneConfig(
-        num_samples=own.trials, scheduler=scheduler_of(own, configs), reuse_actors=True, **metric_of(own)
-    )
+    # All that may be wrong is found before Ray starts: in its trials, each would fail with the same reason.
+    if not space:
+        raise UserError("the space is empty: name what to search, such as ['temperature', 'weights']")
+    base = trial_config(job, own)
     param_space = space if isinstance(space, dict) else None
+    configs = configs_of(base, () if isinstance(space, dict) else space)
+    shared = configs.widest() if isinstance(configs, TrialConfigs) else base
+    if isinstance(configs, FieldConfigs) and param_space:
+        check_fields(configs, param_space)
+    if tune_config:
+        tune_config = with_metric(tune_config)
+    else:
+        asha = scheduler_of(own, configs)
+        tune_config = tune.TuneConfig(num_samples=own.trials, scheduler=asha, reuse_actors=True, **metric_of(own))
     if isinstance(configs, TrialConfigs):
         if tune_config.search_alg is None and not isinstance(tune_config.scheduler, PopulationBasedTraining):
             ask = OptunaSearch(configs.ask, metric=tune_config.metric, mode=tune_config.mode)
             tune_config = replace(tune_config, search_alg=ask)
         else:
             param_space = tune_space(configs)
+    if not ray.is_initialized():
+        with console.phase("starting Ray"):
+            connect(config.launch.address, "launch.address")
     shape = shape_of(job, Capacity.of_cluster())
     if resources is not None:
         shape = shape._replace(cpus=resources.get("CPU", 0), gpus=resources.get("GPU", 0))
     folder = storage.join(str(run_config.storage_path or storage.absolute("~/ray_results")), run_config.name or name)
-    prepare_on_ray(configs.widest() if isinstance(configs, TrialConfigs) else configs.base, folder, shape)
+    with console.phase("preparing what all trials share"):
+        prepare_on_ray(shared, folder, shape)
     trial = tune.with_resources(search_trainable(configs, folder, shape.cpus), shape.bundles())
     return tune.Tuner(trial, param_space=param_space, tune_config=tune_config, run_config=run_config).fit()
 

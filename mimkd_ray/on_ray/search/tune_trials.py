@@ -46,7 +46,7 @@ LOOK_SECONDS = 1.0
 
 
 def trainable(
-    config: Config, space: Sequence[str | Space] = (), *, holdout: float = 0.1, folder: str = ""
+    config: Config, space: str | Space | Sequence[str | Space] = (), *, holdout: float = 0.1, folder: str = ""
 ) -> Trainable:
     """Return the trainable that `mimkd_ray.trainable` promises."""
     if config.teacher.trains and not folder:
@@ -64,10 +64,12 @@ def trainable(
     return distil
 
 
-def configs_of(base: Config, space: Sequence[str | Space]) -> TrialConfigs | FieldConfigs:
+def configs_of(base: Config, space: str | Space | Sequence[str | Space]) -> TrialConfigs | FieldConfigs:
     """Return the map from hyperparameters to configs: by spaces, or without any by the names of fields."""
     if not space:
         return FieldConfigs(base)
+    if isinstance(space, str) or callable(space):
+        space = [space]
     named = find_spaces([each for each in space if isinstance(each, str)])
     return TrialConfigs(base, [*named, *(each for each in space if not isinstance(each, str))])
 
