@@ -14,7 +14,7 @@ from mimkd_ray.cli import common
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.training import absolute, below_root
 from mimkd_ray.config import Config, SearchJob
-from mimkd_ray.config.jobs.search import search_job
+from mimkd_ray.config.jobs.search import PACKAGES, search_job
 from mimkd_ray.errors import UserError, count
 from mimkd_ray.on_ray.nodes import environment
 from mimkd_ray.run_lock import check_free, held
@@ -26,7 +26,7 @@ from mimkd_ray.search.spaces import find_spaces
 from mimkd_ray.search.suggest import Grid
 from mimkd_ray.search.table import Table
 from mimkd_ray.train.records import run_files
-from mimkd_ray.train.records.loggers import require_loggers
+from mimkd_ray.train.records.loggers import require, require_loggers
 
 
 def main(
@@ -59,6 +59,8 @@ def search(job: SearchJob) -> int:
     if job.launch.backend == "local":
         raise UserError("launch.backend is local, and a search is run by Ray Tune: leave it out; Ray starts by itself")
     require_loggers(job.run.loggers)
+    if job.search.algorithm in PACKAGES:
+        require(PACKAGES[job.search.algorithm], f"--search.algorithm {job.search.algorithm}")
     job = absolute(job)
     folder = below_root(job, f"search-{job.recipe}-{search_digest(job)[:8]}")
     check_free(folder)
@@ -91,13 +93,14 @@ def search(job: SearchJob) -> int:
 def opening(job: SearchJob, configs: TrialConfigs, table: Table) -> str:
     """Return the description of a search that is printed before it starts."""
     search = job.search
+    pairs = ", ".join(configs.candidates.feature)
     known = sum(trial.state != "running" for trial in table.trials())
     return "\n".join(
         [
             f"search directory: {table.folder}" + (f" ({count(known, 'trial')} ended before)" if known else ""),
             f"searching {', '.join(search.space)} by {search.algorithm}, scheduler {search.scheduler}, for the best "
             f"{search.metric} on {configs.base.data.holdout:.0%} of the training rows",
-            f"candidate pairs of the feature terms: {', '.join(configs.candidates.feature) or 'none'}",
+            *([f"candidate pairs of the feature terms: {pairs or 'none'}"] if "taps" in search.space else []),
         ]
     )
 
@@ -127,8 +130,11 @@ def run(job: SearchJob, folder: str, configs: TrialConfigs, grid: Grid | None) -
             if finals.runs:
                 names = ", ".join(map(str, finals.chosen))
                 console.line(f"finalists: trials {names}, {count(job.search.seeds, 'seed')} each")
-                chosen = finals.publish(job, folder, tune_search.run_finals(finals, folder, shape))
+                with console.phase("training the finalists", said=False):
+                    results = tune_search.run_finals(finals, folder, shape)
+                chosen = finals.publish(job, folder, results)
                 write_report(job, configs.base, table, clock.hours, chosen)
                 means = ", ".join(f"trial {final.trial} {final.mean:.2f} %" for final in chosen)
-                console.line(f"mean top-1 of the finalists, the best first: {means or 'none came to its end'}")
+                best = "the lowest cross-entropy" if job.search.metric == "cross_entropy" else "the best"
+                console.line(f"mean top-1 of the finalists, {best} first: {means or 'none came to its end'}")
             clock.save(finals.name)

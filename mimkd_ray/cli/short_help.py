@@ -17,6 +17,11 @@ FIELDS = {
     "run.root": "folder or URL of the run directories",
     "launch.backend": "ray, or local: this process, or torchrun's",
     "launch.workers": "training workers under Ray; 0: one per GPU",
+    "search.space": "what to search: names of docs/search.md, or package.module:function",
+    "search.algorithm": "tpe, random, grid, hyperopt, ax, bohb or package.module:function",
+    "search.scheduler": "asha, hyperband, median, pbt, pb2 or none",
+    "search.metric": "top1, cross_entropy, or without labels knn; of held-out training images",
+    "search.epochs": "epochs of a trial; 0: as many as the recipe has",
     "search.trials": "configurations to try",
     "search.hours": "hours after which no trial begins",
 }

@@ -27,6 +27,9 @@ from mimkd_ray.train.records.run_dir import write_json
 MAY_CHANGE = ("hours", "gpu_hours", "finalists", "seeds")
 """Fields of the search's config that may differ when it is given again."""
 
+SCORED_BY = {"data": "val_rows", "train": "eval_every"}
+"""Fields that may change while a run is trained, but not in a search: they say on what and when trials are judged."""
+
 
 class Made(NamedTuple):
     """The config of a trial, and those of its hyperparameters that count in it."""
@@ -147,7 +150,9 @@ def claim(job: SearchJob, folder: str, write: bool = True) -> None:
     """Write the search's config.json; without ``write`` only look. Raises UserError for a folder that was begun with
     another search."""
     url = storage.join(folder, "config.json")
-    old = read_json(url, ("search",), DAMAGED_CONFIG)
+    old = read_json(url, (), DAMAGED_CONFIG)
+    if old is not None and "search" not in old:
+        raise UserError(f"{folder} is no search's: its config.json has no 'search'; pass another --run.name")
     if old is not None:
         refuse_changes(folder, differences(_lasting(old), _lasting(to_dict(job))))
     if write:
@@ -156,6 +161,8 @@ def claim(job: SearchJob, folder: str, write: bool = True) -> None:
 
 def _lasting(value: Mapping[str, Any]) -> dict[str, Any]:
     kept = training_part({name: fields for name, fields in value.items() if name != "search"})
+    for section, name in SCORED_BY.items():
+        kept.setdefault(section, {})[name] = value.get(section, {}).get(name)
     search = {name: item for name, item in value["search"].items() if name not in MAY_CHANGE}
     return json.loads(json.dumps(kept | {"search": search}))
 

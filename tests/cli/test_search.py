@@ -25,6 +25,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.recipes import demo
 from mimkd_ray.search.results import Clock
 from mimkd_ray.search.table import Table
+from mimkd_ray.train.records import loggers
 
 # Digits, a random teacher, trials of three epochs of four steps.
 FLAGS = (
@@ -108,6 +109,16 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert error.count("\n") == 1
+
+
+def test_a_missing_searcher_is_told_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("mimkd_ray.cli.search.run", lambda *_: pytest.fail("Ray would start"))
+    flags = [*FLAGS, "--run.root", str(tmp_path), "--search.algorithm", "hyperopt"]
+    assert main({"demo": _demo}, flags) == 2
+    assert "--search.algorithm hyperopt: hyperopt is not installed; pip install" in capsys.readouterr().err
 
 
 def test_hours_are_those_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tiny_search import figures, tiny_configs, tiny_job
 
+from mimkd_ray import console
 from mimkd_ray.config import SearchJob
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.configs import claim
@@ -40,6 +41,21 @@ def test_gpu_hours_count_after_a_restore(tmp_path: Path) -> None:
     again("y", {"time_total_s": 1900.0})
     assert again.stop_all()
     assert again.over_budget() == "the budget is used up: 2.06 of 2 gpu_hours"
+
+
+def test_the_console_tells_the_metric_and_how_far_the_search_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr(console, "show", shown.append)
+    journal = journal_of(tmp_path, tiny_job(tmp_path, metric="cross_entropy"))
+    trials = [SimpleNamespace(trial_id=name, config=VALUES) for name in "xy"]
+    for trial in trials:
+        journal.on_trial_start(0, trials, trial)
+    journal.on_trial_result(0, trials, trials[0], {**figures(2, 50.0), "cross_entropy": 1.25, "time_total_s": 1.0})
+    journal.on_trial_complete(0, trials, trials[0])
+    assert "trial 0: epoch 2, cross-entropy 1.25\n" in capsys.readouterr().out
+    assert shown[-1].text() == "search of tpe: 1 of 3 trials, 1 running, best cross_entropy 1.25"
 
 
 @pytest.mark.parametrize(("changes", "concurrent"), [({}, 3), ({"pack": 2}, 3), ({"scheduler": "pbt"}, None)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,14 @@ def test_another_search_does_not_go_on_in_the_same_folder(tmp_path: Path) -> Non
         claim(replace(job, search=replace(job.search, algorithm="random")), str(tmp_path / "s"))
     with pytest.raises(UserError, match=r"train.lanes: 2 -> 1"):
         claim(tiny_job(tmp_path, {"train": {"lanes": 1}}), str(tmp_path / "s"))
+    with pytest.raises(UserError, match=r"data.val_rows: 0 -> 20; train.eval_every: 1 -> 2"):
+        claim(tiny_job(tmp_path, {"data": {"val_rows": 20}, "train": {"eval_every": 2}}), str(tmp_path / "s"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(Config())))
+    with pytest.raises(
+        UserError, match=r"run is no search's: its config.json has no 'search'; pass another --run.name"
+    ):
+        claim(job, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -121,6 +130,15 @@ def test_a_search_of_broken_epochs_is_refused(tmp_path: Path) -> None:
     """The table would call a trial stopped that came to its end, and a pack would halve there."""
     with pytest.raises(UserError, match=r"train.max_steps is 4, and trials end after whole epochs"):
         tiny_job(tmp_path, {"train": {"max_steps": 4}})
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "pbt"])
+def test_a_scheduler_acts_within_the_epochs_of_a_trial(tmp_path: Path, scheduler: str) -> None:
+    with pytest.raises(
+        UserError, match=f"grace is 3, and a trial has 2 epochs: search.scheduler {scheduler} would do no"
+    ):
+        tiny_job(tmp_path, scheduler=scheduler, epochs=2, grace=3)
+    assert tiny_job(tmp_path, scheduler="none", epochs=2, grace=3).search.grace == 3
 
 
 def test_a_search_by_neighbours_is_one_without_labels(tmp_path: Path) -> None:

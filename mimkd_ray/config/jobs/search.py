@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 from mimkd_ray.config.config import Config
 from mimkd_ray.config.form.values import FROM_0, FROM_1, LARGEST, check_values
-from mimkd_ray.errors import UserError, nearest
+from mimkd_ray.errors import UserError, count, nearest
 
 Metric = Literal["top1", "cross_entropy", "knn"]
 Scheduler = Literal["asha", "hyperband", "pbt", "pb2", "median", "none"]
 
 ALGORITHMS = ("tpe", "random", "grid", "hyperopt", "ax", "bohb")
+PACKAGES = {"hyperopt": "hyperopt", "ax": "ax", "bohb": "hpbandster"}
+"""What Ray Tune's searchers need."""
 POPULATION = ("pbt", "pb2")
 """Schedulers that draw the first values themselves, and change them on the way."""
 
@@ -144,6 +146,12 @@ class SearchJob(Config):
             raise UserError(
                 "search.metric is knn, which is measured where labels are missing, and data.labels is all: pass "
                 "--search.metric top1, or --data.labels none"
+            )
+        epochs = self.search.epochs or self.train.epochs
+        if self.search.grace > epochs and self.search.scheduler not in ("hyperband", "none"):
+            raise UserError(
+                f"search.grace is {self.search.grace}, and a trial has {count(epochs, 'epoch')}: search.scheduler "
+                f"{self.search.scheduler} would do nothing; give fewer, or --search.scheduler none"
             )
         if self.search.workers > self.train.lanes:
             raise UserError(

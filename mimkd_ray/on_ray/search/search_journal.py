@@ -14,12 +14,14 @@ from ray import tune
 from mimkd_ray import console, storage
 from mimkd_ray.config import SearchJob
 from mimkd_ray.config.form.json_form import from_dict
+from mimkd_ray.console import Status
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.search.configs import Made, TrialConfigs
 from mimkd_ray.search.results import Clock, ending, values, write_report
 from mimkd_ray.search.run_trials import REASON
 from mimkd_ray.search.table import Table
+from mimkd_ray.search.trials import Point
 
 LINE_SECONDS = 10.0
 """Least seconds between two printed evaluations; the end of every trial is printed."""
@@ -108,6 +110,7 @@ class Journal(tune.Callback, tune.Stopper):
         if row is None or row.state != "running" or (made and row.params != made.params):
             row = self.table.begin(name, made, params)
             console.line(f"trial {row.number}: {values(row.params)}")
+            self._show()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -128,9 +131,23 @@ class Journal(tune.Callback, tune.Stopper):
         self.table.heard(name, figures)
         if time.monotonic() - self._line > LINE_SECONDS:
             self._line = time.monotonic()
-            number, epoch = self.table.rows[name].number, figures["epoch"]
-            key, kind = ("knn", "k-NN ") if self.table.metric == "knn" else ("top1", "")
-            console.line(f"trial {number}: epoch {epoch}, {kind}top-1 {figures[key]:.2f} %")
+            row = self.table.rows[name]
+            console.line(f"trial {row.number}: epoch {figures['epoch']}, {self._scored(row.curve[-1])}")
+
+    def _scored(self, point: Point) -> str:
+        """Return an evaluation in words."""
+        value = point.value(self.table.metric)
+        if self.table.metric == "cross_entropy":
+            return f"cross-entropy {value:.4g}"
+        return f"{'k-NN ' if self.table.metric == 'knn' else ''}top-1 {value:.2f} %"
+
+    def _show(self) -> None:
+        """Tell how far the search is, from now until something else goes on."""
+        states = [row.state for row in self.table.rows.values()]
+        best = [f"best {self.table.metric} {row.score:.4g}" for row in self.table.ranked()[:1]]
+        figures = ", ".join([f"{states.count('running')} running", *best])
+        over = len(states) - states.count("running")
+        console.show(Status(f"search of {self.job.search.algorithm}", over, self._total, "trials", figures=figures))
 
     def _heard_pack(self, name: str, result: Mapping[str, Any]) -> None:
         drawn = json.loads(result.get("drawn", "[]"))
@@ -180,6 +197,7 @@ class Journal(tune.Callback, tune.Stopper):
         left = f" of {self._total}" if self._total else ""
         hours = self.clock.hours
         console.line(f"trial {row.number}: {ending(row, self.table.metric)}; {over}{left} over in {hours:.2f} h")
+        self._show()
 
     def _publish(self) -> None:
         began = time.monotonic()

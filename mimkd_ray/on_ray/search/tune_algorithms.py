@@ -22,7 +22,7 @@ from mimkd_ray.search.optuna_study import sampler
 from mimkd_ray.search.suggest import Grid, Options, Range
 from mimkd_ray.search.tap_candidates import flat_space
 from mimkd_ray.search.trials import DIRECTIONS, direction
-from mimkd_ray.train.records.loggers import require, require_loggers
+from mimkd_ray.train.records.loggers import require_loggers
 
 SCHEDULERS = {
     "asha": "async_hyperband",
@@ -33,9 +33,6 @@ SCHEDULERS = {
     "none": "fifo",
 }
 """Ray Tune's names of the schedulers."""
-
-PACKAGES = {"hyperopt": "hyperopt", "ax": "ax", "bohb": "hpbandster"}
-"""What Ray Tune's searchers need."""
 
 DRAWS = 16
 """Draws of a space of Ray Tune of which one must make a config."""
@@ -147,7 +144,6 @@ def _named(search: SearchConfig) -> Any:
     if ":" in search.algorithm:
         own = named_function("search.algorithm", search.algorithm)
         return call_named("search.algorithm", search.algorithm, own, search)
-    require(PACKAGES[search.algorithm], f"--search.algorithm {search.algorithm}")
     seed = search.seed % 2**32
     return tune.create_searcher(search.algorithm, seed=seed, random_state_seed=seed, **metric_of(search))
 

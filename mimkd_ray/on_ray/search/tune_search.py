@@ -273,6 +273,7 @@ def experiment(folder: str, name: str, trial: Any, space: Any, how: tune.TuneCon
         came.append(number)
         if came.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
+        console.line("stopping, once Ray Tune has saved where the trials are")
         signal.raise_signal(signal.SIGUSR1)  # at which Tune ends in good order
 
     def on_usr1(*_: object) -> None:
