@@ -6,16 +6,25 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mimkd_ray.errors import count
+from mimkd_ray.errors import DamagedDataError, count
 from mimkd_ray.train.records.metrics import reading
 
 LABELS = {"alone": "student alone", "kd": "student, Hinton KD", "mimkd": "student, MIMKD"}
 
+SHAPE = (AttributeError, KeyError, TypeError, ValueError)
+"""Errors of JSON of another shape than this release writes."""
+
 
 def result_table(result: Mapping[str, Any]) -> str:
     """Return the table of teacher and student (or every arm of a comparison) with top-1, mutual information and
-    images/s."""
-    return _comparison(result) if "compare" in result else _single(result)
+    images/s. Raises DamagedDataError for what is no result."""
+    try:
+        return _comparison(result) if "compare" in result else _single(result)
+    except SHAPE as error:
+        raise DamagedDataError(
+            f"the run's result.json is damaged, or of another release ({type(error).__name__}: {error}): remove it, "
+            "and the run's own command goes on from its last checkpoint and writes it anew"
+        ) from error
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from mimkd_ray import storage
 from mimkd_ray.cli.common import parsed
 from mimkd_ray.cli.opening import closing, opening
-from mimkd_ray.cli.result_table import columns, result_table
+from mimkd_ray.cli.result_table import SHAPE, columns, result_table
 from mimkd_ray.config import Config
 from mimkd_ray.config.digest import differences, training_part
 from mimkd_ray.config.form.json_form import from_dict
@@ -77,8 +77,9 @@ def _name(run_dir: str) -> str:
 
 def _facts(run_dir: str) -> tuple[str, dict[str, Any], dict[str, Any] | None] | None:
     """The place, config and result of a run; None for a folder that is none."""
-    config = read_if_sound(storage.join(run_dir, CONFIG), ("data", "teacher", "student"))
-    return None if config is None else (run_dir, config, read_if_sound(storage.join(run_dir, RESULT)))
+    config = read_if_sound(storage.join(run_dir, CONFIG), {"data": dict, "teacher": dict, "student": dict})
+    result = read_if_sound(storage.join(run_dir, RESULT), {"student": dict})
+    return None if config is None else (run_dir, config, result)
 
 
 def _known(run_dir: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -89,14 +90,19 @@ def _known(run_dir: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 
 def _row(run_dir: str, config: Mapping[str, Any], result: Mapping[str, Any] | None) -> tuple[str, ...]:
-    top1 = ""
-    if result and "compare" in result:
-        top1 = ", ".join(f"{arm} {value['mean']:.2f}" for arm, value in result["compare"].items())
-    elif result and (student := result.get("student", {})):
-        kind, key = ("", "top1") if student.get("head_learns", True) else ("k-NN ", "knn")
-        top1 = f"{kind}{student[key]:.2f}" if student.get(key) is not None else ""
-    names = (config["teacher"]["name"], config["student"]["name"], _name(config["data"]["root"]))
-    return (_state(run_dir, result), *names, top1)
+    try:
+        names = (str(config["teacher"]["name"]), str(config["student"]["name"]), _name(config["data"]["root"]))
+        return (_state(run_dir, result), *names, _top1(result or {}))
+    except SHAPE:  # of one run, which must not hide the others
+        return ("damaged", "", "", "", "")
+
+
+def _top1(result: Mapping[str, Any]) -> str:
+    if "compare" in result:
+        return ", ".join(f"{arm} {value['mean']:.2f}" for arm, value in result["compare"].items())
+    student = result.get("student", {})
+    kind, key = ("", "top1") if student.get("head_learns", True) else ("k-NN ", "knn")
+    return f"{kind}{student[key]:.2f}" if student.get(key) is not None else ""
 
 
 def _state(run_dir: str, result: Mapping[str, Any] | None) -> str:

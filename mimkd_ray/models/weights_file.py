@@ -14,6 +14,7 @@ import os
 import pathlib
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -87,7 +88,8 @@ def read_states(path: str) -> dict[str, dict[str, Tensor]]:
             ) from error
     else:
         try:
-            with torch.serialization.safe_globals(_notes()):
+            with torch.serialization.safe_globals(_notes()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of unusual files, to torch's own developers
                 content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
             # Of torch's text only the class: its advice is to load the file with pickle, which runs code in it.

@@ -132,7 +132,7 @@ def read_run(run_dir: str) -> RunRecord:
         name=name,
         place=run_dir,
         config=redacted_values(config),
-        result=redacted_values(read_json(storage.join(run_dir, RESULT)) or {}),
+        result=redacted_values(read_json(storage.join(run_dir, RESULT), {"student": dict}) or {}),
         train=read_metrics(run_dir, "train"),
         evals=read_metrics(run_dir, "eval"),
         teacher=teacher,

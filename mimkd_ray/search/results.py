@@ -9,7 +9,7 @@ from typing import Any
 from mimkd_ray import storage
 from mimkd_ray.config import Config, SearchJob
 from mimkd_ray.errors import count
-from mimkd_ray.json_files import read_if_sound
+from mimkd_ray.json_files import NUMBER, read_if_sound
 from mimkd_ray.search.table import Table
 from mimkd_ray.search.trials import Final, Trial, value_text
 from mimkd_ray.train.records.run_dir import write_json
@@ -23,7 +23,7 @@ class Clock:
 
     def __init__(self, folder: str) -> None:
         self.url = storage.join(folder, CLOCK)
-        known = read_if_sound(self.url, ("seconds",), "hours count from 0") or {}
+        known = read_if_sound(self.url, {"seconds": NUMBER}, "hours count from 0") or {}
         self.finished: str | None = known.get("finished")
         self._before: float = known.get("seconds", 0.0)
         self._began = time.monotonic()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mimkd_ray import storage
 from mimkd_ray.config.digest import digest
-from mimkd_ray.json_files import read_if_sound
+from mimkd_ray.json_files import NUMBER, read_if_sound
 from mimkd_ray.train.distributed import all_sum, ask_first, gather_lanes, share_from_first
 from mimkd_ray.train.engine import restart
 from mimkd_ray.train.engine.step import StepRecord
@@ -159,7 +159,7 @@ class Best:
 
     def _known(self) -> dict[str, Any] | None:
         instead = "it is made anew from metrics.jsonl, where that has an evaluation"
-        known = read_if_sound(self.figures, (self.key, "step"), instead)
+        known = read_if_sound(self.figures, {self.key: (*NUMBER, type(None)), "step": int}, instead)
         if known is not None or not storage.exists(self.figures):
             return known
         seen = [line for line in read_metrics(self.run_dir, "eval") if line["step"] <= self.start]

@@ -265,6 +265,9 @@ def test_configs_in_yaml_and_toml(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     expected = Config(recipe="own", optim=OptimConfig(lr=0.3, milestones=(1, 2)))
     assert common.read_config(str(tmp_path / name), Config) == expected
+    (tmp_path / name).write_text(text.replace("lr", "7"))
+    with pytest.raises(UserError, match=r"optim\.7 is no name of a field|extra fields found \(7\)"):  # TOML's is text
+        common.read_config(str(tmp_path / name), Config)
     (tmp_path / name).write_text(text + "[")
     with pytest.raises(UserError, match=f"is not {name[4:].upper()}: "):
         common.read_config(str(tmp_path / name), Config)

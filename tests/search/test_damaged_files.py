@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_run import run_tiny, tiny_config
 
+from mimkd_ray.cli.runs import listing, shown
+from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.errors import DamagedDataError
 from mimkd_ray.json_files import parse, read_if_sound, read_json
 from mimkd_ray.search.results import Clock
@@ -33,6 +35,30 @@ def test_damage_is_a_line_that_names_the_file(data: bytes, tmp_path: Path, caplo
     with caplog.at_level(logging.WARNING):
         assert read_if_sound(str(file), ("step",), "done again") is None
     assert "done again" in caplog.text
+
+
+def test_another_type_is_damage(tmp_path: Path) -> None:
+    with pytest.raises(DamagedDataError, match=r"a\.json .* is damaged: its 'step' is 'x'; remove it"):
+        parse(b'{"step": "x"}', "a.json", {"step": int}, "remove it")
+    (tmp_path / "clock.json").write_text('{"seconds": "x", "finished": null}')
+    assert Clock(str(tmp_path)).hours < 0.01
+    (tmp_path / "config.json").write_text('{"data": 3, "train": {}}')
+    with pytest.raises(DamagedDataError, match="its 'data' is 3; it says what is trained there"):
+        find_result(tiny_config(), str(tmp_path))
+
+
+def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path) -> None:
+    config = to_dict(tiny_config())
+    for name, result in (("good", {"student": {"top1": 50.0}}), ("hurt", {"student": {"top1": "x"}}), ("worse", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+    (tmp_path / "worse" / "config.json").write_text(json.dumps(config | {"teacher": {}}))
+    told = {line.split()[0]: line.split()[1:] for line in listing(str(tmp_path)).splitlines()[2:]}
+    assert (told["good"][0], told["good"][-1]) == ("finished", "50.00")
+    assert told["hurt"] == told["worse"] == ["damaged"]
+    with pytest.raises(DamagedDataError, match=r"result\.json is damaged, .*KeyError: 'images_per_second'"):
+        shown(str(tmp_path / "hurt"))
 
 
 def test_what_is_not_there_is_none(tmp_path: Path) -> None:

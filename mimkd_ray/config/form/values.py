@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import reprlib
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -40,13 +41,16 @@ def check_values(section: Any, name: str = "", **limits: tuple[float, float]) ->
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not least <= number <= most:
                 limit = f"{most:,} at most" if number > most else f"{least:,} or more"
-                wanted = limit if math.isfinite(number) else "a finite number"
+                wanted = limit if isinstance(number, int) or math.isfinite(number) else "a finite number"
                 raise UserError(f"{shown} is {_shown(number)}: give {wanted}")
 
 
 def check_json(value: Mapping[str, Any], kind: Any, name: str = "") -> None:
     """Raise UserError for a field in the JSON form of a config that is of another type than the config says."""
     prefix = f"{name}." if name else ""
+    for key in value:
+        if not isinstance(key, str):  # YAML has such
+            raise UserError(f"{prefix}{_shown(key)} is no name of a field: names are text")
     for field, annotation in _annotations(kind).items():
         given = value.get(field, dataclasses.MISSING)
         if given is dataclasses.MISSING:
@@ -108,5 +112,6 @@ def _described(annotation: Any) -> str:
 
 def _shown(value: Any) -> str:
     plain = type(value) is int and abs(value) < SEEDS
-    text = f"{value:,}" if plain else str(value) if isinstance(value, int | float) else repr(value)
+    show = str if isinstance(value, int | float) else repr if isinstance(value, str) else reprlib.repr
+    text = f"{value:,}" if plain else show(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

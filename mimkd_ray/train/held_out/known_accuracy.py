@@ -45,7 +45,7 @@ def known_or_measured(
     }
     key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
     url = beside(run_dir, FOLDER, f"{key}.json")
-    known = ask_first(lambda: read_if_sound(url, ("figures",), "it is measured again"))
+    known = ask_first(lambda: read_if_sound(url, {"figures": dict}, "it is measured again"))
     if known is None:
         known = made = {"of": what, "figures": dict(measure())}
         ask_first(lambda: write_json(url, made))

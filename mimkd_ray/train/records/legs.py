@@ -56,7 +56,7 @@ def _legs(run_dir: str) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 1
     while True:
         place = run_dir if number == 1 else f"{run_dir}-leg{number}"
-        begun = read_json(storage.join(place, CONFIG), ("run",))
+        begun = read_json(storage.join(place, CONFIG), {"run": dict})
         if begun is None:
             return
         yield place, begun
@@ -72,7 +72,7 @@ def history(config: Config) -> list[dict[str, Any]]:
     seen = {""}
     while place not in seen:
         seen.add(place)
-        begun = read_json(storage.join(place, CONFIG), ("run", "train"))
+        begun = read_json(storage.join(place, CONFIG), {"run": dict, "train": dict})
         if begun is None:
             break
         before = training_part(begun)

@@ -83,7 +83,7 @@ def _is_longer(config: Config, result: Mapping[str, Any]) -> bool:
 def _result(run_dir: str) -> dict[str, Any] | None:
     """The result of a run; None if there is none, or a damaged one, which a run from the last checkpoint makes anew."""
     return read_if_sound(
-        storage.join(run_dir, RESULT), ("student",), "the run goes on from its last checkpoint, and writes it anew"
+        storage.join(run_dir, RESULT), {"student": dict}, "the run goes on from its last checkpoint, and writes it anew"
     )
 
 
@@ -101,7 +101,7 @@ def claim(config: Config, run_dir: str) -> None:
 
 def known_config(config: Config, run_dir: str) -> dict[str, Any] | None:
     """Return what config.json says; None if there is none. Raises UserError where what is trained differs."""
-    old = read_json(storage.join(run_dir, CONFIG), ("data", "train"), DAMAGED_CONFIG)
+    old = read_json(storage.join(run_dir, CONFIG), {"data": dict, "train": dict}, DAMAGED_CONFIG)
     changed = changes(old, config) if old is not None else []
     if changed and not _has_trained(run_dir):
         return None  # nothing there is of the old config: it may be replaced
@@ -124,10 +124,10 @@ def read_outcome(run_dir: str) -> Outcome | None:
     result = _result(run_dir)
     if result is not None:
         return Finished(result)
-    stopped = read_json(storage.join(run_dir, STOPPED), ("epoch",))
+    stopped = read_json(storage.join(run_dir, STOPPED), {"epoch": int})
     if stopped is not None:
         return Stopped(stopped["epoch"])
-    failed = read_json(storage.join(run_dir, FAILED), ("kind", "message"))
+    failed = read_json(storage.join(run_dir, FAILED), {"kind": str, "message": str})
     return None if failed is None else Failed(_ERRORS.get(failed["kind"], NonFiniteLossError)(failed["message"]))
 
 

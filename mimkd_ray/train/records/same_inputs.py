@@ -19,7 +19,7 @@ from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.data.sources.parquet import FOOTER_THREADS, ParquetSource
 from mimkd_ray.data.sources.source import Source, SubsetSource
 from mimkd_ray.errors import UserError
-from mimkd_ray.json_files import read_if_sound
+from mimkd_ray.json_files import NUMBER, read_if_sound
 from mimkd_ray.models.weights_file import file_digest, shown
 from mimkd_ray.train.networks.teacher_check import check_accuracy
 from mimkd_ray.train.records.run_dir import write_json
@@ -51,7 +51,7 @@ def check_same_student(student: ModelConfig, run_dir: str) -> None:
         storage.join(run_dir, STUDENT),
         {"weights": shown(student.weights), "sha256": file_digest(student.weights)},
     )
-    known = read_if_sound(url, ("sha256",), "it is written anew")
+    known = read_if_sound(url, {"sha256": str}, "it is written anew")
     if known is None:
         write_json(url, now)
     elif known["sha256"] != now["sha256"]:
@@ -61,7 +61,8 @@ def check_same_student(student: ModelConfig, run_dir: str) -> None:
 def check_same_teacher(teacher: TeacherConfig, weights: str, digest: str, classes: int, run_dir: str) -> None:
     """Raise UserError if the run has trained with a teacher of other weights: it has if those had been accepted.
     ``weights``: its file; ``classes``: among which its top-1 is. For one process alone."""
-    known = read_if_sound(storage.join(run_dir, "teacher.json"), ("sha256", "top1", "rows"), "it is written anew")
+    url = storage.join(run_dir, "teacher.json")
+    known = read_if_sound(url, {"sha256": str, "top1": (*NUMBER, type(None)), "rows": int}, "it is written anew")
     if known is None or known["sha256"] == digest:
         return
     if known["top1"] is not None:
