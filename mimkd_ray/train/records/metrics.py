@@ -97,11 +97,11 @@ class FiniteGuard:
 
     def __init__(self, device: torch.device) -> None:
         self.lag = 1 if device.type == "cuda" else 0
-        self.pending: list[tuple[int, Mapping[str, Tensor], list[Tensor]]] = []
+        self.pending: list[tuple[int, Mapping[str, Tensor], list[Tensor], Callable[[], float]]] = []
 
     def add(self, step: int, log: Mapping[str, Tensor], ids: list[Tensor]) -> None:
         """Take note of the breakdown and sample ids of step number ``step`` (from 1)."""
-        self.pending.append((step, log, ids))
+        self.pending.append((step, log, ids, read_later(log["loss"])))
         while len(self.pending) > self.lag:
             self._check(*self.pending.pop(0))
 
@@ -111,8 +111,8 @@ class FiniteGuard:
             self._check(*self.pending.pop(0))
 
     @staticmethod
-    def _check(step: int, log: Mapping[str, Tensor], ids: list[Tensor]) -> None:
-        if bool(torch.isfinite(log["loss"])):
+    def _check(step: int, log: Mapping[str, Tensor], ids: list[Tensor], loss: Callable[[], float]) -> None:
+        if math.isfinite(loss()):
             return
         parts = {
             key: float(value)
@@ -127,6 +127,21 @@ class FiniteGuard:
             f"{', '.join(map(str, sample[:64]))}{' ...' if len(sample) > 64 else ''}: lower --optim.lr or the term's "
             "weight, or pass --optim.clip-norm 5; the last checkpoint is intact"
         )
+
+
+def read_later(value: Tensor) -> Callable[[], float]:
+    """Return a function that returns a scalar, once it is computed. A plain read waits for all that a GPU was asked for
+    until then, the next step among it."""
+    if not value.is_cuda:
+        return value.item
+    there, done = value.to("cpu", non_blocking=True), torch.cuda.Event()  # page-locked
+    done.record(torch.cuda.current_stream(value.device))
+
+    def read() -> float:
+        done.synchronize()
+        return there.item()
+
+    return read
 
 
 class Meter:
