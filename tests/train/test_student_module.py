@@ -1,12 +1,28 @@
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from tiny_run import cpu, tiny_config, tiny_data
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.networks.student_module import LaneNorms, Normalizer
+
+
+class Operations(TorchDispatchMode):
+    """Lists the operations that are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def test_normalizer_is_torchvisions() -> None:
@@ -38,6 +54,41 @@ def test_running_statistics_are_the_average_of_lanes_that_each_start_alike() -> 
     keeper.end_step()
     torch.testing.assert_close(norm.running_mean, torch.stack(means).mean(0))
     torch.testing.assert_close(norm.running_var, torch.stack(variances).mean(0))
+
+
+def test_statistics_of_lanes_take_as_many_operations_for_many_layers_as_for_one() -> None:
+    counts = []
+    for layers in (1, 5):
+        network = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(layers)))
+        norms = LaneNorms(network, 2, 2)
+        with Operations() as seen:
+            norms.begin_step()
+            norms.end_lane()
+            norms.end_step()
+        counts.append(len(seen.names))
+    assert counts[0] == counts[1]
+
+
+def test_a_moving_average_follows_in_one_operation_without_its_counter() -> None:
+    """On a GPU update_parameters waits for the step, to bring its counter there; the numbers are the same."""
+    config = tiny_config(train={"ema_decay": 0.9})
+    student = lone_student(config, tiny_data(config), build_model("cifar/resnet8", 10), cpu())
+    assert student.ema is not None
+    student.step(0)
+    expected = copy.deepcopy(student.ema)
+    with torch.no_grad():
+        for parameter in student.distiller.student.parameters():
+            parameter.add_(0.1)
+    expected.update_parameters(student.distiller.student)
+    with Operations() as seen:
+        student.follow()
+    assert [name for name in seen.names if name not in ("add_", "_local_scalar_dense", "detach")] == ["_foreach_lerp_"]
+    for found, told in zip(student.ema.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(found, told)
+    assert student.ema.n_averaged == expected.n_averaged == 2
+    with student.settled():
+        for found, told in zip(student.ema.module.buffers(), student.distiller.student.buffers(), strict=True):
+            assert torch.equal(found, told)
 
 
 def test_the_gradient_of_a_step_is_the_mean_over_its_lanes() -> None:

@@ -53,11 +53,8 @@ class Student:
         self.vector = planned.vector
         self.head_learns = trains_head(config, planned.shared)
         self.distiller = build_distiller(planned, self.data.train, device)
-        self.ema = (
-            AveragedModel(self.distiller.student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
-            if train.ema_decay
-            else None
-        )
+        self.average = get_ema_multi_avg_fn(train.ema_decay)
+        self.ema = AveragedModel(self.distiller.student, multi_avg_fn=self.average) if train.ema_decay else None
         self.head_alone, self.body = False, _body(self.distiller, config.student.head_epochs, self.data.num_classes)
         self.optimizer = build_optimizer(config.optim, self.distiller, not self.plain_because)
         self.norms = LaneNorms(self.distiller, len(self.my_lanes), train.lanes)
@@ -121,8 +118,15 @@ class Student:
 
     def follow(self) -> None:
         """Let the moving average follow, after a step."""
-        if self.ema is not None:
+        if self.ema is None:
+            return
+        if not self.ema.n_averaged:
             self.ema.update_parameters(self.distiller.student)
+            return
+        # As update_parameters does, which would wait for the step to bring the counter to the device, and copy
+        # statistics, of which `settled` copies the newest.
+        self.average(list(self.ema.parameters()), list(self.distiller.student.parameters()), self.ema.n_averaged)
+        self.ema.n_averaged += 1
 
     def step(self, step: int) -> StepRecord:
         """Take one step alone, as PlainEngine does (train/engine/captured.py)."""

@@ -111,27 +111,33 @@ class LaneNorms:
             for norm in module.modules()
             if isinstance(norm, _BATCH_NORMS) and norm.num_batches_tracked is not None
         ]
+        several = my_lanes > 1
+        self.start, self.total = ([torch.empty_like(buffer) for buffer in self.buffers if several] for _ in range(2))
+        self.counts = [torch.empty_like(counter) for counter in self.counters if several]
 
+    # Operations on lists: a GPU takes as long to begin one of a single buffer as for the work of all.
     def begin_step(self) -> None:
         """Remember the step's initial statistics."""
-        if self.my_lanes > 1:
-            self.start = [buffer.clone() for buffer in self.buffers]
-            self.total = [torch.zeros_like(buffer) for buffer in self.buffers]
-            self.counts = [counter.clone() for counter in self.counters]
+        if self.start:
+            torch._foreach_copy_(self.start, self.buffers)
+            torch._foreach_zero_(self.total)
+        if self.counts:
+            torch._foreach_copy_(self.counts, self.counters)
 
     def end_lane(self) -> None:
         """Collect what a lane made of them, and go back to the start."""
-        if self.my_lanes > 1 and self.buffers:
+        if self.start:
             torch._foreach_add_(self.total, self.buffers)
             torch._foreach_copy_(self.buffers, self.start)
 
     def end_step(self) -> None:
         """Keep the average over this worker's lanes."""
-        if self.my_lanes > 1:
-            for buffer, total in zip(self.buffers, self.total, strict=True):
-                buffer.copy_(total / self.my_lanes)
-            for counter, count in zip(self.counters, self.counts, strict=True):
-                counter.copy_(count + 1)  # a step counts once, whoever carries how many lanes
+        if self.start:
+            torch._foreach_div_(self.total, self.my_lanes)
+            torch._foreach_copy_(self.buffers, self.total)
+        if self.counts:
+            torch._foreach_add_(self.counts, 1)  # a step counts once, whoever carries how many lanes
+            torch._foreach_copy_(self.counters, self.counts)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
