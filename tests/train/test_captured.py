@@ -22,7 +22,7 @@ from mimkd_ray.data.augment.mixing import draw_mix
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.train.cuda_graphs import WARM
-from mimkd_ray.train.engine.captured import CapturedEngine, make_engine
+from mimkd_ray.train.engine.captured import CapturedEngine, _Seeds, make_engine
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.student import Student, lone_student
 from mimkd_ray.train.networks.build import build_network, plan_student
@@ -216,6 +216,37 @@ def test_each_student_that_is_left_has_a_stream(monkeypatch: pytest.MonkeyPatch,
     assert engine.recorded is not None
 
 
+def test_random_numbers_of_the_host_are_seen_beside_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph would repeat what a network drew with torch.rand([]) < 0.1 when it was recorded."""
+    state = torch.zeros(4)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: state.clone())
+    seeds = _Seeds(0, 0, torch.device("cuda"))
+    seeds(0)
+    assert seeds.drawn() == set()
+    torch.rand([])
+    seeds(1)
+    assert seeds.drawn() == {"cpu"}
+    state.add_(1)
+    assert seeds.drawn() == {"cpu", "cuda"}
+
+
+def test_steps_that_draw_on_the_host_are_not_recorded_for_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = captured(tiny_config(train={"lanes": 1}))
+    data = open_data(config.data)
+    student = lone_student(config, data, build_network(config, data.num_classes, "random"), cpu())
+    student.distiller.register_forward_pre_hook(lambda *_: torch.rand([]) and None)
+    engine = make_engine([student])
+    assert isinstance(engine, CapturedEngine)
+    engine.stream = object()  # type: ignore[assignment]
+    monkeypatch.setattr("mimkd_ray.train.engine.captured.run_warm", lambda work, stream: (work(), []))
+    for step in range(WARM):
+        engine.step([student], step)
+    assert engine.gave_up
+    assert "on the host" in capsys.readouterr().out
+
+
 class NoHost(TorchDispatchMode):
     """Refuses what waits for the device, or copies a value from the host, which a graph cannot hold."""
 
@@ -235,6 +266,7 @@ OPTIONS: dict[str, LossConfig] = {
     "soft": LossConfig(preset="best", queue=40, soft_temperature=0.2, symmetric=True, hard_share=0.5),
     "concat": LossConfig(preset="two_sided", critic=CriticConfig(kind="concat", width=8)),
     "mixed": LossConfig(preset="paper"),
+    "step": LossConfig(preset="best", negatives="step"),
     "everywhere": LossConfig(preset="best", queue=40, feature_negatives="all", schedule="rise", local_weight=1.0),
 }
 

@@ -167,7 +167,10 @@ class CapturedEngine:
             done, waits = run_warm(take, self.stream)
             if waits and self.warm == WARM:  # in the first steps libraries set themselves up
                 why = f"a network or a loss waits for the device ({waits[0]})"
-        if len(students) * len(self.buffers) > 1 and seeds.drawn():
+        drawn = seeds.drawn()
+        if self.stream is not None and "cpu" in drawn and self.warm == WARM:
+            why = "a network or a loss draws random numbers on the host, of which a graph repeats those of one step"
+        elif len(students) * len(self.buffers) > 1 and self.context.device.type in drawn:
             why = "networks or losses draw random numbers, of which each lane and student has its own"
         return done, why
 
@@ -219,26 +222,27 @@ class CapturedEngine:
 
 
 class _Seeds:
-    """Seeds the lanes of a step, and finds out whether anything draws from the random numbers."""
+    """Seeds the lanes of a step, and finds out from whose random numbers anything draws."""
 
     def __init__(self, seed: int, step: int, device: torch.device) -> None:
         self.seed, self.step, self.device = seed, step, device
-        self.expected: Tensor | None = None
-        self.has_drawn = False
+        self.expected: dict[str, Tensor] = {}
+        self.has_drawn: set[str] = set()
 
     def __call__(self, lane: int) -> None:
         self.drawn()
         seed_lane(self.seed, self.step, lane)
-        self.expected = self._state()
+        self.expected = self._states()
 
-    def drawn(self) -> bool:
-        """Return whether anything has drawn until now."""
-        if self.expected is not None and not torch.equal(self.expected, self._state()):
-            self.has_drawn = True
+    def drawn(self) -> set[str]:
+        """Return the types of device on which anything has drawn until now."""
+        now = self._states()
+        self.has_drawn |= {kind for kind, state in self.expected.items() if not torch.equal(state, now[kind])}
         return self.has_drawn
 
-    def _state(self) -> Tensor:
-        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+    def _states(self) -> dict[str, Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        return states | {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else states
 
 
 def make_engine(students: Sequence[Student]) -> Engine:

@@ -268,11 +268,10 @@ class Inputs:
         labels_LB = gather_lanes(torch.stack(classes), lanes)
         ready = []
         for lane, own in zip(mine, features, strict=True):
-            rest = [other for other in range(lanes) if other != lane.number]
             others = Others(
-                {tap: v[rest].flatten(0, 1) for tap, v in vectors_LBC.items()},
-                ids_LB[rest].flatten(),
-                labels_LB[rest].flatten(),
+                {tap: _all_but(lane.number, v).flatten(0, 1) for tap, v in vectors_LBC.items()},
+                _all_but(lane.number, ids_LB).flatten(),
+                _all_but(lane.number, labels_LB).flatten(),
             )
             ready.append(lane._replace(teacher=own._replace(others=others)))
         return ready
@@ -295,7 +294,7 @@ class Inputs:
         context = self.context
         batches = eval_batches(self.data.val, self.config.data, batch_size, context.rank, context.world_size)
         if not self.is_resident:
-            return batches
+            return to_device(batches, context.device)
         self._held_out[batch_size] = [batch.each_tensor(lambda tensor: tensor.to(context.device)) for batch in batches]
         return iter(self._held_out[batch_size])
 
@@ -304,3 +303,9 @@ class Inputs:
         self._batches = self.forwards = None
         if self.teacher is not None:
             self.teacher.tapped.release()
+
+
+def _all_but(lane: int, value_LX: Tensor) -> Tensor:
+    """Return what is of the other lanes. A list as an index would be copied to the device, which waits for it, and
+    which a graph cannot hold."""
+    return torch.cat([value_LX[:lane], value_LX[lane + 1 :]])
