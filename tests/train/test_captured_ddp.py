@@ -90,7 +90,7 @@ def _train(context: LocalContext, config: Config, stops: tuple[int, ...], folder
         seen["has DDP"] = torch.tensor(isinstance(student.model, DistributedDataParallel))
         engine.close()
     seen["losses"] = torch.stack(seen["losses"])
-    averages = student.ema.module.state_dict() if student.ema is not None else {}
+    averages = student.weights() if student.ema is not None else {}
     return seen | student.distiller.state_dict() | {f"average of {name}": value for name, value in averages.items()}
 
 

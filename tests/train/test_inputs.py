@@ -10,11 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
-from tiny_run import run_tiny
+from tiny_run import run_tiny, tiny_config, tiny_data
 
+from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.data.loading import loader
 from mimkd_ray.data.loading.read_ahead import ReadAhead
+from mimkd_ray.models.zoo import build_model
+from mimkd_ray.train.engine.inputs import Inputs
+from mimkd_ray.train.networks.build import plan_student
 
 
 def _parquet(path: Path, rows: int, seed: int) -> None:
@@ -57,3 +62,13 @@ def test_without_reading_ahead_no_reader_of_a_run_does(
         assert started == []
     else:
         assert set(started) == {40, 60}, "this test must see the readers of both splits"
+
+
+def test_held_out_batches_are_brought_to_the_device_as_training_batches_are() -> None:
+    """Ahead of need, that is, and on a GPU from page-locked memory."""
+    config = tiny_config(data={"resident": "off"})
+    data, teacher = tiny_data(config), build_model("cifar/resnet8", 10)
+    inputs = Inputs([plan_student(config, teacher, 10)], data, teacher, LocalContext(torch.device("meta")))
+    batches = list(inputs.held_out(100))
+    assert sum(map(len, batches)) == data.val.num_rows
+    assert {tensor.device.type for batch in batches for tensor in batch.tensors()} == {"meta"}

@@ -46,10 +46,14 @@ class CachedNegatives:
         if len(self.damaged):
             sound = ~np.isin(ids, self.damaged)
             positions, ids = positions[sound], ids[sound]
-        rows = {label: torch.from_numpy(column.rows_NB[positions]).to(device) for label, column in self.columns.items()}
+        rows = {label: column.rows_NB[positions] for label, column in self.columns.items()}
         classes = np.full_like(ids, NO_LABEL)
         if self.labels is not None:
             of_train, of_class = self.labels
             places = np.searchsorted(of_train, ids).clip(max=len(of_train) - 1)
             classes = np.where(of_train[places] == ids, of_class[places], NO_LABEL)
-        return rows, torch.from_numpy(ids).to(device), torch.from_numpy(classes).to(device)
+
+        def bring(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
+
+        return {label: bring(array) for label, array in rows.items()}, bring(ids), bring(classes)
