@@ -28,16 +28,22 @@ GPU = LocalContext(torch.device("cuda"))
 
 
 def on_gpu(
-    engine: str, members: int, steps: int, stay: dict[int, int] | None = None, **train: Any
+    engine: str,
+    members: int,
+    steps: int,
+    stay: dict[int, int] | None = None,
+    head_epochs: int = 0,
+    negatives: Any = None,
+    **train: Any,
 ) -> list[list[float]]:
     """Losses of students on a GPU, by step. They differ in the learning rate. ``stay``: how many are left from a step
     on."""
     config = tiny_config(
         data={"resident": "on"},
         train={"engine": engine, "compile": "off", "lane_batch": 12, "epochs": 200, **train},
-        loss={"preset": "best", "queue": 50, "global_weight": 1.0},
+        loss={"preset": "best", "queue": 50, "global_weight": 1.0, "negatives": negatives},
         optim={"lr": 0.01},
-        student={"name": "cifar/resnet8"},
+        student={"name": "cifar/resnet8", "head_epochs": head_epochs},
     )
     data = open_data(config.data)
     teacher = build_network(config, data.num_classes, "random")
@@ -71,6 +77,16 @@ def test_a_graph_trains_what_the_plain_engine_trains(lanes: int, members: int, m
     assert plain[-5:].mean() < plain[:5].mean(), "it trains"
     # The arithmetic differs in the order of sums, and every step of training multiplies that.
     assert torch.allclose(graph[:8], plain[:8], rtol=2e-3, atol=2e-3)
+    assert torch.allclose(graph, plain, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("more", [{"negatives": "step", "lanes": 2}, {"head_epochs": 1}, {"ema_decay": 0.9}])
+def test_other_steps_are_recorded_too(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negatives of the step's other lanes; a body that joins its classifier after an epoch; a moving average."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    graph, plain = (
+        torch.tensor(on_gpu(engine, 1, 20, precision="float32", **more)) for engine in ("captured", "plain")
+    )
     assert torch.allclose(graph, plain, rtol=5e-2, atol=5e-2)
 
 

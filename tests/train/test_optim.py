@@ -10,7 +10,7 @@ from torch import nn
 from mimkd_ray.config import CriticConfig, OptimConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.critics import DotCritic
-from mimkd_ray.train.networks.optim import build_optimizer, learning_rate
+from mimkd_ray.train.networks.optim import begin_momentum, build_optimizer, learning_rate
 
 
 def test_step_schedule_is_torchs_multi_step() -> None:
@@ -99,3 +99,21 @@ def test_warmup_of_a_fraction_of_an_epoch() -> None:
     assert learning_rate(config, 0, 10, 4) == pytest.approx(1 / 5)
     assert learning_rate(config, 5, 10, 4) == 1.0
     assert math.isclose(learning_rate(config, 4, 10, 4), 1.0)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_parameters_may_join_a_fused_optimiser_later(nesterov: bool) -> None:
+    """As a body joins its classifier. On a GPU captured steps have the fused one, which by itself raises TypeError."""
+    ends = []
+    for fused in (True, False):
+        body, head = (nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2))
+        settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": nesterov}
+        optimizer = torch.optim.SGD([body, head], fused=fused, **settings)
+        if fused:
+            optimizer.register_step_pre_hook(begin_momentum)
+        for step in range(5):
+            head.grad = torch.full((5,), 0.3 + step)
+            body.grad = torch.full((5,), 0.7 - step) if step >= 2 else None
+            optimizer.step()
+        ends.append(torch.stack([body.detach(), head.detach()]))
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6)

@@ -61,7 +61,20 @@ def build_optimizer(config: OptimConfig, module: nn.Module, captured: bool = Fal
             options["capturable"] = True
     if config.name == "adamw":
         return torch.optim.AdamW(groups, **options)
-    return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **options)
+    optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **options)
+    if options.get("fused") and config.momentum:
+        optimizer.register_step_pre_hook(begin_momentum)
+    return optimizer
+
+
+def begin_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Give a momentum of zeros to parameters that have their first gradient: a step from it is a first step. torch's
+    fused SGD takes only first steps of all parameters at once, and ends with a TypeError when those of a body join a
+    classifier that was trained alone."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
