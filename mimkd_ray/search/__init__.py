@@ -1,6 +1,7 @@
 """Hyperparameter search: spaces, configs, trials and their table; its report is in report/.
 
-The package can be called: `mimkd_ray.search(config)` is the function of cli/tuning.py. A function of this name in
+The package can be called: `mimkd_ray.search(config, space, tune_config=..., run_config=...)` is the function of
+cli/tuning.py, whose help is `from mimkd_ray.cli import tuning; help(tuning.search)`. A function of this name in
 `mimkd_ray` would be replaced by this package as soon as anything in it is imported.
 """
 
