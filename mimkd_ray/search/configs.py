@@ -150,8 +150,8 @@ def claim(job: SearchJob, folder: str, write: bool = True) -> None:
     """Write the search's config.json; without ``write`` only look. Raises UserError for a folder that was begun with
     another search."""
     url = storage.join(folder, "config.json")
-    old = read_json(url, (), DAMAGED_CONFIG)
-    if old is not None and "search" not in old:
+    old = read_json(url, {"data": dict, "train": dict}, DAMAGED_CONFIG)
+    if old is not None and not isinstance(old.get("search"), dict):
         raise UserError(f"{folder} is no search's: its config.json has no 'search'; pass another --run.name")
     if old is not None:
         refuse_changes(folder, differences(_lasting(old), _lasting(to_dict(job))))
@@ -162,7 +162,7 @@ def claim(job: SearchJob, folder: str, write: bool = True) -> None:
 def _lasting(value: Mapping[str, Any]) -> dict[str, Any]:
     kept = training_part({name: fields for name, fields in value.items() if name != "search"})
     for section, name in SCORED_BY.items():
-        kept.setdefault(section, {})[name] = value.get(section, {}).get(name)
+        kept[section][name] = value[section].get(name)
     search = {name: item for name, item in value["search"].items() if name not in MAY_CHANGE}
     return json.loads(json.dumps(kept | {"search": search}))
 
