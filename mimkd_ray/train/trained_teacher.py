@@ -54,23 +54,26 @@ def teacher_config(config: Config) -> Config:
     )
 
 
-def folder_of(own: Config, data: Data, run_dir: str) -> str:
-    """Return the directory of the teacher's run. ``own``: its config, ``data``: its images. Weights that it starts from
-    count by their content: a file may be replaced by another."""
+def folder_of(own: Config, data: Data, labels: str, run_dir: str) -> str:
+    """Return the directory of the teacher's run. ``own``: its config, ``data``: its images, ``labels``: the digest of
+    their labels, where that of the images does not cover them. Weights that it starts from count by their content: a
+    file may be replaced by another."""
     start = weights_digest(build_student(own, data.num_classes)) if own.student.weights != "random" else ""
-    what = json.dumps({"config": training_dict(own), "data": data.digest, "start": start}, sort_keys=True)
+    what = json.dumps({"config": training_dict(own), "data": data.digest + labels, "start": start}, sort_keys=True)
     name = re.sub(r"[^A-Za-z0-9_.]+", "-", own.student.name).strip("-.")[-60:]
     return beside(run_dir, FOLDER, f"{name}-{hashlib.sha256(what.encode()).hexdigest()[:12]}")
 
 
-def train_teacher(config: Config, data: Data, context: Context, run_dir: str) -> tuple[str, dict[str, Any]]:
+def train_teacher(
+    config: Config, data: Data, labels: str, context: Context, run_dir: str
+) -> tuple[str, dict[str, Any]]:
     """Train the teacher of a run, unless it is there. Return its weights file, and the held-out figures of its end.
 
     While another run trains the same teacher, this one waits. Every worker calls it.
     """
     own = teacher_config(config)
     images = open_data(own.data, data.own)
-    folder = ask_first(lambda: folder_of(own, images, run_dir))
+    folder = ask_first(lambda: folder_of(own, images, labels, run_dir))
     finished = ask_first(lambda: find_result(own, folder))
     with ExitStack() as lock:
         if finished is None:

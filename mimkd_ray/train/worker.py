@@ -98,7 +98,7 @@ def obtain_teacher(
     The check is made once for all runs beside this one: a start must be quick. teacher.json says what it found. Raises
     UserError if the teacher is random, guesses, or falls short of ``teacher.expect_top1``.
     """
-    ask_first(lambda: check_same_labels(data, run_dir))
+    labels = ask_first(lambda: check_same_labels(data, run_dir))
     if not needs_teacher(config):
         return None, {}
     teacher = config.teacher
@@ -106,7 +106,7 @@ def obtain_teacher(
     weights = teacher.weights
     trained: dict[str, Any] | None = None
     if teacher.trains:
-        weights, trained = train_teacher(config, data, context, run_dir)
+        weights, trained = train_teacher(config, data, labels, context, run_dir)
     head = teacher_head(config, data)
     classes = data.num_classes if head.shared is None else len(head.shared.of_data)
     model = build_network(config, head.count, weights)
@@ -118,7 +118,7 @@ def obtain_teacher(
         figures = {key: trained[key] for key in ("top1", "top5", "rows")}  # of its own last evaluation
     else:
         look = partial(measure, model, config, data, context, head.shared)
-        figures = known_or_measured(digest, head, config, data, run_dir, look)
+        figures = known_or_measured(digest, head, config, data, labels, run_dir, look)
     known = {"name": teacher.name, "weights": shown(weights), **figures, "sha256": digest, "data": data.digest}
     ask_first(lambda: write_json(storage.join(run_dir, "teacher.json"), known))
     if known["top1"] is not None:

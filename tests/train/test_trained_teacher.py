@@ -76,7 +76,7 @@ def test_its_place_is_a_digest_of_what_decides_it(sections: dict[str, Any], same
     def place(config: Config) -> str:
         own = teacher_config(config)
         assert own.run.start_from == ""
-        return folder_of(own, tiny_data(own), "/runs/a")
+        return folder_of(own, tiny_data(own), "", "/runs/a")
 
     of_teacher = TRAINED | sections.pop("teacher", {})
     assert (place(tiny_config(teacher=TRAINED)) == place(tiny_config(teacher=of_teacher, **sections))) is same
@@ -89,7 +89,7 @@ def test_weights_that_it_starts_from_count_by_their_content(tmp_path: Path) -> N
     for seed in (1, 2, 1):
         torch.manual_seed(seed)
         save_file(build_model("cifar/resnet8", 7).state_dict(), file)
-        places.append(folder_of(own, tiny_data(own), "/runs/a"))
+        places.append(folder_of(own, tiny_data(own), "", "/runs/a"))
     assert places[0] == places[2] != places[1]
 
 
@@ -106,7 +106,7 @@ def test_a_run_waits_for_the_teacher_of_another(
     monkeypatch.setattr(trained_teacher, "LOOK_SECONDS", 0.05)
     config = tiny_config(teacher=TRAINED)
     own = teacher_config(config)
-    folder = folder_of(own, tiny_data(own), str(tmp_path / "a"))
+    folder = folder_of(own, tiny_data(own), "", str(tmp_path / "a"))
     context = cpu()
     with held(folder):
         monkeypatch.setattr(context, "stop_requested", lambda: True)

@@ -30,14 +30,16 @@ def known_or_measured(
     head: TeacherHead,
     config: Config,
     data: Data,
+    labels: str,
     run_dir: str,
     measure: Callable[[], Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Return top1, top5 and rows of a network, from an earlier run or ``measure()``. Every worker calls it."""
+    """Return top1, top5 and rows of a network, from an earlier run or ``measure()``. ``labels``: their digest, where
+    that of the data does not cover them. Every worker calls it."""
     what = {
         "weights": weights_sha256,
         "network": config.teacher.name,
-        "held_out": data.val.digest,
+        "held_out": data.val.digest + labels,
         "classes": (data.num_classes, head.count, repr(head.shared)),
         "input": repr(teacher_input(config)),
         **{key: getattr(config.data, key) for key in ("pipeline", "image_size", "mean", "std", "max_pixels", "exif")},

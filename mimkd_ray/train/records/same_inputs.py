@@ -8,6 +8,7 @@ digests of all other sets cover theirs. A file is read again only if it has been
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +28,9 @@ from mimkd_ray.train.records.run_dir import write_json
 LABELS, STUDENT = "labels.json", "student.json"
 
 
-def check_same_labels(data: Data, run_dir: str) -> None:
-    """Raise UserError if labels are others than those that the run began with, and note them. For one process alone."""
+def check_same_labels(data: Data, run_dir: str) -> str:
+    """Raise UserError if labels are others than those that the run began with, and note them. Return their digest; ""
+    where that of the data covers them. For one process alone."""
     url = storage.join(run_dir, LABELS)
     known = read_if_sound(url, instead="labels are not compared with those of the first start") or {}
     now = digests((data.train, data.val), known)
@@ -40,6 +42,8 @@ def check_same_labels(data: Data, run_dir: str) -> None:
         )
     if now != known:
         write_json(url, now)
+    labels = json.dumps({file: found["labels"] for file, found in now.items()}, sort_keys=True)
+    return hashlib.sha256(labels.encode()).hexdigest()[:16] if now else ""
 
 
 def check_same_student(student: ModelConfig, run_dir: str) -> None:

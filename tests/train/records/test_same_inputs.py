@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from tiny_run import cpu, tiny_config, tiny_data
 
 from mimkd_ray import storage
-from mimkd_ray.config import DataConfig
+from mimkd_ray.config import Config, DataConfig
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.run_lock import held
+from mimkd_ray.train import trained_teacher
+from mimkd_ray.train.distributed import Context
 from mimkd_ray.train.records import same_inputs
 from mimkd_ray.train.records.outcomes import claim
 from mimkd_ray.train.records.same_inputs import check_same_labels
@@ -133,3 +135,29 @@ def test_a_teacher_that_was_refused_may_be_another_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"90\.00 % was expected"):
         obtain_teacher(config, tiny_data(), cpu(), run)
     obtain_teacher(replace(config, teacher=replace(config.teacher, expect_top1=0.0)), tiny_data(), cpu(), run)
+
+
+def test_runs_share_a_teacher_and_its_figures_only_with_the_same_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, folder = tmp_path / "teacher.pth", tmp_path / "set"
+    torch.save(build_model("cifar/resnet8", 4).state_dict(), file)
+    places, measured = list[str](), list[int]()
+
+    def train_on(own: Config, images: Data, teacher: None, context: Context, place: str) -> None:
+        places.append(place)
+        raise UserError("not trained here")
+
+    monkeypatch.setattr(trained_teacher, "train_on", train_on)
+    for run, labels in (("a", LABELS), ("b", LABELS), ("c", pa.array(LABELS.to_pylist()[::-1]))):
+        data = write(folder, labels)
+        config = tiny_config(data={"root": str(folder), "subset": 0}, teacher={"weights": str(file)})
+        obtain_teacher(config, data, cpu(), str(tmp_path / run))
+        measured.append(len(list(tmp_path.glob("evaluations/*"))))
+        with pytest.raises(UserError, match="not trained here"):
+            obtain_teacher(
+                replace(config, teacher=replace(config.teacher, train=True, weights="random")),
+                *(data, cpu(), str(tmp_path / run)),
+            )
+    assert measured == [1, 1, 2]
+    assert places[0] == places[1] != places[2]
