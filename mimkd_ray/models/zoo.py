@@ -176,4 +176,6 @@ def _from_function(name: str, num_classes: int, published: bool) -> nn.Module:
     model = call_named("model", name, function, num_classes=num_classes)
     if not isinstance(model, nn.Module):
         raise UserError(f"model {name!r} returned {type(model).__name__}, expected a torch.nn.Module")
+    if "_orig_mod" in dict(model.named_children()):  # its layers cannot be read
+        raise UserError(f"model {name!r} is compiled already: return the plain network, and pass --train.compile on")
     return model

@@ -43,12 +43,16 @@ def check_logits(model: nn.Module, image_size: int, num_classes: int | None = No
     """Return the number of logits. Raises UserError unless the network returns logits (B, num_classes), or (B, any
     number) for None.
 
-    `trained`: also in training mode, where auxiliary classifiers come in. What a network cannot do there without data
-    (synchronised batch norms, targets) is left to the training to tell.
+    `trained`: also in training mode, where auxiliary classifiers come in, and with parameters to train. What a network
+    cannot do there without data (synchronised batch norms, targets) is left to the training to tell.
     """
     logits = dry_run(model, image_size).logits
     _check(logits, model, num_classes, "")
     if trained:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UserError(
+                f"{describe(model)} has no parameter that requires a gradient: nothing of it can be trained"
+            )
         try:
             run = dry_run(model, image_size, training=True)
         except UserError:

@@ -22,6 +22,11 @@ def make_linear(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(12, num_classes))
 
 
+def make_compiled(num_classes: int) -> nn.Module:
+    compiled: nn.Module = torch.compile(make_linear(num_classes))
+    return compiled
+
+
 def make_number(num_classes: int) -> int:
     return num_classes
 
@@ -195,6 +200,8 @@ def test_pickled_objects_are_refused(tmp_path: Path) -> None:
 def test_a_function_by_import_path() -> None:
     net = build_model("test_zoo:make_linear", 5)
     assert net(torch.zeros(2, 3, 2, 2)).shape == (2, 5)
+    with pytest.raises(UserError, match=r"'test_zoo:make_compiled' is compiled already.* --train\.compile on"):
+        build_model("test_zoo:make_compiled", 5)
 
 
 def test_timm() -> None:

@@ -108,6 +108,10 @@ def make_reading(num_classes: int) -> nn.Module:
     return _Reads(num_classes, FORMS["tensor"])
 
 
+def make_frozen(num_classes: int) -> nn.Module:
+    return _Net(num_classes, FORMS["tensor"]).requires_grad_(False)
+
+
 def _here(function: str) -> str:
     return f"test_dry_checks:{function}"
 
@@ -162,6 +166,7 @@ def test_what_has_no_logits_is_refused_by_name() -> None:
         ),
         ("make_in_training", "returns a dict of loss: a number: none of them"),
         ("make_maps", "returns a list of 0: 2x6x1x1"),
+        ("make_frozen", "has no parameter that requires a gradient"),
     ],
 )
 def test_before_any_worker_starts(function: str, message: str) -> None:
