@@ -17,6 +17,7 @@ from mimkd_ray.cli.local_launch import local_context
 from mimkd_ray.cli.training import absolute
 from mimkd_ray.config import Config, LaunchConfig
 from mimkd_ray.config.jobs.evaluate import EvaluateConfig, EvaluateJob, evaluate_job
+from mimkd_ray.errors import UserError
 from mimkd_ray.evaluation.measure import FIGURES, PREDICTIONS, measure, save
 from mimkd_ray.evaluation.networks import takes_own_student
 from mimkd_ray.on_ray.nodes import environment
@@ -40,6 +41,12 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
         )
         job = common.from_flags(EvaluateJob, arguments, prog=program, description=head, default=evaluate_job(base))
         if job is not None:
+            untrained = job.student.weights == "random" and ":" not in job.student.name and "random" not in arguments
+            if untrained and not run_dir and job.eval.network == "student":
+                raise UserError(
+                    "nothing to evaluate: give the directory of a run, or --student.name NAME --student.weights FILE "
+                    "--data.root DIR"
+                )
             with console.phase("evaluation", said=False):
                 evaluate(absolute(job), run_dir, base if run_dir else None)
         return 0

@@ -20,6 +20,7 @@ from mimkd_ray.models.weights import say_once
 from mimkd_ray.models.weights_file import shown
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.taps.default_stages import default_taps
+from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape, find_shapes
 from mimkd_ray.train.networks.build import (
     build_network,
@@ -166,7 +167,9 @@ def _student(job: EvaluateJob, run_dir: str, count: int, is_own: bool) -> tuple[
     name, weights, size = job.student.name, job.student.weights, job.data.image_size
     if is_own:
         return student_of_run(run_dir, name, count, size, job.eval.network)
-    return build_model(name, count, weights, size), weights
+    model = build_model(name, count, weights, size)
+    check_logits(model, size, count)
+    return model, weights
 
 
 def _teacher(job: EvaluateJob, run_dir: str, of_run: Data) -> tuple[nn.Module, str] | None:

@@ -43,6 +43,7 @@ from mimkd_ray.models.weights_file import cause, shown
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.run_lock import held
 from mimkd_ray.secret_urls import scrubbed
+from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.train.held_out.evaluate import held_out_name
 from mimkd_ray.train.networks.teacher_head import trains_head
 from mimkd_ray.train.records.read_back import RunFacts, student_of_run
@@ -285,7 +286,9 @@ def head_learns(config: ExportConfig, run: RunFacts | None) -> bool:
 def _load(config: ExportConfig, run: RunFacts | None, num_classes: int) -> tuple[torch.nn.Module, str]:
     if run is not None and not config.weights:
         return student_of_run(run.place, config.network, num_classes, run.config.data.image_size)
-    return build_model(config.network, num_classes, config.weights, config.data.image_size), config.weights
+    model = build_model(config.network, num_classes, config.weights, config.data.image_size)
+    check_logits(model, config.data.image_size, num_classes)
+    return model, config.weights
 
 
 def _write_model(export: Export, model: torch.nn.Module, classes: Sequence[str], num_classes: int) -> Figures:

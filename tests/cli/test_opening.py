@@ -74,7 +74,7 @@ def test_the_end_names_the_next_commands(seeds: int, report: str | None) -> None
 @pytest.mark.parametrize(
     ("arguments", "flag"),
     [
-        (("evaluate", "--student.name", "cifar/resnet8"), "--eval.out"),
+        (("evaluate", "--student.weights", "random"), "--eval.out"),
         (("export", "--network", "cifar/resnet8", "--weights", "random", "--data.root", "digits"), "--out"),
         (("report", "one", "two"), "--out"),
     ],

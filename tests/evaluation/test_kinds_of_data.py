@@ -112,7 +112,8 @@ def test_a_run_at_a_url(place: Path, tmp_path: Path) -> None:
 
 def test_classes_without_a_name(tmp_path: Path) -> None:
     """The head has two classes more than the data has names: they are numbered, and may be predicted."""
-    flags = ("--student.name", "cifar/resnet8_w4", "--data.num-classes", 12, "--eval.out", tmp_path, *FAST)
+    student = ("--student.name", "cifar/resnet8_w4", "--student.weights", "random")
+    flags = (*student, "--data.num-classes", 12, "--eval.out", tmp_path, *FAST)
     assert evaluate(*flags) == 0
     table = pq.read_table(tmp_path / "predictions.parquet").to_pydict()
     assert set(table["prediction"]) <= {str(number) for number in range(12)}
