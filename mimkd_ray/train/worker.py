@@ -98,7 +98,8 @@ def obtain_teacher(
     The check is made once for all runs beside this one: a start must be quick. teacher.json says what it found. Raises
     UserError if the teacher is random, guesses, or falls short of ``teacher.expect_top1``.
     """
-    labels = ask_first(lambda: check_same_labels(data, run_dir))
+    names = config.teacher.classes if isinstance(config.teacher.classes, str) and needs_teacher(config) else ""
+    labels = ask_first(lambda: check_same_labels(data, run_dir, names))
     if not needs_teacher(config):
         return None, {}
     teacher = config.teacher

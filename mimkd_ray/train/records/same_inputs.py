@@ -28,12 +28,15 @@ from mimkd_ray.train.records.run_dir import write_json
 LABELS, STUDENT = "labels.json", "student.json"
 
 
-def check_same_labels(data: Data, run_dir: str) -> str:
+def check_same_labels(data: Data, run_dir: str, names: str = "") -> str:
     """Raise UserError if labels are others than those that the run began with, and note them. Return their digest; ""
-    where that of the data covers them. For one process alone."""
+    where that of the data covers them. ``names``: a file with names of classes, which say what labels mean. For one
+    process alone."""
     url = storage.join(run_dir, LABELS)
     known = read_if_sound(url, instead="labels are not compared with those of the first start") or {}
     now = digests((data.train, data.val), known)
+    if names:
+        now[names] = {"labels": hashlib.sha256(storage.read_bytes(names)).hexdigest()}
     changed = [file for file, found in now.items() if file in known and known[file]["labels"] != found["labels"]]
     if changed:
         raise UserError(

@@ -75,6 +75,20 @@ def test_sets_whose_digest_covers_labels_are_not_read(tmp_path: Path) -> None:
     assert len(IMAGES) == len(LABELS)
 
 
+def test_other_names_of_a_teachers_classes_are_refused(tmp_path: Path) -> None:
+    """Of a data set whose digest covers its labels; the names in another order would change what logits mean."""
+    teacher, run, file = tmp_path / "teacher.pth", str(tmp_path / "run"), tmp_path / "names.txt"
+    torch.save(build_model("cifar/resnet8", 12).state_dict(), teacher)
+    names = [str(number) for number in range(12)]
+    config = tiny_config(teacher={"weights": str(teacher), "classes": str(file)})
+    for _ in range(2):
+        file.write_text("\n".join(names))
+        obtain_teacher(config, tiny_data(), cpu(), run)
+    file.write_text("\n".join(names[::-1]))
+    with pytest.raises(UserError, match=r"begun with other labels in .*names\.txt \(1 of 1 files\): put the old"):
+        obtain_teacher(config, tiny_data(), cpu(), run)
+
+
 def test_another_teacher_under_the_same_name_is_refused(tmp_path: Path) -> None:
     file, run = tmp_path / "teacher.pth", str(tmp_path / "run")
     torch.save(build_model("cifar/resnet8", 10).state_dict(), file)
