@@ -21,7 +21,7 @@ from mimkd_ray.run_lock import check_free, held
 from mimkd_ray.search.configs import TrialConfigs, claim, search_digest, trial_config
 from mimkd_ray.search.finals import Finals
 from mimkd_ray.search.optuna_study import combinations
-from mimkd_ray.search.results import Clock, closing, write_report
+from mimkd_ray.search.results import Clock, brief, closing, write_report
 from mimkd_ray.search.spaces import find_spaces
 from mimkd_ray.search.suggest import Grid
 from mimkd_ray.search.table import Table
@@ -84,7 +84,7 @@ def search(job: SearchJob) -> int:
         run(job, folder, configs, grid)
     table = Table(folder, job.search.metric)
     if not table.ranked():
-        failed = [f"trial {trial.number}: {trial.reason}" for trial in table.trials() if trial.reason]
+        failed = [f"trial {trial.number}: {brief(trial.reason)}" for trial in table.trials() if trial.reason]
         return common.fail(f"no trial of {folder} came to an evaluation: {'; '.join(failed[:3]) or 'none began'}", 1)
     console.line(closing(table, Clock(folder).hours))
     return 0

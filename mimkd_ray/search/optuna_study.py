@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
+from mimkd_ray import console
 from mimkd_ray.config import SearchConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.configs import TrialConfigs
@@ -36,8 +37,15 @@ def sampler(search: SearchConfig, *where: int) -> optuna.samplers.BaseSampler:
 
 
 def combinations(search: SearchConfig, configs: TrialConfigs) -> Grid:
-    """Return the combinations of a grid, at most ``search.trials``. Raises UserError for very many if that is 0."""
-    found = list(islice(every_answer(configs.build, search.points), search.trials or MOST_COMBINATIONS + 1))
+    """Return the combinations of a grid, at most ``search.trials``, and say so if there are more. Raises UserError for
+    very many if that is 0."""
+    found = list(islice(every_answer(configs.build, search.points), (search.trials or MOST_COMBINATIONS) + 1))
+    if 0 < search.trials < len(found):
+        console.line(
+            f"the grid has more than {search.trials} combinations, of which the first are tried, and what is "
+            "asked for first may have one value in all of them: --search.trials 0 tries the whole grid"
+        )
+        return found[:-1]
     if not search.trials and len(found) > MOST_COMBINATIONS:
         raise UserError(
             f"the grid has more than {MOST_COMBINATIONS:,} combinations, which are listed before the first trial: give "

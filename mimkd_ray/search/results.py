@@ -18,6 +18,10 @@ CLOCK = "clock.json"
 """File of a search with what Clock keeps."""
 
 
+ENDS = (200, 120)
+"""Characters at the beginning and the end of a long reason that the terminal shows: what broke, and the remedy."""
+
+
 class Clock:
     """clock.json: the hours of a search over all its starts, and the name of the finals with which it has finished."""
 
@@ -60,7 +64,12 @@ def write_report(job: SearchJob, base: Config, table: Table, hours: float, final
 def ending(trial: Trial, metric: str) -> str:
     """Return the end of a trial in words."""
     score = f" with {metric} {trial.score:.4g}" if trial.score is not None else ""
-    return f"{trial.state}{score}" + (f" ({trial.kind}: {trial.reason})" if trial.reason else "")
+    return f"{trial.state}{score}" + (f" ({trial.kind}: {brief(trial.reason)})" if trial.reason else "")
+
+
+def brief(reason: str) -> str:
+    """Return a reason for the terminal: without its middle, such as 64 images, if it is long. The table has all."""
+    return reason if len(reason) <= sum(ENDS) + 5 else f"{reason[: ENDS[0]]} ... {reason[-ENDS[1] :]}"
 
 
 def closing(table: Table, hours: float) -> str:

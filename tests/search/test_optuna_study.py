@@ -59,13 +59,16 @@ def test_what_optuna_is_asked_for_is_what_a_trial_takes(tmp_path: Path) -> None:
     assert kinds == {("clip", "lr"), ("clip", "lr", "norm")}
 
 
-def test_a_grid_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grid_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     configs = searched(tmp_path, branches)
     own = config(algorithm="grid", points=2, trials=0, hours=1.0)
     found = combinations(own, configs)
     assert len(found) == 2 * (2 + 1)
     assert len({tuple(sorted(each.items())) for each in found}) == len(found)
+    assert combinations(replace(own, trials=6), configs) == found
+    assert capsys.readouterr().out == ""
     assert combinations(replace(own, trials=4), configs) == found[:4]
+    assert "the grid has more than 4 combinations, of which the first are tried" in capsys.readouterr().out
     monkeypatch.setattr("mimkd_ray.search.optuna_study.MOST_COMBINATIONS", 5)
     with pytest.raises(UserError, match=r"more than 5 combinations, .* give --search.trials"):
         combinations(own, configs)

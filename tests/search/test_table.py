@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.json_files import read_json
 from mimkd_ray.search.finals import Finals
-from mimkd_ray.search.results import Clock, closing
+from mimkd_ray.search.results import Clock, closing, ending
 from mimkd_ray.search.table import Table
+from mimkd_ray.search.trials import Trial
 
 
 def filled(folder: Path, tops: dict[str, float]) -> Table:
@@ -48,6 +50,16 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     best = from_dict(Config, read_json(str(tmp_path / "s" / "best.json")))
     assert best.loss.critic.temperature == trials[1].params["critic.temperature"] == 0.2
     assert "3 trials: 3 completed" in closing(again, 1.0)
+
+
+def test_the_terminal_has_the_ends_of_a_long_reason() -> None:
+    """The error of a loss that is not finite names 64 images before the remedy."""
+    reason = "the loss is inf at step 2; sample ids " + ", ".join(map(str, range(1000, 1064))) + ": lower --optim.lr"
+    trial = Trial(number=0, state="failed", params={}, kind="non-finite", reason=reason)
+    shown = ending(trial, "top1")
+    assert re.fullmatch(r"failed \(non-finite: the loss is inf at step 2; .* \.\.\. .*: lower --optim.lr\)", shown)
+    assert len(shown) < 360 < len(reason)
+    assert reason[:300] in ending(replace(trial, reason=reason[:300]), "top1")
 
 
 def test_what_ray_tune_does_not_know_is_forgotten(tmp_path: Path) -> None:
