@@ -212,6 +212,10 @@ def test_a_trial_that_never_fits_is_refused() -> None:
         UserError, match=r"1 trial with 8 CPUs each do not fit: the cluster has 2 CPUs and 0 GPUs on 1 node: "
     ):
         shape_of(job, Capacity(((2, 0),)))
+    asked = replace(job, search=replace(job.search, concurrent=1))  # of an autoscaler, which a Ray of our own has not
+    assert shape_of(asked, Capacity(((2, 0),))).concurrent == 1
+    with pytest.raises(UserError, match=r"on 1 node: pass fewer --search.cpus-per-trial or --search.workers$"):
+        shape_of(asked, Capacity(((2, 0),)), own=True)
     on = replace(job, launch=replace(job.launch, gpu="on"), search=SearchConfig())
     with pytest.raises(UserError, match="and 1 GPU each do not fit: the cluster has 2 CPUs and 0 GPUs on 1 node:"):
         shape_of(on, Capacity(((2, 0),)))

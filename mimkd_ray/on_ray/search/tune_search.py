@@ -84,9 +84,10 @@ class Shape(NamedTuple):
         return f"{self.concurrent} at a time, {whole} a trial"
 
 
-def shape_of(job: SearchJob, has: Capacity) -> Shape:
+def shape_of(job: SearchJob, has: Capacity, own: bool = False) -> Shape:
     """Return the resources of a trial and the number of trials at the same time, for a cluster of this capacity. Raises
-    UserError if not even one fits: Tune would wait for ever."""
+    UserError if not even one fits: Tune would wait for ever. ``own``: this is a Ray that was started here, which does
+    not grow."""
     search, launch = job.search, job.launch
     workers = search.workers
     use_gpu = has.uses_gpu(launch.gpu)
@@ -97,10 +98,10 @@ def shape_of(job: SearchJob, has: Capacity) -> Shape:
     else:
         cpu = search.cpus_per_trial or (max(1, math.floor(has.cpus_per_gpu() * gpu)) if use_gpu else 1)
     lack = has.lack(workers, "trial worker" if workers > 1 else "trial", cpu, gpu)
-    if lack and not search.concurrent:
+    if lack and (own or not search.concurrent):
+        growing = "for a cluster that grows when asked --launch.wait-minutes, or --search.concurrent 1"
         raise UserError(
-            f"{lack}: pass fewer --search.cpus-per-trial or --search.workers; for a cluster that grows when asked "
-            "--launch.wait-minutes, or --search.concurrent 1"
+            f"{lack}: pass fewer --search.cpus-per-trial or --search.workers" + ("" if own else f"; {growing}")
         )
     wanted = 0 if search.scheduler in POPULATION else search.concurrent
     return Shape(workers, cpu, gpu, wanted or max(has.room(cpu, gpu) // workers, 1))
@@ -110,7 +111,7 @@ def shape_there(job: SearchJob, own: bool) -> Shape:
     """Return the shape of trials in the connected Ray (``own``: started here), once one fits: see `wait_for_nodes`."""
     search = job.search
     cpus = job.launch.cpus_per_worker if search.workers > 1 else search.cpus_per_trial
-    return wait_for_nodes(partial(shape_of, job), job.launch, own, search.workers, cpus)
+    return wait_for_nodes(partial(shape_of, job, own=own), job.launch, own, search.workers, cpus)
 
 
 def wait_for_others(job: SearchJob, shape: Shape) -> None:
