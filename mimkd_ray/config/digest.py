@@ -95,11 +95,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return found
 
 
-def refuse_changes(run_dir: str, changed: list[str]) -> None:
+def refuse_changes(run_dir: str, changed: list[str], extends: bool = False) -> None:
     """Raise UserError if ``changed`` (from :func:`differences`) names any field that differs from the run's first
-    start."""
+    start. ``extends``: the run could be extended."""
     if changed:
         raise UserError(
             f"{run_dir} was begun with another configuration ({'; '.join(changed)}): pass the old values, "
-            "another --run.name, or --run.overwrite true to start anew"
+            + ("--run.extend true to go on from its weights, " if extends else "")
+            + "another --run.name, or --run.overwrite true to start anew"
         )

@@ -105,7 +105,7 @@ def known_config(config: Config, run_dir: str) -> dict[str, Any] | None:
     changed = changes(old, config) if old is not None else []
     if changed and not _has_trained(run_dir):
         return None  # nothing there is of the old config: it may be replaced
-    refuse_changes(run_dir, changed)
+    refuse_changes(run_dir, changed, extends=bool(config.run.name) and not config.compare.seeds)
     return old
 
 

@@ -31,6 +31,10 @@ def test_legs(tmp_path: Path) -> None:
     first = run(config(tmp_path))
     assert "legs" not in first
     assert run(config(tmp_path)) == first, "the same command finds it finished"
+    with pytest.raises(
+        UserError, match=r"train\.epochs: 2 -> 1.* --run\.extend true to go on from its weights, another"
+    ):
+        run(config(tmp_path, train={"epochs": 1}, run={"extend": False}))
     # So small a rate that the parameters stay where the leg begins.
     still = config(tmp_path, train={"epochs": 1}, optim={"lr": 1e-9, "warmup_epochs": 0.0})
     second = run(still)
