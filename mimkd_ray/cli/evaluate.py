@@ -115,7 +115,7 @@ def table(figures: Mapping[str, Any]) -> str:
         f"{figures['what']} {figures['network']} on {figures['rows']:,} images of {figures['data']} "
         f"({figures['classes']} classes)",
         f"  weights {figures['weights']}",
-        f"  top-1 {_percent(figures['top1'], figures['labelled'])}"
+        f"  top-1 {_percent(figures['top1'], figures['labelled'], figures['what'])}"
         + (f", top-5 {_percent(figures['top5'])}" if figures["top5"] is not None else "")
         + (f" of {figures['labelled']:,} labelled" if figures["labelled"] < figures["rows"] else ""),
     ]
@@ -160,6 +160,7 @@ def _number(value: float | None, digits: int) -> str:
     return "unknown" if value is None else f"{value:.{digits}f}"  # such as the CKA of a tap that is constant
 
 
-def _percent(value: float | None, labelled: int = 0) -> str:
-    why = "nothing has trained the head" if labelled else "no image has a label"
+def _percent(value: float | None, labelled: int = 0, network: str = "") -> str:
+    of_head = "its head is of other classes" if network == "teacher" else "nothing has trained the head"
+    why = of_head if labelled else "no image has a label"
     return f"unknown, as {why}" if value is None else f"{value:.2f} %"

@@ -65,7 +65,8 @@ def measure(job: EvaluateJob, context: Context, run_dir: str = "", trained_on: C
     found = collect(both, source, job, context, "evaluating")
     found.labels_N = _evaluated(found.labels_N, subject.labels)
     if not _has_logits(found):
-        say(context, "nothing has trained the head (data.labels none, without KD): its features alone are measured")
+        why = "is of other classes" if job.eval.network == "teacher" else "has learnt nothing (data.labels none, no KD)"
+        say(context, f"the head {why}: the features alone are measured")
     figures = _of_logits(subject, found, _held_out(job, context, subject, data))
     figures["real"] = _of_many_labels(job, source, found)
     figures["taps"] = _of_taps(job, context, subject, found)

@@ -49,8 +49,8 @@ class Network:
     prepare: TeacherImages | None
     """Makes its images of the student's normalised ones; None: they are its own."""
     columns: tuple[int, ...] | None
-    """Its logits of the classes that are evaluated; None: all, in their order. () where it has none of them, and where
-    nothing has trained its head."""
+    """Its logits of the classes that are evaluated; None: all, in their order. () where its head has others, and where
+    nothing has trained it."""
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -110,7 +110,7 @@ def subject_of(job: EvaluateJob, run_dir: str, trained_on: Config, data: Data, d
         if given is None:
             raise UserError(f"{run_dir or 'the config'} has no teacher: give --teacher.name and --teacher.weights")
         if of_teacher == ():
-            raise UserError("the teacher's classes are not the data's: name them with --teacher.classes FILE")
+            say_once("the teacher has classes of its own, not the data's: --teacher.classes FILE names them")
         (model, weights), teacher_model, columns = given, None, of_teacher
         name = job.teacher.name
     else:

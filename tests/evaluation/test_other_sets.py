@@ -18,7 +18,15 @@ from tiny_run import tiny_config
 from torchvision.datasets import ImageFolder
 
 import mimkd_ray
-from mimkd_ray import DataConfig, EvaluateConfig, ModelConfig, UserError, evaluate_run, mutual_information
+from mimkd_ray import (
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    TeacherConfig,
+    UserError,
+    evaluate_run,
+    mutual_information,
+)
 from mimkd_ray.cli.evaluate import table
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config.form.json_form import to_dict
@@ -249,6 +257,13 @@ def test_a_head_that_nothing_has_trained(own: Path, tmp_path: Path, capsys: pyte
     assert taught["knn"] == found["knn"]
     not_taught, _ = label_free(tmp_path / "other", own, "none", loss={"kd_weight": 1.0}, teacher={"classes": 5})
     assert not_taught["top1"] is None, "KD is off with a teacher of other classes"
+    save_file(build_model("cifar/resnet8", 5).state_dict(), tmp_path / "of 5.safetensors")
+    teacher = TeacherConfig(name="cifar/resnet8", weights=str(tmp_path / "of 5.safetensors"), classes=5)
+    settings = EvaluateConfig(network="teacher", out=str(tmp_path / "teacher"))
+    of_teacher = evaluate_run(str(tmp_path / "other"), settings, teacher=teacher)
+    assert of_teacher["top1"] is None
+    assert of_teacher["knn"] > 0
+    assert "top-1 unknown, as its head is of other classes" in capsys.readouterr().out
     assert "other data" not in page
 
 
