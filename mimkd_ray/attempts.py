@@ -57,7 +57,10 @@ _TRANSIENT_NAMES = {
     "httpx": {"TransportError"},
 }
 _WRITING = ("write", "write to", "create", "upload to")
-_NO_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+_NO_PLACE = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+    *(errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+)
 """Of a write: the place is below a file, a folder itself, or where the system makes no folders."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CREDENTIAL_ERRORS = {

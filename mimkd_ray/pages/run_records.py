@@ -16,7 +16,7 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.evaluation.measure import FIGURES, PREDICTIONS
-from mimkd_ray.json_files import read_if_sound, read_json
+from mimkd_ray.json_files import NUMBER, read_if_sound, read_json
 from mimkd_ray.secret_urls import redacted_values
 from mimkd_ray.train.records.outcomes import CONFIG, RESULT
 from mimkd_ray.train.records.read_back import ARM, TEACHER, WEIGHTS, teacher_file
@@ -127,7 +127,7 @@ def read_run(run_dir: str) -> RunRecord:
     name = run_dir.rstrip("/").rpartition("/")[2]
     alone = ARM.fullmatch(name) and name.startswith("alone-")
     file = storage.join(run_dir, TEACHER) if alone else teacher_file(run_dir)
-    teacher = redacted_values(read_if_sound(file, instead=WITHOUT) or {})
+    teacher = redacted_values(read_if_sound(file, {"top1": (*NUMBER, type(None))}, WITHOUT) or {})
     return RunRecord(
         name=name,
         place=run_dir,
@@ -137,7 +137,7 @@ def read_run(run_dir: str) -> RunRecord:
         evals=read_metrics(run_dir, "eval"),
         teacher=teacher,
         evaluation=redacted_values(read_if_sound(storage.join(run_dir, FIGURES), instead=WITHOUT) or {}),
-        export=read_if_sound(storage.join(run_dir, EXPORT), instead=WITHOUT) or {},
+        export=read_if_sound(storage.join(run_dir, EXPORT), {"student": dict, "files": dict}, WITHOUT) or {},
         size=weights_size(storage.join(run_dir, WEIGHTS["student"])),
         teacher_size=weights_size(str(teacher.get("weights", ""))),
     )

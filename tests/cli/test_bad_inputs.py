@@ -93,6 +93,10 @@ TRAIN: list[Case] = [
         (("demo", "--run.name", "a/b"), "run.name 'a/b' has a slash"),
         (("demo", "--run.name", "x" * 300), "has 300 bytes, of at most 200"),
         (("demo", "--run.root", "/etc/hostname"), "cannot create /etc/hostname/small/lock.json: Not a directory"),
+        (
+            ("demo", "--run.root", "/etc", "--run.name", "hostname"),
+            "cannot create /etc/hostname/lock.json: File exists",
+        ),
         (("demo", "--run.root", "/proc/x"), "cannot create /proc/x/small/lock.json"),
         (("demo", "--run.checkpoint-minutes", "nan"), "run.checkpoint_minutes is nan: give a finite number"),
         (("demo", "--run.keep-checkpoints", "0"), "run.keep_checkpoints is 0: give 1 or more"),
