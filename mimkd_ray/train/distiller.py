@@ -29,7 +29,7 @@ from mimkd_ray.models.weights import say_once
 from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.taps.tapped_model import TappedModel
 from mimkd_ray.train.distill_checks import Labels, check_combination, check_kinds, with_pairs, without_other_classes
-from mimkd_ray.train.distributed import gather_lanes, is_distributed
+from mimkd_ray.train.distributed import all_but, gather_lanes, is_distributed
 from mimkd_ray.train.networks.build import TapPlan, plan_taps
 from mimkd_ray.train.networks.teacher import canonical
 
@@ -240,10 +240,11 @@ def _take_up(distiller: Distiller, _: Any) -> None:
 def _of_other_ranks(vectors: Mapping[str, Tensor], ids: Tensor, labels: Tensor) -> Others:
     """The teacher vectors, ids and class numbers of the other ranks' batches, which are of this one's size."""
     world = dist.get_world_size()
-    rest = [rank for rank in range(world) if rank != dist.get_rank()]
-    gathered = {tap: gather_lanes(value.float().unsqueeze(0), world)[rest] for tap, value in vectors.items()}
-    ids_M, labels_M = (gather_lanes(value.unsqueeze(0), world)[rest].flatten() for value in (ids, labels))
-    return Others({tap: value.flatten(0, 1) for tap, value in gathered.items()}, ids_M, labels_M)
+
+    def others(value: Tensor) -> Tensor:
+        return all_but(dist.get_rank(), gather_lanes(value.unsqueeze(0), world)).flatten(0, 1)
+
+    return Others({tap: others(value.float()) for tap, value in vectors.items()}, others(ids), others(labels))
 
 
 def distill(

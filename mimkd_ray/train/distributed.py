@@ -198,3 +198,9 @@ def gather_lanes(mine_KX: Tensor, lanes: int) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(parts, padded)
     return torch.stack(parts, dim=1).flatten(0, 1)[:lanes]  # (most, world) in memory order: lane = row * world + rank
+
+
+def all_but(lane: int, value_LX: Tensor) -> Tensor:
+    """Return what is of the other lanes. A list as an index would be copied to the device, which waits for it, and
+    which a graph cannot hold."""
+    return torch.cat([value_LX[:lane], value_LX[lane + 1 :]])

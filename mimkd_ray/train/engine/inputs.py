@@ -22,7 +22,7 @@ from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import UserError, count
 from mimkd_ray.losses.features import Features, Others
 from mimkd_ray.losses.teacher_queue import NO_LABEL, class_numbers
-from mimkd_ray.train.distributed import Context, gather_lanes
+from mimkd_ray.train.distributed import Context, all_but, gather_lanes
 from mimkd_ray.train.from_cache.cached_negatives import CachedNegatives
 from mimkd_ray.train.from_cache.cached_teacher import Cached
 from mimkd_ray.train.from_cache.live_check import CacheCheck
@@ -269,9 +269,9 @@ class Inputs:
         ready = []
         for lane, own in zip(mine, features, strict=True):
             others = Others(
-                {tap: _all_but(lane.number, v).flatten(0, 1) for tap, v in vectors_LBC.items()},
-                _all_but(lane.number, ids_LB).flatten(),
-                _all_but(lane.number, labels_LB).flatten(),
+                {tap: all_but(lane.number, v).flatten(0, 1) for tap, v in vectors_LBC.items()},
+                all_but(lane.number, ids_LB).flatten(),
+                all_but(lane.number, labels_LB).flatten(),
             )
             ready.append(lane._replace(teacher=own._replace(others=others)))
         return ready
@@ -303,9 +303,3 @@ class Inputs:
         self._batches = self.forwards = None
         if self.teacher is not None:
             self.teacher.tapped.release()
-
-
-def _all_but(lane: int, value_LX: Tensor) -> Tensor:
-    """Return what is of the other lanes. A list as an index would be copied to the device, which waits for it, and
-    which a graph cannot hold."""
-    return torch.cat([value_LX[:lane], value_LX[lane + 1 :]])
