@@ -71,8 +71,14 @@ def wait_asleep() -> None:
 def guarded(program: str, work: Callable[[], int], interrupted: str) -> int:
     """Return the status of ``work()``, or that of its error, which is printed as one line. `interrupted` is the message
     for Ctrl-C, and for a SIGTERM that is not handled as a request to save."""
+    came: list[int] = []
+
+    def on_sigterm(number: int, _: object) -> None:
+        came.append(number)
+        sys.exit(number)  # as `ray.init` has it; `ray.get` makes a status of 1 of it
+
     try:
-        with handled({signal.SIGTERM: lambda number, _: sys.exit(number)}):  # as `ray.init` has it
+        with handled({signal.SIGTERM: on_sigterm}):
             return work()
     except UserError as error:
         return fail(f"{program}: {error}", 2)
@@ -92,7 +98,7 @@ def guarded(program: str, work: Callable[[], int], interrupted: str) -> int:
     except KeyboardInterrupt:
         return fail(f"{program}: interrupted; {interrupted}", 130)
     except SystemExit as left:
-        if left.code == signal.SIGTERM:
+        if came or left.code == signal.SIGTERM:
             return fail(f"{program}: asked to stop; {interrupted}", 3)
         if left.code == 0:  # Ray's handler of Ctrl-C
             return fail(f"{program}: interrupted; {interrupted}", 130)

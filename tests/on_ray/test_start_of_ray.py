@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
@@ -32,6 +33,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray import driver_console
 from mimkd_ray.on_ray.nodes import cluster, environment
 from mimkd_ray.search.configs import TrialConfigs
+from mimkd_ray.signals import handled
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +142,23 @@ def test_a_start_that_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     failures = 2
     with pytest.raises(UserError, match=r"did not start in two tries .*--launch\.backend local"):
         cluster.connect("", "--launch.address")
+
+
+def test_sigterm_is_the_jobs_own_after_ray_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray sets a handler in Python and one in C, where Python does not see it: here one that ignores the signal."""
+    came: list[int] = []
+
+    def init(**_: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: pytest.fail("Ray's"))
+        ctypes.CDLL(None).signal(signal.SIGTERM, ctypes.c_void_p(1))
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(cluster, "end_left_behind", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with handled({signal.SIGTERM: lambda number, _: came.append(number)}):
+        assert cluster.connect("", "--launch.address")
+        signal.raise_signal(signal.SIGTERM)
+    assert came == [signal.SIGTERM]
 
 
 def test_what_a_killed_run_and_a_failed_start_leave_behind_is_ended(

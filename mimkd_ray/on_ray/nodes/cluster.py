@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 from typing import Any
 
@@ -14,6 +15,7 @@ from mimkd_ray import console
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray.nodes.environment import cluster_address
 from mimkd_ray.on_ray.nodes.left_behind import end_failed_start, end_left_behind
+from mimkd_ray.signals import handled
 
 PATIENCE_S = 120
 """Seconds that the second try gives the first of Ray's processes; the first try gives 30."""
@@ -31,15 +33,18 @@ def connect(configured: str, flag: str, state_api: bool = False, **options: Any)
     there is no answer. ``options`` go to ``ray.init``. Raises UserError if no cluster answers at the address.
     """
     address = cluster_address(configured)
-    if not address:
-        _start(include_dashboard=state_api, dashboard_host="127.0.0.1", logging_level="warning", **options)
-        return True
-    _knock(address, flag)
-    try:
-        ray.init(address=address, logging_level="warning", **options)
-    except ConnectionError as error:
-        raise _nobody(address, str(error), flag) from None
-    return False
+    handler = signal.getsignal(signal.SIGTERM)
+    # Of Ray's handlers one ends the process with status 1, and one, set in C, aborts it 3 seconds later.
+    with handled({signal.SIGTERM: handler} if callable(handler) else {}):
+        if not address:
+            _start(include_dashboard=state_api, dashboard_host="127.0.0.1", logging_level="warning", **options)
+            return True
+        _knock(address, flag)
+        try:
+            ray.init(address=address, logging_level="warning", **options)
+        except ConnectionError as error:
+            raise _nobody(address, str(error), flag) from None
+        return False
 
 
 def _start(**options: Any) -> None:
