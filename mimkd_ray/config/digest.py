@@ -31,7 +31,7 @@ def training_part(value: Mapping[str, Any]) -> dict[str, Any]:
             name: redacted_values(item) for name, item in fields.items() if name not in _NOT_IN_DIGEST.get(section, ())
         }
         for section, fields in value.items()
-        if section not in _SECTIONS_NOT_IN_DIGEST
+        if section not in _SECTIONS_NOT_IN_DIGEST and isinstance(fields, Mapping)  # what is damaged differs
     }
 
 

@@ -17,13 +17,24 @@ from mimkd_ray.config import SearchJob
 from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.config.jobs.search import Metric
 from mimkd_ray.errors import DamagedDataError
-from mimkd_ray.json_files import read_json
+from mimkd_ray.json_files import NUMBER, Keys, read_json
 from mimkd_ray.search.configs import Made, final_config
 from mimkd_ray.search.trials import STATES, Point, State, Trial, direction, ranked, write_trials
 from mimkd_ray.train.records.run_dir import write_json
 
 FINALS = "finals.json"
 """File with the results of the finalists, the best of which is then in best.json."""
+
+OR_NONE = (*NUMBER, type(None))
+KINDS: Keys = {
+    **dict.fromkeys(("id", "state", "kind", "reason"), str),
+    **dict.fromkeys(("params", "config"), dict),
+    **dict.fromkeys(("score", "best_epoch"), OR_NONE),
+    "number": int,
+    "seconds": NUMBER,
+    "curve": list,
+}
+"""Types in the file of a trial."""
 
 DAMAGED = "remove it, and the table goes on without that trial"
 
@@ -92,16 +103,18 @@ class Table:
 
 
 def _read(url: str) -> tuple[str, Trial] | None:
-    value = read_json(url, ("id", "number", "curve"), DAMAGED)
+    value = read_json(url, KINDS, DAMAGED)
     if value is None:
         return None
-    name, curve, lived = str(value.pop("id")), value.pop("curve"), value.pop("schedule", ())
+    name, curve, lived = value.pop("id"), value.pop("curve"), value.pop("schedule", ())
     try:
         if value["state"] not in STATES:
             raise ValueError(value["state"])
         for point in curve:
             point["cross_entropy"] = _number(point["cross_entropy"])
             point.pop("seconds", None)  # which earlier versions wrote
+            if not all(isinstance(each, OR_NONE) for each in point.values()):
+                raise TypeError(f"curve has {point}")
         return name, Trial(**value, curve=tuple(Point(**point) for point in curve), schedule=_schedule(lived))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedDataError(f"{url} is damaged, or of another version ({error!r}): {DAMAGED}") from error

@@ -12,7 +12,7 @@ from tiny_run import run_tiny, tiny_config
 
 from mimkd_ray.cli.runs import listing, shown
 from mimkd_ray.config.form.json_form import to_dict
-from mimkd_ray.errors import DamagedDataError
+from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.json_files import parse, read_if_sound, read_json
 from mimkd_ray.search.results import Clock
 from mimkd_ray.search.table import Table
@@ -103,6 +103,10 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(DamagedDataError, match=r"config\.json .* it has no 'data'; it says what is trained there"):
         find_result(tiny_config(), str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(tiny_config()) | {"optim": 3}))
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="was begun with another configuration"):
+        find_result(tiny_config(), str(tmp_path))
 
 
 def test_damage_in_a_search(tmp_path: Path) -> None:
@@ -113,10 +117,13 @@ def test_damage_in_a_search(tmp_path: Path) -> None:
     assert Clock(str(tmp_path)).hours < 0.01
     file = tmp_path / "trials" / "0001.json"
     whole = file.read_text()
+    point = {"epoch": 1, "step": 3, "top1": "x", "top5": 1.0, "cross_entropy": 1.0}
     for text, problem in (
         ('{"number": 1}', r"0001\.json .* has no 'id'; remove it, and the table goes on"),
         (whole.replace('"running"', '"gone"'), r"0001\.json is damaged, or of another version .*'gone'.*: remove it"),
         (whole.replace('"curve": []', '"curve": [{"top1": 1}]'), r"0001\.json is damaged"),
+        (whole.replace('"number": 1', '"number": "1"'), r"0001\.json .* its 'number' is '1'; remove it"),
+        (whole.replace('"curve": []', json.dumps({"curve": [point]})[1:-1]), r"0001\.json is damaged, .*'top1': 'x'"),
     ):
         file.write_text(text)
         with pytest.raises(DamagedDataError, match=problem):
