@@ -31,15 +31,23 @@ def record(work: Callable[[], T], stream: torch.cuda.Stream, pool: Any = None) -
     """Record work, which is not run by that. Return its graph and what it returns. ``pool``: the working memory, shared
     with graphs that are never replayed at the same time. Raises RuntimeError where that is impossible."""
     graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    wrong: RuntimeError | None = None
     try:
         # In the mode "global", which is the default, the thread that pins a loader's batches would end the recording
         # and fail itself, and with it the run.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            made = work()
-    except RuntimeError:
-        torch.cuda.set_stream(here)
-        raise
-    return graph, made
+            try:
+                return graph, work()
+            except RuntimeError as error:
+                wrong = error
+                raise
+    except RuntimeError as error:
+        wrong = wrong or error  # what ended the recording, and not that its end failed too
+    torch.cuda.set_stream(here)
+    try:
+        raise wrong
+    finally:
+        wrong = None  # its traceback holds this frame: together they would keep what was allocated
 
 
 @contextmanager

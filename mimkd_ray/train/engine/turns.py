@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,22 +30,30 @@ class Turns:
         ``streams``: one a student, on which it works beside the others; none: one works after the other."""
         self.students, self.failed = students, failed
         self.streams = dict(zip(students, streams, strict=True)) if streams else {}
+        self.forked: dict[torch.cuda.Stream, None] = {}
 
     def __iter__(self) -> Iterator[Student]:
         """Go through the students that are left. What is asked for after the last one's turn waits for all streams."""
         for student in self.students:
             if not self.failed or student not in self.failed:
                 yield student
-        for stream in self.streams.values():
+        self._join()
+
+    def _join(self) -> None:
+        for stream in self.forked:
             torch.cuda.current_stream().wait_stream(stream)
 
     @contextmanager
     def of(self, student: Student) -> Iterator[None]:
         """A with-block that is a student's turn."""
         try:
+            if self.streams:
+                self.forked[self.streams[student]] = None
             with _forked(self.streams[student]) if self.streams else nullcontext():
                 yield
         except Exception as error:
+            with suppress(RuntimeError):  # of a recording that has ended: one with loose streams gives no memory back
+                self._join()
             if self.failed is None or not is_out_of_memory(error):
                 raise
             # The text alone: the error's traceback holds what had been allocated.
