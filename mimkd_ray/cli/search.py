@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from mimkd_ray import console, storage
+from mimkd_ray.by_name import named_function
 from mimkd_ray.cli import common
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.training import absolute, below_root
@@ -61,6 +62,8 @@ def search(job: SearchJob) -> int:
     require_loggers(job.run.loggers)
     if job.search.algorithm in PACKAGES:
         require(PACKAGES[job.search.algorithm], f"--search.algorithm {job.search.algorithm}")
+    elif ":" in job.search.algorithm:
+        named_function("search.algorithm", job.search.algorithm)  # for its error
     job = absolute(job)
     folder = below_root(job, f"search-{job.recipe}-{search_digest(job)[:8]}")
     check_free(folder)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,11 +115,14 @@ def test_bad_input_is_one_line(
 def test_a_missing_searcher_is_told_before_ray_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda _: None)
+    none = SimpleNamespace(util=SimpleNamespace(find_spec=lambda _: None))
+    monkeypatch.setattr(loggers, "importlib", none)
     monkeypatch.setattr("mimkd_ray.cli.search.run", lambda *_: pytest.fail("Ray would start"))
-    flags = [*FLAGS, "--run.root", str(tmp_path), "--search.algorithm", "hyperopt"]
-    assert main({"demo": _demo}, flags) == 2
-    assert "--search.algorithm hyperopt: hyperopt is not installed; pip install" in capsys.readouterr().err
+    flags = [*FLAGS, "--run.root", str(tmp_path), "--search.algorithm"]
+    assert main({"demo": _demo}, [*flags, "ax"]) == 2
+    assert "--search.algorithm ax: ax is not installed; pip install ax-platform" in capsys.readouterr().err
+    assert main({"demo": _demo}, [*flags, "tiny_search:nothing"]) == 2
+    assert "tiny_search has no function 'nothing'" in capsys.readouterr().err
 
 
 def test_hours_are_those_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
