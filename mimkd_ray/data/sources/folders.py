@@ -83,14 +83,15 @@ def list_classes(root: str, classes: tuple[str, ...] | None) -> ClassFolders:
             f"{printable(root)}: {len(unknown)} class folder(s) are not among the {len(known)} training classes, the "
             f"first is '{printable(unknown[0])}'{nearest(unknown[0], known)}; rename or remove them"
         )
-    beside = [url.rpartition("/")[2] for url in storage.list_entries(root)]
-    beside = [name for name in beside if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    files_here = [url.rpartition("/")[2] for url in storage.list_entries(root)]
+    beside = [name for name in files_here if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    arrow = any(name.endswith(".arrow") for name in files_here)  # of save_to_disk of Hugging Face's datasets
     if not any(images.values()):
         raise UserError(
             f"{printable(root)}: none of {len(folders)} class folders holds an image ({', '.join(SUFFIXES)})"
             + (f", the first is '{printable(next(iter(folders)))}'" if folders else "")
             + (f", {count(len(beside), 'image')} beside them" if beside else "")
-            + "; expected <class>/<image>"
+            + ("; expected <class>/<image>" if not arrow else "; .arrow files are not read: write Parquet (to_parquet)")
         )
     others = [f"{name}/{file}" for name, files in listings.items() for file in files if file not in images[name]]
     tell_passed_over(root, others, beside)

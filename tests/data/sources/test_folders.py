@@ -124,6 +124,9 @@ def test_a_folder_without_classes_tells_what_it_passes_over(tmp_path: Path, capl
     (tmp_path / "below" / "y.png").unlink()
     with pytest.raises(UserError, match=r"none of 1 class folders .*'below', 1 image beside them; expected"):
         FolderSource(str(tmp_path))
+    (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"\.arrow files are not read: write Parquet"):
+        FolderSource(str(tmp_path))
 
 
 def test_names_that_are_not_utf_8(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
