@@ -49,7 +49,7 @@ class TeacherConfig:
     """Peak learning rate of that training; 0: that of the student."""
     expect_top1: float = 0.0
     """Top-1 in percent that the teacher must reach on held-out images before training starts; 0: unknown. Not that of
-    a teacher which is fine-tuned."""
+    a teacher which the run trains or fine-tunes: recipes have the figure of published weights."""
     tolerance: float = 2.0
     """Percentage points below expect_top1 that are still accepted."""
     allow_chance: bool = False
@@ -75,7 +75,8 @@ class TeacherConfig:
             )
         if self.train and self.weights not in ("random", ""):
             raise UserError(
-                f"teacher.train is true and teacher.weights is {self.weights!r}: either train the teacher or load it"
+                f"teacher.train is true and teacher.weights is {self.weights!r}: train the teacher (--teacher.weights "
+                "random), start from these weights (--teacher.finetune true) or load it"
             )
         if self.finetune and self.weights in ("random", ""):
             raise UserError(

@@ -130,7 +130,7 @@ BAD: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lanes": (("--train.lane-batch", "500"), ("500", "200")),
     "contradiction": (
         ("--teacher.weights", "x.pth"),
-        ("teacher.train", "x.pth", "either train the teacher or load it"),
+        ("teacher.train", "x.pth", "train the teacher (--teacher.weights random), start"),
     ),
 }
 

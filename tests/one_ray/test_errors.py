@@ -52,7 +52,8 @@ def test_a_workers_user_error_is_one_line_and_status_two(
 ) -> None:
     """With the default number of restarts, of which none is made: it could not mend anything."""
     before = train_workers_so_far()
-    status, said, left = answer(capsys, tmp_path, cluster, "--teacher.expect-top1", "95")
+    random = ("--teacher.train", "false", "--teacher.allow-chance", "true")
+    status, said, left = answer(capsys, tmp_path, cluster, *random, "--teacher.expect-top1", "95")
     assert train_workers_so_far() == before + 2
     assert status == 2
     assert len(said) == 1

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from tiny_run import cpu, run_tiny, tiny_config
 
 from mimkd_ray.cli.preflight import preflight
-from mimkd_ray.config import CompareConfig
+from mimkd_ray.config import CompareConfig, TeacherConfig
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train import worker
 from mimkd_ray.train.compare import arm_config, paired, summarise
-from mimkd_ray.train.networks.teacher_check import chance_limit
+from mimkd_ray.train.networks.teacher_check import chance_limit, check_accuracy
 from mimkd_ray.train.records.run_dir import jsonable
 from mimkd_ray.train.worker import measure, obtain_teacher, run_job
 
@@ -28,6 +28,8 @@ def test_a_teacher_below_expectation_stops_the_run_before_training(tmp_path: Pat
     with pytest.raises(UserError, match=r"reaches \d+\.\d\d % top-1 on 450 .* 95\.00 % was expected"):
         run_tiny(tmp_path, teacher={"expect_top1": 95.0})
     assert not (tmp_path / "metrics.jsonl").exists()
+    own = TeacherConfig(train=True, expect_top1=95.0)
+    check_accuracy(own, 60.0, 450, 10)  # a recipe's figure is that of published weights
 
 
 def test_a_teacher_that_guesses_is_refused_unless_asked_for(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def check_accuracy(config: TeacherConfig, top1: float, rows: int, classes: int) 
             f"held-out images of {classes} classes; chance is {100 / classes:.2f} %, and below {limit:.2f} % it cannot "
             f"be told from it: {remedy}, or pass --teacher.allow-chance true"
         )
-    if config.expect_top1 and not config.finetune and top1 < config.expect_top1 - config.tolerance:
+    if config.expect_top1 and not config.trains and top1 < config.expect_top1 - config.tolerance:
         raise UserError(
             f"teacher {config.name} with weights {shown(config.weights)} reaches {top1:.2f} % top-1 on {rows:,} "
             f"held-out images; {config.expect_top1:.2f} % was expected: check weights, class order, data.mean/std "
