@@ -183,7 +183,8 @@ def refused(places: Path) -> dict[str, Any]:
 def test_bad_input_is_one_line_and_status_two(name: str, refused: dict[str, Any], places: Path) -> None:
     answer = refused[name]
     assert answer["status"] == 2, answer
-    assert answer["out"] == "" or answer["out"].endswith(("loading PyTorch\n", "networks and places\n"))
+    said = [line for line in answer["out"].splitlines() if "goes on, 0:" not in line]  # on a slow machine
+    assert not said or said[-1].endswith(("loading PyTorch", "networks and places"))
     assert answer["err"].count("\n") == 1
     assert answer["err"].endswith("\n")
     for word in BAD[name][1]:
