@@ -51,7 +51,11 @@ def test_a_trial_that_goes_on_does_not_read_an_old_request_to_stop(
     ("number", "raised"), [(0, None), (signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Interrupted)]
 )
 def test_only_a_signal_interrupts_an_experiment(
-    number: int, raised: type[BaseException] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int,
+    raised: type[BaseException] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Tune returns what it has, and so it does when a searcher has nothing more to ask for."""
     stopped: list[int] = []
@@ -75,6 +79,7 @@ def test_only_a_signal_interrupts_an_experiment(
         with pytest.raises(raised):
             tune_search.experiment(*arguments)
     assert stopped == ([signal.SIGUSR1] if raised else [])
+    assert ("stopping: Ray Tune saves where" in capsys.readouterr().out) == bool(raised)
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
 
 

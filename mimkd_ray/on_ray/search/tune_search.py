@@ -274,7 +274,7 @@ def experiment(folder: str, name: str, trial: Any, space: Any, how: tune.TuneCon
         came.append(number)
         if came.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
-        console.line("stopping, once Ray Tune has saved where the trials are")
+        console.line("stopping: Ray Tune saves where the trials are; a second Ctrl-C ends at once")
         signal.raise_signal(signal.SIGUSR1)  # at which Tune ends in good order
 
     def on_usr1(*_: object) -> None:
