@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mimkd_ray import distill
 from mimkd_ray.config import Config
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 
 WARM_STEPS = 3
 

@@ -47,7 +47,7 @@ from mimkd_ray.recipes import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
 from mimkd_ray.teacher_cache.calibration import Fitter
 from mimkd_ray.teacher_cache.codec import Codec, Shape, coded_shape, needs_calibration
 from mimkd_ray.teacher_cache.feature_manifest import Error, ViewManifest, publish
-from mimkd_ray.teacher_cache.reader import FeatureReader
+from mimkd_ray.teacher_cache.feature_reader import FeatureReader
 from mimkd_ray.teacher_cache.writer import write_shard
 from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.from_cache.fit_codecs import sample_keys

@@ -41,9 +41,9 @@ from mimkd_ray.cache_build.build_units import in_process
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import open_data
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.recipes import CIFAR_MEAN, CIFAR_STD
-from mimkd_ray.train.engine.captured import make_engine
+from mimkd_ray.train.engine.engines import make_engine
 from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.networks.build import build_network
 

@@ -29,7 +29,7 @@ from mimkd_ray.config.jobs.evaluate import EvaluateConfig, evaluate_job
 from mimkd_ray.data.loading.batches import LaneBatch
 from mimkd_ray.data.loading.loader import eval_batches, to_device
 from mimkd_ray.data.sources.data_set import Data, open_data
-from mimkd_ray.evaluation.collect import collect
+from mimkd_ray.evaluation.forward_pass import collect
 from mimkd_ray.evaluation.networks import Network, normalizer, subject_of
 
 TARGETS: Targets = {"ours_over_bare_loop": (">=", 0.95)}

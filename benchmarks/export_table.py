@@ -29,7 +29,7 @@ from mimkd_ray.export.images import read_images
 from mimkd_ray.export.onnx_file import onnx_runner
 from mimkd_ray.export.pt2_file import pt2_runner
 from mimkd_ray.export.runners import Runner, quiet
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.recipes import cifar100, r34_r18
 
 README = Path(__file__).parent / "README.md"

@@ -42,7 +42,7 @@ from mimkd_ray.data.loading.batches import LaneBatch
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.recipes import CIFAR_PAIRS, r34_r18
 from mimkd_ray.train.cuda_graphs import WARM
-from mimkd_ray.train.engine.captured import make_engine
+from mimkd_ray.train.engine.engines import make_engine
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.student import Student
 from mimkd_ray.train.networks.build import build_network, plan_student

@@ -87,7 +87,7 @@ def packs(args: argparse.Namespace) -> Iterator[Pack]:
 
 def together(arms: list[str], size: int) -> Iterator[list[str]]:
     """Yield the arms of each pack. Arms that draw random numbers are alone on a GPU: each has its own numbers, and a
-    pack of them would not be captured (mimkd_ray/train/engine/captured.py)."""
+    pack of them would not be captured (mimkd_ray/train/engine/engines.py)."""
     drawing = [arm for arm in arms if torch.cuda.is_available() and draws(ARMS[arm])]
     rest = [arm for arm in arms if arm not in drawing]
     for first in range(0, len(rest), size):

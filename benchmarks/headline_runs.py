@@ -16,7 +16,7 @@ from mimkd_ray.cli.local_launch import pick_device
 from mimkd_ray.config import CacheConfig, Config, LaunchConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.json_files import read_json
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.recipes import cifar100
 from mimkd_ray.train.networks.build import build_network, place
 from mimkd_ray.train.packed import Member, train_pack

@@ -16,7 +16,7 @@ import torch
 from report import finish, parser, table
 from torch import Tensor, nn
 
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 
 NETWORKS = {  # name: images' side
     "resnet18": 224,

@@ -31,8 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mimkd_ray.config import CriticConfig, LossConfig
 from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.losses.critics import DotCritic
-from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.losses.negatives import valid_pairs
 from mimkd_ray.losses.terms import Candidates, Objective, Term, score_term
 

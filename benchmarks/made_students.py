@@ -10,7 +10,7 @@ import torch
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.data.loading.batches import LaneBatch
 from mimkd_ray.data.sources.data_set import open_data
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.recipes import IMAGENET_RECIPES
 from mimkd_ray.train.engine.student import Student, lone_student
 

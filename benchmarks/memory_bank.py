@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from mimkd_ray.config import LossConfig
 from mimkd_ray.config.loss_presets import Kind
-from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.methods.base import RivalTaps, Side, TapPair
 from mimkd_ray.losses.methods.crd import CRD, NEGATIVES, TEMPERATURE, TrainingRows
+from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.losses.terms import Term
 
 VECTOR = 512

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mimkd_ray import recipes as recipes
     from mimkd_ray.cli.evaluate import evaluate_run as evaluate_run
+    from mimkd_ray.cli.search_from_python import search as search
+    from mimkd_ray.cli.search_from_python import trainable as trainable
     from mimkd_ray.cli.training import run as run
-    from mimkd_ray.cli.tuning import search as search
-    from mimkd_ray.cli.tuning import trainable as trainable
     from mimkd_ray.config import CacheConfig as CacheConfig
     from mimkd_ray.config import CompareConfig as CompareConfig
     from mimkd_ray.config import Config as Config
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from mimkd_ray.losses.bounds import jsd as jsd
     from mimkd_ray.losses.bounds import nwj as nwj
     from mimkd_ray.losses.bounds import smile as smile
-    from mimkd_ray.losses.distillation import MIMKDLoss
     from mimkd_ray.losses.estimate import mutual_information as mutual_information
     from mimkd_ray.losses.features import Features as Features
+    from mimkd_ray.losses.mimkd_loss import MIMKDLoss
     from mimkd_ray.losses.terms import Term as Term
-    from mimkd_ray.models.zoo import build_model as build_model
+    from mimkd_ray.models.build_model import build_model as build_model
     from mimkd_ray.recipes import cifar100 as cifar100
     from mimkd_ray.recipes import demo as demo
     from mimkd_ray.recipes import r34_r18 as r34_r18
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from mimkd_ray.taps.tapped_model import find_shapes as find_shapes
     from mimkd_ray.train.distiller import Distiller as Distiller
     from mimkd_ray.train.distiller import distill as distill
-    from mimkd_ray.train.held_out.accuracy import evaluate as evaluate
+    from mimkd_ray.train.held_out.evaluate_network import evaluate as evaluate
 
     DistillationLoss = MIMKDLoss  # not by an alias of the import, which type checkers take for private
 
@@ -63,7 +63,7 @@ __version__ = "0.2.0"
 _HOMES = {
     "cli.evaluate": ("evaluate_run",),
     "cli.training": ("run",),
-    "cli.tuning": ("trainable",),
+    "cli.search_from_python": ("trainable",),
     "config": (
         "CacheConfig",
         "CompareConfig",
@@ -83,15 +83,15 @@ _HOMES = {
     "config.jobs.evaluate": ("EvaluateConfig",),
     "errors": ("UserError",),
     "losses.bounds": ("dv", "infonce", "jsd", "nwj", "smile"),
-    "losses.distillation": ("DistillationLoss",),
+    "losses.mimkd_loss": ("DistillationLoss",),
     "losses.estimate": ("mutual_information",),
     "losses.features": ("Features",),
     "losses.terms": ("Term",),
-    "models.zoo": ("build_model",),
+    "models.build_model": ("build_model",),
     "recipes": ("cifar100", "demo", "r34_r18", "r50_mbv2", "r50_shufflenetv2"),
     "taps.default_stages": ("default_taps",),
     "taps.tapped_model": ("TappedModel", "find_shapes"),
-    "train.held_out.accuracy": ("evaluate",),
+    "train.held_out.evaluate_network": ("evaluate",),
     "train.distiller": ("Distiller", "distill"),
 }
 """The module that defines each public name, for the import at run time."""

@@ -1,7 +1,7 @@
 """The file system behind a URL, for storage.py.
 
 A file system object owns an event loop, which does not survive a fork, so each process has its own. None of its calls
-waits for ever: a silent server is a failure, which attempts.py tries again.
+waits for ever: a silent server is a failure, which retries.py tries again.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from mimkd_ray.attempts import attempt, by_credentials
 from mimkd_ray.errors import UserError
+from mimkd_ray.retries import attempt, by_credentials
 from mimkd_ray.secret_urls import redacted, revealed
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ def filesystem(url: str) -> Any:
             if f"AWS_{name.upper()}" not in os.environ
         }
         options["config_kwargs"] |= {"connect_timeout": CONNECT_SECONDS, "read_timeout": ANSWER_SECONDS}
-        if "AWS_MAX_ATTEMPTS" not in os.environ:  # one budget of retries, that of attempts.py; once here, for a part
+        if "AWS_MAX_ATTEMPTS" not in os.environ:  # one budget of retries, that of retries.py; once here, for a part
             options["config_kwargs"]["retries"] = {"total_max_attempts": 2}
     else:
         options |= kind._get_kwargs_from_urls(url)  # host and port of servers named in the URL

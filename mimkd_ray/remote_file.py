@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any, cast
 
-from mimkd_ray.attempts import ShortError
 from mimkd_ray.remote import call
+from mimkd_ray.retries import ShortError
 
 
 class RangeFile(io.RawIOBase):

@@ -4,7 +4,7 @@ A place is a string: a local path (`/data/x`, `~/x`, `file:///data/x`) or an fss
 are configured by their usual environment variables (`AWS_ENDPOINT_URL`, ...).
 
 Local files never go through fsspec. Calls are retried after transient failures, and errors name the object (see
-attempts.py). Nothing is cached: every listing is a new request.
+retries.py). Nothing is cached: every listing is a new request.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from mimkd_ray import local_files
-from mimkd_ray.attempts import AccessError as AccessError
-from mimkd_ray.attempts import StorageError as StorageError
-from mimkd_ray.attempts import attempt, no_bucket
-from mimkd_ray.attempts import be_patient as be_patient
-from mimkd_ray.attempts import explained as explained
-from mimkd_ray.attempts import hurried as hurried
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import place
 from mimkd_ray.remote import call, remove_folders, remove_key, time_for, tree
 from mimkd_ray.remote_file import RemoteFile
+from mimkd_ray.retries import AccessError as AccessError
+from mimkd_ray.retries import StorageError as StorageError
+from mimkd_ray.retries import attempt, no_bucket
+from mimkd_ray.retries import be_patient as be_patient
+from mimkd_ray.retries import explained as explained
+from mimkd_ray.retries import hurried as hurried
 from mimkd_ray.secret_urls import redacted
 
 _S3 = ("s3://", "s3a://")

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 
 ROWS = 40
 

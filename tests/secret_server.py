@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from safetensors.torch import save
 
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 
 SECRETS = ("hunter2", "c2lnbmF0dXJl", "me:hun")
 

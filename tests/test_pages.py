@@ -28,7 +28,7 @@ from mimkd_ray.cli.completion import flags
 from mimkd_ray.cli.prepare_data import PrepareJob
 from mimkd_ray.config import Config, DoctorConfig, ExportConfig, SearchJob
 from mimkd_ray.config.jobs.evaluate import EvaluateJob
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.train.records.read_back import RunFacts
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,7 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.digest import digest
 from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.config.loss_presets import Kind
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES, SMALL_RATE
 from mimkd_ray.train.networks.build import KINDS, plan_taps
 from mimkd_ray.train.networks.optim import learning_rate

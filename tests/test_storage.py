@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mimkd_ray import attempts, local_files, remote, storage
+from mimkd_ray import local_files, remote, retries, storage
 from mimkd_ray.errors import UserError
 
 
@@ -33,8 +33,8 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Waits that are asked for and not taken: of this module only, for other threads of the process sleep too."""
     waits: list[float] = []
-    monkeypatch.setattr(attempts, "time", SimpleNamespace(monotonic=time.monotonic, sleep=waits.append))
-    monkeypatch.setattr(attempts, "ANSWERED", set())
+    monkeypatch.setattr(retries, "time", SimpleNamespace(monotonic=time.monotonic, sleep=waits.append))
+    monkeypatch.setattr(retries, "ANSWERED", set())
     return waits
 
 
@@ -286,30 +286,30 @@ def _aiohttp_error() -> Exception:
     "make", [lambda: OSError(5, "EIO"), lambda: TimeoutError("slow"), _botocore_error, _aiohttp_error]
 )
 def test_transient_failures_are_retried(make: Any, quick: list[float]) -> None:
-    assert attempts.attempt("s3://b/x", "read", _Flaky([make() for _ in range(4)])) == "fine"
+    assert retries.attempt("s3://b/x", "read", _Flaky([make() for _ in range(4)])) == "fine"
     assert len(quick) == 4
     assert all(later > earlier * 0.6 for earlier, later in pairwise(quick))
     with pytest.raises(storage.StorageError, match=r"could not read s3://c/x in 5 tries"):
-        attempts.attempt("s3://c/x", "read", _Flaky([make() for _ in range(5)]))
+        retries.attempt("s3://c/x", "read", _Flaky([make() for _ in range(5)]))
 
 
 @pytest.mark.parametrize("error", [FileExistsError("x"), ValueError("x"), OSError(errno.ENOSYS, "no")])
 def test_lasting_failures_are_not_retried(error: Exception, quick: list[float]) -> None:
     with pytest.raises(type(error)):
-        attempts.attempt("s3://b/x", "write", _Flaky([error]))
+        retries.attempt("s3://b/x", "write", _Flaky([error]))
     assert quick == []
 
 
 @pytest.mark.parametrize("number", [errno.ENOTDIR, errno.EROFS, errno.ENOENT])
 def test_a_place_that_cannot_be_written_names_the_remedy(number: int, quick: list[float]) -> None:
     with pytest.raises(UserError, match=r"cannot write /a/b: .*; give a place in which folders and files can be made"):
-        attempts.attempt("/a/b", "write", _Flaky([OSError(number, "no")]))
+        retries.attempt("/a/b", "write", _Flaky([OSError(number, "no")]))
     assert quick == []
 
 
 def test_denied_access_names_the_remedy(quick: list[float]) -> None:
     with pytest.raises(UserError, match=r"cannot read s3://b/x: .*AWS_ACCESS_KEY_ID"):
-        attempts.attempt("s3://b/x", "read", _Flaky([PermissionError("Forbidden")]))
+        retries.attempt("s3://b/x", "read", _Flaky([PermissionError("Forbidden")]))
     assert quick == []
 
 
@@ -330,7 +330,7 @@ def test_an_object_that_is_too_short_is_not_waited_for(quick: list[float]) -> No
     with pytest.raises(storage.StorageError, match="it has 100 bytes, and 120 are needed"):
         storage.read_range(url, 90, 30)
     assert quick == []
-    assert (attempts.place_of(url), True) in attempts.ANSWERED  # the store is as patient a place as before
+    assert (retries.place_of(url), True) in retries.ANSWERED  # the store is as patient a place as before
 
 
 def test_a_short_read_of_a_server_that_says_no_size_is_retried(

@@ -11,7 +11,7 @@ from torch import nn
 
 from mimkd_ray.config import Config, SearchConfig, SearchJob
 from mimkd_ray.config.jobs.search import search_job
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.search.configs import TrialConfigs, trial_config
 from mimkd_ray.search.spaces import find_spaces
 from mimkd_ray.search.suggest import Candidates, Suggest

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mimkd_ray import storage
 from mimkd_ray.cache_build.build_setup import CalibrationUnit, Runner, Setup, ShardUnit
 from mimkd_ray.config import Config
-from mimkd_ray.data.loading.damage import damaged_allowed
+from mimkd_ray.data.loading.damaged_images import damaged_allowed
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.teacher_cache import feature_manifest
 from mimkd_ray.teacher_cache.feature_manifest import ViewManifest, committed, views_there

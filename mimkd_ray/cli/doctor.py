@@ -14,7 +14,7 @@ from mimkd_ray import storage
 from mimkd_ray.cli import common
 from mimkd_ray.config import DoctorConfig
 from mimkd_ray.doctor.outcome import lines
-from mimkd_ray.doctor.places import check_links
+from mimkd_ray.doctor.storage_checks import check_links
 from mimkd_ray.on_ray.nodes import environment
 from mimkd_ray.train.records.run_dir import write_json
 

@@ -13,11 +13,11 @@ from mimkd_ray.data.augment.pipelines import make_pipeline
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.distillation import queue_channels
+from mimkd_ray.losses.mimkd_loss import queue_channels
 from mimkd_ray.losses.shared_classes import check_classes
 from mimkd_ray.losses.teacher_queue import check_size
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.weights_file import FOLDER, HUB, WEB
-from mimkd_ray.models.zoo import build_model
 from mimkd_ray.taps.dry_checks import build_without_weights, check_logits
 from mimkd_ray.teacher_cache import calibration
 from mimkd_ray.teacher_cache.codec import needs_calibration

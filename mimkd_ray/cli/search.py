@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from mimkd_ray import console, storage
-from mimkd_ray.by_name import named_function
 from mimkd_ray.cli import common
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.training import absolute, below_root
@@ -28,6 +27,7 @@ from mimkd_ray.search.suggest import Grid
 from mimkd_ray.search.table import Table
 from mimkd_ray.train.records import run_files
 from mimkd_ray.train.records.loggers import require, require_loggers
+from mimkd_ray.user_functions import named_function
 
 
 def main(

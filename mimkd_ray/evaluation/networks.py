@@ -16,9 +16,9 @@ from mimkd_ray.data.sources.source import SubsetSource, numbers_in_names
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.losses.shared_classes import SharedClasses, match
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.models.weights_file import shown
-from mimkd_ray.models.zoo import build_model
 from mimkd_ray.taps.default_stages import default_taps
 from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape, find_shapes

@@ -38,13 +38,13 @@ from mimkd_ray.export.model_folder import CONFIG, WEIGHTS, read_model_folder, wr
 from mimkd_ray.export.onnx_file import onnx_runner, write_onnx
 from mimkd_ray.export.pt2_file import pt2_runner, write_pt2
 from mimkd_ray.export.runners import Runner, quiet
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.outputs import describe
 from mimkd_ray.models.weights_file import cause, shown
-from mimkd_ray.models.zoo import build_model
 from mimkd_ray.run_lock import held
 from mimkd_ray.secret_urls import scrubbed
 from mimkd_ray.taps.dry_checks import check_logits
-from mimkd_ray.train.held_out.evaluate import held_out_name
+from mimkd_ray.train.held_out.accuracy import held_out_name
 from mimkd_ray.train.networks.teacher_head import trains_head
 from mimkd_ray.train.records.read_back import RunFacts, student_of_run
 from mimkd_ray.train.records.run_dir import write_json

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mimkd_ray.config import DataConfig
-from mimkd_ray.models.other_names import MOBILENET_V2_IN_TIMM
+from mimkd_ray.models.build_model import build_model
+from mimkd_ray.models.checkpoint_keys import MOBILENET_V2_IN_TIMM
 from mimkd_ray.models.outputs import describe
 from mimkd_ray.models.published import OWN, OWN_KEY, TORCHVISION
 from mimkd_ray.models.weights_file import FOLDER, HUB
-from mimkd_ray.models.zoo import build_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 

@@ -1,6 +1,6 @@
 """The registry of CIFAR networks by name: add a family here.
 
-`build_model("cifar/resnet20", 100)` in zoo.py finds them here. Their taps need no entry: `StagedNet`
+`build_model("cifar/resnet20", 100)` in build_model.py finds them here. Their taps need no entry: `StagedNet`
 (cifar_blocks.py) names them.
 """
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mimkd_ray.errors import UserError, listed
-from mimkd_ray.models.other_names import best_fit
+from mimkd_ray.models.checkpoint_keys import best_fit
 from mimkd_ray.models.weights_file import read_states, shown
 from mimkd_ray.secret_urls import redacted
 

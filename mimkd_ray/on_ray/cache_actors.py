@@ -29,7 +29,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray.data_units import answer, quiet_and_patient
 from mimkd_ray.on_ray.nodes.node_capacity import Capacity
 from mimkd_ray.on_ray.nodes.placement import wait_for_nodes, wait_for_room
-from mimkd_ray.on_ray.told_errors import ERRORS, fetch, raise_told, with_patience
+from mimkd_ray.on_ray.remote_errors import ERRORS, fetch, raise_told, with_patience
 from mimkd_ray.secret_urls import Carried
 from mimkd_ray.train.networks.build import teacher_autocast
 

@@ -13,7 +13,7 @@ import ray.data
 from mimkd_ray.data.prepare.unit_progress import Progress
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.errors import LOST_LOADER
-from mimkd_ray.on_ray.told_errors import ERRORS, kind_of, raise_told, with_patience
+from mimkd_ray.on_ray.remote_errors import ERRORS, kind_of, raise_told, with_patience
 from mimkd_ray.secret_urls import Carried
 
 MAX_RETRIES = 3

@@ -25,9 +25,9 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_if_sound, read_json
 from mimkd_ray.local_files import scratch_folder
 from mimkd_ray.on_ray import driver_console
+from mimkd_ray.on_ray.file_rendezvous import OneMachine
 from mimkd_ray.on_ray.nodes.placement import OWN_MINUTES, LossWatch, fewest, scaling
-from mimkd_ray.on_ray.one_machine import OneMachine
-from mimkd_ray.on_ray.told_errors import ERRORS, raise_told
+from mimkd_ray.on_ray.remote_errors import ERRORS, raise_told
 from mimkd_ray.on_ray.worker_context import STOP, context_of
 from mimkd_ray.secret_urls import Carried
 from mimkd_ray.signals import handled

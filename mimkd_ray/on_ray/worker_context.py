@@ -19,7 +19,7 @@ from mimkd_ray.errors import Interrupted, UserError
 from mimkd_ray.json_files import read_if_sound, read_json
 from mimkd_ray.on_ray import driver_console
 from mimkd_ray.on_ray.prometheus import LiveMetrics
-from mimkd_ray.on_ray.told_errors import ERRORS, kind_of
+from mimkd_ray.on_ray.remote_errors import ERRORS, kind_of
 from mimkd_ray.secret_urls import scrubbed
 from mimkd_ray.train.distributed import STOP_SECONDS, Context, Preemption, share_from_first
 from mimkd_ray.train.records.run_dir import write_json

@@ -10,7 +10,6 @@ from typing import Any
 from urllib.parse import quote
 
 from mimkd_ray import storage
-from mimkd_ray.attempts import place_of
 from mimkd_ray.pages.figures import Line, color_of, lines_figure, reliability_figure, seeds_figure
 from mimkd_ray.pages.page import Cell, Page
 from mimkd_ray.pages.run_page import column
@@ -25,6 +24,7 @@ from mimkd_ray.pages.sections import (
     size_tile,
     top1_by_class,
 )
+from mimkd_ray.retries import place_of
 from mimkd_ray.train.compare import summarise
 
 LABELS = {"alone": "student alone", "kd": "Hinton's KD", "mimkd": "MIMKD"}

@@ -20,7 +20,7 @@ from mimkd_ray.pages.sections import (
     top1_by_class,
 )
 from mimkd_ray.pages.thumbnails import MOST_IMAGES, worst_images
-from mimkd_ray.train.records.metrics import reading
+from mimkd_ray.train.records.progress import reading
 
 
 def run_page(run: RunRecord) -> str:

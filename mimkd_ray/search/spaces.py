@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from mimkd_ray.by_name import named_function
 from mimkd_ray.config import Config
 from mimkd_ray.config.critic import StudentSide, TeacherSide
 from mimkd_ray.config.loss_presets import Negatives, SameClass
@@ -18,6 +17,7 @@ from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.losses.bounds import BOUNDS
 from mimkd_ray.search.suggest import Candidates, Space, Suggest
 from mimkd_ray.train.networks.build import KINDS
+from mimkd_ray.user_functions import named_function
 
 
 def _loss(config: Config, **changes: Any) -> Config:

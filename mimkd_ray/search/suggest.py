@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from mimkd_ray.by_name import told
 from mimkd_ray.config import Config
 from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.trials import Value
+from mimkd_ray.user_functions import told
 
 Grid = list[dict[str, Value]]
 """Every combination of a grid, listed."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.outputs import describe
-from mimkd_ray.models.zoo import build_model
 from mimkd_ray.taps.tracing import SMALL, dry_run
 
 FEW_WEIGHTS = 30_000_000

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.modes import in_mode
 from mimkd_ray.models.outputs import describe, logits_of
+from mimkd_ray.models.train_or_eval import in_mode
 
 BATCH = 2
 """Images of a dry run: two, so that the batch dimension cannot be mistaken for a dimension of size one."""

@@ -16,8 +16,8 @@ from mimkd_ray.data.store.locks import locked
 from mimkd_ray.local_files import publish
 from mimkd_ray.storage import explained
 from mimkd_ray.teacher_cache.feature_manifest import FeatureBlock, ViewManifest
+from mimkd_ray.teacher_cache.feature_reader import read_verified
 from mimkd_ray.teacher_cache.keys import THREADS
-from mimkd_ray.teacher_cache.reader import read_verified
 
 COLUMN_VIEW = 0
 """View whose vectors are used as negatives: they are of other images, so any view will do."""

@@ -18,8 +18,8 @@ from mimkd_ray.config.digest import digest
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.train.distributed import Context, ask_first
 from mimkd_ray.train.loop import train
-from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import RESULT
+from mimkd_ray.train.records.progress import say
 from mimkd_ray.train.records.run_dir import write_json
 from mimkd_ray.train.records.same_inputs import check_same_student
 from mimkd_ray.versions import machine, versions

@@ -1,5 +1,5 @@
-"""Work on a GPU as a CUDA graph: run without one first, then recorded. For steps (engine/captured.py) and for the
-forward passes of evaluations (held_out/recorded.py)."""
+"""Work on a GPU as a CUDA graph: run without one first, then recorded. For steps (engine/engines.py) and for the
+forward passes of evaluations (held_out/captured_forwards.py)."""
 
 from __future__ import annotations
 

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from mimkd_ray.config import LossConfig
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features, Others
 from mimkd_ray.losses.methods.registry import RIVALS
+from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.losses.teacher_queue import class_numbers
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.taps.tapped_model import TappedModel
-from mimkd_ray.train.distill_checks import Labels, check_combination, check_kinds, with_pairs, without_other_classes
+from mimkd_ray.train.distill_arguments import Labels, check_combination, check_kinds, with_pairs, without_other_classes
 from mimkd_ray.train.distributed import all_but, gather_lanes, is_distributed
 from mimkd_ray.train.networks.build import TapPlan, plan_taps
 from mimkd_ray.train.networks.teacher import canonical

@@ -16,14 +16,14 @@ from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import Interrupted, MemberMemoryError, NonFiniteLossError
 from mimkd_ray.train.distributed import Context, Preemption, all_sum, ask_first, barrier
-from mimkd_ray.train.engine.captured import make_engine
+from mimkd_ray.train.engine.engines import make_engine
 from mimkd_ray.train.engine.evaluation import evaluate_together
 from mimkd_ray.train.engine.restart import resume
 from mimkd_ray.train.engine.step import StepRecord
 from mimkd_ray.train.engine.student import Student, lone_student
 from mimkd_ray.train.out_of_memory import V, each
-from mimkd_ray.train.records.metrics import Meter, Progress, judged, reading, say
 from mimkd_ray.train.records.outcomes import begin
+from mimkd_ray.train.records.progress import Meter, Progress, judged, reading, say
 from mimkd_ray.train.records.run_dir import MetricsLog
 from mimkd_ray.train.records.save_and_stop import Rhythm
 from mimkd_ray.train.run_record import Run

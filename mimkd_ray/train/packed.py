@@ -37,8 +37,8 @@ from mimkd_ray.train.networks.build import PlannedStudent, plan_student
 from mimkd_ray.train.networks.teacher_head import teacher_head
 from mimkd_ray.train.out_of_memory import is_out_of_memory
 from mimkd_ray.train.records import checkpoint
-from mimkd_ray.train.records.metrics import judged, say
 from mimkd_ray.train.records.outcomes import STOPPED, Failed, Finished, Outcome, Stopped, claim, fail, read_outcome
+from mimkd_ray.train.records.progress import judged, say
 from mimkd_ray.train.records.run_dir import jsonable, read_metrics, write_json
 from mimkd_ray.train.run_record import Run
 

@@ -24,8 +24,8 @@ from mimkd_ray.train.held_out.known_accuracy import beside
 from mimkd_ray.train.loop import train_on
 from mimkd_ray.train.networks.build import build_student
 from mimkd_ray.train.networks.teacher import weights_digest
-from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import begin, find_result
+from mimkd_ray.train.records.progress import say
 
 FOLDER = "teachers"
 LOOK_SECONDS = 5.0

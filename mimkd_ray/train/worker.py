@@ -21,7 +21,7 @@ from mimkd_ray.models.outputs import logits_from
 from mimkd_ray.models.weights_file import shown
 from mimkd_ray.train.compare import arm_config, compare
 from mimkd_ray.train.distributed import Context, ask_first
-from mimkd_ray.train.held_out.evaluate import accuracy, held_out_name, told_batches
+from mimkd_ray.train.held_out.accuracy import accuracy, held_out_name, told_batches
 from mimkd_ray.train.held_out.known_accuracy import known_or_measured
 from mimkd_ray.train.loop import train_on
 from mimkd_ray.train.networks.build import build_network, parameter_dtype, place, teacher_images, uses_channels_last
@@ -30,9 +30,9 @@ from mimkd_ray.train.networks.teacher import weights_digest
 from mimkd_ray.train.networks.teacher_check import check_accuracy, refuse_random
 from mimkd_ray.train.networks.teacher_head import teacher_head
 from mimkd_ray.train.networks.teacher_input import sees_data
-from mimkd_ray.train.records.legs import history
-from mimkd_ray.train.records.metrics import say
+from mimkd_ray.train.records.extended_runs import history
 from mimkd_ray.train.records.outcomes import begin
+from mimkd_ray.train.records.progress import say
 from mimkd_ray.train.records.run_dir import write_json
 from mimkd_ray.train.records.same_inputs import check_same_labels, check_same_teacher
 from mimkd_ray.train.trained_teacher import train_teacher

@@ -28,7 +28,7 @@ from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.seeds import derive
 from mimkd_ray.teacher_cache.feature_manifest import read_manifest, views_there
 from mimkd_ray.teacher_cache.keys import read_keys

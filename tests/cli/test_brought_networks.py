@@ -15,8 +15,8 @@ from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.training import absolute
 from mimkd_ray.config import ModelConfig
 from mimkd_ray.errors import UserError
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.weights import say_once
-from mimkd_ray.models.zoo import build_model
 from mimkd_ray.secret_urls import redacted
 from mimkd_ray.train.networks.build import build_network, build_student
 

@@ -22,7 +22,7 @@ from mimkd_ray.config import Config, OptimConfig
 from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.recipes import CIFAR_RECIPES, IMAGENET_RECIPES, demo
 
 ROOT = Path(__file__).parents[2]

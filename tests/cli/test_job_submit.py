@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from head_here import Head, ray_head
 
-from mimkd_ray.doctor.places import check_links
+from mimkd_ray.doctor.storage_checks import check_links
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -14,13 +14,13 @@ from tiny_run import tiny_config
 from tiny_search import tiny_job
 
 import mimkd_ray
-from mimkd_ray.attempts import PATIENCE
 from mimkd_ray.cli import cache_teacher, evaluate
 from mimkd_ray.cli import search as search_line
 from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.config.jobs.evaluate import evaluate_job
 from mimkd_ray.on_ray import cache_actors, evaluate_workers, train_workers
 from mimkd_ray.on_ray.search import tune_search, tune_trials
+from mimkd_ray.retries import PATIENCE
 from mimkd_ray.secret_urls import Carried
 
 CONFIG = tiny_config(storage={"patience_minutes": 3.5}, launch={"backend": "local"})

@@ -25,7 +25,7 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.evaluation.measure import measure, save
 from mimkd_ray.evaluation.real_labels import read_real
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 
 ALONE: dict[str, Any] = {"name": (), "preset": "accuracy", "feature_pairs": ()}
 """Without a teacher."""

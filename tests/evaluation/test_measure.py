@@ -19,7 +19,7 @@ from mimkd_ray.cli.training import run, run_directory
 from mimkd_ray.data.augment.decode import decode
 from mimkd_ray.data.augment.pipelines import make_pipeline
 from mimkd_ray.data.sources.data_set import open_data
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.run_lock import held
 from mimkd_ray.train.networks.student_module import Normalizer
 

@@ -36,7 +36,7 @@ from mimkd_ray.data.augment.pipelines import make_pipeline
 from mimkd_ray.data.sources.digits import DigitsSource
 from mimkd_ray.evaluation.measure import measure
 from mimkd_ray.evaluation.predictions import ece, fit_temperature, reliability
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.pages.write_pages import write_report
 from mimkd_ray.train.held_out.neighbours import knn_accuracy
 from mimkd_ray.train.networks.student_module import Normalizer

@@ -11,7 +11,7 @@ import torch
 
 from mimkd_ray.__main__ import main
 from mimkd_ray.export import coreml_file
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.train.records.run_files import OF_AN_EXPORT
 
 coremltools = pytest.importorskip("coremltools", reason="coremltools is not installed: pip install mimkd-ray[coreml]")

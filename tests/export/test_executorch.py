@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mimkd_ray.__main__ import main
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 
 pytest.importorskip("executorch", reason="executorch is not installed: pip install mimkd-ray[executorch]")
 

@@ -25,8 +25,8 @@ from mimkd_ray.export.examine import (
     fault_of_int8,
     too_little_of_int8,
 )
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.outputs import describe
-from mimkd_ray.models.zoo import build_model
 from mimkd_ray.run_lock import held
 from mimkd_ray.train.records.read_back import student_of_run
 

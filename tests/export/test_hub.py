@@ -16,7 +16,7 @@ from hub_stand_in import stand_in as stand_in
 
 from mimkd_ray.__main__ import main
 from mimkd_ray.export import examine, export_student
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 
 pytest.importorskip("huggingface_hub")
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mimkd_ray.config import CriticConfig, LossConfig
 from mimkd_ray.losses.critic_sides import Standardised
-from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.losses.terms import Term
 
 Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]

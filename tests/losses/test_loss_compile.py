@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mimkd_ray.config import CriticConfig, LossConfig
-from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.losses.terms import Term
 
 BATCH = 6

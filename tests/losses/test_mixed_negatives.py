@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mimkd_ray.config import CriticConfig, LossConfig, MixConfig
 from mimkd_ray.data.augment.mixing import draw_mix, mix
-from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.losses.negatives import valid_pairs
 from mimkd_ray.losses.terms import Term
 

@@ -11,8 +11,8 @@ from mimkd_ray.config import CriticConfig, LossConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.critic_sides import FrozenSide
 from mimkd_ray.losses.critics import DotCritic
-from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.losses.negatives import with_queue
 from mimkd_ray.losses.terms import Candidates, Objective, Term, hardest, score_term
 

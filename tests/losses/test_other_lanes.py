@@ -9,8 +9,8 @@ import torch
 
 from mimkd_ray.config import CriticConfig, LossConfig
 from mimkd_ray.config.loss_presets import Kind, SameClass
-from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features, Others
+from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.losses.terms import Term
 
 B, M, CT, CS = 4, 7, 5, 3

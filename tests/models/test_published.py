@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.weights import say_once
-from mimkd_ray.models.zoo import build_model
 
 STUDENT = "cifar/resnet8_w4"
 

@@ -12,8 +12,8 @@ from tiny_run import run_tiny, tiny_config
 
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.errors import UserError
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.outputs import logits_from
-from mimkd_ray.models.zoo import build_model
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
 

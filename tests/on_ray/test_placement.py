@@ -21,11 +21,11 @@ from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.errors import Interrupted, UserError
 from mimkd_ray.on_ray import cache_actors, data_units, driver_console
-from mimkd_ray.on_ray.nodes import holders, node_capacity, placement
+from mimkd_ray.on_ray.nodes import node_capacity, placement, resource_holders
 from mimkd_ray.on_ray.nodes.cluster import connect
-from mimkd_ray.on_ray.nodes.holders import Held
 from mimkd_ray.on_ray.nodes.node_capacity import Capacity
 from mimkd_ray.on_ray.nodes.placement import LossWatch, fewest, scaling
+from mimkd_ray.on_ray.nodes.resource_holders import Held
 from mimkd_ray.on_ray.search import tune_search
 from mimkd_ray.recipes import IMAGENET_RECIPES
 
@@ -268,13 +268,13 @@ def test_gpus_that_others_hold_are_seen_though_all_cpus_are_free(monkeypatch: py
     there = {"CPU": 8.0, "GPU": 1.0}
     held = [Held("n", "02", {"GPU": 1.0}), Held("n", "01", {"GPU": 0.0})]
     here = SimpleNamespace(gcs_address="", get_job_id=lambda: "01")
-    monkeypatch.setattr(holders.ray, "get_runtime_context", lambda: here)
-    monkeypatch.setattr(holders.ray, "cluster_resources", lambda: there)
-    monkeypatch.setattr(holders, "all_held", lambda _: held)
-    monkeypatch.setattr(holders.ray, "available_resources", lambda: {"CPU": 8.0})
-    assert holders.held_by_others() == held[:1]
-    monkeypatch.setattr(holders.ray, "available_resources", lambda: dict(there))
-    assert holders.held_by_others() == []
+    monkeypatch.setattr(resource_holders.ray, "get_runtime_context", lambda: here)
+    monkeypatch.setattr(resource_holders.ray, "cluster_resources", lambda: there)
+    monkeypatch.setattr(resource_holders, "all_held", lambda _: held)
+    monkeypatch.setattr(resource_holders.ray, "available_resources", lambda: {"CPU": 8.0})
+    assert resource_holders.held_by_others() == held[:1]
+    monkeypatch.setattr(resource_holders.ray, "available_resources", lambda: dict(there))
+    assert resource_holders.held_by_others() == []
 
 
 @pytest.mark.parametrize("job", ["cache", "search"])
@@ -320,11 +320,11 @@ def test_who_holds_a_cluster_is_told_by_its_state_api(monkeypatch: pytest.Monkey
         holder = ray.remote(num_cpus=2)(Holder).remote()
         ray.get(holder.ping.remote())
         ray.get(ray.util.placement_group([{"CPU": 1}]).ready())
-        assert holders.held_by_others() == [], "what this job holds is its own"
+        assert resource_holders.held_by_others() == [], "what this job holds is its own"
         context = ray.get_runtime_context()
-        found = holders.all_held(context.gcs_address)
+        found = resource_holders.all_held(context.gcs_address)
         assert sorted(held.amounts["CPU"] for held in found) == [1.0, 2.0]
         assert Capacity.of_cluster(found).nodes == ((1, 0),)
-        assert holders.named(found, "CPU").startswith(f"3 by job {context.get_job_id()} (")
+        assert resource_holders.named(found, "CPU").startswith(f"3 by job {context.get_job_id()} (")
     finally:
         ray.shutdown()

@@ -20,7 +20,6 @@ import pytest
 import ray
 
 from mimkd_ray import console, run_lock
-from mimkd_ray.by_name import LOOK_IN, named_function
 from mimkd_ray.cli import cache_teacher, evaluate, search, training
 from mimkd_ray.cli.common import from_flags
 from mimkd_ray.cli.prepare_data import PrepareJob, prepare_with_ray
@@ -34,6 +33,7 @@ from mimkd_ray.on_ray import driver_console
 from mimkd_ray.on_ray.nodes import cluster, environment
 from mimkd_ray.search.configs import TrialConfigs
 from mimkd_ray.signals import handled
+from mimkd_ray.user_functions import LOOK_IN, named_function
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ from safetensors.torch import load_file
 from mimkd_ray.cli import common
 from mimkd_ray.config import Config
 from mimkd_ray.config.form.json_form import from_dict
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.recipes import IMAGENET_RECIPES
 
 

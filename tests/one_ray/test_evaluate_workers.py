@@ -13,7 +13,7 @@ from jobs_here import TAKES_LONG
 from safetensors.torch import save_file
 
 from mimkd_ray.__main__ import main
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 
 FAST = ("--eval.rows", 90, "--eval.train-rows", 0, "--eval.tap-rows", 0)
 STUDENT = ("--student.name", "cifar/resnet8", "--data.root", "digits", "--data.pipeline", "none", *FAST)

@@ -125,7 +125,7 @@ def test_the_headline_has_size_and_latency_of_an_export(plain: Path, tmp_path: P
 
 
 def test_the_size_counts_parameters_without_running_statistics(plain: Path) -> None:
-    from mimkd_ray.models.zoo import build_model
+    from mimkd_ray.models.build_model import build_model
 
     model = build_model("cifar/resnet8_w4", 10)
     file = plain / "student.safetensors"

@@ -241,7 +241,7 @@ def test_whatever_is_drawn_can_be_trained() -> None:
 
 
 def test_the_default_pairs_are_those_of_training() -> None:
-    from mimkd_ray.models.zoo import build_model
+    from mimkd_ray.models.build_model import build_model
 
     base = tiny_config(loss={"feature_pairs": ()})
     candidates = find_candidates(base, 10)

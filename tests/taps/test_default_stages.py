@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.taps.default_stages import Stages, before_activation, default_taps
 from mimkd_ray.taps.tapped_model import TappedModel, find_shapes
 

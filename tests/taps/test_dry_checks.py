@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import mimkd_ray
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.search.tap_candidates import find_candidates
 from mimkd_ray.taps.dry_checks import build_without_weights, check_logits
 from mimkd_ray.taps.tapped_model import TappedModel, find_shapes

@@ -6,7 +6,7 @@ import pytest
 
 from mimkd_ray.config import LossConfig
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.taps.default_stages import Stages
 from mimkd_ray.taps.pairing import Pair, choose_pairs, parse_pair
 from mimkd_ray.taps.tapped_model import TapShape

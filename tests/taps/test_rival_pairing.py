@@ -13,7 +13,7 @@ from mimkd_ray.config import CacheConfig, LossConfig
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.source import SubsetSource, ids_of
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.taps.default_stages import Stages
 from mimkd_ray.taps.rival_pairing import pair_rivals
 from mimkd_ray.train.networks.build import TapPlan, plan_taps, training_rows

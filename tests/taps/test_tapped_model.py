@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape, find_shapes, to_map, to_vector
 
 

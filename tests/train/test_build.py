@@ -13,8 +13,8 @@ from tiny_run import cpu, run_tiny, tiny_config, tiny_data
 
 from mimkd_ray.config import Config, LossConfig, TrainConfig
 from mimkd_ray.data.sources.data_set import open_data
-from mimkd_ray.losses.distillation import MIMKDLoss
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.losses.mimkd_loss import MIMKDLoss
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.seeds import derive
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.student import Student, lone_student

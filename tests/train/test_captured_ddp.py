@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import start_ranks
-from test_captured import captured
+from test_engines import captured
 from test_unused_ddp import _config as with_unused
 from tiny_run import tiny_config, tiny_data
 from torch import Tensor
@@ -23,10 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import Config, CriticConfig, OptimConfig
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.train.cuda_graphs import WARM
 from mimkd_ray.train.distributed import first_said
-from mimkd_ray.train.engine.captured import CapturedEngine, make_engine
+from mimkd_ray.train.engine.engines import CapturedEngine, make_engine
 from mimkd_ray.train.engine.evaluation import evaluate_together
 from mimkd_ray.train.engine.restart import resume, save
 from mimkd_ray.train.engine.student import lone_student

@@ -13,9 +13,9 @@ from tiny_run import tiny_config
 
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.data.sources.data_set import open_data
-from mimkd_ray.losses.distillation import MIMKDLoss
+from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.train.cuda_graphs import WARM
-from mimkd_ray.train.engine.captured import CapturedEngine, make_engine
+from mimkd_ray.train.engine.engines import CapturedEngine, make_engine
 from mimkd_ray.train.engine.evaluation import evaluate_together
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.student import Student

@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mimkd_ray.config import Config, CriticConfig, LossConfig
 from mimkd_ray.errors import UserError
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.weights import say_once
-from mimkd_ray.models.zoo import build_model
 from mimkd_ray.seeds import derive
 from mimkd_ray.train import distiller as module
 from mimkd_ray.train.distiller import Distiller, distill

@@ -17,7 +17,7 @@ from tiny_run import run_tiny, tiny_config, tiny_data
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.data.loading import loader
 from mimkd_ray.data.loading.read_ahead import ReadAhead
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.networks.build import plan_student
 

@@ -23,8 +23,8 @@ from mimkd_ray.config import LossConfig
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.digits import DigitsSource
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.losses.terms import Term
 from mimkd_ray.pages.write_pages import write_report
 from mimkd_ray.train.engine.student import lone_student

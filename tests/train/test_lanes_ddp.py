@@ -17,7 +17,7 @@ from tiny_run import tiny_config, tiny_data
 
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import Config, CriticConfig
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.train.distributed import gather_lanes, is_distributed
 from mimkd_ray.train.engine.restart import resume, save
 from mimkd_ray.train.engine.student import lone_student

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from tiny_run import cpu, run_tiny, tiny_config, tiny_data
 
 from mimkd_ray.errors import NonFiniteLossError, UserError
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.train import loop
-from mimkd_ray.train.engine.captured import PlainEngine
+from mimkd_ray.train.engine.engines import PlainEngine
 from mimkd_ray.train.engine.evaluation import evaluate_together
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.student import Student, lone_student

@@ -15,15 +15,15 @@ from torch import nn
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.config import Config, LossConfig
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.methods.base import RivalTaps
 from mimkd_ray.losses.methods.build_method import RivalPlan
 from mimkd_ray.losses.methods.registry import RIVALS, Method
+from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.losses.shared_classes import SharedClasses, match
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.outputs import logits_from
 from mimkd_ray.models.weights import say_once
-from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.distiller import distill
 from mimkd_ray.train.engine.student import lone_student
 

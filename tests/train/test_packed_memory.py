@@ -13,7 +13,7 @@ from tiny_run import cpu, tiny_config, tiny_data
 from torch import Tensor
 
 from mimkd_ray.errors import MemberMemoryError
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.train.engine import evaluation as module
 from mimkd_ray.train.engine.evaluation import evaluate_together
 from mimkd_ray.train.engine.student import Student, lone_student

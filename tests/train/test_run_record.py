@@ -18,7 +18,7 @@ from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import Config
 from mimkd_ray.config.digest import digest
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.train.engine.evaluation import evaluate_together
 from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.loop import Loop, train

@@ -14,10 +14,10 @@ from ranks import start_ranks
 from tiny_run import tiny_config, tiny_data
 
 from mimkd_ray.cli.local_launch import LocalContext
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.loop import write_step
-from mimkd_ray.train.records.metrics import Meter
+from mimkd_ray.train.records.progress import Meter
 
 STEPS = 3
 

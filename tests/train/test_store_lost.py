@@ -12,7 +12,7 @@ import pytest
 from failing_store import FailingStore
 from tiny_run import run_tiny, wait_for_checkpoints
 
-from mimkd_ray import attempts, storage
+from mimkd_ray import retries, storage
 from mimkd_ray.train import run_record
 from mimkd_ray.train.records import checkpoint, rescue
 from mimkd_ray.train.records.run_dir import MetricsLog, read_metrics
@@ -25,9 +25,9 @@ def store(bucket: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("AWS_ENDPOINT_URL", made.url)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv(attempts.PATIENCE, "")
-    monkeypatch.setattr(attempts, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(attempts, "WAIT_CAP_S", 0.05)
+    monkeypatch.setenv(retries.PATIENCE, "")
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "WAIT_CAP_S", 0.05)
     monkeypatch.setattr(run_record, "BUSY_SECONDS", 0.1)
     yield made
     made.close()

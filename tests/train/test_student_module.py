@@ -8,7 +8,7 @@ from tiny_run import cpu, tiny_config, tiny_data
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.networks.student_module import LaneNorms, Normalizer
 

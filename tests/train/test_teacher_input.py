@@ -19,9 +19,9 @@ from torchvision.transforms.v2.functional import resize, to_dtype
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.config import DataConfig
 from mimkd_ray.errors import UserError
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.own_input import NetworkInput, published_input
 from mimkd_ray.models.weights import say_once
-from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.from_cache.cached_teacher import origin_of
 from mimkd_ray.train.networks.build import plan_student, teacher_images

@@ -19,8 +19,8 @@ from mimkd_ray.__main__ import main
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.config import Config
 from mimkd_ray.errors import Interrupted, UserError
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.head import head_of
-from mimkd_ray.models.zoo import build_model
 from mimkd_ray.run_lock import held
 from mimkd_ray.train import trained_teacher
 from mimkd_ray.train.engine.student import lone_student

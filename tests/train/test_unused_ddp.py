@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import Config, ModelConfig
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.train.engine.student import lone_student
 
 STEPS = 5

@@ -16,7 +16,7 @@ from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.config import CompareConfig, TeacherConfig
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.train import worker
 from mimkd_ray.train.compare import arm_config, paired, summarise
 from mimkd_ray.train.networks.teacher_check import chance_limit, check_accuracy

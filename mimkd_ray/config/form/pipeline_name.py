@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mimkd_ray.by_name import named_function
 from mimkd_ray.errors import UserError, nearest
+from mimkd_ray.user_functions import named_function
 
 PIPELINE_NAMES = ("imagenet", "imagenet_ta", "imagenet_ra", "cifar", "cifar_ta", "digits", "none")
 """The names in data/augment/pipelines.py, in its order."""

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimkd_ray.by_name import call_named
 from mimkd_ray.config.form.pipeline_name import check_pipeline_name, pipeline_function
 from mimkd_ray.data.augment.batch_views import BatchTransform, CropFlip
 from mimkd_ray.data.augment.transforms import CentreCrop, FitSize, OnPillow, ResizedCropFlip, Then, Transform
 from mimkd_ray.errors import UserError
+from mimkd_ray.user_functions import call_named
 
 
 class Pipeline(NamedTuple):

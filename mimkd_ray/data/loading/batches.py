@@ -4,7 +4,7 @@ The content of a batch depends only on (source, order, view, step, lane), not on
 
 A damaged image does not stop a run: it is named in `LaneBatch.damaged`, and in training its place is taken by
 the nearest intact image of the batch (the id repeats, so losses do not take the copies for negatives of each
-other). In evaluation it is left out. `DamageCounter` (damage.py) ends the run when there are too many.
+other). In evaluation it is left out. `DamageCounter` (damaged_images.py) ends the run when there are too many.
 """
 
 from __future__ import annotations

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from mimkd_ray.by_name import call_named, named_function
 from mimkd_ray.data.augment.decode import rgb_pixels
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.sources.source import Row, Source, digest_of, numbered_classes
 from mimkd_ray.errors import UserError, listed
+from mimkd_ray.user_functions import call_named, named_function
 
 SCHEME = "own://"
 """Prefix of `data.root` for data sets passed as objects; their digest follows it."""

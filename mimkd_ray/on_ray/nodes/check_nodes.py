@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mimkd_ray import storage
-from mimkd_ray.doctor import facts, link, places
+from mimkd_ray.doctor import link, node_facts, storage_checks
 from mimkd_ray.doctor.outcome import Outcome, redacted
 from mimkd_ray.on_ray.nodes.cluster import connect
 from mimkd_ray.secret_urls import Carried
@@ -117,14 +117,18 @@ class _Visit:
     def outcomes(self) -> list[Outcome]:
         """Return all checks, in the order in which they are shown."""
         config = self.config
-        known = self._ask("nodes", lambda node: partial(facts.look, node.name, node.gpus, node.object_store_bytes))
+        known = self._ask("nodes", lambda node: partial(node_facts.look, node.name, node.gpus, node.object_store_bytes))
         if not known:
             return self.silent
         everybody = list(known.values())
-        found = [facts.check_versions(everybody), facts.check_gpus(everybody), facts.check_authentication(everybody)]
+        found = [
+            node_facts.check_versions(everybody),
+            node_facts.check_gpus(everybody),
+            node_facts.check_authentication(everybody),
+        ]
         found += self._clocks()
-        found += [facts.check_memory(each) for each in everybody]
-        disk, decode = places.check_disk, places.check_decode
+        found += [node_facts.check_memory(each) for each in everybody]
+        disk, decode = storage_checks.check_disk, storage_checks.check_decode
         found += self._ask("disk", lambda node: partial(disk, node.name, config.store, config.store_gb)).values()
         found += self._ask("decode", lambda node: partial(decode, node.name, node.cpus)).values()
         for root in config.root:
@@ -160,7 +164,7 @@ class _Visit:
             except RayError as error:
                 self._lost("clock", node, error)
                 continue
-            found.append(facts.check_clock(node.name, *best))
+            found.append(node_facts.check_clock(node.name, *best))
         return found
 
     def _lost(self, check: str, node: Node, error: RayError, about: str = "") -> None:
@@ -184,7 +188,9 @@ class _Visit:
             return []
         node, first = next(iter(self.examiners.items()))
         try:
-            error = ray.get(first.do.remote(partial(places.leave_mark, folder)), timeout=self.config.wait_seconds)
+            error = ray.get(
+                first.do.remote(partial(storage_checks.leave_mark, folder)), timeout=self.config.wait_seconds
+            )
         except RayError as lost:
             self._lost("storage", node, lost, root)
             return []
@@ -193,7 +199,7 @@ class _Visit:
                 "check the place, the endpoint, the credentials of this node, and that its policy allows the prefix"
             )
             return [Outcome(check="storage", status="fail", node=node.name, text=error, remedy=remedy)]
-        found = self._ask("storage", lambda node: partial(places.check_storage, node.name, root, folder))
+        found = self._ask("storage", lambda node: partial(storage_checks.check_storage, node.name, root, folder))
         if node in self.examiners:
             with suppress(RayError):  # failures have been reported already
                 ray.get(first.do.remote(partial(storage.remove_tree, folder)), timeout=self.config.wait_seconds)

@@ -14,7 +14,7 @@ import ray
 from mimkd_ray import console
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray.nodes.environment import cluster_address
-from mimkd_ray.on_ray.nodes.left_behind import end_failed_start, end_left_behind
+from mimkd_ray.on_ray.nodes.stale_processes import end_failed_start, end_left_behind
 from mimkd_ray.signals import handled
 
 PATIENCE_S = 120

@@ -8,8 +8,8 @@ import shlex
 import sys
 
 from mimkd_ray import run_lock
-from mimkd_ray.by_name import LOOK_IN
 from mimkd_ray.errors import UserError
+from mimkd_ray.user_functions import LOOK_IN
 
 EMBEDDED = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -30,7 +30,7 @@ JOINED = {
 """Defaults for joining an existing cluster; Ray Train passes them to its controller."""
 
 OWNER = "MIMKD_RAY_OWNER"
-"""Variable of all processes of a Ray started by this one: its number and identity (left_behind.py)."""
+"""Variable of all processes of a Ray started by this one: its number and identity (stale_processes.py)."""
 
 LONGEST_FOLDER = 38
 """Bytes of a temporary folder whose sockets fit: Linux allows 107, and Ray appends up to 69."""

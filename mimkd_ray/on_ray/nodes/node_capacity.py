@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from mimkd_ray.errors import count
-from mimkd_ray.on_ray.nodes.holders import Held
+from mimkd_ray.on_ray.nodes.resource_holders import Held
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from mimkd_ray import console
 from mimkd_ray.config import Config, LaunchConfig
 from mimkd_ray.errors import UserError, count
-from mimkd_ray.on_ray.nodes import holders
+from mimkd_ray.on_ray.nodes import resource_holders
 from mimkd_ray.on_ray.nodes.node_capacity import Capacity
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ def wait_for_room(
     """
     began, told = time.monotonic(), -TELL_SECONDS
     while True:
-        held = holders.held_by_others()
+        held = resource_holders.held_by_others()
         if held is None:
             return None
         free, passed = Capacity.of_cluster(held), time.monotonic() - began
@@ -124,7 +124,7 @@ def wait_for_room(
         gpu = f" and {gpus:g} GPU" if gpus else ""
         text = (
             f"there is no room for {count(workers, what)} with {count(cpus, 'CPU')}{gpu} each: other jobs hold "
-            f"{taken:g} of the cluster's {total} {kind}s ({holders.named(held, kind)})"
+            f"{taken:g} of the cluster's {total} {kind}s ({resource_holders.named(held, kind)})"
         )
         left = max(SETTLE_SECONDS, seconds) - passed
         if left <= 0:

@@ -12,7 +12,6 @@ from ray import tune
 from ray.tune import schedulers
 from ray.tune.search.optuna import OptunaSearch
 
-from mimkd_ray.by_name import call_named, named_function
 from mimkd_ray.config import SearchConfig
 from mimkd_ray.config.form.json_form import dotted
 from mimkd_ray.config.jobs.search import POPULATION
@@ -23,6 +22,7 @@ from mimkd_ray.search.suggest import Grid, Options, Range
 from mimkd_ray.search.tap_candidates import flat_space
 from mimkd_ray.search.trials import DIRECTIONS, direction
 from mimkd_ray.train.records.loggers import require_loggers
+from mimkd_ray.user_functions import call_named, named_function
 
 SCHEDULERS = {
     "asha": "async_hyperband",

@@ -28,6 +28,7 @@ from mimkd_ray.errors import Interrupted, UserError, count
 from mimkd_ray.on_ray.nodes.cluster import connect
 from mimkd_ray.on_ray.nodes.node_capacity import Capacity
 from mimkd_ray.on_ray.nodes.placement import OWN_MINUTES, LossWatch, wait_for_nodes, wait_for_room
+from mimkd_ray.on_ray.remote_errors import fetch
 from mimkd_ray.on_ray.search.search_journal import Journal
 from mimkd_ray.on_ray.search.tune_algorithms import (
     check_fields,
@@ -45,7 +46,6 @@ from mimkd_ray.on_ray.search.tune_trials import (
     prepare_remotely,
     search_trainable,
 )
-from mimkd_ray.on_ray.told_errors import fetch
 from mimkd_ray.search.configs import FieldConfigs, TrialConfigs, trial_config
 from mimkd_ray.search.finals import Finals
 from mimkd_ray.search.suggest import Grid, Space

@@ -8,11 +8,11 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from mimkd_ray.models.modes import in_mode
+from mimkd_ray.models.train_or_eval import in_mode
 from mimkd_ray.train.engine.student import Student
-from mimkd_ray.train.held_out.evaluate import Accuracy, accuracies, held_out_name, read_information
+from mimkd_ray.train.held_out.accuracy import Accuracy, accuracies, held_out_name, read_information
+from mimkd_ray.train.held_out.captured_forwards import logits_of
 from mimkd_ray.train.held_out.neighbours import knn_top1
-from mimkd_ray.train.held_out.recorded import logits_of
 from mimkd_ray.train.out_of_memory import each
 
 

@@ -15,7 +15,7 @@ from mimkd_ray.data.augment.batch_views import view_key
 from mimkd_ray.data.augment.mixing import Mix, draw_mix, mix, mix_by_numbers
 from mimkd_ray.data.augment.pipelines import make_pipeline
 from mimkd_ray.data.loading.batches import LaneBatch
-from mimkd_ray.data.loading.damage import DamageCounter
+from mimkd_ray.data.loading.damaged_images import DamageCounter
 from mimkd_ray.data.loading.loader import eval_batches, to_device, train_batches
 from mimkd_ray.data.loading.resident import keeps_on_device, resident, resident_batches
 from mimkd_ray.data.sources.data_set import Data
@@ -26,8 +26,8 @@ from mimkd_ray.train.distributed import Context, all_but, gather_lanes
 from mimkd_ray.train.from_cache.cached_negatives import CachedNegatives
 from mimkd_ray.train.from_cache.cached_teacher import Cached
 from mimkd_ray.train.from_cache.live_check import CacheCheck
-from mimkd_ray.train.held_out.evaluate import told_batches
-from mimkd_ray.train.held_out.recorded import RecordedForwards
+from mimkd_ray.train.held_out.accuracy import told_batches
+from mimkd_ray.train.held_out.captured_forwards import RecordedForwards
 from mimkd_ray.train.networks.build import (
     PlannedStudent,
     build_teacher,
@@ -38,7 +38,7 @@ from mimkd_ray.train.networks.build import (
     uses_channels_last,
 )
 from mimkd_ray.train.networks.student_module import Normalizer
-from mimkd_ray.train.records.metrics import say
+from mimkd_ray.train.records.progress import say
 
 
 class Lane(NamedTuple):

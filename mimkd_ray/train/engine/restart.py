@@ -15,8 +15,8 @@ from mimkd_ray.train.distributed import ask_first, gather_by_rank
 from mimkd_ray.train.engine.student import Student
 from mimkd_ray.train.networks.optim import load_portable, portable_state
 from mimkd_ray.train.records import checkpoint
-from mimkd_ray.train.records.metrics import say
 from mimkd_ray.train.records.outcomes import RESULT
+from mimkd_ray.train.records.progress import say
 
 
 def save(student: Student, step: int, writer: checkpoint.Writer | None) -> None:

@@ -40,7 +40,7 @@ def optimisation_step(
     """One optimisation step of every student, on the same lanes, from zeroed gradients to the loss's bookkeeping.
 
     Before it, :meth:`Student.schedule` has set the step's learning rate and weights; after it, :meth:`Student.follow`
-    moves the average. Everything between them runs on the device, so that it can be recorded (captured.py).
+    moves the average. Everything between them runs on the device, so that it can be recorded (engines.py).
 
     ``seed`` is called with a lane's number before each student takes it, and seeds the networks' random numbers; None:
     they are seeded already. Students take turns (:class:`Turns`): one student's activations are held at a time. A

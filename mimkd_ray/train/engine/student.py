@@ -29,7 +29,7 @@ from mimkd_ray.train.networks.optim import (
 )
 from mimkd_ray.train.networks.student_module import LaneNorms, StudentModule, data_parallel
 from mimkd_ray.train.networks.teacher_head import teacher_head, trains_head
-from mimkd_ray.train.records.metrics import say
+from mimkd_ray.train.records.progress import say
 
 COMPILE_FROM_STEPS = 10_000
 """Steps of a run from which compilation pays by default. On an H200 it took 43 s and made captured steps of ResNet-34
@@ -129,7 +129,7 @@ class Student:
         self.ema.n_averaged += 1
 
     def step(self, step: int) -> StepRecord:
-        """Take one step alone, as PlainEngine does (train/engine/captured.py)."""
+        """Take one step alone, as PlainEngine does (train/engine/engines.py)."""
         self.schedule(step)
         seed = partial(seed_lane, self.config.train.seed, step)
         record = optimisation_step([self], self.inputs.step(step), seed)[self]

@@ -11,8 +11,8 @@ from mimkd_ray.data.order.random_numbers import raw
 from mimkd_ray.data.sources.source import Source, ids_of
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.teacher_queue import NO_LABEL
+from mimkd_ray.teacher_cache.feature_reader import FeatureReader
 from mimkd_ray.teacher_cache.mapped_vectors import COLUMN_VIEW, open_column
-from mimkd_ray.teacher_cache.reader import FeatureReader
 
 
 class CachedNegatives:

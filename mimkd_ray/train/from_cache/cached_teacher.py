@@ -20,9 +20,9 @@ from mimkd_ray.taps.tapped_model import layer_of
 from mimkd_ray.teacher_cache import calibration
 from mimkd_ray.teacher_cache.codec import needs_calibration
 from mimkd_ray.teacher_cache.feature_manifest import views_there
+from mimkd_ray.teacher_cache.feature_reader import FeatureReader
 from mimkd_ray.teacher_cache.keys import Entry, Origin, calibration_url, key_of, logits_entry, parts_of, pixels_entry
 from mimkd_ray.teacher_cache.pixel_digests import PIXELS, ROW_BYTES
-from mimkd_ray.teacher_cache.reader import FeatureReader
 from mimkd_ray.train.distributed import Context, ask_first
 from mimkd_ray.train.from_cache.fit_codecs import Sight, fit
 from mimkd_ray.train.from_cache.missing_features import Wanted, explain

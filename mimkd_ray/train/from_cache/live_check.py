@@ -10,8 +10,8 @@ from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.losses.features import Features
 from mimkd_ray.taps.tap_codecs import by_label
 from mimkd_ray.teacher_cache.canary import PixelWatch, check_features, chosen
+from mimkd_ray.teacher_cache.feature_reader import FeatureReader
 from mimkd_ray.teacher_cache.pixel_digests import PIXELS, pixel_rows
-from mimkd_ray.teacher_cache.reader import FeatureReader
 from mimkd_ray.train.networks.teacher import Teacher
 
 

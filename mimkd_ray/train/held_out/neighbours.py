@@ -14,7 +14,7 @@ from mimkd_ray.data.loading.batches import LaneBatch
 from mimkd_ray.data.loading.loader import eval_batches
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.data.sources.source import Source, SubsetSource
-from mimkd_ray.models.modes import in_mode
+from mimkd_ray.models.train_or_eval import in_mode
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape, to_vector
 from mimkd_ray.train.networks.student_module import Normalizer
 

@@ -15,13 +15,13 @@ from mimkd_ray.config import CacheConfig, Config, LossConfig, TrainConfig
 from mimkd_ray.config.loss_presets import Kind
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.source import Source, ids_of
-from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.methods.build_method import RivalPlan
 from mimkd_ray.losses.methods.crd import TrainingRows
 from mimkd_ray.losses.methods.registry import RIVALS
+from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.losses.shared_classes import SharedClasses, check_classes, comparable
 from mimkd_ray.losses.terms import LOGITS, Term
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.seeds import derive
 from mimkd_ray.taps.default_stages import Stages, before_activation, default_taps
 from mimkd_ray.taps.pairing import Pair, build_terms, choose_pairs, configured_pairs
@@ -161,7 +161,7 @@ def captures(config: TrainConfig, device: torch.device) -> bool:
 
 
 def why_plain(config: Config, device: torch.device) -> str:
-    """Return why steps are not to be captured (train/engine/captured.py), for people; "" where they are."""
+    """Return why steps are not to be captured (train/engine/engines.py), for people; "" where they are."""
     if not captures(config.train, device):
         several = config.train.engine == "auto" and device.type == "cuda"
         return (

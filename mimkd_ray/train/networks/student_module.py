@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mimkd_ray.losses.distillation import LossOutput, MIMKDLoss
 from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.mimkd_loss import LossOutput, MIMKDLoss
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape
 from mimkd_ray.train.distributed import all_sum
 from mimkd_ray.train.networks.teacher import canonical

@@ -14,10 +14,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from mimkd_ray import console, storage
-from mimkd_ray.by_name import told
 from mimkd_ray.config.form.json_form import dotted
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_if_sound, read_json
+from mimkd_ray.user_functions import told
 
 FILE = "loggers.json"
 

@@ -15,8 +15,8 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.weights import put_state
-from mimkd_ray.models.zoo import build_model
 from mimkd_ray.train.distributed import ask_first
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.outcomes import CONFIG, RESULT

@@ -25,7 +25,7 @@ from mimkd_ray.data.augment.pipelines import make_pipeline
 from mimkd_ray.data.augment.views import View
 from mimkd_ray.data.loading import loader, shared_memory, stuck_loaders
 from mimkd_ray.data.loading.batches import LaneBatch
-from mimkd_ray.data.loading.damage import DamageCounter, damaged_allowed
+from mimkd_ray.data.loading.damaged_images import DamageCounter, damaged_allowed
 from mimkd_ray.data.loading.loader import (
     PREFETCH,
     SPARE_SLOTS,

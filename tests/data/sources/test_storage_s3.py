@@ -17,7 +17,7 @@ import pytest
 import torch
 from image_sets import folder_set, parquet_set, prepared_set, tar_set
 
-from mimkd_ray import attempts, remote, storage
+from mimkd_ray import remote, retries, storage
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.loading.loader import eval_batches, train_batches
 from mimkd_ray.data.order.sample_order import Order
@@ -73,7 +73,7 @@ def test_create_once_whose_first_answer_was_lost(bucket: str, monkeypatch: pytes
             raise lost.pop()
 
     monkeypatch.setattr(fs, "pipe_file", put_and_lose_the_answer)
-    monkeypatch.setattr(attempts, "FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.0)
     assert storage.create_once(f"{bucket}/x", b"ours")
     assert not lost
     monkeypatch.setattr(fs, "pipe_file", put)

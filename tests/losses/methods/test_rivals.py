@@ -12,12 +12,12 @@ from rival_checks import IDS, LABELS, ROWS, both, build, leaves, taps
 
 from mimkd_ray.config import LossConfig
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.methods.base import RivalTaps
 from mimkd_ray.losses.methods.build_method import RivalPlan
 from mimkd_ray.losses.methods.kd import kd_loss
 from mimkd_ray.losses.methods.registry import RIVALS, Method
+from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.losses.terms import Term
 
 OWN_LOSS = [method for method in RIVALS if method != "kd"]

@@ -22,8 +22,8 @@ from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
 from mimkd_ray.teacher_cache.feature_manifest import read_manifest
+from mimkd_ray.teacher_cache.feature_reader import FeatureReader
 from mimkd_ray.teacher_cache.mapped_vectors import open_column
-from mimkd_ray.teacher_cache.reader import FeatureReader
 from mimkd_ray.train.from_cache.cached_negatives import CachedNegatives
 
 

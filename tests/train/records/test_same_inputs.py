@@ -18,7 +18,7 @@ from mimkd_ray import storage
 from mimkd_ray.config import Config, DataConfig
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.run_lock import held
 from mimkd_ray.train import trained_teacher
 from mimkd_ray.train.distributed import Context

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from failing_store import FailingStore
 
-from mimkd_ray import attempts, remote, storage
+from mimkd_ray import remote, retries, storage
 from mimkd_ray.errors import UserError
 
 
@@ -21,10 +21,10 @@ def store(bucket: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Ite
     """A store that fails on request, between this process and the bucket; little patience."""
     made = FailingStore(s3_endpoint)
     monkeypatch.setenv("AWS_ENDPOINT_URL", made.url)
-    monkeypatch.setattr(attempts, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(attempts, "WAIT_CAP_S", 0.05)
-    monkeypatch.setattr(attempts, "TELL_AFTER_S", 0.1)
-    monkeypatch.setenv(attempts.PATIENCE, "0")
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "WAIT_CAP_S", 0.05)
+    monkeypatch.setattr(retries, "TELL_AFTER_S", 0.1)
+    monkeypatch.setenv(retries.PATIENCE, "0")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     yield made
     made.close()
@@ -36,7 +36,7 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(remote, "ANSWER_SECONDS", 0.2)
     monkeypatch.setattr(remote, "UPLOAD_SECONDS", 0.4)
     monkeypatch.setattr(remote, "SLOWEST_UPLOAD", 1e8)
-    monkeypatch.setattr(attempts, "FIRST_SECONDS", 0.25)
+    monkeypatch.setattr(retries, "FIRST_SECONDS", 0.25)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -74,7 +74,7 @@ def test_what_has_answered_is_waited_for(
     with pytest.raises(storage.StorageError, match="in 5 tries"):
         storage.read_bytes(f"{bucket}/x")
     store.how = ""
-    monkeypatch.setenv(attempts.PATIENCE, "0.5")
+    monkeypatch.setenv(retries.PATIENCE, "0.5")
     assert storage.read_bytes(f"{bucket}/x") == b"1"
     store.how = "busy"
     threading.Timer(1.5, lambda: setattr(store, "how", "")).start()
@@ -93,13 +93,13 @@ def test_after_one_call_waited_in_vain_others_do_not(
     store: FailingStore, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage.write_bytes(f"{bucket}/x", b"1")
-    monkeypatch.setenv(attempts.PATIENCE, "0.02")
+    monkeypatch.setenv(retries.PATIENCE, "0.02")
     store.how = "busy"
     began = time.monotonic()
     with pytest.raises(storage.StorageError, match=r"in \d\d tries, 1 s"):
         storage.read_bytes(f"{bucket}/x")
     assert time.monotonic() - began >= 1.2
-    monkeypatch.setenv(attempts.PATIENCE, "10")
+    monkeypatch.setenv(retries.PATIENCE, "10")
     with pytest.raises(storage.StorageError, match="in 5 tries"):
         storage.write_bytes(f"{bucket}/x", b"2")
 
@@ -107,7 +107,7 @@ def test_after_one_call_waited_in_vain_others_do_not(
 def test_expired_credentials_are_named_at_once_and_waited_for_in_the_middle(
     store: FailingStore, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(attempts.PATIENCE, "0.5")
+    monkeypatch.setenv(retries.PATIENCE, "0.5")
     store.how = "expired"
     with pytest.raises(UserError, match=rf"cannot write {bucket}/x: the credentials have expired .*renew them"):
         storage.write_bytes(f"{bucket}/x", b"1")
@@ -141,18 +141,18 @@ def test_bare_answers_to_a_head_request_name_the_region(
     store: FailingStore, bucket: str, monkeypatch: pytest.MonkeyPatch, how: str, kind: type[Exception], said: str
 ) -> None:
     """They have a status, 400 or 301, and no body that would name an error."""
-    monkeypatch.setattr(attempts, "TRIES", 1)
+    monkeypatch.setattr(retries, "TRIES", 1)
     store.how = how
     with pytest.raises(kind, match=said):
         storage.size(f"{bucket}/x")
 
 
 def test_a_place_that_may_be_read_and_not_written_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempts, "ANSWERED", set())
+    monkeypatch.setattr(retries, "ANSWERED", set())
 
     def refuse() -> None:
         raise PermissionError("Access Denied")
 
-    attempts.attempt("s3://b/x", "read", lambda: None)
+    retries.attempt("s3://b/x", "read", lambda: None)
     with pytest.raises(storage.AccessError, match="cannot write s3://b/x: Access Denied"):
-        attempts.attempt("s3://b/x", "write", refuse)
+        retries.attempt("s3://b/x", "write", refuse)

@@ -14,10 +14,10 @@ from mimkd_ray.config import DataConfig
 from mimkd_ray.data.loading.batches import LaneBatch
 from mimkd_ray.data.loading.loader import eval_batches
 from mimkd_ray.errors import DamagedDataError, UserError
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.train.engine.evaluation import evaluate_together
 from mimkd_ray.train.engine.student import lone_student
-from mimkd_ray.train.held_out.evaluate import GRADIENT_IMAGES, accuracy, held_out_name
+from mimkd_ray.train.held_out.accuracy import GRADIENT_IMAGES, accuracy, held_out_name
 from mimkd_ray.train.networks.student_module import Normalizer
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from mimkd_ray.doctor.facts import (
+from mimkd_ray.doctor.node_facts import (
     NodeFacts,
     check_authentication,
     check_clock,

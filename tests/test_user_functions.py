@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mimkd_ray.by_name import call_named, named_function
 from mimkd_ray.data.augment.pipelines import make_pipeline
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
+from mimkd_ray.user_functions import call_named, named_function
 
 ROOT = Path(__file__).parents[1]
 MODULE = """
@@ -56,13 +56,16 @@ def test_a_job_finds_modules_of_the_current_folder(tmp_path: Path, flags: tuple[
 
 
 def test_what_a_factory_raises_is_one_line_with_its_place() -> None:
-    line = r"model 'test_by_name:fails': called with num_classes=7, it raised RuntimeError: no weights for 7 classes \("
-    with pytest.raises(UserError, match=rf"{line}.*test_by_name\.py, line \d+\)$"):
-        build_model("test_by_name:fails", 7)
-    with pytest.raises(UserError, match=r"pipeline 'test_by_name:fails_at_size': called with 32, it raised KeyError"):
-        make_pipeline("test_by_name:fails_at_size", 32)
+    why = "called with num_classes=7, it raised RuntimeError: no weights for 7 classes"
+    line = rf"model 'test_user_functions:fails': {why} \("
+    with pytest.raises(UserError, match=rf"{line}.*test_user_functions\.py, line \d+\)$"):
+        build_model("test_user_functions:fails", 7)
+    with pytest.raises(
+        UserError, match=r"pipeline 'test_user_functions:fails_at_size': called with 32, it raised KeyError"
+    ):
+        make_pipeline("test_user_functions:fails_at_size", 32)
     with pytest.raises(UserError, match=r"^train it first$"):
-        call_named("model", "test_by_name:refuses", refuses, num_classes=3)
+        call_named("model", "test_user_functions:refuses", refuses, num_classes=3)
 
 
 def uses_a_library_wrongly(num_classes: int) -> None:
@@ -71,8 +74,8 @@ def uses_a_library_wrongly(num_classes: int) -> None:
 
 def test_the_place_is_in_the_users_code_and_not_in_the_library_that_it_calls() -> None:
     line = uses_a_library_wrongly.__code__.co_firstlineno + 1
-    with pytest.raises(UserError, match=rf"raised JSONDecodeError: .*test_by_name\.py, line {line}\)$"):
-        build_model("test_by_name:uses_a_library_wrongly", 7)
+    with pytest.raises(UserError, match=rf"raised JSONDecodeError: .*test_user_functions\.py, line {line}\)$"):
+        build_model("test_user_functions:uses_a_library_wrongly", 7)
 
 
 def test_a_module_that_cannot_be_imported_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from mimkd_ray.config import Config
 from mimkd_ray.data.loading.batches import first_three
-from mimkd_ray.data.loading.damage import damaged_allowed
+from mimkd_ray.data.loading.damaged_images import damaged_allowed
 from mimkd_ray.data.loading.loader import eval_batches, to_device
 from mimkd_ray.data.sources.source import Source, SubsetSource
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.evaluation.networks import Network, normalizer
 from mimkd_ray.train.distributed import Context, is_distributed
-from mimkd_ray.train.held_out.evaluate import told_batches
+from mimkd_ray.train.held_out.accuracy import told_batches
 
 logger = logging.getLogger(__name__)
 

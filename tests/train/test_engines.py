@@ -22,7 +22,7 @@ from mimkd_ray.data.augment.mixing import draw_mix
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.train.cuda_graphs import WARM
-from mimkd_ray.train.engine.captured import CapturedEngine, _Seeds, make_engine
+from mimkd_ray.train.engine.engines import CapturedEngine, _Seeds, make_engine
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.student import Student, lone_student
 from mimkd_ray.train.networks.build import build_network, plan_student
@@ -240,7 +240,7 @@ def test_steps_that_draw_on_the_host_are_not_recorded_for_a_gpu(
     engine = make_engine([student])
     assert isinstance(engine, CapturedEngine)
     engine.stream = object()  # type: ignore[assignment]
-    monkeypatch.setattr("mimkd_ray.train.engine.captured.run_warm", lambda work, stream: (work(), []))
+    monkeypatch.setattr("mimkd_ray.train.engine.engines.run_warm", lambda work, stream: (work(), []))
     for step in range(WARM):
         engine.step([student], step)
     assert engine.gave_up

@@ -13,7 +13,7 @@ from torch import nn
 
 from mimkd_ray.config import ModelConfig
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.zoo import build_model, model_names
+from mimkd_ray.models.build_model import build_model, model_names
 
 STUDENT = "cifar/resnet8_w4"
 
@@ -162,14 +162,14 @@ def test_only_three_keys_are_named(tmp_path: Path) -> None:
         ("cifar/resnet21", "random", "unknown model 'cifar/resnet21'.*did you mean 'cifar/resnet"),
         ("cifar/resnet20", "published", "no published weights for cifar/resnet20"),
         ("nowhere.at.all:net", "random", "cannot import 'nowhere.at.all'"),
-        ("test_zoo:make_liner", "random", "no function 'make_liner'; did you mean 'make_linear'"),
-        ("test_zoo:make_number", "random", "returned int, expected a torch.nn.Module"),
+        ("test_build_model:make_liner", "random", "no function 'make_liner'; did you mean 'make_linear'"),
+        ("test_build_model:make_number", "random", "returned int, expected a torch.nn.Module"),
         (
-            "test_zoo:make_wrong",
+            "test_build_model:make_wrong",
             "random",
             "called with num_classes=5, but missing a required argument: 'classes'",
         ),
-        ("test_zoo:make_linear", "published", "no published weights for test_zoo:make_linear"),
+        ("test_build_model:make_linear", "published", "no published weights for test_build_model:make_linear"),
         (STUDENT, "/no/such/file.pt", "weights /no/such/file.pt: no such file"),
         (STUDENT, "weights.txt", "weights 'weights.txt': expected 'random', 'published' or a file ending in"),
         (STUDENT, "nosuch://host/file.pt", "weights nosuch://host/file.pt: cannot be read"),
@@ -198,10 +198,10 @@ def test_pickled_objects_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_function_by_import_path() -> None:
-    net = build_model("test_zoo:make_linear", 5)
+    net = build_model("test_build_model:make_linear", 5)
     assert net(torch.zeros(2, 3, 2, 2)).shape == (2, 5)
-    with pytest.raises(UserError, match=r"'test_zoo:make_compiled' is compiled already.* --train\.compile on"):
-        build_model("test_zoo:make_compiled", 5)
+    with pytest.raises(UserError, match=r"'test_build_model:make_compiled' is compiled already.* --train\.compile on"):
+        build_model("test_build_model:make_compiled", 5)
 
 
 def test_timm() -> None:
@@ -226,7 +226,7 @@ def test_config_refuses_empty_names() -> None:
 
 def test_importing_the_package_imports_neither_torchvision_nor_ray() -> None:
     """What a job imports before its opening block neither: torchvision's import takes as long as torch's."""
-    names = ("models.zoo", "models.cifar_registry", "taps.default_stages", "taps.tapped_model", "cli.training")
+    names = ("models.build_model", "models.cifar_registry", "taps.default_stages", "taps.tapped_model", "cli.training")
     modules = ", ".join(f"mimkd_ray.{name}" for name in names)
     code = f"import sys, {modules}; print(sorted({{'ray', 'torchvision', 'timm'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

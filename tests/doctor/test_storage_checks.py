@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mimkd_ray import attempts, storage
+from mimkd_ray import retries, storage
 from mimkd_ray.data.augment.decode import jpeg_size
-from mimkd_ray.doctor.places import (
+from mimkd_ray.doctor.storage_checks import (
     OBJECT_BYTES,
     check_decode,
     check_disk,
@@ -82,7 +82,7 @@ def test_slow_storage_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_place_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempts, "TRIES", 1)
+    monkeypatch.setattr(retries, "TRIES", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:pass@127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-mine")
@@ -152,6 +152,6 @@ def test_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     found = check_decode("n", 4)
     assert found.figures["images_s"] > 0
     assert f"at most {found.figures['images_s'] * 4:.0f}" in found.text
-    monkeypatch.setattr("mimkd_ray.doctor.places.SLOW_DECODE", 10**9)
+    monkeypatch.setattr("mimkd_ray.doctor.storage_checks.SLOW_DECODE", 10**9)
     slow = check_decode("n", 4)
     assert (slow.status, bool(slow.remedy)) == ("warn", True)

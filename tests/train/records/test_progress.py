@@ -8,15 +8,15 @@ from tiny_run import cpu
 
 from mimkd_ray import console
 from mimkd_ray.errors import NonFiniteLossError
-from mimkd_ray.train.records import metrics
-from mimkd_ray.train.records.metrics import FiniteGuard, Progress
+from mimkd_ray.train.records import progress as module
+from mimkd_ray.train.records.progress import FiniteGuard, Progress
 
 
 def test_plain_lines_carry_rate_time_left_and_metrics(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     console.use(console.Shown())
     asked = []
@@ -35,7 +35,7 @@ def test_a_slow_start_is_forgotten_after_a_minute(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     console.use(console.Shown())
     progress = Progress(cpu(), "x", 0, 1000, 10)

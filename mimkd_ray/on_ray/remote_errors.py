@@ -18,7 +18,7 @@ ERRORS = (UserError, DamagedDataError, NonFiniteLossError, Interrupted, StorageE
 """Errors that a restart does not cure."""
 
 RETRY_WAITS_S = (5.0, 20.0, 60.0)
-"""Pauses before work is repeated whose storage failed for longer than attempts.py tries."""
+"""Pauses before work is repeated whose storage failed for longer than retries.py tries."""
 
 
 def kind_of(error: Exception) -> str:

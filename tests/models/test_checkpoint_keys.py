@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.cifar_registry import NETWORKS
 from mimkd_ray.models.weights import say_once
-from mimkd_ray.models.zoo import build_model
 
 STUDENT = "cifar/resnet8_w4"
 
@@ -190,7 +190,7 @@ def test_a_prefix_that_the_network_has_itself_stays(tmp_path: Path, caplog: pyte
     net = make_wrapping(10)
     for prefix in ("", "module."):
         torch.save(_prefixed(net.state_dict(), prefix), tmp_path / "w.pt")
-        assert _same(build_model("test_other_names:make_wrapping", 10, str(tmp_path / "w.pt")), net)
+        assert _same(build_model("test_checkpoint_keys:make_wrapping", 10, str(tmp_path / "w.pt")), net)
     assert caplog.messages == [f"weights {tmp_path}/w.pt: took 'module.' off the names"]
 
 

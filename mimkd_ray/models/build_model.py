@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from mimkd_ray.by_name import call_named, named_function
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.models.published import of_timm, of_torchvision, own_network
 from mimkd_ray.models.weights import class_mismatch, load_weights, new_head_line, put_state, say_once
 from mimkd_ray.models.weights_file import FOLDER, HUB
+from mimkd_ray.user_functions import call_named, named_function
 
 _AUX = ("aux1.", "aux2.", "AuxLogits.")
 _WITH_AUX = ("googlenet", "inception_v3")

@@ -12,7 +12,7 @@ from ray.exceptions import RayTaskError
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.data.store.locks import HeldError
 from mimkd_ray.errors import UserError
-from mimkd_ray.on_ray import told_errors
+from mimkd_ray.on_ray import remote_errors
 from mimkd_ray.on_ray.cache_actors import BuildActor
 from mimkd_ray.storage import AccessError, StorageError
 
@@ -30,13 +30,13 @@ def rows(*runs: list[Any]) -> list[tuple[int, str, str]]:
 
     actor = BuildActor.__new__(BuildActor)
     actor.builder, actor.failed = SimpleNamespace(run=run), None  # type: ignore[assignment]
-    units = [told_errors.ray.cloudpickle.dumps(name) for name in "abc"]
+    units = [remote_errors.ray.cloudpickle.dumps(name) for name in "abc"]
     found = actor({"number": [5, 6, 7], "unit": units})
     return [(row["number"][0], row["error"][0], row["message"][0]) for row in found]
 
 
 def test_a_builder_answers_with_the_error_and_repeats_what_storage_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(told_errors, "RETRY_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(remote_errors, "RETRY_WAITS_S", (0.0, 0.0))
     assert rows(["a", HeldError("a lock")]) == [(5, "", ""), (-1, "UserError", "a lock")]
     assert rows([AccessError("no key")]) == [(-1, "AccessError", "no key")]
     away = StorageError("away")
@@ -51,9 +51,9 @@ def test_a_tasks_error_is_raised_as_it_was(error: Exception, monkeypatch: pytest
     def get(cause: Exception) -> None:
         raise RayTaskError("task", "a long traceback", cause)
 
-    monkeypatch.setattr(told_errors.ray, "get", get)
+    monkeypatch.setattr(remote_errors.ray, "get", get)
     with pytest.raises(type(error)) as raised:
-        told_errors.fetch(error)
+        remote_errors.fetch(error)
     assert raised.value is error
     with pytest.raises(RayTaskError, match="a long traceback"):
-        told_errors.fetch(ZeroDivisionError())
+        remote_errors.fetch(ZeroDivisionError())

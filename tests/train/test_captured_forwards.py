@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_captured import NoHost, captured
+from test_engines import NoHost, captured
 from tiny_run import cpu, tiny_config
 
 from mimkd_ray.config import Config
@@ -17,8 +17,8 @@ from mimkd_ray.train.cuda_graphs import WARM
 from mimkd_ray.train.engine.evaluation import evaluate_together
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.student import Student
-from mimkd_ray.train.held_out import recorded
-from mimkd_ray.train.held_out.recorded import RecordedForwards
+from mimkd_ray.train.held_out import captured_forwards
+from mimkd_ray.train.held_out.captured_forwards import RecordedForwards
 from mimkd_ray.train.networks.build import build_network, plan_student
 
 CONFIG = tiny_config(
@@ -125,8 +125,8 @@ def test_what_cannot_be_recorded_is_run_plainly(
     forwards = forwards_of(student)
     forwards.stream = object()  # type: ignore[assignment]
     waits = ["net.py, line 3"] if where == "waits" else []
-    monkeypatch.setattr(recorded, "run_warm", lambda work, stream: (work(), waits))
-    monkeypatch.setattr(recorded, "record", fails)
+    monkeypatch.setattr(captured_forwards, "run_warm", lambda work, stream: (work(), waits))
+    monkeypatch.setattr(captured_forwards, "record", fails)
     assert evaluate_together([student])[student] == evaluate_together([plain])[plain]
     assert forwards.gave_up
     said = "a network waits for the device (net.py, line 3)" if where == "waits" else "operation not permitted\n"

@@ -15,7 +15,7 @@ from tiny_run import cpu, tiny_config, tiny_data
 from mimkd_ray.cli.training import run
 from mimkd_ray.config import CompareConfig, Config
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.zoo import build_model
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.train.engine.restart import resume
 from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.networks.optim import portable_state

@@ -15,9 +15,9 @@ from mimkd_ray import storage
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.errors import DamagedDataError
-from mimkd_ray.teacher_cache import reader as reader_module
+from mimkd_ray.teacher_cache import feature_reader as reader_module
 from mimkd_ray.teacher_cache.feature_manifest import ViewManifest, publish
-from mimkd_ray.teacher_cache.reader import FeatureReader
+from mimkd_ray.teacher_cache.feature_reader import FeatureReader
 from mimkd_ray.teacher_cache.writer import write_shard
 
 KEYS = {"a:map": KEY, "b:map": "1" * 24, "c:vector": "2" * 24, "pixels": "3" * 24}

@@ -1,4 +1,4 @@
-"""Forward passes of an evaluation as CUDA graphs, beside the captured steps of training (engine/captured.py)."""
+"""Forward passes of an evaluation as CUDA graphs, beside the captured steps of training (engine/engines.py)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from mimkd_ray.taps.tapped_model import TappedModel
 from mimkd_ray.train.cuda_graphs import WARM, record, run_warm
 from mimkd_ray.train.distributed import Context
-from mimkd_ray.train.records.metrics import say
+from mimkd_ray.train.records.progress import say
 
 
 @dataclass

@@ -29,7 +29,7 @@ from mimkd_ray.train.distributed import Context, first_said
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.step import StepRecord, optimisation_step, seed_lane
 from mimkd_ray.train.engine.student import Student
-from mimkd_ray.train.records.metrics import say
+from mimkd_ray.train.records.progress import say
 
 Taken = dict[Student, StepRecord]
 Failed = dict[Student, str]

@@ -13,8 +13,8 @@ from mimkd_ray.config import CriticConfig, LossConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.bounds import BOUNDS, SMILE_CLIP
 from mimkd_ray.losses.critics import DotCritic, build_critic
-from mimkd_ray.losses.distillation import MIMKDLoss
 from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.losses.negatives import valid_pairs
 from mimkd_ray.losses.terms import Candidates, Objective, Term, score_term
 
