@@ -67,8 +67,8 @@ def accuracy(
     """Top-1, top-5 and cross-entropy over the batches of all ranks. Damaged images are left out and counted.
 
     ``name`` is the set's, for errors, ``remedy`` what to do if it is empty. Raises, on all ranks alike,
-    DamagedDataError if more images are damaged than ``max_damaged`` allows (``data.loading.damaged_images``), and UserError if
-    no image is left.
+    DamagedDataError if more images are damaged than ``max_damaged`` allows (``data.loading.damaged_images``), and
+    UserError if no image is left.
     """
     return accuracies({0: logits_of}, batches, normalize, max_damaged, name, remedy=remedy)[0]
 
