@@ -33,7 +33,7 @@ def report_html(
     trials = sorted(trials, key=lambda trial: trial.number)
     best_first = ranked(trials, metric)
     page = Page(title)
-    _head(page, trials, metric, facts)
+    _head(page, trials, metric, facts, finals)
     if finals:
         _finals(page, finals)
     if not trials:
@@ -62,11 +62,16 @@ def _score(score: float | None, metric: str) -> str:
     return f"{score:.2f} %" if metric in ("top1", "knn") else f"{score:.4g} nats"
 
 
-def _head(page: Page, trials: Sequence[Trial], metric: str, facts: Mapping[str, str]) -> None:
+def _head(
+    page: Page, trials: Sequence[Trial], metric: str, facts: Mapping[str, str], finals: Sequence[Final] | None
+) -> None:
     counts = [(state, sum(trial.state == state for trial in trials)) for state in STATES]
     best = ranked(trials, metric)[:1]
     label = LABELS.get(metric, metric).partition(" (")[0]
-    tiles = [(_score(best[0].score, metric), f"best {label}, trial {best[0].number}")] if best else []
+    tiles = [
+        (f"{final.mean:.2f} %", f"top-1 of the best finalist, trial {final.trial}") for final in (finals or [])[:1]
+    ]
+    tiles += [(_score(best[0].score, metric), f"best {label}, trial {best[0].number}")] if best else []
     tiles += [(str(count), state) for state, count in counts if count or state == "completed"]
     page.tiles([*tiles, (clock(sum(t.seconds for t in trials if math.isfinite(t.seconds))), "h:mm:ss in all trials")])
     better = "higher" if direction(metric) == "maximize" else "lower"

@@ -32,6 +32,7 @@ def test_every_section_is_there() -> None:
         assert text in page.text
     best = max((t for t in trials if t.state != "failed"), key=lambda t: t.score or 0)
     assert "Of trial 4, the best finalist" in page.text
+    assert "top-1 of the best finalist, trial 4" in page.text
     assert json.dumps(trials[4].config, indent=2) in page.text
     assert best.number != 4
     alone = read(trials)
