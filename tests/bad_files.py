@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
@@ -69,7 +70,7 @@ SETS: dict[str, Callable[[], bytes]] = {
     "dates": lambda: _parquet(table(pa.array(DAYS))),
     "timestamps": lambda: _parquet(table(pa.array(DAYS).cast(pa.timestamp("us")))),
     "decimals": lambda: _parquet(table(LABELS.cast(pa.decimal128(19, 0)))),
-    "fractions": lambda: _parquet(table(LABELS.cast(pa.float64()))),
+    "fractions": lambda: _parquet(table(pc.add(LABELS.cast(pa.float64()), 0.5))),
     "label 10^12": lambda: _parquet(_first(10**12)),
     "label 2^32-1": lambda: _parquet(_first(2**32 - 1, pa.uint32())),
     "label 2^64-1": lambda: _parquet(_first(2**64 - 1, pa.uint64())),

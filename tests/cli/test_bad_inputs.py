@@ -165,7 +165,7 @@ DATA: list[Case] = [
         "dates": "no column of labels",
         "timestamps": "no column of labels",
         "decimals": "no column of labels",
-        "fractions": "no column of labels",
+        "fractions": "labels of type double are no class numbers",
         "label 10^12": "labels up to 1,000,000,000,000, and class numbers go up to 999,999",
         "label 2^32-1": "labels up to 4,294,967,295",
         "label 2^64-1": "labels up to 18,446,744,073,709,551,615",

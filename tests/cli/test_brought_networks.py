@@ -64,7 +64,9 @@ def test_a_student_starts_from_weights_of_other_classes_and_a_teacher_does_not(
     assert torch.equal(one.head.weight, two.head.weight), "a function of the seed"
     as_teacher = tiny_config(teacher={"name": "cifar/resnet8_w4", "weights": weights})
     for call in (lambda: preflight(as_teacher), lambda: build_network(as_teacher, 10, weights)):
-        with pytest.raises(UserError, match=r"have 100 classes, the data has 10: pass --data.num-classes 100"):
+        with pytest.raises(
+            UserError, match=r"have 100 classes, the data has 10: pass other weights, or --data.num-classes 100"
+        ):
             call()
 
 
