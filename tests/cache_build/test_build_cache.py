@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -292,17 +291,17 @@ def test_shards_are_whole_blocks() -> None:
 
 
 def test_a_plan_measures_loader_processes_at_their_own_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes, simulated, that each take 40 ms for a batch of 10 images."""
-    real = Sight.batches
+    """Two processes, simulated, that each take 40 ms for a batch of 10 images; the clock knows of nothing else."""
+    real, now = Sight.batches, [0.0]
 
     def batches(sight: Sight, keys: Sequence[Key]) -> Iterator[LaneBatch]:
         for number, batch in enumerate(real(sight, keys)):
             if number % 2 == 0:
-                time.sleep(0.04)
+                now[0] += 0.04
             yield batch
 
     setup = Setup(cached_config(tmp_path, data={"loader_workers": 0}), CPU)
+    monkeypatch.setattr(measured_plan.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(Sight, "batches", batches)
     monkeypatch.setattr(measured_plan, "resolve_loader_workers", lambda number, source: 2)
-    load = 0.04 / 2 / 10
-    assert 0.95 * load < measured_plan._measure(setup).load < 2 * load
+    assert measured_plan._measure(setup).load == pytest.approx(0.04 / 2 / 10)

@@ -42,7 +42,7 @@ def resources(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Replace the cluster's resources by a dictionary that a test can change."""
     has: dict[str, float] = {"CPU": 16}
     monkeypatch.setattr(placement.ray, "cluster_resources", lambda: dict(has))
-    monkeypatch.setattr(placement.holders, "held_by_others", list)
+    monkeypatch.setattr(placement.resource_holders, "held_by_others", list)
     node = {"Alive": True, "Resources": has, "NodeID": "n"}
     monkeypatch.setattr(node_capacity.ray, "nodes", lambda: [node, {"Alive": False, "Resources": {"CPU": 99.0}}])
     return has
@@ -78,7 +78,7 @@ def test_a_range_is_elastic_in_a_cluster_and_the_most_that_fit_at_home(resources
 
 def nodes_of(monkeypatch: pytest.MonkeyPatch, *nodes: tuple[int, int]) -> None:
     monkeypatch.setattr(placement.Capacity, "of_cluster", classmethod(lambda *_: Capacity(nodes)))
-    monkeypatch.setattr(placement.holders, "held_by_others", list)
+    monkeypatch.setattr(placement.resource_holders, "held_by_others", list)
 
 
 def test_a_worker_has_no_more_cpus_than_a_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,8 +205,8 @@ def busy(resources: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> list[H
     """What another job holds of the cluster's four CPUs; a test may change it."""
     resources["CPU"] = 4
     held = [Held("n", "02", {"CPU": 2.0}), Held("n", "02", {"CPU": 1.0}), Held("elsewhere", "03", {"CPU": 9.0})]
-    monkeypatch.setattr(placement.holders, "held_by_others", lambda: list(held))
-    monkeypatch.setattr(placement.holders, "named", lambda held, kind: "3 by job 02 (python other.py)")
+    monkeypatch.setattr(placement.resource_holders, "held_by_others", lambda: list(held))
+    monkeypatch.setattr(placement.resource_holders, "named", lambda held, kind: "3 by job 02 (python other.py)")
     monkeypatch.setattr(placement, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(placement, "SETTLE_SECONDS", 0.2)
     return held
