@@ -38,8 +38,8 @@ def preflight(config: Config, given: OwnData | None = None) -> None:
     """Raise UserError for missing data, wrong class counts, impossible layers, queues that are too large, weights and
     caches that do not fit.
 
-    Reads listings, footers and weights; builds the networks without memory (on the meta device, if they can be) and
-    runs them dry.
+    Reads listings, footers and weights; builds the networks and runs them dry: on the meta device, without memory, if
+    they can be and are not small.
     Published weights may not be on this machine: their caches are checked only by the workers.
     """
     require_loggers(config.run.loggers)

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_run import tiny_config
-from torch import nn
 
 from mimkd_ray.__main__ import main
 from mimkd_ray.cli.training import run, run_directory
@@ -38,11 +37,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 def evaluate(*arguments: object) -> int:
     return main(["evaluate", *map(str, arguments)])
-
-
-def of_a_thousand(num_classes: int) -> nn.Module:
-    """Of ImageNet's classes, whatever it is asked for."""
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1000))
 
 
 FAST = ("--eval.train-rows", 60, "--eval.tap-rows", 0)
@@ -169,6 +163,6 @@ def test_bad_input(finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys
     assert "nothing to evaluate: give the directory of a run, or" in refused("--data.subset", 60)
     untrained = ("--student.weights", "random", "--eval.out", tmp_path)
     assert "unknown model" in refused("--student.name", "cifar/resnet9", *untrained)
-    wide = ("--student.name", "test_measure:of_a_thousand")
+    wide = ("--student.name", "tiny_run:of_a_thousand")
     assert "gives 1000 logits, and the data has 10 classes" in refused(*wide, *untrained)
     assert load_file(place / "student.safetensors"), "nothing of the run was touched"

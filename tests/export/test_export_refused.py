@@ -33,11 +33,6 @@ from mimkd_ray.train.records.read_back import student_of_run
 QUICK = ("--images", "20", "--calibration", "20", "--threads", "1")
 
 
-def of_a_thousand(num_classes: int) -> nn.Module:
-    """Of ImageNet's classes, whatever it is asked for."""
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1000))
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
@@ -129,7 +124,7 @@ def test_data_of_other_classes(run: Path, capsys: pytest.CaptureFixture[str]) ->
     said = _said(capsys, str(run), "--data.num-classes", "12")
     assert "student.safetensors have 10 classes, the data has 12: pass other weights" in said
     assert not (run / "export").exists()
-    wide = ("--network", "test_export_refused:of_a_thousand", "--weights", "random", "--out", str(run / "export"))
+    wide = ("--network", "tiny_run:of_a_thousand", "--weights", "random", "--out", str(run / "export"))
     said = _said(capsys, *wide, "--data.root", "digits", "--data.image-size", "8", "--data.pipeline", "digits")
     assert "gives 1000 logits, and the data has 10 classes" in said
 

@@ -34,8 +34,11 @@ def _parquet_in_two_places(root: Path) -> None:
 def _with_the_sets_name_before(root: Path) -> None:
     """As timm/imagenet-1k-wds on the hub has them; the files of `val` are no training images."""
     for name, labels in (("set1k-train-0.tar", "01"), ("set1k-train-1.tar", "10"), ("val-train-like-0.tar", "0")):
-        members = {f"{at}.{kind}": data for at, label in enumerate(labels)
-                   for kind, data in (("jpg", images(1)[0] or b""), ("cls", label.encode()))}  # fmt: skip
+        members = {
+            f"{at}.{kind}": data
+            for at, label in enumerate(labels)
+            for kind, data in (("jpg", images(1)[0] or b""), ("cls", label.encode()))
+        }
         write_tar(root / name, members)
 
 

@@ -12,13 +12,17 @@ from mimkd_ray.train.records import progress as module
 from mimkd_ray.train.records.progress import FiniteGuard, Progress
 
 
-def test_plain_lines_carry_rate_time_left_and_metrics(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that progress and console see: its one number is to be moved."""
     now = [0.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     console.use(console.Shown())
+    return now
+
+
+def test_plain_lines_carry_rate_time_left_and_metrics(capsys: pytest.CaptureFixture[str], now: list[float]) -> None:
     asked = []
     progress = Progress(cpu(), "r34_r18", 100, 400, 512)
     for step in range(101, 401):
@@ -31,13 +35,7 @@ def test_plain_lines_carry_rate_time_left_and_metrics(
     assert asked == [*range(116, 400, 16), 400]  # metrics are not read in between
 
 
-def test_a_slow_start_is_forgotten_after_a_minute(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [0.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    console.use(console.Shown())
+def test_a_slow_start_is_forgotten_after_a_minute(capsys: pytest.CaptureFixture[str], now: list[float]) -> None:
     progress = Progress(cpu(), "x", 0, 1000, 10)
     for step in range(1, 1001):
         now[0] += 66.0 if step == 1 else 0.25  # the first step is compiled
