@@ -27,7 +27,7 @@ from mimkd_ray.export.int8 import quantize_onnx
 from mimkd_ray.export.model_folder import is_read_by_timm, write_model_folder
 from mimkd_ray.export.onnx_file import newest_opset
 from mimkd_ray.models.build_model import build_model, model_names
-from mimkd_ray.models.own_input import published_input
+from mimkd_ray.models.published_input import published_input
 from mimkd_ray.recipes import CIFAR_MEAN
 from mimkd_ray.train.records.run_files import OF_AN_EXPORT, is_ours
 

@@ -20,7 +20,7 @@ from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.config import DataConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.build_model import build_model
-from mimkd_ray.models.own_input import NetworkInput, published_input
+from mimkd_ray.models.published_input import NetworkInput, published_input
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.from_cache.cached_teacher import origin_of

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mimkd_ray.config import Config, DataConfig
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.own_input import NetworkInput, published_input, three
+from mimkd_ray.models.published_input import NetworkInput, published_input, three
 from mimkd_ray.models.weights import say_once
 
 
