@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from mimkd_ray.models import cifar_mobile, cifar_resnet
+from mimkd_ray.models import cifar_resnet, cifar_vgg_mobile
 
-NETWORKS: dict[str, Callable[[int], nn.Module]] = {**cifar_resnet.NETWORKS, **cifar_mobile.NETWORKS}
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {**cifar_resnet.NETWORKS, **cifar_vgg_mobile.NETWORKS}
 """Network name -> function that takes the number of classes and returns the network, randomly initialised."""

@@ -90,14 +90,14 @@ def test_every_parameter_learns(name: str) -> None:
 
 
 def test_channel_shuffle_moves_group_g_place_i_to_place_i_group_g() -> None:
-    from mimkd_ray.models.cifar_mobile import _Shuffle
+    from mimkd_ray.models.cifar_vgg_mobile import _Shuffle
 
     features = torch.arange(6.0).view(1, 6, 1, 1)
     assert _Shuffle(3)(features).flatten().tolist() == [0, 2, 4, 1, 3, 5]
 
 
 def test_shufflenet_v2_passes_the_first_half_unchanged() -> None:
-    from mimkd_ray.models.cifar_mobile import _ShuffleV2
+    from mimkd_ray.models.cifar_vgg_mobile import _ShuffleV2
 
     block = _ShuffleV2(8, 8, first=False).eval()
     features = torch.randn(2, 8, 4, 4)
