@@ -29,9 +29,9 @@ def doctor(config: DoctorConfig) -> int:
     """Run the checks, print the lines, and return the exit status."""
     config = _absolute(config)
     environment.prepare(config.address)
-    from mimkd_ray.on_ray.nodes import check_nodes  # Ray takes seconds to import and reads its environment on import
+    from mimkd_ray.on_ray.nodes import doctor_on_nodes  # Ray takes seconds to import, and reads its environment then
 
-    outcomes = [*check_nodes.cluster(config), check_links(os.getcwd())]
+    outcomes = [*doctor_on_nodes.cluster(config), check_links(os.getcwd())]
     counts = {status: sum(outcome.status == status for outcome in outcomes) for status in ("pass", "warn", "fail")}
     for line in lines(outcomes):
         print(line)

@@ -14,7 +14,7 @@ from ray.exceptions import GetTimeoutError, RayTaskError
 
 from mimkd_ray.__main__ import main
 from mimkd_ray.config import DoctorConfig
-from mimkd_ray.on_ray.nodes import check_nodes
+from mimkd_ray.on_ray.nodes import doctor_on_nodes
 
 
 @TAKES_LONG
@@ -57,11 +57,11 @@ def test_a_cluster_with_a_head_without_cpus_and_broken_places(
     ],
 )
 def test_what_ends_the_all_reduce_is_told(error: Exception, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    visit = check_nodes._Visit.__new__(check_nodes._Visit)
+    visit = doctor_on_nodes._Visit.__new__(doctor_on_nodes._Visit)
     visit.config = DoctorConfig(workers=2, wait_seconds=5)
-    visit.examiners = {check_nodes.Node(ray_id="0" * 56, name="n", cpus=2, gpus=0, object_store_bytes=0): None}
+    visit.examiners = {doctor_on_nodes.Node(ray_id="0" * 56, name="n", cpus=2, gpus=0, object_store_bytes=0): None}
     for name, value in {"remote": Mock(), "kill": Mock(), "get": Mock(side_effect=error)}.items():
-        monkeypatch.setattr(check_nodes.ray, name, value)
+        monkeypatch.setattr(doctor_on_nodes.ray, name, value)
     assert re.match(rf"gloo over processes of one node: {told}", visit._all_reduce().text)
 
 

@@ -46,6 +46,6 @@ def cluster() -> Iterator[str]:
 @pytest.fixture
 def joined(cluster: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The address of this Ray, to which jobs of this process are connected already."""
-    for module in ("nodes.check_nodes", "driver_console"):  # that have the name already
+    for module in ("nodes.doctor_on_nodes", "driver_console"):  # that have the name already
         monkeypatch.setattr(f"mimkd_ray.on_ray.{module}.connect", lambda *_, **__: False)
     return cluster

@@ -14,7 +14,7 @@ from jobs_here import TAKES_LONG
 from mimkd_ray.__main__ import main
 from mimkd_ray.config import DoctorConfig
 from mimkd_ray.doctor.link import LinkSpeed
-from mimkd_ray.on_ray.nodes import check_nodes
+from mimkd_ray.on_ray.nodes import doctor_on_nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -40,15 +40,15 @@ def test_a_good_machine_passes_and_leaves_nothing_behind(
 
 @TAKES_LONG
 def test_ranks_of_one_node_talk_by_its_loopback(joined: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Told(check_nodes.Rank):
+    class Told(doctor_on_nodes.Rank):
         """A rank that gives the interface in place of its time. Local, so that Ray sends it by value."""
 
         def measure(self, *arguments: Any) -> LinkSpeed:
             speed = super().measure(*arguments)
             return replace(speed, error=speed.error or f"by {os.environ.get('GLOO_SOCKET_IFNAME')}")
 
-    monkeypatch.setattr(check_nodes, "Rank", Told)
+    monkeypatch.setattr(doctor_on_nodes, "Rank", Told)
     (outcome,) = [
-        one for one in check_nodes.cluster(DoctorConfig(workers=2, store_gb=0.001)) if one.check == "all-reduce"
+        one for one in doctor_on_nodes.cluster(DoctorConfig(workers=2, store_gb=0.001)) if one.check == "all-reduce"
     ]
     assert "2 of 2 ranks failed; rank 0: by lo" in outcome.text
