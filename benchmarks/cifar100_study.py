@@ -34,7 +34,7 @@ from mimkd_ray.cli.local_launch import pick_device
 from mimkd_ray.config import LaunchConfig
 from mimkd_ray.errors import Interrupted
 from mimkd_ray.recipes import CIFAR_RECIPES
-from mimkd_ray.train.worker import run_job
+from mimkd_ray.train.job import run_job
 
 FIRST = "resnet32x4_resnet8x4"
 SHORT_METHODS = ("alone", "kd", "crd", "mimkd_paper", "mimkd", "mimkd_kd")

@@ -18,11 +18,11 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.json_files import read_json
 from mimkd_ray.models.build_model import build_model
 from mimkd_ray.recipes import cifar100
+from mimkd_ray.train.job import measure
 from mimkd_ray.train.networks.build import build_network, place
 from mimkd_ray.train.packed import Member, train_pack
 from mimkd_ray.train.records.outcomes import Failed
 from mimkd_ray.train.records.run_dir import write_json
-from mimkd_ray.train.worker import measure
 
 PER_CLASS, CHOOSE_PER_CLASS, TEST_ROWS, VIEWS = 50, 40, 4000, 6
 """The twin: training images and images to choose by of each class, test images, and views of each training image."""

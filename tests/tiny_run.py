@@ -24,7 +24,7 @@ from mimkd_ray.config import (
     TrainConfig,
 )
 from mimkd_ray.data.sources.data_set import open_data
-from mimkd_ray.train.worker import run_job
+from mimkd_ray.train.job import run_job
 
 
 def tiny_config(**sections: dict[str, Any]) -> Config:

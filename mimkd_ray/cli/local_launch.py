@@ -23,8 +23,8 @@ from mimkd_ray.data.loading.threads import CHOSEN, use_threads
 from mimkd_ray.data.sources.own_dataset import OwnData
 from mimkd_ray.signals import handled
 from mimkd_ray.train.distributed import GROUP_SECONDS, STOP_SECONDS, Context, share_from_first, stay_here
+from mimkd_ray.train.job import do_job
 from mimkd_ray.train.start_times import StartTimes
-from mimkd_ray.train.worker import do_job
 
 TWICE_SECONDS = 1.0
 """Ctrl-C reaches a process of torchrun twice: from the terminal, and passed on by torchrun."""

@@ -23,13 +23,13 @@ from mimkd_ray.teacher_cache import calibration
 from mimkd_ray.teacher_cache.codec import needs_calibration
 from mimkd_ray.teacher_cache.keys import calibration_url, logits_entry
 from mimkd_ray.train.from_cache.cached_teacher import entries_of, origin_of, parts_of_run, what_is_missing
+from mimkd_ray.train.job import check_judged, first_runs, needs_teacher
 from mimkd_ray.train.networks.build import PlannedStudent, build_network, build_student, make_order, taps_of_run
 from mimkd_ray.train.networks.teacher_check import refuse_random
 from mimkd_ray.train.networks.teacher_head import teacher_head
 from mimkd_ray.train.networks.teacher_input import teacher_input
 from mimkd_ray.train.records.loggers import require_loggers
 from mimkd_ray.train.trained_teacher import teacher_config
-from mimkd_ray.train.worker import check_judged, first_runs, needs_teacher
 
 NO_FILE = ("random", "published")
 

@@ -26,11 +26,11 @@ from mimkd_ray.pages.write_pages import try_to_write_report
 from mimkd_ray.places import NAME_BYTES, check_lasting, check_name, is_function
 from mimkd_ray.run_lock import check_free, held
 from mimkd_ray.train.distributed import ask_first
+from mimkd_ray.train.job import needs_teacher
 from mimkd_ray.train.records import run_files
 from mimkd_ray.train.records.extended_runs import leg_of
 from mimkd_ray.train.records.outcomes import claim, find_result
 from mimkd_ray.train.start_times import StartTimes
-from mimkd_ray.train.worker import needs_teacher
 
 C = TypeVar("C", bound=Config)
 

@@ -32,9 +32,9 @@ from mimkd_ray.on_ray.worker_context import STOP, context_of
 from mimkd_ray.secret_urls import Carried
 from mimkd_ray.signals import handled
 from mimkd_ray.train.distributed import GROUP_SECONDS
+from mimkd_ray.train.job import run_job
 from mimkd_ray.train.records.run_dir import write_json
 from mimkd_ray.train.start_times import StartTimes
-from mimkd_ray.train.worker import run_job
 
 logger = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from mimkd_ray.search.trials import direction
 from mimkd_ray.secret_urls import scrubbed
 from mimkd_ray.train.distributed import Context
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
+from mimkd_ray.train.job import obtain_teacher
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.networks.build import make_order, plan_student
 from mimkd_ray.train.networks.teacher_head import teacher_head
@@ -35,7 +36,6 @@ from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.outcomes import CONFIG, RESULT, Failed, Stopped
 from mimkd_ray.train.records.same_inputs import check_same_student
 from mimkd_ray.train.start_times import StartTimes
-from mimkd_ray.train.worker import obtain_teacher
 
 Tell = Callable[[Mapping[str, Any]], None]
 """Callback for the figures of an evaluation. It may end the trial by an exception that is none of a trial's own."""

@@ -24,7 +24,7 @@ from mimkd_ray.config import DataConfig
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.recipes import IMAGENET_RECIPES
-from mimkd_ray.train.worker import run_job
+from mimkd_ray.train.job import run_job
 
 pytestmark = [
     pytest.mark.ray,

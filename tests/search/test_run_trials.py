@@ -19,10 +19,10 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.json_files import read_json
 from mimkd_ray.search.configs import trial_config
 from mimkd_ray.search.run_trials import explain, failures_told, prepare, train_members, train_trial
+from mimkd_ray.train.job import obtain_teacher
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.outcomes import Finished, Outcome, Stopped
-from mimkd_ray.train.worker import obtain_teacher
 
 CPU = torch.device("cpu")
 

@@ -14,9 +14,9 @@ from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.errors import UserError
 from mimkd_ray.train import run_record
 from mimkd_ray.train.held_out import known_accuracy
+from mimkd_ray.train.job import do_job
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.run_dir import MetricsLog
-from mimkd_ray.train.worker import do_job
 
 BLOCKED = ("evaluations", "teacher.json", "checkpoints", "result.json", "metrics.jsonl")
 

@@ -21,8 +21,8 @@ from mimkd_ray.train.engine.engines import PlainEngine
 from mimkd_ray.train.engine.evaluation import evaluate_together
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.student import Student, lone_student
+from mimkd_ray.train.job import run_job
 from mimkd_ray.train.packed import Member, train_pack
-from mimkd_ray.train.worker import run_job
 
 
 def _metrics(folder: Path, kind: str) -> list[dict[str, Any]]:

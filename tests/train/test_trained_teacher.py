@@ -24,8 +24,8 @@ from mimkd_ray.models.head import head_of
 from mimkd_ray.run_lock import held
 from mimkd_ray.train import trained_teacher
 from mimkd_ray.train.engine.student import lone_student
+from mimkd_ray.train.job import obtain_teacher
 from mimkd_ray.train.trained_teacher import folder_of, teacher_config
-from mimkd_ray.train.worker import obtain_teacher
 
 TRAINED: dict[str, Any] = {"train": True, "epochs": 1}
 

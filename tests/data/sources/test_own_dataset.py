@@ -32,7 +32,7 @@ from mimkd_ray.data.sources.folders import FolderSource
 from mimkd_ray.data.sources.own_dataset import OwnData, OwnSource, pixels_of
 from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import Interrupted, UserError
-from mimkd_ray.train.worker import run_job
+from mimkd_ray.train.job import run_job
 
 
 class Images(Dataset):

@@ -17,8 +17,8 @@ from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.features import Features
 from mimkd_ray.train.engine.student import lone_student
+from mimkd_ray.train.job import run_job
 from mimkd_ray.train.networks.build import build_network
-from mimkd_ray.train.worker import run_job
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:

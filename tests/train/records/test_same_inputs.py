@@ -22,10 +22,10 @@ from mimkd_ray.models.build_model import build_model
 from mimkd_ray.run_lock import held
 from mimkd_ray.train import trained_teacher
 from mimkd_ray.train.distributed import Context
+from mimkd_ray.train.job import obtain_teacher, run_job
 from mimkd_ray.train.records import same_inputs
 from mimkd_ray.train.records.outcomes import claim
 from mimkd_ray.train.records.same_inputs import check_same_labels
-from mimkd_ray.train.worker import obtain_teacher, run_job
 
 
 def write(folder: Path, labels: pa.Array = LABELS) -> Data:

@@ -12,9 +12,9 @@ from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import RunConfig
 from mimkd_ray.train import loop
 from mimkd_ray.train.distributed import Preemption
+from mimkd_ray.train.job import run_job
 from mimkd_ray.train.records import save_and_stop
 from mimkd_ray.train.records.save_and_stop import AGREE_STEPS, Rhythm
-from mimkd_ray.train.worker import run_job
 
 
 class _Clock:

@@ -17,11 +17,11 @@ from mimkd_ray.config import CompareConfig, TeacherConfig
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.build_model import build_model
-from mimkd_ray.train import worker
+from mimkd_ray.train import job
 from mimkd_ray.train.compare import arm_config, paired, summarise
+from mimkd_ray.train.job import measure, obtain_teacher, run_job
 from mimkd_ray.train.networks.teacher_check import chance_limit, check_accuracy
 from mimkd_ray.train.records.run_dir import jsonable
-from mimkd_ray.train.worker import measure, obtain_teacher, run_job
 
 
 def test_a_teacher_below_expectation_stops_the_run_before_training(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_teacher_is_measured_once_for_its_weights_and_images(tmp_path: Path, m
         measured.append(found["rows"])
         return found
 
-    monkeypatch.setattr(worker, "measure", counted)
+    monkeypatch.setattr(job, "measure", counted)
     runs = iter("abcdef")
 
     def look(rows: int = 20, **data: int) -> None:
