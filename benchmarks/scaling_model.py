@@ -29,7 +29,7 @@ from pathlib import Path
 
 from report import table
 
-from mimkd_ray.cli import common
+from mimkd_ray.cli import command_line
 
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 BACKWARD = 2 / 3
@@ -133,7 +133,7 @@ def predict(known: Cluster, gpus: int) -> Prediction:
 
 
 def main() -> int:
-    known = common.from_flags(Cluster, sys.argv[1:])
+    known = command_line.from_flags(Cluster, sys.argv[1:])
     if known is None:
         return 0
     found = [predict(known, gpus) for gpus in known.gpus]

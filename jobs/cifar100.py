@@ -6,7 +6,7 @@ python jobs/cifar100.py resnet32x4_resnet8x4 --data.root DIR --teacher.weights t
 
 import sys
 
-from mimkd_ray.cli.common import main
+from mimkd_ray.cli.command_line import main
 from mimkd_ray.recipes import CIFAR_RECIPES
 
 if __name__ == "__main__":

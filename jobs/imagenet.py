@@ -8,7 +8,7 @@ torchrun --nproc-per-node 4 jobs/imagenet.py r34_r18 --launch.backend local --da
 
 import sys
 
-from mimkd_ray.cli.common import main
+from mimkd_ray.cli.command_line import main
 from mimkd_ray.recipes import IMAGENET_RECIPES
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from importlib import import_module
 from pathlib import Path
 
 import mimkd_ray
+from mimkd_ray.cli.command_line import guarded
 from mimkd_ray.cli.commands import COMMANDS
-from mimkd_ray.cli.common import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:

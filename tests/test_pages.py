@@ -21,7 +21,7 @@ import torch
 import tyro
 
 import mimkd_ray
-from mimkd_ray.cli import common
+from mimkd_ray.cli import command_line
 from mimkd_ray.cli.cache_teacher import AdminJob
 from mimkd_ray.cli.commands import COMMANDS
 from mimkd_ray.cli.completion import flags
@@ -97,10 +97,10 @@ def test_commands_are_understood(command: str, arguments: str, monkeypatch: pyte
 
         return reads
 
-    read_config = common.parse
-    monkeypatch.setattr(common, "parse", lambda *given: read_config(*given) and None)
-    monkeypatch.setattr(common, "read_config", lambda _, kind: kind())
-    monkeypatch.setattr(common, "wait_asleep", lambda: None)
+    read_config = command_line.parse
+    monkeypatch.setattr(command_line, "parse", lambda *given: read_config(*given) and None)
+    monkeypatch.setattr(command_line, "read_config", lambda _, kind: kind())
+    monkeypatch.setattr(command_line, "wait_asleep", lambda: None)
     monkeypatch.setattr(tyro, "cli", ends(tyro.cli))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", ends(argparse.ArgumentParser.parse_args))
     for own in ("evaluate", "export"):
@@ -109,7 +109,7 @@ def test_commands_are_understood(command: str, arguments: str, monkeypatch: pyte
     if command in COMMANDS:
         module, _, function = COMMANDS[command][0].partition(":")
         job = getattr(import_module(module), function)
-        assert common.guarded(command, lambda: job(words, command), "") == 0
+        assert command_line.guarded(command, lambda: job(words, command), "") == 0
     else:
         monkeypatch.setattr("sys.argv", [command, *words])
         monkeypatch.syspath_prepend(ROOT / "benchmarks")

@@ -12,7 +12,7 @@ import pytest
 from tiny_run import tiny_config
 
 from mimkd_ray import storage
-from mimkd_ray.cli import cache_teacher, common, search
+from mimkd_ray.cli import cache_teacher, command_line, search
 from mimkd_ray.cli.doctor import doctor
 from mimkd_ray.cli.training import absolute, run, run_directory
 from mimkd_ray.config import Config, DoctorConfig, PrepareConfig, RunConfig
@@ -122,7 +122,7 @@ def test_other_jobs_take_places_the_same_way(
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a b").mkdir()
     (tmp_path / "a b" / "c.json").write_text(json.dumps(to_dict(Config(recipe="mine"))))
-    assert common.read_config(f"file://{tmp_path}/a%20b/c.json", Config).recipe == "mine"
+    assert command_line.read_config(f"file://{tmp_path}/a%20b/c.json", Config).recipe == "mine"
     with pytest.raises(UserError, match=f"--source {tmp_path}/none does not exist"):
         prepare(PrepareConfig(source="~/none", target="~/there"))
     assert cache_teacher.look_after("ls", ["--cache.root", f"file://{tmp_path}/a%20b"], "x") == 0
@@ -160,7 +160,7 @@ def test_a_bad_name_on_the_command_line_is_one_line_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    train, find = partial(common.main, IMAGENET_RECIPES, "demo"), partial(search.main, IMAGENET_RECIPES)
+    train, find = partial(command_line.main, IMAGENET_RECIPES, "demo"), partial(search.main, IMAGENET_RECIPES)
     value = {**to_dict(Config()), "recipe": "../../x"}
     (tmp_path / "c.json").write_text(json.dumps(value))
     for job, flags in (

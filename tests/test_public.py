@@ -152,14 +152,14 @@ def test_the_first_line_of_a_job_waits_for_no_large_package() -> None:
     code = (
         "import json, os, sys\n"
         "from mimkd_ray import console\n"
-        "from mimkd_ray.cli import common\n"
+        "from mimkd_ray.cli import command_line\n"
         "from mimkd_ray.recipes import IMAGENET_RECIPES\n"
         "def first(text):\n"
         "    print(json.dumps([text, sorted({name.partition('.')[0] for name in sys.modules}),"
         " os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT')]), flush=True)\n"
         "    os._exit(0)\n"
         "console.line = first\n"
-        "common.main(IMAGENET_RECIPES, 'demo', [], 'job')\n"
+        "command_line.main(IMAGENET_RECIPES, 'demo', [], 'job')\n"
     )
     text, loaded, *waiting = json.loads(python("-c", code).stdout)
     assert text == "demo: cifar/resnet20 teaches cifar/resnet8; loading PyTorch"

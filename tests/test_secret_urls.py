@@ -18,7 +18,7 @@ from secret_server import no_secret_in, saved, server, url_of
 from tiny_run import tiny_config
 
 from mimkd_ray import secret_urls, storage
-from mimkd_ray.cli import common
+from mimkd_ray.cli import command_line
 from mimkd_ray.cli.training import run, run_directory
 from mimkd_ray.config import Config, ModelConfig, PrepareConfig
 from mimkd_ray.config.digest import digest
@@ -162,7 +162,7 @@ def test_errors_and_printed_configs(server: str, tmp_path: Path, capfd: pytest.C
         where = [] if "--run.root" in flags else ["--run.root", str(tmp_path)]
         os.environ[secret_urls.VARIABLE] = "{}"
         try:
-            found = common.main(IMAGENET_RECIPES, "demo", ["demo", "--launch.backend", "local", *flags, *where])
+            found = command_line.main(IMAGENET_RECIPES, "demo", ["demo", "--launch.backend", "local", *flags, *where])
         except Exception:  # what Python would print
             traceback.print_exc()
             found = None
@@ -188,4 +188,4 @@ def test_every_field_that_takes_a_url_hides_it() -> None:
     no_secret_in(repr(config) + json.dumps(to_dict(config)))
     no_secret_in(repr(PrepareConfig(source=url, target="https://me:hunter2@other/y")))
     no_secret_in(repr(ModelConfig(name="x", weights=url)))
-    assert common.from_flags(ModelConfig, ["--name", "x", "--weights", url]) == ModelConfig(name="x", weights=url)
+    assert command_line.from_flags(ModelConfig, ["--name", "x", "--weights", url]) == ModelConfig(name="x", weights=url)

@@ -43,8 +43,9 @@ def refuses(num_classes: int) -> None:
 def test_a_job_finds_modules_of_the_current_folder(tmp_path: Path, flags: tuple[str, str]) -> None:
     (tmp_path / "mine.py").write_text(MODULE)
     code = (
-        "import sys; from mimkd_ray.cli.common import parse; from mimkd_ray.recipes import IMAGENET_RECIPES as recipes;"
-        " from mimkd_ray.cli.preflight import preflight; preflight(parse(recipes, 'demo', sys.argv[1:], 'job'))"
+        "import sys; from mimkd_ray.cli.command_line import parse; from mimkd_ray.recipes import IMAGENET_RECIPES"
+        " as recipes; from mimkd_ray.cli.preflight import preflight;"
+        " preflight(parse(recipes, 'demo', sys.argv[1:], 'job'))"
     )
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "job.py").write_text(code)

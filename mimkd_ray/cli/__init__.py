@@ -1,1 +1,1 @@
-"""Command lines, one file a job, and their common parts."""
+"""Command lines, one file a job, and what they share (command_line.py)."""

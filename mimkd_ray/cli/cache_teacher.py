@@ -15,7 +15,7 @@ from mimkd_ray.cache_build.build_cache import Built, build
 from mimkd_ray.cache_build.build_setup import Runner, Setup, Unit
 from mimkd_ray.cache_build.build_units import in_process
 from mimkd_ray.cache_build.measured_plan import measured_plan
-from mimkd_ray.cli import common
+from mimkd_ray.cli import command_line
 from mimkd_ray.cli.local_launch import pick_device
 from mimkd_ray.cli.training import absolute
 from mimkd_ray.config import Config
@@ -72,18 +72,19 @@ def main(
     def work() -> int:
         if command in ADMIN:
             return look_after(command, arguments, f"{program} {command}")
-        config = common.parse(recipes, next(iter(recipes)), arguments, f"{program} [build|plan|{'|'.join(ADMIN)}]")
+        usage = f"{program} [build|plan|{'|'.join(ADMIN)}]"
+        config = command_line.parse(recipes, next(iter(recipes)), arguments, usage)
         if config is not None:
             with console.phase("teacher cache", said=False):
                 make(absolute(config), only_plan=command == "plan")
         return 0
 
-    return common.guarded(program, work, "the same command goes on from what is finished")
+    return command_line.guarded(program, work, "the same command goes on from what is finished")
 
 
 def look_after(command: str, arguments: Sequence[str], program: str) -> int:
     """Run ls, verify or gc; return the exit status."""
-    job = common.from_flags(AdminJob, arguments, prog=program)
+    job = command_line.from_flags(AdminJob, arguments, prog=program)
     if job is None:
         return 0
     root = storage.absolute(job.cache.root) if job.cache.root else ""

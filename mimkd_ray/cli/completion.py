@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mimkd_ray.cli import common
+from mimkd_ray.cli import command_line
 from mimkd_ray.cli.commands import COMMANDS
 from mimkd_ray.cli.prepare_data import PrepareJob
 from mimkd_ray.config import Config, DoctorConfig, ExportConfig, SearchJob
@@ -55,7 +55,7 @@ complete -o default -F _mimkd_ray mimkd-ray
 
 def main(argv: Sequence[str], program: str) -> int:
     """Print the script; return the exit status."""
-    if common.from_flags(_Nothing, argv, prog=program) is not None:
+    if command_line.from_flags(_Nothing, argv, prog=program) is not None:
         print(script(COMMANDS), end="")
     return 0
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from mimkd_ray import storage
-from mimkd_ray.cli import common
+from mimkd_ray.cli import command_line
 from mimkd_ray.config import DoctorConfig
 from mimkd_ray.doctor.outcome import lines
 from mimkd_ray.doctor.storage_checks import check_links
@@ -21,7 +21,7 @@ from mimkd_ray.train.records.run_dir import write_json
 
 def main(argv: Sequence[str], program: str) -> int:
     """Run the checks of a command line; return the exit status."""
-    config = common.from_flags(DoctorConfig, argv, prog=program)
+    config = command_line.from_flags(DoctorConfig, argv, prog=program)
     return 0 if config is None else doctor(config)
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from mimkd_ray import console, storage
-from mimkd_ray.cli import common
+from mimkd_ray.cli import command_line
 from mimkd_ray.cli.local_launch import local_context
 from mimkd_ray.cli.training import absolute
 from mimkd_ray.config import Config, LaunchConfig
@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
             f"{program} [RUN] [flags]\n\nRUN is a run's directory or URL; its config is the default of all flags but "
             "--launch and --eval."
         )
-        job = common.from_flags(EvaluateJob, arguments, prog=program, description=head, default=evaluate_job(base))
+        job = command_line.from_flags(
+            EvaluateJob, arguments, prog=program, description=head, default=evaluate_job(base)
+        )
         if job is not None:
             untrained = job.student.weights == "random" and ":" not in job.student.name and "random" not in arguments
             if untrained and not run_dir and job.eval.network == "student":
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
                 evaluate(absolute(job), run_dir, base if run_dir else None)
         return 0
 
-    return common.guarded(program, work, "nothing was written")
+    return command_line.guarded(program, work, "nothing was written")
 
 
 def evaluate_run(run: str = "", settings: EvaluateConfig | None = None, **sections: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from mimkd_ray import console, storage
-from mimkd_ray.cli import common
+from mimkd_ray.cli import command_line
 from mimkd_ray.config import DataConfig, ExportConfig
 from mimkd_ray.errors import UserError, count
 from mimkd_ray.export.examine import top1_text
@@ -27,7 +27,7 @@ def main(argv: Sequence[str], program: str) -> int:
     run = None
     if arguments and not arguments[0].startswith("-"):
         run = read_run(storage.absolute(arguments.pop(0))).single()
-    config = common.from_flags(
+    config = command_line.from_flags(
         ExportConfig,
         arguments,
         prog=f"{program} [RUN]",
@@ -45,12 +45,12 @@ def export(config: ExportConfig, run: RunFacts | None, program: str) -> int:
         report = export_student(config, run)
     print("\n".join(_table(report)))
     for line in report["warnings"]:
-        common.fail(f"{program}: {line}", 0)
+        command_line.fail(f"{program}: {line}", 0)
     for name, reason in report["failed"].items():
-        common.fail(f"{program}: {name}: {reason}; it is not written", 1)
+        command_line.fail(f"{program}: {name}: {reason}; it is not written", 1)
     print(f"exported to {config.out}", flush=True)
     if config.push_to and report["failed"]:
-        common.fail(f"{program}: nothing was pushed to {config.push_to}, as not all files are done", 1)
+        command_line.fail(f"{program}: nothing was pushed to {config.push_to}, as not all files are done", 1)
     elif config.push_to:
         print(f"pushed to {config.push_to}", flush=True)
     return 1 if report["failed"] else 0

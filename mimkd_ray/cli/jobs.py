@@ -16,9 +16,9 @@ PRINTS = {"--help", "-h", "--help-all", "--print-config", "ls", "verify", "gc"}
 
 def train(argv: Sequence[str], program: str) -> int:
     """Distil a student, by any recipe (jobs/imagenet.py and jobs/cifar100.py)."""
-    from mimkd_ray.cli import common
+    from mimkd_ray.cli import command_line
 
-    return common.main({**IMAGENET_RECIPES, **CIFAR_RECIPES}, "demo", argv, program)
+    return command_line.main({**IMAGENET_RECIPES, **CIFAR_RECIPES}, "demo", argv, program)
 
 
 def cache(argv: Sequence[str], program: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from mimkd_ray.cli.common import parsed
+from mimkd_ray.cli.command_line import parsed
 from mimkd_ray.errors import UserError
 from mimkd_ray.taps.default_stages import before_activation, default_taps
 from mimkd_ray.taps.dry_checks import build_without_weights

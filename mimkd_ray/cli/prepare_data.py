@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from mimkd_ray import console, storage
-from mimkd_ray.cli import common
+from mimkd_ray.cli import command_line
 from mimkd_ray.config import PrepareConfig
 from mimkd_ray.data.prepare.make_shards import Unit, prepare
 from mimkd_ray.data.prepare.work_units import Done
@@ -48,12 +48,12 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
     program = program or sys.argv[0]
 
     def work() -> int:
-        job = common.from_flags(PrepareJob, sys.argv[1:] if argv is None else argv, prog=program)
+        job = command_line.from_flags(PrepareJob, sys.argv[1:] if argv is None else argv, prog=program)
         if job is not None:
             print(summary(prepare_with_ray(job), job.target), flush=True)
         return 0
 
-    return common.guarded(program, work, "the same command goes on from what is finished")
+    return command_line.guarded(program, work, "the same command goes on from what is finished")
 
 
 def prepare_with_ray(job: PrepareJob) -> Manifest:

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 from mimkd_ray import storage
-from mimkd_ray.cli.common import parsed
+from mimkd_ray.cli.command_line import parsed
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import check_lasting
 from mimkd_ray.secret_urls import redacted

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mimkd_ray import storage
-from mimkd_ray.cli.common import parsed
+from mimkd_ray.cli.command_line import parsed
 from mimkd_ray.cli.opening import closing, opening
 from mimkd_ray.cli.result_table import SHAPE, columns, result_table
 from mimkd_ray.config import Config

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from mimkd_ray import console, storage
-from mimkd_ray.cli import common
+from mimkd_ray.cli import command_line
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.training import absolute, below_root
 from mimkd_ray.config import Config, SearchJob
@@ -38,11 +38,11 @@ def main(
     jobs = {name: _as_search(recipe) for name, recipe in recipes.items()}
 
     def work() -> int:
-        common.wait_asleep()
-        job = common.parse(jobs, next(iter(jobs)), sys.argv[1:] if argv is None else argv, program)
+        command_line.wait_asleep()
+        job = command_line.parse(jobs, next(iter(jobs)), sys.argv[1:] if argv is None else argv, program)
         return 0 if job is None else search(job)
 
-    return common.guarded(program, work, "the same command goes on from the trials so far")
+    return command_line.guarded(program, work, "the same command goes on from the trials so far")
 
 
 def _as_search(recipe: Callable[[], Config]) -> Callable[[], SearchJob]:
@@ -88,7 +88,8 @@ def search(job: SearchJob) -> int:
     table = Table(folder, job.search.metric)
     if not table.ranked():
         failed = [f"trial {trial.number}: {brief(trial.reason)}" for trial in table.trials() if trial.reason]
-        return common.fail(f"no trial of {folder} came to an evaluation: {'; '.join(failed[:3]) or 'none began'}", 1)
+        why = "; ".join(failed[:3]) or "none began"
+        return command_line.fail(f"no trial of {folder} came to an evaluation: {why}", 1)
     console.line(closing(table, Clock(folder).hours))
     return 0
 

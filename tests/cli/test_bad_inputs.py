@@ -14,7 +14,7 @@ import pytest
 from jobs_here import SMALL
 
 from mimkd_ray.__main__ import main as tools
-from mimkd_ray.cli import cache_teacher, common, prepare_data, search
+from mimkd_ray.cli import cache_teacher, command_line, prepare_data, search
 from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.recipes import IMAGENET_RECIPES, demo
 
@@ -199,13 +199,13 @@ def run(job: str, arguments: Sequence[str], folder: Path) -> int:
     if job == "config":
         file = folder / "bad.json"
         file.write_text(_merged(arguments[0]))
-        return common.main(IMAGENET_RECIPES, "demo", ["demo", "--config", str(file)])
+        return command_line.main(IMAGENET_RECIPES, "demo", ["demo", "--config", str(file)])
     if job == "data":
         place = str(bad_files.data_set(arguments[0], folder / "data"))
-        return common.main(IMAGENET_RECIPES, "demo", ["demo", *small, "--data.root", place, "--data.subset", "0"])
+        return command_line.main(IMAGENET_RECIPES, "demo", ["demo", *small, "--data.root", place, "--data.subset", "0"])
     if job == "weights":
         place = str(bad_files.weights(arguments[0], folder / "teacher.pth"))
-        return common.main(IMAGENET_RECIPES, "demo", ["demo", *small, "--teacher.weights", place])
+        return command_line.main(IMAGENET_RECIPES, "demo", ["demo", *small, "--teacher.weights", place])
     if job == "prepare":
         (folder / "in" / "train" / "ant").mkdir(parents=True)
         (folder / "in" / "train" / "ant" / "1.png").write_bytes(bad_files.IMAGES[0].as_py())
@@ -217,7 +217,7 @@ def run(job: str, arguments: Sequence[str], folder: Path) -> int:
     if job == "tools":
         return tools(arguments)
     recipe, *flags = arguments
-    return common.main(IMAGENET_RECIPES, "demo", [recipe, *small, *flags])
+    return command_line.main(IMAGENET_RECIPES, "demo", [recipe, *small, *flags])
 
 
 def _merged(text: str) -> str:
@@ -258,4 +258,4 @@ def test_metadata_that_is_too_deep_is_passed_over(tmp_path: Path) -> None:
     place = str(bad_files.data_set("deep metadata", tmp_path / "data"))
     out = ("--run.root", str(tmp_path / "out"), "--launch.backend", "local", "--data.subset", "0")
     flags = ("--train.max-steps", "1", "--loss.name", "kd")
-    assert common.main(IMAGENET_RECIPES, "demo", ["demo", *SMALL, *out, *flags, "--data.root", place]) == 0
+    assert command_line.main(IMAGENET_RECIPES, "demo", ["demo", *SMALL, *out, *flags, "--data.root", place]) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mimkd_ray.cli import common, training
+from mimkd_ray.cli import command_line, training
 from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError
 from mimkd_ray.on_ray import train_workers, worker_context
@@ -54,7 +54,7 @@ def test_every_error_that_a_worker_leaves_ends_the_job_with_its_message_and_stat
         with pytest.raises(type(error)):
             train_workers.EndAtOnce().after_exception(None, {1: RuntimeError("lost its peer"), 0: raised.value})
     monkeypatch.setattr(training, "run", lambda _: train_workers._raise_known(str(tmp_path), "this"))
-    assert common.main(IMAGENET_RECIPES, "demo", []) == status
+    assert command_line.main(IMAGENET_RECIPES, "demo", []) == status
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert str(error) in said

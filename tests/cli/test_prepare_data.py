@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mimkd_ray import console
-from mimkd_ray.cli import prepare_data as command_line
+from mimkd_ray.cli import prepare_data
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.on_ray import data_units
@@ -105,7 +105,7 @@ def test_what_the_user_must_mend_is_not_tried_again() -> None:
 def test_bad_input_is_one_line_and_status_two(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command_line.main(arguments) == 2
+    assert prepare_data.main(arguments) == 2
     captured = capsys.readouterr()
     assert len(captured.err.splitlines()) == 1
     assert message in captured.err
@@ -123,7 +123,7 @@ def test_bad_input_is_one_line_and_status_two(
 def test_bad_flags_are_told_by_tyro_and_status_two(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command_line.main(arguments) == 2
+    assert prepare_data.main(arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert "--help" in captured.err
@@ -131,7 +131,7 @@ def test_bad_flags_are_told_by_tyro_and_status_two(
 
 
 def test_help_names_every_field(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command_line.main(["--help"]) == 0
+    assert prepare_data.main(["--help"]) == 0
     shown = capsys.readouterr().out
     for flag in ("--source", "--target", "--split", "--short-side", "--quality", "--address", "--workers"):
         assert flag in shown
@@ -146,6 +146,6 @@ def test_status(
     def fail(job: object) -> None:
         raise error
 
-    monkeypatch.setattr(command_line, "prepare_with_ray", fail)
-    assert command_line.main(["--source", "x", "--target", "y"]) == status
+    monkeypatch.setattr(prepare_data, "prepare_with_ray", fail)
+    assert prepare_data.main(["--source", "x", "--target", "y"]) == status
     assert len(capsys.readouterr().err.splitlines()) == 1

@@ -21,7 +21,7 @@ import yaml
 from kuberay_schema import schema_of
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from mimkd_ray.cli.common import parse
+from mimkd_ray.cli.command_line import parse
 from mimkd_ray.recipes import IMAGENET_RECIPES
 
 ROOT = Path(__file__).parents[2]

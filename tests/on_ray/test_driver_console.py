@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mimkd_ray import console, storage
-from mimkd_ray.cli.common import parse
+from mimkd_ray.cli.command_line import parse
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray.driver_console import ray_in_file
 from mimkd_ray.recipes import demo

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from jobs_here import CHANCE, ENVIRONMENT, JOB, Job, kill, read_lines, result, run, train_workers, weights
 from ranks import start_ranks
 
-from mimkd_ray.cli import common
+from mimkd_ray.cli import command_line
 from mimkd_ray.cli.local_launch import LocalContext
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.order.sample_order import Order
@@ -106,7 +106,7 @@ def train_twin(rank: int, workers: int, run_dir: str) -> None:
     """One worker of the undisturbed run, without a launcher."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{run_dir}.meet", rank=rank, world_size=workers)
-    config = common.parse(IMAGENET_RECIPES, "demo", SMALL, "twin")
+    config = command_line.parse(IMAGENET_RECIPES, "demo", SMALL, "twin")
     assert config is not None
     run_job(config, LocalContext(torch.device("cpu"), rank, workers), run_dir)
     dist.destroy_process_group()

@@ -21,7 +21,7 @@ import ray
 
 from mimkd_ray import console, run_lock
 from mimkd_ray.cli import cache_teacher, evaluate, search, training
-from mimkd_ray.cli.common import from_flags
+from mimkd_ray.cli.command_line import from_flags
 from mimkd_ray.cli.prepare_data import PrepareJob, prepare_with_ray
 from mimkd_ray.cli.training import run_directory
 from mimkd_ray.config import CacheConfig, Config, DataConfig, LaunchConfig, PrepareConfig, RunConfig

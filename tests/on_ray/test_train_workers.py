@@ -37,7 +37,7 @@ from jobs_here import (
 from jobs_here import torchrun as torchrun_here
 from safetensors.torch import load_file
 
-from mimkd_ray.cli import common
+from mimkd_ray.cli import command_line
 from mimkd_ray.config import Config
 from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.models.build_model import build_model
@@ -62,7 +62,7 @@ def run_here(arguments: list[str]) -> int:
     before, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
     torch.set_num_threads(1)  # as the other processes have it
     try:
-        return common.main(IMAGENET_RECIPES, "demo", arguments)
+        return command_line.main(IMAGENET_RECIPES, "demo", arguments)
     finally:
         signal.signal(signal.SIGTERM, before)
         torch.set_num_threads(threads)

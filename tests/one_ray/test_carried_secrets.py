@@ -13,7 +13,7 @@ from jobs_here import ENVIRONMENT, ROOT, TAKES_LONG, small
 from secret_server import no_secret_in, saved, server, url_of
 
 from mimkd_ray import secret_urls
-from mimkd_ray.cli import common
+from mimkd_ray.cli import command_line
 from mimkd_ray.recipes import IMAGENET_RECIPES
 
 __all__ = ["server"]  # a fixture
@@ -32,7 +32,7 @@ def test_a_run_and_a_search(cluster: str, server: str, tmp_path: Path, capfd: py
     one = ("--launch.address", cluster, "--launch.workers", "1")
     flags = [*small(tmp_path, *one), "--teacher.weights", url_of(server)]
     flags[flags.index("--train.epochs") + 1] = "1"
-    assert common.main(IMAGENET_RECIPES, "demo", flags) == 0
+    assert command_line.main(IMAGENET_RECIPES, "demo", flags) == 0
     assert (tmp_path / "small" / "result.json").exists()
     trials = ["--search.trials", "1", "--search.epochs", "1", "--search.holdout", "0.2", "--search.finalists", "0"]
     flags[flags.index("--run.name") + 1] = "s"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from jobs_here import ENVIRONMENT, ROOT, TAKES_LONG, small
 
-from mimkd_ray.cli import common
+from mimkd_ray.cli import command_line
 from mimkd_ray.recipes import IMAGENET_RECIPES
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -21,7 +21,7 @@ def answer(
     capsys: pytest.CaptureFixture[str], root: Path, address: str, *more: str
 ) -> tuple[int, list[str], dict[str, Any] | None]:
     """Exit status, what our command line wrote to standard error, and the error that a worker left."""
-    status = common.main(IMAGENET_RECIPES, "demo", small(root, "--launch.address", address, *more))
+    status = command_line.main(IMAGENET_RECIPES, "demo", small(root, "--launch.address", address, *more))
     program = f"{sys.argv[0]}: "
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(program)]
     file = root / "small" / "error.json"

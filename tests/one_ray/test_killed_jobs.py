@@ -17,7 +17,7 @@ from tiny_cache import files
 from mimkd_ray.cache_build.build_cache import build
 from mimkd_ray.cache_build.build_setup import Setup
 from mimkd_ray.cache_build.build_units import in_process
-from mimkd_ray.cli import cache_teacher, common, prepare_data
+from mimkd_ray.cli import cache_teacher, command_line, prepare_data
 from mimkd_ray.config import Config, PrepareConfig
 from mimkd_ray.data.prepare.make_shards import prepare
 from mimkd_ray.data.sources.shard_manifest import read_manifest
@@ -80,7 +80,7 @@ def test_killed_builders_and_a_killed_job(joined: str, tmp_path: Path, capsys: p
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    config = common.parse(RECIPES, "custom", [*CACHE, "--cache.root", str(tmp_path / "whole")], "test")
+    config = command_line.parse(RECIPES, "custom", [*CACHE, "--cache.root", str(tmp_path / "whole")], "test")
     assert config is not None
     setup = Setup(config, torch.device("cpu"))
     build(setup, in_process(setup))

@@ -18,7 +18,7 @@ import torch
 from image_sets import encode, images, parquet_set, pixels, write_parquet
 
 from mimkd_ray import storage
-from mimkd_ray.cli.common import guarded
+from mimkd_ray.cli.command_line import guarded
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.augment.decode import decode
 from mimkd_ray.data.augment.pipelines import make_pipeline

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from mimkd_ray.cli import common
+from mimkd_ray.cli import command_line
 from mimkd_ray.cli.short_help import FIELDS
 from mimkd_ray.config import Config, OptimConfig
 from mimkd_ray.config.form.json_form import from_dict, to_dict
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def parsed(*argv: str) -> Config:
-    config = common.parse(IMAGENET_RECIPES, "demo", argv, "job")
+    config = command_line.parse(IMAGENET_RECIPES, "demo", argv, "job")
     assert config is not None
     return config
 
@@ -66,7 +66,7 @@ def test_truth_values_are_spelled_either_way(word: str) -> None:
 
 def test_printed_config_is_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--optim.lr", "0.25", "--compare.arms", "alone", "kd", "--loss.critic.width", "24", "--print-config"]
-    assert common.main(IMAGENET_RECIPES, "demo", argv) == 0
+    assert command_line.main(IMAGENET_RECIPES, "demo", argv) == 0
     printed = capsys.readouterr().out
     file = tmp_path / "config.json"
     file.write_text(printed)
@@ -92,7 +92,7 @@ def test_a_config_file_with_an_unknown_name_or_a_wrong_type_is_refused(tmp_path:
 
 
 def test_every_job_offers_its_own_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert common.main(CIFAR_RECIPES, "resnet32x4_resnet8x4", ["r34_r18", "--print-config"]) == 2
+    assert command_line.main(CIFAR_RECIPES, "resnet32x4_resnet8x4", ["r34_r18", "--print-config"]) == 2
     assert "resnet32x4_resnet8x4" in capsys.readouterr().err
 
 
@@ -136,7 +136,7 @@ BAD: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 SCRIPT = """
 import contextlib, io, json, sys
-from mimkd_ray.cli.common import main
+from mimkd_ray.cli.command_line import main
 from mimkd_ray.recipes import IMAGENET_RECIPES
 seen = {}
 for name, argv in json.loads(sys.argv[1]).items():
@@ -244,7 +244,7 @@ def test_help_lists_recipes_and_fields_with_types_defaults_and_docs() -> None:
 
 
 def test_help_is_one_page(capsys: pytest.CaptureFixture[str]) -> None:
-    assert common.main(IMAGENET_RECIPES, "demo", ["r34_r18", "--help"]) == 0
+    assert command_line.main(IMAGENET_RECIPES, "demo", ["r34_r18", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 30
     assert max(map(len, lines)) <= 130
@@ -265,13 +265,13 @@ def test_help_is_one_page(capsys: pytest.CaptureFixture[str]) -> None:
 def test_configs_in_yaml_and_toml(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     expected = Config(recipe="own", optim=OptimConfig(lr=0.3, milestones=(1, 2)))
-    assert common.read_config(str(tmp_path / name), Config) == expected
+    assert command_line.read_config(str(tmp_path / name), Config) == expected
     (tmp_path / name).write_text(text.replace("lr", "7"))
     with pytest.raises(UserError, match=r"optim\.7 is no name of a field|extra fields found \(7\)"):  # TOML's is text
-        common.read_config(str(tmp_path / name), Config)
+        command_line.read_config(str(tmp_path / name), Config)
     (tmp_path / name).write_text(text + "[")
     with pytest.raises(UserError, match=f"is not {name[4:].upper()}: "):
-        common.read_config(str(tmp_path / name), Config)
+        command_line.read_config(str(tmp_path / name), Config)
 
 
 def test_interruption_is_one_line_and_status_130(
@@ -283,7 +283,7 @@ def test_interruption_is_one_line_and_status_130(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "run", interrupted)
-    assert common.main(IMAGENET_RECIPES, "demo", []) == 130
+    assert command_line.main(IMAGENET_RECIPES, "demo", []) == 130
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "the same command goes on" in error
@@ -298,7 +298,7 @@ def test_sigterm_outside_of_training_is_status_3(capsys: pytest.CaptureFixture[s
         time.sleep(10)  # in which it comes
         return 0
 
-    assert common.guarded("job", stopped, "the same command goes on") == 3
+    assert command_line.guarded("job", stopped, "the same command goes on") == 3
 
     def stopped_in_ray() -> int:
         """`ray.get` makes SystemExit(1) of that of a signal's handler."""
@@ -306,9 +306,9 @@ def test_sigterm_outside_of_training_is_status_3(capsys: pytest.CaptureFixture[s
             stopped()
         sys.exit(1)
 
-    assert common.guarded("job", stopped_in_ray, "the same command goes on") == 3
+    assert command_line.guarded("job", stopped_in_ray, "the same command goes on") == 3
     assert capsys.readouterr().err == 2 * "job: asked to stop; the same command goes on\n"
     assert signal.getsignal(signal.SIGTERM) == before
-    assert common.guarded("job", lambda: sys.exit(0), "the same command goes on") == 130
+    assert command_line.guarded("job", lambda: sys.exit(0), "the same command goes on") == 130
     with pytest.raises(SystemExit):
-        common.guarded("job", lambda: sys.exit(7), "")
+        command_line.guarded("job", lambda: sys.exit(7), "")
