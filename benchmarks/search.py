@@ -53,7 +53,7 @@ from mimkd_ray.recipes import CIFAR_RECIPES
 from mimkd_ray.search.configs import Made, TrialConfigs, trial_config
 from mimkd_ray.search.optuna_study import draw_pack
 from mimkd_ray.search.spaces import find_spaces
-from mimkd_ray.search.table import Table
+from mimkd_ray.search.trial_files import Table
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 ARMS = ("jobs_live", "tune_cache", "pack_live", "pack_cache", "plain", "jobs_cache")

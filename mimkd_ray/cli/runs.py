@@ -16,7 +16,7 @@ from mimkd_ray.config.digest import differences, training_part
 from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_if_sound
-from mimkd_ray.search.results import CLOCK
+from mimkd_ray.search.summary import CLOCK
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.outcomes import CONFIG, RESULT
 

@@ -21,10 +21,10 @@ from mimkd_ray.run_lock import check_free, held
 from mimkd_ray.search.configs import TrialConfigs, claim, search_digest, trial_config
 from mimkd_ray.search.finals import Finals
 from mimkd_ray.search.optuna_study import combinations
-from mimkd_ray.search.results import Clock, brief, closing, write_report
 from mimkd_ray.search.spaces import find_spaces
 from mimkd_ray.search.suggest import Grid
-from mimkd_ray.search.table import Table
+from mimkd_ray.search.summary import Clock, brief, closing, write_report
+from mimkd_ray.search.trial_files import Table
 from mimkd_ray.train.records import run_files
 from mimkd_ray.train.records.loggers import require, require_loggers
 from mimkd_ray.user_functions import named_function

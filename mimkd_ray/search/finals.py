@@ -17,7 +17,7 @@ from mimkd_ray import storage
 from mimkd_ray.config import Config, SearchJob
 from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.search.configs import Made, final_config
-from mimkd_ray.search.table import FINALS, Table, point_of
+from mimkd_ray.search.trial_files import FINALS, Table, point_of
 from mimkd_ray.search.trials import Final, Trial, direction
 from mimkd_ray.train.records.run_dir import write_json
 

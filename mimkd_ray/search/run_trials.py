@@ -21,7 +21,7 @@ from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import NonFiniteLossError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.search.optuna_study import halving
-from mimkd_ray.search.table import point_of
+from mimkd_ray.search.trial_files import point_of
 from mimkd_ray.search.trials import direction
 from mimkd_ray.secret_urls import scrubbed
 from mimkd_ray.train.distributed import Context

@@ -24,8 +24,8 @@ from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.errors import UserError
 from mimkd_ray.recipes import demo
-from mimkd_ray.search.results import Clock
-from mimkd_ray.search.table import Table
+from mimkd_ray.search.summary import Clock
+from mimkd_ray.search.trial_files import Table
 from mimkd_ray.train.records import loggers
 
 # Digits, a random teacher, trials of three epochs of four steps.
@@ -131,7 +131,7 @@ def test_hours_are_those_of_everything(tmp_path: Path, monkeypatch: pytest.Monke
     from mimkd_ray.on_ray.search import tune_search
 
     now, folder = [1000.0], str(tmp_path / "s")
-    monkeypatch.setattr("mimkd_ray.search.results.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mimkd_ray.search.summary.time.monotonic", lambda: now[0])
     seen: list[float] = []
 
     def lasts(seconds: float) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from mimkd_ray import console
 from mimkd_ray.config import SearchJob
 from mimkd_ray.errors import UserError
 from mimkd_ray.search.configs import claim
-from mimkd_ray.search.table import Table
+from mimkd_ray.search.trial_files import Table
 
 VALUES = {"critic.learn_temperature": False, "critic.temperature": 0.5}
 

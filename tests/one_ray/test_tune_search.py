@@ -20,7 +20,7 @@ from mimkd_ray.cli import search as search_line
 from mimkd_ray.config import Config, SearchConfig, SearchJob
 from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.errors import UserError
-from mimkd_ray.search.table import Table
+from mimkd_ray.search.trial_files import Table
 from mimkd_ray.search.trials import Trial
 from mimkd_ray.train.records import run_files
 

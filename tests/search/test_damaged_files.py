@@ -14,8 +14,8 @@ from mimkd_ray.cli.runs import listing, shown
 from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.json_files import parse, read_if_sound, read_json
-from mimkd_ray.search.results import Clock
-from mimkd_ray.search.table import Table
+from mimkd_ray.search.summary import Clock
+from mimkd_ray.search.trial_files import Table
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.outcomes import find_result
 from mimkd_ray.train.records.run_dir import read_metrics

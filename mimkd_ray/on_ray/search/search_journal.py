@@ -18,9 +18,9 @@ from mimkd_ray.console import Status
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.search.configs import Made, TrialConfigs
-from mimkd_ray.search.results import Clock, ending, values, write_report
 from mimkd_ray.search.run_trials import REASON
-from mimkd_ray.search.table import Table
+from mimkd_ray.search.summary import Clock, ending, values, write_report
+from mimkd_ray.search.trial_files import Table
 from mimkd_ray.search.trials import Point
 
 LINE_SECONDS = 10.0

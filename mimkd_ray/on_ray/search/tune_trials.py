@@ -28,7 +28,7 @@ from mimkd_ray.search.optuna_study import draw_pack
 from mimkd_ray.search.run_trials import Tell, explain, failure, failures_told, prepare, train_members, train_trial
 from mimkd_ray.search.spaces import find_spaces
 from mimkd_ray.search.suggest import Grid, Space
-from mimkd_ray.search.table import Table, point_of
+from mimkd_ray.search.trial_files import Table, point_of
 from mimkd_ray.secret_urls import Carried
 from mimkd_ray.train.records.run_dir import read_metrics, write_json
 

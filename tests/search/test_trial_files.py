@@ -1,4 +1,4 @@
-"""The table of a search at rest: what is written, read back after a kill, and published; finals on it."""
+"""The trials of a search at rest: what is written, read back after a kill, and published; finals on it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mimkd_ray.config import Config
 from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.json_files import read_json
 from mimkd_ray.search.finals import Finals
-from mimkd_ray.search.results import Clock, closing, ending
-from mimkd_ray.search.table import Table
+from mimkd_ray.search.summary import Clock, closing, ending
+from mimkd_ray.search.trial_files import Table
 from mimkd_ray.search.trials import Trial
 
 
@@ -131,7 +131,7 @@ def test_a_table_on_object_storage(bucket: str, tmp_path: Path) -> None:
 
 def test_hours_add_up_over_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("mimkd_ray.search.results.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mimkd_ray.search.summary.time.monotonic", lambda: now[0])
     clock = Clock(str(tmp_path))
     now[0] += 1800
     clock.save()

@@ -1,4 +1,4 @@
-"""What a search shows and leaves behind: report.html, lines for the terminal, and the time that it took."""
+"""The summary of a search: report.html, lines for the terminal, and the hours that it took (clock.json)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mimkd_ray import storage
 from mimkd_ray.config import Config, SearchJob
 from mimkd_ray.errors import count
 from mimkd_ray.json_files import NUMBER, read_if_sound
-from mimkd_ray.search.table import Table
+from mimkd_ray.search.trial_files import Table
 from mimkd_ray.search.trials import Final, Trial, value_text
 from mimkd_ray.train.records.run_dir import write_json
 
