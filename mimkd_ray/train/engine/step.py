@@ -15,7 +15,7 @@ from mimkd_ray.losses.features import Features
 from mimkd_ray.seeds import derive
 from mimkd_ray.train.distributed import gather_lanes
 from mimkd_ray.train.engine.inputs import Lane
-from mimkd_ray.train.engine.turns import Turns
+from mimkd_ray.train.engine.pack_turns import Turns
 from mimkd_ray.train.networks.student_module import StudentModule
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mimkd_ray.train.cuda_graphs import record
-from mimkd_ray.train.engine.turns import Turns
+from mimkd_ray.train.engine.pack_turns import Turns
 
 
 class Trained:

@@ -1,4 +1,4 @@
-"""Students that do the parts of a step in turn, of which one may find no memory and leave."""
+"""The turns that a pack's students take in the parts of a step; one that finds no memory leaves."""
 
 from __future__ import annotations
 
