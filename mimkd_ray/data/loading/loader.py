@@ -37,9 +37,9 @@ from mimkd_ray.data.loading.batches import (
     ViewBatches,
 )
 from mimkd_ray.data.loading.cpu_quota import local_world_size, usable_cores
-from mimkd_ray.data.loading.helper_processes import helper_context
 from mimkd_ray.data.loading.read_ahead import AheadSource, Distance, ReadAhead, WithFeatures, distance
 from mimkd_ray.data.loading.shared_memory import Answer, Answers, Failed, Requests, make_slots
+from mimkd_ray.data.loading.start_method import helper_context
 from mimkd_ray.data.loading.stuck_loaders import LOOK_SECONDS, answers_of
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.source import Source

@@ -24,7 +24,7 @@ import numpy as np
 
 from mimkd_ray.data.loading.batches import FeatureSource
 from mimkd_ray.data.loading.cpu_quota import usable_cores
-from mimkd_ray.data.loading.helper_processes import helper_context
+from mimkd_ray.data.loading.start_method import helper_context
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.sources.source import Source
 from mimkd_ray.data.store.block_store import BlockStore

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.data.loading.batches import Batches, Key, LaneBatch
-from mimkd_ray.data.loading.helper_processes import helper_context
+from mimkd_ray.data.loading.start_method import helper_context
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.storage import StorageError
 

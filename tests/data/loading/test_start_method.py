@@ -15,9 +15,9 @@ from image_sets import prepared_set
 
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.loading import shared_memory
-from mimkd_ray.data.loading.helper_processes import helper_context
 from mimkd_ray.data.loading.loader import PREFETCH, SPARE_SLOTS, train_batches
 from mimkd_ray.data.loading.read_ahead import PARENT_POLL_S
+from mimkd_ray.data.loading.start_method import helper_context
 from mimkd_ray.data.order.sample_order import Order
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.source import Source
