@@ -21,8 +21,9 @@ from mimkd_ray.train.engine import restart
 from mimkd_ray.train.engine.step import StepRecord
 from mimkd_ray.train.engine.student import Student
 from mimkd_ray.train.records import checkpoint
+from mimkd_ray.train.records.finite_guard import FiniteGuard
 from mimkd_ray.train.records.outcomes import RESULT
-from mimkd_ray.train.records.progress import FiniteGuard, Meter, say
+from mimkd_ray.train.records.progress import Meter, say
 from mimkd_ray.train.records.run_dir import MetricsLog, json_bytes, read_metrics, write_json
 from mimkd_ray.versions import machine, versions
 
