@@ -19,7 +19,8 @@ from mimkd_ray.json_files import read_json
 from mimkd_ray.models.build_model import build_model
 from mimkd_ray.recipes import cifar100
 from mimkd_ray.train.job import measure
-from mimkd_ray.train.networks.build import build_network, place
+from mimkd_ray.train.networks.build import build_network
+from mimkd_ray.train.networks.device_settings import place
 from mimkd_ray.train.packed import Member, train_pack
 from mimkd_ray.train.records.outcomes import Failed
 from mimkd_ray.train.records.run_dir import write_json

@@ -26,14 +26,8 @@ from mimkd_ray.teacher_cache.pixel_digests import PIXELS, ROW_BYTES
 from mimkd_ray.teacher_cache.writer import block_rows
 from mimkd_ray.train.from_cache.cached_teacher import origin_of
 from mimkd_ray.train.from_cache.fit_codecs import Sight
-from mimkd_ray.train.networks.build import (
-    build_network,
-    place,
-    plan_student,
-    teacher_autocast,
-    teacher_images,
-    teacher_taps,
-)
+from mimkd_ray.train.networks.build import build_network, plan_student, teacher_images, teacher_taps
+from mimkd_ray.train.networks.device_settings import place, teacher_autocast
 from mimkd_ray.train.networks.teacher import Teacher
 from mimkd_ray.train.networks.teacher_head import teacher_head
 from mimkd_ray.train.networks.teacher_input import teacher_input

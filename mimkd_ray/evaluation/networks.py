@@ -22,14 +22,8 @@ from mimkd_ray.models.weights_file import shown
 from mimkd_ray.taps.default_stages import default_taps
 from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.taps.tapped_model import TappedModel, TapShape, find_shapes
-from mimkd_ray.train.networks.build import (
-    build_network,
-    parameter_dtype,
-    place,
-    taps_of_run,
-    teacher_images,
-    uses_channels_last,
-)
+from mimkd_ray.train.networks.build import build_network, taps_of_run, teacher_images
+from mimkd_ray.train.networks.device_settings import parameter_dtype, place, uses_channels_last
 from mimkd_ray.train.networks.student_module import Normalizer
 from mimkd_ray.train.networks.teacher import canonical
 from mimkd_ray.train.networks.teacher_head import read_names, teacher_head, trains_head

@@ -31,7 +31,7 @@ from mimkd_ray.on_ray.nodes.node_capacity import Capacity
 from mimkd_ray.on_ray.nodes.placement import wait_for_nodes, wait_for_room
 from mimkd_ray.on_ray.remote_errors import ERRORS, fetch, raise_told, with_patience
 from mimkd_ray.secret_urls import Carried
-from mimkd_ray.train.networks.build import teacher_autocast
+from mimkd_ray.train.networks.device_settings import teacher_autocast
 
 UNITS_PER_CALL = 4
 """Units that an actor gets at a time: while one is computed, the next is decoded and the last are written."""

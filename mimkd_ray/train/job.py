@@ -24,7 +24,8 @@ from mimkd_ray.train.distributed import Context, ask_first
 from mimkd_ray.train.held_out.accuracy import accuracy, held_out_name, told_batches
 from mimkd_ray.train.held_out.known_accuracy import known_or_measured
 from mimkd_ray.train.loop import train_on
-from mimkd_ray.train.networks.build import build_network, parameter_dtype, place, teacher_images, uses_channels_last
+from mimkd_ray.train.networks.build import build_network, teacher_images
+from mimkd_ray.train.networks.device_settings import parameter_dtype, place, uses_channels_last
 from mimkd_ray.train.networks.student_module import Normalizer
 from mimkd_ray.train.networks.teacher import weights_digest
 from mimkd_ray.train.networks.teacher_check import check_accuracy, refuse_random

@@ -11,7 +11,7 @@ import torch
 from test_packed import config_of, pack, variants
 from tiny_run import cpu, run_tiny, tiny_config, tiny_data
 
-from mimkd_ray.config import Config, LossConfig, TrainConfig
+from mimkd_ray.config import Config, LossConfig
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.models.build_model import build_model
@@ -19,7 +19,7 @@ from mimkd_ray.seeds import derive
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.student import Student, lone_student
 from mimkd_ray.train.networks import build
-from mimkd_ray.train.networks.build import build_network, place, plan_student, plan_taps
+from mimkd_ray.train.networks.build import build_network, plan_student, plan_taps
 
 
 def by_hand(config: Config, teacher: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -86,21 +86,3 @@ def test_nobody_builds_or_plans_a_student_twice(tmp_path: Path, monkeypatch: pyt
     pack(configs, tmp_path / "pack")
     assert built[1:] == [config.student.name for config in configs]
     assert planned[1:] == [config.loss for config in configs if config.loss.uses_teacher]
-
-
-@pytest.mark.parametrize(("channels", "first"), [(1, True), (4, True), (16, False)])
-def test_a_narrow_shortcut_on_a_cpu_is_channels_first(channels: int, first: bool) -> None:
-    """Its gradient would be written beyond its memory: the demo ended in a segmentation fault on a CPU without AVX-512.
-    The layout is looked at before the gradient is asked for."""
-    seen: list[torch.Tensor] = []
-    shortcut = torch.nn.Conv2d(channels, 8, 1, stride=2, bias=False)
-    network = place(torch.nn.Sequential(torch.nn.Identity(), shortcut), TrainConfig(), torch.device("cpu"))
-    shortcut.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
-    images_BCHW = torch.randn(25, channels, 8, 8).to(memory_format=torch.channels_last)
-    out_BCHW = network(images_BCHW)
-    for tensor, strides in ((seen[0], (64 * channels, 64, 8, 1)), (shortcut.weight, (channels, 1, 1, 1))):
-        assert (tensor.stride() == strides) is first
-    out_BCHW.square().sum().backward()
-    kernel_OC, kept_BCHW = shortcut.weight.detach()[:, :, 0, 0].double(), images_BCHW[:, :, ::2, ::2].double()
-    expected = 2 * torch.einsum("oc,bchw,bdhw->od", kernel_OC, kept_BCHW, kept_BCHW)
-    torch.testing.assert_close(shortcut.weight.grad[:, :, 0, 0].double(), expected, rtol=1e-4, atol=1e-3)

@@ -30,7 +30,7 @@ from mimkd_ray.train.engine.engines import CapturedEngine, make_engine
 from mimkd_ray.train.engine.evaluation import evaluate_together
 from mimkd_ray.train.engine.restart import resume, save
 from mimkd_ray.train.engine.student import lone_student
-from mimkd_ray.train.networks.build import captures, why_plain
+from mimkd_ray.train.networks.device_settings import captures, why_plain
 from mimkd_ray.train.records import checkpoint
 
 STEPS = WARM + 3

@@ -28,15 +28,8 @@ from mimkd_ray.train.from_cache.cached_teacher import Cached
 from mimkd_ray.train.from_cache.live_check import CacheCheck
 from mimkd_ray.train.held_out.accuracy import told_batches
 from mimkd_ray.train.held_out.captured_forwards import RecordedForwards
-from mimkd_ray.train.networks.build import (
-    PlannedStudent,
-    build_teacher,
-    captures,
-    choose_kernels,
-    make_order,
-    parameter_dtype,
-    uses_channels_last,
-)
+from mimkd_ray.train.networks.build import PlannedStudent, build_teacher, make_order
+from mimkd_ray.train.networks.device_settings import captures, choose_kernels, parameter_dtype, uses_channels_last
 from mimkd_ray.train.networks.student_module import Normalizer
 from mimkd_ray.train.records.progress import say
 

@@ -21,7 +21,8 @@ from mimkd_ray.train.engine.gradients import SummedGradients
 from mimkd_ray.train.engine.inputs import Inputs
 from mimkd_ray.train.engine.step import StepRecord, optimisation_step, seed_lane
 from mimkd_ray.train.from_cache.cached_teacher import open_cached
-from mimkd_ray.train.networks.build import PlannedStudent, build_distiller, has_compiler, plan_student, why_plain
+from mimkd_ray.train.networks.build import PlannedStudent, build_distiller, plan_student
+from mimkd_ray.train.networks.device_settings import has_compiler, why_plain
 from mimkd_ray.train.networks.optim import (
     build_optimizer,
     learning_rate,

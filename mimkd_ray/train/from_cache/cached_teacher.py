@@ -26,13 +26,8 @@ from mimkd_ray.teacher_cache.pixel_digests import PIXELS, ROW_BYTES
 from mimkd_ray.train.distributed import Context, ask_first
 from mimkd_ray.train.from_cache.fit_codecs import Sight, fit
 from mimkd_ray.train.from_cache.missing_features import Wanted, explain
-from mimkd_ray.train.networks.build import (
-    PlannedStudent,
-    build_teacher,
-    parameter_dtype,
-    teacher_autocast,
-    teacher_taps,
-)
+from mimkd_ray.train.networks.build import PlannedStudent, build_teacher, teacher_taps
+from mimkd_ray.train.networks.device_settings import parameter_dtype, teacher_autocast
 from mimkd_ray.train.networks.teacher import weights_digest
 from mimkd_ray.train.networks.teacher_head import teacher_head
 from mimkd_ray.train.networks.teacher_input import resizing, teacher_input

@@ -20,7 +20,7 @@ from mimkd_ray.taps.tap_codecs import by_label
 from mimkd_ray.teacher_cache import calibration
 from mimkd_ray.teacher_cache.calibration import Fitter
 from mimkd_ray.teacher_cache.keys import Entry
-from mimkd_ray.train.networks.build import parameter_dtype, uses_channels_last
+from mimkd_ray.train.networks.device_settings import parameter_dtype, uses_channels_last
 from mimkd_ray.train.networks.student_module import Normalizer
 from mimkd_ray.train.networks.teacher import Teacher
 

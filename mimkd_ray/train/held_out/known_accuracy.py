@@ -12,7 +12,7 @@ from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.json_files import read_if_sound
 from mimkd_ray.train.distributed import ask_first
-from mimkd_ray.train.networks.build import parameter_dtype
+from mimkd_ray.train.networks.device_settings import parameter_dtype
 from mimkd_ray.train.networks.teacher_head import TeacherHead
 from mimkd_ray.train.networks.teacher_input import teacher_input
 from mimkd_ray.train.records.run_dir import write_json
