@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from mimkd_ray.losses.bounds import jsd as jsd
     from mimkd_ray.losses.bounds import nwj as nwj
     from mimkd_ray.losses.bounds import smile as smile
-    from mimkd_ray.losses.estimate import mutual_information as mutual_information
     from mimkd_ray.losses.features import Features as Features
     from mimkd_ray.losses.mimkd_loss import MIMKDLoss
+    from mimkd_ray.losses.mutual_information import mutual_information as mutual_information
     from mimkd_ray.losses.terms import Term as Term
     from mimkd_ray.models.build_model import build_model as build_model
     from mimkd_ray.recipes import cifar100 as cifar100
@@ -84,7 +84,7 @@ _HOMES = {
     "errors": ("UserError",),
     "losses.bounds": ("dv", "infonce", "jsd", "nwj", "smile"),
     "losses.mimkd_loss": ("DistillationLoss",),
-    "losses.estimate": ("mutual_information",),
+    "losses.mutual_information": ("mutual_information",),
     "losses.features": ("Features",),
     "losses.terms": ("Term",),
     "models.build_model": ("build_model",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any, cast
 
-from mimkd_ray.remote import call
+from mimkd_ray.remote_filesystem import call
 from mimkd_ray.retries import ShortError
 
 

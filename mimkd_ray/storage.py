@@ -21,8 +21,8 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from mimkd_ray import local_files
 from mimkd_ray.errors import UserError
 from mimkd_ray.places import place
-from mimkd_ray.remote import call, remove_folders, remove_key, time_for, tree
 from mimkd_ray.remote_file import RemoteFile
+from mimkd_ray.remote_filesystem import call, remove_folders, remove_key, time_for, tree
 from mimkd_ray.retries import AccessError as AccessError
 from mimkd_ray.retries import StorageError as StorageError
 from mimkd_ray.retries import attempt, no_bucket

@@ -29,7 +29,7 @@ from mimkd_ray.cli.prepare_data import PrepareJob
 from mimkd_ray.config import Config, DoctorConfig, ExportConfig, SearchJob
 from mimkd_ray.config.jobs.evaluate import EvaluateJob
 from mimkd_ray.models.build_model import build_model
-from mimkd_ray.train.records.read_back import RunFacts
+from mimkd_ray.train.records.read_run import RunFacts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from failing_store import FailingStore
 
-from mimkd_ray import remote, retries, storage
+from mimkd_ray import remote_filesystem, retries, storage
 from mimkd_ray.errors import UserError
 
 
@@ -33,9 +33,9 @@ def store(bucket: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Ite
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The store is a socket that accepts, and neither reads nor answers."""
-    monkeypatch.setattr(remote, "ANSWER_SECONDS", 0.2)
-    monkeypatch.setattr(remote, "UPLOAD_SECONDS", 0.4)
-    monkeypatch.setattr(remote, "SLOWEST_UPLOAD", 1e8)
+    monkeypatch.setattr(remote_filesystem, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(remote_filesystem, "UPLOAD_SECONDS", 0.4)
+    monkeypatch.setattr(remote_filesystem, "SLOWEST_UPLOAD", 1e8)
     monkeypatch.setattr(retries, "FIRST_SECONDS", 0.25)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
@@ -114,13 +114,13 @@ def test_expired_credentials_are_named_at_once_and_waited_for_in_the_middle(
     assert store.failed == 1
     store.how = ""
     storage.write_bytes(f"{bucket}/x", b"1")
-    before = remote.filesystem(bucket)
+    before = remote_filesystem.filesystem(bucket)
     store.how = "expired"
     threading.Timer(0.5, lambda: setattr(store, "how", "")).start()
     storage.write_bytes(f"{bucket}/x", b"2")
     assert storage.read_bytes(f"{bucket}/x") == b"2"
     assert store.failed > 1
-    assert remote.filesystem(bucket) is not before, "the credentials' file is read anew"
+    assert remote_filesystem.filesystem(bucket) is not before, "the credentials' file is read anew"
 
 
 def test_another_region_is_named(store: FailingStore, bucket: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mimkd_ray import local_files, remote, retries, storage
+from mimkd_ray import local_files, remote_filesystem, retries, storage
 from mimkd_ray.errors import UserError
 
 
@@ -316,7 +316,7 @@ def test_denied_access_names_the_remedy(quick: list[float]) -> None:
 def test_a_short_read_is_retried(monkeypatch: pytest.MonkeyPatch, quick: list[float]) -> None:
     url = f"memory://{uuid.uuid4().hex}/x"
     storage.write_bytes(url, bytes(100))
-    fs = remote.filesystem(url)
+    fs = remote_filesystem.filesystem(url)
     whole = fs.cat_file
     answers = [b"short"]
     monkeypatch.setattr(fs, "cat_file", lambda *a, **k: answers.pop() if answers else whole(*a, **k))
@@ -338,7 +338,7 @@ def test_a_short_read_of_a_server_that_says_no_size_is_retried(
 ) -> None:
     url = f"memory://{uuid.uuid4().hex}/x"
     storage.write_bytes(url, bytes(100))
-    fs = remote.filesystem(url)
+    fs = remote_filesystem.filesystem(url)
     whole, answers = fs.cat_file, [b"short"]
     monkeypatch.setattr(fs, "cat_file", lambda *a, **k: answers.pop() if answers else whole(*a, **k))
     monkeypatch.setattr(fs, "info", lambda path: {"name": path, "size": None, "type": "file"})

@@ -23,7 +23,7 @@ from mimkd_ray.evaluation.networks import takes_own_student
 from mimkd_ray.on_ray.nodes import environment
 from mimkd_ray.pages.write_pages import try_to_write_report
 from mimkd_ray.places import check_lasting
-from mimkd_ray.train.records.read_back import read_run
+from mimkd_ray.train.records.read_run import read_run
 from mimkd_ray.train.records.run_dir import jsonable
 from mimkd_ray.train.start_times import StartTimes
 

@@ -18,7 +18,7 @@ from mimkd_ray.export.export_student import export_student
 from mimkd_ray.models.weights_file import FOLDER, HUB, WEB
 from mimkd_ray.places import check_lasting
 from mimkd_ray.recipes import cifar100, r34_r18
-from mimkd_ray.train.records.read_back import RunFacts, read_run
+from mimkd_ray.train.records.read_run import RunFacts, read_run
 
 
 def main(argv: Sequence[str], program: str) -> int:

@@ -9,8 +9,8 @@ from mimkd_ray.cli.command_line import parsed
 from mimkd_ray.errors import UserError
 from mimkd_ray.taps.default_stages import before_activation, default_taps
 from mimkd_ray.taps.dry_checks import build_without_weights
+from mimkd_ray.taps.dry_run import dry_run
 from mimkd_ray.taps.tapped_model import TapShape, find_shapes
-from mimkd_ray.taps.tracing import dry_run
 
 
 def main(argv: Sequence[str], program: str) -> int:

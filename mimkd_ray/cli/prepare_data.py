@@ -62,7 +62,7 @@ def prepare_with_ray(job: PrepareJob) -> Manifest:
 
     def run(units: Sequence[Unit], title: str) -> Iterator[Done]:
         environment.prepare(job.address)
-        from mimkd_ray.on_ray import data_units  # Ray takes seconds to import and reads its environment on import
+        from mimkd_ray.on_ray import run_work_units  # Ray takes seconds to import and reads its environment on import
         from mimkd_ray.on_ray.driver_console import joined
         from mimkd_ray.on_ray.nodes.placement import wait_for_room
 
@@ -71,7 +71,7 @@ def prepare_with_ray(job: PrepareJob) -> Manifest:
             own.append(connected.enter_context(joined(job.address, "--address", target, job.verbose)))
         if not own[0]:
             wait_for_room(1, 1, 0, 60 * job.wait_minutes, "unit", patience="--wait-minutes")
-        return data_units.run_units(units, title, job.workers)
+        return run_work_units.run_units(units, title, job.workers)
 
     with ExitStack() as connected, console.phase(f"split '{job.split}' of {job.source}: looking what is there"):
         return prepare(job, run)

@@ -9,8 +9,8 @@ from typing import Any
 
 from mimkd_ray import storage
 from mimkd_ray.cli.command_line import parsed
-from mimkd_ray.cli.opening import closing, opening
 from mimkd_ray.cli.result_table import SHAPE, columns, result_table
+from mimkd_ray.cli.run_summary import closing, opening
 from mimkd_ray.config import Config
 from mimkd_ray.config.digest import differences, training_part
 from mimkd_ray.config.form.json_form import from_dict

@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 
 from mimkd_ray import console, storage
 from mimkd_ray.cli.local_launch import local_context, run_local, under_torchrun
-from mimkd_ray.cli.opening import closing, opening
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.result_table import result_table
+from mimkd_ray.cli.run_summary import closing, opening
 from mimkd_ray.config import Config
 from mimkd_ray.config.digest import identity
 from mimkd_ray.data.sources.own_dataset import OwnData

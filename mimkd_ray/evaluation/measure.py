@@ -18,14 +18,14 @@ from mimkd_ray.config.jobs.evaluate import EvaluateJob
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.data.sources.source import Source, SubsetSource, ids_of
 from mimkd_ray.errors import UserError, count
+from mimkd_ray.evaluation.cka import linear_cka
 from mimkd_ray.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from mimkd_ray.evaluation.forward_pass import Collected, collect, few
 from mimkd_ray.evaluation.linear_probe import linear_probe_accuracy
 from mimkd_ray.evaluation.networks import Subject, subject_of
 from mimkd_ray.evaluation.predictions import agreement, calibration, confusions, per_class, top_k
 from mimkd_ray.evaluation.real_labels import real_accuracy
-from mimkd_ray.evaluation.similarity import linear_cka
-from mimkd_ray.losses.estimate import mutual_information
+from mimkd_ray.losses.mutual_information import mutual_information
 from mimkd_ray.run_lock import held
 from mimkd_ray.train.distributed import Context
 from mimkd_ray.train.held_out.neighbours import knn_accuracy

@@ -28,7 +28,7 @@ from mimkd_ray.train.networks.student_module import Normalizer
 from mimkd_ray.train.networks.teacher import canonical
 from mimkd_ray.train.networks.teacher_head import read_names, teacher_head, trains_head
 from mimkd_ray.train.networks.teacher_input import TeacherImages
-from mimkd_ray.train.records.read_back import student_of_run, teacher_file
+from mimkd_ray.train.records.read_run import student_of_run, teacher_file
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from mimkd_ray.secret_urls import scrubbed
 from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.train.held_out.accuracy import held_out_name
 from mimkd_ray.train.networks.teacher_head import trains_head
-from mimkd_ray.train.records.read_back import RunFacts, student_of_run
+from mimkd_ray.train.records.read_run import RunFacts, student_of_run
 from mimkd_ray.train.records.run_dir import write_json
 from mimkd_ray.train.records.run_files import OF_AN_EXPORT, kind_of
 from mimkd_ray.versions import versions

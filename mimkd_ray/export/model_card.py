@@ -15,7 +15,7 @@ from mimkd_ray.export.examine import top1_text
 from mimkd_ray.export.model_folder import is_of_timm, is_read_by_timm
 from mimkd_ray.models.weights_file import FOLDER
 from mimkd_ray.secret_urls import redacted_values
-from mimkd_ray.train.records.read_back import RunFacts
+from mimkd_ray.train.records.read_run import RunFacts
 
 CARD, TRAINING = "README.md", "training_config.json"
 

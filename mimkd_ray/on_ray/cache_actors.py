@@ -26,10 +26,10 @@ from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
-from mimkd_ray.on_ray.data_units import answer, quiet_and_patient
 from mimkd_ray.on_ray.nodes.node_capacity import Capacity
 from mimkd_ray.on_ray.nodes.placement import wait_for_nodes, wait_for_room
 from mimkd_ray.on_ray.remote_errors import ERRORS, fetch, raise_told, with_patience
+from mimkd_ray.on_ray.run_work_units import answer, quiet_and_patient
 from mimkd_ray.secret_urls import Carried
 from mimkd_ray.train.networks.device_settings import teacher_autocast
 

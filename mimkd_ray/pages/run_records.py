@@ -19,7 +19,7 @@ from mimkd_ray.evaluation.measure import FIGURES, PREDICTIONS
 from mimkd_ray.json_files import NUMBER, read_if_sound, read_json
 from mimkd_ray.secret_urls import redacted_values
 from mimkd_ray.train.records.outcomes import CONFIG, RESULT
-from mimkd_ray.train.records.read_back import ARM, TEACHER, WEIGHTS, teacher_file
+from mimkd_ray.train.records.read_run import ARM, TEACHER, WEIGHTS, teacher_file
 from mimkd_ray.train.records.run_dir import read_metrics
 
 logger = logging.getLogger(__name__)

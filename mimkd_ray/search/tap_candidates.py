@@ -14,9 +14,9 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.search.suggest import Asked, Candidates, Options, Range, Suggest
 from mimkd_ray.taps.default_stages import Stages, default_taps
 from mimkd_ray.taps.dry_checks import build_without_weights
+from mimkd_ray.taps.dry_run import dry_run
 from mimkd_ray.taps.pairing import choose_pairs
 from mimkd_ray.taps.tapped_model import find_shapes
-from mimkd_ray.taps.tracing import dry_run
 from mimkd_ray.train.networks.build import KINDS
 from mimkd_ray.train.networks.teacher_input import teacher_input
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.outputs import describe
+from mimkd_ray.taps.dry_run import DROPOUT, Call, DryRun, dry_run
 from mimkd_ray.taps.tapped_model import TapShape, shape_of, tap_shape
-from mimkd_ray.taps.tracing import DROPOUT, Call, DryRun, dry_run
 
 _POOLING = (
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AvgPool1d, nn.AvgPool2d,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.outputs import describe
-from mimkd_ray.taps.tracing import SMALL, dry_run
+from mimkd_ray.taps.dry_run import SMALL, dry_run
 
 FEW_WEIGHTS = 30_000_000
 """Weights up to which a network is built for real where images are small."""

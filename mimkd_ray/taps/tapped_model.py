@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.models.outputs import describe, logits_from
-from mimkd_ray.taps.tracing import BATCH, INPUT, Call, DryRun, dry_run, overwrites_input
+from mimkd_ray.taps.dry_run import BATCH, INPUT, Call, DryRun, dry_run, overwrites_input
 
 MOST_PREFIX_TOKENS = 16
 """Most class and register tokens that are recognised in front of a token grid."""

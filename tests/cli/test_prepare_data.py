@@ -13,7 +13,7 @@ from mimkd_ray import console
 from mimkd_ray.cli import prepare_data
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.errors import DamagedDataError, UserError
-from mimkd_ray.on_ray import data_units
+from mimkd_ray.on_ray import run_work_units
 from mimkd_ray.run_lock import InUse
 from mimkd_ray.storage import AccessError, StorageError
 
@@ -24,8 +24,8 @@ def test_progress_says_how_much_and_how_long(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr(data_units.time, "monotonic", lambda: now)
-    with data_units.Progress("checking images", 2000) as progress:
+    monkeypatch.setattr(run_work_units.time, "monotonic", lambda: now)
+    with run_work_units.Progress("checking images", 2000) as progress:
         for seconds, rows, size in ((60.0, 100, 100), (5.0, 100, 100), (5.0, 40, 300), (40.0, 1000, 1500)):
             now += seconds
             progress.add(Done(rows, size))
@@ -46,7 +46,7 @@ def test_progress_on_a_terminal_is_a_bar(capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(console, "BAR_SECONDS", 0.0)
-    with data_units.Progress("checking images", 4_000_000) as progress:
+    with run_work_units.Progress("checking images", 4_000_000) as progress:
         for _ in range(3):
             progress.add(Done(50, 1_000_000))
     captured = capsys.readouterr()
@@ -70,8 +70,8 @@ class Failing:
 
 def answer(*errors: Exception) -> tuple[dict[str, object], list[float]]:
     waits: list[float] = []
-    row = {"unit": data_units.ray.cloudpickle.dumps((Failing(list(errors)), None))}
-    return data_units.do_unit(row, waits.append), waits
+    row = {"unit": run_work_units.ray.cloudpickle.dumps((Failing(list(errors)), None))}
+    return run_work_units.do_unit(row, waits.append), waits
 
 
 def test_storage_that_fails_is_waited_for() -> None:

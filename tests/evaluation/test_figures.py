@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mimkd_ray.errors import UserError
+from mimkd_ray.evaluation.cka import linear_cka
 from mimkd_ray.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from mimkd_ray.evaluation.linear_probe import linear_probe_accuracy
 from mimkd_ray.evaluation.predictions import (
@@ -22,7 +23,6 @@ from mimkd_ray.evaluation.predictions import (
     reliability,
     top_k,
 )
-from mimkd_ray.evaluation.similarity import linear_cka
 
 CLASSES = ("ant", "bee", "cat", "dog")
 

@@ -40,7 +40,7 @@ from mimkd_ray.models.build_model import build_model
 from mimkd_ray.pages.write_pages import write_report
 from mimkd_ray.train.held_out.neighbours import knn_accuracy
 from mimkd_ray.train.networks.student_module import Normalizer
-from mimkd_ray.train.records.read_back import read_run
+from mimkd_ray.train.records.read_run import read_run
 
 CLASSES = 12
 NAMES = [f"n{number:02d}" for number in range(CLASSES)]

@@ -28,7 +28,7 @@ from mimkd_ray.export.examine import (
 from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.outputs import describe
 from mimkd_ray.run_lock import held
-from mimkd_ray.train.records.read_back import student_of_run
+from mimkd_ray.train.records.read_run import student_of_run
 
 QUICK = ("--images", "20", "--calibration", "20", "--threads", "1")
 

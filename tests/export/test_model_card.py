@@ -20,7 +20,7 @@ from mimkd_ray.export.examine import Comparison, fault_of_int8
 from mimkd_ray.export.export_student import head_learns
 from mimkd_ray.export.images import Images
 from mimkd_ray.export.model_card import model_card, portable
-from mimkd_ray.train.records.read_back import RunFacts
+from mimkd_ray.train.records.read_run import RunFacts
 
 STUDENT = {"file": "model.safetensors", "bytes": 9, "max_logit_difference": 0.0, "agreement": 100.0, "top1": 61.25}
 REPORT: dict[str, Any] = {

@@ -20,7 +20,7 @@ from mimkd_ray.config import Config, SearchConfig
 from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.errors import Interrupted, UserError
-from mimkd_ray.on_ray import cache_actors, data_units, driver_console
+from mimkd_ray.on_ray import cache_actors, driver_console, run_work_units
 from mimkd_ray.on_ray.nodes import node_capacity, placement, resource_holders
 from mimkd_ray.on_ray.nodes.cluster import connect
 from mimkd_ray.on_ray.nodes.node_capacity import Capacity
@@ -254,7 +254,7 @@ def test_a_preparation_does_not_wait_for_ever_for_others(
 ) -> None:
     busy[:] = [Held("n", "02", {"CPU": 4.0})]
     monkeypatch.setattr(driver_console, "connect", lambda *_, **__: False)
-    monkeypatch.setattr(data_units, "run_units", lambda *_: pytest.fail("began"))
+    monkeypatch.setattr(run_work_units, "run_units", lambda *_: pytest.fail("began"))
     monkeypatch.setattr(prepare_data, "prepare", lambda _, run: list(run([], "units")))
     job = prepare_data.PrepareJob(source=str(tmp_path / "a"), target=str(tmp_path / "b"))
     with pytest.raises(

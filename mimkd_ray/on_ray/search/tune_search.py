@@ -21,7 +21,7 @@ from ray.tune import ResultGrid
 from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.search.optuna import OptunaSearch
 
-from mimkd_ray import console, remote, storage
+from mimkd_ray import console, remote_filesystem, storage
 from mimkd_ray.config import Config, SearchConfig, SearchJob
 from mimkd_ray.config.jobs.search import POPULATION, search_job
 from mimkd_ray.errors import Interrupted, UserError, count
@@ -316,7 +316,7 @@ def tune_place(folder: str) -> tuple[str, Any]:
     """Return a folder as Ray Tune takes it: its path, and its file system if it is not of this machine."""
     if not storage.is_remote(folder):
         return str(storage.local_path(folder)), None
-    fs = remote.filesystem(folder)
+    fs = remote_filesystem.filesystem(folder)
     return folder.partition("://")[2], pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
 
 

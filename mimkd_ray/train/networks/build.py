@@ -21,11 +21,11 @@ from mimkd_ray.losses.terms import LOGITS, Term
 from mimkd_ray.models.build_model import build_model
 from mimkd_ray.seeds import derive
 from mimkd_ray.taps.default_stages import Stages, before_activation, default_taps
+from mimkd_ray.taps.dry_run import DryRun, dry_run
 from mimkd_ray.taps.pairing import Pair, build_terms, choose_pairs, configured_pairs
 from mimkd_ray.taps.rival_pairing import pair_rivals, plan_rivals, reads_taps
 from mimkd_ray.taps.tap_codecs import Coding, coded_term
 from mimkd_ray.taps.tapped_model import TapShape, tap_shape
-from mimkd_ray.taps.tracing import DryRun, dry_run
 from mimkd_ray.train.networks.device_settings import autocast_dtype, parameter_dtype, place, teacher_autocast
 from mimkd_ray.train.networks.student_module import StudentModule
 from mimkd_ray.train.networks.teacher import Teacher

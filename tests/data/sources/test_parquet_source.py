@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from image_sets import images, parquet_set, prepared_set, write_parquet
 
-from mimkd_ray import remote, retries, storage
+from mimkd_ray import remote_filesystem, retries, storage
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.sources import parquet, row_groups
 from mimkd_ray.data.sources.parquet import ParquetSource
@@ -163,7 +163,7 @@ def test_a_failing_store_is_not_taken_for_a_broken_file(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.001)
     monkeypatch.setenv(retries.PATIENCE, "0")
-    monkeypatch.setattr(remote.filesystem(root), "cat_file", fail)
+    monkeypatch.setattr(remote_filesystem.filesystem(root), "cat_file", fail)
     with pytest.raises(storage.StorageError, match=rf"could not read {root}/train-0\.parquet in 5 tries"):
         source.read([10])
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from image_sets import folder_set, parquet_set, prepared_set, tar_set
 
-from mimkd_ray import remote, retries, storage
+from mimkd_ray import remote_filesystem, retries, storage
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.loading.loader import eval_batches, train_batches
 from mimkd_ray.data.order.sample_order import Order
@@ -63,7 +63,7 @@ def test_create_once(bucket: str) -> None:
 
 
 def test_create_once_whose_first_answer_was_lost(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fs = remote.filesystem(bucket)
+    fs = remote_filesystem.filesystem(bucket)
     put = fs.pipe_file
     lost = [ConnectionResetError("the answer was lost")]
 
@@ -90,7 +90,7 @@ def test_create_once_on_a_store_that_does_not_name_the_condition(bucket: str, mo
         answer = {"Error": {"Code": "PreconditionFailed"}, "ResponseMetadata": {"HTTPStatusCode": 412}}
         raise OSError(errno.EINVAL, "PreconditionFailed") from ClientError(answer, "PutObject")
 
-    monkeypatch.setattr(remote.filesystem(bucket), "pipe_file", refuse)
+    monkeypatch.setattr(remote_filesystem.filesystem(bucket), "pipe_file", refuse)
     assert not storage.create_once(f"{bucket}/x", b"ours")
 
 
@@ -231,7 +231,8 @@ def test_a_tree_is_removed_by_its_name_and_not_by_a_pattern(bucket: str, name: s
     for other in (name, "lr0", "lrx", "lr", "lr[0]9", "aAb", "aA"):
         for file in ("config.json", "checkpoints/step_1/state.pt"):
             storage.write_bytes(f"{bucket}/{other}/{file}", b"x")
-    remote.filesystem(bucket).pipe_file(f"{bucket.removeprefix('s3://')}/{name}/empty/", b"")  # marks a folder
+    folder = f"{bucket.removeprefix('s3://')}/{name}/empty/"
+    remote_filesystem.filesystem(bucket).pipe_file(folder, b"")  # marks a folder
     assert storage.list_tree(f"{bucket}/{name}") == ["checkpoints/step_1/state.pt", "config.json", "empty/"]
     before = set(storage.list_dirs(bucket))
     storage.remove_tree(f"{bucket}/{name}")

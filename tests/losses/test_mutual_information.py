@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mimkd_ray.config.loss_presets import BoundName
 from mimkd_ray.errors import UserError
-from mimkd_ray.losses.estimate import mutual_information
+from mimkd_ray.losses.mutual_information import mutual_information
 
 
 def gaussians(nats: float, channels: int = 1, count: int = 20_000) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a run says at its beginning, and the commands that it names at its end."""
+"""The summary of a run: what it says at its beginning, and the commands that it names at its end."""
 
 from __future__ import annotations
 

@@ -10,12 +10,12 @@ from tiny_run import tiny_config
 
 from mimkd_ray.__main__ import main
 from mimkd_ray.cli.commands import COMMANDS
-from mimkd_ray.cli.opening import closing, opening
+from mimkd_ray.cli.run_summary import closing, opening
 from mimkd_ray.places import RAY_PACKAGES
 
 
 def test_who_teaches_whom_on_what_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mimkd_ray.cli.opening.told", lambda _: "two threads")
+    monkeypatch.setattr("mimkd_ray.cli.run_summary.told", lambda _: "two threads")
     first, *rows = opening(tiny_config(train={"max_steps": 5}), "runs/one").splitlines()
     assert first == "tiny"
     assert [row.split(None, 1) for row in rows] == [
