@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config
 from mimkd_ray.data.loading.threads import told, told_by_ray
 from mimkd_ray.errors import count
+from mimkd_ray.on_ray.nodes.cluster_address import cluster_address
 
 
 def opening(config: Config, run_dir: str) -> str:
@@ -60,7 +60,7 @@ def _workers(config: Config) -> str:
     where = f"the Ray cluster at {launch.address}" if launch.address else "Ray"
     fewest, most = launch.worker_range
     workers = f"{launch.workers} workers" if fewest < most else count(most, "worker") if most else "a worker each"
-    joined = bool(launch.address or os.environ.get("RAY_ADDRESS"))
+    joined = bool(cluster_address(launch.address))
     return f", {workers} of {where}: {told_by_ray(config.data, launch.cpus_per_worker, most, joined)}"
 
 

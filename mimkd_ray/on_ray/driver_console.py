@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mimkd_ray import console, local_files, storage
 from mimkd_ray.on_ray.nodes.cluster import connect
-from mimkd_ray.on_ray.nodes.environment import cluster_address
+from mimkd_ray.on_ray.nodes.cluster_address import cluster_address
 
 LOG = "ray.log"
 """File in the directory that a job writes with what Ray and its workers print."""

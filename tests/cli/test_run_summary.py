@@ -56,6 +56,15 @@ def test_one_is_no_plural(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ", 1..2 workers of Ray: 1 thread and 0 loader processes each\n" in opening(ranged, "runs/some")
 
 
+def test_the_cluster_of_the_environment_is_one_that_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    on_ray = tiny_config(launch={"backend": "ray", "workers": 2})
+    assert ", 2 workers of Ray: OMP_NUM_THREADS 3 and " in opening(on_ray, "x")
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")  # as where jobs are submitted, and runs shown
+    assert "OMP_NUM_THREADS" not in opening(on_ray, "x"), "nodes have environments of their own"
+
+
 @pytest.mark.parametrize("report", [None, "s3://b/a run/report.html"])
 @pytest.mark.parametrize("seeds", [0, 3])
 def test_the_end_names_the_next_commands(seeds: int, report: str | None) -> None:

@@ -13,7 +13,7 @@ import ray
 
 from mimkd_ray import console
 from mimkd_ray.errors import UserError
-from mimkd_ray.on_ray.nodes.environment import cluster_address
+from mimkd_ray.on_ray.nodes.cluster_address import checked_address
 from mimkd_ray.on_ray.nodes.stale_processes import end_failed_start, end_left_behind
 from mimkd_ray.signals import handled
 
@@ -32,7 +32,7 @@ def connect(configured: str, flag: str, state_api: bool = False, **options: Any)
     state API, through its dashboard on loopback; Ray Train's clean-up actor calls it, and warns every few seconds if
     there is no answer. ``options`` go to ``ray.init``. Raises UserError if no cluster answers at the address.
     """
-    address = cluster_address(configured)
+    address = checked_address(configured)
     handler = signal.getsignal(signal.SIGTERM)
     # Of Ray's handlers one ends the process with status 1, and one, set in C, aborts it 3 seconds later.
     with handled({signal.SIGTERM: handler} if callable(handler) else {}):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
-import shlex
 import sys
 
 from mimkd_ray import run_lock
 from mimkd_ray.errors import UserError
+from mimkd_ray.on_ray.nodes.cluster_address import checked_address
 from mimkd_ray.user_functions import LOOK_IN
 
 EMBEDDED = {
@@ -44,20 +44,6 @@ TUNE = {
 """Defaults for Ray Tune."""
 
 
-def cluster_address(configured: str) -> str:
-    """Return the address of the cluster to join: the configured one, else RAY_ADDRESS; empty if this process starts
-    Ray. Raises UserError for the address of Ray's job server, at which `ray job submit` sends jobs."""
-    address = configured or os.environ.get("RAY_ADDRESS", "")
-    if address.startswith(("http://", "https://")):
-        job = shlex.join(["python", *sys.argv])
-        raise UserError(
-            f"{address} is where `ray job submit` sends jobs, and no address to connect to: submit this job with `ray "
-            f"job submit --address {address} --working-dir . -- {job}`, or unset RAY_ADDRESS for a Ray of this "
-            "process's own"
-        )
-    return address
-
-
 def prepare(configured: str) -> None:
     """Set the environment for Ray, except variables that the user has set. Call before Ray is imported.
 
@@ -67,7 +53,7 @@ def prepare(configured: str) -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # workers' lines would be shown twice
     if not sys.stdout.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # Ray colours the names before workers' lines, in files too
-    joins = bool(cluster_address(configured))
+    joins = bool(checked_address(configured))
     for name, value in (TUNE | (JOINED if joins else EMBEDDED)).items():
         os.environ.setdefault(name, value)
     if not joins:
