@@ -82,7 +82,8 @@ def test_nobody_builds_or_plans_a_student_twice(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(build, "plan_taps", plan)
     run_tiny(tmp_path / "run", cache={"codecs": ("stage3:map=pca4,uint8",), "calibration_rows": 300})
     assert (len(built), len(planned)) == (1, 1)
-    configs = variants(config_of("one lane", tmp_path))
+    short = config_of("one lane", tmp_path)
+    configs = variants(replace(short, train=replace(short.train, max_steps=1)))
     pack(configs, tmp_path / "pack")
     assert built[1:] == [config.student.name for config in configs]
     assert planned[1:] == [config.loss for config in configs if config.loss.uses_teacher]
