@@ -16,10 +16,12 @@ from tiny_run import cpu, run_tiny, tiny_config, tiny_data
 
 from mimkd_ray.errors import NonFiniteLossError, UserError
 from mimkd_ray.models.build_model import build_model
+from mimkd_ray.seeds import derive
 from mimkd_ray.train import loop
 from mimkd_ray.train.engine.engines import PlainEngine
 from mimkd_ray.train.engine.evaluation import evaluate_together
 from mimkd_ray.train.engine.inputs import Inputs
+from mimkd_ray.train.engine.step import seed_lane
 from mimkd_ray.train.engine.student import Student, lone_student
 from mimkd_ray.train.job import run_job
 from mimkd_ray.train.packed import Member, train_pack
@@ -228,6 +230,13 @@ def test_clipping_bounds_the_gradient() -> None:
     student.step(0)
     norm = torch.stack([p.grad.norm() for p in student.distiller.parameters() if p.grad is not None]).norm()
     assert float(norm) <= 1e-3 * (1 + 1e-4)
+
+
+def test_a_lane_draws_what_torch_draws_from_its_seed() -> None:
+    seed_lane(3, step=5, lane=1)
+    found = torch.rand(4)
+    torch.manual_seed(derive(3, "lane", 5, 1))
+    assert torch.equal(found, torch.rand(4))
 
 
 def test_more_workers_than_lanes_is_an_error() -> None:
