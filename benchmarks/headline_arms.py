@@ -23,9 +23,12 @@ GLOBAL = {"global_weight": 10.0, "local_weight": 0.0, "feature_weight": 0.0}
 LANE: dict[str, Any] = {**GLOBAL, "negatives": "all", "same_class": "keep"}
 BASE: dict[str, Any] = {**GLOBAL, "negatives": "queue", "same_class": "leave_out"}
 
+STANDARDISED: dict[str, Any] = {"kd_logits": "standardised", "kd_temperature": 2.0}
+
 BASELINES: dict[str, LossConfig] = {
     "alone": _loss(name=()),
     "kd": _loss(name=("kd",)),
+    "kd_standardised": _loss(name=(), ce_weight=0.1, kd_weight=9.0, **STANDARDISED),
     "two_sided": _two_sided(),
     "two_sided_fixed_temperature": _two_sided(learn_temperature=False),
     "two_sided_clamp_0.05": _two_sided(min_temperature=0.05),
@@ -79,6 +82,10 @@ WITH_LOGITS: dict[str, LossConfig] = {
     "dkd": _loss(**BASE, name=("mimkd", "dkd"), rival_warmup=3.0),
     "dist": _loss(**BASE, name=("mimkd", "dist")),
     "best": _loss(preset="best"),
+    "best_kd_3": _loss(preset="best", kd_weight=3.0),
+    "best_dkd_0.1": _loss(name=("mimkd", "dkd"), rival_weight=0.1, rival_warmup=3.0),
+    "best_standardised_3": _loss(preset="best", kd_weight=3.0, **STANDARDISED),
+    "best_standardised_9": _loss(preset="best", kd_weight=9.0, **STANDARDISED),
 }
 
 FIRST = ("alone", "kd", "two_sided", "queue", "feature_3", "best", "feature_3_all_locations", "dist")

@@ -102,6 +102,9 @@ class LossConfig:
     for mimkd, else 0."""
     kd_temperature: float = 4.0
     """Temperature of Hinton's KD."""
+    kd_logits: Literal["raw", "standardised"] = "raw"
+    """Logits that Hinton's KD compares. standardised: those of each image with mean 0 and standard deviation 1
+    (arXiv 2403.01427, published with weight 9 and temperature 2); of two classes only their order is then left."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """The critic of every term (each pair has its own weights)."""
 

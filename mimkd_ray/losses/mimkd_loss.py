@@ -230,7 +230,8 @@ class MIMKDLoss(nn.Module):
             if config.resolved_kd_weight:
                 assert teacher is not None, "KD has a weight and no teacher was given"
                 of_teacher, of_student = self._compared(teacher, student)
-                kd = kd_loss(of_student.logits_BC, of_teacher.logits_BC, config.kd_temperature)
+                logits = of_student.logits_BC, of_teacher.logits_BC
+                kd = kd_loss(*logits, config.kd_temperature, config.kd_logits == "standardised")
                 parts["kd"] = config.resolved_kd_weight * kd
                 log["kd"] = kd.detach()
             if self.plan:

@@ -14,6 +14,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.losses.bounds import BOUNDS, SMILE_CLIP
 from mimkd_ray.losses.critics import DotCritic, build_critic
 from mimkd_ray.losses.features import Features
+from mimkd_ray.losses.methods.kd import kd_loss
 from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.losses.negatives import valid_pairs
 from mimkd_ray.losses.terms import Candidates, Objective, Term, score_term
@@ -211,6 +212,14 @@ def test_cross_entropy_and_kd_equal_their_formulas():
     assert output.log["ce"].item() == pytest.approx(ce, rel=1e-12)
     assert output.log["kd"].item() == pytest.approx(kd, rel=1e-12)
     assert output.total.item() == pytest.approx(ce + 0.5 * kd, rel=1e-12)
+
+
+def test_kd_reads_the_logits_that_the_config_names():
+    teacher, student = make_features(2)
+    loss = make_loss(terms=(), kd_weight=9.0, kd_temperature=2.0, kd_logits="standardised")
+    output = loss(teacher, student, LABELS, IDS)
+    expected = kd_loss(student.logits_BC, teacher.logits_BC, 2.0, standardise=True).item()
+    assert output.terms["kd"].item() == pytest.approx(9 * expected, rel=1e-12)
 
 
 def test_layout_of_the_maps_does_not_matter():

@@ -42,6 +42,32 @@ def slow_dist(teacher: Arrays, student: Arrays, temperature: float = 4.0) -> flo
     return temperature**2 * (2 * inter + 2 * intra)
 
 
+def slow_standardised_kd(teacher: Arrays, student: Arrays, temperature: float = 2.0) -> float:
+    total = 0.0
+    for of_teacher, of_student in zip(teacher.logits, student.logits, strict=True):
+        rows = (of_teacher, of_student)
+        q, p = (softmax((row - row.mean()) / math.sqrt(row.var() + 1e-5) / temperature) for row in rows)
+        total += temperature**2 * sum(a * math.log(a / b) for a, b in zip(q, p, strict=True)) / BATCH
+    return total
+
+
+def test_kd_of_standardised_logits() -> None:
+    """It equals its formula, takes no notice of the logits' size, and has a gradient where they are all equal."""
+    teacher, student = both(0)
+    found = check(
+        lambda t, s, *_: kd_loss(s.logits_BC, t.logits_BC, 2.0, standardise=True),
+        slow_standardised_kd,
+        teacher,
+        student,
+    )
+    other = kd_loss(7 * student.logits_BC + 3, teacher.logits_BC / 5 - 1, 2.0, standardise=True)
+    assert other.item() == pytest.approx(found, rel=1e-3), "but for the epsilon in the variance"
+    equal = torch.zeros_like(student.logits_BC, requires_grad=True)
+    kd_loss(equal, teacher.logits_BC, 2.0, standardise=True).backward()
+    assert torch.isfinite(equal.grad).all()
+    assert equal.grad.abs().max() > 0
+
+
 @pytest.fixture
 def no_eps(monkeypatch) -> None:
     """DIST's EPS is of the loss and not of the formula."""
