@@ -82,8 +82,8 @@ WITH_LOGITS: dict[str, LossConfig] = {
     "dkd": _loss(**BASE, name=("mimkd", "dkd"), rival_warmup=3.0),
     "dist": _loss(**BASE, name=("mimkd", "dist")),
     "best": _loss(preset="best"),
+    "best_all_locations": _loss(preset="best", feature_negatives="all"),
     "best_kd_3": _loss(preset="best", kd_weight=3.0),
-    "best_dkd_0.1": _loss(name=("mimkd", "dkd"), rival_weight=0.1, rival_warmup=3.0),
     "best_standardised_3": _loss(preset="best", kd_weight=3.0, **STANDARDISED),
     "best_standardised_9": _loss(preset="best", kd_weight=9.0, **STANDARDISED),
 }
