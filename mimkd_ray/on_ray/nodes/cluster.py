@@ -19,7 +19,7 @@ from mimkd_ray.signals import handled
 
 PATIENCE_S = 120
 """Seconds that the second try gives the first of Ray's processes; the first try gives 30."""
-ANSWER_S = 10.0
+ANSWER_S = 6.0
 """Seconds for which nothing may answer at the address of a cluster: a head that restarts comes back in a few."""
 CONNECT_S = 2.0
 """Seconds in which a connection is made where something listens."""
