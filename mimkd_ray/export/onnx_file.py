@@ -13,25 +13,35 @@ from mimkd_ray.export.deployed import Deployed
 from mimkd_ray.export.runners import Runner, quiet
 
 INPUT, OUTPUT = "images", "logits"
+BEFORE_ATTENTION = 22
+"""The last operator set without `Attention`, which torch's exporter cannot bring to every later set, and which ONNX
+Runtime's quantiser does not know; before it attention is matrix products and a softmax."""
 
 
 def write_onnx(network: Deployed, example_BCHW: Tensor, path: Path) -> None:
     """Write the network at float32, for any batch size."""
     import onnx
 
+    model = _exported(network, example_BCHW, newest_opset())
+    if any(node.op_type == "Attention" for node in model.graph.node):
+        model = _exported(network, example_BCHW, BEFORE_ATTENTION)
+    onnx.save(_without_notes(model), path)
+
+
+def _exported(network: Deployed, example_BCHW: Tensor, opset: int) -> Any:
     with quiet():
         program = torch.onnx.export(
             network,
             (example_BCHW,),
             dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("batch")},),
-            opset_version=newest_opset(),
+            opset_version=opset,
             input_names=[INPUT],
             output_names=[OUTPUT],
             verbose=False,
         )
     assert program is not None
-    onnx.save(_without_notes(program.model_proto), path)
+    return program.model_proto
 
 
 def _without_notes(model: Any) -> Any:
