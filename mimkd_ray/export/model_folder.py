@@ -66,7 +66,8 @@ def write_model_folder(
             cfg: dict[str, Any] = {"pretrained_cfg": preprocessing, "num_classes": num_classes, **labels}
             save_for_hf(model, str(folder), cfg, safe_serialization=True)
         return
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    # Copies: layers may share a tensor, which safetensors refuses.
+    state = {key: value.clone().contiguous() for key, value in model.state_dict().items()}
     if name == "mobilenet_v2":
         modules = {key: key.rpartition(".") for key in state}
         state = {f"{MOBILENET_V2_IN_TIMM[part]}.{last}": state[key] for key, (part, _, last) in modules.items()}

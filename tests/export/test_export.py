@@ -340,3 +340,14 @@ def test_a_cifar_student_without_a_run_has_the_images_of_its_protocol(tmp_path: 
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
     assert config["pretrained_cfg"]["mean"] == list(CIFAR_MEAN)
+
+
+def test_layers_that_share_weights(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    vars(model)["zoo_name"] = "my.networks:tied"
+    write_model_folder(model, tiny_config().data, (), 4, tmp_path)
+    found = load_file(tmp_path / "model.safetensors")
+    assert {name: value.tolist() for name, value in found.items()} == {
+        name: value.tolist() for name, value in model.state_dict().items()
+    }
