@@ -172,8 +172,6 @@ def _by_pillow(data: Encoded, shrink: int, how: Decoding) -> np.ndarray:
             how.check(opened.height, opened.width)
             if shrink > 1:
                 opened.draft(None, (opened.width // shrink, opened.height // shrink))
-            if opened.mode == "F":
-                raise DamagedImageError("has floating values, whose range nobody tells: convert it to 8 or 16 bits")
             pixels = rgb_pixels(opened)
             # Last: a PNG may have its tag behind its pixels, and a TIFF is upright by now, and says so.
             return turned(pixels, _orientation(opened)) if how.exif and data[:2] != JPEG else pixels
@@ -198,8 +196,10 @@ def rgb_pixels(image: PillowImage) -> np.ndarray:
     """Return the uint8 pixels (H, W, 3) of a Pillow image of any mode, as :func:`decode` has them.
 
     Of 16 bits the upper 8 are taken. An image without a value above 4095 is taken for one of 12 bits, as scanners and
-    microscopes write them: it would be black.
+    microscopes write them: it would be black. Raises DamagedImageError for values whose range nobody tells.
     """
+    if image.mode == "F":
+        raise DamagedImageError("has floating values, whose range nobody tells: convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to white
         values = np.asarray(image)
         low, high = int(values.min()), int(values.max())

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from mimkd_ray.data.augment.decode import rgb_pixels
+from mimkd_ray.data.augment.decode import DamagedImageError, rgb_pixels
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.sources.source import Row, Source, digest_of, numbered_classes
 from mimkd_ray.errors import UserError, listed
@@ -79,6 +79,8 @@ class OwnSource(Source):
             row = Row(position, label, pixels_of(image, name), name)
         except UserError:
             raise
+        except DamagedImageError as error:
+            raise UserError(f"{name} {error}") from error
         except Exception as error:  # foreign code: its error has the cause, and the note the row
             error.add_note(name)
             raise
@@ -189,5 +191,7 @@ def _targets(dataset: Any) -> np.ndarray | None:
 
 
 def _class_names(dataset: Any) -> tuple[str, ...]:
-    names = getattr(dataset.dataset if isinstance(dataset, Subset) else dataset, "classes", ())
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    names = getattr(dataset, "classes", ())
     return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()

@@ -343,3 +343,17 @@ def test_what_run_refuses(tmp_path: Path) -> None:
         run(replace(config, data=replace(config.data, holdout=0.1)), **given)
     with pytest.raises(UserError, match="give them again"):
         open_data(DataConfig(root="own://0123"))
+
+
+def test_a_part_of_a_part_has_the_classes_of_the_whole() -> None:
+    whole = Listed(*((Image.new("L", (2, 2)), label) for label in (0, 1, 2, 0, 1, 2)))
+    whole.classes = ["cat", "dog", "emu"]  # type: ignore[attr-defined]
+    part = Subset(Subset(whole, [0, 1, 3, 4]), [1, 2])
+    assert OwnData(part, whole).train.classes == ("cat", "dog", "emu")
+
+
+@pytest.mark.parametrize("pixel", [np.float32(0.5), np.int32(70_000)])
+def test_pictures_of_values_without_a_range_are_refused(pixel: Any) -> None:
+    source = OwnSource(Listed((Image.fromarray(np.full((2, 2), pixel)), 0)), "training")
+    with pytest.raises(UserError, match="row 0 of the training set has .*values.* convert it to 8 or 16 bits"):
+        source.read([0])
