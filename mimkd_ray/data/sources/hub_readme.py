@@ -41,7 +41,9 @@ def _patterns(text: str, root: str) -> dict[str, list[str]]:
         return {}
     try:
         metadata = yaml.safe_load("\n".join(lines[1 : end + 1]))
-        configs = [each for each in metadata.get("configs", []) if each.get("data_files")]
+        if not isinstance(metadata, Mapping):  # a rule above a text, say
+            return {}
+        configs = [each for each in metadata.get("configs") or () if each.get("data_files")]
         chosen = [each for each in configs if each.get("default") or each.get("config_name") == "default"] or configs
         if len(chosen) == 1:
             return _by_split(chosen[0]["data_files"])

@@ -13,6 +13,7 @@ from mimkd_ray.config import DataConfig
 from mimkd_ray.config.jobs.prepare import PrepareConfig
 from mimkd_ray.data.prepare.make_shards import open_origin
 from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.data.sources.hub_readme import declared_files
 from mimkd_ray.errors import UserError
 
 README = """---
@@ -98,3 +99,9 @@ def test_metadata_that_cannot_be_read_is_said(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     with pytest.raises(UserError, match=r"README.md: its metadata cannot be read .*mend the lines between ---"):
         open_data(write(tmp_path, "---\nconfigs: [\n---\n"))
+
+
+@pytest.mark.parametrize("lines", ["Some words", "", "# a comment", "configs:"])
+def test_a_readme_without_metadata_says_nothing(tmp_path: Path, lines: str) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{lines}\n---\n# A set\n")
+    assert declared_files(str(tmp_path)) == {}
