@@ -75,7 +75,7 @@ def _reason(wanted: Wanted, finished: dict[str, Any], there: dict[str, set[int]]
 _OF_FEATURES = {
     "data": (
         *("root", "train_split", "val_split", "holdout", "subset", "split_seed", "subset_seed", "num_classes"),
-        *("image_column", "label_column"),
+        *("image_column", "label_column", "labels", "max_damaged", "max_pixels"),
         *("pipeline", "image_size", "mean", "std", "views", "view_seed", "exif"),
     ),
     "teacher": ("name", "weights", "classes", "input", "image_size", "mean", "std", "interpolation"),

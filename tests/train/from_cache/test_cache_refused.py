@@ -174,7 +174,7 @@ def test_another_decoder_stops_the_run(cache: Path, tmp_path: Path, monkeypatch:
 def test_the_command_that_is_named_builds_what_is_missing(tmp_path: Path) -> None:
     config = cached_config(
         tmp_path / "cache",
-        data={"views": 3, "mean": (0.5, 0.25, 0.5)},
+        data={"views": 3, "mean": (0.5, 0.25, 0.5), "labels": "none", "max_damaged": 0.5, "max_pixels": 9000},
         cache={"codecs": ("stage3=pool1,uint8", "vectors=bf16")},
         loss={"global_weight": 0.0},
         train={"seed": 4},
@@ -184,5 +184,6 @@ def test_the_command_that_is_named_builds_what_is_missing(tmp_path: Path) -> Non
     _, _, command = str(caught.value).partition("Build what is missing with: ")
     python, job, *arguments = shlex.split(command)
     assert (python, job) == ("python", "jobs/cache_teacher.py")
+    assert {"--data.labels", "--data.max-damaged", "--data.max-pixels"} <= set(arguments)
     assert main({"custom": Config}, [*arguments, "--launch.backend", "local"]) == 0
     assert len(walk(config, tmp_path / "run")["losses"]) == STEPS
