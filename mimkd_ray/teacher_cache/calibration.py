@@ -59,6 +59,7 @@ class Fitter:
         locations = images * self.coded.locations
         self.every = max(1, -(-locations * shape.channels // KEPT_VALUES))
         self.asked, self.seen, self.images = images, 0, 0
+        self.finite = torch.tensor(True, device=device)
         self.kept: list[Tensor] = []
 
     def add(self, feature: Tensor) -> None:
@@ -66,6 +67,7 @@ class Fitter:
         if not len(feature):
             return
         rows_NC = channels_last(pool(feature.float(), self.coded)).reshape(-1, self.shape.channels)
+        self.finite = self.finite & rows_NC.isfinite().all()
         if self.moments is not None:
             self.moments.add(rows_NC)
         if self.spec.kind == "uint8":

@@ -305,3 +305,12 @@ def test_a_plan_measures_loader_processes_at_their_own_pace(tmp_path: Path, monk
     monkeypatch.setattr(Sight, "batches", batches)
     monkeypatch.setattr(measured_plan, "resolve_loader_workers", lambda number, source: 2)
     assert measured_plan._measure(setup).load == pytest.approx(0.04 / 2 / 10)
+
+
+def test_features_that_are_not_finite_fit_no_codec(tmp_path: Path) -> None:
+    config = cached_config(tmp_path, cache={"codecs": ("maps=pca4,uint8", "vectors=fp16")})
+    setup = Setup(config, CPU)
+    with torch.no_grad():
+        next(setup.network.parameters()).fill_(torch.nan)
+    with pytest.raises(UserError, match="stage3:map: the teacher's features of the .* are not all finite"):
+        build(setup, in_process(setup))

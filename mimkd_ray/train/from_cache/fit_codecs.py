@@ -15,6 +15,7 @@ from mimkd_ray.data.loading.batches import DAMAGED, Key, LaneBatch
 from mimkd_ray.data.loading.loader import to_device, view_batches
 from mimkd_ray.data.order.random_numbers import Permutation
 from mimkd_ray.data.sources.data_set import Data
+from mimkd_ray.errors import UserError
 from mimkd_ray.losses.features import Features
 from mimkd_ray.taps.tap_codecs import by_label
 from mimkd_ray.teacher_cache import calibration
@@ -66,7 +67,8 @@ def sample_keys(rows: int, count: int, seed: int, batch: int) -> list[Key]:
 def fit(sight: Sight, entries: Sequence[Entry]) -> dict[str, bytes]:
     """Return the calibrations of entries by label, as files. ``sight`` has a teacher without codecs.
 
-    Damaged images are left out. Runs the teacher on ``cache.calibration_rows`` images (or views of images).
+    Damaged images are left out. Runs the teacher on ``cache.calibration_rows`` images (or views of images). Raises
+    UserError for features that are not finite.
     """
     cache = sight.config.cache
     keys = sample_keys(sight.source.num_rows, cache.calibration_rows, sight.config.view_seed, cache.batch)
@@ -76,4 +78,10 @@ def fit(sight: Sight, entries: Sequence[Entry]) -> dict[str, bytes]:
         intact = batch.labels_B != DAMAGED
         for label, fitter in fitters.items():
             fitter.add(features[label][intact])
+    for label, fitter in fitters.items():
+        if not fitter.finite:
+            raise UserError(
+                f"{label}: the teacher's features of the {fitter.images:,} images on which its codec is fitted are not "
+                "all finite: check the teacher's weights and --cache.precision"
+            )
     return {label: calibration.to_bytes(fitter.finish()) for label, fitter in fitters.items()}
