@@ -253,7 +253,8 @@ class BlockStore:
         """Make room for `needed` bytes and count them as used."""
         with locked(self.folder / "usage") as usage:
             # The count drifts when processes are killed; each process's first block and each eviction correct it.
-            used = int(os.pread(usage, 32, 0) or 0)
+            count = os.pread(usage, 32, 0)  # a power cut may leave zero bytes
+            used = int(count) if count.isdigit() else 0
             if not self._counted or give_up_half or used + needed > self.max_bytes:
                 used = self._evict(self.max_bytes - needed, give_up_half)
                 self._counted = True

@@ -337,3 +337,10 @@ def test_hits_of_the_processes_that_fetch_are_counted_where_training_runs(store:
     assert elsewhere.hit_rate() is None, "another machine counts for itself"
     store.fetch("b", _never)
     assert store.hit_rate() == 2 / 5
+
+
+def test_a_count_that_a_power_cut_left_as_zero_bytes(store: BlockStore) -> None:
+    store.prepare()
+    (store.folder / "usage").write_bytes(bytes(32))
+    assert _is(store.get("a", lambda: _block(1)), 1)
+    assert int((store.folder / "usage").read_bytes()) == (store.folder / f"{module._name('a')}.block").stat().st_size
