@@ -40,7 +40,8 @@ class Splits:
             self.parquet |= storage.list_entries(self.dirs["data"], ".parquet")
 
     def _ending(self, suffix: str) -> dict[str, storage.Entry]:
-        return {file: entry for file, entry in self.listing.items() if file.endswith(suffix)}
+        names = {file: file.rpartition("/")[2] for file in self.listing}
+        return {file: self.listing[file] for file, name in names.items() if name.endswith(suffix) and name[0] != "."}
 
     def find(self, split: str) -> Split | None:
         """Return the split, or None if it is not here. A folder of it counts before tars beside it."""
