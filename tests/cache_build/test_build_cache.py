@@ -312,5 +312,5 @@ def test_features_that_are_not_finite_fit_no_codec(tmp_path: Path) -> None:
     setup = Setup(config, CPU)
     with torch.no_grad():
         next(setup.network.parameters()).fill_(torch.nan)
-    with pytest.raises(UserError, match="stage3:map: the teacher's features of the .* are not all finite"):
+    with pytest.raises(UserError, match=r"stage3:map: the teacher's features of the .* are not all finite"):
         build(setup, in_process(setup))

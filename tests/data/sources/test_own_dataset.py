@@ -355,5 +355,5 @@ def test_a_part_of_a_part_has_the_classes_of_the_whole() -> None:
 @pytest.mark.parametrize("pixel", [np.float32(0.5), np.int32(70_000)])
 def test_pictures_of_values_without_a_range_are_refused(pixel: Any) -> None:
     source = OwnSource(Listed((Image.fromarray(np.full((2, 2), pixel)), 0)), "training")
-    with pytest.raises(UserError, match="row 0 of the training set has .*values.* convert it to 8 or 16 bits"):
+    with pytest.raises(UserError, match=r"row 0 of the training set has .*values.* convert it to 8 or 16 bits"):
         source.read([0])
