@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from mimkd_ray.config.cache import CacheConfig
 from mimkd_ray.config.compare import CompareConfig
 from mimkd_ray.config.data import DataConfig
+from mimkd_ray.config.form.codec_spec import parse_logits
 from mimkd_ray.config.form.values import check_values
 from mimkd_ray.config.launch import LaunchConfig
 from mimkd_ray.config.loss import LossConfig
@@ -80,6 +81,11 @@ class Config:
             raise UserError(
                 "cache.root is set and data.views is 0, a new view every epoch: nobody can have cached those; pass the "
                 "number of views that are cached, such as --data.views 8"
+            )
+        if self.loss.kd_logits == "standardised" and parse_logits(self.cache.logits).top:
+            raise UserError(
+                f"loss.kd_logits is standardised, by the mean and deviation of all of the teacher's logits, and "
+                f"cache.logits is {self.cache.logits}: pass --cache.logits fp16, or --loss.kd-logits raw"
             )
         if self.loss.resolved_negatives == "cache" and not self.cache.reads:
             raise UserError(

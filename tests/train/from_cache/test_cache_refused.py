@@ -133,6 +133,10 @@ def test_weights_are_told_apart(cache: Path, tmp_path: Path) -> None:
         ({"data": {"views": 0}}, "data.views is 0, a new view every epoch"),
         ({"mix": {"mixup_alpha": 0.2}}, "features of a mixed image are no mix of features"),
         ({"cache": {"codecs": ("stage3",)}}, "is not TAP=CODEC"),
+        (
+            {"cache": {"logits": "top3"}, "loss": {"kd_logits": "standardised"}},
+            "all of the teacher.s logits, and .*top3",
+        ),
         ({"cache": {"logits": "top0"}}, "cache.logits 'top0' cannot be read"),
         ({"cache": {"tolerance": 0.0}}, "cache.tolerance is 0.0"),
         ({"cache": {"workers": "3..1"}}, "cache.workers is '3..1'"),
