@@ -283,7 +283,8 @@ class MIMKDLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return loss and statistics of a term over its training candidates."""
         teacher_LBC, student_LBC = inputs_of(term, teacher, student, self.config.resolved_locations)
-        classes_B = labels_B if self.config.resolved_same_class == "leave_out" and labels_B.dim() == 1 else None
+        leave_out = self.config.resolved_same_class == "leave_out" and self.labels != "none"
+        classes_B = labels_B if leave_out and labels_B.dim() == 1 else None
         mixed = labels_B.is_floating_point()
         objective = self.objective._replace(rolled=roll_of(mixed)) if self.objective.rolled else self.objective
         valid_BK = valid_pairs(ids_B, self.negatives, mixed)

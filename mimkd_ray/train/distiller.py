@@ -108,7 +108,9 @@ class Distiller(nn.Module):
         noted for :meth:`after_step`.
         """
         labels, ids = self._checked(images, labels, ids)
-        teacher, student, logits = self._features(images, labels, ids)
+        teacher, student, logits = self._features(images)
+        if teacher is not None and teacher.vectors and self.loss.negatives == "step" and is_distributed():
+            teacher = teacher._replace(others=_of_other_ranks(teacher.vectors, ids, class_numbers(labels, ids)))
         output = self.loss(teacher, student, labels, ids)
         if self.training:
             self._note(teacher, labels, ids)
@@ -117,9 +119,9 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def read(self, images: Tensor, labels: Tensor | None = None, ids: Tensor | None = None) -> dict[str, Tensor]:
         """Return the log of :meth:`forward` with every bound read over all pairs of the batch and all locations, and
-        without rivals: for held-out images, in evaluation mode."""
+        without rivals: for held-out images, in evaluation mode. Any rank may call it alone."""
         labels, ids = self._checked(images, labels, ids)
-        teacher, student, _ = self._features(images, labels, ids)
+        teacher, student, _ = self._features(images)
         return self.loss(teacher, student, labels, ids, reading=True).log
 
     def _checked(self, images: Tensor, labels: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -148,11 +150,11 @@ class Distiller(nn.Module):
             raise UserError(f"labels are probabilities {tuple(labels.shape)}, and {why}: pass class numbers (B,)")
         return labels, ids.long()
 
-    def _features(self, images: Tensor, labels: Tensor, ids: Tensor) -> tuple[Features | None, Features, Tensor]:
+    def _features(self, images: Tensor) -> tuple[Features | None, Features, Tensor]:
         tapped = self._tapped[0]
         if not tapped.names and (self._vectors or self._maps):
             raise UserError("this Distiller was released, its hooks are gone: make another one with distill()")
-        teacher = self._teach(images, labels, ids)
+        teacher = self._teach(images)
         logits, taps = tapped(images)
         return teacher, canonical(logits, taps, self._shapes, self._vectors, self._maps), logits
 
@@ -165,8 +167,8 @@ class Distiller(nn.Module):
         return ids
 
     @torch.no_grad()
-    def _teach(self, images: Tensor, labels: Tensor, ids: Tensor) -> Features | None:
-        """Return the teacher's features; with negatives of the whole step also those of the other ranks' images."""
+    def _teach(self, images: Tensor) -> Features | None:
+        """Return the teacher's features."""
         if not self.loss.config.uses_teacher:
             return None
         network = self._teacher[0]
@@ -177,11 +179,8 @@ class Distiller(nn.Module):
             network.to(images.device, dtype)
         if network.model.training:  # a module of the user's that holds the teacher too may have switched it
             network.eval()
-        logits, taps = network(images)
-        features = canonical(logits, taps, self._teacher_shapes, *self._teacher_taps)
-        if self.loss.negatives != "step" or not is_distributed() or not features.vectors:
-            return features
-        return features._replace(others=_of_other_ranks(features.vectors, ids, class_numbers(labels, ids)))
+        logits, taps = network(images.to(dtype))
+        return canonical(logits, taps, self._teacher_shapes, *self._teacher_taps)
 
     @torch.compiler.disable
     def _note(self, teacher: Features | None, labels: Tensor, ids: Tensor) -> None:

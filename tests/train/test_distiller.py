@@ -189,7 +189,7 @@ def test_reading_is_over_all_pairs_and_locations() -> None:
     log = some_distiller(loss).eval().read(*batch())
     own = some_distiller(loss).eval()
     labels, ids = own._checked(*batch(), None)
-    teacher, student, _ = own._features(batch()[0], labels, ids)
+    teacher, student, _ = own._features(batch()[0])
     expected = own.loss(teacher, student, labels, ids, reading=True).log
     assert log.keys() == expected.keys()
     for key, value in expected.items():
@@ -304,8 +304,11 @@ def test_forgotten_bookkeeping_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_labels_that_nobody_needs_are_left_out() -> None:
     images, labels = batch()
-    found = [some_distiller(labels="none")(images, given, ids=torch.arange(8)).total for given in (None, labels - 20)]
-    assert found[0].item() == found[1].item()
+    found = [
+        some_distiller(labels="none")(images, given, ids=torch.arange(8)).total.item()
+        for given in (None, labels - 20, labels)
+    ]
+    assert found[0] == found[1] == found[2], "nor does a class say which images are no negatives"
 
 
 def test_class_numbers_of_any_whole_type() -> None:
@@ -325,6 +328,21 @@ def test_the_teacher_follows_to_float64_and_back() -> None:
     assert double.dtype == torch.float64
     torch.testing.assert_close(double.float(), single, rtol=1e-4, atol=0)
     assert own.float()(images, labels).total.dtype == torch.float32
+
+
+def test_a_teacher_may_be_in_half_precision() -> None:
+    teacher, student = networks()
+    images, labels = batch()
+    single = distill(teacher, student, 8)(images, labels).total
+    half = distill(teacher.bfloat16(), networks()[1], 8)(images, labels).total
+    torch.testing.assert_close(half, single, rtol=0.02, atol=0)
+
+
+def test_a_rank_may_read_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = some_distiller(LossConfig(negatives="step")).eval()
+    monkeypatch.setattr(module, "is_distributed", lambda: True)
+    monkeypatch.setattr(module, "_of_other_ranks", lambda *_: pytest.fail("the other ranks were asked"))
+    assert own.read(*batch(), ids=torch.arange(8))["global/pool-pool/nats"].isfinite()
 
 
 def test_an_evaluation_mode_that_was_left_on_is_told(caplog: pytest.LogCaptureFixture) -> None:
