@@ -144,6 +144,22 @@ def test_evaluate_refuses_what_are_no_batches() -> None:
         evaluate(model, [])
     with pytest.raises(UserError, match="goes with a DataConfig"):
         evaluate(model, [], Digits())  # type: ignore[arg-type]
+    images = torch.zeros(4, 3, 8, 8)
+    for labels, message in (
+        (torch.tensor([0, 1, 10, 3]), "labels from 0 to 10, and cifar/resnet8 gives 10 logits"),
+        (torch.tensor([0, -100, 1, 3]), "labels from -100 to 3"),  # which torch would leave out of the cross-entropy
+        (torch.zeros(4, 10), r"labels are \(4, 10\) of torch.float32, for 4 images"),
+        (torch.zeros(3, dtype=torch.int64), r"labels are \(3,\) of torch.int64, for 4 images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(model, [(images, labels)])
+    with pytest.raises(UserError, match="labels from 0 to 9, and cifar/resnet8 gives 5 logits"):
+        evaluate(build_model("cifar/resnet8", 5), CONFIG)
+    with pytest.raises(UserError, match=r"Conv2d returns a tensor of shape \(4, 2, 8, 8\), not logits"):
+        evaluate(torch.nn.Conv2d(3, 2, 1), [(images, torch.zeros(4, dtype=torch.int64))])
+    assert (
+        evaluate(build_model("cifar/resnet8", 10).bfloat16(), [(images, torch.zeros(4, dtype=torch.int32))]).rows == 4
+    )
     assert model.training, "also after an error"
 
 

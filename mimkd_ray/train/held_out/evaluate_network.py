@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from mimkd_ray.data.sources.folders import FolderSource
 from mimkd_ray.data.sources.own_dataset import OwnSource
 from mimkd_ray.data.sources.source import Source, numbers_in_names
 from mimkd_ray.errors import UserError
-from mimkd_ray.models.outputs import logits_from
+from mimkd_ray.models.outputs import describe, logits_from
 from mimkd_ray.models.train_or_eval import in_mode
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.train.distributed import is_distributed
@@ -43,7 +42,8 @@ def evaluate(
         batch: images of a batch, where the batches are made here.
 
     In a process group the figures are those of all ranks: validation sets are dealt to them; of batches of your own
-    each rank must bring other images. Every rank calls it.
+    each rank must bring other images. Every rank calls it. Raises UserError for labels that are none of the network's
+    classes.
     """
     parameter = next(model.parameters(), torch.zeros(()))
     with in_mode(False, model):
@@ -51,10 +51,11 @@ def evaluate(
             return _of_config(model, data, validation, batch, parameter)
         if validation is not None:
             raise UserError("validation goes with a DataConfig, whose size and normalisation it takes; give one")
+        judged = _Judged(model, _as_lanes(data))
         return accuracy(
-            partial(logits_from, model),
-            _as_lanes(data, parameter.device),
-            _AsGiven(parameter.device),
+            judged.logits,
+            judged.batches(),
+            _AsGiven(parameter),
             name="the iterable",
             remedy="give batches of images, a list or a DataLoader that was not read before",
         )
@@ -81,25 +82,58 @@ def _of_config(
         batches = (replace(lane, labels_B=number_V[lane.labels_B]) for lane in batches)
     normalize = Normalizer(data.mean, data.std, parameter.device, parameter.dtype, channels_last=False)
     name = held_out_name(data) if validation is None else "the validation set"
-    return accuracy(partial(logits_from, model), batches, normalize, data.max_damaged, name)
+    judged = _Judged(model, batches)
+    return accuracy(judged.logits, judged.batches(), normalize, data.max_damaged, name)
+
+
+class _Judged:
+    """A network whose logits are held against the labels of the batch that was taken last. On a GPU a label of no class
+    would be an error after which the process cannot use it any more."""
+
+    def __init__(self, model: nn.Module, batches: Iterable[LaneBatch]) -> None:
+        self._model, self._batches = model, batches
+
+    def batches(self) -> Iterator[LaneBatch]:
+        for lane in self._batches:
+            self._labels_B = lane.labels_B
+            yield lane
+
+    def logits(self, images_BCHW: Tensor) -> Tensor:
+        logits_BC, labels_B = logits_from(self._model, images_BCHW), self._labels_B
+        name = describe(self._model)
+        if logits_BC.dim() != 2:
+            raise UserError(f"{name} returns a tensor of shape {tuple(logits_BC.shape)}, not logits (B, classes)")
+        if labels_B.shape != logits_BC.shape[:1] or labels_B.is_floating_point():
+            raise UserError(
+                f"labels are {tuple(labels_B.shape)} of {labels_B.dtype}, for {len(logits_BC)} images: give class "
+                "numbers (B,)"
+            )
+        low, high = int(labels_B.min()), int(labels_B.max())
+        if low < 0 or high >= logits_BC.shape[1]:
+            raise UserError(
+                f"there are labels from {low} to {high}, and {name} gives {logits_BC.shape[1]} logits: give a network "
+                "of the data's classes, and images that have a label"
+            )
+        return logits_BC
 
 
 class _AsGiven(Normalizer):
-    """Leaves images as they are, but for their device."""
+    """Leaves images as they are, but for their device and, if they are floats, their precision."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, parameter: Tensor) -> None:
+        self.device, self.dtype = parameter.device, parameter.dtype
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """(B, 3, H, W) on any device -> on this one."""
-        return images_BCHW.to(self.device, non_blocking=True)
+        dtype = self.dtype if images_BCHW.is_floating_point() else None
+        return images_BCHW.to(self.device, dtype, non_blocking=True)
 
 
-def _as_lanes(batches: Batches, device: torch.device) -> Iterator[LaneBatch]:
+def _as_lanes(batches: Batches) -> Iterator[LaneBatch]:
     for number, pair in enumerate(batches):
         if not isinstance(pair, (tuple, list)) or len(pair) < 2 or not all(isinstance(x, Tensor) for x in pair[:2]):
             raise UserError(
                 f"batch {number} is a {type(pair).__name__}: give (images, labels), or a DataConfig instead of batches"
             )
-        images, labels = pair[:2]
+        images, labels = pair[0], pair[1] if pair[1].is_floating_point() else pair[1].long()
         yield LaneBatch(number, 0, images, labels, labels, 0, ())
