@@ -23,6 +23,7 @@ from mimkd_ray.config.loss_presets import BoundName
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.losses.bounds import BOUNDS
 from mimkd_ray.losses.critics import Critic, build_critic
+from mimkd_ray.losses.features import full_precision
 from mimkd_ray.losses.terms import Candidates, Objective, score_term
 
 LEAST_HELD_OUT = 8
@@ -68,12 +69,30 @@ def mutual_information(
     """
     x_NC, y_NC = _checked(x, y, bound, batch, held_out, epochs)
     config = critic or CriticConfig(learn_temperature=bound != "nwj")  # nwj's gradient is e^score
+    # The critic is trained, and in float32, whatever mode the features were computed in.
+    with torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):
+        return _trained(x_NC, y_NC, bound, config, epochs, batch, lr, held_out, seed)
+
+
+def _trained(
+    x_NC: Tensor,
+    y_NC: Tensor,
+    bound: BoundName,
+    config: CriticConfig,
+    epochs: int,
+    batch: int,
+    lr: float,
+    held_out: float,
+    seed: int,
+) -> Estimate:
+    """Train a critic and return what it reads."""
+    device = x_NC.device
     parts = _split(len(x_NC), held_out, seed)
     x_NC, y_NC = (_standardised(value, parts[0]) for value in (x_NC, y_NC))
     train, choice, last = ((x_NC[rows], y_NC[rows]) for rows in parts)
-    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        made = build_critic(config, x_NC.shape[1], y_NC.shape[1]).to(x.device)
+        made = build_critic(config, x_NC.shape[1], y_NC.shape[1]).to(device)
     optimizer = torch.optim.Adam(made.parameters(), lr=lr)
     steps = len(train[0]) // batch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
@@ -81,7 +100,7 @@ def mutual_information(
     curve: list[float] = []
     best = copy.deepcopy(made.state_dict())
     for _ in range(epochs):
-        order = torch.randperm(len(train[0]), generator=generator).to(x.device)
+        order = torch.randperm(len(train[0]), generator=generator).to(device)
         for rows in order[: steps * batch].split(batch):
             loss, _ = _score(made, bound, train[0][rows], train[1][rows])
             optimizer.zero_grad()
@@ -98,7 +117,7 @@ def mutual_information(
 
 
 def _checked(x: Tensor, y: Tensor, bound: str, batch: int, held_out: float, epochs: int) -> tuple[Tensor, Tensor]:
-    """Return both sets as (N, C) float32."""
+    """Return both sets as (N, C), in float32 or float64."""
     if bound not in BOUNDS:
         raise UserError(f"there is no bound {bound!r}{nearest(bound, BOUNDS)}; there are {', '.join(BOUNDS)}")
     if not 1 <= x.dim() <= 2 or not 1 <= y.dim() <= 2 or len(x) != len(y):
@@ -119,7 +138,7 @@ def _checked(x: Tensor, y: Tensor, bound: str, batch: int, held_out: float, epoc
     for name, value in (("x", x), ("y", y)):
         if not torch.isfinite(value).all():
             raise UserError(f"{name} has numbers that are not finite: leave those rows out of both")
-    return tuple(value.detach().float().reshape(len(value), -1) for value in (x, y.to(x.device)))  # type: ignore[return-value]
+    return tuple(full_precision(value.detach()).reshape(len(value), -1) for value in (x, y.to(x.device)))  # type: ignore[return-value]
 
 
 def _split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,10 +149,10 @@ def _split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor, Tens
 
 
 def _standardised(value_NC: Tensor, rows: Tensor) -> Tensor:
-    """Return every channel with mean 0 and deviation 1 over ``rows``; a constant channel becomes 0."""
+    """Return every channel with mean 0 and deviation 1 over ``rows``, in float32; a constant channel becomes 0."""
     train_NC = value_NC[rows]
     deviation_C = train_NC.std(0)
-    return (value_NC - train_NC.mean(0)) / torch.where(deviation_C > 0, deviation_C, 1.0)
+    return ((value_NC - train_NC.mean(0)) / torch.where(deviation_C > 0, deviation_C, 1.0)).float()
 
 
 def _score(critic: Critic, bound: BoundName, x_BC: Tensor, y_BC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -48,6 +48,16 @@ def test_a_seed_gives_one_estimate_and_leaves_torchs_numbers_alone() -> None:
     assert mutual_information(x, y, epochs=2, seed=4) != first
 
 
+def test_the_callers_modes_and_large_offsets_change_nothing() -> None:
+    x, y = gaussians(1.0, count=600)
+    plain = mutual_information(x.double(), y, epochs=1, batch=64)
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with mode:
+            assert mutual_information(x.double(), y, epochs=1, batch=64) == plain
+    offset = mutual_information(x.double() + 1e9, y, epochs=1, batch=64)  # of which float32 has nothing but the offset
+    assert offset.nats == pytest.approx(plain.nats, abs=1e-3)
+
+
 def test_few_held_out_pairs_are_one_batch_without_an_error() -> None:
     found = mutual_information(*gaussians(1.0, count=400), epochs=2, held_out=0.1)
     assert math.isnan(found.standard_error)
