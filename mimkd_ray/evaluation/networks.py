@@ -16,6 +16,7 @@ from mimkd_ray.data.sources.source import SubsetSource, numbers_in_names
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.losses.shared_classes import SharedClasses, match
+from mimkd_ray.losses.terms import LOGITS
 from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.weights import say_once
 from mimkd_ray.models.weights_file import shown
@@ -120,7 +121,8 @@ def subject_of(job: EvaluateJob, run_dir: str, trained_on: Config, data: Data, d
     if teacher_model is not None and job.eval.tap_rows:
         loss = job.loss if job.loss.uses_teacher and "mimkd" in job.loss.name else LossConfig()
         plan = taps_of_run(replace(job, loss=loss), teacher_model, model)
-        pairs = tuple(dict.fromkeys((term.teacher, term.student) for term in plan.terms if term.teacher != "logits"))
+        named = dict.fromkeys((term.teacher, term.student) for term in plan.terms)
+        pairs = tuple(pair for pair in named if LOGITS not in pair)
     vector = default_taps(model, size).vector
     taps = sorted({vector, *(student for _, student in pairs)})
     network = Network(

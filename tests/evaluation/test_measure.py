@@ -79,8 +79,12 @@ def test_the_teacher_and_the_best_and_a_part(finished: tuple[Path, dict[str, Any
     assert figures["top1"] == pytest.approx(result["teacher"]["top1"])
     assert figures["teacher"] is None
     assert "teacher_prediction" not in pq.read_table(tmp_path / "predictions.parquet").column_names
-    assert evaluate(place, "--eval.network", "best", "--eval.rows", 50, "--eval.out", tmp_path, *FAST) == 0
-    assert json.loads((tmp_path / "evaluation.json").read_text())["rows"] == 50
+    pairs = ("--loss.global-pairs", "pool:logits", "--eval.tap-rows", 128)  # logits are no layer
+    part = ("--eval.network", "best", "--eval.rows", 130, "--eval.out", tmp_path, "--eval.train-rows", 0)
+    assert evaluate(place, *part, *pairs) == 0
+    figures = json.loads((tmp_path / "evaluation.json").read_text())
+    assert figures["rows"] == 130
+    assert {(tap["teacher"], tap["student"]) for tap in figures["taps"]} == {("pool", "stage3"), ("stage3", "stage3")}
 
 
 def test_data_with_some_of_the_classes(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
