@@ -13,6 +13,7 @@ from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.errors import MemberMemoryError, NonFiniteLossError, UserError
 from mimkd_ray.json_files import read_if_sound, read_json
 from mimkd_ray.teacher_cache.keys import CALIBRATIONS
+from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.loggers import FILE as LOGGERS
 from mimkd_ray.train.records.run_dir import jsonable, write_json
 
@@ -62,21 +63,22 @@ def begin(config: Config, run_dir: str) -> dict[str, Any] | None:
 
 def find_result(config: Config, run_dir: str) -> dict[str, Any] | None:
     """Return the result of a run that has finished in a directory; None if none has. Raises UserError for a directory
-    that was begun with another training configuration."""
+    that was begun with another training configuration, and for a limit of steps that the run has passed."""
     known_config(config, run_dir)
     found = _result(run_dir)
-    return None if found is not None and _is_longer(config, found) else found
-
-
-def _is_longer(config: Config, result: Mapping[str, Any]) -> bool:
-    """Return whether the run is to go on past the result: its limit of steps or its epochs have grown. Raises UserError
-    for a limit that the run has passed."""
-    epochs, limit, steps = config.train.epochs, config.train.max_steps, result.get("steps", 0)
+    limit = config.train.max_steps
+    steps = found.get("steps", 0) if found is not None else (limit and checkpoint.newest_step(run_dir)) or 0
     if limit and limit < steps:
         raise UserError(
             f"train.max_steps is {limit}, and the run has trained {steps} steps: the limit may grow, and not shrink; "
             "pass another --run.name"
         )
+    return None if found is not None and _is_longer(config, found) else found
+
+
+def _is_longer(config: Config, result: Mapping[str, Any]) -> bool:
+    """Return whether the run is to go on past the result: its limit of steps or its epochs have grown."""
+    epochs, limit, steps = config.train.epochs, config.train.max_steps, result.get("steps", 0)
     return bool(steps and (not limit or limit > steps) and result.get("epochs", epochs) < epochs)
 
 

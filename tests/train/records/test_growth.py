@@ -30,6 +30,9 @@ def test_a_run_that_grows_ends_as_the_whole_run(tmp_path: Path, first: dict[str,
         assert grown["resumed_from"] == 4
         with pytest.raises(UserError, match=r"max_steps is 4, and the run has trained 6 steps: the limit may grow"):
             run_tiny(tmp_path / "grown", train=first, optim=optim)
+        (tmp_path / "grown" / "result.json").unlink()  # as of a run that was stopped on its way
+        with pytest.raises(UserError, match=r"max_steps is 2, and the run has trained 4 steps: the limit may grow"):
+            run_tiny(tmp_path / "grown", train={"max_steps": 2}, optim=optim)
 
 
 def test_a_schedule_over_more_epochs_is_another_run(tmp_path: Path) -> None:
