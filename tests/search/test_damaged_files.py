@@ -8,14 +8,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_run import run_tiny, tiny_config
+from tiny_run import cpu, run_tiny, tiny_config, tiny_data
 
 from mimkd_ray.cli.runs import listing, shown
 from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.json_files import parse, read_if_sound, read_json
+from mimkd_ray.models.build_model import build_model
 from mimkd_ray.search.summary import Clock
 from mimkd_ray.search.trial_files import Table
+from mimkd_ray.train.engine.restart import resume, state_of
+from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.outcomes import find_result
 from mimkd_ray.train.records.run_dir import read_metrics
@@ -97,6 +100,18 @@ def test_a_run_gets_over_damage_to_its_files_and_ends_with_the_same_weights(tmp_
     lines = [json.loads(line) for line in (tmp_path / "hurt" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in read_metrics(str(tmp_path / "hurt"), "eval")] == [3, 6]
+
+
+def test_what_is_saved_after_damage_is_kept(tmp_path: Path) -> None:
+    """The damaged checkpoint is of a later step than those that follow, and not the newest of them for ever."""
+    config = tiny_config(run={"keep_checkpoints": 1})
+    student = lone_student(config, tiny_data(), build_model("cifar/resnet8", 10).eval(), cpu())
+    state = state_of(student, 5, [])
+    newest = Path(checkpoint.save(str(tmp_path), 5, state, keep=1))
+    (newest / "state.pt").write_bytes(b"")
+    assert resume(student, str(tmp_path)) == 0
+    checkpoint.save(str(tmp_path), 1, state | {"step": 1}, keep=1)
+    assert resume(student, str(tmp_path)) == 1
 
 
 def test_a_damaged_config_is_named(tmp_path: Path) -> None:

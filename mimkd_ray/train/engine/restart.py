@@ -47,11 +47,12 @@ def state_of(student: Student, step: int, own_statistics: list[Tensor]) -> dict[
 def resume(student: Student, run_dir: str) -> int:
     """Load the newest checkpoint of the run, if any. Returns the step to go on from (0 at the start)."""
     content = _newest(run_dir)
-    if content is not None:
-        return restore(student, run_dir, content)
-    if student.config.run.start_from:
+    step = 0 if content is None else restore(student, run_dir, content)
+    if content is None and student.config.run.start_from:
         start_from(student, student.config.run.start_from)
-    return 0
+    # Damaged ones of later steps would count as the newest, and the next saves be pruned for their sake.
+    ask_first(lambda: checkpoint.drop_after(run_dir, step))
+    return step
 
 
 def start_from(student: Student, run_dir: str) -> None:
