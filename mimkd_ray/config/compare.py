@@ -20,8 +20,8 @@ class CompareConfig:
     """Seeds of every arm; a seed sets the student's initialisation, the order and (with data.subset) the training rows.
     0: no comparison, one run of the config."""
     arms: tuple[Arm, ...] = ("alone", "mimkd")
-    """alone: cross-entropy only. kd: cross-entropy and Hinton's KD. mimkd: the config's loss. A rival of loss.name: the
-    config's loss with that rival in place of loss.name."""
+    """alone: cross-entropy only, with weight 1. kd: cross-entropy and Hinton's KD. mimkd: the config's loss. A rival of
+    loss.name: the config's loss with that rival in place of loss.name."""
     kd_weight: float = 1.0
     """Weight of the KD term in the kd arm."""
 

@@ -92,6 +92,11 @@ class Config:
                 "loss.negatives is cache, and the run reads none: pass --cache.root, or --loss.negatives step or all"
             )
         self._check_labels()
+        if not (self.loss.resolved_ce_weight or self.loss.uses_teacher):
+            raise UserError(
+                "loss.ce_weight is 0, and no other term is on: the student would learn nothing; give --loss.ce-weight, "
+                "or --loss.name"
+            )
         self._check_head_epochs()
         one_class = [method for method in self.loss.rivals if RIVALS[method].one_class]
         if one_class and self.mix.active:

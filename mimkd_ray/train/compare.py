@@ -28,8 +28,10 @@ from mimkd_ray.versions import machine, versions
 def arm_config(config: Config, arm: Arm, seed: int) -> Config:
     """The single run of one arm and one seed. The arms of a seed differ in their loss alone."""
     loss = config.loss
-    if arm == "alone" or arm == "kd":
-        loss = replace(loss, name=(), kd_weight=config.compare.kd_weight if arm == "kd" else 0.0)
+    if arm == "alone":
+        loss = replace(loss, name=(), kd_weight=0.0, ce_weight=None)  # as without a teacher, whatever the others have
+    elif arm == "kd":
+        loss = replace(loss, name=(), kd_weight=config.compare.kd_weight)
     elif arm != "mimkd":
         loss = replace(loss, name=(arm,))
     return replace(

@@ -103,6 +103,7 @@ TRAIN: list[Case] = [
         (("demo", "--cache.logits", "top99", "--data.views", "2", "--cache.root", "/nix"), "there are 10 classes"),
         (("demo", "--cache.root", "/etc/hostname", "--data.views", "2"), "/etc/hostname"),
         (("demo", "--cache.codecs", "stage3=zip"), "codec 'zip' cannot be read: give"),
+        (("demo", "--loss.name", "kd", "--loss.rival-weight", "0", "--loss.ce-weight", "0"), "would learn nothing"),
         (("demo", "--compare.seeds", "-1"), "compare.seeds is -1: give 0 or more"),
     ]
 ]

@@ -162,6 +162,9 @@ def test_arms_of_a_seed_differ_in_their_loss_alone() -> None:
     assert alone.train == kd.train == mimkd.train
     assert alone.data.subset_seed == 2
     assert alone.data.split_seed == config.data.split_seed
+    own = replace(config, loss=replace(config.loss, ce_weight=0.0))
+    assert arm_config(own, "alone", 0).loss.resolved_ce_weight == 1.0, "whatever the others have beside their terms"
+    assert arm_config(own, "kd", 0).loss.resolved_ce_weight == 0.0
 
 
 def test_paired_statistics() -> None:
