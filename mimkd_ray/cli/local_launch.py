@@ -21,6 +21,7 @@ from mimkd_ray.config import Config, LaunchConfig
 from mimkd_ray.data.loading.stuck_loaders import ASKED_TO_STOP
 from mimkd_ray.data.loading.threads import CHOSEN, use_threads
 from mimkd_ray.data.sources.own_dataset import OwnData
+from mimkd_ray.errors import UserError, count
 from mimkd_ray.signals import handled
 from mimkd_ray.train.distributed import GROUP_SECONDS, STOP_SECONDS, Context, share_from_first, stay_here
 from mimkd_ray.train.job import do_job
@@ -94,10 +95,17 @@ class LocalContext(Context):
 
 
 def pick_device(launch: LaunchConfig, local_rank: int) -> torch.device:
-    """Return the GPU of this process, or the CPU."""
-    if launch.gpu == "on" or (launch.gpu == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
+    """Return the GPU of this process, or the CPU. Raises UserError for a GPU that is not there."""
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if launch.gpu == "off" or (launch.gpu == "auto" and not there):
+        return torch.device("cpu")
+    if local_rank >= there:
+        raise UserError(
+            f"launch.gpu is {launch.gpu}, and PyTorch {torch.__version__} sees {count(there, 'GPU')} on this machine, "
+            f"of which this process needs number {local_rank + 1}: start fewer processes, install a driver or a "
+            "PyTorch for it, or pass --launch.gpu off"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def under_torchrun() -> bool:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from mimkd_ray.cli import command_line, training
+from mimkd_ray.cli.local_launch import pick_device
+from mimkd_ray.config import LaunchConfig
 from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.errors import DamagedDataError, Interrupted, NonFiniteLossError, UserError
 from mimkd_ray.on_ray import train_workers, worker_context
@@ -64,3 +66,15 @@ def test_every_error_that_a_worker_leaves_ends_the_job_with_its_message_and_stat
 
 def test_what_a_restart_may_mend_is_left_to_ray() -> None:
     train_workers.EndAtOnce().after_exception(None, {0: RuntimeError("lost its peer"), 2: OSError("reset")})
+
+
+def test_a_gpu_that_is_not_there_is_told_before_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"gpu is on, and PyTorch .* sees 0 GPUs .* pass --launch\.gpu off"):
+        pick_device(LaunchConfig(gpu="on"), 0)
+    assert pick_device(LaunchConfig(), 3).type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device(LaunchConfig(), 1) == torch.device("cuda", 1)
+    with pytest.raises(UserError, match=r"gpu is auto, .* sees 2 GPUs .* needs number 3: start fewer processes"):
+        pick_device(LaunchConfig(), 2)
