@@ -31,6 +31,7 @@ from mimkd_ray.train.records import run_files
 from mimkd_ray.train.records.extended_runs import leg_of
 from mimkd_ray.train.records.outcomes import claim, find_result
 from mimkd_ray.train.start_times import StartTimes
+from mimkd_ray.train.trained_teacher import check_leg
 
 C = TypeVar("C", bound=Config)
 
@@ -104,6 +105,7 @@ def run(config: Config, train: Dataset | None = None, validation: Dataset | None
     run_dir = run_directory(config)
     if config.run.extend:
         config, run_dir = leg_of(config, run_dir)
+        check_leg(config, run_dir)
     if config.launch.backend == "local":
         with local_context(config.launch, times) as context:
             # Of torchrun: as many as it has started.

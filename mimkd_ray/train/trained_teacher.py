@@ -15,16 +15,18 @@ from typing import Any
 
 from mimkd_ray import storage
 from mimkd_ray.config import CacheConfig, CompareConfig, Config, LossConfig, ModelConfig, TeacherConfig
-from mimkd_ray.config.digest import training_dict
+from mimkd_ray.config.digest import differences, training_dict
+from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.data.sources.data_set import Data, open_data
-from mimkd_ray.errors import Interrupted, count
+from mimkd_ray.errors import Interrupted, UserError, count
+from mimkd_ray.json_files import read_json
 from mimkd_ray.run_lock import InUse, held
 from mimkd_ray.train.distributed import Context, ask_first, share_from_first
 from mimkd_ray.train.held_out.known_accuracy import beside
 from mimkd_ray.train.loop import train_on
 from mimkd_ray.train.networks.build import build_student
 from mimkd_ray.train.networks.teacher import weights_digest
-from mimkd_ray.train.records.outcomes import begin, find_result
+from mimkd_ray.train.records.outcomes import CONFIG, begin, find_result
 from mimkd_ray.train.records.progress import say
 
 FOLDER = "teachers"
@@ -86,6 +88,25 @@ def train_teacher(
             say(context, f"{how} the teacher {config.teacher.name}, {count(own.train.epochs, 'epoch')}, in {folder}")
             finished = train_on(own, images, None, context, folder)
     return storage.join(folder, "student.safetensors"), finished["student"]
+
+
+def check_leg(config: Config, run_dir: str) -> None:
+    """Raise UserError if a leg that is to begin would train a teacher of its own, as its epochs, rate or data are
+    others: critics and queue know that of the last one."""
+    last = config.run.start_from
+    if not (last and config.teacher.trains and config.loss.uses_teacher) or storage.exists(
+        storage.join(run_dir, CONFIG)
+    ):
+        return
+    begun, known = (read_json(storage.join(last, name)) or {} for name in (CONFIG, "teacher.json"))
+    before, now = (training_dict(teacher_config(each)) for each in (from_dict(Config, begun), config))
+    changed = differences(before, now)
+    if changed and "weights" in known:
+        how = "train" if config.teacher.train else "finetune"
+        raise UserError(
+            f"teacher.{how} is true, and would train another teacher than that of {last} ({'; '.join(changed)}): pass "
+            f"--teacher.{how} false --teacher.weights {known['weights']} to go on with that one"
+        )
 
 
 def _in_turn(lock: ExitStack, folder: str, context: Context) -> None:

@@ -20,6 +20,9 @@ from mimkd_ray.train.engine.restart import resume
 from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.networks.optim import portable_state
 from mimkd_ray.train.records import checkpoint
+from mimkd_ray.train.records.extended_runs import leg_of
+from mimkd_ray.train.records.outcomes import claim
+from mimkd_ray.train.trained_teacher import check_leg
 
 
 def config(root: Path, **sections: dict[str, Any]) -> Config:
@@ -134,3 +137,17 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bare" / "config.json").write_text((tmp_path / "one" / "config.json").read_text())
     with pytest.raises(UserError, match="has no checkpoint to go on from"):
         run(config(tmp_path, train={"epochs": 5}, run={"name": "bare"}))
+
+
+def test_a_leg_trains_no_teacher_of_its_own(tmp_path: Path) -> None:
+    """By default a teacher that is trained first has the student's epochs and rate."""
+    teacher = {"train": True}
+    claim(config(tmp_path, teacher=teacher), str(tmp_path / "one"))
+    (tmp_path / "one" / "teacher.json").write_text('{"weights": "/runs/teachers/a/student.safetensors"}')
+    (tmp_path / "one" / "student.safetensors").touch()
+    longer: dict[str, Any] = {"train": {"epochs": 5}, "optim": {"lr": 0.01}}
+    with pytest.raises(UserError, match=r"lr: 0\.05 -> 0\.01; train\.epochs: 2 -> 5\): pass --teacher\.train false "):
+        check_leg(*leg_of(config(tmp_path, teacher=teacher, **longer), str(tmp_path / "one")))
+    for same in (teacher | {"epochs": 2, "lr": 0.05}, {"weights": "/runs/teachers/a/student.safetensors"}):
+        check_leg(*leg_of(config(tmp_path, teacher=same, **longer), str(tmp_path / "one")))
+    check_leg(*leg_of(config(tmp_path, teacher=teacher), str(tmp_path / "one")))
