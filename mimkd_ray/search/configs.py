@@ -64,8 +64,9 @@ class TrialConfigs:
         self.build(trial)
 
     def widest(self) -> Config:
-        """Return a config that reads everything of the teacher that any trial may read."""
-        return widest(self.build, self.candidates)
+        """Return a config that reads everything of the teacher that any trial may read, and trains it as the recipe
+        says."""
+        return replace(widest(self.build, self.candidates), optim=self.base.optim)
 
     def __call__(self, params: Mapping[str, Any]) -> Made:
         """Return the config of these values."""
@@ -134,8 +135,12 @@ def final_config(job: SearchJob, chosen: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(config: Config) -> Config:
-    """Return a job without its search and its comparison."""
-    return Config(**{f.name: getattr(config, f.name) for f in fields(Config)} | {"compare": CompareConfig()})
+    """Return a job without its search and its comparison. A teacher that is trained first keeps the recipe's rate,
+    whatever the student's will be."""
+    own = Config(**{f.name: getattr(config, f.name) for f in fields(Config)} | {"compare": CompareConfig()})
+    if not own.teacher.trains:
+        return own
+    return replace(own, teacher=replace(own.teacher, lr=own.teacher.lr or own.optim.lr))
 
 
 def _changed(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from mimkd_ray.train.out_of_memory import is_out_of_memory
 from mimkd_ray.train.packed import Member, train_pack
 from mimkd_ray.train.records import checkpoint
 from mimkd_ray.train.records.outcomes import CONFIG, RESULT, Failed, Stopped
+from mimkd_ray.train.records.read_run import TEACHER
 from mimkd_ray.train.records.same_inputs import check_same_student
 from mimkd_ray.train.start_times import StartTimes
 
@@ -74,7 +76,8 @@ class Opened:
             self.key = None
             data = open_data(config.data)
             context.times.mark("data")
-            self.found = (data, *obtain_teacher(config, data, context, folder))
+            unheard = TrialContext(context.device, lambda _: None)  # a teacher's evaluations are no trial's
+            self.found = (data, *obtain_teacher(config, data, unheard, folder))
             self.key = key
         context.times.mark("data")  # immediate if it was open
         context.times.mark("teacher")
@@ -95,9 +98,20 @@ def prepare(config: Config, folder: str, device: torch.device) -> None:
         open_cached([planned], data, teacher, context, folder)
 
 
+def taught(config: Config, folder: str) -> Config:
+    """Return the config with the teacher that was trained for all trials as weights: by itself a trial with another
+    rate, a finalist with another seed and a run in a directory elsewhere would each train one of their own."""
+    known = read_json(storage.join(folder, TEACHER), {"weights": str}) if config.teacher.trains else None
+    if known is None:
+        return config
+    own = replace(config.teacher, train=False, finetune=False, weights=known["weights"], expect_top1=0.0)
+    return replace(config, teacher=own)
+
+
 def train_trial(config: Config, folder: str, run_dir: str, device: torch.device, tell: Tell) -> None:
     """Train a trial to its end. ``folder`` is where the teacher is that trials share, ``run_dir`` is the trial's own,
     from which it goes on."""
+    config = taught(config, folder)
     _adopt(run_dir, config)
     context = TrialContext(device, tell)
     data, teacher, facts = _opened.get(config, context, folder)
@@ -129,6 +143,7 @@ def train_members(
     evaluated ("figures") and the ends so far ("ended": index -> kind, reason).
     """
     context = TrialContext(device, lambda _: None)
+    configs = [taught(config, folder) for config in configs]
     with_teacher = next((config for config in configs if config.loss.uses_teacher), configs[0])
     data, teacher, facts = _opened.get(with_teacher, context, folder)
     members = [Member(config, storage.join(run_dir, str(at))) for at, config in enumerate(configs)]

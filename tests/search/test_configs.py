@@ -14,7 +14,9 @@ from tiny_search import tiny_configs, tiny_job
 from mimkd_ray.config import Config, SearchConfig
 from mimkd_ray.config.form.json_form import dotted, from_dict, to_dict
 from mimkd_ray.errors import UserError
-from mimkd_ray.search.configs import FieldConfigs, claim, final_config, trial_config
+from mimkd_ray.search.configs import FieldConfigs, TrialConfigs, claim, final_config, trial_config
+from mimkd_ray.search.spaces import find_spaces
+from mimkd_ray.train.trained_teacher import teacher_config
 
 
 def test_trials_share_the_recipe_and_hold_rows_out(tmp_path: Path) -> None:
@@ -44,6 +46,15 @@ def test_the_outcome_has_the_choice_and_the_recipes_own_length(tmp_path: Path) -
     assert (final.train.epochs, final.optim.milestones, final.optim.lr) == (20, (10, 15), 0.5)
     assert (final.loss.feature_weight, final.loss.critic.temperature) == (3.0, 0.4)
     assert (final.run.root, final.run.name, final.run.overwrite) == (str(tmp_path), "", False), "not in the search's"
+
+
+def test_the_students_rate_is_not_that_of_a_teacher_which_is_trained_first(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, {"teacher": {"train": True}, "optim": {"lr": 0.05}}, space=("rate",))
+    configs = TrialConfigs(trial_config(job, job.search), find_spaces(job.search.space))
+    chosen = configs({"lr": 0.2}).config
+    assert chosen.optim.lr == 0.2
+    for config in (configs.widest(), chosen, from_dict(Config, final_config(job, to_dict(chosen)))):
+        assert teacher_config(config).optim.lr == 0.05
 
 
 def test_a_trial_has_what_its_values_say(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from tiny_search import tiny_job, wild
 from mimkd_ray.config import Config, SearchJob
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.json_files import read_json
+from mimkd_ray.search import run_trials
 from mimkd_ray.search.configs import trial_config
-from mimkd_ray.search.run_trials import explain, failures_told, prepare, train_members, train_trial
+from mimkd_ray.search.run_trials import explain, failures_told, prepare, taught, train_members, train_trial
+from mimkd_ray.train.distributed import Context
 from mimkd_ray.train.job import obtain_teacher
 from mimkd_ray.train.loop import train
 from mimkd_ray.train.records import checkpoint
@@ -188,6 +190,23 @@ def test_the_teacher_is_trained_once_and_before(tmp_path: Path) -> None:
     assert teacher.stat().st_mtime_ns == made
     facts = read_json(str(folder / "trial" / "result.json"))["teacher"]
     assert facts == read_json(str(folder / "teacher.json"))
+    finalist = replace(config, train=replace(config.train, seed=1), optim=replace(config.optim, weight_decay=0.0))
+    own = taught(finalist, str(folder))  # in any process, wherever its directory is
+    assert (own.teacher.trains, own.teacher.weights) == (False, str(teacher))
+    assert own.train == finalist.train
+    assert taught(finalist, str(tmp_path / "elsewhere")) == finalist
+
+
+def test_evaluations_of_a_teacher_are_not_told_as_a_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def obtain(config: Config, data: Any, context: Context, folder: str) -> Any:
+        context.report({"epoch": 99, "top1": 95.0})  # as training it does
+        return obtain_teacher(config, data, context, folder)
+
+    monkeypatch.setattr(run_trials, "obtain_teacher", obtain)
+    job = tiny_job(tmp_path)
+    told: list[int] = []
+    run(tmp_path / "s", job, trial_config(job, job.search), lambda figures: told.append(figures["epoch"]))
+    assert told == [1, 2]
 
 
 def test_a_pack_halves_by_what_json_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,16 @@ from mimkd_ray.errors import Interrupted, UserError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.search.configs import FieldConfigs, Made, TrialConfigs, trial_config
 from mimkd_ray.search.optuna_study import draw_pack
-from mimkd_ray.search.run_trials import Tell, explain, failure, failures_told, prepare, train_members, train_trial
+from mimkd_ray.search.run_trials import (
+    Tell,
+    explain,
+    failure,
+    failures_told,
+    prepare,
+    taught,
+    train_members,
+    train_trial,
+)
 from mimkd_ray.search.spaces import find_spaces
 from mimkd_ray.search.suggest import Grid, Space
 from mimkd_ray.search.trial_files import Table, point_of
@@ -206,7 +215,7 @@ class LargeTrial(tune.Trainable):
         self._seen = 0
         self._error: BaseException | None = None
         storage.remove_file(storage.join(self._place, STOP))  # of one that was killed in `cleanup`
-        made = configs(config).config
+        made = taught(configs(config).config, folder)
         self._config = replace(made, launch=replace(made.launch, cpus_per_worker=cpus))
         self._thread = threading.Thread(target=self._fit, args=(own,), name="fit", daemon=True)
         self._thread.start()
