@@ -97,7 +97,10 @@ def widest(build: Callable[[Suggest], Config], candidates: Candidates) -> Config
     trials = draws(build)
     offered: dict[str, Options] = {}
     for name, own in (item for trial, _ in trials for item in trial.asked.items()):
-        if offered.setdefault(name, own) != own and not isinstance(own, Range):
+        known = offered.setdefault(name, own)
+        if isinstance(own, Range) and isinstance(known, Range):
+            known = known._replace(low=own.low, high=own.high)  # which may differ
+        if known != own:
             raise UserError(
                 f"a search space offers {own} for {name!r} in one trial and {offered[name]} in another: give it the "
                 "same choices in every trial, or another name under each condition"

@@ -211,6 +211,23 @@ def test_choices_that_differ_between_trials_are_refused() -> None:
     with pytest.raises(UserError, match="for 'kind' in one trial"):
         widest(_space(ask), NONE)
 
+    def mixed(trial: Suggest, config: Config) -> Config:
+        if trial.suggest_categorical("on", (True, False)):
+            trial.suggest_categorical("x", (1, 2))
+        else:
+            trial.suggest_float("x", 1, 2)
+        return config
+
+    with pytest.raises(UserError, match="for 'x' in one trial"):
+        widest(_space(mixed), NONE)
+
+    def two_scales(trial: Suggest, config: Config) -> Config:
+        trial.suggest_float("x", 1, 2, log=trial.suggest_categorical("on", (True, False)))
+        return config
+
+    with pytest.raises(UserError, match="for 'x' in one trial"):
+        widest(_space(two_scales), NONE)
+
 
 def test_a_flat_space_has_every_range() -> None:
     """Of a number whose range depends on a choice: a searcher that knows no conditions may choose from all of it."""
