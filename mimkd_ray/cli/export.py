@@ -16,7 +16,7 @@ from mimkd_ray.errors import UserError, count
 from mimkd_ray.export.examine import top1_text
 from mimkd_ray.export.export_student import export_student
 from mimkd_ray.models.weights_file import FOLDER, HUB, WEB
-from mimkd_ray.places import check_lasting
+from mimkd_ray.places import check_lasting, is_function
 from mimkd_ray.recipes import cifar100, r34_r18
 from mimkd_ray.train.records.read_run import RunFacts, read_run
 
@@ -84,7 +84,7 @@ def _whole(config: ExportConfig, run: RunFacts | None) -> ExportConfig:
         network=network,
         weights=weights,
         out=storage.absolute(out) if config.out else out,
-        data=replace(config.data, root=root if root == "digits" else storage.absolute(root)),
+        data=replace(config.data, root=root if root == "digits" or is_function(root) else storage.absolute(root)),
     )
 
 

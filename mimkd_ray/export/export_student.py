@@ -285,10 +285,14 @@ def head_learns(config: ExportConfig, run: RunFacts | None) -> bool:
 
 def _load(config: ExportConfig, run: RunFacts | None, num_classes: int) -> tuple[torch.nn.Module, str]:
     if run is not None and not config.weights:
-        return student_of_run(run.place, config.network, num_classes, run.config.data.image_size)
-    model = build_model(config.network, num_classes, config.weights, config.data.image_size)
+        model, weights = student_of_run(run.place, config.network, num_classes, run.config.data.image_size)
+    else:
+        model, weights = (
+            build_model(config.network, num_classes, config.weights, config.data.image_size),
+            config.weights,
+        )
     check_logits(model, config.data.image_size, num_classes)
-    return model, config.weights
+    return model, weights
 
 
 def _write_model(export: Export, model: torch.nn.Module, classes: Sequence[str], num_classes: int) -> Figures:

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_run import run_tiny, tiny_config
 from torch import Tensor, nn
 
 from mimkd_ray.__main__ import main
 from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.config.jobs.export import REFUSED
+from mimkd_ray.errors import UserError
 from mimkd_ray.export.deployed import Deployed
 from mimkd_ray.export.examine import (
     Figures,
@@ -127,6 +129,27 @@ def test_data_of_other_classes(run: Path, capsys: pytest.CaptureFixture[str]) ->
     wide = ("--network", "tiny_run:of_a_thousand", "--weights", "random", "--out", str(run / "export"))
     said = _said(capsys, *wide, "--data.root", "digits", "--data.image-size", "8", "--data.pipeline", "digits")
     assert "gives 1000 logits, and the data has 10 classes" in said
+
+
+def flat(num_classes: int) -> nn.Module:
+    """For 8 pixels alone."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_classes))
+
+
+def test_a_run_whose_student_takes_no_other_image_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(student={"name": f"{__name__}:flat"})
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    save_file(flat(10).state_dict(), tmp_path / "student.safetensors")
+    said = _said(capsys, str(tmp_path), "--data.image-size", "9")
+    assert "flat failed on a dry run with images of 3x9x9" in said
+
+
+def sets() -> list[tuple[Tensor, int]]:
+    raise UserError("called")
+
+
+def test_data_that_a_function_returns(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _said(capsys, str(run), "--data.root", f"{__name__}:sets").endswith("called")
 
 
 def test_a_missing_package(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -253,7 +253,7 @@ class _Root:
         if url.startswith(SCHEME):
             raise UserError(
                 f"data.root {url} stands for data sets that were given to mimkd_ray.run(config, train=..., "
-                "validation=...): give them again"
+                "validation=...): give them again, or to `export` and `evaluate` a set on disk, --data.root"
             )
         self.url, self.splits = url, Splits(url)
         self.store, self.how = open_store(config), decoding_of(config)
