@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mimkd_ray.config import DataConfig
+from mimkd_ray.data.augment.pipelines import make_pipeline
+from mimkd_ray.data.augment.transforms import CentreCrop, FitSize
 from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.checkpoint_keys import MOBILENET_V2_IN_TIMM
 from mimkd_ray.models.outputs import describe
@@ -54,7 +56,7 @@ def write_model_folder(
         "mean": data.mean,
         "std": data.std,
         "interpolation": "bilinear",
-        "crop_pct": 224 / 256 if data.pipeline.startswith("imagenet") else 1.0,
+        **_framing(data),
         "num_classes": num_classes,
     }
     labels = {"label_names": list(classes)} if len(classes) == num_classes else {}
@@ -82,6 +84,14 @@ def write_model_folder(
         "library_name": "timm" if in_timm else "mimkd_ray",
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _framing(data: DataConfig) -> dict[str, Any]:
+    """Return in timm's words how evaluation brings an image to its size. Nothing can be said of a user's own way."""
+    own = make_pipeline(data.pipeline, data.image_size).eval
+    if getattr(own, "transform", own) == CentreCrop(data.image_size):
+        return {"crop_pct": 224 / 256, "crop_mode": "center"}
+    return {"crop_pct": 1.0, **({"crop_mode": "squash"} if own == FitSize(data.image_size) else {})}
 
 
 def read_model_folder(folder: Path, name: str, num_classes: int, image_size: int) -> nn.Module:
