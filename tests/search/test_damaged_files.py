@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_run import cpu, run_tiny, tiny_config, tiny_data
 
+from mimkd_ray.cli import report
 from mimkd_ray.cli.runs import listing, shown
 from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.errors import DamagedDataError, UserError
@@ -62,6 +63,8 @@ def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path) -> None:
     assert told["hurt"] == told["worse"] == ["damaged"]
     with pytest.raises(DamagedDataError, match=r"result\.json is damaged, .*KeyError: 'images_per_second'"):
         shown(str(tmp_path / "hurt"))
+    with pytest.raises(DamagedDataError, match=r"in .*/hurt is damaged, or of another release \(ValueError"):
+        report.main([str(tmp_path / "hurt")], "report")
 
 
 def test_what_is_not_there_is_none(tmp_path: Path) -> None:
