@@ -10,6 +10,7 @@ import pytest
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from tiny_run import tiny_config
+from tiny_search import tiny_job
 
 from mimkd_ray import console
 from mimkd_ray.errors import Interrupted, UserError
@@ -19,6 +20,8 @@ from mimkd_ray.on_ray.search.tune_algorithms import check_fields, with_metric
 from mimkd_ray.on_ray.search.tune_trials import LargeTrial
 from mimkd_ray.on_ray.worker_context import ANYBODY
 from mimkd_ray.search.configs import FieldConfigs, Made
+from mimkd_ray.search.finals import Finals
+from mimkd_ray.search.trial_files import Table
 from mimkd_ray.secret_urls import Carried
 from mimkd_ray.train.records.run_dir import write_json
 
@@ -45,6 +48,20 @@ def test_a_trial_that_goes_on_does_not_read_an_old_request_to_stop(
     trial.setup({}, lambda _: Made(tiny_config(), {}), str(tmp_path), 1, True, Carried())
     trial._thread.join(20)
     assert seen == [False]
+
+
+def test_finals_have_the_workers_of_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process beside the search they would have no GPU, and all train at once."""
+    asked: list[Any] = []
+    monkeypatch.setattr(tune_search, "experiment", lambda *given: asked.append(given) or [])
+    finals = Finals(tiny_job(tmp_path, finalists=1, seeds=1), Table(str(tmp_path), "top1"))
+    for workers in (1, 4):
+        tune_search.run_finals(finals, str(tmp_path), tune_search.Shape(workers, 2.0, 1.0, 3), own=False)
+    (_, _, one, _, how, _), (_, _, several, _, wide, _) = asked
+    assert not isinstance(one, type)
+    assert issubclass(several, LargeTrial)
+    assert (how.max_concurrent_trials, how.reuse_actors) == (3, True)
+    assert (wide.max_concurrent_trials, wide.reuse_actors) == (3, False)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ from mimkd_ray.on_ray.search.tune_algorithms import (
     with_metric,
 )
 from mimkd_ray.on_ray.search.tune_trials import (
+    Configs,
     LargeTrial,
     configs_of,
     pack_trainable,
@@ -196,13 +197,10 @@ def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, grid: Grid | 
     """Run the trials of a search to their ends, or go on with them. ``grid``: the combinations of one. ``own``: this
     Ray was started here."""
     search = job.search
-    if search.workers > 1:
-        parts = {"configs": configs, "folder": folder, "cpus": int(shape.cpus), "own": own, "secrets": Carried()}
-        trial: Any = tune.with_parameters(LargeTrial, **parts)
-    elif search.pack > 1:
+    if search.pack > 1:
         trial = pack_trainable(search, configs, grid, folder, shape.cpus)
     else:
-        trial = search_trainable(configs, folder, shape.cpus, search.scheduler in POPULATION)
+        trial = lone_trial(configs, folder, shape, own, search.scheduler in POPULATION)
     searcher, space, samples = searcher_of(search, configs, grid)
     trials = len(grid) if grid else search.trials  # 0: as many as the budget allows
     journal = Journal(job, folder, configs, shape.gpus * shape.workers, trials)
@@ -234,16 +232,28 @@ def run_trials(job: SearchJob, folder: str, configs: TrialConfigs, grid: Grid | 
     journal.publish()
 
 
-def run_finals(finals: Finals, folder: str, shape: Shape) -> dict[int, dict[str, Any]]:
-    """Train the finalists again, each with every seed, to their ends; return the last figures of each run that was not
-    lost."""
-    trial = search_trainable(finals, folder, shape.cpus)
+def lone_trial(configs: Configs, folder: str, shape: Shape, own: bool, population: bool = False) -> Any:
+    """Return the trainable of trials that are no packs, of one process or of several workers."""
+    if shape.workers == 1:
+        return search_trainable(configs, folder, shape.cpus, population)
+    parts = {"configs": configs, "folder": folder, "cpus": int(shape.cpus), "own": own, "secrets": Carried()}
+    return tune.with_parameters(LargeTrial, **parts)
+
+
+def run_finals(finals: Finals, folder: str, shape: Shape, own: bool) -> dict[int, dict[str, Any]]:
+    """Train the finalists again, each with every seed, to their ends, with the resources of trials; return the last
+    figures of each run that was not lost."""
+    trial = lone_trial(finals, folder, shape, own)
     found = experiment(
         folder,
         finals.name,
         tune.with_resources(trial, shape.bundles()),
         {"run": tune.grid_search(list(range(len(finals.runs))))},
-        tune.TuneConfig(reuse_actors=True, trial_dirname_creator=trial_name),
+        tune.TuneConfig(
+            max_concurrent_trials=shape.concurrent,  # what watches several workers reserves none of their resources
+            trial_dirname_creator=trial_name,
+            reuse_actors=shape.workers == 1,
+        ),
         tune.RunConfig(
             failure_config=tune.FailureConfig(max_failures=finals.retries),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
