@@ -63,6 +63,7 @@ _OWN_FILE = "|".join(
         rf"export/(?:{_EXPORTED}|lock\.json)",
         r"calibrations/[0-9a-f]{24}\.safetensors",
         r"trials/\d{4,}\.json",
+        r"trials/evaluations/[0-9a-f]{24}\.json",  # of the teacher, beside the trials of several workers
         rf"{_TUNE}/(?:tuner\.pkl|\.validate_storage_marker|[a-z_-]+-[0-9_-]+\.(?:json|pkl)|pbt_[0-9a-z_]+\.txt)",
         rf"{_TRIAL}/(?:params\.json|params\.pkl|progress\.csv|error\.txt|error\.pkl|events\.out\.tfevents\.[^/]+)",
         rf"{_TRIAL}/(?:result\.json|checkpoint_\d{{6}}/\.[a-z_]+\.(?:json|pkl))",

@@ -203,6 +203,11 @@ def test_what_is_not_ours(path: str) -> None:
     assert not run_files.is_ours(path)
 
 
+def test_the_teacher_is_measured_beside_the_trials_of_several_workers() -> None:
+    assert run_files.is_ours(f"trials/evaluations/{'0a' * 12}.json")
+    assert run_files.is_ours("trials/1a2b_00000/result.json")
+
+
 def test_on_object_storage(bucket: str) -> None:
     """Names with letters of patterns: somebody else's runs and data stay."""
     for name in ("lr[0]", "lr0"):
