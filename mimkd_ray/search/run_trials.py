@@ -38,6 +38,7 @@ from mimkd_ray.train.records.outcomes import CONFIG, RESULT, Failed, Stopped
 from mimkd_ray.train.records.read_run import TEACHER
 from mimkd_ray.train.records.same_inputs import check_same_student
 from mimkd_ray.train.start_times import StartTimes
+from mimkd_ray.train.trained_teacher import teacher_config
 
 Tell = Callable[[Mapping[str, Any]], None]
 """Callback for the figures of an evaluation. It may end the trial by an exception that is none of a trial's own."""
@@ -99,13 +100,23 @@ def prepare(config: Config, folder: str, device: torch.device) -> None:
 
 
 def taught(config: Config, folder: str) -> Config:
-    """Return the config with the teacher that was trained for all trials as weights: by itself a trial with another
-    rate, a finalist with another seed and a run in a directory elsewhere would each train one of their own."""
+    """Return the config with the teacher that was trained for all trials as weights, unless it asks for another one: by
+    itself a trial with another optimiser, a finalist with another seed and a run in a directory elsewhere would each
+    train their own."""
     known = read_json(storage.join(folder, TEACHER), {"weights": str}) if config.teacher.trains else None
     if known is None:
         return config
+    begun = read_json(storage.join(known["weights"].rpartition("/")[0], CONFIG)) or {}
+    if _asked_of_teacher(begun) != _asked_of_teacher(to_dict(teacher_config(config))):
+        return config
     own = replace(config.teacher, train=False, finetune=False, weights=known["weights"], expect_top1=0.0)
     return replace(config, teacher=own)
+
+
+def _asked_of_teacher(of_its_run: Mapping[str, Any]) -> list[Any]:
+    """What section `teacher` decides of a teacher's run."""
+    named = (("optim", "lr"), ("train", "epochs"))
+    return [of_its_run.get("student"), *(of_its_run.get(section, {}).get(name) for section, name in named)]
 
 
 def train_trial(config: Config, folder: str, run_dir: str, device: torch.device, tell: Tell) -> None:

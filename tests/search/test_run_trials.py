@@ -195,6 +195,9 @@ def test_the_teacher_is_trained_once_and_before(tmp_path: Path) -> None:
     assert (own.teacher.trains, own.teacher.weights) == (False, str(teacher))
     assert own.train == finalist.train
     assert taught(finalist, str(tmp_path / "elsewhere")) == finalist
+    for fields in ({"name": "cifar/resnet20"}, {"lr": 0.5}, {"epochs": 2}):  # as a space of fields may ask
+        other = replace(config, teacher=replace(config.teacher, **fields))
+        assert taught(other, str(folder)) == other
 
 
 def test_evaluations_of_a_teacher_are_not_told_as_a_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
