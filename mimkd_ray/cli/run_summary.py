@@ -44,7 +44,8 @@ def opening(config: Config, run_dir: str) -> str:
 def _loss(config: Config) -> str:
     loss = config.loss
     parts = ["cross-entropy"] if loss.resolved_ce_weight and config.data.labels != "none" else []
-    parts += [f"KD {loss.resolved_kd_weight:g}"] if loss.resolved_kd_weight else []
+    of_logits = "" if loss.kd_logits == "raw" else f" ({loss.kd_logits} logits)"
+    parts += [f"KD {loss.resolved_kd_weight:g}{of_logits}"] if loss.resolved_kd_weight else []
     return " + ".join([*parts, *loss.name])
 
 

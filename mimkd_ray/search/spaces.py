@@ -71,10 +71,12 @@ def taps(trial: Suggest, config: Config, pairs: Candidates) -> Config:
 
 
 def kd(trial: Suggest, config: Config, pairs: Candidates) -> Config:
-    """Choose Hinton's KD beside the terms, with weight 0.03 to 3 and a temperature, or none."""
+    """Choose Hinton's KD beside the terms, with weight 0.03 to 3 (standardised to 30: published with 9) and a
+    temperature, or none."""
     if not trial.suggest_categorical("kd", (True, False)):
         return _loss(config, kd_weight=0.0)
-    weight = trial.suggest_float("kd_weight", 0.03, 3.0, log=True)
+    most = 30.0 if config.loss.kd_logits == "standardised" else 3.0
+    weight = trial.suggest_float("kd_weight", 0.03, most, log=True)
     return _loss(config, kd_weight=weight, kd_temperature=trial.suggest_float("kd_temperature", 1.0, 8.0, log=True))
 
 

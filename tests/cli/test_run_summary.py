@@ -33,6 +33,8 @@ def test_who_teaches_whom_on_what_and_where(monkeypatch: pytest.MonkeyPatch) -> 
     assert "teacher  cifar/resnet20, trained first, 30 epochs\n" in said
     assert "4 views of an image, teacher's features from s3://b/c\n" in said
     assert "loss     mimkd\n" in opening(tiny_config(data={"labels": "none"}), "x")
+    kd = tiny_config(loss={"kd_weight": 9.0, "kd_logits": "standardised"})
+    assert "loss     cross-entropy + KD 9 (standardised logits) + mimkd\n" in opening(kd, "x")
 
 
 def test_a_rate_that_would_never_drop_is_said() -> None:

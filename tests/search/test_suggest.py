@@ -142,6 +142,8 @@ def test_a_student_alone_is_not_drawn() -> None:
     assert list(alone.asked) == ["kd", "global terms", "local_weight"]
     with_kd = build(fixed(kd=True, **off)).loss
     assert (with_kd.uses_features, with_kd.kd_weight) == (False, 3.0)
+    standardised = tiny_config(loss={"kd_logits": "standardised"})
+    assert SPACES["kd"](fixed(kd=True), standardised, NONE).loss.kd_weight == 30.0, "it is published with 9"
 
 
 def test_a_rivals_factor_only_where_there_is_one() -> None:
