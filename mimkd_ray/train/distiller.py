@@ -125,7 +125,14 @@ class Distiller(nn.Module):
         return self.loss(teacher, student, labels, ids, reading=True).log
 
     def _checked(self, images: Tensor, labels: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return labels and ids of a batch. Raises UserError for what is none of these images."""
+        """Return labels and ids of a batch. Raises UserError for what is none of these images, and for a loss that was
+        cast to half precision."""
+        kind = next((parameter.dtype for parameter in self.loss.parameters()), torch.float32)
+        if kind in (torch.float16, torch.bfloat16):
+            raise UserError(
+                f"the distiller was cast to {kind}, and its loss is computed in float32: cast the student before "
+                "distill(), or put torch.autocast around the call"
+            )
         if labels is None:
             if self.loss.labels != "none":
                 raise UserError("labels is None: pass class numbers (B,), or make the distiller with labels='none'")

@@ -35,6 +35,14 @@ def test_what_is_no_batch_is_an_error(change: dict[str, Any], message: str) -> N
         some_distiller()(**({"images": images, "labels": labels} | change))
 
 
+def test_the_loss_is_not_in_half_precision() -> None:
+    images, labels = batch()
+    with pytest.raises(UserError, match=r"cast to torch.bfloat16, and its loss is .*cast the student before distill"):
+        some_distiller().bfloat16()(images.bfloat16(), labels)
+    teacher, student = networks()
+    assert distill(teacher, student.bfloat16(), 8)(images.bfloat16(), labels).total.dtype == torch.float32
+
+
 def test_probabilities_where_class_numbers_are_read() -> None:
     images, mixed = batch()[0], torch.full((8, 10), 0.1)
     with pytest.raises(UserError, match=r"probabilities \(8, 10\), and the distiller was made with labels='partial'"):
