@@ -64,6 +64,11 @@ def check_combination(
             f"the student is wrapped in {type(student).__name__}: pass the plain network, and wrap what distill() "
             "returns, whose critics are trained too"
         )
+    for name, network in (("teacher", teacher), ("student", student)):
+        if "_orig_mod" in dict(network.named_children()):  # once it has run, the layers in it cannot be read
+            raise UserError(
+                f"the {name} is compiled already: pass the plain network, and compile what distill() returns"
+            )
     for name, count in (("steps", steps), ("epoch_steps", epoch_steps)):
         if count is not None and count < 1:
             raise UserError(f"{name} is {count}: give the number of optimiser steps, 1 or more")

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_distiller import batch, networks, some_distiller
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mimkd_ray.config import LossConfig
@@ -33,6 +34,15 @@ def test_what_is_no_batch_is_an_error(change: dict[str, Any], message: str) -> N
     images, labels = batch()
     with pytest.raises(UserError, match=message):
         some_distiller()(**({"images": images, "labels": labels} | change))
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_a_compiled_network_is_named(who: str) -> None:
+    pair = dict(zip(("teacher", "student"), networks(), strict=True))
+    compiled = nn.Module()  # of the form of torch.compile's, whose import takes seconds
+    compiled.add_module("_orig_mod", pair[who])
+    with pytest.raises(UserError, match=f"the {who} is compiled already: .* compile what"):
+        distill(**(pair | {who: compiled}), image_size=8)
 
 
 def test_the_loss_is_not_in_half_precision() -> None:
