@@ -9,7 +9,7 @@ from typing import Any
 
 from mimkd_ray import storage
 from mimkd_ray.data.sources.own_dataset import SCHEME
-from mimkd_ray.pages.figures import bars_figure
+from mimkd_ray.pages.figures import bars_figure, plot_text
 from mimkd_ray.pages.page import Cell, Page
 from mimkd_ray.pages.run_records import RunRecord
 from mimkd_ray.train.records.outcomes import CONFIG
@@ -41,7 +41,7 @@ def class_gains(page: Page, columns: Mapping[str, Mapping[str, float]], rows: Ma
     if len(by_gain) > MOST_BARS:
         by_gain = [*by_gain[: MOST_BARS // 2], *by_gain[-MOST_BARS // 2 :]]
         page.paragraph(f"The {MOST_BARS // 2} classes at either end; the table below has all {len(gains)}.")
-    title = f"{last_name} minus {base_name}, points of top-1"
+    title = plot_text(f"{last_name} minus {base_name}, points of top-1")
     page.figure(bars_figure(by_gain, [gains[name] for name in by_gain], title))
     page.table(
         ["class", "images", f"{base_name} %", *(text for name, _ in others for text in (f"{name} %", "difference"))],

@@ -16,6 +16,8 @@ from some_trials import search
 from tiny_run import run_tiny
 
 from mimkd_ray.__main__ import main
+from mimkd_ray.pages.page import Page
+from mimkd_ray.pages.sections import class_gains
 from mimkd_ray.pages.write_pages import write_report
 from mimkd_ray.search.report.build_report import report_html
 
@@ -175,3 +177,9 @@ def test_bad_input(compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     run = str(compared / "mimkd-seed00")
     assert main(["report", run, run]) == 2
     assert "is given twice" in capsys.readouterr().err
+
+
+def test_names_of_runs_are_no_markup_of_plotly() -> None:
+    page = Page("two runs")
+    class_gains(page, {"a<b>": {"ant": 1.0}, "<i>c</i>": {"ant": 2.0}}, {"ant": 3}, "")
+    assert page._figures[0]["layout"]["xaxis"]["title"]["text"].startswith("&lt;i&gt;c&lt;/i&gt; minus a&lt;b&gt;,")
