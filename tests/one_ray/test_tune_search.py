@@ -142,7 +142,7 @@ def test_search_returns_what_people_know(joined: str, tmp_path: Path, monkeypatc
     from ray import tune
 
     config = tiny_config(run={"root": str(tmp_path)}, launch={"gpu": "off"})
-    how = tune.TuneConfig(metric="top1", mode="max", num_samples=2)
+    how = tune.TuneConfig(metric="top1", mode="max", num_samples=1)
     run_config = tune.RunConfig(storage_path=str(tmp_path), name="mine", verbose=0)
     results = mimkd_ray.search(config, ["temperature", odd], tune_config=how, run_config=run_config, holdout=0.3)
     frame = results.get_dataframe()
