@@ -27,16 +27,18 @@ def leg_of(config: C, run_dir: str) -> tuple[C, str]:
     """Return the config and the directory of the leg that ``config`` is: one that was begun with the same training
     configuration, or the next one after the last. ``run_dir`` is the first leg's.
 
-    Raises UserError for a comparison, for a run without a name, and if the last leg has nothing to go on from.
+    Raises UserError for a comparison, for a run without a name, for another kind of optimiser, and if the last leg has
+    nothing to go on from.
     """
     if config.compare.seeds:
         raise UserError("run.extend goes on with one run, and compare.seeds trains several: pass --compare.seeds 0")
     if not config.run.name:
         raise UserError("run.extend needs to know which run it extends: pass --run.name with the name of its directory")
     wanted = training_dict(config)
-    last, number = "", 0
+    last, optimiser, number = "", config.optim.name, 0
     for place, begun in _legs(run_dir):
         number += 1
+        optimiser = begun.get("optim", {}).get("name", optimiser)
         start_from = begun["run"].get("start_from", "")
         if not differences(training_part(begun), wanted):
             return replace(config, run=replace(config.run, start_from=start_from)), place
@@ -47,6 +49,12 @@ def leg_of(config: C, run_dir: str) -> tuple[C, str]:
         raise UserError(
             f"{last} was begun and has no checkpoint to go on from: let it reach one, or start anew with "
             "--run.overwrite true"
+        )
+    if optimiser != config.optim.name:
+        raise UserError(
+            f"{last} was trained with {optimiser}, whose state a leg goes on with, and optim.name is "
+            f"{config.optim.name}: pass --optim.name {optimiser}, or another --run.name with --student.weights "
+            f"{storage.join(last, WEIGHTS)}"
         )
     return replace(config, run=replace(config.run, start_from=last)), f"{run_dir}-leg{number + 1}"
 

@@ -131,6 +131,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="goes on with one run"):
         run(replace(config(tmp_path), compare=CompareConfig(seeds=2)))
     run(config(tmp_path))
+    with pytest.raises(UserError, match=r"one was trained with sgd, .* optim\.name is adamw: pass --optim\.name sgd"):
+        run(config(tmp_path, optim={"name": "adamw"}))
     with pytest.raises(UserError, match=r"start_from .*/one does not fit this configuration"):
         run(config(tmp_path, student={"name": "cifar/resnet8"}))
     (tmp_path / "bare").mkdir()
