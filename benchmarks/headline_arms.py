@@ -35,7 +35,7 @@ BASELINES: dict[str, LossConfig] = {
     "two_sided_kd": replace(_two_sided(), kd_weight=0.9),
     "crd": _loss(name=("crd",)),
 }
-"""The student alone, KD, the default of release 0.1, and CRD."""
+"""The student alone, KD on raw and on standardised logits, the default of release 0.1, and CRD."""
 
 SIDES: dict[str, LossConfig] = {
     "linear_both_3": _loss(**{**LANE, "global_weight": 3.0}, critic=CriticConfig(teacher="linear", student="linear")),

@@ -313,7 +313,7 @@ def test_senseless_batch_size(source: Source) -> None:
         eval_batches(source, DATA, 0)
 
 
-def _count_slots(monkeypatch: pytest.MonkeyPatch) -> list[shared_memory.Slots]:
+def count_slots(monkeypatch: pytest.MonkeyPatch) -> list[shared_memory.Slots]:
     made: list[shared_memory.Slots] = []
     make = shared_memory.Slots
 
@@ -326,7 +326,7 @@ def _count_slots(monkeypatch: pytest.MonkeyPatch) -> list[shared_memory.Slots]:
 
 
 def test_slots_are_used_again_when_batches_are_gone(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = _count_slots(monkeypatch)
+    made = count_slots(monkeypatch)
     inline = _train(source, [0, 1, 2])
     order = Order(source.blocks, 3, 4, seed=1, window=3)
     data = replace(DATA, loader_workers=1)
@@ -345,7 +345,7 @@ def test_slots_are_used_again_when_batches_are_gone(source: Source, monkeypatch:
 
 
 def test_collected_batches_keep_their_images(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = _count_slots(monkeypatch)
+    made = count_slots(monkeypatch)
     collected = _train(source, [0, 1, 2], workers=1)
     assert len(collected) == 24 > 8  # more than there are slots
     _assert_same(collected, _train(source, [0, 1, 2]))
@@ -360,7 +360,7 @@ def test_collected_batches_keep_their_images(source: Source, monkeypatch: pytest
 
 def test_batches_that_do_not_fit_travel_otherwise(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "make_slots", lambda count, size: shared_memory.make_slots(count, 12))
-    made = _count_slots(monkeypatch)
+    made = count_slots(monkeypatch)
     _assert_same(_train(source, [0, 1], workers=2), _train(source, [0, 1]))
     assert made[0].take() is not None  # none is lost
 

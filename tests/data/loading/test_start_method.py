@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from image_sets import prepared_set
+from test_loader import count_slots
 
 from mimkd_ray.config import DataConfig
-from mimkd_ray.data.loading import shared_memory
 from mimkd_ray.data.loading.loader import PREFETCH, SPARE_SLOTS, train_batches
 from mimkd_ray.data.loading.read_ahead import PARENT_POLL_S
 from mimkd_ray.data.loading.start_method import helper_context
@@ -54,14 +54,7 @@ def test_the_programs_default_does_not_count(default_method: str) -> None:
 def test_images_still_come_in_shared_slots(
     source: Source, default_method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[shared_memory.Slots] = []
-    make = shared_memory.Slots
-
-    def remember(*arguments: int) -> shared_memory.Slots:
-        made.append(make(*arguments))
-        return made[-1]
-
-    monkeypatch.setattr(shared_memory, "Slots", remember)
+    made = count_slots(monkeypatch)
     inline = list(_batches(source, workers=0))
     found = list(_batches(source, workers=1))
     assert len(found) == len(inline) == 16
