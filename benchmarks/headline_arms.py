@@ -56,6 +56,8 @@ OPTIONS: dict[str, LossConfig] = {
     "weight_3": _loss(**{**BASE, "global_weight": 3.0}),
     "weight_30": _loss(**{**BASE, "global_weight": 30.0}),
 }
+TWO_STAGES: dict[str, Any] = {"feature_pairs": ("stage3:stage3", "stage3:stage2"), "pair_weights": "shared"}
+
 TERMS: dict[str, LossConfig] = {
     "feature_3": _loss(**{**BASE, "feature_weight": 3.0}),
     "feature_3_all_locations": _loss(**{**BASE, "feature_weight": 3.0}, feature_negatives="all"),
@@ -65,9 +67,7 @@ TERMS: dict[str, LossConfig] = {
     "feature_3_width_128": _loss(**{**BASE, "feature_weight": 3.0}, critic=CriticConfig(frozen_width=128)),
     "before_relu": _loss(**{**BASE, "feature_weight": 3.0}, taps="before"),
     "local_3": _loss(**{**BASE, "local_weight": 3.0}),
-    "two_stages": _loss(
-        **{**BASE, "feature_weight": 3.0}, feature_pairs=("stage3:stage3", "stage3:stage2"), pair_weights="shared"
-    ),
+    "two_stages": _loss(**{**BASE, "feature_weight": 3.0}, **TWO_STAGES),
     "logits_tap": _loss(**BASE, global_pairs=("pool:pool", "logits:logits:0.3")),
 }
 OVER_TIME: dict[str, LossConfig] = {
@@ -83,6 +83,7 @@ WITH_LOGITS: dict[str, LossConfig] = {
     "dist": _loss(**BASE, name=("mimkd", "dist")),
     "best": _loss(preset="best"),
     "best_all_locations": _loss(preset="best", feature_negatives="all"),
+    "best_all_locations_two_stages": _loss(preset="best", feature_negatives="all", **TWO_STAGES),
     "best_kd_3": _loss(preset="best", kd_weight=3.0),
     "best_standardised_3": _loss(preset="best", kd_weight=3.0, **STANDARDISED),
     "best_standardised_9": _loss(preset="best", kd_weight=9.0, **STANDARDISED),

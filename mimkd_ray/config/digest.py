@@ -25,13 +25,26 @@ _NOT_IN_DIGEST = {
 
 
 def training_part(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that determine the training, from a config's JSON form."""
+    """Return the fields that determine the training, from a config's JSON form. A field that a section lacks, as in a
+    file from before there was such a field, has its default."""
+    known = to_dict(Config())
     return {
         section: {
-            name: redacted_values(item) for name, item in fields.items() if name not in _NOT_IN_DIGEST.get(section, ())
+            name: redacted_values(item)
+            for name, item in _filled(fields, known.get(section, {})).items()
+            if name not in _NOT_IN_DIGEST.get(section, ())
         }
         for section, fields in value.items()
         if section not in _SECTIONS_NOT_IN_DIGEST and isinstance(fields, Mapping)  # what is damaged differs
+    }
+
+
+def _filled(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    return {**defaults} | {
+        name: _filled(item, defaults[name])
+        if isinstance(item, Mapping) and isinstance(defaults.get(name), Mapping)
+        else item
+        for name, item in fields.items()
     }
 
 
@@ -41,9 +54,24 @@ def training_dict(config: Config) -> dict[str, Any]:
 
 
 def digest(config: Config) -> str:
-    """Return the hex digest of the fields that determine the training."""
-    text = json.dumps(training_dict(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Return the hex digest of the fields that determine the training. A field at its default does not count, so that
+    a new field changes the digest, which names directories, of no config that does not use it."""
+    return _digest(training_dict(config))
+
+
+def _digest(part: Mapping[str, Any]) -> str:
+    chosen = _unlike(part, training_dict(Config()))
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def _unlike(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _unlike(item, defaults[name])
+        if isinstance(item, Mapping) and isinstance(defaults.get(name), Mapping)
+        else item
+        for name, item in fields.items()
+        if name not in defaults or item != defaults[name]
+    }
 
 
 def steps_may_grow(config: Config) -> bool:
@@ -65,7 +93,7 @@ def identity(config: Config) -> str:
         del part["train"]["max_steps"]
     if epochs_may_grow(config):
         del part["train"]["epochs"]
-    return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
+    return _digest(part)
 
 
 def changes(old: Mapping[str, Any], config: Config) -> list[str]:

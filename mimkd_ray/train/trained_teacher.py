@@ -15,7 +15,7 @@ from typing import Any
 
 from mimkd_ray import storage
 from mimkd_ray.config import CacheConfig, CompareConfig, Config, LossConfig, ModelConfig, TeacherConfig
-from mimkd_ray.config.digest import differences, training_dict
+from mimkd_ray.config.digest import differences, digest, training_dict
 from mimkd_ray.config.form.json_form import from_dict
 from mimkd_ray.data.sources.data_set import Data, open_data
 from mimkd_ray.errors import Interrupted, UserError, count
@@ -61,7 +61,7 @@ def folder_of(own: Config, data: Data, labels: str, run_dir: str) -> str:
     their labels, where that of the images does not cover them. Weights that it starts from count by their content: a
     file may be replaced by another."""
     start = weights_digest(build_student(own, data.num_classes)) if own.student.weights != "random" else ""
-    what = json.dumps({"config": training_dict(own), "data": data.digest + labels, "start": start}, sort_keys=True)
+    what = json.dumps({"config": digest(own), "data": data.digest + labels, "start": start}, sort_keys=True)
     name = re.sub(r"[^A-Za-z0-9_.]+", "-", own.student.name).strip("-.")[-60:]
     return beside(run_dir, FOLDER, f"{name}-{hashlib.sha256(what.encode()).hexdigest()[:12]}")
 

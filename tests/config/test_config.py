@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 from tiny_run import tiny_config
 
-from mimkd_ray.config import Config, ExportConfig
-from mimkd_ray.config.digest import differences, digest, training_dict
+from mimkd_ray.config import Config, CriticConfig, ExportConfig, LossConfig, TrainConfig
+from mimkd_ray.config.digest import changes, differences, digest, training_dict
 from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.config.jobs.evaluate import EvaluateConfig
 from mimkd_ray.errors import UserError
@@ -70,6 +72,27 @@ def test_a_validation_error_keeps_its_own_words() -> None:
 )
 def test_digest_changes_exactly_with_what_is_trained(section: str, fields: dict, same: bool) -> None:
     assert (digest(tiny_config()) == digest(tiny_config(**{section: fields}))) is same
+
+
+def test_a_run_from_before_a_field_existed_is_the_same_run_at_the_field_s_default() -> None:
+    config = tiny_config()
+    old = to_dict(config)
+    del old["loss"]["symmetric"], old["loss"]["critic"]["frozen_width"], old["train"]["ema_decay"]
+    assert changes(old, config) == []
+    used = tiny_config(loss={"symmetric": True})
+    assert changes(old, used) == ["loss.symmetric: False -> True"]
+
+
+def test_the_digest_is_of_the_fields_that_are_not_at_their_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a new field leaves the digests of older configs, by which directories are named, as they were."""
+    seen: list[str] = []
+    monkeypatch.setattr(hashlib, "sha256", lambda content: seen.append(content.decode()) or sha256(content))
+    digest(Config(train=TrainConfig(seed=3), loss=LossConfig(critic=CriticConfig(temperature=0.25))))
+    chosen = json.loads(seen[-1])
+    assert {name: fields for name, fields in chosen.items() if fields} == {
+        "train": {"seed": 3},
+        "loss": {"critic": {"temperature": 0.25}},
+    }
 
 
 def test_differences_name_the_fields_and_both_values() -> None:
