@@ -157,6 +157,15 @@ def test_wrong_image_size_is_a_user_error() -> None:
         find_shapes(_tiny_vit(), 20)
 
 
+def test_a_network_that_fails_without_a_word_is_told_by_the_kind_of_its_error() -> None:
+    class Silent(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise NotImplementedError
+
+    with pytest.raises(UserError, match="3x20x20: NotImplementedError; pass the image size"):
+        find_shapes(Silent(), 20)
+
+
 def test_tapped_model_returns_the_layers_own_outputs() -> None:
     net = models.resnet18(num_classes=5).eval()
     images = _randn(2, 3, 32, 32)
