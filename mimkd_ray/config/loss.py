@@ -83,7 +83,7 @@ class LossConfig:
     """Read automatically chosen stages after their last activation, or before it if it is a module of its own."""
     max_side: int = 14
     """Largest height and width of automatically chosen student maps; a map of twice the side costs four times as much.
-    """
+    Where all are larger, the deepest is taken."""
     global_pairs: tuple[str, ...] = ()
     """Tap pairs "teacher:student" or "teacher:student:weight" (multiplies the kind's weight) of the global terms;
     unset: automatic. The tap "logits" is the network's logits."""

@@ -109,7 +109,7 @@ def dry_run(model: nn.Module, image_size: int, channels: int = 3, training: bool
     except Exception as error:  # the network is foreign code: its error is the message
         raise UserError(
             f"{describe(model)} failed on a dry run with images of {channels}x{image_size}x{image_size}: "
-            f"{error or type(error).__name__}; pass the image size that it was made for"
+            f"{str(error) or type(error).__name__}; pass the image size that it was made for"
         ) from error
 
 

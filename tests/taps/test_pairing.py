@@ -46,10 +46,18 @@ def test_chosen_stages_pair_from_the_deepest_and_leave_out_large_maps() -> None:
     assert choose_pairs("global", teacher, student, shapes, 14) == [Pair("tv", "sv")]
 
 
+def test_of_large_maps_alone_the_deepest_pairs() -> None:
+    """Vision transformers of patch 14 have 16x16 places at 224 px in all blocks."""
+    student = Stages(("s1", "s2"), "sv")
+    shapes = {"s1": _shape("s1", 16), "s2": _shape("s2", 16)}
+    assert choose_pairs("feature", Stages(("t1", "t2"), "tv"), student, shapes, 14) == [Pair("t2", "s2")]
+    assert choose_pairs("local", Stages(("t1", "t2"), "tv"), student, shapes, 14) == [Pair("tv", "s2")]
+
+
 def test_nothing_to_pair_names_the_remedy() -> None:
     stages = Stages(("s1",), "sv")
     with pytest.raises(UserError, match=r"--loss\.feature-pairs .* or pass --loss\.feature-weight 0"):
-        choose_pairs("feature", stages, stages, {"s1": _shape("s1", 32)}, 14)
+        choose_pairs("feature", stages, Stages((), "sv"), {"s1": _shape("s1", 32)}, 14)
 
 
 def test_plan_of_two_real_networks() -> None:
