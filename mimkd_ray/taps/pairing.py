@@ -42,9 +42,9 @@ def choose_pairs(
     max_side: int,
 ) -> list[Pair]:
     """Return the pairs of a kind for which the config names none: vectors with vectors, and stages paired from the
-    deepest up, if the student's map is at most ``max_side`` high and wide; if none is, its deepest, such as the 16x16 of
-    a transformer of patch 14 at 224 px. Local terms pair the teacher's vector only with the deepest of these student
-    maps: with a 14x14 map as well they cost more than twice as much."""
+    deepest up, if the student's map is at most ``max_side`` high and wide; if none is, its deepest, such as the 16x16
+    places of a transformer of patch 14 at 224 px. Local terms pair the teacher's vector only with the deepest of these
+    student maps: with a 14x14 map as well they cost more than twice as much."""
     if kind == "global":
         return [Pair(teacher.vector, student.vector)]
     small = [name for name in student.maps if max(student_shapes[name].height, student_shapes[name].width) <= max_side]
