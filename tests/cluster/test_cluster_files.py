@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ TUNED = {
     "RAY_JOB_STOP_WAIT_TIME_S",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S",
     "RAY_health_check_period_ms",
     "RAY_health_check_timeout_ms",
     "RAY_health_check_failure_threshold",
@@ -85,6 +85,9 @@ def test_ray_accepts_the_launcher_files(name: str) -> None:
     assert types["gpu_spot"]["resources"] == types["gpu_on_demand"]["resources"]
     assert "GPU" not in types["cpu_spot"]["resources"]
     assert all("--num-cpus=0" in command for command in config["head_start_ray_commands"] if "start" in command)
+    # Ray's defaults: pip of another Ray, and of what the head's autoscaler imports.
+    assert [config[f"{which}setup_commands"] for which in ("", "head_", "worker_")] == [[], [], []]
+    assert variables(name)["NVIDIA_VISIBLE_DEVICES"] == "all", "the image is none of CUDA's, which set it"
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
@@ -203,7 +206,7 @@ def test_environment_variables_are_ones_that_ray_reads(name: str) -> None:
         )
     )
     server = (package / "core/src/ray/gcs/gcs_server").read_bytes()
-    for variable in found:
+    for variable in found.keys() - {"NVIDIA_VISIBLE_DEVICES"}:
         # Settings of Ray's C++ side are known there without the prefix.
         in_server = b"\0" + variable.removeprefix("RAY_").encode() + b"\0" in server
         assert in_server or re.search(rf"\b{variable}\b", sources), variable
@@ -278,6 +281,23 @@ def test_the_dockerfile_pins_and_drops_rights() -> None:
     assert "rm -rf /var/lib/apt/lists/*" in text
     assert not re.search(r"(?im)^(arg|env) .*(secret|token|password|access_key)", text)
     assert "http" not in re.sub("(?m)^#.*$", "", text), "no index of packages is named"
+
+
+def test_the_image_has_what_rays_launcher_uses() -> None:
+    text = (CLUSTER / "Dockerfile").read_text()
+    (venv,) = re.findall(r"^ENV PATH=(\S+):\$PATH", text, re.MULTILINE)
+    # Login shells, in which the launcher runs its commands, have another PATH than ENV's.
+    assert re.search(rf'echo "PATH={venv}:\\\$PATH" > /etc/profile\.d/\w+\.sh$', text, re.MULTILINE)
+    (extras,) = re.findall(r"'\.\[([\w,]+)\]'$", text, re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [name for extra in extras.split(",") for name in project["optional-dependencies"][extra]]
+    providers = Path(ray.__file__).parent / "autoscaler/_private"
+    for module, package, provider in (
+        ("boto3", "boto3", "aws/config.py"),
+        ("googleapiclient", "google-api-python-client", "gcp/config.py"),
+    ):
+        assert re.search(rf"^import {module}$", (providers / provider).read_text(), re.MULTILINE)
+        assert any(re.match(rf"{package}[>=]", each) for each in needed), package
 
 
 def test_the_dockerfile_passes_a_linter() -> None:
