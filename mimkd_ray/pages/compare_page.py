@@ -145,7 +145,9 @@ def _curves(page: Page, arms: Arms) -> None:
                 y = [_nats(line) for line in source] if key == "nats" else column(source, key)
                 if any(value is not None for value in y):
                     lines.append(Line(arm, column(source, "epoch"), y, color_of(place), legend=number == 0))
-        return lines_figure(lines, "epoch", y_title, from_zero=key in ("lr", "images_per_second")) if lines else None
+        if all(len(line.x) < 2 for line in lines):  # a figure of the table above, as of runs evaluated at their ends
+            return None
+        return lines_figure(lines, "epoch", y_title, from_zero=key in ("lr", "images_per_second"))
 
     figures = [
         ("Held-out top-1", drawn("top1", True, "%")),

@@ -85,6 +85,8 @@ def _exported(found: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[tup
 
 
 def _held_out_facts(run: RunRecord) -> list[tuple[str, str]]:
+    if not run.head_learns:
+        return []
     found = [(key, run.held_out(key)) for key in ("top5", "cross_entropy")]
     form = {"top5": ("top-5", "{:.2f} %"), "cross_entropy": ("cross-entropy", "{:.4g} nats an image")}
     return [(form[key][0], form[key][1].format(value)) for key, value in found if value is not None]
@@ -115,7 +117,7 @@ def _curves(page: Page, run: RunRecord) -> None:
     losses = [
         Line(label, x, column(run.train, key), color_of(place))
         for place, (key, label) in enumerate({"loss": "total", "ce": "cross-entropy", "kd": "KD"}.items())
-        if key in run.train[-1]
+        if key in run.train[-1] and (run.head_learns or key != "ce")
     ]
     if run.head_learns:
         losses.append(Line("held out", at, column(run.evals, "cross_entropy"), color_of(3)))

@@ -144,6 +144,18 @@ def test_a_comparison_that_has_not_ended(tmp_path: Path, compared: Path, capsys:
     assert "not finished" in reported(str(tmp_path / "c"), capsys=capsys).text
 
 
+def test_evaluations_at_the_ends_alone_are_no_curves(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(compared, tmp_path / "c")
+    for file in (tmp_path / "c").glob("*/metrics.jsonl"):
+        found = [line for line in file.read_text().splitlines() if '"eval"' not in line or '"epoch": 2' in line]
+        file.write_text("\n".join(found) + "\n")
+    titles = reported(str(tmp_path / "c"), capsys=capsys).titles
+    assert "Learning rate" in titles
+    assert "Held-out top-1" not in titles
+
+
 def test_runs_of_other_seeds_are_no_pairs(compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without the folder of a seed, the others are paired as before."""
     shutil.copytree(compared, tmp_path / "c")

@@ -92,7 +92,9 @@ def test_curves_of_a_head_that_nothing_trains_are_left_out(tmp_path: Path) -> No
     page, (found,) = page_of(tmp_path / "run"), lines(tmp_path / "run", "eval")
     assert page.lines("Held-out accuracy")["k-NN top-1"] == ([1], [found["knn"]])
     assert "top-1" not in page.lines("Held-out accuracy")
-    assert "held out" not in page.lines("Loss")
+    assert set(page.lines("Loss")) == {"total"}
+    assert "cross-entropy" not in page.text
+    assert "top-5" not in page.text
 
 
 def test_the_headline_says_what_was_won(plain: Path) -> None:
