@@ -67,7 +67,7 @@ class LossConfig:
     preset's. Held-out mutual information uses all of them."""
     score_memory_mb: int = 0
     """Memory in MiB for the scores of a term at a time; more are computed in chunks, and again in the backward pass. 0:
-    256 on a GPU, on a CPU a quarter of the embeddings'."""
+    256 on a GPU, on a CPU 4, or a quarter of the embeddings' if that is more."""
     global_weight: float | None = None
     """Weight of each global term (teacher vector, student vector); 0 turns the kind off. Unset: the preset's."""
     local_weight: float | None = None

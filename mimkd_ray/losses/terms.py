@@ -31,6 +31,8 @@ from mimkd_ray.losses.locations import draw_locations, to_locations
 
 GPU_SCORE_BYTES = 256 * 2**20
 """Memory for a term's scores at a time on a GPU, unless the config says otherwise."""
+SMALL_SCORE_BYTES = 4 * 2**20
+"""Scores that a CPU computes at once, however small the embeddings are."""
 
 LOGITS = "logits"
 """Name, in a tap pair, of a network's logits as a vector."""
@@ -211,15 +213,18 @@ def _chunk_size(student_LBd: Tensor, values: int, score_bytes: int) -> int:
 
     As many as ``score_bytes`` hold, at least one; by default GPU_SCORE_BYTES on a GPU, where many small operations cost
     more than memory. On a CPU the scores of a chunk are by default at most a quarter of the embeddings' size, since a
-    bound holds a handful of tensors of the scores' size; where all together are at most half of it, nothing is to be
-    saved, and they are computed at once.
+    bound holds a handful of tensors of the scores' size, or SMALL_SCORE_BYTES if that is more; where all together are
+    at most half of it, nothing is to be saved, and they are computed at once.
     """
     locations, batch, width = student_LBd.shape
     if not score_bytes and student_LBd.device.type == "cuda":
         score_bytes = GPU_SCORE_BYTES
+    location_bytes = batch * values * student_LBd.element_size()
     if score_bytes:
-        return max(1, score_bytes // (batch * values * student_LBd.element_size()))
-    return locations if 2 * values <= width else max(1, locations * width // (4 * values))
+        return max(1, score_bytes // location_bytes)
+    if 2 * values <= width:
+        return locations
+    return max(1, SMALL_SCORE_BYTES // location_bytes, locations * width // (4 * values))
 
 
 def _by_chunks(

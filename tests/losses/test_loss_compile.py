@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mimkd_ray.config import CriticConfig, LossConfig
+from mimkd_ray.losses import terms
 from mimkd_ray.losses.features import Features
 from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.losses.terms import Term
@@ -69,9 +70,9 @@ def gradients_of(module: Distilled, call, lane) -> dict[str, torch.Tensor]:
     return {"value": value.detach()} | {name: p.grad.clone() for name, p in module.named_parameters()}
 
 
-# A dot critic holds 2 * 6 scores a location: 16 wide is computed at once, 8 wide in chunks of locations. A concat
-# critic holds its width for every pair. Backward is traced too (aot_eager) where chunks are recomputed in it, and where
-# nothing is.
+# Without a least size of chunks, a dot critic, which holds 2 * 6 scores a location, is computed at once if 16 wide, and
+# in chunks of locations if 8 wide. A concat critic holds its width for every pair. Backward is traced too (aot_eager)
+# where chunks are recomputed in it, and where nothing is.
 @pytest.mark.parametrize(
     ("width", "fields", "backend"),
     [
@@ -83,7 +84,8 @@ def gradients_of(module: Distilled, call, lane) -> dict[str, torch.Tensor]:
         ),
     ],
 )
-def test_compiles_without_a_graph_break(width, fields, backend):
+def test_compiles_without_a_graph_break(width, fields, backend, monkeypatch):
+    monkeypatch.setattr(terms, "SMALL_SCORE_BYTES", 0)
     torch._dynamo.reset()
     module, lane = make_module(width, **fields), make_lane(0)
     compiled = torch.compile(module, fullgraph=True, backend=backend)
@@ -95,6 +97,7 @@ def test_compiles_without_a_graph_break(width, fields, backend):
 
 def ddp_worker(rank: int, folder: str, width: int) -> None:
     torch.set_num_threads(1)
+    terms.SMALL_SCORE_BYTES = 0
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         module = make_module(width)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from mimkd_ray.config import CriticConfig, LossConfig
 from mimkd_ray.errors import UserError
+from mimkd_ray.losses import terms
 from mimkd_ray.losses.bounds import BOUNDS, SMILE_CLIP
 from mimkd_ray.losses.critics import DotCritic, build_critic
 from mimkd_ray.losses.features import Features
@@ -359,6 +360,8 @@ def test_chunks_change_nothing(bound, kind, teacher_locations, monkeypatch):
             torch.autograd.grad(loss, [student, *critic.parameters()], allow_unused=True),
         )
 
+    assert len(run()[0]) == 1, "small scores"
+    monkeypatch.setattr(terms, "SMALL_SCORE_BYTES", 0)
     chunks, loss, stats, gradients = run()
     assert len(chunks) > 1
     assert sum(students for students, _ in chunks) == 9
