@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 MARKER = "committed.json"
 STATE = "state.pt"
 FOLDER = "checkpoints"
+DAMAGED = "damaged_"
+"""In front of the name of a checkpoint that was put aside."""
 
 
 class Writer:
@@ -169,10 +171,26 @@ def newest_shared(run_dirs: Sequence[str]) -> tuple[int, list[bytes]]:
 
 
 def drop_after(run_dir: str, step: int) -> None:
-    """Remove the checkpoints of later steps than ``step``: a run that goes on from there makes them again."""
+    """Remove the checkpoints of later steps than ``step``: a run that goes on from there makes them again. Of one that
+    begins at step 0 those that are damaged are put aside, as all that was trained may be in them."""
     for folder in _folders(run_dir):
         if _step(folder) > step:
+            if step == 0:
+                _put_aside_if_damaged(folder)
             storage.remove_tree(folder)
+
+
+def _put_aside_if_damaged(folder: str) -> None:
+    try:
+        read(folder)
+    except FileNotFoundError:
+        return  # never committed, or nothing of it is left
+    except DamagedDataError:
+        parent, _, name = folder.rpartition("/")
+        aside = storage.join(parent, DAMAGED + name)
+        for file in storage.list_files(folder):
+            storage.write_bytes(storage.join(aside, file.rpartition("/")[2]), storage.read_bytes(file))
+        logger.warning("%s: no checkpoint is sound, training begins at step 0; this one is kept as %s", folder, aside)
 
 
 def _sound(folder: str) -> bytes | None:

@@ -54,7 +54,7 @@ _TRIAL = rf"{_TUNE}/trial-[0-9a-z_]+"
 # A directory of a run within one: the teacher's (of release 0.1), that of a trial of several workers, an arm's of a
 # comparison, and what Ray Tune keeps of a trial or of the members of a pack.
 _RUN = rf"(?:teacher|trials/[0-9a-z_]{{4,}}|{_TRIAL}/checkpoint_\d{{6}}(?:/\d+)?|(?:{_ARMS})-seed\d{{2,}})"
-_CHECKPOINT = r"checkpoints/step_\d{8,}-[0-9a-f]{6}"
+_CHECKPOINT = r"checkpoints/(?:damaged_)?step_\d{8,}-[0-9a-f]{6}"
 _OWN_FILE = "|".join(
     (
         _FILE,

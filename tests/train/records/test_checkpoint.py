@@ -11,6 +11,7 @@ import torch
 
 from mimkd_ray.errors import UserError
 from mimkd_ray.train.records import checkpoint
+from mimkd_ray.train.records.run_files import is_ours
 
 CPU = torch.device("cpu")
 
@@ -63,6 +64,22 @@ def test_a_flipped_byte_falls_back_to_the_one_before_and_says_so(
     assert state is not None
     assert state["step"] == 1
     assert "step_00000002" in caplog.text
+
+
+def test_when_all_are_damaged_they_are_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = {}
+    for step, name in ((1, checkpoint.STATE), (2, checkpoint.MARKER)):
+        folder = _save(tmp_path, step)
+        (folder / name).write_bytes(b"cut")
+        files |= {f"damaged_{folder.name}/{file.name}": file.read_bytes() for file in folder.iterdir()}
+    _save(tmp_path, 3).joinpath(checkpoint.MARKER).unlink()  # a kill: it was never one
+    assert checkpoint.newest(str(tmp_path)) is None
+    checkpoint.drop_after(str(tmp_path), 0)
+    kept = tmp_path / "checkpoints"
+    assert {str(file.relative_to(kept)): file.read_bytes() for file in kept.glob("*/*")} == files
+    assert "no checkpoint is sound, training begins at step 0; this one is kept as" in caplog.text
+    assert all(is_ours(f"checkpoints/{name}") for name in files), "run.overwrite removes them"
+    assert checkpoint.newest_step(str(tmp_path)) is None
 
 
 def test_old_ones_are_pruned(tmp_path: Path) -> None:
