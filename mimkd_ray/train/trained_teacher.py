@@ -26,7 +26,7 @@ from mimkd_ray.train.held_out.known_accuracy import beside
 from mimkd_ray.train.loop import train_on
 from mimkd_ray.train.networks.build import build_student
 from mimkd_ray.train.networks.teacher import weights_digest
-from mimkd_ray.train.records.outcomes import CONFIG, begin, find_result
+from mimkd_ray.train.records.outcomes import CONFIG, begin, find_result, has_trained
 from mimkd_ray.train.records.progress import say
 
 FOLDER = "teachers"
@@ -94,9 +94,7 @@ def check_leg(config: Config, run_dir: str) -> None:
     """Raise UserError if a leg that is to begin would train a teacher of its own, as its epochs, rate or data are
     others: critics and queue know that of the last one."""
     last = config.run.start_from
-    if not (last and config.teacher.trains and config.loss.uses_teacher) or storage.exists(
-        storage.join(run_dir, CONFIG)
-    ):
+    if not (last and config.teacher.trains and config.loss.uses_teacher) or has_trained(run_dir):
         return
     begun, known = (read_json(storage.join(last, name)) or {} for name in (CONFIG, "teacher.json"))
     before, now = (training_dict(teacher_config(each)) for each in (from_dict(Config, begun), config))

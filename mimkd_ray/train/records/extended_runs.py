@@ -16,7 +16,7 @@ from mimkd_ray.config.digest import differences, training_dict, training_part
 from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.train.records import checkpoint
-from mimkd_ray.train.records.outcomes import CONFIG
+from mimkd_ray.train.records.outcomes import CONFIG, has_trained
 
 WEIGHTS = "student.safetensors"
 
@@ -25,7 +25,8 @@ C = TypeVar("C", bound=Config)
 
 def leg_of(config: C, run_dir: str) -> tuple[C, str]:
     """Return the config and the directory of the leg that ``config`` is: one that was begun with the same training
-    configuration, or the next one after the last. ``run_dir`` is the first leg's.
+    configuration, or the next one after the last, in place of one that was refused before it had trained. ``run_dir``
+    is the first leg's.
 
     Raises UserError for a comparison, for a run without a name, for another kind of optimiser, and if the last leg has
     nothing to go on from.
@@ -42,6 +43,9 @@ def leg_of(config: C, run_dir: str) -> tuple[C, str]:
         start_from = begun["run"].get("start_from", "")
         if not differences(training_part(begun), wanted):
             return replace(config, run=replace(config.run, start_from=start_from)), place
+        if last and not has_trained(place):
+            number -= 1
+            break
         last = place
     if not last:
         return config, run_dir

@@ -94,7 +94,7 @@ def claim(config: Config, run_dir: str) -> None:
     another training configuration."""
     value = jsonable(to_dict(config))
     known = known_config(config, run_dir)
-    if known is None and not _has_trained(run_dir):
+    if known is None and not has_trained(run_dir):
         for name in _INPUTS:  # of another config
             storage.remove_file(storage.join(run_dir, name))
     if known != value:
@@ -105,13 +105,13 @@ def known_config(config: Config, run_dir: str) -> dict[str, Any] | None:
     """Return what config.json says; None if there is none. Raises UserError where what is trained differs."""
     old = read_json(storage.join(run_dir, CONFIG), {"data": dict, "train": dict}, DAMAGED_CONFIG)
     changed = changes(old, config) if old is not None else []
-    if changed and not _has_trained(run_dir):
+    if changed and not has_trained(run_dir):
         return None  # nothing there is of the old config: it may be replaced
     refuse_changes(run_dir, changed, extends=bool(config.run.name) and not config.compare.seeds)
     return old
 
 
-def _has_trained(run_dir: str) -> bool:
+def has_trained(run_dir: str) -> bool:
     """Return whether the directory has anything but what is written before the first step."""
     before = (CONFIG, *_INPUTS, "error.json", "stop.json", "ray.log", "lock.json")
     metrics = storage.join(run_dir, "metrics.jsonl")

@@ -153,3 +153,15 @@ def test_a_leg_trains_no_teacher_of_its_own(tmp_path: Path) -> None:
     for same in (teacher | {"epochs": 2, "lr": 0.05}, {"weights": "/runs/teachers/a/student.safetensors"}):
         check_leg(*leg_of(config(tmp_path, teacher=same, **longer), str(tmp_path / "one")))
     check_leg(*leg_of(config(tmp_path, teacher=teacher), str(tmp_path / "one")))
+
+
+def test_a_leg_that_was_refused_before_it_trained_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "student.safetensors").touch()
+    claim(config(tmp_path), str(tmp_path / "one"))
+    claim(*leg_of(config(tmp_path, optim={"lr": 0.02}), str(tmp_path / "one")))
+    assert (tmp_path / "one-leg2").is_dir()
+    mended, place = leg_of(config(tmp_path, optim={"lr": 0.01}), str(tmp_path / "one"))
+    assert (mended.run.start_from, place) == (str(tmp_path / "one"), str(tmp_path / "one-leg2"))
+    claim(mended, place)
+    assert json.loads((tmp_path / "one-leg2" / "config.json").read_text())["optim"]["lr"] == 0.01
