@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from mimkd_ray.config.data import MOST_CLASSES
 from mimkd_ray.errors import UserError
 
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes")
@@ -21,7 +22,7 @@ NO_LABEL = -1
 """The class number of a row without one, as test sets with hidden labels have it."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Columns:
     """The columns of one file. Picklable."""
 
@@ -34,6 +35,8 @@ class Columns:
     """Empty where there is none, and none is needed."""
     text: bool = False
     """Whether labels are names of classes."""
+    strict: bool = dataclasses.field(default=True, repr=False)
+    """Whether a label that cannot be one is refused, and not taken for none. Not in the repr, which digests are of."""
 
     @property
     def bytes_path(self) -> str:
@@ -90,6 +93,7 @@ def find_columns(
         leaves.get(f"{found_image}.path") == "BYTE_ARRAY",
         found_label,
         found_label in texts,
+        labelled,
     )
 
 
@@ -130,10 +134,11 @@ def _is_integer(field: Any) -> bool:
     return bool(pa.types.is_integer(field.type))
 
 
-def label_array(column: Any, url: str, names: Sequence[str] | None = None) -> np.ndarray:
+def label_array(column: Any, url: str, names: Sequence[str] | None = None, strict: bool = True) -> np.ndarray:
     """Return the labels as int64, NO_LABEL for rows without one; `names` are the classes of labels that are text.
 
-    Raises UserError for a text that is no class, and for a float that is no whole number.
+    Raises UserError for a text that is no class, and for a float that is no whole number; unless `strict` these, and
+    numbers that are too large, are none.
     """
     import pyarrow as pa
 
@@ -142,7 +147,7 @@ def label_array(column: Any, url: str, names: Sequence[str] | None = None) -> np
 
         column = plain_text(column)
         found = pc.index_in(column, value_set=pa.array(names, column.type))
-        if found.null_count > column.null_count:
+        if strict and found.null_count > column.null_count:
             unknown = pc.filter(column, pc.and_(pc.is_null(found), pc.is_valid(column)))
             raise UserError(
                 f"{url}: {len(unknown):,} of {len(column):,} labels are none of the {len(names)} classes of the "
@@ -152,18 +157,26 @@ def label_array(column: Any, url: str, names: Sequence[str] | None = None) -> np
     elif pa.types.is_boolean(column.type):
         column = column.cast(pa.uint8())
     elif pa.types.is_floating(column.type):
-        column = _whole_numbers(column, url)
+        column = _whole_numbers(column if strict else _without_fractions(column), url)
     if column.null_count:
         column = column.fill_null(NO_LABEL) if pa.types.is_signed_integer(column.type) else _signed(column)
     # Arrow's to_numpy imports pandas, if it is installed: 0.9 s of the first block, in every process that loads one.
     numbers = np.from_dlpack(column.combine_chunks()) if pa.types.is_integer(column.type) else column.to_numpy()
-    return numbers.astype(np.int64, copy=False)
+    numbers = numbers.astype(np.int64, copy=False)
+    return numbers if strict else np.where(numbers < MOST_CLASSES, numbers, NO_LABEL)
 
 
 def _signed(column: Any) -> Any:
     import pyarrow as pa
 
     return column.cast(pa.int64()).fill_null(NO_LABEL)
+
+
+def _without_fractions(column: Any) -> Any:
+    import pyarrow.compute as pc
+
+    whole = pc.and_(pc.equal(pc.trunc(column), column), pc.less(pc.abs(column), MOST_CLASSES))
+    return pc.if_else(whole, column, None)
 
 
 def _whole_numbers(column: Any, url: str) -> Any:

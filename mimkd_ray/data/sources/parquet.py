@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mimkd_ray import storage
+from mimkd_ray.config.data import MOST_CLASSES
 from mimkd_ray.data.augment.decode import DECODING, Decoding
 from mimkd_ray.data.order.blocks import Blocks
 from mimkd_ray.data.sources.columns import NO_LABEL, Columns, class_names, find_columns, label_array, plain_text
@@ -85,7 +86,7 @@ class ParquetSource(Source):
 
         With a `manifest` its shards are the files, in its order, and `files` is what they are checked against.
         `image_column` and `label_column` name columns that cannot be found. `classes` are the training set's, for
-        labels that are text. Not `labelled`: there need not be a column of labels. `versions` (of `storage.Entry`)
+        labels that are text. Not `labelled`: labels may be missing, or be none. `versions` (of `storage.Entry`)
         tell files of one name and size apart in the store.
 
         Raises UserError for a file that is not Parquet, lacks columns, or disagrees with the others about classes, and
@@ -154,7 +155,8 @@ class ParquetSource(Source):
         if not self.columns[file].label:
             first, stop = self._file_block[file], self._file_block[file + 1]
             return np.full(self.blocks.start(int(stop)) - self.blocks.start(int(first)), NO_LABEL, dtype=np.int64)
-        return label_array(_label_column(*self.files[file], self.columns[file].label), url, self.names)
+        columns = self.columns[file]
+        return label_array(_label_column(*self.files[file], columns.label), url, self.names, columns.strict)
 
     def _named_in_rows(self) -> tuple[str, ...]:
         """Return the distinct labels of all files, sorted, where they are text."""
@@ -297,6 +299,8 @@ def _read_footer(url: str, size: int, image_column: str, label_column: str, labe
         ranges = [_statistics(group.column(place)) for group in groups if group.num_rows and not columns.text]
         known = [r for r in ranges if r is not None]
         whole = (min(r[0] for r in known), max(r[1] for r in known)) if known and len(known) == len(ranges) else None
+        if whole is not None and whole[1] >= MOST_CLASSES and not columns.strict:
+            whole = None  # of what is left after these have been taken for none
         return _Footer(row_groups, whole, class_names(schema.metadata, columns.label), columns)
 
 

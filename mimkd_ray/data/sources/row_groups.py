@@ -200,7 +200,8 @@ def _decoded(table: Any, place: Place, columns: Columns, names: Sequence[str] | 
     images = column.cast(pa.large_binary()).combine_chunks()
     labels = np.full(table.num_rows, NO_LABEL, dtype=np.int64)
     if columns.label:
-        labels = label_array(table.column(columns.label), f"{place.url} (row group {place.group})", names)
+        where = f"{place.url} (row group {place.group})"
+        labels = label_array(table.column(columns.label), where, names, columns.strict)
     if images.null_count:
         if columns.field and columns.has_path:
             with open_parquet(place.url, place.size, read_metadata(place.url, place.size)) as file:

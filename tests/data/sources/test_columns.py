@@ -129,11 +129,32 @@ def test_labels_of_two_values_and_of_none(tmp_path: Path) -> None:
         open_data(DataConfig(root=root))
 
 
+@pytest.mark.parametrize(
+    ("labels", "known"),
+    [
+        ([10**12, 0, 1, 0, 1, 0], [-1, 0, 1, 0, 1, 0]),
+        (pa.array([2**64 - 1, 0, 1, 0, 1, 0], pa.uint64()), [-1, 0, 1, 0, 1, 0]),
+        ([0.5, 0.0, float("inf"), 1e300, float("nan"), 1.0], [-1, 0, -1, -1, -1, 1]),
+        ([0.25] * 6, [-1] * 6),
+    ],
+    ids=str,
+)
+def test_labels_that_nobody_asked_for_need_not_be_class_numbers(tmp_path: Path, labels: Any, known: list[int]) -> None:
+    root = write(tmp_path, {"image": STRUCT, "label": labels})
+    data = open_data(DataConfig(root=root, labels="none", num_classes=2))
+    for source in (data.train, data.val.parent if isinstance(data.val, SubsetSource) else data.val):
+        assert source.labels().tolist() == [row.label for row in source.read(range(6))] == known
+    with pytest.raises(UserError, match="class number"):
+        open_data(DataConfig(root=root))
+
+
 def test_a_text_of_validation_that_is_no_class(tmp_path: Path) -> None:
     write(tmp_path, {"image": STRUCT, "label": WORDS})
     pq.write_table(pa.table({"image": STRUCT, "label": ["emu", *WORDS[1:]]}), tmp_path / "test-0.parquet")
     with pytest.raises(UserError, match=r"1 of 6 labels are none of the 3 classes of the training set.*'emu'"):
         open_data(DataConfig(root=str(tmp_path)))
+    data = open_data(DataConfig(root=str(tmp_path), labels="none"))
+    assert sorted(data.val.labels().tolist()) == [0, 0, 1, 1, 2]
 
 
 def test_images_beside_the_file(tmp_path: Path) -> None:
