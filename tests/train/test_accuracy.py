@@ -95,30 +95,29 @@ def test_the_held_out_set_is_named_in_a_run() -> None:
         evaluate_together([student])[student]
 
 
+def _measured(rank: int, world: int) -> tuple[float, ...]:
+    torch.manual_seed(0)
+    model = build_model("cifar/resnet8_w4", 10).eval()
+    batches = eval_batches(tiny_data().val, DataConfig(image_size=8), 64, rank, world)
+    return tuple(accuracy(model, batches, _normalizer()))
+
+
 def _rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    torch.manual_seed(0)
-    model = build_model("cifar/resnet8_w4", 10).eval()
-    data = tiny_data()
-    batches = eval_batches(data.val, DataConfig(image_size=8), 64, rank, world)
-    torch.save(tuple(accuracy(model, batches, _normalizer())), f"{folder}/rank{rank}.pt")
+    torch.save(_measured(rank, world), f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_every_number_of_workers_measures_the_same(tmp_path: Path) -> None:
     """450 held-out rows over 4 workers: uneven slices, uneven batches, one result."""
-    found = []
-    for world in (1, 4):
-        folder = tmp_path / str(world)
-        folder.mkdir()
-        start_ranks(_rank, (world, str(folder)), world)
-        found += [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
-    for other in found[1:]:
-        assert other[0] == found[0][0]
-        assert other[1] == found[0][1]
-        assert other[2] == pytest.approx(found[0][2], rel=1e-6)
-        assert other[3] == found[0][3] == 450
+    alone = _measured(0, 1)
+    start_ranks(_rank, (4, str(tmp_path)), 4)
+    for rank in range(4):
+        other = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert other[:2] == alone[:2]
+        assert other[2] == pytest.approx(alone[2], rel=1e-6)
+        assert other[3] == alone[3] == 450
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])

@@ -20,6 +20,7 @@ from mimkd_ray.config import Config, CriticConfig, LossConfig, MixConfig
 from mimkd_ray.config.loss_presets import PRESETS
 from mimkd_ray.data.augment.mixing import draw_mix
 from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.losses import terms
 from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.train.cuda_graphs import WARM
 from mimkd_ray.train.engine.engines import CapturedEngine, _Seeds, make_engine
@@ -98,30 +99,37 @@ def test_a_lone_student_draws_what_a_plain_one_draws(
 def over_checkpoints(lanes: int) -> dict[str, Any]:
     """Sections of a run with a checkpoint at every step."""
     return {
-        "train": {"lanes": lanes, "lane_batch": 20 // lanes, "epochs": 4, "ema_decay": 0.9},
+        "train": {
+            "lanes": lanes,
+            "lane_batch": 20 // lanes,
+            "epochs": 3,
+            "ema_decay": 0.9,
+            "information_rows": 0,
+        },
         "run": {"checkpoint_steps": 1},
         "optim": {"name": "adamw", "lr": 0.002},
     }
 
 
-@pytest.fixture(scope="module", params=[1, 4])
-def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
-    """A number of lanes, and the undisturbed run of it in plain steps."""
-    root = tmp_path_factory.mktemp("whole")
-    run_tiny(root, **over_checkpoints(request.param))
-    return request.param, root
-
-
-@pytest.mark.parametrize(("first", "second"), [("captured", "plain"), ("plain", "captured")])
+@pytest.mark.parametrize(
+    ("lanes", "first", "second"),
+    [
+        (1, "plain", "captured"),
+        (4, "captured", "plain"),
+        pytest.param(1, "captured", "plain", marks=TAKES_LONG),
+        pytest.param(4, "plain", "captured", marks=TAKES_LONG),
+    ],
+)
 def test_any_engine_goes_on_from_any_checkpoint(
-    tmp_path: Path, whole: tuple[int, Path], first: str, second: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, lanes: int, first: str, second: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lanes, undisturbed = whole
+    """Nine steps, killed after five: either engine has time to record a step and replay it."""
     sections = over_checkpoints(lanes)
+    run_tiny(tmp_path / "whole", **sections)
     real = Student.schedule
 
     def dies(self: Student, step: int) -> None:
-        if step == 7:
+        if step == WARM + 2:
             raise RuntimeError("killed")
         real(self, step)
 
@@ -131,15 +139,15 @@ def test_any_engine_goes_on_from_any_checkpoint(
             run_tiny(tmp_path / "halves", **sections | {"train": sections["train"] | {"engine": first}})
     wait_for_checkpoints()
     run_tiny(tmp_path / "halves", **sections | {"train": sections["train"] | {"engine": second}})
-    assert json.loads((tmp_path / "halves/result.json").read_text())["resumed_from"] >= 6
-    same_weights(tmp_path / "halves/student.safetensors", undisturbed / "student.safetensors")
+    assert json.loads((tmp_path / "halves/result.json").read_text())["resumed_from"] >= WARM + 1
+    same_weights(tmp_path / "halves/student.safetensors", tmp_path / "whole/student.safetensors")
 
 
 def test_a_member_that_leaves_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tiny_config(train={"epochs": 4, "lanes": 1})
+    base = tiny_config(train={"epochs": 2, "lanes": 1})
     configs = [base, replace(base, optim=replace(base.optim, lr=0.02))]
     with engines(monkeypatch) as made:
-        pack([captured(config) for config in configs], tmp_path / "pack", lambda epoch, _: {0} if epoch == 2 else set())
+        pack([captured(config) for config in configs], tmp_path / "pack", lambda epoch, _: {0} if epoch == 1 else set())
     assert len(made[0].recorded.students) == 1
     alone(configs[1:], tmp_path / "alone")
     same(tmp_path / "pack/1", tmp_path / "alone/0")
@@ -208,7 +216,7 @@ def test_each_student_that_is_left_has_a_stream(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     engine.on_gpu = True
-    for step in range(10):
+    for step in range(leave_at + WARM + 1):
         students = students[:left] if step >= leave_at else students
         taken = engine.step(students, step)
         assert list(taken) == students
@@ -279,8 +287,10 @@ def of_banks(name: str) -> bool:
 @pytest.mark.parametrize(
     ("name", "lanes"), [(name, 1 if of_banks(name) else 2) for name in OPTIONS] + [(preset, 1) for preset in PRESETS]
 )
-def test_nothing_of_a_step_needs_the_host(name: str, lanes: int) -> None:
-    config = captured(tiny_config(train={"lanes": lanes, "lane_batch": 10}, optim={"clip_norm": 1.0}))
+def test_nothing_of_a_step_needs_the_host(name: str, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores in chunks."""
+    monkeypatch.setattr(terms, "SMALL_SCORE_BYTES", 0)
+    config = captured(tiny_config(train={"lanes": lanes, "lane_batch": 6}, optim={"clip_norm": 1.0}))
     config = replace(config, loss=OPTIONS[name], mix=MixConfig(mixup_alpha=0.4 if name == "mixed" else 0.0))
     data = open_data(config.data)
     student = lone_student(config, data, build_network(config, data.num_classes, "random"), cpu())

@@ -43,8 +43,9 @@ def test_a_teacher_that_guesses_is_refused_unless_asked_for(tmp_path: Path) -> N
     weights = str(tmp_path / "guesses.safetensors")
     with pytest.raises(UserError, match=r"on 450 held-out images of 10 classes; chance is 10.00 %, and below 14.24 %"):
         run_tiny(tmp_path / "run", teacher={"weights": weights, "allow_chance": False})
+    guesses = {"train": True, "epochs": 1, "lr": 1e-9, "allow_chance": False}
     with pytest.raises(UserError, match=r"train it longer \(--teacher.epochs"):
-        run_tiny(tmp_path / "trained", teacher={"train": True, "epochs": 1, "lr": 1e-9, "allow_chance": False})
+        run_tiny(tmp_path / "trained", teacher=guesses, train={"lane_batch": 30})
     assert not list(tmp_path.glob("*/metrics.jsonl"))
 
 

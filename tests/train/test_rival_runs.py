@@ -27,7 +27,7 @@ from mimkd_ray.train.records.outcomes import Finished
 METHODS: list[tuple[Method, ...]] = [*((method,) for method in RIVALS), ("mimkd", "crd", "review")]
 IDS = ["+".join(name) for name in METHODS]
 TRAIN: dict[str, Any] = {"epochs": 3, "lanes": 1, "lane_batch": 20}
-EPOCH = 6
+EPOCH = 3
 """Steps of an epoch."""
 
 
@@ -82,7 +82,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _live() -> list[Config]:
-    return configs(tiny_config(data={"holdout": 0.9, "subset": 0, "val_rows": 60}, train=TRAIN))
+    return configs(tiny_config(data={"holdout": 0.95, "subset": 0, "val_rows": 60}, train=TRAIN))
 
 
 @pytest.mark.parametrize("number", range(len(METHODS)), ids=IDS)
@@ -112,6 +112,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A cache of all that any of them reads, in float32."""
     base = cached_config(
         tmp_path_factory.mktemp("cache"),
+        data={"val_rows": 60},
         train={**TRAIN, "epochs": 1},
         cache={"codecs": ("maps=fp32", "vectors=fp32"), "logits": "fp32"},
         loss={"kd_weight": 0},

@@ -48,7 +48,7 @@ def _lost_at(store: FailingStore, step: int, monkeypatch: pytest.MonkeyPatch) ->
 
 OPTIONS: dict[str, Any] = {
     "run": {"keep_best": True, "checkpoint_steps": 2, "tensorboard": False},
-    "storage": {"patience_minutes": 0.02},
+    "storage": {"patience_minutes": 0.005},
 }
 
 

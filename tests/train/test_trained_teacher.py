@@ -104,7 +104,7 @@ def test_a_run_waits_for_the_teacher_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trained_teacher, "LOOK_SECONDS", 0.05)
-    config = tiny_config(teacher=TRAINED)
+    config = tiny_config(teacher=TRAINED, train={"lane_batch": 30})
     own = teacher_config(config)
     folder = folder_of(own, tiny_data(own), "", str(tmp_path / "a"))
     context = cpu()

@@ -41,7 +41,8 @@ def test_the_same_features_as_from_a_local_cache(bucket: str, tmp_path: Path) ->
 
 
 def test_a_truncated_object(bucket: str, tmp_path: Path) -> None:
-    config = cached_config(f"{bucket}/cache", data={"store": str(tmp_path / "store")}, cache={"canary": 0.0})
+    data = {"store": str(tmp_path / "store"), "views": 1}
+    config = cached_config(f"{bucket}/cache", data=data, cache={"canary": 0.0, "shard_rows": 30})
     built = build_here(config)
     folder = f"{bucket}/cache/{built.keys['stage3:map']}/view-00000"
     urls = storage.list_files(folder, ".parquet")
