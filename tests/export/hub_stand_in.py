@@ -111,7 +111,7 @@ def stand_in() -> Iterator[Hub]:
     hub = Hub()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub)) as served:
         hub.endpoint = f"http://127.0.0.1:{served.server_address[1]}"
-        thread = threading.Thread(target=served.serve_forever)
+        thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield hub
         served.shutdown()

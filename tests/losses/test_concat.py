@@ -67,7 +67,7 @@ def lane(teacher: Tensor, student: Tensor) -> tuple[Features, Features, Tensor, 
     )
 
 
-def read(draw: Draw, lr: float = 0.02, steps: int = 400) -> float:
+def read(draw: Draw, lr: float = 0.02, steps: int = 300) -> float:
     """Nats that a critic reads of new draws, once it is trained."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
@@ -82,7 +82,7 @@ def read(draw: Draw, lr: float = 0.02, steps: int = 400) -> float:
         loss.observe(own[0], own[2], own[3])
         loss.after_step()
     with torch.no_grad():
-        held_out = [loss(*lane(*draw(256, generator)), reading=True).log["global/t-s/nats"].item() for _ in range(20)]
+        held_out = [loss(*lane(*draw(64, generator)), reading=True).log["global/t-s/nats"].item() for _ in range(80)]
     return sum(held_out) / len(held_out)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.build_model import build_model
 from mimkd_ray.taps.default_stages import Stages, before_activation, default_taps
+from mimkd_ray.taps.dry_run import dry_run
 from mimkd_ray.taps.tapped_model import TappedModel, find_shapes
 
 # At 224 pixels. Maps as path:channels@side, L for channels last, +1 for a class token; then the vector.
@@ -44,8 +45,10 @@ FAMILIES = {
 }
 
 
-def _described(net: nn.Module, stages: Stages, image_size: int) -> str:
-    shapes = find_shapes(net, image_size, [*stages.maps, stages.vector])
+def _described(net: nn.Module, image_size: int) -> str:
+    run = dry_run(net, image_size)
+    stages = default_taps(net, image_size, run)
+    shapes = find_shapes(net, image_size, [*stages.maps, stages.vector], run=run)
     words = []
     for name in stages.maps:
         shape = shapes[name]
@@ -59,7 +62,7 @@ def test_torchvision_families(name: str) -> None:
     # RegNet's constructor computes with tensors, which the meta device cannot.
     with torch.device("cpu" if name.startswith("regnet") else "meta"):
         net = build_model(name, 1000)
-    assert _described(net, default_taps(net, 224), 224) == FAMILIES[name]
+    assert _described(net, 224) == FAMILIES[name]
 
 
 def test_a_small_transformer_has_its_blocks_and_not_what_does_nothing_in_one_of_them() -> None:
@@ -74,14 +77,12 @@ def test_other_image_sizes() -> None:
     with torch.device("meta"):
         vit, inception = build_model("vit_b_16", 10, image_size=64), build_model("inception_v3", 10)
         resnet = build_model("resnet18", 10)
-    assert _described(vit, default_taps(vit, 64), 64).startswith("encoder.layers.encoder_layer_2:768@4+1 ")
-    assert _described(inception, default_taps(inception, 299), 299) == (
+    assert _described(vit, 64).startswith("encoder.layers.encoder_layer_2:768@4+1 ")
+    assert _described(inception, 299) == (
         "Conv2d_4a_3x3:192@71 Mixed_5d:288@35 Mixed_6e:768@17 Mixed_7c:2048@8 | avgpool:2048"
     )
     # At 32 pixels the ImageNet stem is a stage of its own, and layer4 is a single place.
-    assert _described(resnet, default_taps(resnet, 32), 32) == (
-        "relu:64@16 layer1:64@8 layer2:128@4 layer3:256@2 | avgpool:512"
-    )
+    assert _described(resnet, 32) == ("relu:64@16 layer1:64@8 layer2:128@4 layer3:256@2 | avgpool:512")
 
 
 def test_a_network_of_ones_own_inside_a_wrapper() -> None:
@@ -167,11 +168,12 @@ def test_stages_before_their_activation(name: str) -> None:
     side = 64 if name in ("resnet18", "efficientnet_b0") else 32 if name.startswith("cifar/") else 224
     with torch.device("meta"):
         net = build_model(name, 10)
-    stages = default_taps(net, side)
+    run = dry_run(net, side)
+    stages = default_taps(net, side, run)
     names = [*stages.maps, stages.vector]
-    found = before_activation(net, side, names)
+    found = before_activation(net, side, names, run)
     assert found == dict(zip(names, BEFORE[name].split(), strict=True))
-    one, two = find_shapes(net, side, names), find_shapes(net, side, found.values())
+    one, two = (find_shapes(net, side, taps, run=run) for taps in (names, found.values()))
     assert all(one[layer] == dataclasses.replace(two[tap], name=layer) for layer, tap in found.items())
 
 

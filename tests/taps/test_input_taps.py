@@ -204,7 +204,8 @@ def test_compiles_without_graph_breaks_and_trains_alike() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
-    eager = TappedModel(net, ["relu@input", "layer1", "layer2.0.relu@input", "layer3.0.conv1@input"]).train()
+    names = ["relu@input", "relu", "layer1", "layer2.0.relu@input", "layer3.0.conv1@input", "avgpool"]
+    eager = TappedModel(net, names).train()
     twin = copy.deepcopy(eager)
     compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
     for seed in range(2):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_run import tiny_config
+from torch import nn
 
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.config import CacheConfig, LossConfig
@@ -19,9 +21,13 @@ from mimkd_ray.taps.rival_pairing import pair_rivals
 from mimkd_ray.train.networks.build import TapPlan, plan_taps, training_rows
 
 
+@functools.cache
+def networks() -> tuple[nn.Module, nn.Module]:
+    return build_model("cifar/resnet50", 10), build_model("cifar/shufflenet_v2", 10)
+
+
 def plan(*name: str, cache: CacheConfig | None = None, **fields) -> TapPlan:
-    teacher, student = build_model("cifar/resnet50", 10), build_model("cifar/shufflenet_v2", 10)
-    return plan_taps(LossConfig(name=name, preset="two_sided", **fields), teacher, student, 32, cache or CacheConfig())
+    return plan_taps(LossConfig(name=name, preset="two_sided", **fields), *networks(), 32, cache or CacheConfig())
 
 
 def maps_of(found: TapPlan) -> list[list[tuple]]:

@@ -107,7 +107,7 @@ def check(rival: Rival, reference: Reference, teacher: Features, student: Featur
     for leaf, array in zip(leaves(student), (of_student.logits, of_student.vector, *of_student.maps), strict=True):
         gradient = np.zeros_like(array) if leaf.grad is None else leaf.grad.numpy()
         seen += int(np.any(gradient != 0))
-        for flat in chance.choice(array.size, 10, replace=False):
+        for flat in chance.choice(array.size, 5, replace=False):
             place = np.unravel_index(flat, array.shape)
             value, step = array[place], 1e-5
             array[place] = value + step
