@@ -19,29 +19,13 @@ if "MIMKD_TEST_LONG" not in os.environ:  # here, as to import timm takes seconds
 
 timm = pytest.importorskip("timm")
 
-SMALL = (
-    "atto",
-    "femto",
-    "pico",
-    "nano",
-    "xxs",
-    "xs",
-    "xt",
-    "tiny",
-    "_t",
-    "mini",
-    "small",
-    "_s",
-    "18",
-    "26",
-    "b0",
-    "50",
-)
+SMALL = ("atto", "femto", "pico", "nano", "xxs", "xs", "xt", "tiny", "_t", "mini", "small", "_s", "18", "26", "b0")
 MOST_PARAMETERS = 120_000_000
-OF_TORCHVISION = (
-    "alexnet densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5 mobilenet_v2 "
-    "mobilenet_v3_small regnet_y_400mf resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_1 swin_t swin_v2_t vit_b_32"
-).split()
+OF_TORCHVISION = [
+    *("alexnet", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t"),
+    *("mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnext50_32x4d", "shufflenet_v2_x0_5"),
+    *("squeezenet1_1", "swin_t", "swin_v2_t", "vit_b_32"),
+]
 AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 """Heads for training alone, of which a student's logits are not."""
 
