@@ -118,14 +118,16 @@ def entries(folder: Path) -> list[tuple[str, bool, int, str]]:
 
 
 def _entry(listed: os.DirEntry[str]) -> tuple[str, bool, int, str] | None:
-    """None for a broken link, and for what has been renamed or removed since it was listed."""
-    is_dir = listed.is_dir()
-    if not is_dir and not listed.is_file():
-        return None
+    """None for a broken link or one in a circle, and for what has been renamed or removed since it was listed."""
     try:
+        is_dir = listed.is_dir()
+        if not is_dir and not listed.is_file():
+            return None
         status = listed.stat()
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
     return listed.name, is_dir, 0 if is_dir else status.st_size, str(status.st_mtime_ns)
 
 

@@ -255,6 +255,12 @@ def test_a_listed_tree_does_not_follow_links(tmp_path: Path) -> None:
     assert storage.list_tree(str(tmp_path / "nothing")) == []
 
 
+def test_a_link_in_a_circle_is_no_entry(tmp_path: Path) -> None:
+    (tmp_path / "circle.jpg").symlink_to(tmp_path / "circle.jpg")
+    (tmp_path / "a.jpg").touch()
+    assert storage.list_files(str(tmp_path)) == [str(tmp_path / "a.jpg")]
+
+
 def test_unknown_protocol() -> None:
     with pytest.raises(UserError, match="nosuch://"):
         storage.exists("nosuch://x/y")

@@ -75,6 +75,8 @@ def read_states(path: str) -> dict[str, dict[str, Tensor]]:
             f"{HUB}ORG/NAME, {FOLDER}FOLDER"
         )
     data, name = _read(path), shown(path)
+    if data.startswith(b"version https://git-lfs"):
+        raise UserError(f"weights {name}: is a Git LFS pointer of {len(data)} bytes: git lfs pull fetches the file")
     if _is_safetensors(data) or urlsplit(name).path.endswith(".safetensors"):
         from safetensors import SafetensorError
         from safetensors.torch import load
@@ -146,6 +148,8 @@ def _read(path: str) -> bytes:
         path = _in_folder(path.removeprefix(FOLDER))
     elif not path.startswith(WEB):
         path = place(path)
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device might be read for ever
+        raise UserError(f"weights {path}: is a folder, a pipe or a device, and no file: give the file itself")
     # A signature is of the address as it was given: yarl would write another one for the same.
     url = revealed(path)
     options = {"encoded": True} if path.startswith(WEB) and "%" in url else {}

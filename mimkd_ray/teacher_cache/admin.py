@@ -35,6 +35,8 @@ def check_root(root: str) -> None:
     """Raise UserError if there is no such place."""
     if not root or not storage.exists(root):
         raise UserError(f"--cache.root '{root}' does not exist; give the folder or URL of a cache")
+    if not storage.is_remote(root) and not storage.local_path(root).is_dir():
+        raise UserError(f"--cache.root '{root}' is a file; give the folder that holds the caches")
 
 
 def ls(root: str) -> Iterator[str]:

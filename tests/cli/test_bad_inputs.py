@@ -146,6 +146,7 @@ OTHERS: list[Case] = [
     ("search", ("--search.pack", "100000"), "search.pack is 100,000: give 1,024 at most"),
     ("search", ("--student.weights", "/nix.pth"), "there is no weights file /nix.pth"),
     ("cache", ("ls", "--cache.root", "/nix"), "--cache.root '/nix' does not exist"),
+    ("cache", ("ls", "--cache.root", "/etc/hostname"), "--cache.root '/etc/hostname' is a file; give the folder"),
     ("cache", ("gc", "--cache.root", "/etc", "--hours", "nan"), "hours is nan: give a finite number"),
     ("cache", ("gc", "--cache.root", "/etc", "--hours", "-1"), "--hours -1: give 0 or more"),
     ("cache", ("build", "demo", "--launch.backend", "local"), "cache.root is not set"),
@@ -188,6 +189,8 @@ WEIGHTS: list[Case] = [
         "other network": "do not fit this network",
         "other classes": "have 7 classes, the data has 10",
         "not finished": "not a PyTorch file of plain tensors (5,000 bytes): it is damaged",
+        "pointer": "is a Git LFS pointer of 63 bytes: git lfs pull",
+        "pipe": "is a folder, a pipe or a device, and no file",
     }.items()
 ]
 CASES = TRAIN + CONFIG + OTHERS + DATA + WEIGHTS
