@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from mimkd_ray import storage
+from mimkd_ray.errors import count
 from mimkd_ray.pages.figures import Line, color_of, lines_figure, reliability_figure, seeds_figure
 from mimkd_ray.pages.page import Cell, Page
 from mimkd_ray.pages.run_page import column
@@ -81,7 +82,9 @@ def _headline(
         tiles.append((f"{summaries[best]['mean']:.2f} %", f"held-out top-1 of {best}, the highest mean"))
         gain = summaries[best].get("against_alone")
         if gain is not None:
-            tiles.append((_gain_text(gain), f"points over {base}, better in {gain['wins']} of {gain['of']} seeds"))
+            tiles.append(
+                (_gain_text(gain), f"points over {base}, better in {gain['wins']} of {count(gain['of'], 'seed')}")
+            )
         if base in summaries and best != base:
             tiles.append((f"{summaries[base]['mean']:.2f} %", f"held-out top-1 of {base}"))
     if teacher is not None and teacher.teacher_top1 is not None:
@@ -89,8 +92,8 @@ def _headline(
     sized = next((run for runs in arms.values() for run in runs if run.size), None)
     if sized is not None and sized.size is not None:
         tiles.append(size_tile(sized.size, teacher.teacher_size if teacher is not None else None))
-    count = sum(bool(run.result) for runs in arms.values() for run in runs)
-    tiles.append((str(count), f"finished runs of {sum(map(len, arms.values()))}"))
+    ended = sum(bool(run.result) for runs in arms.values() for run in runs)
+    tiles.append((str(ended), f"finished runs of {sum(map(len, arms.values()))}"))
     page.tiles(tiles)
 
 
@@ -147,7 +150,7 @@ def _curves(page: Page, arms: Arms) -> None:
                     lines.append(Line(arm, column(source, "epoch"), y, color_of(place), legend=number == 0))
         if all(len(line.x) < 2 for line in lines):  # a figure of the table above, as of runs evaluated at their ends
             return None
-        return lines_figure(lines, "epoch", y_title, from_zero=key in ("lr", "images_per_second"))
+        return lines_figure(lines, "epoch", y_title, from_zero=key in ("lr", "images_per_second"), named=True)
 
     figures = [
         ("Held-out top-1", drawn("top1", True, "%")),
@@ -186,9 +189,10 @@ def _evaluations(page: Page, arms: Arms) -> None:
     bins = {arm: (value.get("calibration") or {}).get("bins") for arm, value in known.items()}
     if any(bins.values()):
         page.section("calibration", "Reliability", f"{RELIABILITY} Of the first run of an arm that was evaluated.")
+        colors = {arm: color_of(place) for place, arm in enumerate(arms)}
         shown = {arm: value for arm, value in bins.items() if value}
         page.facts([(arm, f"ECE {known[arm]['calibration']['ece']:.4g}") for arm in shown])
-        page.figures([("Accuracy by confidence", reliability_figure(shown))])
+        page.figures([("Accuracy by confidence", reliability_figure(shown, colors))])
     confusions(page, known, "Images of the same runs; empty: not among an arm's worst.")
 
 

@@ -62,9 +62,15 @@ def blank(x_title: str = "", y_title: str = "", height: int = 300) -> Any:
 
 
 def lines_figure(
-    lines: Sequence[Line], x_title: str, y_title: str, right_title: str = "", from_zero: bool = False
+    lines: Sequence[Line],
+    x_title: str,
+    y_title: str,
+    right_title: str = "",
+    from_zero: bool = False,
+    named: bool = False,
 ) -> Any:
-    """Return a plot of lines. Points without a finite value are gaps. With `from_zero` the axis begins at 0."""
+    """Return a plot of lines. Points without a finite value are gaps. With `from_zero` the axis begins at 0; with
+    `named` a single line is in the legend too."""
     figure = blank(x_title, y_title)
     if from_zero:
         figure.update_yaxes(rangemode="tozero")
@@ -78,7 +84,7 @@ def lines_figure(
             marker={"size": 5},
             name=plot_text(cut(line.name, 48)),
             hovertemplate="%{x:.4~g}: %{y:.4~g}",
-            showlegend=line.legend and len(lines) > 1,
+            showlegend=line.legend and (named or len(lines) > 1),
             yaxis="y2" if line.right else "y",
         )
     if right_title:
@@ -134,21 +140,21 @@ def bars_figure(names: Sequence[str], values: Sequence[float], x_title: str) -> 
     return figure
 
 
-def reliability_figure(networks: Mapping[str, Sequence[Mapping[str, float]]]) -> Any:
-    """Return accuracy against confidence, from the bins of each network's calibration, and the diagonal of a perfectly
-    calibrated one. The markers' areas tell of images."""
+def reliability_figure(networks: Mapping[str, Sequence[Mapping[str, float]]], colors: Mapping[str, str]) -> Any:
+    """Return accuracy against confidence, from the bins of each network's calibration, in its colour, and the diagonal
+    of a perfectly calibrated one. The markers' areas tell of images."""
     figure = blank("probability of the answer", "share that is right", 340)
     figure.add_scatter(
         x=[0, 1], y=[0, 1], mode="lines", line={"color": GREY, "dash": "dot"}, name="calibrated", hoverinfo="skip"
     )
-    for place, (name, all_bins) in enumerate(networks.items()):
+    for name, all_bins in networks.items():
         bins = [each for each in all_bins if each["rows"]]
         most = max((each["rows"] for each in bins), default=1)
         figure.add_scatter(
             x=[each["confidence"] for each in bins],
             y=[each["accuracy"] for each in bins],
             mode="lines+markers",
-            line={"color": color_of(place), "width": 1.8},
+            line={"color": colors[name], "width": 1.8},
             marker={"size": [6 + 16 * math.sqrt(each["rows"] / most) for each in bins], "opacity": 0.85},
             hovertext=[f"{each['rows']:,.0f} images" for each in bins],
             hovertemplate="%{hovertext}: said %{x:.3f}, right %{y:.3f}<extra></extra>",

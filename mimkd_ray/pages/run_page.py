@@ -7,7 +7,7 @@ from typing import Any
 
 from mimkd_ray.console import clock
 from mimkd_ray.errors import count
-from mimkd_ray.pages.figures import GREY, Line, color_of, lines_figure, reliability_figure
+from mimkd_ray.pages.figures import BLUE, GREY, Line, color_of, lines_figure, reliability_figure
 from mimkd_ray.pages.page import Cell, Page
 from mimkd_ray.pages.run_records import RunRecord, alone_beside
 from mimkd_ray.pages.sections import (
@@ -268,4 +268,4 @@ def _calibration(page: Page, found: Mapping[str, Any]) -> None:
     names = {"ece": "ECE", "ece_scaled": "ECE at the fitted temperature", "temperature": "fitted temperature"}
     facts = [(text, f"{found[key]:.4g}") for key, text in names.items() if found.get(key) is not None]
     page.facts([*facts, *([("fitted on", found["fitted_on"])] if "fitted_on" in found else [])])
-    page.figures([("Accuracy by confidence", reliability_figure({"student": found["bins"]}))])
+    page.figures([("Accuracy by confidence", reliability_figure({"student": found["bins"]}, {"student": BLUE}))])

@@ -132,6 +132,17 @@ def test_runs_of_anybody(compared: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "mimkd-ray train" not in page.text
 
 
+def test_an_arm_has_one_colour_and_its_name(compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the arm is the only one that was evaluated, or that has nats."""
+    runs = [str(compared / name) for name in ("alone-seed01", "mimkd-seed00")]
+    page = reported(*runs, "--out", str(tmp_path / "both.html"), capsys=capsys)
+    curves = {each["name"]: each["line"]["color"] for each in page.figure("Held-out top-1")["data"]}
+    _, network = page.figure("Accuracy by confidence")["data"]
+    (nats,) = page.figure("Information, held out, sum of terms")["data"]
+    assert network["line"]["color"] == nats["line"]["color"] == curves["mimkd-seed00"] != curves["alone-seed01"]
+    assert nats["showlegend"]
+
+
 def test_a_comparison_that_has_not_ended(tmp_path: Path, compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(compared, tmp_path / "c")
     (tmp_path / "c" / "result.json").unlink()
