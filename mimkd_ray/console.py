@@ -7,6 +7,7 @@ again then, with the time that it has taken, also while this process waits insid
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -101,7 +102,12 @@ class Shown:
         return BAR_SECONDS if self._terminal() else LINE_SECONDS
 
     def _terminal(self) -> bool:
-        return (self._bar_on or sys.stderr).isatty()
+        """Return whether there is a terminal for a bar. One without a size, as `docker run -t` may give, gets lines."""
+        on = self._bar_on or sys.stderr
+        try:
+            return on.isatty() and os.get_terminal_size(on.fileno()).columns > 0
+        except OSError:  # a stream that takes a terminal's place
+            return True
 
     def line(self, text: str) -> None:
         """Print one line, above the bar."""

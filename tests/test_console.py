@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import fcntl
 import io
 import itertools
+import os
 import re
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -48,6 +52,19 @@ def test_a_phase_says_that_it_begins_and_is_never_silent(lines: io.StringIO, mon
     time.sleep(1.3)
     assert len(lines.getvalue().splitlines()) == count  # nothing goes on now
     assert {*threading.enumerate()} <= before, "and nobody looks whether it does"
+
+
+def test_a_terminal_without_a_size_gets_lines() -> None:
+    ours, theirs = os.openpty()
+    try:
+        with open(theirs, "w", closefd=False) as terminal:
+            shown = Shown(io.StringIO(), terminal)
+            assert shown.every == console.LINE_SECONDS
+            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+            assert shown.every == console.BAR_SECONDS
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 def test_a_counted_phase_tells_rate_and_time_left(lines: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:

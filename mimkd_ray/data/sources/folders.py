@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 256
 SUFFIXES = (
-    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm"),
-    *(".jp2", ".j2k", ".tga"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
+    *(".ppm", ".pgm", ".jp2", ".j2k", ".tga"),
 )  # in any case
 OTHERS = ("__MACOSX", "@eaDir")  # folders in which systems keep small copies of their own
 DEEPEST = 16  # folders in folders of a class
