@@ -39,9 +39,9 @@ def refuses(num_classes: int) -> None:
     raise UserError("train it first")
 
 
-@pytest.mark.parametrize("flags", [("--data.pipeline", "mine:views"), ("--student.name", "mine:net")])
-def test_a_job_finds_modules_of_the_current_folder(tmp_path: Path, flags: tuple[str, str]) -> None:
+def test_a_job_finds_modules_of_the_current_folder(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MODULE)
+    (tmp_path / "mine_too.py").write_text(MODULE)
     code = (
         "import sys; from mimkd_ray.cli.command_line import parse; from mimkd_ray.recipes import IMAGENET_RECIPES"
         " as recipes; from mimkd_ray.cli.preflight import preflight;"
@@ -49,6 +49,7 @@ def test_a_job_finds_modules_of_the_current_folder(tmp_path: Path, flags: tuple[
     )
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "job.py").write_text(code)
+    flags = ("--data.pipeline", "mine:views", "--student.name", "mine_too:net")
     command = [sys.executable, "scripts/job.py", *flags]
     done = subprocess.run(
         command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True

@@ -54,6 +54,12 @@ def exported(run: Path) -> Path:
     return run / "export"
 
 
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports that measure no times, each of which takes most of a second."""
+    monkeypatch.setattr(examine, "latency_ms", lambda *_: {"1": 1.0, "32": 1.0})
+
+
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -203,13 +209,12 @@ def test_int8_that_gains_little_is_said(run: Path, exported: Path) -> None:
 
 
 def test_a_quantiser_that_fails_beside_another(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, untimed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: Any) -> None:
         raise ValueError("more than one output node")
 
     monkeypatch.setattr(export_student, "quantize_pt2", broken)
-    monkeypatch.setattr(examine, "latency_ms", lambda *_: {"1": 1.0, "32": 1.0})
     assert main(["export", str(run), *QUICK, "--out", str(tmp_path), "--formats", "int8"]) == 0
     report = _report(tmp_path)
     assert report["failed"] == {}
@@ -243,7 +248,7 @@ def test_an_export_belongs_to_its_run() -> None:
 
 
 def test_normalisation_inside_without_torchao_and_files_of_an_earlier_export(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, untimed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import onnxruntime
 
@@ -263,7 +268,7 @@ def test_normalisation_inside_without_torchao_and_files_of_an_earlier_export(
         np.testing.assert_allclose(logits, _student(run)(images).numpy(), atol=1e-4)
 
 
-def test_a_run_on_s3(run: Path, bucket: str) -> None:
+def test_a_run_on_s3(run: Path, untimed: None, bucket: str) -> None:
     from mimkd_ray import storage
 
     for name in ("config.json", "student.safetensors", "result.json", "metrics.jsonl"):
@@ -280,7 +285,7 @@ def test_a_run_on_s3(run: Path, bucket: str) -> None:
     }
 
 
-def test_timm_reads_a_student_of_timm(tmp_path: Path) -> None:
+def test_timm_reads_a_student_of_timm(untimed: None, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     weights = tmp_path / "lcnet.safetensors"
     from safetensors.torch import save_file
@@ -332,7 +337,7 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in model.state_dict().items()}
 
 
-def test_a_cifar_student_without_a_run_has_the_images_of_its_protocol(tmp_path: Path) -> None:
+def test_a_cifar_student_without_a_run_has_the_images_of_its_protocol(untimed: None, tmp_path: Path) -> None:
     weights = tmp_path / "w.pth"
     torch.save(build_model("cifar/resnet8_w4", 10).state_dict(), weights)
     student = ("--network", "cifar/resnet8_w4", "--weights", str(weights), "--data.root", "digits")

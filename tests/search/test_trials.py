@@ -63,7 +63,7 @@ def trial(number: int, state: Any = "completed", **fields: Any) -> Trial:
     return Trial(number=number, state=state, **{"params": {}, **fields})
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.lists(TRIALS, max_size=4), st.sampled_from(["top1", "cross_entropy"]))
 def test_a_table_gives_every_trial_back(trials: list[Trial], metric: str) -> None:
     sink = pa.BufferOutputStream()
