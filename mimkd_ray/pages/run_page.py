@@ -226,11 +226,13 @@ def _agreement(page: Page, found: Mapping[str, Any]) -> None:
         return
     page.section("agreement", "Agreement with the teacher")
     names = {
-        "top1": "top-1 of the teacher",
-        "agreement": "same answer as the teacher",
-        "kl": "KL from the teacher (nats)",
+        "top1": ("top-1 of the teacher", "{:.2f} %"),
+        "agreement": ("same answer as the teacher", "{:.2f} %"),
+        "kl": ("KL from the teacher", "{:.4g} nats"),
     }
-    page.facts([(text, f"{teacher[key]:.4g}") for key, text in names.items() if teacher.get(key) is not None])
+    page.facts(
+        [(text, form.format(teacher[key])) for key, (text, form) in names.items() if teacher.get(key) is not None]
+    )
     if taps:
         page.table(
             ["teacher's layer", "student's layer", "nats", "ceiling", "linear CKA"],

@@ -144,6 +144,7 @@ def test_classes_confusions_and_calibration(evaluated: tuple[Path, list[dict[str
     page = page_of(folder)
     names = "curves evaluation classes agreement confusions calibration corruptions worst again"
     assert page.sections == names.split()
+    assert "same answer as the teacher\n71.50 %\nKL from the teacher\n0.31 nats" in page.text
     (bars,) = page.figure("Per class")["data"]
     gains = {}
     for name in CLASSES:
