@@ -26,8 +26,9 @@ setup:
 demo: setup
 	$(PY) jobs/imagenet.py
 
+# Three processes on two cores: tests wait for other processes a third of their time.
 test: setup
-	$(PY) -m pytest -n 2 --no-loadscope-reorder
+	$(PY) -m pytest -n 3 --no-loadscope-reorder
 
 lint: setup
 	$(PY) -m ruff check .

@@ -58,7 +58,8 @@ def test_links_that_lead_out_of_the_working_directory(tmp_path: Path) -> None:
     )
 
 
-def test_a_bucket(bucket: str) -> None:
+def test_a_bucket(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mimkd_ray.doctor.storage_checks.SLOW_STORAGE_MB_S", 0.0)  # it may be busy
     folder = f"{bucket}/here/doctor-1"
     assert leave_mark(folder) == ""
     found = check_storage("n", f"{bucket}/here", folder)
