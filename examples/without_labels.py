@@ -75,6 +75,9 @@ def main(epochs: int = 20) -> tuple[float, float, float]:
     teacher = self_supervised(train, epochs)
     student = Tower(width=4)
     distiller = mimkd_ray.distill(teacher, student, image_size=8, labels="none")
+    with torch.no_grad():  # statistics for its batch norms, so that what it gains is from training
+        for images_BCHW in train.split(50):
+            student(images_BCHW)
     before = neighbours(student, images, labels, known=100)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01, momentum=0.9)
     distiller.train()
