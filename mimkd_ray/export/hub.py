@@ -33,10 +33,14 @@ def push(folder: Path, name: str) -> str:
         address = str(api.create_repo(name, exist_ok=True))
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of mimkd_ray")
     except Exception as error:  # the client passes on those of its HTTP library, too
-        code = f"{error.response.status_code}: " if isinstance(error, HfHubHTTPError) else ""
         said = " ".join(scrubbed(getattr(error, "server_message", None) or str(error)).split())[:300]
+        if not isinstance(error, HfHubHTTPError):  # the hub was not reached, or the name is none
+            raise UserError(
+                f"--push-to {name}, to {api.endpoint}: {said}; the files stay here; check the name, the network and "
+                "HF_ENDPOINT"
+            ) from error
         raise UserError(
-            f"--push-to {name}: the hub at {api.endpoint} refuses: {code}{said}; the files stay "
-            "here; give a name that you may write to, with a token that may write (`hf auth login`)"
+            f"--push-to {name}: the hub at {api.endpoint} refuses: {error.response.status_code}: {said}; the files "
+            "stay here; give a name that you may write to, with a token that may write (`hf auth login`)"
         ) from error
     return address

@@ -69,6 +69,14 @@ def test_a_hub_that_refuses_gives_one_line(tmp_path: Path, stand_in: Hub) -> Non
     assert TOKEN not in said
 
 
+def test_a_hub_that_is_not_there(tmp_path: Path, stand_in: Hub) -> None:
+    """Nobody refuses, so that no other name or token helps."""
+    stand_in.endpoint = "http://127.0.0.1:9"
+    said = _push(_folder(tmp_path), stand_in)
+    assert said.startswith("--push-to org/net, to http://127.0.0.1:9: ")
+    assert "the files stay here; check the name, the network and HF_ENDPOINT" in said
+
+
 def test_without_a_token_nothing_is_begun(tmp_path: Path, stand_in: Hub) -> None:
     said = _push(_folder(tmp_path), stand_in, token="")
     assert said == "--push-to org/net: nobody is logged in to the hub: `hf auth login`, or set HF_TOKEN"
