@@ -37,6 +37,7 @@ ERRORS = (
 )
 LICENCES = {
     "gcsfs": "BSD-3-Clause",
+    "google-api-python-client": "Apache-2.0",
     "hyperopt": "BSD-3-Clause",
     "mlflow-skinny": "Apache-2.0",
     "wandb": "MIT",
