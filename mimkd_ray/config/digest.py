@@ -31,7 +31,7 @@ def training_part(value: Mapping[str, Any]) -> dict[str, Any]:
     return {
         section: {
             name: redacted_values(item)
-            for name, item in _filled(fields, known.get(section, {})).items()
+            for name, item in filled(fields, known.get(section, {})).items()
             if name not in _NOT_IN_DIGEST.get(section, ())
         }
         for section, fields in value.items()
@@ -39,9 +39,10 @@ def training_part(value: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _filled(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def filled(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields, and the defaults of those that are missing."""
     return {**defaults} | {
-        name: _filled(item, defaults[name])
+        name: filled(item, defaults[name])
         if isinstance(item, Mapping) and isinstance(defaults.get(name), Mapping)
         else item
         for name, item in fields.items()
@@ -60,8 +61,12 @@ def digest(config: Config) -> str:
 
 
 def _digest(part: Mapping[str, Any]) -> str:
-    chosen = _unlike(part, training_dict(Config()))
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+    return digest_of(part, training_dict(Config()))
+
+
+def digest_of(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Return the hex digest of the fields that are not at their defaults."""
+    return hashlib.sha256(json.dumps(_unlike(fields, defaults), sort_keys=True).encode()).hexdigest()
 
 
 def _unlike(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

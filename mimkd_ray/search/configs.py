@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 from mimkd_ray import storage
 from mimkd_ray.config import CompareConfig, Config, RunConfig, SearchConfig, SearchJob
-from mimkd_ray.config.digest import differences, refuse_changes, training_part
+from mimkd_ray.config.digest import differences, digest_of, filled, refuse_changes, training_part
 from mimkd_ray.config.form.json_form import dotted, from_dict, to_dict
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError, nearest
@@ -166,13 +165,15 @@ def claim(job: SearchJob, folder: str, write: bool = True) -> None:
 
 def _lasting(value: Mapping[str, Any]) -> dict[str, Any]:
     kept = training_part({name: fields for name, fields in value.items() if name != "search"})
+    known = to_dict(SearchJob())
     for section, name in SCORED_BY.items():
-        kept[section][name] = value[section].get(name)
-    search = {name: item for name, item in value["search"].items() if name not in MAY_CHANGE}
+        kept[section][name] = filled(value[section], known[section])[name]
+    search = filled(value["search"], known["search"])
+    search = {name: item for name, item in search.items() if name not in MAY_CHANGE}
     return json.loads(json.dumps(kept | {"search": search}))
 
 
 def search_digest(job: SearchJob) -> str:
     """Return the hex digest of a search's lasting fields. It names the folder, so that the same command finds it
     again."""
-    return hashlib.sha256(json.dumps(_lasting(to_dict(job)), sort_keys=True).encode()).hexdigest()
+    return digest_of(_lasting(to_dict(job)), _lasting(to_dict(SearchJob())))

@@ -94,6 +94,11 @@ def test_another_search_does_not_go_on_in_the_same_folder(tmp_path: Path) -> Non
     job = tiny_job(tmp_path)
     claim(job, str(tmp_path / "s"))
     claim(replace(job, search=replace(job.search, hours=3.0, finalists=1)), str(tmp_path / "s"))
+    file = tmp_path / "s" / "config.json"
+    begun = json.loads(file.read_text())
+    del begun["search"]["reduction"], begun["loss"]["symmetric"]  # as before there were these fields
+    file.write_text(json.dumps(begun))
+    claim(job, str(tmp_path / "s"))
     with pytest.raises(UserError, match=r"begun with another configuration \(search.algorithm: tpe -> random\)"):
         claim(replace(job, search=replace(job.search, algorithm="random")), str(tmp_path / "s"))
     with pytest.raises(UserError, match=r"train.lanes: 2 -> 1"):
