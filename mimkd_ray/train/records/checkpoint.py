@@ -190,7 +190,7 @@ def _put_aside_if_damaged(folder: str) -> None:
         aside = storage.join(parent, DAMAGED + name)
         for file in storage.list_files(folder):
             storage.write_bytes(storage.join(aside, file.rpartition("/")[2]), storage.read_bytes(file))
-        logger.warning("%s: no checkpoint is sound, training begins at step 0; this one is kept as %s", folder, aside)
+        logger.warning("%s is damaged, and training begins at step 0: it is kept as %s", folder, aside)
 
 
 def _sound(folder: str) -> bytes | None:

@@ -39,14 +39,13 @@ def leg_of(config: C, run_dir: str) -> tuple[C, str]:
     last, optimiser, number = "", config.optim.name, 0
     for place, begun in _legs(run_dir):
         number += 1
-        optimiser = begun.get("optim", {}).get("name", optimiser)
         start_from = begun["run"].get("start_from", "")
         if not differences(training_part(begun), wanted):
             return replace(config, run=replace(config.run, start_from=start_from)), place
         if last and not has_trained(place):
             number -= 1
             break
-        last = place
+        last, optimiser = place, begun.get("optim", {}).get("name", optimiser)
     if not last:
         return config, run_dir
     if checkpoint.newest(last) is None and not storage.exists(storage.join(last, WEIGHTS)):

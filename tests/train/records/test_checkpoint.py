@@ -77,7 +77,7 @@ def test_when_all_are_damaged_they_are_put_aside(tmp_path: Path, caplog: pytest.
     checkpoint.drop_after(str(tmp_path), 0)
     kept = tmp_path / "checkpoints"
     assert {str(file.relative_to(kept)): file.read_bytes() for file in kept.glob("*/*")} == files
-    assert "no checkpoint is sound, training begins at step 0; this one is kept as" in caplog.text
+    assert "is damaged, and training begins at step 0: it is kept as" in caplog.text
     assert all(is_ours(f"checkpoints/{name}") for name in files), "run.overwrite removes them"
     assert checkpoint.newest_step(str(tmp_path)) is None
 
