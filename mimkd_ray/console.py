@@ -102,7 +102,7 @@ class Shown:
         return BAR_SECONDS if self._terminal() else LINE_SECONDS
 
     def _terminal(self) -> bool:
-        """Return whether there is a terminal for a bar. One without a size, as `docker run -t` may give, gets lines."""
+        """Return whether there is a terminal for a bar. One whose size nobody set gets lines."""
         on = self._bar_on or sys.stderr
         try:
             return on.isatty() and os.get_terminal_size(on.fileno()).columns > 0

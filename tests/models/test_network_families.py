@@ -1,6 +1,6 @@
 """One network of every family of timm and torchvision, as the student and as the teacher, in a step of all three terms.
 
-Takes about half an hour on two cores.
+Takes long: a run of as many networks took 50 minutes beside other work.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def test_errors(tmp_path: Path) -> None:
 
 def test_kinds_and_folders_of_a_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     kinds = {"tif": "TIFF", "TIFF": "TIFF", "bmp": "BMP", "jfif": "JPEG", "gif": "GIF", "ppm": "PPM", "png": "PNG"}
-    kinds |= {"jp2": "JPEG2000", "tga": "TGA", "jpe": "JPEG"}
+    kinds |= {"jp2": "JPEG2000", "tga": "TGA", "jpe": "JPEG", "mpo": "MPO"}
     for suffix, kind in kinds.items():
         path = tmp_path / "a" / "2024" / "may" / f"x.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
