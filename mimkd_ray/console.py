@@ -7,6 +7,7 @@ again then, with the time that it has taken, also while this process waits insid
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TextIO, TypeVar
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BAR_SECONDS, LINE_SECONDS = 0.5, 8.0
@@ -201,8 +203,16 @@ def line(text: str) -> None:
     _current.line(text)
 
 
-TOLD_ONCE: set[str] = set()
-"""Lines that this process has told, and that it, or a worker of Ray, would tell whenever a data set is opened."""
+def say_once(line: str) -> None:
+    """Log a line, once in a run: data sets are opened and networks are built several times on the way to it, by the
+    driver and by workers of Ray."""
+    if line not in told:
+        told.add(line)
+        logger.warning("%s", line)
+
+
+told: set[str] = set()
+"""Lines that this process has told of the present run."""
 
 _phases: list[Status] = []
 

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+NOTHING = -1
+"""The bytes of a link that leads to nothing, or in a circle."""
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -109,7 +111,8 @@ def remove(path: Path) -> None:
 
 
 def entries(folder: Path) -> list[tuple[str, bool, int, str]]:
-    """Return (name, is a folder, bytes, version) of each entry of the folder, sorted; [] if there is no folder."""
+    """Return (name, is a folder, bytes, version) of each entry of the folder, sorted; [] if there is no folder. Of a
+    link to nothing the bytes are `NOTHING`."""
     try:
         with os.scandir(folder) as listed:
             return sorted(filter(None, map(_entry, listed)))
@@ -118,14 +121,16 @@ def entries(folder: Path) -> list[tuple[str, bool, int, str]]:
 
 
 def _entry(listed: os.DirEntry[str]) -> tuple[str, bool, int, str] | None:
-    """None for a broken link or one in a circle, and for what has been renamed or removed since it was listed."""
+    """None for a pipe or a device, and for what has been renamed or removed since it was listed."""
     try:
         is_dir = listed.is_dir()
         if not is_dir and not listed.is_file():
-            return None
+            return (listed.name, False, NOTHING, "") if listed.is_symlink() and not os.path.exists(listed) else None
         status = listed.stat()
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
+        if error.errno == errno.ELOOP:
+            return listed.name, False, NOTHING, ""
+        if error.errno == errno.ENOENT:
             return None
         raise
     return listed.name, is_dir, 0 if is_dir else status.st_size, str(status.st_mtime_ns)

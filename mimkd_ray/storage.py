@@ -116,10 +116,11 @@ def list_dirs(url: str) -> list[str]:
     return [join(url, name) for name, is_dir, _, _ in _entries(url) if is_dir]
 
 
-def list_entries_below(url: str, deepest: int, wanted: Callable[[str], bool]) -> dict[str, Entry]:
+def list_entries_below(url: str, deepest: int, wanted: Callable[[str], bool], broken: bool = False) -> dict[str, Entry]:
     """Return {path below `url`: Entry} for files in the folder and its folders, `deepest` of them in each other.
 
-    `wanted` says of a name whether it counts. One listing a folder; no folder twice, wherever links lead.
+    `wanted` says of a name whether it counts. One listing a folder; no folder twice, wherever links lead. `broken`:
+    with links to nothing, whose size is `local_files.NOTHING`.
     """
     found: dict[str, Entry] = {}
     seen: set[str] = set()
@@ -128,7 +129,7 @@ def list_entries_below(url: str, deepest: int, wanted: Callable[[str], bool]) ->
         below, depth = left.pop()
         folder = join(url, below)
         real = folder if is_remote(folder) else os.path.realpath(local_path(folder))
-        entries = [] if real in seen else _entries(folder)
+        entries = [] if real in seen else _entries(folder, broken)
         seen.add(real)
         for name, is_dir, length, version in filter(lambda entry: wanted(entry[0]), entries):
             path = f"{below}/{name}" if below else name
@@ -163,6 +164,12 @@ def read_bytes(url: str, small: bool = False) -> bytes:
         return attempt(url, "read", lambda: local_path(url).read_bytes())
     options = {"max_concurrency": 1} if small and url.startswith(_S3) else {}
     return call(url, "read", lambda fs, path: cast(bytes, fs.cat_file(path, **options)))
+
+
+def refuse_pipe(url: str, field: str) -> None:
+    """Raise UserError for a pipe or a device given as `field` of a config, which might be read for ever."""
+    if not is_remote(url) and local_path(url).exists() and not (local_path(url).is_file() or local_path(url).is_dir()):
+        raise UserError(f"{field} {url} is a pipe or a device, and no file: give the file itself")
 
 
 def read_range(url: str, offset: int, length: int, entry: Entry | None = None) -> bytes:
@@ -298,10 +305,11 @@ def open_file(url: str, length: int | None = None) -> BinaryIO:
     return cast(BinaryIO, RemoteFile(url, size(url) if length is None else length))
 
 
-def _entries(url: str) -> list[tuple[str, bool, int, str]]:
+def _entries(url: str, broken: bool = False) -> list[tuple[str, bool, int, str]]:
     """Return (name, is a folder, bytes, version) of a folder's entries, sorted; [] if it is missing or a file."""
     if not is_remote(url):
-        return attempt(url, "list", lambda: local_files.entries(local_path(url)))
+        listed = attempt(url, "list", lambda: local_files.entries(local_path(url)))
+        return [entry for entry in listed if broken or entry[2] != local_files.NOTHING]
 
     def ls(fs: Any, path: str) -> list[tuple[str, bool, int, str]]:
         fs.invalidate_cache()

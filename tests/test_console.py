@@ -16,10 +16,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from jobs_here import ENVIRONMENT, JOB, small
 
 from mimkd_ray import console
+from mimkd_ray.cli.training import run
+from mimkd_ray.config import Config
 from mimkd_ray.console import Shown, Status, clock
+from mimkd_ray.errors import UserError
 
 
 class Terminal(io.StringIO):
@@ -132,3 +136,13 @@ def test_no_job_is_silent_for_ten_seconds(tmp_path: Path) -> None:
     order = ["checking data, networks and places", "1 worker on CPU", "checking cifar/resnet8 on 450 held-out images"]
     order += ["epoch 2, held-out top-1", "top-1 %", "run directory"]
     assert [said.index(each) for each in order] == sorted(said.index(each) for each in order)
+
+
+def test_what_is_said_once_is_said_again_in_the_next_run(caplog: pytest.LogCaptureFixture) -> None:
+    console.told.clear()
+    for _ in range(2):
+        console.say_once("2 files passed over")
+    with pytest.raises(UserError, match="given as objects of this process"):
+        run(Config(), [(torch.zeros(3, 8, 8), 0)])  # type: ignore[arg-type]
+    console.say_once("2 files passed over")
+    assert caplog.messages == ["2 files passed over"] * 2

@@ -97,6 +97,7 @@ def run(config: Config, train: Dataset | None = None, validation: Dataset | None
     """
     times = StartTimes()
     times.mark("parsed")
+    console.told.clear()
     storage.be_patient(config.storage.patience_minutes)
     given = OwnData.of(train, validation)
     config = absolute(config)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mimkd_ray import storage
+from mimkd_ray import console, storage
 from mimkd_ray.config import Config, LossConfig
 from mimkd_ray.config.jobs.evaluate import EvaluateJob
 from mimkd_ray.data.sources.data_set import Data, open_data
@@ -18,7 +18,6 @@ from mimkd_ray.json_files import read_json
 from mimkd_ray.losses.shared_classes import SharedClasses, match
 from mimkd_ray.losses.terms import LOGITS
 from mimkd_ray.models.build_model import build_model
-from mimkd_ray.models.weights import say_once
 from mimkd_ray.models.weights_file import shown
 from mimkd_ray.taps.default_stages import default_taps
 from mimkd_ray.taps.dry_checks import check_logits
@@ -105,7 +104,7 @@ def subject_of(job: EvaluateJob, run_dir: str, trained_on: Config, data: Data, d
         if given is None:
             raise UserError(f"{run_dir or 'the config'} has no teacher: give --teacher.name and --teacher.weights")
         if of_teacher == ():
-            say_once("the teacher has classes of its own, not the data's: --teacher.classes FILE names them")
+            console.say_once("the teacher has classes of its own, not the data's: --teacher.classes FILE names them")
         (model, weights), teacher_model, columns = given, None, of_teacher
         name = job.teacher.name
     else:
@@ -206,7 +205,7 @@ def _shared(job: EvaluateJob, head: Sequence[str], count: int, data: Data, named
     found = match(head, of_data)
     if numbers is not None and max(numbers) < count and (same or not found.of_data):
         order = sorted(range(len(numbers)), key=numbers.__getitem__)
-        say_once(f"the classes of {job.data.root} are numbers, and taken as those of the network's classes")
+        console.say_once(f"the classes of {job.data.root} are numbers, and taken as those of the network's classes")
         return SharedClasses(tuple(numbers[place] for place in order), tuple(order))
     if not found.of_data:
         if count == data.num_classes and not job.eval.classes:

@@ -48,6 +48,7 @@ def real_accuracy(predicted_N: Tensor, labels_N: Tensor, ids_N: Tensor, source: 
 def read_real(file: str) -> list[frozenset[int]]:
     """Return the right classes of each image. Raises UserError for a file that is missing or no list of lists."""
     url = storage.absolute(file)
+    storage.refuse_pipe(url, "eval.real")
     try:
         value = json.loads(storage.read_bytes(url))
     except FileNotFoundError:

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from mimkd_ray import console
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.models.published import of_timm, of_torchvision, own_network
-from mimkd_ray.models.weights import class_mismatch, load_weights, new_head_line, put_state, say_once
+from mimkd_ray.models.weights import class_mismatch, load_weights, new_head_line, put_state
 from mimkd_ray.models.weights_file import FOLDER, HUB
 from mimkd_ray.user_functions import call_named, named_function
 
@@ -159,7 +160,7 @@ def _from_timm(name: str, num_classes: int, published: bool, image_size: int | N
     if not new_head:
         raise UserError(class_mismatch(f"published for {name}", found.classes, num_classes))
     # timm gives a network of other classes a new head, without a word.
-    say_once(new_head_line(f"published for {name}", found.classes, num_classes))
+    console.say_once(new_head_line(f"published for {name}", found.classes, num_classes))
     return found.build(pretrained=True, num_classes=num_classes, **options)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from mimkd_ray import console
 from mimkd_ray.errors import UserError, listed
 from mimkd_ray.models.checkpoint_keys import best_fit
 from mimkd_ray.models.weights_file import read_states, shown
@@ -48,11 +48,11 @@ def put_state(
     state = {key: value for key, value in fit.state.items() if not key.startswith(ignore or ("\0",))}
     state |= {key: value for key, value in own.items() if key.endswith(_COUNTER) and key not in state}
     if told := fit.told():
-        say_once(f"weights {name}: {told}")
+        console.say_once(f"weights {name}: {told}")
     kept = _new_head(model, own, state, num_classes) if new_head else []
     if kept:
         classes = {len(state[key]) for key in kept if key in state}
-        say_once(new_head_line(name, classes.pop() if classes else 0, num_classes))
+        console.say_once(new_head_line(name, classes.pop() if classes else 0, num_classes))
         state |= {key: own[key] for key in kept}
     _check(own, state, name, num_classes)
     _check_numbers(own, state, name)
@@ -63,12 +63,6 @@ def new_head_line(source: str, found: int, num_classes: int) -> str:
     """Return the line for weights whose classifier, of `found` classes or none, is not taken."""
     had = f"have {found} classes" if found else "have no classifier"
     return f"weights {source} {had}, the data has {num_classes}: the classifier starts anew, all else is loaded"
-
-
-@functools.lru_cache(maxsize=1000)
-def say_once(line: str) -> None:
-    """Log one line, once in this process: networks are built several times on the way to a run."""
-    logger.warning(line)
 
 
 def _new_head(model: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Tensor], num_classes: int) -> list[str]:

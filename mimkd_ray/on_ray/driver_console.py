@@ -92,7 +92,7 @@ def heard() -> Iterator[Any]:
                 for item in ray.get(mailbox.take.remote(), timeout=5):
                     if not isinstance(item, str):
                         console.show(item)
-                    elif item not in console.TOLD_ONCE:
+                    elif item not in console.told:
                         console.line(item)
 
     thread = threading.Thread(target=listen, name="workers' lines", daemon=True)

@@ -9,11 +9,11 @@ from typing import Any, Literal, get_args
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from mimkd_ray import console
 from mimkd_ray.config import LossConfig
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.losses.shared_classes import SharedClasses, comparable
-from mimkd_ray.models.weights import say_once
 
 PAIR_KINDS = ("global", "local", "feature", "rival")
 
@@ -119,7 +119,7 @@ def without_other_classes(loss: LossConfig, of_teacher: int, of_student: int) ->
             "of the student's classes"
         )
     if (left.resolved_kd_weight, left.rivals) != (loss.resolved_kd_weight, loss.rivals):
-        say_once(
+        console.say_once(
             f"teacher has {of_teacher} classes and the student {of_student}: what compares logits (KD, DKD, DIST) is "
             "off"
         )

@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mimkd_ray import console
 from mimkd_ray.config import LossConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.features import Features, Others
 from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.losses.teacher_queue import class_numbers
-from mimkd_ray.models.weights import say_once
 from mimkd_ray.taps.dry_checks import check_logits
 from mimkd_ray.taps.tapped_model import TappedModel
 from mimkd_ray.train.distill_arguments import Labels, check_combination, check_kinds, with_pairs, without_other_classes
@@ -197,7 +197,7 @@ class Distiller(nn.Module):
                 "the optimiser, or distiller.eval() before batches that are not trained on"
             )
         if not self.student.training:
-            say_once(
+            console.say_once(
                 "the student is in evaluation mode in a step of training: its batch norm and dropout are off; call "
                 "distiller.train() after an evaluation"
             )
@@ -213,7 +213,7 @@ class Distiller(nn.Module):
         several ranks every rank calls it, after equally many batches of equal sizes.
         """
         if not self._noted:
-            say_once(
+            console.say_once(
                 "distiller.after_step() after no batch in training mode, so that nothing enters the queue and the "
                 "means of the critics: call distiller.train() after an evaluation"
             )

@@ -11,19 +11,19 @@ import pytest
 import torch
 from tiny_run import tiny_config
 
+from mimkd_ray import console
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.training import absolute
 from mimkd_ray.config import ModelConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.build_model import build_model
-from mimkd_ray.models.weights import say_once
 from mimkd_ray.secret_urls import redacted
 from mimkd_ray.train.networks.build import build_network, build_student
 
 
 @pytest.fixture(autouse=True)
 def _nothing_said() -> None:
-    say_once.cache_clear()
+    console.told.clear()
 
 
 def test_places_are_absolute_and_names_of_the_hub_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

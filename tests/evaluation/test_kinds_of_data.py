@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.evaluation.measure import measure, save
 from mimkd_ray.evaluation.real_labels import read_real
 from mimkd_ray.models.build_model import build_model
+from mimkd_ray.train.networks.teacher_head import read_names
 
 ALONE: dict[str, Any] = {"name": (), "preset": "accuracy", "feature_pairs": ()}
 """Without a teacher."""
@@ -175,3 +177,7 @@ def test_several_right_labels(place: Path, folders: Path, tmp_path: Path, capsys
     assert "there is no such file" in refused(capsys, *flags, "--eval.real", tmp_path / "none.json")
     with pytest.raises(UserError, match=r"cannot be read \(IsADirectoryError\): give real\.json"):
         read_real(str(tmp_path))
+    os.mkfifo(tmp_path / "pipe")
+    for read in (read_real, partial(read_names, "eval.classes")):
+        with pytest.raises(UserError, match=r"pipe is a pipe or a device, and no file: give the file itself"):
+            read(str(tmp_path / "pipe"))

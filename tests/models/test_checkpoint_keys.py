@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mimkd_ray import console
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.cifar_registry import NETWORKS
-from mimkd_ray.models.weights import say_once
 
 STUDENT = "cifar/resnet8_w4"
 
 
 @pytest.fixture(autouse=True)
 def _nothing_said() -> None:
-    say_once.cache_clear()
+    console.told.clear()
 
 
 def _same(one: nn.Module, two: nn.Module) -> bool:

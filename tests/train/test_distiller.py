@@ -17,10 +17,10 @@ from tiny_run import cpu, tiny_config, tiny_data
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mimkd_ray import console
 from mimkd_ray.config import Config, CriticConfig, LossConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.build_model import build_model
-from mimkd_ray.models.weights import say_once
 from mimkd_ray.seeds import derive
 from mimkd_ray.train import distiller as module
 from mimkd_ray.train.distiller import Distiller, distill
@@ -346,7 +346,7 @@ def test_a_rank_may_read_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_evaluation_mode_that_was_left_on_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    say_once.cache_clear()
+    console.told.clear()
     own = some_distiller()
     own.train()
     own(*batch())

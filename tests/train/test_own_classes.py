@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tiny_run import cpu, run_tiny, tiny_config, tiny_data
 from torch import nn
 
+from mimkd_ray import console
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.config import Config, LossConfig
 from mimkd_ray.errors import UserError
@@ -23,7 +24,6 @@ from mimkd_ray.losses.mimkd_loss import MIMKDLoss
 from mimkd_ray.losses.shared_classes import SharedClasses, match
 from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.outputs import logits_from
-from mimkd_ray.models.weights import say_once
 from mimkd_ray.train.distiller import distill
 from mimkd_ray.train.engine.student import lone_student
 
@@ -33,7 +33,7 @@ NAMES = ["zero", "3", "seven", "5", "1", "12", "8"]
 
 @pytest.fixture(autouse=True)
 def _nothing_said() -> None:
-    say_once.cache_clear()
+    console.told.clear()
 
 
 @pytest.fixture

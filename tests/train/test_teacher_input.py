@@ -16,12 +16,12 @@ from tiny_cache import cached_config
 from tiny_run import cpu, run_tiny, tiny_config, tiny_data
 from torchvision.transforms.v2.functional import resize, to_dtype
 
+from mimkd_ray import console
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.config import DataConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.build_model import build_model
 from mimkd_ray.models.published_input import NetworkInput, published_input
-from mimkd_ray.models.weights import say_once
 from mimkd_ray.train.engine.student import lone_student
 from mimkd_ray.train.from_cache.cached_teacher import origin_of
 from mimkd_ray.train.networks.build import plan_student, teacher_images
@@ -33,7 +33,7 @@ OWN: dict[str, Any] = {"image_size": 12, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0
 
 @pytest.fixture(autouse=True)
 def _nothing_said() -> None:
-    say_once.cache_clear()
+    console.told.clear()
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

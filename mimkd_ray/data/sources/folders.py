@@ -13,7 +13,6 @@ requests at a time, into the block store.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -32,8 +31,7 @@ from mimkd_ray.data.store.block_reader import BlockReader, forget
 from mimkd_ray.data.store.block_store import BlockStore
 from mimkd_ray.data.store.stored_block import StoredBlock
 from mimkd_ray.errors import DamagedDataError, UserError, count, nearest
-
-logger = logging.getLogger(__name__)
+from mimkd_ray.local_files import NOTHING
 
 BLOCK_ROWS = 256
 SUFFIXES = (
@@ -72,7 +70,7 @@ def list_classes(root: str, classes: tuple[str, ...] | None) -> ClassFolders:
     with ThreadPoolExecutor(THREADS) as pool:
         listings = dict(zip(folders, pool.map(_files, folders.values()), strict=True))
     images = {
-        name: {file: entry for file, entry in files.items() if file.lower().endswith(SUFFIXES)}
+        name: {file: entry for file, entry in files.items() if _is_image(file, entry)}
         for name, files in listings.items()
     }
     known = tuple(sorted(folders)) if classes is None else classes
@@ -83,6 +81,7 @@ def list_classes(root: str, classes: tuple[str, ...] | None) -> ClassFolders:
             f"{printable(root)}: {len(unknown)} class folder(s) are not among the {len(known)} training classes, the "
             f"first is '{printable(unknown[0])}'{nearest(unknown[0], known)}; rename or remove them"
         )
+    links = [f"{name}/{file}" for name, files in listings.items() for file in files if files[file].size == NOTHING]
     files_here = [url.rpartition("/")[2] for url in storage.list_entries(root)]
     beside = [name for name in files_here if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
     arrow = any(name.endswith(".arrow") for name in files_here)  # of save_to_disk of Hugging Face's datasets
@@ -91,51 +90,55 @@ def list_classes(root: str, classes: tuple[str, ...] | None) -> ClassFolders:
             f"{printable(root)}: none of {len(folders)} class folders holds an image ({', '.join(SUFFIXES)})"
             + (f", the first is '{printable(next(iter(folders)))}'" if folders else "")
             + (f", {count(len(beside), 'image')} beside them" if beside else "")
+            + (f", {count(len(links), 'link')} that lead to nothing" if links else "")
             + ("; expected <class>/<image>" if not arrow else "; .arrow files are not read: write Parquet (to_parquet)")
         )
-    others = [f"{name}/{file}" for name, files in listings.items() for file in files if file not in images[name]]
-    tell_passed_over(root, others, beside)
+    others = {f"{name}/{file}" for name, files in listings.items() for file in files if file not in images[name]}
+    tell_passed_over(root, sorted(others.difference(links)), beside, links)
     without = [name for name in known if not images.get(name)]
     if without:
-        _warn_once(
+        console.say_once(
             f"{printable(root)}: {len(without)} of {len(known)} classes have no image here, the first is "
             f"'{printable(without[0])}'; they keep their numbers"
         )
     return ClassFolders(known, tuple(name for name in folders if name in of_training), images)
 
 
-def tell_passed_over(place: str, others: Sequence[str], beside: Sequence[str] = ()) -> None:
-    """Say in a line which files of a set are no part of it: those of `others` kinds than are read, and images `beside`
-    the class folders."""
-    if not others and not beside:
+def tell_passed_over(place: str, others: Sequence[str], beside: Sequence[str] = (), links: Sequence[str] = ()) -> None:
+    """Say in a line which files of a set are no part of it: those of `others` kinds than are read, images `beside`
+    the class folders, and `links` that lead to nothing."""
+    if not others and not beside and not links:
         return
     endings = Counter(file.rpartition("/")[2].rpartition(".")[2].lower() for file in others)
     named = ", ".join(f"{number} .{ending}" for ending, number in endings.most_common(NAMED))
     parts = [f"{count(len(others), 'other file')} ({named})"] if others else []
     parts += [f"{count(len(beside), 'image')} beside the class folders"] if beside else []
-    examples = printable(", ".join([*others[:NAMED], *beside[:NAMED]]))
-    _warn_once(f"{printable(place)}: passed over: {' and '.join(parts)}, such as {examples}")
-
-
-def _warn_once(text: str) -> None:
-    if text not in console.TOLD_ONCE:
-        console.TOLD_ONCE.add(text)
-        logger.warning("%s", text)
+    parts += [f"{count(len(links), 'link')} to nothing"] if links else []
+    examples = printable(", ".join([*others[:NAMED], *beside[:NAMED], *links[:NAMED]]))
+    console.say_once(f"{printable(place)}: passed over: {' and '.join(parts)}, such as {examples}")
 
 
 def _files(folder: str) -> dict[str, storage.Entry]:
     """Return what is not hidden in a folder and its folders, by path below it, sorted."""
-    found = storage.list_entries_below(folder, DEEPEST, lambda name: not name.startswith(".") and name not in OTHERS)
-    return dict(sorted(found.items()))
+
+    def wanted(name: str) -> bool:
+        return not name.startswith(".") and name not in OTHERS
+
+    return dict(sorted(storage.list_entries_below(folder, DEEPEST, wanted, broken=True).items()))
+
+
+def _is_image(file: str, entry: storage.Entry) -> bool:
+    return file.lower().endswith(SUFFIXES) and entry.size != NOTHING
 
 
 def _without_classes(root: str) -> list[tuple[int, str, storage.Entry]]:
     """The images of a folder that holds images itself, and of its folders; none where it holds folders alone."""
     files = _files(root)
-    images = {file: entry for file, entry in files.items() if file.lower().endswith(SUFFIXES)}
+    images = {file: entry for file, entry in files.items() if _is_image(file, entry)}
     if not any("/" not in file for file in images):
         return []
-    tell_passed_over(root, [file for file in files if file not in images])
+    links = [file for file, entry in files.items() if entry.size == NOTHING]
+    tell_passed_over(root, sorted(set(files).difference(images, links)), links=links)
     return [(-1, file, entry) for file, entry in images.items()]
 
 

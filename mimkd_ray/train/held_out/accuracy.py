@@ -18,7 +18,6 @@ from mimkd_ray.data.sources.source import Source
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.losses.features import Features
 from mimkd_ray.models.train_or_eval import in_mode
-from mimkd_ray.models.weights import say_once
 from mimkd_ray.train.distributed import all_sum
 from mimkd_ray.train.networks.student_module import Normalizer, StudentModule
 from mimkd_ray.train.networks.teacher import Teacher
@@ -105,7 +104,7 @@ def accuracies(
         labels_B = batch.labels_B.to(normalize.device, non_blocking=True)
         each(networks, partial(add, images=normalize(batch.images_BCHW), labels_B=labels_B), failed)
     for image in unreadable:
-        say_once(f"damaged held-out image left out: {image}")  # every evaluation meets the same
+        console.say_once(f"damaged held-out image left out: {image}")  # every evaluation meets the same
     all_sum(sums_N5)
     found = {key: sums[key].tolist() for key in networks if key not in (failed or {})}
     if not found:

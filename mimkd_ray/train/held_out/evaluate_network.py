@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from mimkd_ray import console
 from mimkd_ray.config import DataConfig
 from mimkd_ray.data.loading.batches import LaneBatch
 from mimkd_ray.data.loading.loader import eval_batches
@@ -19,7 +20,6 @@ from mimkd_ray.data.sources.source import Source, numbers_in_names
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.outputs import describe, logits_from
 from mimkd_ray.models.train_or_eval import in_mode
-from mimkd_ray.models.weights import say_once
 from mimkd_ray.train.distributed import is_distributed
 from mimkd_ray.train.held_out.accuracy import Accuracy, accuracy, held_out_name
 from mimkd_ray.train.networks.student_module import Normalizer
@@ -71,7 +71,7 @@ def _of_config(
         folders = isinstance(source, FolderSource) and not opened.train.num_rows
         found = numbers_in_names(opened.classes) if folders else ()
         if found and sorted(found) == list(range(len(found))):  # class folders alone, such as ImageNetV2's 0 to 999
-            say_once(f"the class folders of {data.root} are numbers, and taken as those of the network's classes")
+            console.say_once(f"the class folders of {data.root} are numbers: taken as those of the network's classes")
             numbers = found
     else:
         source = OwnSource(validation, "validation")

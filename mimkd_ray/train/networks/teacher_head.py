@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mimkd_ray import storage
+from mimkd_ray import console, storage
 from mimkd_ray.config import Config
 from mimkd_ray.data.sources.data_set import Data
 from mimkd_ray.errors import UserError
 from mimkd_ray.losses.methods.registry import RIVALS
 from mimkd_ray.losses.shared_classes import SharedClasses, comparable, match
-from mimkd_ray.models.weights import say_once
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,12 @@ def teacher_head(config: Config, data: Data) -> TeacherHead:
         seen = f"{count} classes, {len(shared.of_data)} of the data's {data.num_classes} among them"
     if len(shared.of_data) < 2:
         shared = SharedClasses()  # one class is not compared with any other
-        say_once(
+        console.say_once(
             f"teacher {name} has {seen}: its features are used; what compares logits (KD, DKD, DIST) and the check of "
             "its top-1 are off"
         )
     elif len(shared.of_data) < data.num_classes:
-        say_once(f"teacher {name} has {seen}: KD and the check of its top-1 are of those alone")
+        console.say_once(f"teacher {name} has {seen}: KD and the check of its top-1 are of those alone")
     return TeacherHead(count, shared)
 
 
@@ -63,6 +62,7 @@ def trains_head(config: Config, shared: SharedClasses | None) -> bool:
 def read_names(field: str, url: str, otherwise: str = "") -> tuple[str, ...]:
     """Return the names of classes in the text file that `field` of a config names; `otherwise` says what else may be
     given. Raises UserError for a file that cannot be read, and for a line without a name, which would shift others."""
+    storage.refuse_pipe(url, field)
     try:
         text = storage.read_bytes(url).decode()
     except (OSError, UnicodeDecodeError) as error:

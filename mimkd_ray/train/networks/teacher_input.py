@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimkd_ray import console
 from mimkd_ray.config import Config, DataConfig
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.published_input import NetworkInput, published_input, three
-from mimkd_ray.models.weights import say_once
 
 
 def teacher_input(config: Config) -> NetworkInput:
@@ -32,7 +32,7 @@ def teacher_input(config: Config) -> NetworkInput:
         teacher.interpolation or plain.interpolation,
     )
     if own is not None and (found.size, found.mean, found.std) != (data.image_size, data.mean, data.std):
-        say_once(
+        console.say_once(
             f"teacher {teacher.name} sees the views at {found.size} pixels (the student at {data.image_size}), "
             f"{found.interpolation}, with mean {_shown(found.mean)} and deviation {_shown(found.std)}, as it was "
             "published for; --teacher.input data gives it the student's"

@@ -129,6 +129,20 @@ def test_a_folder_without_classes_tells_what_it_passes_over(tmp_path: Path, capl
         FolderSource(str(tmp_path))
 
 
+def test_links_to_nothing_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for place in (tmp_path / "a", tmp_path / "a" / "below"):
+        place.mkdir()
+        (place / "gone.png").symlink_to(tmp_path / "moved" / "x.png")
+    (tmp_path / "a" / "circle.png").symlink_to(tmp_path / "a" / "circle.png")
+    with pytest.raises(UserError, match=r"none of 1 class folders .*'a', 3 links that lead to nothing; expected"):
+        FolderSource(str(tmp_path))
+    (tmp_path / "a" / "x.png").write_bytes(encode(pixels(0)))
+    assert FolderSource(str(tmp_path)).num_rows == 1
+    assert "passed over: 3 links to nothing, such as a/below/gone.png, a/circle.png, a/gone.png" in caplog.text
+    assert FolderSource(str(tmp_path / "a"), labelled=False).num_rows == 1
+    assert "passed over: 3 links to nothing, such as below/gone.png, circle.png, gone.png" in caplog.text
+
+
 def test_names_that_are_not_utf_8(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in (b"caf\xe9", b"tea"):
         folder = os.path.join(os.fsencode(tmp_path), b"train", name)

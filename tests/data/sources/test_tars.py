@@ -56,7 +56,7 @@ def test_headers_are_read_once(there: str, reads: Reads, tmp_path: Path, caplog:
     assert sorted(reads) == sorted(sizes.items()), "each tar in one request, as it is smaller than CLOSE"
     reads.clear()
     caplog.clear()
-    console.TOLD_ONCE.clear()
+    console.told.clear()
     second = open_data(config)
     assert reads == []
     assert "passed over: 2 other files (2 .npy)" in caplog.text
