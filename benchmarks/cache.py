@@ -177,14 +177,14 @@ def building(name: str, config: Config) -> dict[str, float]:
     run = in_process(setup)
     before = inference(setup)
 
-    def timed(units: Any, title: str) -> Iterator[Any]:
+    def timed(units: Any, seen: Any) -> Iterator[Any]:
         began = time.perf_counter()
-        yield from run(units, title)
-        seconds[title.partition(" ")[0]] = time.perf_counter() - began
+        yield from run(units, seen)
+        seconds[type(units[0]).__name__] = time.perf_counter() - began
 
     built = build(setup, timed)
     alone = (before + inference(setup)) / 2  # before and after, on a machine whose speed may drift
-    rate = built.rows / seconds["caching"]
+    rate = built.rows / seconds["ShardUnit"]
     print(f"{name}: built at {rate:.1f} images/s, the teacher alone does {alone:.1f}", flush=True)
     return {f"{name}/build_images_per_second": rate, f"{name}/build_over_inference": rate / alone}
 

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,9 @@ BAR_SECONDS, LINE_SECONDS = 0.5, 8.0
 
 SILENCE_SECONDS, LOOK_SECONDS = 8.5, 0.5
 """After which the work that goes on is told again, whoever is at fault, and between two looks whether that is due."""
+
+RATE_SECONDS, MARK_SECONDS = 60.0, 1.0
+"""Over which rates are taken, and between two notes of what was done."""
 
 BRIEF_SECONDS, STALE_SECONDS = 1.0, 20.0
 """Work that takes less is not told of, and rates are not told again after the latter."""
@@ -52,6 +56,24 @@ class Status:
         rate = f"{self.rate:,.0f} images/s" if self.rate else ""
         left = f"{clock(self.left)} left" if self.left is not None else ""
         return f"{self.what}: " + (", ".join(filter(None, (count, rate, left, self.figures))) or "goes on")
+
+
+class LastMinute:
+    """How fast work goes: in the last minute, or since it began if that is later. What came before, such as compiling,
+    does not go on."""
+
+    def __init__(self, done: float = 0) -> None:
+        self._marks = deque([(time.monotonic(), done)])
+
+    def rate(self, done: float) -> float:
+        """Note that ``done`` is done by now. Return how much of it was done in a second."""
+        now = time.monotonic()
+        if now - self._marks[-1][0] >= MARK_SECONDS:
+            self._marks.append((now, done))
+        while len(self._marks) > 1 and now - self._marks[1][0] >= RATE_SECONDS:
+            self._marks.popleft()
+        since, first = self._marks[0]
+        return (done - first) / max(now - since, 1e-9)
 
 
 class Console(Protocol):
@@ -233,14 +255,13 @@ def phase(what: str, total: int = 0, unit: str = "images", said: bool = True) ->
         line(what)
     _phases.append(status)
     _current.status(status)
-    began = shown = time.monotonic()
+    shown, speed = time.monotonic(), LastMinute()
 
     def advance(done: int) -> None:
         nonlocal shown
-        now = time.monotonic()
+        now, rate = time.monotonic(), speed.rate(done)
         if now - shown >= _current.every:
             shown = now
-            rate = done / (now - began)
             left = (total - done) / rate if rate and total else None
             _current.status(replace(status, done=done, rate=rate if unit == "images" else 0.0, left=left))
 

@@ -6,13 +6,15 @@ are published: readers see nothing before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mimkd_ray import storage
-from mimkd_ray.cache_build.build_setup import CalibrationUnit, Runner, Setup, ShardUnit
+from mimkd_ray.cache_build.build_setup import CalibrationUnit, Runner, Setup, ShardUnit, Unit
 from mimkd_ray.config import Config
 from mimkd_ray.data.loading.damaged_images import damaged_allowed
+from mimkd_ray.data.prepare.unit_progress import Progress
+from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.errors import DamagedDataError, UserError
 from mimkd_ray.teacher_cache import feature_manifest
 from mimkd_ray.teacher_cache.feature_manifest import ViewManifest, committed, views_there
@@ -32,6 +34,36 @@ class Built:
     damaged: int
 
 
+class Images(Progress):
+    """Progress in images, those of unfinished units too, with the megabytes written."""
+
+    def __init__(self, title: str, units: Sequence[Unit]) -> None:
+        super().__init__(title, sum(unit.rows for unit in units), "images", 1)
+        self.written = 0
+        self.unfinished: dict[int, int] = {}
+        self.finished: set[int] = set()
+
+    def seen(self, number: int, rows: int) -> None:
+        """Note how many images of a unit the teacher has seen."""
+        with self.lock:
+            if number not in self.finished:
+                self.unfinished[number] = rows
+                rows = self.rows + sum(self.unfinished.values())
+                self.tell(rows, rows)
+
+    def finish(self, number: int, done: Done) -> None:
+        """Count a finished unit."""
+        with self.lock:
+            self.finished.add(number)
+            self.unfinished.pop(number, None)
+        self.written += done.bytes
+        self.add(Done(done.rows, done.rows))
+
+    def figures(self) -> str:
+        """Return the megabytes written."""
+        return f"{self.written / 1e6:,.0f} MB written" if self.written else ""
+
+
 def build(setup: Setup, run: Runner) -> Built:
     """Make what is missing of the cache that ``setup`` describes. Killed at any moment and started again, it goes on.
 
@@ -43,7 +75,7 @@ def build(setup: Setup, run: Runner) -> Built:
     unfitted = tuple(label for label, data in setup.calibrations().items() if data is None)
     if unfitted:
         sample = CalibrationUnit(unfitted, config.cache.calibration_rows)
-        for _ in run([sample], f"fitting the codecs of {', '.join(unfitted)}"):
+        for _ in _told(f"fitting the codecs of {', '.join(unfitted)}", [sample], run):
             pass
     found = setup.calibrations()
     lacking = [label for label, data in found.items() if data is None]
@@ -71,17 +103,22 @@ def build(setup: Setup, run: Runner) -> Built:
             publish(view)
     if units:
         whole = len(setup.shards) * views
-        done = set()
-        for number, _ in run(units, f"caching features ({len(units):,} of {whole:,} units to do)"):
-            if number in done:
-                continue  # Ray had a task done again whose process died
-            done.add(number)
+        for number in _told(f"caching features ({len(units):,} of {whole:,} units to do)", units, run):
             view = units[number].view
             left[view] -= 1
             if not left[view]:
                 publish(view)
     assert len(published) == views, f"{len(published)} of {views} views were published"
     return _summary(root, keys, config)
+
+
+def _told(title: str, units: Sequence[Unit], run: Runner) -> Iterator[int]:
+    """Run the units with their progress on the console. Yields the number of each when it is done."""
+    with Images(title, units) as progress:
+        for number, done in run(units, progress.seen):
+            if number not in progress.finished:  # Ray has a task done again whose process died
+                progress.finish(number, done)
+                yield number
 
 
 def _missing(root: str, setup: Setup, keys: Mapping[str, str], view: int) -> list[ShardUnit]:

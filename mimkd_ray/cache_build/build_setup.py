@@ -59,9 +59,11 @@ class CalibrationUnit:
 
 
 Unit = ShardUnit | CalibrationUnit
-Runner = Callable[[Sequence[Unit], str], Iterator[tuple[int, Done]]]
-"""Does the units, in any order and anywhere, and yields (number of the unit, what it did). The text says what is
-going on."""
+Seen = Callable[[int, int], None]
+"""Takes (number of a unit, images of it that the teacher has seen)."""
+
+Runner = Callable[[Sequence[Unit], Seen], Iterator[tuple[int, Done]]]
+"""Does the units, in any order and anywhere, tells how far they are, and yields (number of the unit, what it did)."""
 
 
 def shards_of(blocks: Blocks, shard_rows: int) -> list[tuple[int, tuple[int, ...]]]:

@@ -9,14 +9,15 @@ device; and writes one file for each entry, each with its commit record.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mimkd_ray.cache_build.build_setup import CalibrationUnit, Runner, Setup, ShardUnit, Unit
+from mimkd_ray.cache_build.build_setup import CalibrationUnit, Runner, Seen, Setup, ShardUnit, Unit
 from mimkd_ray.data.loading.batches import DAMAGED, Key, LaneBatch
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.errors import UserError
@@ -39,20 +40,20 @@ class Builder:
         self.setup, self.root = setup, setup.config.cache.root
         self._sight: Sight | None = None
 
-    def run(self, units: Sequence[Unit]) -> Iterator[tuple[int, Done]]:
+    def run(self, units: Sequence[Unit], seen: Seen) -> Iterator[tuple[int, Done]]:
         """Do the units one after the other: the next one is decoded and the last ones are written meanwhile."""
         for number, unit in enumerate(units):
             if isinstance(unit, CalibrationUnit):
-                yield number, self._calibrate(unit)
+                yield number, self._calibrate(unit, partial(seen, number))
         shards = [(number, unit) for number, unit in enumerate(units) if isinstance(unit, ShardUnit)]
         if shards:
-            yield from self._make(shards)
+            yield from self._make(shards, seen)
 
-    def _calibrate(self, unit: CalibrationUnit) -> Done:
+    def _calibrate(self, unit: CalibrationUnit, seen: Callable[[int], None]) -> Done:
         teacher = self.setup.teacher(None)
         entries = [entry for entry in self.setup.fitted if entry.label in unit.labels]
         with torch.inference_mode():
-            for label, data in fit(self.setup.sight(teacher), entries).items():
+            for label, data in fit(self.setup.sight(teacher), entries, seen).items():
                 url = self.setup.calibration_url(next(entry for entry in entries if entry.label == label))
                 calibration.publish(url, data)
         teacher.tapped.release()
@@ -70,7 +71,7 @@ class Builder:
             self._keys = {label: key_of(parts) for label, parts in setup.parts(found).items()}
         return self._sight, self._keys
 
-    def _make(self, units: Sequence[tuple[int, ShardUnit]]) -> Iterator[tuple[int, Done]]:
+    def _make(self, units: Sequence[tuple[int, ShardUnit]], seen: Seen) -> Iterator[tuple[int, Done]]:
         sight, keys = self._open()
         size = self.setup.config.cache.batch
         wanted = [
@@ -88,6 +89,7 @@ class Builder:
                     at = batch.step
                     unit = _Unit(sight, units[at][1])
                 unit.add(batch)
+                seen(units[at][0], unit.images)
                 while written and (written[0][1].done() or len(written) > WRITERS):
                     number, future = written.popleft()
                     yield number, future.result()
@@ -102,6 +104,8 @@ class _Unit:
     def __init__(self, sight: Sight, unit: ShardUnit) -> None:
         assert sight.teacher.coding is not None
         self.sight, self.unit, self.coding = sight, unit, sight.teacher.coding
+        self.images = 0
+        """That were added."""
         self.ids: list[Tensor] = []
         self.damaged: list[Tensor] = []
         self.rows: dict[str, list[Tensor]] = {label: [] for label in unit.labels}
@@ -125,6 +129,7 @@ class _Unit:
             self.errors[label].append(sums_2B.masked_fill(damaged_B, 0))
         self._collect()
         self.pending = rows
+        self.images += len(batch.ids_B)
         self.ids.append(batch.ids_B)
         self.damaged.append(damaged_B)
 
@@ -168,9 +173,4 @@ class _Unit:
 
 def in_process(setup: Setup) -> Runner:
     """A `Runner` that does everything here."""
-    builder = Builder(setup)
-
-    def run(units: Sequence[Unit], title: str) -> Iterator[tuple[int, Done]]:
-        return builder.run(units)
-
-    return run
+    return Builder(setup).run

@@ -7,12 +7,12 @@ Errors are one line on standard error.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mimkd_ray import console, storage
 from mimkd_ray.cache_build.build_cache import Built, build
-from mimkd_ray.cache_build.build_setup import Runner, Setup, Unit
+from mimkd_ray.cache_build.build_setup import Runner, Setup
 from mimkd_ray.cache_build.build_units import in_process
 from mimkd_ray.cache_build.measured_plan import measured_plan
 from mimkd_ray.cli import command_line
@@ -20,8 +20,6 @@ from mimkd_ray.cli.local_launch import pick_device
 from mimkd_ray.cli.training import absolute
 from mimkd_ray.config import Config
 from mimkd_ray.config.form.values import check_values
-from mimkd_ray.data.prepare.unit_progress import Progress
-from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.errors import UserError, count
 from mimkd_ray.on_ray.nodes import environment
 from mimkd_ray.secret_urls import hide
@@ -130,16 +128,8 @@ def make(config: Config, only_plan: bool = False) -> Built | None:
 
 
 def finish(setup: Setup, run: Runner) -> Built:
-    """Build with progress, and print a summary of the cache."""
-
-    def shown(units: Sequence[Unit], title: str) -> Iterator[tuple[int, Done]]:
-        progress = Images(title, units)
-        with progress:
-            for number, done in run(units, title):
-                progress.count(done)
-                yield number, done
-
-    built = build(setup, shown)
+    """Build, and print a summary of the cache."""
+    built = build(setup, run)
     damaged = f"without features: {count(built.damaged, 'damaged image')}" if built.damaged else "no damaged images"
     console.line(
         f"{setup.config.cache.root}: {count(built.rows, 'image')} x {count(built.views, 'view')}, "
@@ -147,20 +137,3 @@ def finish(setup: Setup, run: Runner) -> Built:
         + "\n".join(f"  {label}: {key}" for label, key in built.keys.items())
     )
     return built
-
-
-class Images(Progress):
-    """Progress in images, with the megabytes written."""
-
-    def __init__(self, title: str, units: Sequence[Unit]) -> None:
-        super().__init__(title, sum(unit.rows for unit in units), "images", 1)
-        self.written = 0
-
-    def count(self, done: Done) -> None:
-        """Count a finished unit."""
-        self.written += done.bytes
-        self.add(Done(done.rows, done.rows))
-
-    def text(self, now: float) -> str:
-        """Return a line such as "12,000 images, 43 %, 850 images/s, 2 min left, 130 MB written"."""
-        return f"{super().text(now)}, {self.written / 1e6:,.0f} MB written"

@@ -8,6 +8,7 @@ loader processes, and features go from the actor to the storage.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ import ray.data
 import torch
 
 from mimkd_ray import storage
-from mimkd_ray.cache_build.build_setup import Setup, Unit
+from mimkd_ray.cache_build.build_setup import Seen, Setup, Unit
 from mimkd_ray.cache_build.build_units import Builder
 from mimkd_ray.cache_build.measured_plan import measured_plan
 from mimkd_ray.config import Config
@@ -26,6 +27,7 @@ from mimkd_ray.config.form.json_form import from_dict, to_dict
 from mimkd_ray.data.prepare.work_units import Done
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError
+from mimkd_ray.on_ray.driver_console import heard
 from mimkd_ray.on_ray.nodes.node_capacity import Capacity
 from mimkd_ray.on_ray.nodes.placement import wait_for_nodes, wait_for_room
 from mimkd_ray.on_ray.remote_errors import ERRORS, fetch, raise_told, with_patience
@@ -37,6 +39,9 @@ UNITS_PER_CALL = 4
 """Units that an actor gets at a time: while one is computed, the next is decoded and the last are written."""
 
 CPUS_PER_BUILDER = 2
+
+TELL_SECONDS = 1.0
+"""Between two messages of an actor about how far it is."""
 
 
 class Cluster:
@@ -93,8 +98,12 @@ class Cluster:
         task = ray.remote(num_cpus=self.cpus, num_gpus=int(self.gpu), max_retries=0)(_plan)
         return str(fetch(task.remote(to_dict(self.config), self.cpus, Carried())))
 
-    def run(self, units: Sequence[Unit], title: str) -> Iterator[tuple[int, Done]]:
+    def run(self, units: Sequence[Unit], seen: Seen) -> Iterator[tuple[int, Done]]:
         """Run the units; a `Runner`. Raises a unit's UserError, DamagedDataError or StorageError."""
+        with heard(lambda far: seen(*far)) as mailbox:
+            yield from self._run(units, mailbox)
+
+    def _run(self, units: Sequence[Unit], mailbox: Any) -> Iterator[tuple[int, Done]]:
         quiet_and_patient()
         rows = [{"number": number, "unit": ray.cloudpickle.dumps(unit)} for number, unit in enumerate(units)]
         calls = -(-len(rows) // UNITS_PER_CALL)
@@ -104,7 +113,7 @@ class Cluster:
             batch_size=None,
             batch_format="numpy",
             compute=ray.data.ActorPoolStrategy(min_size=min(self.fewest, workers), max_size=workers),
-            fn_constructor_args=(to_dict(self.config), self.cpus, Carried()),
+            fn_constructor_args=(to_dict(self.config), self.cpus, mailbox, Carried()),
             num_cpus=self.cpus,
             num_gpus=int(self.gpu),
         )
@@ -117,7 +126,8 @@ class Cluster:
 class BuildActor:
     """An actor that builds."""
 
-    def __init__(self, config: dict[str, Any], cpus: int, _secrets: Carried) -> None:
+    def __init__(self, config: dict[str, Any], cpus: int, mailbox: Any, _secrets: Carried) -> None:
+        self.mailbox, self.told = mailbox, 0.0
         self.builder: Builder | None = None
         self.failed: Exception | None = None
         try:
@@ -139,7 +149,13 @@ class BuildActor:
 
         def build() -> Iterator[tuple[int, Done]]:
             numbers = list(left)
-            for place, done in builder.run(list(left.values())):
+
+            def seen(place: int, rows: int) -> None:
+                if time.monotonic() - self.told >= TELL_SECONDS:
+                    self.told = time.monotonic()
+                    self.mailbox.put.remote((numbers[place], rows))
+
+            for place, done in builder.run(list(left.values()), seen):
                 del left[numbers[place]]
                 yield numbers[place], done
 

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,17 @@ def speak_through(mailbox: Any, every: float, rank: int) -> None:
         own.addHandler(_Warnings(logging.WARNING))
 
 
+def _tell(item: str | console.Status | None) -> None:
+    if not isinstance(item, str):
+        console.show(item)
+    elif item not in console.told:
+        console.line(item)
+
+
 @contextlib.contextmanager
-def heard() -> Iterator[Any]:
-    """Yield a mailbox for workers, whose content is told by this process's console during the with-block."""
+def heard(hear: Callable[[Any], None] = _tell) -> Iterator[Any]:
+    """Yield a mailbox for workers, whose content this process hears during the with-block: by default its console tells
+    it."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     over = threading.Event()
@@ -90,10 +98,7 @@ def heard() -> Iterator[Any]:
             last = over.wait(POLL_SECONDS)
             with contextlib.suppress(RayError):  # its node is gone: what comes next is heard from the new one
                 for item in ray.get(mailbox.take.remote(), timeout=5):
-                    if not isinstance(item, str):
-                        console.show(item)
-                    elif item not in console.told:
-                        console.line(item)
+                    hear(item)
 
     thread = threading.Thread(target=listen, name="workers' lines", daemon=True)
     thread.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from ranks import start_ranks
 from tiny_cache import CPU, build_here, cached_config, files
 
-from mimkd_ray import storage
+from mimkd_ray import console, storage
 from mimkd_ray.cache_build import build_setup, build_units, measured_plan
 from mimkd_ray.cache_build.build_cache import build
 from mimkd_ray.cache_build.build_setup import Setup, shards_of
@@ -314,3 +315,26 @@ def test_features_that_are_not_finite_fit_no_codec(tmp_path: Path) -> None:
         next(setup.network.parameters()).fill_(torch.nan)
     with pytest.raises(UserError, match=r"stage3:map: the teacher's features of the .* are not all finite"):
         build(setup, in_process(setup))
+
+
+def test_progress_counts_images_of_unfinished_units(tmp_path: Path) -> None:
+    """On a CPU a unit may take a minute."""
+    shown: dict[str, list[str]] = {"fitting": [], "caching": []}
+
+    class Lines(console.Nobody):
+        every = 0.0
+
+        def status(self, status: console.Status | None) -> None:
+            if status is not None and status.total:
+                shown[status.what.partition(" ")[0]].append(f"{status.done} of {status.total}")
+
+    before = console.use(Lines())
+    config = cached_config(tmp_path, cache={"batch": 16})
+    build_here(config)
+    console.use(before)
+    assert list(dict.fromkeys(shown["fitting"])) == ["16 of 40", "32 of 40", "40 of 40"]
+    batches = [
+        min(16, sum(counts) - first) for _, counts in Setup(config, CPU).shards for first in range(0, sum(counts), 16)
+    ]
+    assert len(batches) > len(Setup(config, CPU).shards)
+    assert list(dict.fromkeys(shown["caching"])) == [f"{done} of 120" for done in itertools.accumulate(2 * batches)]

@@ -75,7 +75,7 @@ def test_killed_builders_and_a_killed_job(joined: str, tmp_path: Path, capsys: p
     said = capsys.readouterr().out
     (title,) = set(re.findall(r"caching features \((\d+) of 33 units to do\)", said))
     assert 0 < int(title) <= 33 - there // 5
-    assert re.search(r"[\d,]+ images, 100 %, [\d,]+ images/s, 0 s left, [\d,]+ MB written", said)
+    assert re.search(r"  [\d,]+ images in 0:\d\d:\d\d, [\d,]+ MB written", said)
     assert "512 images x 3 views" in said
 
     threads = torch.get_num_threads()
@@ -116,7 +116,7 @@ def test_a_killed_preparation_goes_on_and_ends_as_an_undisturbed_one(
     assert said[0] == f"split 'train' of {source}: looking what is there"
     assert said[1:3] == ["starting Ray", f"checking images ({25 - len(parts)} of 25 parts to do)"]
     assert "writing shards (13 of 13 shards to do)" in said
-    assert re.fullmatch(r"  399 images, 100 %, [\d,]+ images/s, 0 s left", said[-3])
+    assert re.fullmatch(r"  399 images in 0:\d\d:\d\d", said[-3])
     assert "399 images of 2 classes" in said[-2]
     assert said[-1] == f"1 damaged image left out (see train.damaged.json); digest {manifest.digest}"
     (target / "ray.log").unlink()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mimkd_ray import console
 from mimkd_ray.config import Config
 from mimkd_ray.config.cache import check_rules, parse_rule
 from mimkd_ray.data.augment.pipelines import make_pipeline
@@ -106,8 +107,10 @@ def open_cached(
         # Every worker does the same work: waiting for one of them could outlast a collective's patience.
         teacher = build_teacher(planned, network, context.device)
         pipeline = make_pipeline(config.data.pipeline, config.data.image_size)
+        what = f"fitting the codecs of {', '.join(entry.label for entry in missing)}"
         try:
-            made = fit(Sight(config, data, pipeline, teacher, context.device), missing)
+            with console.phase(what, config.cache.calibration_rows, said=False) as advance:
+                made = fit(Sight(config, data, pipeline, teacher, context.device), missing, advance)
         finally:
             teacher.tapped.release()
         known |= ask_first(lambda: {label: calibration.publish(urls[label], value) for label, value in made.items()})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -64,8 +64,9 @@ def sample_keys(rows: int, count: int, seed: int, batch: int) -> list[Key]:
     return keys
 
 
-def fit(sight: Sight, entries: Sequence[Entry]) -> dict[str, bytes]:
-    """Return the calibrations of entries by label, as files. ``sight`` has a teacher without codecs.
+def fit(sight: Sight, entries: Sequence[Entry], seen: Callable[[int], None]) -> dict[str, bytes]:
+    """Return the calibrations of entries by label, as files. ``sight`` has a teacher without codecs; ``seen`` is told
+    how many images it has looked at.
 
     Damaged images are left out. Runs the teacher on ``cache.calibration_rows`` images (or views of images). Raises
     UserError for features that are not finite.
@@ -73,11 +74,14 @@ def fit(sight: Sight, entries: Sequence[Entry]) -> dict[str, bytes]:
     cache = sight.config.cache
     keys = sample_keys(sight.source.num_rows, cache.calibration_rows, sight.config.view_seed, cache.batch)
     fitters = {entry.label: Fitter(entry.spec, entry.shape, cache.calibration_rows, sight.device) for entry in entries}
+    images = 0
     for batch in sight.batches(keys):
         features = by_label(sight.look(batch)[1])
         intact = batch.labels_B != DAMAGED
         for label, fitter in fitters.items():
             fitter.add(features[label][intact])
+        images += len(batch.labels_B)
+        seen(images)
     for label, fitter in fitters.items():
         if not fitter.finite:
             raise UserError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -12,9 +11,6 @@ import torch
 
 from mimkd_ray import console
 from mimkd_ray.train.distributed import Context
-
-RATE_SECONDS, MARK_SECONDS = 60.0, 1.0
-"""Rate and time left are those of the last minute: what came before, such as compiling, does not go on."""
 
 WARM_STEPS = 5
 """Steps that images/s leave out: allocation, autotuning, compilation."""
@@ -56,29 +52,18 @@ class Progress:
     def __init__(self, context: Context, label: str, start: int, total: int, batch: int) -> None:
         self.label, self.total, self.batch = label, total, batch
         self.shown = context.rank == 0
-        began = time.perf_counter()
-        self.marks = deque([(began, start)])
-        self.next_text = began + console.current().every
+        self.speed = console.LastMinute(start)
+        self.next_text = time.monotonic() + console.current().every
         if self.shown:
             console.show(console.Status(label, start, total))
 
     def update(self, step: int, text: Callable[[], str]) -> None:
         """Tell that ``step`` steps are done; ``text()`` is the latest metrics."""
-        now = time.perf_counter()
-        since, first = self._window(now, step)
+        now, steps = time.monotonic(), self.speed.rate(step)
         if self.shown and (now >= self.next_text or step == self.total):
             self.next_text = now + console.current().every
-            rate = (step - first) * self.batch / max(now - since, 1e-9)
-            left = (self.total - step) * self.batch / max(rate, 1e-9)
-            console.show(console.Status(self.label, step, self.total, "steps", rate, left, text()))
-
-    def _window(self, now: float, step: int) -> tuple[float, int]:
-        """Return when the last minute began, or training if that is later, and how many steps were done then."""
-        if now - self.marks[-1][0] >= MARK_SECONDS:
-            self.marks.append((now, step))
-        while len(self.marks) > 1 and now - self.marks[1][0] >= RATE_SECONDS:
-            self.marks.popleft()
-        return self.marks[0]
+            left = (self.total - step) / max(steps, 1e-9)
+            console.show(console.Status(self.label, step, self.total, "steps", steps * self.batch, left, text()))
 
     def close(self) -> None:
         """It is over."""

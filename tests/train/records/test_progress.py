@@ -6,7 +6,6 @@ import pytest
 from tiny_run import cpu
 
 from mimkd_ray import console
-from mimkd_ray.train.records import progress as module
 from mimkd_ray.train.records.progress import Progress
 
 
@@ -14,7 +13,6 @@ from mimkd_ray.train.records.progress import Progress
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that progress and console see: its one number is to be moved."""
     now = [0.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     console.use(console.Shown())
     return now
