@@ -28,7 +28,7 @@ WORDS: dict[str, tuple[type, tuple[str, ...]]] = {
     "cache": (Config, ("build", "plan", "ls", "verify", "gc", *_RECIPES, *_OF_JOBS)),
     "search": (SearchJob, (*_RECIPES, *_OF_JOBS)),
     "prepare": (PrepareJob, ("--help",)),
-    "evaluate": (EvaluateJob, ("--help",)),
+    "evaluate": (EvaluateJob, ("--help", "--help-all", "--verbose")),
     "export": (ExportConfig, ("--help",)),
     "report": (_Nothing, ("--help", "--out")),
     "runs": (_Nothing, ("ls", "show", "compare", "--help")),

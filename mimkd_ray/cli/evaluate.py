@@ -14,6 +14,7 @@ from typing import Any
 from mimkd_ray import console, storage
 from mimkd_ray.cli import command_line
 from mimkd_ray.cli.local_launch import local_context
+from mimkd_ray.cli.short_help import OF_EVALUATION, short_help
 from mimkd_ray.cli.training import absolute
 from mimkd_ray.config import Config, LaunchConfig
 from mimkd_ray.config.jobs.evaluate import EvaluateConfig, EvaluateJob, evaluate_job
@@ -39,6 +40,10 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
             f"{program} [RUN] [flags]\n\nRUN is a run's directory or URL; its config is the default of all flags but "
             "--launch and --eval."
         )
+        if {"--help", "-h"} & {*arguments}:
+            print(short_help(evaluate_job(base), head, OF_EVALUATION, more=""))
+            return 0
+        arguments[:] = ["--help" if argument == "--help-all" else argument for argument in arguments]
         job = command_line.from_flags(
             EvaluateJob, arguments, prog=program, description=head, default=evaluate_job(base)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 FIELDS = {
@@ -28,17 +29,37 @@ FIELDS = {
 """Field to what it is, in a few words."""
 
 
-def short_help(config: Any, head: str) -> str:
-    """Return the page for a recipe's config, with its values."""
+OF_EVALUATION = {
+    "eval.network": "student, best (at its best held-out accuracy) or teacher",
+    "data.root": "what to evaluate on, as for training; ImageNet-A, -R, -V2 and Sketch as class folders",
+    "data.val_split": "which split of it; auto: its validation split",
+    "student.name": "without RUN: the network, named as in training",
+    "student.weights": "without RUN: published, a file or URL",
+    "eval.rows": "images to evaluate on, evenly spaced; 0: all",
+    "eval.train_rows": "training images that k-NN and the linear probe learn from; 0: neither",
+    "eval.corruptions": "measure top-1 under corruptions too: 35 passes",
+    "eval.classes": "file with the names of the network's classes, where it is not the run's",
+    "eval.real": "file with the labels of ImageNet-ReaL",
+    "eval.out": "folder or URL for what is written; unset: RUN",
+    "launch.backend": "local: this process, or torchrun's; or ray",
+    "launch.workers": "workers under Ray; 0: one per GPU",
+}
+"""The same of `evaluate`."""
+
+PRINTING = "--print-config prints the whole config, --config FILE reads it back (JSON, YAML or TOML);"
+
+
+def short_help(config: Any, head: str, fields: Mapping[str, str] = FIELDS, more: str = PRINTING) -> str:
+    """Return the page with those of the fields that a config has, and their values. ``head``: how the command is
+    called; ``more``: a line about other flags."""
     rows = []
-    for name, words in FIELDS.items():
+    for name, words in fields.items():
         section, _, field = name.partition(".")
         if hasattr(config, section):
             flag = "--" + name.replace("_", "-")
             rows.append(f"  {flag:<18} {words} ({getattr(getattr(config, section), field)!r})")
     lines = (
-        *(head, "", "Fields that people change, with the recipe's values:", *rows, ""),
-        "--print-config prints them all, --config FILE reads them back (JSON, YAML or TOML);",
+        *(head, "", "Fields that people change, with their values:", *rows, "", *filter(None, [more])),
         "--verbose shows what Ray prints; --help-all lists all fields with types, defaults and meaning.",
     )
     return "\n".join(lines)

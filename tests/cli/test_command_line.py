@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from mimkd_ray.cli import command_line
-from mimkd_ray.cli.short_help import FIELDS
+from mimkd_ray.cli import command_line, evaluate
+from mimkd_ray.cli.short_help import FIELDS, OF_EVALUATION
 from mimkd_ray.config import Config, OptimConfig
 from mimkd_ray.config.form.json_form import from_dict, to_dict
+from mimkd_ray.config.jobs.evaluate import evaluate_job
 from mimkd_ray.config.jobs.search import search_job
 from mimkd_ray.errors import UserError
 from mimkd_ray.models.build_model import build_model
@@ -250,9 +251,15 @@ def test_help_is_one_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, lines)) <= 130
     assert any(re.match(r"  --optim\.lr +peak learning rate.*\(0\.2\)$", line) for line in lines)
     assert "--help-all" in lines[-1]
-    for name in FIELDS:
-        section, _, field = name.partition(".")
-        assert hasattr(getattr(search_job(demo()), section), field), name
+    assert evaluate.main(["--help"], "evaluate") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 30
+    assert max(map(len, lines)) <= 130
+    assert any(re.match(r"  --eval\.train-rows +training images .*\(5000\)$", line) for line in lines)
+    for job, known in ((search_job(demo()), FIELDS), (evaluate_job(demo()), OF_EVALUATION)):
+        for name in known:
+            section, _, field = name.partition(".")
+            assert hasattr(getattr(job, section), field), name
 
 
 @pytest.mark.parametrize(
