@@ -194,8 +194,9 @@ def check_packages(config: ExportConfig) -> None:
     }
     for extra, needed in by_extra.items():
         if missing := [name for name in needed if not _installed(name)]:
+            verb = "is" if len(missing) == 1 else "are"
             raise UserError(
-                f"--formats {' '.join(config.formats)} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: pip "
+                f"--formats {' '.join(config.formats)} needs {' and '.join(missing)}, which {verb} not installed: pip "
                 f"install mimkd-ray[{extra}], or leave it out with --formats pt2"
             )
     if config.push_to:
