@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,6 +41,16 @@ def plot_text(text: str) -> str:
 def cut(text: str, width: int) -> str:
     """Return text, shortened to `width` characters."""
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def on_lines(text: str, width: int) -> str:
+    """Return text for Plotly on lines of about `width` characters, broken after a dot, an underscore or a space."""
+    lines = [""]
+    for part in re.findall(r"[^._ ]+[._ ]*|[._ ]+", text):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "<br>".join(cut(line, width) for line in lines)
 
 
 def color_of(place: int) -> str:

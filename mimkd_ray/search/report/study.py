@@ -19,7 +19,7 @@ from optuna.visualization import (
 )
 from plotly.colors import sample_colorscale
 
-from mimkd_ray.pages.figures import BLUE, ORANGE, RED, cut, plot_text
+from mimkd_ray.pages.figures import BLUE, ORANGE, RED, on_lines, plot_text
 from mimkd_ray.search.trials import Trial, Value, direction, param_names, ranked, value_text
 
 LABELS = {
@@ -99,10 +99,14 @@ class Study:
         names = [plot_text(name) for name in self.shared]
         figure = plot_parallel_coordinate(study, params=names, target_name=LABELS[self.metric])
         figure.for_each_trace(self._recolour)
-        figure = self._styled(figure, 460).update_layout(margin={"l": 20, "r": 20, "t": 20, "b": 20})
+        figure = self._styled(figure, 460).update_layout(margin={"l": 20, "r": 20, "t": 20, "b": 60})
         figure.update_annotations(font={"color": None})
-        names = [cut(text, 16) for text in figure.layout.xaxis.ticktext or ()]
-        return figure.update_xaxes(ticktext=names, range=[-0.5, len(self.shared) + 0.3], tickangle=0)
+        whole = [LABELS[self.metric], *sorted(names)]  # Optuna cuts them, in this order
+        shown = [
+            on_lines(name if name.startswith(text.removesuffix("...")) else text, 16)
+            for name, text in zip(whole, figure.layout.xaxis.ticktext or whole, strict=True)
+        ]
+        return figure.update_xaxes(ticktext=shown, range=[-0.5, len(self.shared) + 0.3], tickangle=0)
 
     @staticmethod
     def _recolour(trace: Any) -> None:

@@ -58,6 +58,15 @@ def test_optuna_draws_the_trials_with_their_own_numbers() -> None:
     assert sorted(len(line["x"]) for line in lines) == sorted(len(t.curve) for t in trials if t.number in scored)
 
 
+def test_axes_of_parallel_coordinates_have_whole_names() -> None:
+    """Optuna cuts them to 20 characters, after which these two are alike."""
+    names = ["critic.learn_temperature", "critic.learn_temper_two", "lr"]
+    page = read([trial(n, params=dict.fromkeys(names, 0.1 * (n + 1)), score=50.0 + n) for n in range(8)])
+    shown = page.figure("Parallel coordinates")["layout"]["xaxis"]["ticktext"]
+    assert [text.replace("<br>", "") for text in shown] == ["held-out top-1 (%)", *sorted(names)]
+    assert max(len(line) for text in shown for line in text.split("<br>")) <= 16
+
+
 def test_strings_of_trials_are_text_everywhere() -> None:
     trials = [
         trial(
