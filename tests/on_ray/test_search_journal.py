@@ -55,7 +55,12 @@ def test_the_console_tells_the_metric_and_how_far_the_search_is(
     journal.on_trial_result(0, trials, trials[0], {**figures(2, 50.0), "cross_entropy": 1.25, "time_total_s": 1.0})
     journal.on_trial_complete(0, trials, trials[0])
     assert "trial 0: epoch 2, cross-entropy 1.25\n" in capsys.readouterr().out
-    assert shown[-1].text() == "search of tpe: 1 of 3 trials, 1 running, best cross_entropy 1.25"
+    far = "search of tpe: 1 of 3 trials, 1 running, best cross_entropy 1.25"
+    assert shown[-1].text() == far
+    shown.clear()
+    again = pickle.loads(pickle.dumps(journal))  # noqa: S301
+    again.on_step_begin(0, trials)
+    assert [status.text() for status in shown] == [far], "a restored search tells it before any trial ends"
 
 
 @pytest.mark.parametrize(("changes", "concurrent"), [({}, 3), ({"pack": 2}, 3), ({"scheduler": "pbt"}, None)])

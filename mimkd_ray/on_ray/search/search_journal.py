@@ -91,11 +91,12 @@ class Journal(tune.Callback, tune.Stopper):
         return bool(self.over_budget())
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Forget rows that Tune does not know, once."""
+        """Forget rows that Tune does not know, and tell how far an earlier start has come, once."""
         table = self.table
         if not self._known:
             self._known = True
             table.keep({trial.trial_id for trial in trials})
+            self._show()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial begins or goes on, perhaps with other values."""
