@@ -9,17 +9,11 @@ MobileNetV2 as timm names it.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
-
-WRAPPING = (
-    *("module", "_orig_mod", "_fsdp_wrapped_module"),
-    *("model", "base_model", "net", "network", "backbone", "encoder", "encoder_q"),
-    *("student", "teacher", "ema", "ema_model"),
-)
-"""Names that code puts in front of a network's own: of data parallelism, compilation, Lightning, distillation."""
 
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 """A pattern of a module's whole path and what it is here."""
@@ -152,7 +146,7 @@ def best_fit(own: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Tensor
 
 def _candidates(own: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Fit]:
     for key, state in states.items():
-        for prefix in _prefixes(state):
+        for prefix in _prefixes(state, len(own) // 2):
             inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             left = tuple(name for name in state if not name.startswith(prefix))
             plain = Fit(inner, _agreeing(own, inner), key, prefix, left=left)
@@ -169,17 +163,11 @@ def _agreeing(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> int:
     return sum(name in own and own[name].shape == value.shape for name, value in state.items())
 
 
-def _prefixes(names: Iterable[str]) -> list[str]:
-    """Everything at the front of any name that is made of the names of wrappers, shortest first."""
-    found = {"": None}
-    for name in names:
-        taken = ""
-        for part in name.split(".")[:-1]:
-            if part not in WRAPPING:
-                break
-            taken += f"{part}."
-            found[taken] = None
-    return sorted(found, key=len)
+def _prefixes(names: Iterable[str], least: int) -> list[str]:
+    """Return "" and the dotted fronts that at least so many names share, shortest first: what wrappers (of data
+    parallelism, compilation, Lightning, detection) put in front of a network's own names is in front of most."""
+    shared = Counter(name[: at + 1] for name in names for at, letter in enumerate(name) if letter == ".")
+    return ["", *sorted((front for front, number in shared.items() if number >= least), key=len)]
 
 
 def _translated(name: str, rules: Iterable[Rule]) -> str:

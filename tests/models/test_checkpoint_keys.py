@@ -163,7 +163,7 @@ def test_nothing_else_is_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     "prefix",
     ["module.", "_orig_mod.", "model.", "backbone.", "student.", "teacher.", "encoder.", "module.student.",
-     "_orig_mod.module.", "model._orig_mod.backbone."],
+     "_orig_mod.module.", "model._orig_mod.backbone.", "classifier.", "1.", "detector.backbone.body."],
 )  # fmt: skip
 def test_prefixes(tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture) -> None:
     net = build_model(STUDENT, 10)
