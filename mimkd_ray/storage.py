@@ -102,11 +102,12 @@ def list_sizes(url: str, suffix: str = "") -> dict[str, int]:
     return {file: entry.size for file, entry in list_entries(url, suffix).items()}
 
 
-def list_entries(url: str, suffix: str = "") -> dict[str, Entry]:
-    """Return {file: Entry} of the files that `list_files` returns, in the same order. Makes no call per file."""
+def list_entries(url: str, suffix: str = "", broken: bool = False) -> dict[str, Entry]:
+    """Return {file: Entry} of the files that `list_files` returns, in the same order. Makes no call per file. `broken`:
+    with links to nothing, whose size is `local_files.NOTHING`."""
     return {
         join(url, name): Entry(size, version)
-        for name, is_dir, size, version in _entries(url)
+        for name, is_dir, size, version in _entries(url, broken)
         if not is_dir and name.endswith(suffix) and not (suffix and name.startswith("."))
     }
 
@@ -119,8 +120,8 @@ def list_dirs(url: str) -> list[str]:
 def list_entries_below(url: str, deepest: int, wanted: Callable[[str], bool], broken: bool = False) -> dict[str, Entry]:
     """Return {path below `url`: Entry} for files in the folder and its folders, `deepest` of them in each other.
 
-    `wanted` says of a name whether it counts. One listing a folder; no folder twice, wherever links lead. `broken`:
-    with links to nothing, whose size is `local_files.NOTHING`.
+    `wanted` says of a name whether it counts. One listing a folder; no folder twice, wherever links lead. `broken` as
+    in `list_entries`.
     """
     found: dict[str, Entry] = {}
     seen: set[str] = set()

@@ -15,12 +15,12 @@ DEEPEST = 4  # folders in each other
 
 def declared_files(root: str) -> dict[str, dict[str, storage.Entry]]:
     """Return {split: {URL: Entry}} of the Parquet files that the README.md in `root` names for its default config, or
-    for the only one; {} where it names none. Of several without a default, splits are called CONFIG/SPLIT. Raises
-    UserError for metadata that cannot be read."""
+    for the only one; {} where it names none. Of several without a default, splits are called CONFIG/SPLIT. Links to
+    nothing are among them. Raises UserError for metadata that cannot be read."""
     patterns = _patterns(storage.read_bytes(storage.join(root, README)).decode(errors="replace"), root)
     if not patterns:
         return {}
-    listing = storage.list_entries_below(root, DEEPEST, lambda name: not name.startswith("."))
+    listing = storage.list_entries_below(root, DEEPEST, lambda name: not name.startswith("."), broken=True)
     files = {path: entry for path, entry in sorted(listing.items()) if path.endswith(".parquet")}
     found = {}
     for split, of_split in patterns.items():

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from mimkd_ray import storage
 from mimkd_ray.data.sources.hub_readme import README, declared_files
 from mimkd_ray.data.sources.tars import tars_of_pattern
-from mimkd_ray.errors import listed
+from mimkd_ray.errors import UserError, count, listed
+from mimkd_ray.local_files import NOTHING
 
 VAL_ALIASES = ("validation", "val", "valid", "test")
 SPLIT_NAMES = {"train", "training", "testing", *VAL_ALIASES}  # folders of splits, and not of classes
@@ -28,16 +29,17 @@ class Splits:
     a pattern of tars all are any split."""
 
     def __init__(self, url: str) -> None:
-        """List the folder, and `data` in it. Raises UserError for a pattern of tars that are not all there."""
+        """List the folder, and `data` in it. Raises UserError for Parquet files and tars that are not all there."""
         self.url, self.is_pattern = url, url.endswith(".tar")
-        self.listing = {} if self.is_pattern else storage.list_entries(url)
+        self.listing = {} if self.is_pattern else _present(storage.list_entries(url, broken=True))
         self.tars = tars_of_pattern(url) if self.is_pattern else self._ending(".tar")
         self.parquet = self._ending(".parquet")
         dirs = [] if self.is_pattern else storage.list_dirs(url)
         self.dirs = {place.rpartition("/")[2]: place for place in dirs}
-        self.declared = declared_files(url) if storage.join(url, README) in self.listing else {}
+        declared = declared_files(url) if storage.join(url, README) in self.listing else {}
+        self.declared = {split: _present(files) for split, files in declared.items()}
         if "data" in self.dirs:  # the folder used by the Hugging Face hub
-            self.parquet |= storage.list_entries(self.dirs["data"], ".parquet")
+            self.parquet |= _list(self.dirs["data"], ".parquet")
 
     def _ending(self, suffix: str) -> dict[str, storage.Entry]:
         names = {file: file.rpartition("/")[2] for file in self.listing}
@@ -50,8 +52,8 @@ class Splits:
         parquet = _of_split(self.parquet, split) or self.declared.get(split, {})
         if not parquet and split in self.dirs:
             folder = self.dirs[split]
-            parquet = storage.list_entries(folder, ".parquet")
-            tars = storage.list_entries(folder, ".tar") if not parquet else {}
+            parquet = _list(folder, ".parquet")
+            tars = _list(folder, ".tar") if not parquet else {}
             if tars and not storage.list_dirs(folder):
                 return Split({}, tars)
             if not parquet:
@@ -67,6 +69,23 @@ class Splits:
         files = self.listing | self.parquet | self.tars
         names += [url.rpartition("/")[2] for url in files] + [f"{name}/" for name in self.dirs]
         return listed(names, 8)
+
+
+def _list(folder: str, suffix: str) -> dict[str, storage.Entry]:
+    return _present(storage.list_entries(folder, suffix, broken=True))
+
+
+def _present(files: dict[str, storage.Entry]) -> dict[str, storage.Entry]:
+    """Return the files without links to nothing. Raises UserError if one of those is a part of a set, as those of the
+    cache of the Hugging Face hub are from which files were removed: its rows would be missing without a word."""
+    links = [url for url, entry in files.items() if entry.size == NOTHING]
+    parts = [url for url in links if url.endswith((".parquet", ".tar")) and "/." not in url[url.rfind("/") :]]
+    if parts:
+        raise UserError(
+            f"{parts[0]} is a link that leads to nothing ({count(len(parts), 'such file')}): bring what it led to, or "
+            "remove the link to do without its images"
+        )
+    return {url: entry for url, entry in files.items() if entry.size != NOTHING}
 
 
 def is_of_split(url: str, split: str) -> bool:

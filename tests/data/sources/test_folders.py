@@ -134,11 +134,12 @@ def test_links_to_nothing_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixt
         place.mkdir()
         (place / "gone.png").symlink_to(tmp_path / "moved" / "x.png")
     (tmp_path / "a" / "circle.png").symlink_to(tmp_path / "a" / "circle.png")
-    with pytest.raises(UserError, match=r"none of 1 class folders .*'a', 3 links that lead to nothing; expected"):
+    (tmp_path / "b").symlink_to(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"none of 1 class folders .*'a', 4 links that lead to nothing; expected"):
         FolderSource(str(tmp_path))
     (tmp_path / "a" / "x.png").write_bytes(encode(pixels(0)))
     assert FolderSource(str(tmp_path)).num_rows == 1
-    assert "passed over: 3 links to nothing, such as a/below/gone.png, a/circle.png, a/gone.png" in caplog.text
+    assert "passed over: 4 links to nothing, such as b, a/below/gone.png, a/circle.png" in caplog.text
     assert FolderSource(str(tmp_path / "a"), labelled=False).num_rows == 1
     assert "passed over: 3 links to nothing, such as below/gone.png, circle.png, gone.png" in caplog.text
 

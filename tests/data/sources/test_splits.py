@@ -13,6 +13,7 @@ from mimkd_ray.config.jobs.prepare import PrepareConfig
 from mimkd_ray.data.prepare.make_shards import open_origin
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.data.sources.splits import Splits
+from mimkd_ray.errors import UserError
 
 
 def _folders_beside_tars(root: Path) -> None:
@@ -66,3 +67,27 @@ def test_what_was_found_is_named(tmp_path: Path) -> None:
     (tmp_path / "train.zip").write_bytes(b"")
     assert Splits(str(tmp_path)).find("test") is None
     assert Splits(str(tmp_path)).found() == "train-0.parquet, train.zip, train-1.parquet, val-0.parquet, data/"
+
+
+@pytest.mark.parametrize("place", ["train-1.parquet", "data/train-1.parquet", "train/1.parquet", "train/1.tar"])
+def test_files_that_are_links_to_nothing_are_refused(tmp_path: Path, place: str) -> None:
+    """As in the cache of the hub after files were removed: the rows would be missing without a word."""
+    there = tmp_path / place.replace("1.", "0.")
+    there.parent.mkdir(exist_ok=True)
+    if place.endswith(".tar"):
+        write_tar(there, {"0.jpg": images(1)[0] or b"", "0.cls": b"0"})
+    else:
+        write_parquet(there, images(4), [0, 1, 0, 1])
+    assert Splits(str(tmp_path)).find("train")
+    (tmp_path / place).symlink_to(tmp_path / "blobs" / "gone")
+    (tmp_path / place).with_name("._other.parquet").symlink_to(tmp_path / "blobs" / "gone")
+    with pytest.raises(UserError, match=rf"{place} is a link that leads to nothing \(1 such file\): bring what"):
+        Splits(str(tmp_path)).find("train")
+
+
+def test_a_link_to_nothing_that_the_readme_names_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: some/*.parquet\n---\n")
+    write_parquet(tmp_path / "some" / "0.parquet", images(4), [0, 1, 0, 1])
+    (tmp_path / "some" / "1.parquet").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"some/1\.parquet is a link that leads to nothing"):
+        Splits(str(tmp_path))
