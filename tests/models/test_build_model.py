@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -222,15 +221,6 @@ def test_config_refuses_empty_names() -> None:
     assert ModelConfig(name="resnet18").weights == "random"
     with pytest.raises(UserError, match="model name is empty"):
         ModelConfig(name=" ")
-
-
-def test_importing_the_package_imports_neither_torchvision_nor_ray() -> None:
-    """What a job imports before its opening block neither: torchvision's import takes as long as torch's."""
-    names = ("models.build_model", "models.cifar_registry", "taps.default_stages", "taps.tapped_model", "cli.training")
-    modules = ", ".join(f"mimkd_ray.{name}" for name in names)
-    code = f"import sys, {modules}; print(sorted({{'ray', 'torchvision', 'timm'}} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("written", ["~/own weights.safetensors", "file://{home}/own%20weights.safetensors"])

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 
@@ -31,12 +29,3 @@ def test_same_images_as_scikit_learn() -> None:
     assert row.image.shape == (8, 8, 3)
     assert row.image.dtype == np.uint8
     assert row.name == "digits val row 7"
-
-
-def test_heavy_packages_are_not_imported() -> None:
-    code = (
-        "import sys; from mimkd_ray.data.sources.data_set import *; open_data(DataConfig()); "
-        "print([m for m in ('sklearn', 'torchvision', 'pyarrow', 'fsspec', 'ray') if m in sys.modules])"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
