@@ -28,6 +28,10 @@ def series(curve: list[dict[str, Any]], key: str) -> tuple[list[float], list[flo
 
 
 def main() -> None:
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("study", type=Path)
+    options.add_argument("target", type=Path)
+    args = options.parse_args()
     import matplotlib
 
     matplotlib.use("svg")
@@ -35,10 +39,6 @@ def main() -> None:
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: readers can search it, and the file is half as long
     from matplotlib import pyplot
 
-    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    options.add_argument("study", type=Path)
-    options.add_argument("target", type=Path)
-    args = options.parse_args()
     runs = json.loads(args.study.read_text())["runs"]
     figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6), constrained_layout=True)
     term = "global/pool-pool"

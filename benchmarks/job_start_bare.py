@@ -5,8 +5,8 @@ python job_start_bare.py FOLDER
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,9 @@ def train(setup: dict[str, Any]) -> None:
 
 def main() -> None:
     """Join the cluster that the job was submitted to, and train on two workers."""
-    folder = Path(sys.argv[1])
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("folder", type=Path)
+    folder = options.parse_args().folder
     marks = {"parsed": time.time()}
     ray.init()
     marks["connected"] = time.time()

@@ -5,8 +5,8 @@ python benchmarks/ray_hello.py FOLDER
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ def first_step(setup: dict[str, Any]) -> None:
 
 def main() -> None:
     """Start Ray as a beginner does, and a trainer on two workers."""
-    folder = Path(sys.argv[1]).absolute()
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("folder", type=Path)
+    folder = options.parse_args().folder.absolute()
     marks = {"imported": time.time()}
     ray.init()
     marks["connected"] = time.time()

@@ -7,6 +7,7 @@ would wait for each, and goes to moto directly.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import os
@@ -82,6 +83,9 @@ async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, de
 
 
 def main() -> None:
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("latency", type=float, help="seconds for which the proxy holds a message")
+    latency_s = options.parse_args().latency
     import logging
 
     from moto.server import ThreadedMotoServer
@@ -90,7 +94,7 @@ def main() -> None:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    asyncio.run(proxy(host, port, float(sys.argv[1]), f"http://{host}:{port}"))
+    asyncio.run(proxy(host, port, latency_s, f"http://{host}:{port}"))
     os._exit(0)  # threads of the server may still wait for connections
 
 
