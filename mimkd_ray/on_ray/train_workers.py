@@ -83,7 +83,7 @@ def trainer_class(ranged: bool) -> type[TorchTrainer]:
 def forwarded_stop(run_dir: str, launch_id: str, gave_up: Callable[[], str] = str) -> Iterator[None]:
     """Make SIGTERM and Ctrl-C ask the workers to save and end during the with-block, by a file in the run directory. A
     second Ctrl-C, or one when the watch has ``gave_up``, raises KeyboardInterrupt. For the main thread."""
-    asked = threading.Event()
+    asked, told = threading.Event(), ExitStack()
 
     def ask() -> None:
         try:
@@ -96,6 +96,7 @@ def forwarded_stop(run_dir: str, launch_id: str, gave_up: Callable[[], str] = st
         if not asked.is_set():
             asked.set()
             console.line(f"stopping: the workers are asked to save and end{more}")
+            told.enter_context(console.phase("waiting for the workers to save and end", said=False))
             threading.Thread(target=ask, name="stop").start()  # storage may wait, but a signal handler must not
 
     interrupts = 0
@@ -107,7 +108,7 @@ def forwarded_stop(run_dir: str, launch_id: str, gave_up: Callable[[], str] = st
             raise KeyboardInterrupt
         stop("; a second Ctrl-C ends at once")
 
-    with handled({signal.SIGINT: on_interrupt, signal.SIGTERM: lambda *_: stop()}):
+    with told, handled({signal.SIGINT: on_interrupt, signal.SIGTERM: lambda *_: stop()}):
         yield
 
 

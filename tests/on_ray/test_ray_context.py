@@ -19,7 +19,7 @@ import torch
 
 pytest.importorskip("ray")
 
-from mimkd_ray import storage
+from mimkd_ray import console, storage
 from mimkd_ray.errors import UserError
 from mimkd_ray.on_ray import train_workers, worker_context
 from mimkd_ray.storage import StorageError
@@ -165,13 +165,22 @@ def test_ctrl_c_asks_the_workers_once_and_ends_at_the_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stop = tmp_path / "stop.json"
+    going: list[console.Status | None] = []
+
+    class Heard(console.Shown):
+        def status(self, status: console.Status | None) -> None:
+            going.append(status)
+
+    usual = console.use(Heard())
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with train_workers.forwarded_stop(str(tmp_path), LAUNCH):
         os.kill(os.getpid(), signal.SIGINT)
         assert within(10, stop.exists)
         assert json.loads(stop.read_text()) == {"launch_id": LAUNCH}
+        assert going[-1] == console.Status("waiting for the workers to save and end", unit="images")
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    console.use(usual)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     said = capsys.readouterr().out
     assert said.count("stopping: the workers are asked to save and end; a second Ctrl-C ends at once") == 1
