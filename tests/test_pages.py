@@ -138,10 +138,11 @@ def test_python_is_of_this_interface(page: Path) -> None:
         exec(compile(ast.Module(own, []), str(page), "exec"), names)
         known = {*names, *dir(builtins), *SHOWN, *mimkd_ray.__all__, *(a.name for node in imports for a in node.names)}
         known |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        known |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
                 assert hasattr(names[node.value.id], node.attr), ast.unparse(node)
-            elif isinstance(node, ast.Name) and len(tree.body) > 1:
+            elif isinstance(node, ast.Name) and (len(tree.body) > 1 or isinstance(tree.body[0], ast.FunctionDef)):
                 assert node.id in known, f"{node.id} comes from nowhere"
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func).removeprefix("mimkd_ray.")
