@@ -17,6 +17,7 @@ def opening(config: Config, run_dir: str) -> str:
     weights = f"weights {config.teacher.weights}"
     if config.teacher.trains:
         epochs = count(config.teacher.epochs or train.epochs, "epoch")
+        epochs += " of all training images" if data.subset else ""
         weights = f"{weights}, fine-tuned first, {epochs}" if config.teacher.finetune else f"trained first, {epochs}"
     rows = [
         ("teacher", f"{config.teacher.name}, {weights}"),

@@ -33,7 +33,8 @@ class DataConfig:
     holdout: float = 0.0
     """Share of the training rows, of each class, that is used as validation set instead of `val_split`."""
     subset: int = 0
-    """Train on this many rows, equally many of each class, drawn after the holdout; 0 = all."""
+    """Train on this many rows, equally many of each class, drawn after the holdout; 0 = all. A teacher that is trained
+    first has all."""
     val_rows: int = 0
     """Evaluate on this many of the held-out rows, equally many of each class, the same at every evaluation; 0 = all."""
     split_seed: int = 0

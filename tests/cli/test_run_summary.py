@@ -30,7 +30,8 @@ def test_who_teaches_whom_on_what_and_where(monkeypatch: pytest.MonkeyPatch) -> 
     ]
     own = {"name": "cifar/resnet20", "train": True, "epochs": 30}
     said = opening(tiny_config(teacher=own, data={"views": 4}, cache={"root": "s3://b/c"}), "x")
-    assert "teacher  cifar/resnet20, trained first, 30 epochs\n" in said
+    assert "teacher  cifar/resnet20, trained first, 30 epochs of all training images\n" in said
+    assert "trained first, 30 epochs\n" in opening(tiny_config(teacher=own, data={"subset": 0}), "x")
     assert "4 views of an image, teacher's features from s3://b/c\n" in said
     assert "loss     mimkd\n" in opening(tiny_config(data={"labels": "none"}), "x")
     kd = tiny_config(loss={"kd_weight": 9.0, "kd_logits": "standardised"})
