@@ -226,6 +226,13 @@ def explained(url: str, verb: str) -> Iterator[None]:
                 "credentials (they may have expired) and endpoint (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
                 "AWS_ENDPOINT_URL)"
             ) from _cause(url, error)
+        # Of botocore, which quotes the address whole; s3fs may wrap it.
+        if "ParamValidationError" in (type(error).__name__, type(error.__cause__).__name__):
+            raise UserError(
+                f"cannot {verb} {url}: not an address of S3: a bucket's name has letters, digits, dots, hyphens and "
+                "underscores only; credentials are no part of it, but variables (AWS_ACCESS_KEY_ID, "
+                "AWS_SECRET_ACCESS_KEY)"
+            ) from _cause(url, error)
         if verb in _WRITING and isinstance(error, OSError):
             number = error.errno or (errno.ENOENT if isinstance(error, FileNotFoundError) else 0)
             if number in _NO_PLACE and not code:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -156,3 +157,18 @@ def test_a_place_that_may_be_read_and_not_written_is_refused_at_once(monkeypatch
     retries.attempt("s3://b/x", "read", lambda: None)
     with pytest.raises(storage.AccessError, match="cannot write s3://b/x: Access Denied"):
         retries.attempt("s3://b/x", "write", refuse)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [storage.list_files, storage.exists, storage.read_bytes, partial(storage.write_bytes, data=b"x")],
+    ids=["list", "look up", "read", "write"],
+)
+def test_credentials_in_an_address_of_s3_are_refused_without_telling_them(use: Callable[[str], object]) -> None:
+    url = storage.absolute("s3://AKIAME:hushhush@bucket/x")
+    with pytest.raises(UserError, match=r"not an address of S3.*AWS_SECRET_ACCESS_KEY") as caught:
+        use(url)
+    told = "".join(traceback.format_exception(caught.value))
+    assert "redacted-" in told
+    assert "hushhush" not in told
+    assert "AKIAME" not in told
