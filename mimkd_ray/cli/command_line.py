@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import signal
 import sys
 import tomllib
@@ -79,7 +80,13 @@ def guarded(program: str, work: Callable[[], int], interrupted: str) -> int:
 
     try:
         with handled({signal.SIGTERM: on_sigterm}):
-            return work()
+            status = work()
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 128 + signal.SIGPIPE
     except UserError as error:
         return fail(f"{program}: {error}", 2)
     except (DamagedDataError, NonFiniteLossError, storage.StorageError) as error:
@@ -105,6 +112,16 @@ def guarded(program: str, work: Callable[[], int], interrupted: str) -> int:
         if left.code == 2:  # tyro has printed the fault of the command line
             return 2
         raise
+
+
+def _nobody_reads() -> bool:
+    """Return whether what read standard output has gone, such as `| head`. What is printed from then on is lost."""
+    output, reader = sys.stdout.fileno(), select.poll()
+    reader.register(output, 0)
+    if not any(event & select.POLLERR for _, event in reader.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # Python flushes once more at its end
+    return True
 
 
 def fail(text: str, status: int) -> int:

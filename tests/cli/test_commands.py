@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -73,3 +74,13 @@ def test_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "mimkd_ray", "--help"], capture_output=True, text=True, check=True)
     assert "usage: python -m mimkd_ray" in done.stdout
     assert all(f"  {name} " in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("job", [["train", "--help-all"], ["layers", "cifar/resnet8"]])
+def test_a_reader_that_has_gone_is_no_error(job: list[str]) -> None:
+    """As of `| head`: the first prints more than fits into a pipe, what the second prints is flushed at its end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "mimkd_ray", *job], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
