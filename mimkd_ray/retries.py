@@ -226,6 +226,10 @@ def explained(url: str, verb: str) -> Iterator[None]:
                 "credentials (they may have expired) and endpoint (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
                 "AWS_ENDPOINT_URL)"
             ) from _cause(url, error)
+        if verb in _WRITING and getattr(error, "status", 0) in (405, 501):
+            raise UserError(
+                f"cannot {verb} {url}: the server takes no files ({said}); give a folder or a bucket"
+            ) from _cause(url, error)
         # Of botocore, which quotes the address whole; s3fs may wrap it.
         if "ParamValidationError" in (type(error).__name__, type(error.__cause__).__name__):
             raise UserError(

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,19 @@ def test_credentials_in_an_address_of_s3_are_refused_without_telling_them(use: C
     assert "redacted-" in told
     assert "hushhush" not in told
     assert "AKIAME" not in told
+
+
+def test_a_web_server_that_takes_no_files_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(retries.PATIENCE, "0.1")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/runs"
+    try:
+        assert not storage.exists(url), "it answers, so that its failures would be waited for"
+        began = time.monotonic()
+        with pytest.raises(UserError, match=r"the server takes no files \(501.*give a folder or a bucket"):
+            storage.write_bytes(f"{url}/lock.json", b"x")
+        assert time.monotonic() - began < 5
+    finally:
+        server.shutdown()
+        server.server_close()
