@@ -20,8 +20,9 @@ import torch
 from jobs_here import ENVIRONMENT, JOB, small
 
 from mimkd_ray import console
+from mimkd_ray.cli import training
 from mimkd_ray.cli.training import run
-from mimkd_ray.config import Config
+from mimkd_ray.config import Config, LaunchConfig, RunConfig
 from mimkd_ray.console import Shown, Status, clock
 from mimkd_ray.errors import UserError
 
@@ -146,3 +147,21 @@ def test_what_is_said_once_is_said_again_in_the_next_run(caplog: pytest.LogCaptu
         run(Config(), [(torch.zeros(3, 8, 8), 0)])  # type: ignore[arg-type]
     console.say_once("2 files passed over")
     assert caplog.messages == ["2 files passed over"] * 2
+
+
+def test_a_place_that_takes_long_to_look_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    going: list[str] = []
+
+    class Heard(console.Nobody):
+        def status(self, status: Status | None) -> None:
+            going.append(status.what if status is not None else "")
+
+    def stands_still(run_dir: str) -> None:
+        assert going[-1] == f"looking at {run_dir}"
+        raise UserError("it is away")
+
+    monkeypatch.setattr(training, "check_free", stands_still)
+    before = console.use(Heard())
+    with pytest.raises(UserError, match="it is away"):
+        run(Config(run=RunConfig(root=str(tmp_path)), launch=LaunchConfig(backend="local")))
+    console.use(before)

@@ -145,7 +145,8 @@ def _run(
     given: OwnData | None = None,
 ) -> dict[str, Any]:
     """Return the result of a finished run, or check the job and do the ``work``. ``first`` says who prints."""
-    finished = ask_first(lambda: _finished(config, run_dir))
+    with console.phase(f"looking at {run_dir}", said=False):  # a store that is away may take half a minute
+        finished = ask_first(lambda: _finished(config, run_dir))
     if finished is not None:
         if first:
             console.line(result_table(finished))
