@@ -195,7 +195,8 @@ def _shortest(group: list[_Found]) -> _Found:
 
 
 def _quarters(grids: list[_Found]) -> list[_Found]:
-    """Return the last block of each quarter of the longest run of equal blocks (siblings of one class and shape)."""
+    """Return the last block of each quarter of the longest run of equal blocks (siblings of one class and shape); of
+    equals the outermost, as the four projections of an attention are such a run too."""
     runs: dict[tuple[object, ...], list[_Found]] = {}
     for found in grids:
         shape = found.shape
@@ -204,7 +205,7 @@ def _quarters(grids: list[_Found]) -> list[_Found]:
         runs.setdefault((_parent(found.call.path), type(found.call.module), shape.kind, shape.channels), []).append(
             found
         )
-    blocks = max(runs.values(), key=len, default=[])
+    blocks = max(runs.values(), key=lambda run: (len(run), -run[0].call.path.count(".")), default=[])
     if len(blocks) < 4:
         return []
     return [blocks[len(blocks) * quarter // 4 - 1] for quarter in (1, 2, 3, 4)]

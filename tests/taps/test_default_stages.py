@@ -199,3 +199,30 @@ def test_before_activation_of_other_layers() -> None:
     assert before_activation(net, 16, list(expected)) == expected
     with pytest.raises(UserError, match="layer '4' not found in Sequential"):
         before_activation(net, 16, ["4"])
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.o((self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x))
+
+
+class _FourBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+        self.blocks = nn.ModuleList(_Block() for _ in range(4))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).mT
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(tokens.mean(1))
+
+
+def test_four_blocks_come_before_the_four_projections_of_one() -> None:
+    assert default_taps(_FourBlocks(), 16).maps == tuple(f"blocks.{number}" for number in range(4))
