@@ -117,6 +117,19 @@ def fault_of_int8(figures: Figures, student: Figures, allowed: float) -> str:
     )
 
 
+def no_better_than_chance(figures: Figures, classes: int) -> str:
+    """Return that the top-1 is within two standard errors of chance, or below; "" if it is above or not known."""
+    count, chance = len(figures.right_N), 1 / classes
+    expected = count * chance
+    above = int(figures.right_N.sum()) > expected + 2 * math.sqrt(expected * (1 - chance))
+    if figures.top1 is None or above:
+        return ""
+    return (
+        f"the student's top-1, {figures.top1:.2f} % of {count:,} images, is that of chance ({100 * chance:.2f} % with "
+        f"{classes:,} classes): its weights are untrained, or its classes are others or in another order"
+    )
+
+
 def too_little_of_int8(figures: Figures, student: Figures, float32_ms: float) -> str:
     """Return in what an int8 file gains too little over float32; "" for nothing."""
     milliseconds, smaller = figures.latency_ms["1"], student.bytes / figures.bytes

@@ -28,6 +28,7 @@ from mimkd_ray.export.examine import (
     fault_at_float32,
     fault_of_int8,
     multiply_adds,
+    no_better_than_chance,
     too_little_of_int8,
 )
 from mimkd_ray.export.executorch_file import executorch_runner, write_executorch
@@ -233,6 +234,8 @@ def export_student(config: ExportConfig, run: RunFacts | None) -> dict[str, Any]
         folder = Path(place)
         export = Export(config, network, compare, calibration, folder)
         student = _write_model(export, model, data.classes, data.num_classes)
+        if chance := no_better_than_chance(student, data.num_classes):
+            export.warnings.append(chance)
         _write_formats(export, student)
         report = {
             "network": without_folders(describe(model)),

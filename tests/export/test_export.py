@@ -200,10 +200,13 @@ def test_every_phase_says_that_it_begins(run: Path, exported: Path) -> None:
     assert [line for line in told if line in {*first, *steps}] == [*first, *steps]
 
 
-def test_int8_that_gains_little_is_said(run: Path, exported: Path) -> None:
+def test_a_student_at_chance_and_int8_that_gains_little_are_said(run: Path, exported: Path) -> None:
     report = _report(exported)
-    (line,) = report["warnings"]
-    assert (run / "said.txt").read_text().endswith(f" export: {line}\n")
+    *chance, line = report["warnings"]
+    said, top1, count = (run / "said.txt").read_text(), report["student"]["top1"], report["images"]["compared"]
+    assert len(chance) == (top1 <= 10 + 200 * (0.1 * 0.9 / count) ** 0.5), "ten classes"
+    assert (f" export: the student's top-1, {top1:.2f} % of {count} images, is that of chance" in said) == len(chance)
+    assert said.endswith(f" export: {line}\n")
     smaller = report["student"]["bytes"] / report["files"]["int8"]["bytes"]
     assert line.startswith(f"{report['files']['int8']['file']} is {smaller:.1f} times smaller than the weights at")
 

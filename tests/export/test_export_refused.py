@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -25,6 +26,7 @@ from mimkd_ray.export.examine import (
     best_int8,
     fault_at_float32,
     fault_of_int8,
+    no_better_than_chance,
     too_little_of_int8,
 )
 from mimkd_ray.models.build_model import build_model
@@ -56,10 +58,15 @@ def stopped(run: Path) -> Path:
     return run
 
 
+def _without_chance(said: str) -> list[str]:
+    """Lines but the one that a student of few steps, or of none, is at chance."""
+    return [line for line in said.splitlines() if "is that of chance" not in line]
+
+
 def _said(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2) -> str:
     capsys.readouterr()
     assert main(["export", *arguments, *QUICK]) == status
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = _without_chance(capsys.readouterr().err)
     return line
 
 
@@ -229,6 +236,12 @@ def test_files_that_are_not_the_student() -> None:
     assert "68.50 % on these images, 1.50 points below the student's 70.00 % (1 are allowed)" in fault_of_int8(
         _figures(top1=68.5), _figures(), 1.0
     )
+    # With 10 classes 100 of 1000 images are right by chance, and sqrt(1000 * 0.1 * 0.9) = 9.5 is the standard error.
+    assert no_better_than_chance(_figures(top1=11.9), 10) == ""
+    assert "top-1, 11.80 % of 1,000 images, is that of chance (10.00 % with 10 classes)" in no_better_than_chance(
+        _figures(top1=11.8), 10
+    )
+    assert no_better_than_chance(dataclasses.replace(_figures(top1=11.8), top1=None), 10) == "", "no labels"
     big = _figures(bytes=300)
     assert too_little_of_int8(_figures(bytes=100, ms=1.0), big, 1.0) == ""
     assert too_little_of_int8(_figures(bytes=120, ms=1.2), big, 1.0) == (
@@ -258,7 +271,7 @@ def test_a_file_with_other_logits_is_not_kept(
     monkeypatch.setattr(export_student, "write_pt2", wrong)
     monkeypatch.setattr(export_student, "write_model_folder", of_another)
     assert main(["export", str(run), "--formats", "pt2", *QUICK]) == 1
-    said = capsys.readouterr().err.splitlines()
+    said = _without_chance(capsys.readouterr().err)
     assert len(said) == 2
     assert "model folder: its logits differ from the student's by up to" in said[0]
     assert "pt2: its logits differ from the student's by up to" in said[1]
