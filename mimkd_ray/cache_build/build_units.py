@@ -105,7 +105,7 @@ class _Unit:
         assert sight.teacher.coding is not None
         self.sight, self.unit, self.coding = sight, unit, sight.teacher.coding
         self.images = 0
-        """That were added."""
+        """Images added so far."""
         self.ids: list[Tensor] = []
         self.damaged: list[Tensor] = []
         self.rows: dict[str, list[Tensor]] = {label: [] for label in unit.labels}

@@ -15,7 +15,8 @@ class Progress:
     """A phase of the console for units of work, whose size is that of their images in bytes."""
 
     def __init__(self, title: str, total: int, unit: str = "MB", size: int = 10**6) -> None:
-        """``total``: of all units, in bytes, or another measure; ``size`` of it are shown as one ``unit``."""
+        """``total``: size of all units, in bytes; it is shown in a ``unit`` of ``size`` bytes. A subclass may measure
+        otherwise."""
         self.title, self.total, self.unit, self.size = title, total, unit, size
         self.rows = self.amount = 0
         self.began = self.shown = time.monotonic()

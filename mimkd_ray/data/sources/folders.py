@@ -81,12 +81,12 @@ def list_classes(root: str, classes: tuple[str, ...] | None) -> ClassFolders:
             f"{printable(root)}: {len(unknown)} class folder(s) are not among the {len(known)} training classes, the "
             f"first is '{printable(unknown[0])}'{nearest(unknown[0], known)}; rename or remove them"
         )
-    at_root = storage.list_entries(root, broken=True)
-    links = [url.rpartition("/")[2] for url, entry in at_root.items() if entry.size == NOTHING]
+    at_root = {url.rpartition("/")[2]: entry.size for url, entry in storage.list_entries(root, broken=True).items()}
+    shown = [name for name in at_root if not name.startswith(".")]
+    links = [name for name in shown if at_root[name] == NOTHING]
     links += [f"{name}/{file}" for name, files in listings.items() for file in files if files[file].size == NOTHING]
-    files_here = [url.rpartition("/")[2] for url, entry in at_root.items() if entry.size != NOTHING]
-    beside = [name for name in files_here if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-    arrow = any(name.endswith(".arrow") for name in files_here)  # of save_to_disk of Hugging Face's datasets
+    beside = [name for name in shown if name.lower().endswith(SUFFIXES) and at_root[name] != NOTHING]
+    arrow = any(name.endswith(".arrow") for name in shown)  # of save_to_disk of Hugging Face's datasets
     if not any(images.values()):
         raise UserError(
             f"{printable(root)}: none of {len(folders)} class folders holds an image ({', '.join(SUFFIXES)})"

@@ -134,7 +134,8 @@ def test_links_to_nothing_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixt
         place.mkdir()
         (place / "gone.png").symlink_to(tmp_path / "moved" / "x.png")
     (tmp_path / "a" / "circle.png").symlink_to(tmp_path / "a" / "circle.png")
-    (tmp_path / "b").symlink_to(tmp_path / "moved")
+    for name in ("b", ".#b"):  # the latter as Emacs writes it
+        (tmp_path / name).symlink_to(tmp_path / "moved")
     with pytest.raises(UserError, match=r"none of 1 class folders .*'a', 4 links that lead to nothing; expected"):
         FolderSource(str(tmp_path))
     (tmp_path / "a" / "x.png").write_bytes(encode(pixels(0)))
