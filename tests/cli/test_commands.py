@@ -76,7 +76,7 @@ def test_as_a_module() -> None:
     assert all(f"  {name} " in done.stdout for name in COMMANDS)
 
 
-@pytest.mark.parametrize("job", [["train", "--help-all"], ["layers", "cifar/resnet8"]])
+@pytest.mark.parametrize("job", [["train", "--help-all"], ["completion"]])
 def test_a_reader_that_has_gone_is_no_error(job: list[str]) -> None:
     """As of `| head`: the first prints more than fits into a pipe, what the second prints is flushed at its end."""
     reader, writer = os.pipe()
