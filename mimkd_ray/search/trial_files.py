@@ -70,6 +70,13 @@ class Table:
         seconds = figures.get("time_total_s", trial.seconds)
         self._put(name, replace(trial, seconds=seconds, schedule=lived or trial.schedule))
 
+    def go_back(self, name: str, made: Made) -> None:
+        """Forget the newest values of a member of a population, which no epoch was trained with; ``made`` is of those
+        before."""
+        trial = self.rows[name]
+        config = to_dict(made.config)
+        self._put(name, replace(trial, schedule=trial.schedule[:-1], params=made.params, config=config))
+
     def ended(self, name: str, state: State, kind: str = "", reason: str = "", seconds: float = 0.0) -> None:
         """Note a trial's end, ``seconds`` after its start if it has taken longer than its evaluations told."""
         trial = self.rows[name]

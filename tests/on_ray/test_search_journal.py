@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +62,24 @@ def test_the_console_tells_the_metric_and_how_far_the_search_is(
     again = pickle.loads(pickle.dumps(journal))  # noqa: S301
     again.on_step_begin(0, trials)
     assert [status.text() for status in shown] == [far], "a restored search tells it before any trial ends"
+
+
+def test_values_that_no_epoch_was_trained_with_are_not_a_members(tmp_path: Path) -> None:
+    """Tune gives a member of a population another one's weights and new values after its last epoch too."""
+    journal = journal_of(tmp_path, tiny_job(tmp_path, scheduler="pbt"))
+    trial = SimpleNamespace(trial_id="x", config=VALUES)
+    journal.on_trial_start(0, [trial], trial)
+    others, new = VALUES | {"critic.temperature": 0.2}, VALUES | {"critic.temperature": 0.25}
+    told = {**figures(1, 50.0), "time_total_s": 1.0, "schedule": json.dumps([[1, VALUES]])}
+    journal.on_trial_result(0, [trial], trial, told)
+    trial.config = new
+    journal.on_trial_start(0, [trial], trial)
+    told = {**figures(2, 60.0), "time_total_s": 2.0, "schedule": json.dumps([[2, others], [2, new]])}
+    journal.on_trial_result(0, [trial], trial, told)
+    (row,) = Table(str(tmp_path / "s"), "top1").trials()
+    assert (row.params, row.schedule) == (others, ((2, others),))
+    assert row.config["loss"]["critic"]["temperature"] == 0.2
+    assert (row.score, row.state) == (60.0, "running")
 
 
 @pytest.mark.parametrize(("changes", "concurrent"), [({}, 3), ({"pack": 2}, 3), ({"scheduler": "pbt"}, None)])

@@ -130,6 +130,9 @@ class Journal(tune.Callback, tune.Stopper):
         if self.table.rows[name].state != "running":
             return
         self.table.heard(name, figures)
+        epochs = [epoch for epoch, _ in self.table.rows[name].schedule]
+        if len(epochs) > 1 and epochs[-1] == epochs[-2]:  # Tune moves members after their last epoch too
+            self.table.go_back(name, self.configs(self.table.rows[name].schedule[-2][1]))
         if time.monotonic() - self._line > LINE_SECONDS:
             self._line = time.monotonic()
             row = self.table.rows[name]
