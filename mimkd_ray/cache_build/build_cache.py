@@ -48,16 +48,20 @@ class Images(Progress):
         with self.lock:
             if number not in self.finished:
                 self.unfinished[number] = rows
-                rows = self.rows + sum(self.unfinished.values())
-                self.tell(rows, rows)
+                self.tell()
 
     def finish(self, number: int, done: Done) -> None:
         """Count a finished unit."""
         with self.lock:
             self.finished.add(number)
             self.unfinished.pop(number, None)
-        self.written += done.bytes
-        self.add(Done(done.rows, done.rows))
+            self.written += done.bytes
+            self.add(Done(done.rows, done.rows))
+
+    def so_far(self) -> tuple[int, int]:
+        """Return the images of finished units, and those of others that the teacher has seen."""
+        rows = self.rows + sum(self.unfinished.values())
+        return rows, rows
 
     def figures(self) -> str:
         """Return the megabytes written."""

@@ -332,6 +332,9 @@ def test_progress_counts_images_of_unfinished_units(tmp_path: Path) -> None:
     config = cached_config(tmp_path, cache={"batch": 16})
     build_here(config)
     console.use(before)
+    for told in shown.values():
+        seen = [int(text.partition(" ")[0]) for text in told]
+        assert seen == sorted(seen), "a unit that ends takes nothing away"
     assert list(dict.fromkeys(shown["fitting"])) == ["16 of 40", "32 of 40", "40 of 40"]
     batches = [
         min(16, sum(counts) - first) for _, counts in Setup(config, CPU).shards for first in range(0, sum(counts), 16)

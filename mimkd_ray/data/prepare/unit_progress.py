@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from threading import Lock
+from threading import RLock
 from typing import Self
 
 from mimkd_ray import console
@@ -22,7 +22,7 @@ class Progress:
         self.began = self.shown = time.monotonic()
         self.speed: tuple[console.LastMinute, console.LastMinute] | None = None
         """Of images and of the total, from the first that are done: before that, Ray starts its processes."""
-        self.lock = Lock()
+        self.lock = RLock()
         self._told = ExitStack()
 
     def __enter__(self) -> Self:
@@ -39,10 +39,15 @@ class Progress:
         """Count a finished unit."""
         with self.lock:
             self.rows, self.amount = self.rows + done.rows, self.amount + done.bytes
-            self.tell(self.rows, self.amount)
+            self.tell()
 
-    def tell(self, rows: int, amount: int) -> None:
-        """Update the display if that is due: so many images and so much of the total are done."""
+    def so_far(self) -> tuple[int, int]:
+        """Return how many images and how much of the total are done."""
+        return self.rows, self.amount
+
+    def tell(self) -> None:
+        """Update the display if that is due."""
+        rows, amount = self.so_far()
         if self.speed is None:
             self.speed = console.LastMinute(rows), console.LastMinute(amount)
         images, speed = self.speed[0].rate(rows), self.speed[1].rate(amount)
