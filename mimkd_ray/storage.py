@@ -169,7 +169,8 @@ def read_bytes(url: str, small: bool = False) -> bytes:
 
 def refuse_pipe(url: str, field: str) -> None:
     """Raise UserError for a pipe or a device given as `field` of a config, which might be read for ever."""
-    if not is_remote(url) and local_path(url).exists() and not (local_path(url).is_file() or local_path(url).is_dir()):
+    path = local_path(url)
+    if not is_remote(url) and path.exists() and not (path.is_file() or path.is_dir()):
         raise UserError(f"{field} {url} is a pipe or a device, and no file: give the file itself")
 
 

@@ -147,10 +147,6 @@ def parse(recipes: Mapping[str, Callable[[], C]], default: str, argv: Sequence[s
             raise UserError("--config needs a JSON, YAML or TOML file, such as a run's config.json")
         base = read_config(arguments[at + 1], type(base))
         del arguments[at : at + 2]
-    if {"--help", "-h"} & {*arguments}:
-        print(short_help(base, _describe(program, recipes)))
-        return None
-    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     # Without flags tyro, whose import and reading of all fields take longer than all else here, is left out.
     config = override(base, arguments, program, recipes) if arguments else base
     if config is not None and only_print:
@@ -194,17 +190,25 @@ def _parsed(path: str, text: str) -> tuple[str, Any]:
 
 def override(base: C, arguments: list[str], program: str, recipes: Mapping[str, Callable[[], Any]]) -> C | None:
     """Apply ``--field.path value`` pairs to a config; return None after tyro's --help."""
-    return from_flags(type(base), arguments, prog=program, description=_describe(program, recipes), default=base)
+    head = _describe(program, recipes)
+    page = short_help(base, head)
+    return from_flags(type(base), arguments, page, prog=program, description=head, default=base)
 
 
-def from_flags(kind: type[T], arguments: Sequence[str], **options: Any) -> T | None:
-    """Return a dataclass made from a command line, with tyro's ``options``; None after --help.
+def from_flags(kind: type[T], arguments: Sequence[str], page: str = "", **options: Any) -> T | None:
+    """Return a dataclass made from a command line, with tyro's ``options``; None after --help, which prints all fields,
+    or the ``page``, if there is one: --help-all then prints all.
 
     Raises SystemExit(2) for an unknown flag or a value of the wrong type, after tyro has printed its message.
     """
+    arguments = list(arguments)
+    if page and {"--help", "-h"} & {*arguments}:
+        print(page)
+        return None
     import tyro
 
-    arguments = list(arguments)
+    if page:
+        arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     if "--verbose" in arguments:
         at = arguments.index("--verbose")
         value = [word for word in arguments[at + 1 : at + 2] if word in ("true", "false")]

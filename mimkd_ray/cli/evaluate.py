@@ -40,13 +40,9 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
             f"{program} [RUN] [flags]\n\nRUN is a run's directory or URL; its config is the default of all flags but "
             "--launch and --eval."
         )
-        if {"--help", "-h"} & {*arguments}:
-            print(short_help(evaluate_job(base), head, OF_EVALUATION, more=""))
-            return 0
-        arguments[:] = ["--help" if argument == "--help-all" else argument for argument in arguments]
-        job = command_line.from_flags(
-            EvaluateJob, arguments, prog=program, description=head, default=evaluate_job(base)
-        )
+        given = evaluate_job(base)
+        page = short_help(given, head, OF_EVALUATION, more="")
+        job = command_line.from_flags(EvaluateJob, arguments, page, prog=program, description=head, default=given)
         if job is not None:
             untrained = job.student.weights == "random" and ":" not in job.student.name and "random" not in arguments
             if untrained and not run_dir and job.eval.network == "student":
