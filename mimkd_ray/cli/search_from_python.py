@@ -29,8 +29,8 @@ def search(
     trials under ASHA; without a metric in it: top1. ``run_config`` is a `ray.tune.RunConfig`. Trials are scored (top1,
     top5, cross_entropy; knn without labels) on ``holdout`` of the training set, never on the validation set. Their
     checkpoints are run directories: best.safetensors is the student. A trial that fails by itself has the worst result,
-    and "failed" and "reason" in its metrics. ``resources`` are those of a trial: {"CPU": 1} unless there are GPUs, then
-    a GPU with its share of the CPUs.
+    and "failed" and "reason" in its metrics; with `FailureConfig(fail_fast=True)` it ends the search instead.
+    ``resources`` are those of a trial: {"CPU": 1} unless there are GPUs, then a GPU with its share of the CPUs.
     """
     storage.be_patient(config.storage.patience_minutes)
     environment.prepare(config.launch.address)

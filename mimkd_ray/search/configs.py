@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import reduce
+from functools import cached_property, reduce
 from operator import getitem
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from mimkd_ray import storage
 from mimkd_ray.config import CompareConfig, Config, RunConfig, SearchConfig, SearchJob
@@ -17,7 +19,7 @@ from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.json_files import read_json
 from mimkd_ray.search.suggest import Space, Suggest, compose, given
-from mimkd_ray.search.tap_candidates import find_candidates, widest
+from mimkd_ray.search.tap_candidates import find_candidates, flat_space, widest
 from mimkd_ray.search.trials import Value
 from mimkd_ray.train.networks.teacher_head import teacher_head, trains_head
 from mimkd_ray.train.records.outcomes import DAMAGED_CONFIG
@@ -28,6 +30,13 @@ MAY_CHANGE = ("hours", "gpu_hours", "finalists", "seeds")
 
 SCORED_BY = {"data": "val_rows", "train": "eval_every"}
 """Fields that may change while a run is trained, but not in a search: they say on what and when trials are judged."""
+
+UNREAD = {
+    "launch": "given their resources by tune.with_resources",
+    "run": "kept and named by Ray Tune's RunConfig",
+    "compare": "single runs",
+}
+"""Sections of a config that a trial does not read, and why."""
 
 
 class Made(NamedTuple):
@@ -67,6 +76,20 @@ class TrialConfigs:
         says."""
         return replace(widest(self.build, self.candidates), optim=self.base.optim)
 
+    def check(self, params: Iterable[str]) -> None:
+        """Raise UserError for a value that the spaces do not ask for: it would change nothing."""
+        for name in params:
+            if name not in self.asked:
+                raise UserError(
+                    f"hyperparameter {name!r} is asked for by no space{nearest(name, self.asked)} (they ask for "
+                    f"{', '.join(self.asked)}): leave it out; a field of the config needs a space of its own"
+                )
+
+    @cached_property
+    def asked(self) -> list[str]:
+        """Names of all values that any trial may ask for. To find them takes a second."""
+        return list(flat_space(self.build))
+
     def __call__(self, params: Mapping[str, Any]) -> Made:
         """Return the config of these values."""
         trial = given(params)
@@ -80,15 +103,18 @@ class FieldConfigs:
         self.base = base
 
     def check(self, names: Iterable[str]) -> None:
-        """Raise UserError for a name that is no field; that of a grid of Ray Tune ends in its own key, grid_search."""
+        """Raise UserError for a name that is no field, or none that a trial reads."""
         known = dict(dotted(to_dict(self.base)))
-        for name in (name.removesuffix(".grid_search") for name in names):
+        for name, (section, *_) in ((name, name.split(".")) for name in names):
             if name not in known:
                 raise UserError(f"hyperparameter {name!r} is no field of a config{nearest(name, known)}")
+            if section in UNREAD:
+                raise UserError(f"hyperparameter {name!r} would change nothing: trials are {UNREAD[section]}")
 
     def __call__(self, params: Mapping[str, Any]) -> Made:
         """Return the base with these fields changed. Raises UserError for a name that is no field."""
-        flat = dict(dotted(params))
+        # Draws from NumPy's arrays are NumPy's scalars.
+        flat = {name: item.item() if isinstance(item, np.generic) else item for name, item in dotted(params)}
         self.check(flat)
         return Made(from_dict(Config, _changed(to_dict(self.base), flat)), flat)
 

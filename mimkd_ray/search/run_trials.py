@@ -19,7 +19,7 @@ from mimkd_ray.config import Config, SearchConfig
 from mimkd_ray.config.digest import differences, training_dict, training_part
 from mimkd_ray.config.form.json_form import to_dict
 from mimkd_ray.data.sources.data_set import Data, open_data
-from mimkd_ray.errors import NonFiniteLossError
+from mimkd_ray.errors import NonFiniteLossError, UserError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.search.optuna_study import halving
 from mimkd_ray.search.trial_files import point_of
@@ -42,6 +42,9 @@ from mimkd_ray.train.trained_teacher import teacher_config
 
 Tell = Callable[[Mapping[str, Any]], None]
 """Callback for the figures of an evaluation. It may end the trial by an exception that is none of a trial's own."""
+
+MOVED = ("loss", "optim")
+"""Sections whose numbers may change on the way: those of others say what a step is, by which epochs are counted."""
 
 REASON = 2000
 """Characters of an error that are kept: the error of a non-finite loss names 64 images before the remedy."""
@@ -133,8 +136,14 @@ def _adopt(run_dir: str, config: Config) -> None:
     """Let a run go on with the values of ``config``: population-based training gives a trial the checkpoint of another
     one, and other numbers."""
     old = read_json(storage.join(run_dir, CONFIG))
-    if old is None or not differences(training_part(old), training_dict(config)):
+    changed = [] if old is None else differences(training_part(old), training_dict(config))
+    if not changed:
         return
+    if fixed := [each for each in changed if each.split(".")[0] not in MOVED or each.startswith("optim.name:")]:
+        raise UserError(
+            f"a trial was given another one's checkpoint and other values ({'; '.join(fixed)}): population-based "
+            f"training can change numbers of {' and '.join(MOVED)} on the way; leave this out of its mutations"
+        )
     for name in (RESULT, CONFIG):
         storage.remove_file(storage.join(run_dir, name))
     found = checkpoint.newest(run_dir)

@@ -137,7 +137,7 @@ def given(params: Mapping[str, Any]) -> Asked:
             return min(max(float(value), options.low), options.high)
         if value not in options:
             raise UserError(f"the search space offers {list(options)} for {name!r}, and the trial has {value!r}")
-        return value
+        return options[options.index(value)]  # and not NumPy's scalar
 
     return Asked(choose)
 

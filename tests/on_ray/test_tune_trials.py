@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs
 import pytest
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from tiny_run import tiny_config
-from tiny_search import tiny_job
+from tiny_search import tiny_configs, tiny_job
 
 from mimkd_ray import console
 from mimkd_ray.errors import Interrupted, UserError
 from mimkd_ray.on_ray import train_workers
-from mimkd_ray.on_ray.search import tune_search
-from mimkd_ray.on_ray.search.tune_algorithms import check_fields, with_metric
+from mimkd_ray.on_ray.nodes.node_capacity import Capacity
+from mimkd_ray.on_ray.search import tune_search, tune_trials
+from mimkd_ray.on_ray.search.tune_algorithms import check_fields, optuna_for, with_metric
 from mimkd_ray.on_ray.search.tune_trials import LargeTrial
 from mimkd_ray.on_ray.worker_context import ANYBODY
 from mimkd_ray.search.configs import FieldConfigs, Made
@@ -125,6 +129,12 @@ SPACES: list[tuple[Any, dict[str, Any], str]] = [
     ({"loss.bound": tune.grid_search(["dv", "jds"])}, {}, "no trial can have loss.bound 'jds': loss.bound is 'jds'"),
     ({"optim.lr": 0.1, "train": {"lane_batch": tune.uniform(8, 64)}}, {}, "give a whole number"),
     ({}, {}, "the space is empty"),
+    (
+        {"optim": tune.choice([{"lr": 0.1}, {"lr": -1.0}])},
+        {},
+        r"no trial can have optim {'lr': -1.0}: optim.lr is -1.0: give a rate above 0",
+    ),
+    ({"optim": tune.choice([{"lrr": 0.1}])}, {}, "hyperparameter 'optim.lrr' is no field of a config; did you mean"),
     ("temprature", {}, "'temprature' is unknown; did you mean 'temperature'"),
     (lambda trial: trial, {}, r"a space is called as function\(trial, config, pairs\)"),
     (
@@ -165,3 +175,102 @@ def test_values_that_ray_tune_resolves_are_not_drawn() -> None:
     values = {"optim.lr": tune.uniform(-0.1, 0.1), "loss.kd_weight": tune.choice([0.0, 0.5, 1])}
     check_fields(FieldConfigs(tiny_config()), values)
     check_fields(FieldConfigs(tiny_config()), {"optim.lr": tune.sample_from(lambda spec: spec.config.x)})
+    sections = [{"lr": 0.1}, {"schedule": "step", "milestones": [1]}]
+    check_fields(
+        FieldConfigs(tiny_config()), {"optim": tune.choice(sections), "loss": tune.grid_search([{"kd_weight": 1}])}
+    )
+
+
+def test_a_metric_that_only_the_scheduler_has_is_the_searchers_too(tmp_path: Path) -> None:
+    """Ray Tune tells it to nobody else."""
+    given = with_metric(tune.TuneConfig(scheduler=ASHAScheduler(metric="cross_entropy", mode="min")))
+    found = optuna_for(tiny_configs(tmp_path), given)
+    assert (found.metric, found.mode) == ("cross_entropy", "min")
+    assert set(found.suggest("1")) >= {"critic.learn_temperature"}
+
+
+Heard = dict[str, Any]
+
+
+def searched(folder: Path, monkeypatch: pytest.MonkeyPatch, run_config: Any = None, **options: Any) -> Heard:
+    """What a search of one trial gives to Ray, on a cluster of two CPUs."""
+    heard: Heard = {}
+
+    class Tuner:
+        def __init__(self, trial: Any, **given: Any) -> None:
+            heard.update(given, trial=trial)
+
+        def fit(self) -> None:
+            """Do nothing."""
+
+    monkeypatch.setattr(tune_search.tune, "Tuner", Tuner)
+    monkeypatch.setattr(tune_search.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(Capacity, "of_cluster", lambda: Capacity(((2, 0),)))
+    monkeypatch.setattr(
+        tune_search, "prepare_on_ray", lambda _, folder, shape: heard.update(folder=folder, shape=shape)
+    )
+    config = tiny_config(run={"root": str(folder), "loggers": options.pop("loggers", ())})
+    how = tune.TuneConfig(num_samples=1)
+    given = {"tune_config": how, "run_config": run_config, "resources": None, "holdout": 0.3} | options
+    tune_search.search(config, {"optim.lr": 0.1}, **given)
+    return heard
+
+
+def test_what_trials_share_is_not_in_a_folder_of_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be another one for every worker."""
+    monkeypatch.chdir(tmp_path)
+    run = tune.RunConfig(name="x", storage_path="there")
+    assert searched(tmp_path / "own", monkeypatch, run)["folder"] == str(tmp_path / "there" / "x")
+    run = tune.RunConfig(name="x", storage_path="bucket/there", storage_filesystem=pyarrow.fs.LocalFileSystem())
+    assert searched(tmp_path / "own", monkeypatch, run)["folder"] == str(tmp_path / "own" / "x")
+
+
+def test_the_loggers_of_a_config_are_the_searchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"^--run.loggers comet: comet_ml is not installed"):
+        searched(tmp_path, monkeypatch, loggers=("comet",))
+    monkeypatch.setattr(tune_search, "loggers", lambda names, project: [*names, project])
+    own = tune.Callback()
+    heard = searched(tmp_path, monkeypatch, tune.RunConfig(name="x", callbacks=[own]), loggers=("comet",))
+    assert heard["run_config"].callbacks == [own, "comet", "search-tiny"]
+
+
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        ({"CPU": 3}, "^1 trial with 3 CPUs each do not fit: the cluster has 2 CPUs and 0 GPUs on 1 node: give smaller"),
+        ({"GPU": 1}, "do not fit"),
+        ({"cpu": 1}, r"^resources is {'cpu': 1}: give CPU and GPU; mimkd_ray.trainable takes tune.with_resources"),
+        ({"CPU": 1, "memory": 9}, "give CPU and GPU"),
+        ({}, "give CPU and GPU"),
+    ],
+)
+def test_resources_that_no_trial_can_have_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resources: dict[str, float], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        searched(tmp_path, monkeypatch, resources=resources)
+    assert searched(tmp_path, monkeypatch, resources={"CPU": 2})["shape"].bundles().required_resources == {"CPU": 2.0}
+
+
+@pytest.mark.parametrize("fail_fast", [False, True])
+def test_a_failure_is_a_result_unless_it_ends_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_fast: bool
+) -> None:
+    how = tune.RunConfig(name="x", failure_config=tune.FailureConfig(fail_fast=fail_fast))
+    trial = searched(tmp_path, monkeypatch, how)["trial"]
+    told: list[Any] = []
+    monkeypatch.setattr(tune_trials.tune, "report", lambda figures, **_: told.append(figures))
+    monkeypatch.setattr(console, "use", print)
+    monkeypatch.setattr(tune_trials.tune, "get_checkpoint", lambda: None)
+    with pytest.raises(UserError, match="hyperparameter") if fail_fast else nullcontext():
+        trial({"optim.lrr": 1})
+    assert [each["failed"] for each in told] == ([] if fail_fast else ["error"])
+
+
+def test_a_ceiling_that_a_bound_does_not_have_is_not_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """TensorBoard's writer prints a line about each infinity."""
+    told: list[Any] = []
+    monkeypatch.setattr(tune_trials.tune, "report", told.append)
+    figures = {"a/ceiling": math.inf, "b/ceiling": 3.4, "a/nats": 1.0, "cross_entropy": math.inf}
+    tune_trials.reporter(str(tmp_path))(figures)
+    assert told == [{"b/ceiling": 3.4, "a/nats": 1.0, "cross_entropy": math.inf}]

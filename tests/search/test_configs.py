@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_search import tiny_configs, tiny_job
 
@@ -83,11 +84,11 @@ def test_fields_by_their_names(tmp_path: Path) -> None:
 
 
 def test_the_names_of_a_space_are_checked_before_its_trials() -> None:
-    """A Tune space of which only the names are known, with a grid of Ray Tune."""
+    """A Tune space of which only the names are known."""
     configs = FieldConfigs(Config())
-    configs.check(dict(dotted({"optim": {"lr": object()}, "loss.kd_weight": {"grid_search": [0.1, 1.0]}})))
+    configs.check(dict(dotted({"optim": {"lr": object()}, "loss.kd_weight": [0.1, 1.0]})))
     with pytest.raises(UserError, match=r"'loss.kd_weigth' is no field of a config; did you mean 'loss.kd_weight'"):
-        configs.check(dict(dotted({"loss.kd_weigth": {"grid_search": [0.1, 1.0]}})))
+        configs.check({"loss.kd_weigth": [0.1, 1.0]})
 
 
 def test_another_search_does_not_go_on_in_the_same_folder(tmp_path: Path) -> None:
@@ -165,3 +166,27 @@ def test_a_search_by_neighbours_is_one_without_labels(tmp_path: Path) -> None:
 def test_a_worker_needs_a_lane(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"search.workers is 3 and train.lanes 2"):
         tiny_job(tmp_path, workers=3)
+
+
+def test_hyperparameters_that_would_change_nothing_are_refused(tmp_path: Path) -> None:
+    configs = FieldConfigs(trial_config(tiny_job(tmp_path), SearchConfig()))
+    for name in ("launch.workers", "run.name", "compare.seeds"):
+        with pytest.raises(UserError, match=f"^hyperparameter '{name}' would change nothing: trials are "):
+            configs({name: 2})
+    spaces = tiny_configs(tmp_path, "temperature")
+    spaces.check(["critic.temperature", "critic.learn_temperature"])
+    with pytest.raises(
+        UserError, match=r"'optim.lr' is asked for by no space \(they ask for critic.learn_temperature, "
+    ):
+        spaces.check(["critic.temperature", "optim.lr"])
+
+
+def test_numpy_scalars_are_numbers(tmp_path: Path) -> None:
+    """As people draw them: tune.choice(np.arange(8, 17)), and as some searchers do."""
+    made = FieldConfigs(trial_config(tiny_job(tmp_path), SearchConfig()))(
+        {"loss.critic.width": np.int64(8), "optim": {"lr": np.float32(0.5)}, "optim.nesterov": np.bool_(True)}
+    )
+    assert (made.config.loss.critic.width, made.config.optim.lr, made.config.optim.nesterov) == (8, 0.5, True)
+    assert json.loads(json.dumps(made.params)) == {"loss.critic.width": 8, "optim.lr": 0.5, "optim.nesterov": True}
+    drawn = tiny_configs(tmp_path, "tiny_search:width")({"width": np.int64(16)})
+    assert json.dumps(drawn.params) == '{"width": 16}'

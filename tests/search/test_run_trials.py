@@ -16,6 +16,7 @@ from tiny_search import tiny_job, wild
 
 from mimkd_ray.config import Config, SearchJob
 from mimkd_ray.data.sources.data_set import open_data
+from mimkd_ray.errors import UserError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.search import run_trials
 from mimkd_ray.search.configs import trial_config
@@ -258,3 +259,35 @@ def test_a_pack_that_is_evaluated_at_no_rung_halves_after_it(tmp_path: Path, mon
 )
 def test_ways_to_run_out_of_memory(error: Exception) -> None:
     assert explain(error)[0] == "out of memory"
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        (
+            "train",
+            {"lane_batch": 5},
+            r"values \(train.lane_batch: 10 -> 5\): population-based training can change numbers",
+        ),
+        ("optim", {"name": "adamw"}, r"values \(optim.name: sgd -> adamw\)"),
+        ("loss", {"feature_weight": 0.0}, "does not fit this configuration: .*terms, layers .* must be the same"),
+    ],
+)
+def test_what_a_population_cannot_change_is_refused(
+    tmp_path: Path, section: str, change: dict[str, Any], message: str
+) -> None:
+    """Half the batch makes twice the steps of an epoch: the trial would take itself for half as old as it is."""
+    job = tiny_job(tmp_path)
+    config = trial_config(job, job.search)
+
+    class Ended(Exception):
+        """By the scheduler."""
+
+    def tell(_: Any) -> None:
+        raise Ended
+
+    with pytest.raises(Ended):
+        train_trial(config, str(tmp_path), str(tmp_path / "trial"), CPU, tell)
+    other = replace(config, **{section: replace(getattr(config, section), **change)})
+    with pytest.raises(UserError, match=message):
+        train_trial(other, str(tmp_path), str(tmp_path / "trial"), CPU, tell)

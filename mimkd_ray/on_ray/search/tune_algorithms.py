@@ -61,17 +61,28 @@ def with_metric(given: tune.TuneConfig) -> tune.TuneConfig:
         raise UserError(
             f"the metric {metric!r} is not reported by trials: give {', '.join(DIRECTIONS)}, top5 or a term's nats"
         )
-    mode = "min" if DIRECTIONS.get(metric) == "minimize" else "max"
+    mode = _mode_of(metric)
     if metric in DIRECTIONS and given.mode not in (None, mode):
         raise UserError(f"the metric is {metric} and the mode {given.mode}, which looks for the worst: give {mode}")
     return replace(given, metric=metric, mode=given.mode or mode)
+
+
+def _mode_of(metric: str) -> str:
+    return "min" if DIRECTIONS.get(metric) == "minimize" else "max"
+
+
+def optuna_for(configs: TrialConfigs, given: tune.TuneConfig) -> OptunaSearch:
+    """Return the searcher of spaces that know conditions. A scheduler that has the metric keeps it for itself."""
+    metric = given.metric or given.scheduler.metric
+    return OptunaSearch(configs.ask, metric=metric, mode=given.mode or _mode_of(metric))
 
 
 def check_fields(configs: FieldConfigs, space: Mapping[str, Any]) -> None:
     """Raise UserError for a name in a space of Ray Tune that is no field, for a listed value that fits no draw of the
     others, and if no draw at all makes a config: such trials would fail, each after Ray and a worker have started."""
     flat = {name.removesuffix(".grid_search"): (name, value) for name, value in dotted(space)}
-    configs.check(flat)
+    # The choices of a whole section, {"optim": tune.choice([{...}, {...}])}, have their names below; those are tried.
+    configs.check(name for name, (_, value) in flat.items() if not _has_sections(value))
     listed: dict[str, Sequence[Any]] = {}
     for name, (whole, value) in flat.items():
         listed[name] = value if name != whole else getattr(value, "categories", () if _is_drawn(value) else [value])
@@ -94,6 +105,11 @@ def check_fields(configs: FieldConfigs, space: Mapping[str, Any]) -> None:
         if error := refusal(given):
             which = "".join(f" {name} {value!r}" for name, value in given.items()) or " values of this space"
             raise UserError(f"no trial can have{which}: {error}")
+
+
+def _has_sections(value: Any) -> bool:
+    listed = value if isinstance(value, list) else getattr(value, "categories", ())
+    return any(isinstance(each, Mapping) for each in listed)
 
 
 def _is_drawn(value: Any) -> bool:

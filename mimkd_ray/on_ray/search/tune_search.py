@@ -19,7 +19,6 @@ import ray
 from ray import tune
 from ray.tune import ResultGrid
 from ray.tune.schedulers import PopulationBasedTraining
-from ray.tune.search.optuna import OptunaSearch
 
 from mimkd_ray import console, remote_filesystem, storage
 from mimkd_ray.config import Config, SearchConfig, SearchJob
@@ -34,6 +33,7 @@ from mimkd_ray.on_ray.search.tune_algorithms import (
     check_fields,
     loggers,
     metric_of,
+    optuna_for,
     scheduler_of,
     searcher_of,
     tune_space,
@@ -42,6 +42,7 @@ from mimkd_ray.on_ray.search.tune_algorithms import (
 from mimkd_ray.on_ray.search.tune_trials import (
     Configs,
     LargeTrial,
+    checked,
     configs_of,
     pack_trainable,
     prepare_remotely,
@@ -137,7 +138,9 @@ def search(
     own = SearchConfig(holdout=holdout, finalists=0)
     job = search_job(config, search=own)
     name = f"search-{config.recipe}"
-    run_config = run_config or tune.RunConfig(name=name, storage_path=storage.absolute(config.run.root))
+    root = storage.absolute(config.run.root)
+    run_config = run_config or tune.RunConfig(name=name, storage_path=root)
+    run_config = replace(run_config, callbacks=[*(run_config.callbacks or []), *loggers(config.run.loggers, name)])
     # All that may be wrong is found before Ray starts: in its trials, each would fail with the same reason.
     if not space:
         raise UserError("the space is empty: name what to search, such as ['temperature', 'weights']")
@@ -154,21 +157,31 @@ def search(
         tune_config = tune.TuneConfig(num_samples=own.trials, scheduler=asha, reuse_actors=True, **metric_of(own))
     if isinstance(configs, TrialConfigs):
         if tune_config.search_alg is None and not isinstance(tune_config.scheduler, PopulationBasedTraining):
-            ask = OptunaSearch(configs.ask, metric=tune_config.metric, mode=tune_config.mode)
-            tune_config = replace(tune_config, search_alg=ask)
+            tune_config = replace(tune_config, search_alg=optuna_for(configs, tune_config))
         else:
             param_space = tune_space(configs)
     if not ray.is_initialized():
         with console.phase("starting Ray"):
             connect(config.launch.address, "launch.address")
-    shape = shape_of(job, Capacity.of_cluster())
-    if resources is not None:
-        shape = shape._replace(cpus=resources.get("CPU", 0), gpus=resources.get("GPU", 0))
-    folder = storage.join(str(run_config.storage_path or storage.absolute("~/ray_results")), run_config.name or name)
+    shape = shape_of(job, Capacity.of_cluster()) if resources is None else _shape_given(resources)
+    place = root if run_config.storage_filesystem else storage.absolute(str(run_config.storage_path or "~/ray_results"))
+    folder = storage.join(place, run_config.name or name)
     with console.phase("preparing what all trials share"):
         prepare_on_ray(shared, folder, shape)
-    trial = tune.with_resources(search_trainable(configs, folder, shape.cpus), shape.bundles())
+    fails = run_config.failure_config is not None and run_config.failure_config.fail_fast
+    trial = search_trainable(checked(configs), folder, shape.cpus, raises=bool(fails))
+    trial = tune.with_resources(trial, shape.bundles())
     return tune.Tuner(trial, param_space=param_space, tune_config=tune_config, run_config=run_config).fit()
+
+
+def _shape_given(resources: dict[str, float]) -> Shape:
+    """Return the shape of trials with these resources. Raises UserError for what does not fit: Tune would wait."""
+    shape = Shape(1, resources.get("CPU", 0), resources.get("GPU", 0), 1)
+    if {*resources} - {"CPU", "GPU"} or not shape.needs():
+        raise UserError(f"resources is {resources}: give CPU and GPU; mimkd_ray.trainable takes tune.with_resources")
+    if lack := Capacity.of_cluster().lack(1, "trial", shape.cpus or HEAD_SHARE, shape.gpus):
+        raise UserError(f"{lack}: give smaller resources")
+    return shape
 
 
 def prepare_on_ray(config: Config, folder: str, shape: Shape) -> None:

@@ -7,10 +7,11 @@ checkpoint: Ray Tune moves it, keeps it, and gives it to another trial (populati
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ray import tune
 
 from mimkd_ray import console, local_files, storage
 from mimkd_ray.config import Config, SearchConfig
+from mimkd_ray.config.form.json_form import dotted
 from mimkd_ray.errors import Interrupted, UserError
 from mimkd_ray.json_files import read_json
 from mimkd_ray.search.configs import FieldConfigs, Made, TrialConfigs, trial_config
@@ -61,7 +63,7 @@ def trainable(
     if config.teacher.trains and not folder:
         raise UserError("the teacher is trained first, and every trial would train it: give trainable(..., folder=...)")
     base = trial_config(config, SearchConfig(holdout=holdout))
-    configs = configs_of(base, space)
+    configs = checked(configs_of(base, space))
     secrets = Carried()
 
     def distil(params: dict[str, Any]) -> None:
@@ -83,19 +85,33 @@ def configs_of(base: Config, space: str | Space | Sequence[str | Space]) -> Tria
     return TrialConfigs(base, [*named, *(each for each in space if not isinstance(each, str))])
 
 
-def search_trainable(configs: Configs, folder: str, cpus: float, population: bool = False) -> Trainable:
-    """Return the trainable of a search: as :func:`trainable`, but a trial's own failure is a result. ``population``:
-    values may change on the way."""
+def checked(configs: TrialConfigs | FieldConfigs) -> Configs:
+    """Return the map, which refuses a hyperparameter that would change nothing."""
+    configs.check(())  # finds the names here, once for all trials
+
+    def made(params: Mapping[str, Any]) -> Made:
+        configs.check(dict(dotted(params)))
+        return configs(params)
+
+    return made
+
+
+def search_trainable(
+    configs: Configs, folder: str, cpus: float, population: bool = False, raises: bool = False
+) -> Trainable:
+    """Return the trainable of a search: as :func:`trainable`, but a trial's own failure is a result unless it
+    ``raises``. ``population``: values may change on the way."""
+    told_by = nullcontext if raises else failures_told
     secrets = Carried()
 
-    def trial(params: dict[str, Any]) -> None:
+    def distil(params: dict[str, Any]) -> None:
         _ = secrets
-        with trial_folder() as run_dir, failures_told(reporter(run_dir)) as tell:
+        with trial_folder() as run_dir, told_by(reporter(run_dir)) as tell:
             made = configs(params)
             told = with_schedule(run_dir, made.params, tell) if population else tell
             train_trial(within(made.config, cpus), folder, run_dir, trial_device(), told)
 
-    return trial
+    return distil
 
 
 def pack_trainable(
@@ -164,12 +180,14 @@ def reporter(run_dir: str) -> Tell:
     """Return the callback that reports figures to Ray Tune, with the folder as the checkpoint."""
 
     def tell(figures: Mapping[str, Any]) -> None:
+        # Loggers complain of infinity, the ceiling of bounds that have none.
+        told = {name: value for name, value in figures.items() if not (name.endswith("/ceiling") and value == math.inf)}
         files = _files(run_dir)
         if not files:
-            tune.report(dict(figures))
+            tune.report(told)
             return
         write_json(storage.join(run_dir, LISTED), {"files": files})
-        tune.report(dict(figures), checkpoint=tune.Checkpoint.from_directory(run_dir))
+        tune.report(told, checkpoint=tune.Checkpoint.from_directory(run_dir))
 
     return tell
 

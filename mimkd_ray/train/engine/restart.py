@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from safetensors.torch import load as load_safetensors
@@ -66,7 +68,7 @@ def start_from(student: Student, run_dir: str) -> None:
         raise UserError(f"run.start_from {run_dir} has neither checkpoint nor result: name a run that reached one")
     if content is None:
         say(student.context, f"{run_dir} has no checkpoint: critics and optimiser start anew")
-    try:
+    with _fitting(f"run.start_from {run_dir}"):
         if content is not None:
             state = checkpoint.parse(content, student.context.device)
             student.distiller.load_state_dict(state["distiller"])
@@ -75,14 +77,21 @@ def start_from(student: Student, run_dir: str) -> None:
             weights = weights and result.get("steps", state["step"]) >= state["step"]
         exported = load_safetensors(storage.read_bytes(file)) if weights else checkpoint.student_of(state)
         student.distiller.student.model.load_state_dict(exported)
+    if student.ema is not None:
+        student.ema.module.load_state_dict(student.distiller.student.state_dict())
+
+
+@contextmanager
+def _fitting(what: str) -> Iterator[None]:
+    """A with-block whose errors say that a state does not fit."""
+    try:
+        yield
     except (RuntimeError, KeyError, ValueError) as error:
         told = " ".join(str(error).split())[:300]
         raise UserError(
-            f"run.start_from {run_dir} does not fit this configuration: {told}; networks, terms, layers and the "
-            "optimiser must be the same"
+            f"{what} does not fit this configuration: {told}; networks, terms, layers and the optimiser must be the "
+            "same"
         ) from error
-    if student.ema is not None:
-        student.ema.module.load_state_dict(student.distiller.student.state_dict())
 
 
 def restore(student: Student, run_dir: str, content: bytes) -> int:
@@ -92,8 +101,9 @@ def restore(student: Student, run_dir: str, content: bytes) -> int:
     if state["data"] != student.data.digest:
         changed.append(f"the data set's digest: {state['data'][:12]} -> {student.data.digest[:12]}")
     refuse_changes(run_dir, changed)
-    student.distiller.load_state_dict(state["distiller"])
-    load_portable(student.optimizer, state["optimizer"])
+    with _fitting(f"the checkpoint in {run_dir}"):  # of another trial, in population-based training
+        student.distiller.load_state_dict(state["distiller"])
+        load_portable(student.optimizer, state["optimizer"])
     if student.ema is not None:
         student.ema.load_state_dict(state["ema"])
     if len(state["own_statistics"]) == student.context.world_size:
