@@ -16,6 +16,8 @@ images, which the student does not see (the teacher has); the first 4,000 test i
 
 Otherwise: all of CIFAR-100, a live teacher, `--pair` (ResNet-50 -> ShuffleNetV2). With `--holdout 0.1` a tenth of the
 training images is held out to choose by; without it, accuracy is that on the test set, on which nothing is chosen.
+
+`--mix cutmix` (or mixup, both with alpha 1) mixes every batch, for all arms alike; the twin then needs `--live`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from pathlib import Path
 
 import torch
 from headline_arms import ARMS, FIRST
-from headline_runs import Pack, cache_for, draws, make_twin, protocol, train_together, twin
+from headline_runs import MIXES, Pack, cache_for, draws, make_twin, protocol, train_together, twin
 from headline_table import Study
 from report import parser, refresh
 
@@ -47,6 +49,7 @@ def options() -> argparse.Namespace:
     made.add_argument("--root", type=Path, default=Path("runs/headline"), help="where runs are kept")
     made.add_argument("--small", action="store_true", help="the twin, for a CPU")
     made.add_argument("--live", action="store_true", help="the twin with a live teacher, without a cache")
+    made.add_argument("--mix", choices=MIXES, help="mix the images of every batch")
     made.add_argument("--arms", nargs="+", choices=ARMS, default=[], help="(default: all of the twin, else eight)")
     made.add_argument("--seeds", type=int, default=0, help="students of each arm (default: 3 of the twin, else 1)")
     made.add_argument("--seed", type=int, default=0, help="the first seed")
@@ -78,6 +81,8 @@ def packs(args: argparse.Namespace) -> Iterator[Pack]:
             pair = CIFAR_PAIRS[args.pair]
             base = protocol(pair, str(args.data), teacher, args.epochs or 40, args.batch, seed, args.holdout)
             name = f"{args.pair}-{args.epochs or 40}{'-choose' if args.holdout else ''}"
+        if args.mix:
+            base, name = replace(base, mix=MIXES[args.mix]), f"{name}-{args.mix}"
         for some in together(arms, size):
             losses = {arm: ARMS[arm] for arm in some}
             if not args.small:

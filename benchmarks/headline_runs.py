@@ -13,7 +13,16 @@ from deadline import Deadline
 from safetensors.torch import load_file
 
 from mimkd_ray.cli.local_launch import pick_device
-from mimkd_ray.config import CacheConfig, Config, LaunchConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
+from mimkd_ray.config import (
+    CacheConfig,
+    Config,
+    LaunchConfig,
+    LossConfig,
+    MixConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+)
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.json_files import read_json
 from mimkd_ray.models.build_model import build_model
@@ -27,6 +36,9 @@ from mimkd_ray.train.records.run_dir import write_json
 
 PER_CLASS, CHOOSE_PER_CLASS, TEST_ROWS, VIEWS = 50, 40, 4000, 6
 """The twin: training images and images to choose by of each class, test images, and views of each training image."""
+
+MIXES = {"mixup": MixConfig(mixup_alpha=1.0), "cutmix": MixConfig(cutmix_alpha=1.0)}
+"""Mixing of the images of every batch, with shares drawn evenly from 0 to 1."""
 
 
 @dataclass(frozen=True)
