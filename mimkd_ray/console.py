@@ -200,7 +200,8 @@ class Shown:
                     age = now - self._heard
                     left = None if status.left is None or age >= STALE_SECONDS else max(0.0, status.left - age)
                     rate = status.rate if age < STALE_SECONDS else 0.0
-                    self.line(f"{replace(status, rate=rate, left=left).text()}, {clock(began)} so far")
+                    taken = f", {clock(began)} so far" if left is None else ""  # of this stretch of the work alone
+                    self.line(f"{replace(status, rate=rate, left=left).text()}{taken}")
 
 
 _current: Console = Shown()

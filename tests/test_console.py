@@ -100,8 +100,8 @@ def test_stale_rates_and_work_without_a_count_are_not_told(lines: io.StringIO, m
         console.show(None)
     assert lines.getvalue().splitlines() == [
         "steps: 3 of 9 steps, 80 images/s, 0:01:00 left, cross-entropy 1.2",
-        "steps: 3 of 9 steps, 80 images/s, 0:00:51 left, cross-entropy 1.2, 0:00:09 so far",
-        "steps: 3 of 9 steps, 80 images/s, 0:00:42 left, cross-entropy 1.2, 0:00:18 so far",
+        "steps: 3 of 9 steps, 80 images/s, 0:00:51 left, cross-entropy 1.2",
+        "steps: 3 of 9 steps, 80 images/s, 0:00:42 left, cross-entropy 1.2",
         "steps: 3 of 9 steps, cross-entropy 1.2, 0:00:27 so far",
     ]
 
