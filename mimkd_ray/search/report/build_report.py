@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mimkd_ray.console import clock
+from mimkd_ray.errors import count
 from mimkd_ray.pages.figures import BLUE, GREY, Line, cut, lines_figure, seeds_figure
 from mimkd_ray.pages.page import Cell, Page
 from mimkd_ray.pages.sections import number_cell
@@ -51,6 +52,7 @@ def report_html(
         page.section("best", "Best config", f"Of trial {best.number}, {how} {_score(best.score, metric)}.")
         page.facts([(name, cut(value_text(value), 400)) for name, value in best.params.items()])
         page.json("The whole config", best.config)
+    _failures(page, [trial for trial in trials if trial.state == "failed"])
     _tables(page, trials, metric, best_first)
     return page.html()
 
@@ -72,7 +74,7 @@ def _head(
         (f"{final.mean:.2f} %", f"top-1 of the best finalist, trial {final.trial}") for final in (finals or [])[:1]
     ]
     tiles += [(_score(best[0].score, metric), f"best {label}, trial {best[0].number}")] if best else []
-    tiles += [(str(count), state) for state, count in counts if count or state == "completed"]
+    tiles += [(str(number), state) for state, number in counts if number or state == "completed"]
     page.tiles([*tiles, (clock(sum(t.seconds for t in trials if math.isfinite(t.seconds))), "h:mm:ss in all trials")])
     better = "higher" if direction(metric) == "maximize" else "lower"
     page.facts([("scored by", f"{LABELS[metric]}, {better} is better"), *facts.items()])
@@ -101,7 +103,8 @@ def _finals(page: Page, finals: Sequence[Final]) -> None:
 def _figures(page: Page, study: Study) -> None:
     page.section("history", "Score by trial", "Completed and stopped trials. Drag to zoom in; double-click to return.")
     page.figure(study.history())
-    page.figures([("Share of trials up to a score", study.edf())])
+    if len(study.scored) > 1:
+        page.figures([("Share of trials up to a score", study.edf())])
     if study.varying:
         page.section("parameters", "Each hyperparameter against the score", "Orange trials are early, blue ones late.")
         page.figures([(cut(name, 80), study.slice(name)) for name in study.varying])
@@ -117,7 +120,7 @@ def _figures(page: Page, study: Study) -> None:
     if importances is None:
         page.paragraph(
             f"Not known: it takes {LEAST_TRIALS} trials with different scores and a hyperparameter that all of them "
-            f"have and that varies; {len(study.scored)} have a score."
+            f"have and that varies; so far {count(len(study.scored), 'trial')} with a score."
         )
     else:
         page.paragraph(
@@ -159,6 +162,20 @@ def _schedules(page: Page, study: Study) -> None:
         page.figures(figures)
 
 
+def _failures(page: Page, failed: Sequence[Trial]) -> None:
+    """Why trials failed: the table of all has the reason behind every hyperparameter."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for trial in failed:
+        alike.setdefault((trial.kind, trial.reason), []).append(trial.number)
+    if alike:
+        page.section("failures", "Failed trials")
+        rows = [
+            [Cell(kind), Cell(", ".join(map(str, numbers)), long=len(numbers) > 1), Cell(reason, long=True)]
+            for (kind, reason), numbers in alike.items()
+        ]
+        page.table(["kind", "trials", "reason"], rows)
+
+
 def _tables(page: Page, trials: Sequence[Trial], metric: str, best_first: Sequence[Trial]) -> None:
     page.section("trials", "All trials", "The best first. A click on a head sorts by it, a second one the other way.")
     names = param_names(trials)
@@ -172,7 +189,7 @@ def _tables(page: Page, trials: Sequence[Trial], metric: str, best_first: Sequen
             number_cell(trial.best_epoch, "d"),
             number_cell(trial.seconds, ".0f"),
             *(_parameter(trial.params.get(name)) for name in names),
-            Cell(trial.reason, long=True),
+            Cell(cut(trial.reason, 80), long=True),
         ]
         for trial in [*best_first, *(trial for trial in trials if trial.number not in known)]
     ]

@@ -76,7 +76,8 @@ class Study:
         figure = plot_optimization_history(self._study, target_name=LABELS[self.metric])
         figure.update_traces(marker={"color": BLUE}, selector={"mode": "markers"})
         figure.update_traces(line={"color": RED}, selector={"mode": "lines"})
-        return self._styled(figure, 380)
+        last = max(trial.number for trial in self.scored)
+        return self._styled(figure, 380).update_xaxes(dtick=1 if last < 10 else None)  # no ticks between trials
 
     def slice(self, name: str) -> Any:
         """Return the score by one parameter."""

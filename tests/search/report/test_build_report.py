@@ -25,7 +25,7 @@ def read(
 def test_every_section_is_there() -> None:
     trials = search(40)
     page = read(trials, finals=[Final(trial=4, seeds=(0, 1), top1=(70.0, 72.0))])
-    names = "finals history parameters parallel importance curves best trials"
+    names = "finals history parameters parallel importance curves best failures trials"
     assert page.sections == names.split()
     assert [a["href"] for tag, a in page.elements if tag == "a"] == [f"#{section}" for section in page.sections]
     for text in ("a search", "cifar100", "71.00 ± 1.41 %", "out of memory", "because of non-finite"):
@@ -103,7 +103,7 @@ def test_strings_of_trials_are_text_everywhere() -> None:
         ),
         (
             [trial(n, "failed", kind="error", reason="it broke", params={"lr": n}) for n in range(3)],
-            ["trials"],
+            ["failures", "trials"],
         ),
     ],
 )
@@ -112,7 +112,10 @@ def test_searches_that_have_little_to_show(trials: list[Trial], sections: list[s
     assert page.sections == sections
     assert ("No trial has begun." in page.text) == (not trials)
     assert ("No trial has a score." in page.text) == (bool(trials) and "best" not in sections)
-    assert page.text.count("it broke") == sum(trial.state == "failed" for trial in trials)
+    failed = [trial for trial in trials if trial.state == "failed"]
+    assert page.text.count("it broke") == len(failed) + bool(failed), "once for all that failed alike"
+    assert ("0, 1, 2" in page.text) == bool(failed)
+    assert "Share of trials up to a score" not in page.titles, "of one trial it is empty"
 
 
 @pytest.mark.parametrize("metric", ["top1", "cross_entropy"])
