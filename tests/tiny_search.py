@@ -76,8 +76,14 @@ def steady(trial: Suggest, config: Config, pairs: Candidates) -> Config:
 
 
 def own_searcher(search: SearchConfig) -> Any:
-    """What stands for a searcher of a user's own."""
-    return f"mine {search.trials}"
+    """A searcher of a user's own."""
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    return BasicVariantGenerator(max_concurrent=search.trials)
+
+
+def no_searcher(search: SearchConfig) -> Any:
+    """A function that forgets to return it."""
 
 
 def odd(trial: Suggest, config: Config, pairs: Candidates) -> Config:

@@ -14,7 +14,7 @@ from mimkd_ray.cli import command_line
 from mimkd_ray.cli.preflight import preflight
 from mimkd_ray.cli.training import absolute, below_root
 from mimkd_ray.config import Config, SearchJob
-from mimkd_ray.config.jobs.search import PACKAGES, search_job
+from mimkd_ray.config.jobs.search import PACKAGES, POPULATION, search_job
 from mimkd_ray.errors import UserError, count
 from mimkd_ray.on_ray.nodes import environment
 from mimkd_ray.run_lock import check_free, held
@@ -22,7 +22,7 @@ from mimkd_ray.search.configs import TrialConfigs, claim, search_digest, trial_c
 from mimkd_ray.search.finals import Finals
 from mimkd_ray.search.optuna_study import combinations
 from mimkd_ray.search.spaces import find_spaces
-from mimkd_ray.search.suggest import Grid
+from mimkd_ray.search.suggest import Grid, Range
 from mimkd_ray.search.summary import Clock, brief, closing, write_report
 from mimkd_ray.search.trial_files import Table
 from mimkd_ray.train.records import run_files
@@ -73,6 +73,9 @@ def search(job: SearchJob) -> int:
             f"search.metric is {job.search.metric}, and nothing teaches the student's head what the classes are "
             "(data.labels none): pass --search.metric knn"
         )
+    if job.search.scheduler in POPULATION and not any(isinstance(each, Range) for each in configs.asked.values()):
+        names = ", ".join(job.search.space)
+        raise UserError(f"search.scheduler {job.search.scheduler} moves numbers, and search.space {names} has none")
     if not job.run.overwrite:
         claim(job, folder, write=False)
     grid = combinations(job.search, configs) if job.search.algorithm == "grid" else None

@@ -18,7 +18,7 @@ from mimkd_ray.config.form.json_form import dotted, from_dict, to_dict
 from mimkd_ray.data.sources.data_set import open_data
 from mimkd_ray.errors import UserError, nearest
 from mimkd_ray.json_files import read_json
-from mimkd_ray.search.suggest import Space, Suggest, compose, given
+from mimkd_ray.search.suggest import Options, Space, Suggest, compose, given
 from mimkd_ray.search.tap_candidates import find_candidates, flat_space, widest
 from mimkd_ray.search.trials import Value
 from mimkd_ray.train.networks.teacher_head import teacher_head, trains_head
@@ -86,9 +86,9 @@ class TrialConfigs:
                 )
 
     @cached_property
-    def asked(self) -> list[str]:
-        """Names of all values that any trial may ask for. To find them takes a second."""
-        return list(flat_space(self.build))
+    def asked(self) -> dict[str, Options]:
+        """All values that any trial may ask for, without conditions: see `flat_space`. To find them takes a second."""
+        return flat_space(self.build)
 
     def __call__(self, params: Mapping[str, Any]) -> Made:
         """Return the config of these values."""

@@ -96,6 +96,10 @@ def _demo() -> Config:
         (["--search.space", "tempreature"], "search.space 'tempreature' is unknown"),
         (["--search.trials", "0"], "would never end"),
         (
+            ["--search.scheduler", "pbt", "--search.space", "bound"],
+            "pbt moves numbers, and search.space bound has none",
+        ),
+        (
             ["--data.labels", "none", "--compare.seeds", "0"],
             "search.metric is top1, and nothing teaches the student's head",
         ),

@@ -187,6 +187,8 @@ def test_searchers_of_ones_own_are_made(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tiny_search has no function 'nothing'"):
         searcher_of(SearchConfig(algorithm="tiny_search:nothing"), configs)
     searcher, space, samples = searcher_of(SearchConfig(algorithm="tiny_search:own_searcher", trials=7), configs)
-    assert (searcher, samples) == ("mine 7", 7)
+    assert (searcher.max_concurrent, samples) == (7, 7)
+    with pytest.raises(UserError, match="'tiny_search:no_searcher' returned None: return a searcher of Ray Tune"):
+        searcher_of(SearchConfig(algorithm="tiny_search:no_searcher"), configs)
     assert space is not None
     assert sorted(space) == ["critic.learn_temperature", "critic.temperature"]

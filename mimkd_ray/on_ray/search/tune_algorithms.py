@@ -10,6 +10,7 @@ from typing import Any
 
 from ray import tune
 from ray.tune import schedulers
+from ray.tune.search import SearchAlgorithm, Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from mimkd_ray.config import SearchConfig
@@ -19,7 +20,6 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.search.configs import FieldConfigs, TrialConfigs
 from mimkd_ray.search.optuna_study import sampler
 from mimkd_ray.search.suggest import Grid, Options, Range
-from mimkd_ray.search.tap_candidates import flat_space
 from mimkd_ray.search.trials import DIRECTIONS, direction
 from mimkd_ray.train.records.loggers import require_loggers
 from mimkd_ray.user_functions import call_named, named_function
@@ -122,9 +122,7 @@ def scheduler_of(search: SearchConfig, configs: TrialConfigs | FieldConfigs) -> 
     ranges: dict[str, Range] = {}
     if name in POPULATION:
         assert isinstance(configs, TrialConfigs)
-        ranges = {name: value for name, value in flat_space(configs.build).items() if isinstance(value, Range)}
-        if not ranges:
-            raise UserError(f"search.scheduler {name} moves numbers, and the space {search.space} has none")
+        ranges = {name: value for name, value in configs.asked.items() if isinstance(value, Range)}
     return tune.create_scheduler(  # which leaves out what this one does not take
         "hb_bohb" if search.algorithm == "bohb" else SCHEDULERS[name],
         time_attr="epoch",
@@ -159,14 +157,19 @@ def _named(search: SearchConfig) -> Any:
     """Return a searcher of Ray by its name, or one of the user's own."""
     if ":" in search.algorithm:
         own = named_function("search.algorithm", search.algorithm)
-        return call_named("search.algorithm", search.algorithm, own, search)
+        found = call_named("search.algorithm", search.algorithm, own, search)
+        if not isinstance(found, Searcher | SearchAlgorithm):
+            raise UserError(
+                f"search.algorithm {search.algorithm!r} returned {found!r:.80}: return a searcher of Ray Tune"
+            )
+        return found
     seed = search.seed % 2**32
     return tune.create_searcher(search.algorithm, seed=seed, random_state_seed=seed, **metric_of(search))
 
 
 def tune_space(configs: TrialConfigs) -> dict[str, Any]:
     """Return the flat space of everything that a trial may ask for, in Ray Tune's terms."""
-    return {name: _domain(value) for name, value in flat_space(configs.build).items()}
+    return {name: _domain(value) for name, value in configs.asked.items()}
 
 
 def _domain(value: Options) -> Any:

@@ -170,6 +170,7 @@ def search(
         prepare_on_ray(shared, folder, shape)
     fails = run_config.failure_config is not None and run_config.failure_config.fail_fast
     trial = search_trainable(checked(configs), folder, shape.cpus, raises=bool(fails))
+    trial.__name__ = "distil"  # as that of mimkd_ray.trainable: Tuner.restore takes it
     trial = tune.with_resources(trial, shape.bundles())
     return tune.Tuner(trial, param_space=param_space, tune_config=tune_config, run_config=run_config).fit()
 

@@ -104,14 +104,14 @@ def search_trainable(
     told_by = nullcontext if raises else failures_told
     secrets = Carried()
 
-    def distil(params: dict[str, Any]) -> None:
+    def trial(params: dict[str, Any]) -> None:
         _ = secrets
         with trial_folder() as run_dir, told_by(reporter(run_dir)) as tell:
             made = configs(params)
             told = with_schedule(run_dir, made.params, tell) if population else tell
             train_trial(within(made.config, cpus), folder, run_dir, trial_device(), told)
 
-    return distil
+    return trial
 
 
 def pack_trainable(
