@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -73,16 +74,16 @@ def brief(reason: str) -> str:
 
 
 def closing(table: Table, hours: float) -> str:
-    """Return the results in words."""
+    """Return the results in words, of a search with a best trial, and the command that trains with its config."""
     trials = table.trials()
     states = [trial.state for trial in trials]
     counts = ", ".join(f"{states.count(each)} {each}" for each in ("completed", "stopped", "failed") if each in states)
     lines = [f"{count(len(states), 'trial')}: {counts}; {hours:.2f} hours"]
     for trial in table.ranked()[:3]:
         lines.append(f"trial {trial.number}: {table.metric} {trial.score:.4g}; {values(trial.params)}")
-    if table.ranked():
-        lines.append(f"best configuration: {storage.join(table.folder, 'best.json')} (jobs/ take it by --config)")
-    lines.append(f"report: {storage.join(table.folder, 'report.html')}")
+    best = storage.join(table.folder, "best.json")
+    lines += [f"best configuration: {best}", f"report: {storage.join(table.folder, 'report.html')}"]
+    lines += ["next:", f"  python -m mimkd_ray train --config {shlex.quote(best)}"]
     return "\n".join(lines)
 
 

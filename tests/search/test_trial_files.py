@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,7 +50,10 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     ]
     best = from_dict(Config, read_json(str(tmp_path / "s" / "best.json")))
     assert best.loss.critic.temperature == trials[1].params["critic.temperature"] == 0.2
-    assert "3 trials: 3 completed" in closing(again, 1.0)
+    first, *_, command = closing(again, 1.0).splitlines()
+    assert first.startswith("3 trials: 3 completed")
+    program, at, name = shlex.split(command)[-3:]
+    assert (program, at, Path(name)) == ("train", "--config", tmp_path / "s" / "best.json")
 
 
 def test_the_terminal_has_the_ends_of_a_long_reason() -> None:
