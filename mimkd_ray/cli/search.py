@@ -117,6 +117,7 @@ def run(job: SearchJob, folder: str, configs: TrialConfigs, grid: Grid | None) -
     finals = Finals(job, Table(folder, job.search.metric))
     if Clock(folder).finished == finals.name and not (job.search.hours or job.search.gpu_hours):
         return
+    Clock(folder).check_place()
     environment.prepare(job.launch.address)
     from mimkd_ray.on_ray.driver_console import joined
     from mimkd_ray.on_ray.search import tune_search  # Ray takes seconds to import and reads its environment on import

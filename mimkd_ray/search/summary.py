@@ -9,7 +9,7 @@ from typing import Any
 
 from mimkd_ray import storage
 from mimkd_ray.config import Config, SearchJob
-from mimkd_ray.errors import count
+from mimkd_ray.errors import UserError, count
 from mimkd_ray.json_files import NUMBER, read_if_sound
 from mimkd_ray.search.trial_files import Table
 from mimkd_ray.search.trials import Final, Trial, value_text
@@ -24,12 +24,14 @@ ENDS = (200, 120)
 
 
 class Clock:
-    """clock.json: the hours of a search over all its starts, and the name of the finals with which it has finished."""
+    """clock.json: the hours of a search over all its starts, the name of the finals with which it has finished, and
+    where it was begun."""
 
     def __init__(self, folder: str) -> None:
-        self.url = storage.join(folder, CLOCK)
+        self.folder, self.url = folder, storage.join(folder, CLOCK)
         known = read_if_sound(self.url, {"seconds": NUMBER}, "hours count from 0") or {}
         self.finished: str | None = known.get("finished")
+        self._home: str = known.get("folder", folder)
         self._before: float = known.get("seconds", 0.0)
         self._began = time.monotonic()
 
@@ -38,9 +40,20 @@ class Clock:
         """Hours so far."""
         return (self._before + time.monotonic() - self._began) / 3600
 
+    def check_place(self) -> None:
+        """Raise UserError for a search that was moved: Ray Tune's state has the place for trials that are to come."""
+        here, home = storage.local_path(self.folder), storage.local_path(self._home)
+        if self._home != self.folder and (
+            storage.is_remote(self._home) or not home.exists() or not here.samefile(home)
+        ):
+            raise UserError(
+                f"{self.folder} was begun as {self._home}, where Ray Tune's state would go on: move it back there, "
+                "or begin anew with --run.overwrite true"
+            )
+
     def save(self, finished: str | None = None) -> None:
         """Write the file."""
-        write_json(self.url, {"seconds": 3600 * self.hours, "finished": finished})
+        write_json(self.url, {"seconds": 3600 * self.hours, "finished": finished, "folder": self._home})
 
 
 def write_report(job: SearchJob, base: Config, table: Table, hours: float, finals: Sequence[Final] = ()) -> None:

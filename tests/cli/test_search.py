@@ -129,6 +129,23 @@ def test_a_missing_searcher_is_told_before_ray_starts(
     assert "tiny_search has no function 'nothing'" in capsys.readouterr().err
 
 
+def test_a_search_that_was_moved_is_told_to_go_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray Tune's state has the old place: new trials failed there, and their rows were written there."""
+    monkeypatch.setattr("mimkd_ray.cli.search.environment.prepare", lambda _: pytest.fail("Ray would start"))
+    old = tmp_path / "old" / "s"
+    old.mkdir(parents=True)
+    Clock(str(old)).save()
+    moved = tmp_path / "new"
+    (tmp_path / "old").rename(moved)
+    assert main({"demo": _demo}, [*FLAGS, "--run.root", str(moved), "--run.name", "s"]) == 2
+    error = capsys.readouterr().err
+    assert f"{moved}/s was begun as {old}, where Ray Tune's state would go on: move it back there" in error
+    (tmp_path / "old").symlink_to(moved)
+    Clock(str(moved / "s")).check_place()
+
+
 def test_hours_are_those_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half an hour of preparation, an hour of trials, two hours of finals."""
     from mimkd_ray.on_ray import driver_console
