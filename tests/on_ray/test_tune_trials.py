@@ -216,6 +216,14 @@ def searched(folder: Path, monkeypatch: pytest.MonkeyPatch, run_config: Any = No
     return heard
 
 
+def test_a_search_from_python_can_be_restored_with_the_trainable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tuner.restore takes a trainable of the same name."""
+    names = {each.__name__ for each in (searched(tmp_path, monkeypatch)["trial"], tune_trials.trainable(tiny_config()))}
+    assert len(names) == 1
+
+
 def test_what_trials_share_is_not_in_a_folder_of_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be another one for every worker."""
     monkeypatch.chdir(tmp_path)
