@@ -45,9 +45,12 @@ def main(
 
     def work() -> int:
         wait_asleep()
-        config = parse(recipes, default, sys.argv[1:] if argv is None else argv, program)
+        arguments = sys.argv[1:] if argv is None else argv
+        config = parse(recipes, default, arguments, program)
         if config is None:
             return 0
+        if not config.compare.seeds and (idle := [word for word in arguments if word.startswith("--compare.arms")]):
+            raise UserError(f"{idle[0]} compares nothing with compare.seeds 0: pass --compare.seeds 3 too")
         if os.environ.get("RANK", "0") != "0":
             console.use(console.Nobody())  # torchrun's other processes
         with console.phase(f"{config.recipe}: {config.teacher.name} teaches {config.student.name}; loading PyTorch"):

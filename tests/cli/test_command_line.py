@@ -128,6 +128,7 @@ BAD: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "vector for a map": (("--loss.feature-pairs", "head:stage3"), ("head:stage3", "needs a map", "vector of 10")),
     "pair": (("--loss.feature-pairs", "stage3"), ("tap pair 'stage3'", "teacher_layer:student_layer")),
     "workers": (("--launch.workers", "3"), ("launch.workers is 3", "train.lanes 2", "--train.lanes 3")),
+    "arms without seeds": (("{plain}", "--compare.arms", "kd"), ("--compare.arms", "compare.seeds 0", "seeds 3")),
     "lanes": (("--train.lane-batch", "500"), ("500", "200")),
     "contradiction": (
         ("--teacher.weights", "x.pth"),
