@@ -242,6 +242,7 @@ def test_files_that_are_not_the_student() -> None:
         _figures(top1=11.8), 10
     )
     assert no_better_than_chance(dataclasses.replace(_figures(top1=11.8), top1=None), 10) == "", "no labels"
+    assert no_better_than_chance(_figures(top1=100.0), 1) == "", "there is no better one"
     big = _figures(bytes=300)
     assert too_little_of_int8(_figures(bytes=100, ms=1.0), big, 1.0) == ""
     assert too_little_of_int8(_figures(bytes=120, ms=1.2), big, 1.0) == (
