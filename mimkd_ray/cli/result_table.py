@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mimkd_ray.errors import DamagedDataError, count
-from mimkd_ray.train.records.progress import reading
+from mimkd_ray.train.records.progress import clear, reading
 
 LABELS = {"alone": "student alone", "kd": "student, Hinton KD", "mimkd": "student, MIMKD"}
 
@@ -88,27 +88,18 @@ def _comparison(result: Mapping[str, Any]) -> str:
     return "\n".join([head, columns(rows), *_information(nats), *_verdict(result["compare"])])
 
 
-def _errors(pairs: int) -> float:
-    """Standard errors that half of Student's 95 % interval has: 4.3 for three pairs, 2.3 for ten."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(pairs - 1, 0.975))
-
-
 def _verdict(arms: Mapping[str, Any]) -> list[str]:
-    """Return the verdict in words; a difference counts outside of Student's 95 % interval."""
+    """Return the verdict in words."""
     lines = []
     seeds = max(len(value["top1"]) for value in arms.values())
-    if seeds == 2:
-        return ["Two seeds are too few to say who helps and who harms: pass --compare.seeds 3 or more."]
+    if seeds < 3:
+        few = "Two seeds are" if seeds == 2 else "One seed is"
+        return [f"{few} too few to say who helps and who harms: pass --compare.seeds 3 or more."]
     for arm in ("kd", "mimkd"):
         paired = arms.get(arm, {}).get("against_alone")
         if paired and paired["standard_error"] is not None:
-            if abs(paired["mean"]) < _errors(paired["of"]) * paired["standard_error"]:
-                word = "makes no clear difference to the student"
-            else:
-                word = "helps the student" if paired["mean"] > 0 else "harms the student"
-            lines.append(f"{LABELS[arm].removeprefix('student, ')} {word}.")
+            word = {"gain": "helps", "loss": "harms"}.get(clear(paired), "makes no clear difference to")
+            lines.append(f"{LABELS[arm].removeprefix('student, ')} {word} the student.")
     if "kd" in arms and "mimkd" in arms and "against_alone" in arms["mimkd"]:
         ahead = "MIMKD" if arms["mimkd"]["mean"] > arms["kd"]["mean"] else "Hinton KD"
         lines.append(f"The higher mean is {ahead}'s.")

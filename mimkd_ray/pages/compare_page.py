@@ -27,6 +27,7 @@ from mimkd_ray.pages.sections import (
 )
 from mimkd_ray.retries import place_of
 from mimkd_ray.train.compare import summarise
+from mimkd_ray.train.records.progress import clear
 
 LABELS = {"alone": "student alone", "kd": "Hinton's KD", "mimkd": "MIMKD"}
 
@@ -82,9 +83,8 @@ def _headline(
         tiles.append((f"{summaries[best]['mean']:.2f} %", f"held-out top-1 of {best}, the highest mean"))
         gain = summaries[best].get("against_alone")
         if gain is not None:
-            tiles.append(
-                (_gain_text(gain), f"points over {base}, better in {gain['wins']} of {count(gain['of'], 'seed')}")
-            )
+            better = f"points over {base}, better in {gain['wins']} of {count(gain['of'], 'seed')}"
+            tiles.append((_gain_text(gain), f"{better}: {_judged(gain)}"))
         if base in summaries and best != base:
             tiles.append((f"{summaries[base]['mean']:.2f} %", f"held-out top-1 of {base}"))
     if teacher is not None and teacher.teacher_top1 is not None:
@@ -95,6 +95,12 @@ def _headline(
     ended = sum(bool(run.result) for runs in arms.values() for run in runs)
     tiles.append((str(ended), f"finished runs of {sum(map(len, arms.values()))}"))
     page.tiles(tiles)
+
+
+def _judged(gain: Mapping[str, Any]) -> str:
+    if gain["of"] < 3:
+        return "too few seeds to say that it helps; pass --compare.seeds 3 or more"
+    return f"a clear {word}" if (word := clear(gain)) else "no clear difference"
 
 
 def _gain_text(gain: Mapping[str, Any]) -> str:

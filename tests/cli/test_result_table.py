@@ -131,10 +131,15 @@ def test_a_difference_within_two_standard_errors_is_no_verdict() -> None:
     assert "higher mean" not in table, "nothing to compare MIMKD with"
 
 
+def test_equal_top1_in_every_seed_is_no_harm() -> None:
+    table = result_table(comparison([10.0, 10.0, 10.0], kd=[10.0, 10.0, 10.0]))
+    assert table.endswith("\nHinton KD makes no clear difference to the student.")
+
+
 def test_one_seed_has_no_spread_and_no_verdict() -> None:
-    table = result_table(comparison([80.0], mimkd=[90.0]))
+    table = result_table(comparison([80.0], kd=[81.0], mimkd=[90.0]))
     assert cells(table, "student, MIMKD") == ["90.00", "+10.00", "1", "of", "1", "100"]
-    assert "helps" not in table
+    assert table.endswith("\nOne seed is too few to say who helps and who harms: pass --compare.seeds 3 or more.")
 
 
 def test_a_rival_as_an_arm() -> None:

@@ -52,6 +52,7 @@ def test_arms_side_by_side(compared: Path, capsys: pytest.CaptureFixture[str]) -
     top1 = {arm: value["top1"] for arm, value in result["compare"].items()}
     gain = statistics.fmean(b - a for a, b in zip(top1["alone"], top1["mimkd"], strict=True))
     assert f"{gain:+.2f} ± " in page.text
+    assert "of 2 seeds: too few seeds to say that it helps" in page.text
     seeds, means = page.figure("Side by side")["data"]
     assert seeds["x"] == [*top1["alone"], *top1["mimkd"]]
     assert means["x"] == pytest.approx([statistics.fmean(values) for values in top1.values()])
