@@ -135,7 +135,8 @@ def too_little_of_int8(figures: Figures, student: Figures, float32_ms: float) ->
     milliseconds, smaller = figures.latency_ms["1"], student.bytes / figures.bytes
     found = []
     if smaller < SMALLER:
-        found.append(f"is {smaller:.1f} times smaller than the weights at float32, not {SMALLER:g} times")
+        size = f"{smaller:.1f} times smaller than" if smaller >= 1 else f"{1 / smaller:.1f} times as large as"
+        found.append(f"is {size} the weights at float32, not {SMALLER:g} times smaller")
     if milliseconds > float32_ms:
         found.append(f"takes {milliseconds:.2f} ms at batch 1, float32 {float32_ms:.2f} ms")
     return " and ".join(found)

@@ -246,8 +246,10 @@ def test_files_that_are_not_the_student() -> None:
     big = _figures(bytes=300)
     assert too_little_of_int8(_figures(bytes=100, ms=1.0), big, 1.0) == ""
     assert too_little_of_int8(_figures(bytes=120, ms=1.2), big, 1.0) == (
-        "is 2.5 times smaller than the weights at float32, not 3 times and takes 1.20 ms at batch 1, float32 1.00 ms"
+        "is 2.5 times smaller than the weights at float32, not 3 times smaller and takes 1.20 ms at batch "
+        "1, float32 1.00 ms"
     )
+    assert "is 2.0 times as large as the weights at float32" in too_little_of_int8(_figures(bytes=600), big, 9.0)
     # Of 1000 images 10 more are right, and sqrt(10) is the standard error of that; of 3 it is sqrt(3).
     assert best_int8({"a": _figures(top1=69.0, ms=9.0), "b": _figures(top1=68.0)}, 0) == "a"
     assert best_int8({"a": _figures(top1=69.0, ms=9.0), "b": _figures(top1=68.7)}, 0) == "b"
