@@ -98,7 +98,7 @@ def evaluate(job: EvaluateJob, run_dir: str = "", trained_on: Config | None = No
         _tell(figures, out, run_dir)
         return figures
     with local_context(job.launch, StartTimes()) as context:
-        found = measure(job, context, run_dir, trained_on)
+        found = measure(job, context, run_dir, trained_on, out)
         figures = jsonable(found.figures)
         if context.rank == 0:
             save(found, out)

@@ -27,7 +27,7 @@ from mimkd_ray.evaluation.predictions import agreement, calibration, confusions,
 from mimkd_ray.evaluation.real_labels import real_accuracy
 from mimkd_ray.losses.mutual_information import mutual_information
 from mimkd_ray.run_lock import held
-from mimkd_ray.train.distributed import Context
+from mimkd_ray.train.distributed import Context, ask_first
 from mimkd_ray.train.held_out.neighbours import knn_accuracy
 from mimkd_ray.train.records.progress import say
 from mimkd_ray.train.records.run_dir import jsonable, write_json
@@ -50,16 +50,21 @@ class Evaluation:
     subject: Subject
 
 
-def measure(job: EvaluateJob, context: Context, run_dir: str = "", trained_on: Config | None = None) -> Evaluation:
+def measure(
+    job: EvaluateJob, context: Context, run_dir: str = "", trained_on: Config | None = None, out: str = ""
+) -> Evaluation:
     """Evaluate what `job` names, on the validation set of its data. Every worker calls it, and gets the same.
 
-    `run_dir`: the run whose networks are taken; `trained_on`: its config, if `job` names other data. Raises UserError.
+    `run_dir`: the run whose networks are taken; `trained_on`: its config, if `job` names other data; `out`: where
+    `save` will write, which is tried before the images are passed. Raises UserError.
     """
     with console.phase("opening data and networks"):
         data = open_evaluated(job.data, trained_on.data if trained_on else job.data)
         subject = subject_of(job, run_dir, trained_on or job, data, context.device)
     both = [subject.network, *([subject.teacher] if subject.teacher else [])]
     _check_real(job, subject)
+    if out:
+        ask_first(lambda: _check_place(out))
     restricted = None if len(subject.labels) == data.num_classes else subject.labels
     source = few(data.val, job.eval.rows, restricted)
     found = collect(both, source, job, context, "evaluating")
@@ -88,6 +93,11 @@ def measure(job: EvaluateJob, context: Context, run_dir: str = "", trained_on: C
 def open_evaluated(config: DataConfig, of_run: DataConfig) -> Data:
     """Open the data that is evaluated, and may be others than the run's."""
     return open_data(config, for_training=False, others=config.root != of_run.root)
+
+
+def _check_place(out: str) -> None:
+    with held(out, LOCK, "--eval.out"):
+        pass
 
 
 def save(evaluation: Evaluation, out: str) -> None:

@@ -27,7 +27,7 @@ def evaluate_worker(setup: dict[str, Any]) -> None:
             trained_on = from_dict(Config, setup["trained_on"]) if setup["trained_on"] else None
             job = from_dict(EvaluateJob, setup["job"])
             storage.be_patient(job.storage.patience_minutes)
-            found = measure(job, context, setup["run"], trained_on)
+            found = measure(job, context, setup["run"], trained_on, setup["run_dir"])
             if context.rank == 0:
                 save(found, setup["run_dir"])
 

@@ -45,7 +45,7 @@ JOBS: dict[str, tuple[Any, str, Callable[[], Any]]] = {
     "a worker that evaluates": (
         evaluate_workers,
         "measure",
-        lambda: evaluate_workers.evaluate_worker({"job": to_dict(JOB), "trained_on": None, "run": ""}),
+        lambda: evaluate_workers.evaluate_worker({"job": to_dict(JOB), "trained_on": None, "run": "", "run_dir": ""}),
     ),
     "a search's preparation": (
         tune_trials,

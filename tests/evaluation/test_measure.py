@@ -169,4 +169,7 @@ def test_bad_input(finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys
     assert "unknown model" in refused("--student.name", "cifar/resnet9", *untrained)
     wide = ("--student.name", "tiny_run:of_a_thousand")
     assert "gives 1000 logits, and the data has 10 classes" in refused(*wide, *untrained)
+    assert "Not a directory; give a place in which" in refused(place, "--eval.out", names / "below")
+    assert evaluate(place, "--eval.out", names / "below") == 2
+    assert "evaluating" not in capsys.readouterr().out, "a place is tried before the images are passed"
     assert load_file(place / "student.safetensors"), "nothing of the run was touched"
