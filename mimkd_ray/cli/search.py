@@ -92,7 +92,7 @@ def search(job: SearchJob) -> int:
     if not table.ranked():
         failed = [f"trial {trial.number}: {brief(trial.reason)}" for trial in table.trials() if trial.reason]
         why = "; ".join(failed[:3]) or "none began"
-        return command_line.fail(f"no trial of {folder} came to an evaluation: {why}", 1)
+        return command_line.fail(f"no trial of {folder} is usable: {why}", 1)
     console.line(closing(table, Clock(folder).hours))
     return 0
 

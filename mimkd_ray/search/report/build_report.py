@@ -44,7 +44,7 @@ def report_html(
     if study.scored:
         _figures(page, study)
     else:
-        page.paragraph("No trial has a score.")
+        page.paragraph("No trial is usable so far.")
     if best_first:
         best, how = best_first[0], "the best score"
         if finals:

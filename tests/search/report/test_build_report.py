@@ -111,7 +111,7 @@ def test_searches_that_have_little_to_show(trials: list[Trial], sections: list[s
     page = read(trials, metric)
     assert page.sections == sections
     assert ("No trial has begun." in page.text) == (not trials)
-    assert ("No trial has a score." in page.text) == (bool(trials) and "best" not in sections)
+    assert ("No trial is usable so far." in page.text) == (bool(trials) and "best" not in sections)
     failed = [trial for trial in trials if trial.state == "failed"]
     assert page.text.count("it broke") == len(failed) + bool(failed), "once for all that failed alike"
     assert ("0, 1, 2" in page.text) == bool(failed)
