@@ -99,7 +99,7 @@ def _headline(
 
 def _judged(gain: Mapping[str, Any]) -> str:
     if gain["of"] < 3:
-        return "too few seeds to say that it helps; pass --compare.seeds 3 or more"
+        return "too few seeds to say that it helps (fewer than 3)"
     return f"a clear {word}" if (word := clear(gain)) else "no clear difference"
 
 
