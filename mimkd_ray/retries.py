@@ -247,8 +247,7 @@ def explained(url: str, verb: str) -> Iterator[None]:
             raise FileNotFoundError(errno.ENOENT, "no such file or folder", url) from _cause(url, error)
         if isinstance(error, OSError) and error.errno in _FULL:
             raise UserError(
-                f"cannot {verb} {url}: no space is left ({error.strerror}); make room and give the same command "
-                "again: it goes on from what is finished"
+                f"cannot {verb} {url}: no space is left ({error.strerror}); make room and give the same command again"
             ) from error
         raise
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mimkd_ray import storage
+from mimkd_ray.config.form.json_form import dotted
 from mimkd_ray.data.sources.own_dataset import SCHEME
 from mimkd_ray.pages.figures import bars_figure, plot_text
 from mimkd_ray.pages.page import Cell, Page
@@ -98,11 +99,11 @@ def reproduction(page: Page, place: str, config: Mapping[str, Any], result: Mapp
 
 def differing_fields(page: Page, runs: Mapping[str, RunRecord]) -> None:
     """Add a table of the fields of the config in which runs differ."""
-    flat = {name: _flat(run.config) for name, run in runs.items()}
+    flat = {name: dict(dotted(run.config)) for name, run in runs.items()}
     fields = list(dict.fromkeys(field for values in flat.values() for field in values))
     rows = []
     for field in fields:
-        values = [str(flat[name].get(field, "")) for name in runs]
+        values = [_in_words(flat[name].get(field, "")) for name in runs]
         if len(set(values)) > 1 and not field.startswith(("run.", "recipe", "train.seed")):
             rows.append([Cell(field), *(Cell(value) for value in values)])
     if rows:
@@ -110,11 +111,11 @@ def differing_fields(page: Page, runs: Mapping[str, RunRecord]) -> None:
         page.table(["field", *runs], rows)
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, item in value.items():
-        found |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
-    return found
+def _in_words(value: Any) -> str:
+    """Return the value of a field as it is given on a command line."""
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return "by default" if value is None else str(value)
 
 
 def size_tile(size: tuple[int, int], teacher_size: tuple[int, int] | None) -> tuple[str, str]:

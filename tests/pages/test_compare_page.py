@@ -65,7 +65,7 @@ def test_arms_side_by_side(compared: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(each["y"] == pytest.approx([0.8 * x for x in each["x"]]) for each in networks)
     worst = json.loads((compared / "mimkd-seed00" / "evaluation.json").read_text())["confusions"][0]
     assert f"{worst['label']}\n{worst['prediction']}\n" in page.text
-    assert "loss.name" in page.text
+    assert "loss.name\nnone\nmimkd\n" in page.text  # not [] and ['mimkd']
     assert f"{result['teacher']['top1']:.2f} %" in page.text
     assert f"mimkd-ray train --config {compared}/config.json --run.name c-again" in page.text
 
