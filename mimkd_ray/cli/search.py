@@ -138,8 +138,7 @@ def run(job: SearchJob, folder: str, configs: TrialConfigs, grid: Grid | None) -
             if finals.runs:
                 names = ", ".join(map(str, finals.chosen))
                 console.line(f"finalists: trials {names}, {count(job.search.seeds, 'seed')} each")
-                with console.phase("training the finalists", said=False):
-                    results = tune_search.run_finals(finals, folder, shape, own)
+                results = tune_search.run_finals(finals, folder, shape, own)
                 chosen = finals.publish(job, folder, results)
                 write_report(job, configs.base, table, clock.hours, chosen)
                 means = ", ".join(f"trial {final.trial} {final.mean:.2f} %" for final in chosen)

@@ -16,6 +16,7 @@ from tiny_run import tiny_config
 from tiny_search import odd, tiny_job
 
 import mimkd_ray
+from mimkd_ray import console
 from mimkd_ray.cli import search as search_line
 from mimkd_ray.config import Config, SearchConfig, SearchJob
 from mimkd_ray.config.form.json_form import from_dict
@@ -40,8 +41,12 @@ def job_of(folder: Path, **search: Any) -> SearchJob:
     return tiny_job(folder, {**sections, "train": {"epochs": search.pop("train_epochs", 2)}}, **search)
 
 
-def test_failures_and_finals(joined: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failures_and_finals(
+    joined: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A grid with trials that run out of memory or explode: they are the worst, and the search ends well."""
+    shown: list[console.Status] = []
+    monkeypatch.setattr(console, "show", lambda status: shown.append(status) if status else None)
     search = {"space": ("tiny_search:unlucky",), "algorithm": "grid", "trials": 9, "grace": 2}
     trials = run(tmp_path, **search, finalists=1, seeds=2)
     assert len(trials) == 3
@@ -52,6 +57,8 @@ def test_failures_and_finals(joined: str, tmp_path: Path, capsys: pytest.Capture
     assert all(point.epoch in (1, 2) for trial in fine for point in trial.curve)
     told = json.loads((tmp_path / "s" / "finals.json").read_text())
     assert sorted(told["finals"][0]["seeds"]) == ["1", "2"]
+    counts = [(each.done, each.total, each.unit) for each in shown if each.what == "training the finalists"]
+    assert (counts[0], counts[-1]) == ((0, 2, "runs"), (2, 2, "runs"))
     assert from_dict(Config, json.loads((tmp_path / "s" / "best.json").read_text())).data.holdout == 0
     assert "out of memory" in (tmp_path / "s" / "report.html").read_text()
     capsys.readouterr()

@@ -34,6 +34,26 @@ LOW_ON_MEMORY = ("OutOfMemoryError", "low on memory")
 """Parts of Ray's message about a process that its memory monitor has killed."""
 
 
+class FinalsCounter(tune.Callback):
+    """Tells how many of the finalists' runs are over, as a part of the phase ``what``."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total = what, total
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A run begins or goes on."""
+        self._show([each for each in trials if each.is_finished()])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A run is over; Tune changes its status after this."""
+        self._show([each for each in trials if each.is_finished() or each is trial])
+
+    on_trial_error = on_trial_complete
+
+    def _show(self, over: list[Any]) -> None:
+        console.show(Status(self.what, len(over), self.total, "runs"))
+
+
 class Journal(tune.Callback, tune.Stopper):
     """Writes the table, the report and the terminal's lines, and ends the search when its budget is used up. Tune
     pickles it without what it has read: a restored one reads the table anew. The restored stopper is another object

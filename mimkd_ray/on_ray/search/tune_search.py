@@ -28,7 +28,7 @@ from mimkd_ray.on_ray.nodes.cluster import connect
 from mimkd_ray.on_ray.nodes.node_capacity import Capacity
 from mimkd_ray.on_ray.nodes.placement import OWN_MINUTES, LossWatch, wait_for_nodes, wait_for_room
 from mimkd_ray.on_ray.remote_errors import fetch
-from mimkd_ray.on_ray.search.search_journal import Journal
+from mimkd_ray.on_ray.search.search_journal import FinalsCounter, Journal
 from mimkd_ray.on_ray.search.tune_algorithms import (
     check_fields,
     loggers,
@@ -257,23 +257,21 @@ def lone_trial(configs: Configs, folder: str, shape: Shape, own: bool, populatio
 def run_finals(finals: Finals, folder: str, shape: Shape, own: bool) -> dict[int, dict[str, Any]]:
     """Train the finalists again, each with every seed, to their ends, with the resources of trials; return the last
     figures of each run that was not lost."""
-    trial = lone_trial(finals, folder, shape, own)
-    found = experiment(
-        folder,
-        finals.name,
-        tune.with_resources(trial, shape.bundles()),
-        {"run": tune.grid_search(list(range(len(finals.runs))))},
-        tune.TuneConfig(
-            max_concurrent_trials=shape.concurrent,  # what watches several workers reserves none of their resources
-            trial_dirname_creator=trial_name,
-            reuse_actors=shape.workers == 1,
-        ),
-        tune.RunConfig(
-            failure_config=tune.FailureConfig(max_failures=finals.retries),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-            verbose=0,
-        ),
+    trial, what = lone_trial(finals, folder, shape, own), "training the finalists"
+    how = tune.TuneConfig(
+        max_concurrent_trials=shape.concurrent,  # what watches several workers reserves none of their resources
+        trial_dirname_creator=trial_name,
+        reuse_actors=shape.workers == 1,
     )
+    run = tune.RunConfig(
+        failure_config=tune.FailureConfig(max_failures=finals.retries),
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+        callbacks=[FinalsCounter(what, len(finals.runs))],
+        verbose=0,
+    )
+    space = {"run": tune.grid_search(list(range(len(finals.runs))))}
+    with console.phase(what, said=False):
+        found = experiment(folder, finals.name, tune.with_resources(trial, shape.bundles()), space, how, run)
     return {each.config["run"]: each.metrics for each in found if not each.error}
 
 
