@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mimkd_ray.errors import DamagedDataError, count
-from mimkd_ray.train.records.progress import clear, reading
+from mimkd_ray.train.compare import clear
+from mimkd_ray.train.records.progress import reading
 
 LABELS = {"alone": "student alone", "kd": "student, Hinton KD", "mimkd": "student, MIMKD"}
 

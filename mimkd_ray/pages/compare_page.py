@@ -26,8 +26,7 @@ from mimkd_ray.pages.sections import (
     top1_by_class,
 )
 from mimkd_ray.retries import place_of
-from mimkd_ray.train.compare import summarise
-from mimkd_ray.train.records.progress import clear
+from mimkd_ray.train.compare import clear, summarise
 
 LABELS = {"alone": "student alone", "kd": "Hinton's KD", "mimkd": "MIMKD"}
 

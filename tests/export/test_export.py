@@ -208,7 +208,8 @@ def test_a_student_at_chance_and_int8_that_gains_little_are_said(run: Path, expo
     assert (f" export: the student's top-1, {top1:.2f} % of {count} images, is that of chance" in said) == len(chance)
     assert said.endswith(f" export: {line}\n")
     smaller = report["student"]["bytes"] / report["files"]["int8"]["bytes"]
-    assert line.startswith(f"{report['files']['int8']['file']} is {smaller:.1f} times smaller than the weights at")
+    size = f"{smaller:.1f} times smaller than" if smaller >= 1 else f"{1 / smaller:.1f} times as large as"
+    assert line.startswith(f"{report['files']['int8']['file']} is {size} the weights at")
 
 
 def test_a_quantiser_that_fails_beside_another(

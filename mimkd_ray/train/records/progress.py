@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -31,17 +30,6 @@ def reading(nats: float | None, ceiling: float | None, digits: int = 2) -> str:
     if ceiling is None or math.isinf(ceiling):
         return f"{nats:.{digits}f} nats (estimate)"
     return f"{nats:.{digits}f} of at most {ceiling:.2f} nats"
-
-
-def clear(paired: Mapping[str, Any]) -> str:
-    """Return "gain" or "loss" for paired differences whose mean is outside of Student's 95 % interval around 0, else
-    "": that has 4.3 standard errors for three pairs, 2.3 for ten."""
-    from scipy.special import stdtrit
-
-    mean, error = paired["mean"], paired["standard_error"]
-    if error is None or abs(mean) <= float(stdtrit(paired["of"] - 1, 0.975)) * error:
-        return ""
-    return "gain" if mean > 0 else "loss"
 
 
 def judged(held_out: Mapping[str, float], head_learns: bool = True) -> str:

@@ -98,7 +98,7 @@ def test_a_full_disk_says_so_and_is_gone_on_from(
             real(path, fill)
 
         patch.setattr(local_files, "publish", full)
-        with pytest.raises(UserError, match=r"cannot write .*part-00002\.json: no space is left .*goes on"):
+        with pytest.raises(UserError, match=r"cannot write .*part-00002\.json: no space is left .*same command again"):
             prepare(config(folders, tmp_path / "set"))
     prepare(config(folders, tmp_path / "set"))
     assert files(tmp_path / "set") == files(undisturbed)
