@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -187,6 +188,14 @@ def test_a_metric_that_only_the_scheduler_has_is_the_searchers_too(tmp_path: Pat
     found = optuna_for(tiny_configs(tmp_path), given)
     assert (found.metric, found.mode) == ("cross_entropy", "min")
     assert set(found.suggest("1")) >= {"critic.learn_temperature"}
+
+
+def test_names_of_spaces_are_found_once_for_all_trials(tmp_path: Path) -> None:
+    """Their processes get them with the pickled map: to find them takes a second."""
+    configs = tiny_configs(tmp_path)
+    assert "asked" not in vars(pickle.loads(pickle.dumps(configs)))  # noqa: S301
+    tune_trials.checked(configs)
+    assert "critic.learn_temperature" in vars(pickle.loads(pickle.dumps(configs)))["asked"]  # noqa: S301
 
 
 Heard = dict[str, Any]

@@ -20,7 +20,7 @@ from mimkd_ray.errors import UserError
 from mimkd_ray.search.configs import FieldConfigs, TrialConfigs
 from mimkd_ray.search.optuna_study import sampler
 from mimkd_ray.search.suggest import Grid, Options, Range
-from mimkd_ray.search.trials import DIRECTIONS, direction
+from mimkd_ray.search.trials import DIRECTIONS
 from mimkd_ray.train.records.loggers import require_loggers
 from mimkd_ray.user_functions import call_named, named_function
 
@@ -47,7 +47,7 @@ LOGGERS = {
 
 def metric_of(search: SearchConfig) -> dict[str, str]:
     """Return the metric and the mode, as Ray Tune takes them."""
-    return {"metric": search.metric, "mode": "max" if direction(search.metric) == "maximize" else "min"}
+    return {"metric": search.metric, "mode": _mode_of(search.metric)}
 
 
 def with_metric(given: tune.TuneConfig) -> tune.TuneConfig:

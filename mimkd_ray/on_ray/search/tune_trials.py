@@ -86,8 +86,10 @@ def configs_of(base: Config, space: str | Space | Sequence[str | Space]) -> Tria
 
 
 def checked(configs: TrialConfigs | FieldConfigs) -> Configs:
-    """Return the map, which refuses a hyperparameter that would change nothing."""
-    configs.check(())  # finds the names here, once for all trials
+    """Return the map, which refuses a hyperparameter that would change nothing; one by fields does by itself."""
+    if isinstance(configs, FieldConfigs):
+        return configs
+    _ = configs.asked  # found here, once for all trials, whose processes get it with the map
 
     def made(params: Mapping[str, Any]) -> Made:
         configs.check(dict(dotted(params)))
